@@ -1,0 +1,270 @@
+"""The command `knowledge-store`: a thin layer over `KnowledgeStore` and `verify`."""
+
+from __future__ import annotations
+
+import csv
+import decimal
+import json
+import math
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import typer
+from rich.cells import cell_len
+from rich.text import Text
+
+from knowledge_store.console import command_errors, messages, note, output
+from knowledge_store.errors import InputError
+from knowledge_store.progress import progress_bar
+from knowledge_store.quantities import amount, byte_size
+from knowledge_store.store import KnowledgeStore
+from knowledge_store.summary import DumpSummary
+from knowledge_store.verification import verify as verify_store
+
+app = typer.Typer(
+    help="Ask, check and keep a store of a teacher's knowledge.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+DAMAGED = 1
+SHOWN_ROWS = 200
+
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
+
+
+class Format(StrEnum):
+    """How an answer is printed."""
+
+    table = "table"
+    csv = "csv"
+    json = "json"
+
+
+@app.command()
+def info(store: StoreArgument) -> None:
+    """Show what a store holds: dumps, sizes, ratio to dense logits, mass of the candidates.
+
+    Example: `knowledge-store info knowledge/`
+    """
+    with command_errors():
+        summaries = KnowledgeStore.open(store).info()
+        if not summaries:
+            note(f"{store} holds no dump yet")
+        for summary in summaries:
+            _print_summary(summary)
+
+
+def _print_summary(summary: DumpSummary) -> None:
+    shards = f"{summary.shards} of {summary.shards_planned} shards"
+    lines = [
+        ("teacher", f"{summary.teacher} (vocabulary {summary.vocabulary_size:,})"),
+        ("selection", f"{summary.selection}, log-probabilities in steps of {summary.quantisation_step} nats"),
+        ("documents", f"{summary.documents:,} of {summary.documents_planned:,}"),
+        ("sequences", f"{summary.sequences:,} of at most {summary.max_length} tokens"),
+        ("positions", f"{amount(summary.positions)}, {summary.predictions:,} with knowledge"),
+    ]
+    if summary.skipped_rows:
+        lines.append(("rows left out", f"{summary.skipped_rows:,}"))
+    if summary.mean_top_k_mass is not None and summary.mean_nll is not None:
+        lines += [
+            ("mass of the candidates", f"{summary.mean_top_k_mass:.4f} on average"),
+            ("teacher's own loss", f"{summary.mean_nll:.4f} nats a token (perplexity {math.exp(summary.mean_nll):.2f})"),
+        ]
+    if summary.bytes_per_position is not None:
+        lines += [
+            (
+                "on disk",
+                f"{byte_size(summary.bytes)}, {summary.bytes_per_position:.2f} bytes a position"
+                f" (and {byte_size(summary.tokens_bytes)} for the vocabulary)",
+            ),
+            ("kept whole (float32)", f"{byte_size(summary.dense_bytes)}: {summary.ratio:,.0f} times as much"),
+        ]
+    state = "complete" if summary.complete else "incomplete: run the same `teacher-dump run` again to go on"
+    output.print(f"[bold]{summary.dump}[/bold]  {shards}, {state}")
+    for label, value in lines:
+        output.print(f"  {label:<23} {value}", markup=False)
+    for column, size in sorted(summary.column_bytes.items(), key=lambda item: -item[1]):
+        share = size / max(summary.positions, 1)
+        if share >= 0.005:
+            output.print(f"    {column:<32} {share:6.2f} bytes a position", markup=False)
+
+
+@app.command()
+def sql(
+    store: StoreArgument,
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="One SELECT statement.")],
+    format: Annotated[Format, typer.Option(help="json is one array of row objects.")] = Format.table,
+) -> None:
+    """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
+
+    Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
+    """
+    with command_errors():
+        _print_answer(KnowledgeStore.open(store).sql(query), format)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it: −∞, ∞ and NaN become null, whole decimals numbers, and what JSON lacks text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, decimal.Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _print_answer(answer: pa.Table, format: Format) -> None:
+    if format is Format.json:
+        separator = "["
+        for batch in answer.to_batches(max_chunksize=10_000):
+            for row in batch.to_pylist():
+                sys.stdout.write(f"{separator}{json.dumps(_plain(row), ensure_ascii=False)}")
+                separator = ",\n"
+        sys.stdout.write("[]\n" if separator == "[" else "]\n")
+    elif format is Format.csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(answer.column_names)
+        for batch in answer.to_batches(max_chunksize=10_000):
+            writer.writerows([_cell(value) for value in row.values()] for row in batch.to_pylist())
+    else:
+        rows = [[_visible(_cell(value)) for value in row.values()] for row in answer.slice(0, SHOWN_ROWS).to_pylist()]
+        _print_columns(answer.column_names, rows)
+        if len(answer) > SHOWN_ROWS:
+            note(f"{SHOWN_ROWS} of {len(answer):,} rows shown: --format csv or json gives all")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_cell(each) for each in value) + "]"
+    return str(_plain(value))
+
+
+def _visible(text: str) -> str:
+    """Text that stays on its line: control characters are spelled out."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def _print_columns(names: list[str], rows: list[list[str]]) -> None:
+    """Rows under their names, each column as wide as it needs to be: a terminal folds long lines, a pipe keeps them."""
+    widths = [max(cell_len(line[column]) for line in [names, *rows]) for column in range(len(names))]
+    for number, line in enumerate([names, *rows]):
+        cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True))
+        output.print(Text("  ".join(cells).rstrip(), style="" if number else "bold"))
+
+
+@app.command()
+def verify(store: StoreArgument) -> None:
+    """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged.
+
+    Example: `knowledge-store verify knowledge/`
+    """
+    with command_errors():
+        planned = sum(1 for _ in store.glob("*/commits/*.json"))
+        with progress_bar("verifying", max(planned, 1), "shards") as advance:
+            found = verify_store(store, advance)
+        for sentence in found.notes:
+            note(f"Note: {sentence}")
+        for sentence in found.damage:
+            messages.print(f"Damage: {sentence}", style="red", markup=False)
+        checked = f"{found.dumps} dumps, {found.shards} shards, {found.positions:,} positions, {byte_size(found.bytes)}"
+        if found.damage:
+            note(f"{len(found.damage)} damaged; sound: {checked}")
+            raise typer.Exit(DAMAGED)
+        output.print(f"Sound: {checked}", markup=False)
+
+
+@app.command()
+def reindex(store: StoreArgument) -> None:
+    """Build the index anew from the commit records. Never needed: opening a store rebuilds a missing or outdated one.
+
+    Example: `knowledge-store reindex knowledge/`
+    """
+    with command_errors():
+        opened = KnowledgeStore.open(store, rebuild_index=True)
+        shards = sum(summary.shards for summary in opened.info())
+        output.print(f"Indexed {shards:,} shards of {len(opened.dumps)} dumps", markup=False)
+
+
+@app.command()
+def remove(
+    store: StoreArgument,
+    dump: Annotated[str, typer.Argument(metavar="DUMP", help="The dump to remove.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Remove a dump, after asking.
+
+    Example: `knowledge-store remove knowledge/ smollm2-books`
+    """
+    with command_errors():
+        opened = KnowledgeStore.open(store)
+        name = opened.dump(dump)
+        summary = next(each for each in opened.info() if each.dump == name)
+        question = f"Remove {name}: {summary.positions:,} positions, {byte_size(summary.bytes)}, for good?"
+        if not yes and not typer.confirm(question, default=False, err=True):
+            note("Nothing was removed")
+            raise typer.Exit(1)
+        opened.remove(name)
+        output.print(f"Removed {name}", markup=False)
+
+
+@app.command()
+def sequence(
+    store: StoreArgument,
+    sequence_id: Annotated[int, typer.Argument(metavar="ID", help="A sequence_id.")],
+    dump: Annotated[str | None, typer.Option(help="Which dump, when there are several.")] = None,
+) -> None:
+    """Show one sequence as a person reads it: each token, and what the teacher expected there.
+
+    Example: `knowledge-store sequence knowledge/ 65536`
+    """
+    with command_errors():
+        opened = KnowledgeStore.open(store)
+        name = opened.dump(dump)
+        ids = opened.sequences(name)["sequence_id"].to_numpy()
+        ordinal = int(np.searchsorted(ids, sequence_id))
+        if ordinal == len(ids) or ids[ordinal] != sequence_id:
+            raise InputError(f"dump {name!r} has no sequence {sequence_id}: `SELECT sequence_id FROM sequences` lists them")
+        _print_sequence(opened, name, ordinal)
+
+
+def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
+    texts = store.tokens(dump)["text"].to_pylist()
+    knowledge = store[dump, ordinal]
+
+    def shown(token: int) -> str:
+        text = texts[token] if token < len(texts) else None
+        return f"<{token}>" if text is None else _visible(text.replace(" ", "␣"))
+
+    rows = []
+    for position, token in enumerate(knowledge["input_ids"]):
+        row = [str(position), shown(token), "", ""]
+        if knowledge["has_knowledge"][position]:
+            candidates = zip(knowledge["candidate_ids"][position], knowledge["candidate_logprobs"][position], strict=True)
+            words = [f"{shown(candidate)} {math.exp(logprob):.0%}" for candidate, logprob in candidates]
+            others = f"(others {math.exp(knowledge['tail_logprob'][position]):.0%})"
+            row[2:] = [f"{math.exp(knowledge['token_logprob'][position]):.1%}", "  ".join([*words, others])]
+        rows.append(row)
+    _print_columns(["position", "token", "probability", "what the teacher expected"], rows)
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Everything that can go wrong for a user, as one small tree.
+
+    KnowledgeStoreError          base of all: a command prints it as one line and exits with 2
+    ├── InputError               what the user gave cannot be used (a file, an option, a model)
+    ├── StoreError               the folder is not a store that can be used (foreign, newer, missing)
+    │   └── MismatchError        the dump was made differently; says which things differ
+    ├── QueryError               SQL that is refused or does not run
+    └── DamageError              bytes on disk are not the bytes that were published; names the file
+"""
+
+
+class KnowledgeStoreError(Exception):
+    """Base class. The message is one sentence that names the thing and says what to try next."""
+
+
+class InputError(KnowledgeStoreError):
+    """Something the user gave cannot be used."""
+
+
+class StoreError(KnowledgeStoreError):
+    """The folder is not a store that this version can use."""
+
+
+class MismatchError(StoreError):
+    """A dump exists already and was made from something else."""
+
+
+class QueryError(KnowledgeStoreError):
+    """A query that is refused, or that DuckDB cannot run."""
+
+
+class DamageError(KnowledgeStoreError):
+    """A file of the store is missing, truncated or altered."""

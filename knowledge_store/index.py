@@ -1,0 +1,179 @@
+"""The index: what the commit records say, in one DuckDB file that opens fast. Derived, and disposable at any time.
+
+It is built from commit records alone; no shard is opened. A new index is written beside the old one and renamed over it, and
+nobody ever opens an index for writing, so readers never meet a lock. It is fresh when it holds exactly the commit records
+that stand in the store, by name, size and modification time; only records that it does not hold yet are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+
+from knowledge_store.commits import CommitRecord, read_commit
+from knowledge_store.errors import DamageError
+from knowledge_store.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, commit_shard
+from knowledge_store.publication import TEMPORARY_PREFIX
+
+SHARDS = pa.schema(
+    [
+        ("dump", pa.string()),
+        ("shard", pa.int64()),
+        ("record_bytes", pa.int64()),
+        ("record_mtime_ns", pa.int64()),
+        ("first_document", pa.int64()),
+        ("documents", pa.int64()),
+        ("skipped_rows", pa.int64()),
+        ("committed_at", pa.string()),
+        ("statistics", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+
+FILES = pa.schema(
+    [
+        ("dump", pa.string()),
+        ("shard", pa.int64()),
+        ("table", pa.string()),
+        ("bytes", pa.int64()),
+        ("sha256", pa.string()),
+        ("footer_sha256", pa.string()),
+        ("rows", pa.int64()),
+        ("column_bytes", pa.map_(pa.string(), pa.int64())),
+    ]
+)
+
+INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 1"
+
+Standing = dict[tuple[str, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Index:
+    """The committed shards of a store (schema SHARDS) and their files (schema FILES), both ordered by dump and shard."""
+
+    shards: pa.Table
+    files: pa.Table
+
+
+def standing_records(store: Path, dumps: list[str]) -> Standing:
+    """The commit records that stand in the store: (dump, shard) to (bytes, modification time in ns)."""
+    found: Standing = {}
+    for dump in dumps:
+        with contextlib.suppress(FileNotFoundError), os.scandir(store / dump / COMMITS) as entries:
+            for entry in entries:
+                shard = commit_shard(entry.name)
+                if shard is not None:
+                    status = entry.stat()
+                    found[dump, shard] = status.st_size, status.st_mtime_ns
+    return found
+
+
+def _shard_row(commit: CommitRecord, standing: tuple[int, int]) -> dict[str, object]:
+    return {
+        "dump": commit.dump,
+        "shard": commit.shard,
+        "record_bytes": standing[0],
+        "record_mtime_ns": standing[1],
+        "first_document": commit.first_document,
+        "documents": commit.documents,
+        "skipped_rows": len(commit.skipped),
+        "committed_at": commit.made_by.get("committed_at"),
+        "statistics": list(commit.statistics.items()),
+    }
+
+
+def _file_rows(commit: CommitRecord) -> list[dict[str, object]]:
+    return [
+        {
+            "dump": commit.dump,
+            "shard": commit.shard,
+            "table": table,
+            "bytes": record.bytes,
+            "sha256": record.sha256,
+            "footer_sha256": record.footer_sha256,
+            "rows": record.rows,
+            "column_bytes": list(record.column_bytes.items()),
+        }
+        for table, record in sorted(commit.files.items())
+    ]
+
+
+def _load(path: Path) -> Index | None:
+    """The index in a file, or None when there is none that this version can use."""
+    if not path.is_file():
+        return None
+    try:
+        with duckdb.connect(str(path), read_only=True) as connection:
+            if connection.sql("SELECT value FROM about").fetchall() != [(INDEX_SCHEMA,)]:
+                return None
+            shards = connection.sql("SELECT * FROM shards ORDER BY dump, shard").to_arrow_table()
+            files = connection.sql('SELECT * FROM files ORDER BY dump, shard, "table"').to_arrow_table()
+            return Index(shards.cast(SHARDS), files.cast(FILES))
+    except (duckdb.Error, pa.ArrowException, ValueError):
+        return None  # damaged, or of another DuckDB: it is rebuilt
+
+
+def _save(index: Index, path: Path) -> None:
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{INDEX_FILE}-{uuid.uuid4().hex[:12]}")
+    try:
+        with duckdb.connect(str(temporary)) as connection:
+            connection.execute("CREATE TABLE about AS SELECT ? AS value", [INDEX_SCHEMA])
+            for name, table in (("shards", index.shards), ("files", index.files)):
+                connection.register("rows", table)
+                connection.execute(f"CREATE TABLE {name} AS SELECT * FROM rows")
+                connection.unregister("rows")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def refresh(store: Path, dumps: list[str], *, rebuild: bool = False) -> Index:
+    """The index of `dumps`, brought up to date with the commit records that stand in the store.
+
+    Args:
+        store: the store's folder. When it cannot be written, the index lives in memory only.
+        dumps: names of the dumps.
+        rebuild: ignore the index there is and read every commit record.
+
+    Raises:
+        DamageError: a commit record is altered.
+    """
+    path = store / INDEX_FILE
+    standing = standing_records(store, dumps)
+    known = None if rebuild else _load(path)
+    indexed: Standing = {}
+    if known is not None:
+        columns = (known.shards[name].to_pylist() for name in ("dump", "shard", "record_bytes", "record_mtime_ns"))
+        indexed = {(dump, shard): (size, mtime) for dump, shard, size, mtime in zip(*columns, strict=True)}
+        if indexed == standing:
+            return known
+    shard_rows, file_rows = [], []
+    for (dump, shard), status in sorted(standing.items()):
+        if indexed.get((dump, shard)) != status:
+            commit = read_commit(store_commit := store / dump / COMMITS / f"{shard:05d}.json")
+            if (commit.dump, commit.shard) != (dump, shard):
+                raise DamageError(f"{store_commit} is the record of shard {commit.shard} of {commit.dump!r}")
+            shard_rows.append(_shard_row(commit, status))
+            file_rows.extend(_file_rows(commit))
+    shards = pa.Table.from_pylist(shard_rows, schema=SHARDS)
+    files = pa.Table.from_pylist(file_rows, schema=FILES)
+    if known is not None:
+        keep = {key for key, status in standing.items() if indexed.get(key) == status}
+        shards = pa.concat_tables([_keep(known.shards, keep), shards])
+        files = pa.concat_tables([_keep(known.files, keep), files])
+    order = [("dump", "ascending"), ("shard", "ascending")]
+    index = Index(shards.sort_by(order), files.sort_by([*order, ("table", "ascending")]))
+    with contextlib.suppress(duckdb.Error, OSError):  # a store that cannot be written is read all the same
+        _save(index, path)
+    return index
+
+
+def _keep(table: pa.Table, keys: set[tuple[str, int]]) -> pa.Table:
+    pairs = zip(table["dump"].to_pylist(), table["shard"].to_pylist(), strict=True)
+    return table.filter(pa.array([pair in keys for pair in pairs], pa.bool_()))

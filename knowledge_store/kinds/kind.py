@@ -1,0 +1,92 @@
+"""What a kind of knowledge has to say about itself, and the defaults that most kinds need no more than."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from knowledge_store.manifest import Manifest
+
+Arrays = dict[str, np.ndarray]
+
+
+def encode_columns(keys: pa.Table, arrays: Arrays, schema: pa.Schema) -> pa.Table:
+    """Arrow table of `keys` and of arrays with one entry, a number or a vector, per row."""
+    columns = []
+    for column in schema:
+        if column.name in keys.column_names:
+            columns.append(keys[column.name].cast(column.type))
+            continue
+        array = arrays[column.name]
+        if array.ndim == 1:
+            columns.append(pa.array(array, column.type))
+        else:
+            offsets = np.arange(0, array.size + 1, array.shape[1], dtype=np.int32)
+            values = pa.array(array.reshape(-1), column.type.value_type)
+            columns.append(pa.ListArray.from_arrays(offsets, values).cast(column.type))
+    return pa.table(columns, schema=schema)
+
+
+def decode_columns(table: pa.Table) -> Arrays:
+    """The reverse of `encode_columns`: numpy arrays with one entry per row, keys left out."""
+    arrays = {}
+    for name in table.column_names:
+        if name in ("sequence_id", "position"):
+            continue
+        column = table[name].combine_chunks()
+        if pa.types.is_list(column.type):
+            arrays[name] = column.flatten().to_numpy().reshape(len(column), -1)
+        else:
+            arrays[name] = column.to_numpy(zero_copy_only=False)
+    return arrays
+
+
+def no_statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
+    """For kinds whose shards need no statistics."""
+    return {}
+
+
+def no_damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
+    """For kinds with no invariants beyond their keys and schema."""
+    return iter(())
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of knowledge.
+
+    Attributes:
+        name: of its table, its folder and its SQL relation.
+        per: whether a row stands for a position or for a sequence. The first column is `sequence_id`, the second, for a kind
+            per position, is `position`; each sequence has all its rows, in order.
+        schema: the table's Arrow schema in a given dump.
+        decode: the table, or a slice of it, to the arrays a batch is made of, one entry per row.
+        padding: for each array of a kind per position, the value on padding (0 when left out).
+        statistics: named numbers over one shard's table; a name that begins with "mean_" is a mean over `predictions` or, where
+            the kind has none, over rows.
+        damage: sentences that say what is wrong with a table, none when it is sound.
+        relations: SQL of the relations it offers, by name; one that is just the table is added by itself. `{rows}` stands for
+            the table, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the
+            text of each token id.
+        encode: the extractor's arrays, one entry per row, to the table to store; None when each array is a column as it is.
+    """
+
+    name: str
+    per: Literal["position", "sequence"]
+    schema: Callable[[Manifest], pa.Schema]
+    decode: Callable[[pa.Table], Arrays] = decode_columns
+    padding: dict[str, Any] = field(default_factory=dict)
+    statistics: Callable[[pa.Table, Manifest], dict[str, float]] = no_statistics
+    damage: Callable[[pa.Table, Manifest], Iterator[str]] = no_damage
+    relations: dict[str, str] = field(default_factory=dict)
+    encode: Callable[[pa.Table, Arrays, Manifest], pa.Table] | None = None
+
+    def table(self, keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
+        """The table to store, from its key columns and the extractor's arrays."""
+        if self.encode is None:
+            return encode_columns(keys, arrays, self.schema(manifest))
+        return self.encode(keys, arrays, manifest)

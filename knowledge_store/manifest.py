@@ -1,0 +1,137 @@
+"""What a dump is: who was asked, what, and how. Written before the first shard, never changed.
+
+A manifest has two halves. Its *identity* (teacher, tokenizer, corpus, selection, quantisation, plan) decides what every
+shard contains, and a resume that differs in any of it is refused. What is *derived* from the identity (how many
+documents, where each shard begins) is kept so that nobody has to read the corpus again to find out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from knowledge_store.errors import DamageError, StoreError
+from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
+from knowledge_store.records import read_record, seal
+
+# Told to people, never compared: a model or corpus may be moved or renamed between runs.
+_NOT_COMPARED = {"name"}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The identity of a dump and what follows from it.
+
+    Attributes:
+        dump: the dump's name, which is its folder's.
+        kinds: the kinds of knowledge it holds, e.g. ("positions",).
+        teacher: name, model_type, parameters, hidden_size, vocabulary_size (rows of the head), dtype, and the SHA-256 of
+            each of its files.
+        tokenizer: vocabulary_sha256, size, bos_token_id, eos_token_id, pad_token_id.
+        corpus: files, each with its name, bytes and SHA-256.
+        selection: the rule that picks candidates: {"name": "top-k", "k": 5}.
+        quantisation_step: log-probabilities are multiples of this many nats.
+        plan: max_length, batch_size, shard_size, part_characters, keep_context.
+        derived: documents, bad_rows, columns (the corpus's own, name to type), shards (where each begins, and how many
+            characters it holds), tokens (the file record of tokens.parquet).
+    """
+
+    dump: str
+    kinds: tuple[str, ...]
+    teacher: dict[str, Any]
+    tokenizer: dict[str, Any]
+    corpus: dict[str, Any]
+    selection: dict[str, Any]
+    quantisation_step: float
+    plan: dict[str, Any]
+    derived: dict[str, Any]
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens the teacher's distribution is over (rows of its head)."""
+        return int(self.teacher["vocabulary_size"])
+
+    @property
+    def top_k(self) -> int:
+        """Candidates kept at a position."""
+        return int(self.selection["k"])
+
+    @property
+    def shard_count(self) -> int:
+        """How many shards the plan has."""
+        return len(self.derived["shards"])
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what the shards contain, flat, by dotted name."""
+        record = asdict(self)
+        del record["derived"], record["dump"]
+        return dict(_flatten("", record))
+
+    def differences(self, other: Manifest) -> list[str]:
+        """What in `other` differs from this manifest, one short sentence each; empty when they are the same dump."""
+        mine, theirs = self.identity(), other.identity()
+        absent = object()
+        return [
+            f"{name} was {_short(mine.get(name))} and is now {_short(theirs.get(name))}"
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name, absent) != theirs.get(name, absent)
+        ]
+
+    def to_bytes(self) -> bytes:
+        """The manifest as the bytes of its file."""
+        return seal({"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)})
+
+
+def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        items = [(f"{prefix}.{key}" if prefix else key, each) for key, each in value.items() if key not in _NOT_COMPARED]
+    elif isinstance(value, (list, tuple)):
+        items = [(f"{prefix}[{index}]", each) for index, each in enumerate(value)]
+    else:
+        return [(prefix, value)]
+    return [leaf for name, each in items for leaf in _flatten(name, each)]
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def check_version(record: dict[str, Any], path: Path) -> None:
+    """Refuse a file of another format, or of a version newer than this code.
+
+    Raises:
+        StoreError: naming the file and both versions.
+    """
+    if record.get("format") != FORMAT_NAME:
+        raise StoreError(f"{path} is not part of a knowledge store")
+    version = record.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise StoreError(f"{path} has no usable format version ({version!r})")
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {version}, and this is knowledge-store for version {FORMAT_VERSION}:"
+            " install a newer knowledge-store to use it"
+        )
+
+
+def read_manifest(dump_folder: Path) -> Manifest:
+    """Read a dump's manifest.
+
+    Raises:
+        DamageError: it is missing, altered, or not shaped as a manifest.
+        StoreError: it is of a newer format version.
+    """
+    path = dump_folder / MANIFEST_FILE
+    record = read_record(path)
+    check_version(record, path)
+    try:
+        manifest = Manifest(**{field.name: record[field.name] for field in fields(Manifest)})
+        object.__setattr__(manifest, "kinds", tuple(manifest.kinds))
+        _ = manifest.vocabulary_size, manifest.top_k, manifest.shard_count, float(manifest.quantisation_step)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamageError(f"{path} is damaged: not shaped as a manifest ({error})") from None
+    if manifest.dump != dump_folder.name:
+        raise DamageError(f"{path} belongs to a dump named {manifest.dump!r}, not {dump_folder.name!r}")
+    return manifest

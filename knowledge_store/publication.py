@@ -1,0 +1,114 @@
+"""Publishing a file so that a reader sees all of it or nothing, and nothing published is ever replaced.
+
+A file is written under a temporary name, flushed to the disk, and then *linked* to its name: `link` fails when the
+name is taken, where a rename would replace what stands there. The folder is flushed last, so that the name survives a
+power cut. A writer that finds the name taken leaves what is there alone.
+
+A process that is killed leaves its temporary file behind. Its writer holds an `flock` on it for as long as it lives, so
+anyone can tell a file in use from a leftover, on any machine that shares the file system, with no clock and no
+process ids.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from knowledge_store.errors import StoreError
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder (its parent exists or is created too) so that it survives a power cut."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise StoreError(f"{folder} is a file, where a folder of the store should be") from None
+    except OSError as error:
+        raise StoreError(f"cannot create the folder {folder}: {error.strerror}") from None
+    fsync_folder(folder.parent)
+
+
+def _open_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
+    while True:
+        path = folder / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:12]}"
+        file = open(path, "xb")  # noqa: SIM115 — the caller closes it
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # else somebody tidied it away before it was locked
+            return path, file
+        file.close()
+
+
+def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+    """Write a file and give it its name, unless that name is taken.
+
+    Args:
+        path: the name; its folder must exist.
+        write: writes the contents to the open file it is given.
+
+    Returns:
+        True when this call published the file; False when the name was taken, and what stands there is untouched.
+
+    Raises:
+        StoreError: the disk is full or otherwise refuses; the message names the file.
+    """
+    if path.exists():
+        return False
+    try:
+        temporary, file = _open_temporary(path.parent, path.name)
+        try:
+            with file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                try:
+                    os.link(temporary, path)
+                    published = True
+                except FileExistsError:
+                    published = False
+        finally:
+            temporary.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+    return published
+
+
+def publish_bytes(path: Path, data: bytes) -> bool:
+    """`publish` for contents that are at hand."""
+    return publish(path, lambda file: _write_all(file, data))
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    file.write(data)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Remove temporary files whose writers are gone. Returns how many there were."""
+    removed = 0
+    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+        try:
+            with open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            removed += 1
+        except (BlockingIOError, FileNotFoundError, IsADirectoryError):
+            continue
+    return removed

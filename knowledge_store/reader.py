@@ -1,0 +1,162 @@
+"""Random access to the sequences of one dump: which shard, which row group, which rows, and their decoded arrays.
+
+A row group is decoded once and kept while it is among the most recently used, within `CACHE_BYTES`; a sequence is then a
+slice of it. Nothing here is written down anywhere: the shards are the only copy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from knowledge_store.errors import DamageError, InputError
+from knowledge_store.index import Index
+from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.layout import SEQUENCES, table_path
+from knowledge_store.manifest import Manifest
+from knowledge_store.parquet import open_parquet, read_row_group, read_row_groups
+
+CACHE_BYTES = 512 * 2**20
+OPEN_FILES = 64
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One committed Parquet file: where it is, and what it must look like."""
+
+    path: Path
+    shard: int
+    bytes: int
+    footer_sha256: str
+    rows: int
+
+    def open(self) -> pq.ParquetFile:
+        """Open it; the footer is checked first (DamageError)."""
+        return open_parquet(self.path, self.bytes, self.footer_sha256)
+
+
+def shard_files(store: Path, index: Index, dump: str, table: str) -> list[ShardFile]:
+    """The committed files of one table of one dump, by shard."""
+    names = ("dump", "table", "shard", "bytes", "footer_sha256", "rows")
+    rows = zip(*(index.files[name].to_pylist() for name in names), strict=True)
+    return [
+        ShardFile(table_path(store / dump, table, shard), shard, size, footer, count)
+        for found_dump, found_table, shard, size, footer, count in rows
+        if (found_dump, found_table) == (dump, table)
+    ]
+
+
+def read_sequences(files: list[ShardFile], columns: list[str] | None = None) -> pa.Table | None:
+    """The `sequences` rows of the given files in order, or None when there are none."""
+    tables = [group for file in files for group in read_row_groups(file.open(), file.path, columns)]
+    return pa.concat_tables(tables, promote_options="permissive") if tables else None
+
+
+class DumpReader:
+    """The sequences of one dump by ordinal (0 is the first committed sequence)."""
+
+    def __init__(self, store: Path, index: Index, manifest: Manifest):
+        self.manifest = manifest
+        sequence_files = shard_files(store, index, manifest.dump, SEQUENCES)
+        self._files = {kind: shard_files(store, index, manifest.dump, kind) for kind in manifest.kinds}
+        self._sequence_files = sequence_files
+        self._first_ordinal = np.cumsum([0] + [file.rows for file in sequence_files])
+        self._decoded: OrderedDict[tuple[str, int, int], Arrays] = OrderedDict()
+        self._decoded_bytes = 0
+        # Per instance, so that closing a store lets go of its files.
+        self._shard = lru_cache(OPEN_FILES)(self._read_shard)
+        self._open = lru_cache(OPEN_FILES)(self._open_table)
+
+    def __len__(self) -> int:
+        return int(self._first_ordinal[-1])
+
+    def _read_shard(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """Sequence ids, and the first row of each sequence (one more entry than sequences), of the shard at `place`."""
+        table = read_sequences([self._sequence_files[place]], ["sequence_id", "length"])
+        if table is None:
+            raise DamageError(f"{self._sequence_files[place].path} is damaged: it has no rows")
+        return table["sequence_id"].to_numpy(), np.cumsum(np.concatenate([[0], table["length"].to_numpy()]))
+
+    def _open_table(self, kind: str, place: int) -> tuple[pq.ParquetFile, np.ndarray]:
+        """An open file and the first row of each of its row groups (and the end)."""
+        file = self._files[kind][place].open()
+        groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        return file, np.cumsum([0, *groups])
+
+    def _row_group(self, kind: str, place: int, group: int) -> Arrays:
+        key = (kind, place, group)
+        if key in self._decoded:
+            self._decoded.move_to_end(key)
+            return self._decoded[key]
+        file, _ = self._open(kind, place)
+        table = read_row_group(file, self._files[kind][place].path, group)
+        arrays = KINDS[kind].decode(table)
+        self._decoded[key] = arrays
+        self._decoded_bytes += sum(array.nbytes for array in arrays.values())
+        while self._decoded_bytes > CACHE_BYTES and len(self._decoded) > 1:
+            _, oldest = self._decoded.popitem(last=False)
+            self._decoded_bytes -= sum(array.nbytes for array in oldest.values())
+        return arrays
+
+    def sequence(self, ordinal: int, kinds: tuple[str, ...]) -> tuple[int, dict[str, Arrays]]:
+        """One sequence: its id, and for each kind its decoded arrays (all its rows).
+
+        Raises:
+            InputError: there is no such sequence.
+            DamageError: what was read is not what was published.
+        """
+        if not 0 <= ordinal < len(self):
+            raise InputError(f"dump {self.manifest.dump!r} has no sequence {ordinal}: it has {len(self)}, counted from 0")
+        place = int(np.searchsorted(self._first_ordinal, ordinal, side="right")) - 1
+        within = ordinal - int(self._first_ordinal[place])
+        ids, first_row = self._shard(place)
+        knowledge = {}
+        for kind in kinds:
+            start, stop = (first_row[within], first_row[within + 1]) if KINDS[kind].per == "position" else (within, within + 1)
+            _, group_start = self._open(kind, place)
+            group = int(np.searchsorted(group_start, start, side="right")) - 1
+            arrays = self._row_group(kind, place, group)
+            rows = slice(int(start - group_start[group]), int(stop - group_start[group]))
+            knowledge[kind] = {name: array[rows] for name, array in arrays.items()}
+        return int(ids[within]), knowledge
+
+
+def collate(
+    sequences: list[tuple[int, dict[str, Arrays]] | None], kinds: tuple[str, ...], template: dict[str, Arrays]
+) -> Arrays:
+    """One batch of sequences, padded on the right to the longest.
+
+    Args:
+        sequences: from `DumpReader.sequence`; None stands for a padding row (sequence_id −1, no position attended).
+        kinds: which kinds to put together; arrays of a kind per position become (B, T, …), others (B, …).
+        template: any sequence's knowledge: gives names, types and widths when every row is padding (T is 1 then).
+    """
+    batch: Arrays = {"sequence_id": np.array([-1 if each is None else each[0] for each in sequences], np.int64)}
+    for kind in kinds:
+        per_position = KINDS[kind].per == "position"
+        for name, example in template[kind].items():
+            arrays = [None if each is None else each[1][kind][name] for each in sequences]
+            batch[name] = _stack(arrays, example, KINDS[kind].padding.get(name, 0), per_position)
+            if per_position and "attention_mask" not in batch:
+                lengths = np.array([0 if array is None else len(array) for array in arrays])
+                batch["attention_mask"] = np.arange(batch[name].shape[1]) < lengths[:, None]
+    return batch
+
+
+def _stack(arrays: list[np.ndarray | None], example: np.ndarray, padding: object, per_position: bool) -> np.ndarray:
+    """Arrays of (rows, …) as one of (B, longest, …), or of (1, …) as one of (B, …); None becomes `padding`."""
+    present = [array for array in arrays if array is not None] or [example[:1]]
+    shape = np.max([array.shape for array in present], axis=0)
+    stacked: np.ndarray = np.full((len(arrays), *(shape if per_position else shape[1:])), padding, dtype=example.dtype)
+    for row, array in enumerate(arrays):
+        if array is not None and per_position:
+            stacked[row][tuple(slice(size) for size in array.shape)] = array
+        elif array is not None:
+            stacked[row] = array[0]
+    return stacked

@@ -1,0 +1,80 @@
+"""JSON files that notice when they were altered.
+
+Every JSON file of a store is one object that carries, under "sha256", the SHA-256 of the rest of itself in canonical
+form (keys sorted, no white space, UTF-8). Reading checks it, and refuses duplicate keys and non-finite numbers, which
+JSON parsers disagree about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from knowledge_store.errors import DamageError, StoreError
+
+SEAL = "sha256"
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one byte string that stands for a JSON value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 (hexadecimal) of a JSON value in canonical form."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def seal(record: dict[str, Any]) -> bytes:
+    """The bytes of a sealed JSON file that holds `record`, readable by people."""
+    sealed = {**record, SEAL: json_sha256(record)}
+    return (json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return record
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def unseal(data: bytes, path: Path) -> dict[str, Any]:
+    """Parse a sealed JSON file and check its seal.
+
+    Raises:
+        DamageError: the bytes are not such a file, or were altered.
+    """
+    try:
+        record = json.loads(data, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
+        if not isinstance(record, dict):
+            raise ValueError("not a JSON object")
+        seal_found = record.pop(SEAL, None)
+        intact = seal_found == json_sha256(record)
+    except (ValueError, RecursionError) as error:
+        raise DamageError(f"{path} is damaged: {error}") from None
+    if not intact:
+        raise DamageError(f"{path} is damaged: its contents do not match its SHA-256")
+    return record
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read and check a sealed JSON file.
+
+    Raises:
+        DamageError: it is missing or altered.
+        StoreError: it cannot be read.
+    """
+    try:
+        return unseal(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise DamageError(f"{path} is missing") from None
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from None

@@ -1,0 +1,197 @@
+"""`KnowledgeStore`: a folder of dumps, opened to be queried, read and checked."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from knowledge_store.batches import Batches
+from knowledge_store.errors import InputError, StoreError
+from knowledge_store.index import Index, refresh
+from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
+from knowledge_store.manifest import Manifest, check_version, read_manifest
+from knowledge_store.publication import TEMPORARY_PREFIX, fsync_folder
+from knowledge_store.query import read_tokens, run_query
+from knowledge_store.reader import DumpReader, collate, read_sequences, shard_files
+from knowledge_store.records import read_record
+from knowledge_store.sequences import sequences_schema
+from knowledge_store.summary import DumpSummary, summarise
+
+
+def check_store(path: Path) -> None:
+    """Make sure `path` is a store this version can read.
+
+    Raises:
+        StoreError: it does not exist, is a file, is some other folder, or has a newer format version.
+        DamageError: its store.json is altered.
+    """
+    if not path.exists():
+        raise StoreError(f"there is no store at {path}: `teacher-dump run --store {path}` makes one")
+    if not path.is_dir():
+        raise StoreError(f"{path} is a file, not a store: a store is a folder")
+    if not (path / STORE_FILE).exists():
+        raise StoreError(f"{path} is not a knowledge store: it has no {STORE_FILE}")
+    check_version(read_record(path / STORE_FILE), path / STORE_FILE)
+
+
+class KnowledgeStore:
+    """A store as it stood when it was opened: shards committed later are seen by opening it again.
+
+    Make one with `KnowledgeStore.open`. Reading never writes to the store, except that a missing or outdated index is made
+    anew where the folder can be written.
+    """
+
+    def __init__(self, path: Path, manifests: list[Manifest], index: Index):
+        self.path = path
+        self._manifests = {manifest.dump: manifest for manifest in manifests}
+        self._index = index
+        self._readers: dict[str, DumpReader] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, *, rebuild_index: bool = False) -> KnowledgeStore:
+        """Open a store.
+
+        Raises:
+            StoreError: `path` is no store, or a newer one than this version knows.
+            DamageError: a manifest or commit record is altered.
+        """
+        path = Path(path)
+        check_store(path)
+        manifests = [read_manifest(folder) for folder in dump_folders(path)]
+        for manifest in manifests:
+            for kind in manifest.kinds:
+                if kind not in KINDS:
+                    raise StoreError(f"dump {manifest.dump!r} of {path} holds knowledge of kind {kind!r}, unknown here")
+        return cls(path, manifests, refresh(path, [each.dump for each in manifests], rebuild=rebuild_index))
+
+    @property
+    def dumps(self) -> tuple[str, ...]:
+        """The names of the dumps, sorted."""
+        return tuple(self._manifests)
+
+    def dump(self, name: str | None = None) -> str:
+        """The dump that `name` means; None means the only one.
+
+        Raises:
+            InputError: there is no such dump, or there are several and none was named.
+        """
+        if name is None and len(self._manifests) == 1:
+            return next(iter(self._manifests))
+        there = ", ".join(self._manifests) or "none"
+        if name is None:
+            raise InputError(f"name a dump of {self.path} (there: {there})")
+        if name not in self._manifests:
+            raise InputError(f"{self.path} has no dump {name!r} (there: {there})")
+        return name
+
+    def manifest(self, dump: str | None = None) -> Manifest:
+        """What a dump is."""
+        return self._manifests[self.dump(dump)]
+
+    def tokens(self, dump: str | None = None) -> pa.Table:
+        """A dump's vocabulary: token_id uint32, text string (as a person reads it), token string (the tokenizer's name)."""
+        return read_tokens(self.path, self.manifest(dump))
+
+    def sequences(self, dump: str | None = None) -> pa.Table:
+        """A dump's `sequences` table, in the order of ordinals."""
+        manifest = self.manifest(dump)
+        table = read_sequences(shard_files(self.path, self._index, manifest.dump, SEQUENCES))
+        return sequences_schema(manifest).empty_table() if table is None else table
+
+    def info(self) -> list[DumpSummary]:
+        """The facts of each dump, from manifests and the index alone."""
+        return [summarise(self._index, manifest) for manifest in self._manifests.values()]
+
+    def sql(self, query: str) -> pa.Table:
+        """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
+
+        Raises:
+            QueryError: it is not one SELECT statement, would read or write anything else, or DuckDB cannot run it.
+            DamageError: a file it reads is not what was published.
+        """
+        return run_query(self.path, self._index, list(self._manifests.values()), query)
+
+    def _reader(self, dump: str | None) -> DumpReader:
+        name = self.dump(dump)
+        if name not in self._readers:
+            self._readers[name] = DumpReader(self.path, self._index, self._manifests[name])
+        return self._readers[name]
+
+    def batches(
+        self,
+        dump: str | None = None,
+        batch_size: int = 8,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        consumed: int = 0,
+        ordinals: np.ndarray | None = None,
+        shuffle: bool = True,
+        kinds: tuple[str, ...] | None = None,
+    ) -> Batches:
+        """The batches of one rank over one epoch (see `Batches` for what is in one).
+
+        Args:
+            dump: which dump; None when there is only one.
+            batch_size: sequences in a batch, for each rank.
+            seed, epoch: decide the order, the same for every rank and any number of ranks.
+            rank, world_size: step s of rank r takes items [(sW + r)B, (sW + r + 1)B) of the order.
+            consumed: items that all ranks together have taken before (see `Batches.state`).
+            ordinals: read only these sequences.
+            shuffle: False reads them in order.
+            kinds: which kinds of knowledge; None means all the dump has.
+
+        Raises:
+            InputError: no such dump, rank or kind; or nothing to read.
+        """
+        reader = self._reader(dump)
+        if not len(reader):
+            raise InputError(f"dump {self.dump(dump)!r} of {self.path} has no committed shard yet")
+        wanted = reader.manifest.kinds if kinds is None else kinds
+        for kind in wanted:
+            if kind not in reader.manifest.kinds:
+                raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
+        return Batches(reader, wanted, batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle)
+
+    def __len__(self) -> int:
+        """How many sequences the store holds, all dumps together."""
+        return sum(len(self._reader(name)) for name in self._manifests)
+
+    def __getitem__(self, item: int | tuple[str, int]) -> Arrays:
+        """One sequence by its ordinal: `store[7]`, or `store["dump", 7]` when there are several dumps.
+
+        Returns:
+            the arrays of a batch (see `Batches`) without their first axis.
+        """
+        dump, ordinal = item if isinstance(item, tuple) else (None, item)
+        reader = self._reader(dump)
+        if ordinal < 0:
+            ordinal += len(reader)
+        try:
+            sequence = reader.sequence(ordinal, reader.manifest.kinds)
+        except InputError as error:
+            raise IndexError(str(error)) from None
+        batch = collate([sequence], reader.manifest.kinds, sequence[1])
+        return {name: array[0] for name, array in batch.items()}
+
+    def remove(self, dump: str) -> None:
+        """Remove a dump: it disappears at once, then its files are deleted.
+
+        Raises:
+            InputError: there is no such dump.
+        """
+        folder = self.path / self.dump(dump)
+        doomed = self.path / f"{TEMPORARY_PREFIX}removed-{folder.name}-{uuid.uuid4().hex[:12]}"
+        folder.rename(doomed)
+        fsync_folder(self.path)
+        shutil.rmtree(doomed)
+        del self._manifests[folder.name]
+        self._readers.pop(folder.name, None)
+        self._index = refresh(self.path, list(self._manifests))

@@ -1,0 +1,190 @@
+"""Writing a dump: any number of writers, on any number of machines, with no coordinator.
+
+A shard's content depends on nothing but the manifest, so two writers that make the same shard make the same rows, and
+whichever publishes first wins. A shard is there once its commit record is; until then its files are ignored.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from knowledge_store.commits import CommitRecord, read_commit
+from knowledge_store.errors import DamageError, InputError, MismatchError, StoreError
+from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.layout import (
+    COMMITS,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    SEQUENCES,
+    STORE_FILE,
+    TOKENS_FILE,
+    check_dump_name,
+    commit_path,
+    table_path,
+)
+from knowledge_store.manifest import Manifest, read_manifest
+from knowledge_store.parquet import FileRecord, publish_table
+from knowledge_store.publication import make_folder, publish_bytes, remove_leftovers
+from knowledge_store.records import seal
+from knowledge_store.sequences import sequences_table
+from knowledge_store.store import check_store
+
+ROW_GROUP_POSITIONS = 32_768
+
+
+def create_store(path: Path) -> None:
+    """Make `path` a store, unless it is one.
+
+    Raises:
+        StoreError: it is a file, or a folder with something else in it.
+    """
+    if path.is_dir() and not (path / STORE_FILE).exists() and any(path.iterdir()):
+        raise StoreError(f"{path} is a folder with something else in it: name a new or empty folder, or a store")
+    if not path.exists() or (path.is_dir() and not (path / STORE_FILE).exists()):
+        make_folder(path)
+        publish_bytes(path / STORE_FILE, seal({"format": FORMAT_NAME, "version": FORMAT_VERSION}))
+    check_store(path)
+
+
+def row_groups(lengths: np.ndarray) -> list[int]:
+    """How many sequences go into each row group: whole sequences, about ROW_GROUP_POSITIONS positions."""
+    groups, count, positions = [], 0, 0
+    for length in lengths.tolist():
+        if count and positions + length > ROW_GROUP_POSITIONS:
+            groups.append(count)
+            count = positions = 0
+        count += 1
+        positions += length
+    return [*groups, count] if count else groups
+
+
+class DumpWriter:
+    """Publishes the shards of one dump."""
+
+    def __init__(self, store: Path, manifest: Manifest):
+        self.folder = store / manifest.dump
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, store: Path, manifest: Manifest, tokens: pa.Table) -> DumpWriter:
+        """Create the store and the dump, or go on with the dump of that name.
+
+        Args:
+            store: the store's folder, made if need be.
+            manifest: what the dump is to be; `derived["tokens"]` is filled in here.
+            tokens: the `tokens` table.
+
+        Raises:
+            InputError: the dump's name cannot be used.
+            MismatchError: a dump of that name was made from something else; says what differs.
+            StoreError: `store` cannot be a store, or cannot be written.
+        """
+        check_dump_name(manifest.dump)
+        if manifest.dump + ".duckdb" == "index.duckdb" or set(manifest.kinds) - KINDS.keys():
+            raise InputError(f"dump {manifest.dump!r} cannot be made: its name or kinds are not usable")
+        create_store(store)
+        folder = store / manifest.dump
+        for table in (SEQUENCES, *manifest.kinds, COMMITS):
+            make_folder(folder / table)
+        remove_leftovers(folder)
+        if not (folder / MANIFEST_FILE).exists():
+            record = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)])
+            complete = replace(manifest, derived={**manifest.derived, "tokens": record.as_dict()})
+            publish_bytes(folder / MANIFEST_FILE, complete.to_bytes())
+        # What stands there decides, whoever wrote it: two writers may start the same dump at once.
+        found = read_manifest(folder)
+        differences = found.differences(manifest)
+        if differences:
+            raise MismatchError(
+                f"dump {manifest.dump!r} in {store} was made differently: {'; '.join(differences)}."
+                " Use what it was made with, or give this dump another --name"
+            )
+        return cls(store, found)
+
+    def committed(self, shard: int) -> bool:
+        """Whether a shard's commit record is there."""
+        return commit_path(self.folder, shard).exists()
+
+    def commit(
+        self,
+        shard: int,
+        first_document: int,
+        documents: int,
+        sequences: list[dict[str, Any]],
+        knowledge: dict[str, Arrays],
+        skipped: list[dict[str, Any]],
+        made_by: dict[str, Any],
+    ) -> CommitRecord:
+        """Publish a shard's files, then its commit record.
+
+        Args:
+            shard: its number in the plan.
+            first_document, documents: what part of the plan it covers.
+            sequences: rows of the `sequences` table, in order.
+            knowledge: for each kind, its arrays over all rows of the shard (see each kind's `encode`).
+            skipped: rows of the corpus that were left out: {"file", "row", "reason"}.
+            made_by: versions, device, host, times.
+
+        Returns:
+            the record that stands in the store, whoever wrote it.
+
+        Raises:
+            StoreError: a file cannot be written; names it.
+        """
+        files: dict[str, FileRecord] = {}
+        statistics: dict[str, float] = {}
+        lengths = np.array([row["length"] for row in sequences], dtype=np.int64)
+        ids = np.array([row["sequence_id"] for row in sequences], dtype=np.int64)
+        groups = row_groups(lengths)
+        files[SEQUENCES] = self._publish(SEQUENCES, shard, sequences_table(sequences, self.manifest), [len(sequences)])
+        for name in self.manifest.kinds:
+            kind = KINDS[name]
+            keys = pa.table({"sequence_id": pa.array(ids)})
+            rows_in_groups = groups
+            if kind.per == "position":
+                positions = [np.arange(length, dtype=np.int32) for length in lengths]
+                keys = pa.table(
+                    {
+                        "sequence_id": pa.array(np.repeat(ids, lengths)),
+                        "position": pa.array(np.concatenate(positions) if positions else np.empty(0, np.int32)),
+                    }
+                )
+                ends = np.cumsum(groups)
+                rows_in_groups = [int(lengths[end - count : end].sum()) for end, count in zip(ends, groups, strict=True)]
+            schema = kind.schema(self.manifest)
+            table = kind.table(keys, knowledge[name], self.manifest) if sequences else schema.empty_table()
+            files[name] = self._publish(name, shard, table, rows_in_groups)
+            statistics.update(kind.statistics(table, self.manifest))
+        record = CommitRecord(
+            dump=self.manifest.dump,
+            shard=shard,
+            first_document=first_document,
+            documents=documents,
+            files=files,
+            statistics=statistics,
+            skipped=skipped,
+            made_by={**made_by, "committed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
+        )
+        path = commit_path(self.folder, shard)
+        if publish_bytes(path, record.to_bytes()):
+            return record
+        return read_commit(path)
+
+    def _publish(self, table: str, shard: int, rows: pa.Table, groups: list[int]) -> FileRecord:
+        path = table_path(self.folder, table, shard)
+        record = publish_table(path, rows, groups)
+        if record.rows != len(rows):
+            raise DamageError(
+                f"{path} was left by an unfinished run and has {record.rows} rows where {len(rows)} belong:"
+                " delete that file and run the same command again"
+            )
+        return record
+
+

@@ -1,0 +1,171 @@
+"""The command `teacher-dump`: a thin layer over `dump` and `estimate`."""
+
+from __future__ import annotations
+
+import importlib.util
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from knowledge_store.console import BAD_INPUT, command_errors, note, output
+from knowledge_store.progress import duration
+from knowledge_store.quantities import amount, byte_size
+from teacher_dump.configuration import DumpConfig
+
+app = typer.Typer(
+    help="Run a teacher once over a corpus and keep its knowledge in a store.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+TeacherOption = Annotated[str, typer.Option("--teacher", help="A local folder or a hub id of a causal language model.")]
+CorpusOption = Annotated[
+    list[Path],
+    typer.Option("--corpus", help="Files: .jsonl, .jsonl.zst, .parquet or .txt."),
+]
+StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder; made if need be.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="The dump's name. [default: from teacher and corpus]")]
+TopKOption = Annotated[int, typer.Option("--top-k", help="Candidates kept at each position.")]
+MaxLengthOption = Annotated[int, typer.Option("--max-length", help="Longest sequence, in tokens.")]
+BatchSizeOption = Annotated[
+    int, typer.Option("--batch-size", help="Sequences of the maximum length in a forward pass; shorter ones share the room.")
+]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto (float32 on a CPU, the model's own elsewhere), float32, bfloat16 or float16.")
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
+ShardSizeOption = Annotated[int, typer.Option("--shard-size", help="Documents in a shard.")]
+GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="A GGUF file within the teacher's folder.")]
+KeepContextOption = Annotated[bool, typer.Option("--keep-context", help="Keep knowledge at context positions (prompts) too.")]
+SkipBadRowsOption = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them, instead of stopping.")
+]
+
+
+def _exists_or_exit() -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        note(f"Error: teacher-dump needs {' and '.join(missing)}: pip install 'knowledge-store[teacher]'")
+        raise typer.Exit(BAD_INPUT)
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@app.command()
+def run(
+    teacher: TeacherOption,
+    corpus: CorpusOption,
+    store: StoreOption,
+    name: NameOption = None,
+    top_k: TopKOption = 5,
+    max_length: MaxLengthOption = 512,
+    batch_size: BatchSizeOption = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    shard_size: ShardSizeOption = 512,
+    gguf_file: GgufOption = None,
+    keep_context: KeepContextOption = False,
+    skip_bad_rows: SkipBadRowsOption = False,
+    rank: Annotated[int, typer.Option("--rank", help="This worker's number, from 0.")] = 0,
+    world_size: Annotated[int, typer.Option("--world-size", help="How many workers share the dump.")] = 1,
+) -> None:
+    """Dump a teacher's knowledge of a corpus. The same command again goes on where it stopped.
+
+    Example: `teacher-dump run --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl --store knowledge/`
+
+    Several workers: give each `--world-size W` and its own `--rank`; any of them may stop and start at any time.
+    """
+    _exists_or_exit()
+    with command_errors():
+        from teacher_dump.teacher_pass import dump
+
+        config = DumpConfig(
+            teacher, tuple(corpus), store, name, top_k, max_length, batch_size, dtype, device, shard_size, gguf_file,
+            keep_context, skip_bad_rows,
+        )  # fmt: skip
+        signal.signal(signal.SIGTERM, _interrupt)
+        report = dump(config, rank, world_size)
+        standing = f", {report.shards_standing} were there" if report.shards_standing else ""
+        speed = f" at {report.positions / report.seconds:,.0f} positions/s" if report.positions else ""
+        note(
+            f"{report.dump}: {report.shards} of {report.shards_planned} shards dumped{standing};"
+            f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
+        )
+        if report.skipped_rows:
+            note(f"{report.skipped_rows} rows were left out; the commit records say which and why")
+
+
+@app.command()
+def estimate(
+    teacher: TeacherOption,
+    corpus: CorpusOption,
+    store: StoreOption = Path("store"),
+    name: NameOption = None,
+    top_k: TopKOption = 5,
+    max_length: MaxLengthOption = 512,
+    batch_size: BatchSizeOption = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    shard_size: ShardSizeOption = 512,
+    gguf_file: GgufOption = None,
+    keep_context: KeepContextOption = False,
+    skip_bad_rows: SkipBadRowsOption = False,
+) -> None:
+    """Predict what a dump takes, from a small sample. Takes the arguments of `run`, and writes nothing.
+
+    Example: `teacher-dump estimate --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl --store knowledge/`
+    """
+    _exists_or_exit()
+    with command_errors():
+        from teacher_dump.forecast import estimate as predict
+
+        config = DumpConfig(
+            teacher, tuple(corpus), store, name, top_k, max_length, batch_size, dtype, device, shard_size, gguf_file,
+            keep_context, skip_bad_rows,
+        )  # fmt: skip
+        found = predict(config)
+        masses = " · ".join(f"k={k}: {mass:.3f}" for k, mass in found.top_k_mass.items())
+        for label, value in (
+            ("documents", f"{found.documents:,}"),
+            ("positions", amount(found.positions)),
+            ("time, one worker like this", f"{duration(found.seconds)} at {found.positions_per_second:,.0f} positions/s"),
+            ("on disk", f"{byte_size(found.bytes)}, {found.bytes_per_position:.1f} bytes a position"),
+            ("kept whole (float32)", byte_size(found.dense_bytes)),
+            ("ratio", f"{found.ratio:,.0f}×"),
+            ("mass of the k likeliest", masses),
+            ("sample", f"{found.sample_positions:,} positions"),
+        ):
+            output.print(f"{label:<27} {value}", markup=False)
+        if found.unusable_documents:
+            note(f"{found.unusable_documents} of the sampled rows cannot be used: `run` says why, and leaves them out if asked")
+
+
+def _spread_files(arguments: list[str]) -> list[str]:
+    """`--corpus a b c` as `--corpus a --corpus b --corpus c`, so that a shell's glob can be given."""
+    spread: list[str] = []
+    inside = first = False
+    for argument in arguments:
+        if argument.startswith("-"):
+            inside = first = argument == "--corpus"
+        elif inside:
+            if not first:
+                spread.append("--corpus")
+            first = False
+        spread.append(argument)
+    return spread
+
+
+def main() -> None:
+    """Entry point of the command."""
+    app(args=_spread_files(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

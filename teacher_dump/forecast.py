@@ -1,0 +1,164 @@
+"""What a dump will take: a small random sample of the corpus, really dumped (but to memory), and scaled up."""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from knowledge_store.errors import InputError
+from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.parquet import write_table
+from knowledge_store.progress import progress_bar
+from knowledge_store.summary import DENSE_BYTES_PER_LOGPROB
+from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus import Document, Start, read_documents
+from teacher_dump.teacher_pass import ask_batch, joined
+from teacher_dump.plan import check_options, identity_manifest, length_batches
+from teacher_dump.teacher import Teacher, load_teacher
+from teacher_dump.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+
+SAMPLE_DOCUMENTS = 64
+SAMPLE_POSITIONS = 8192
+MASSES = (1, 5, 16, 50)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A prediction for the whole corpus, from a sample.
+
+    Attributes:
+        documents: counted. positions: predicted.
+        seconds: of the teacher's work, on this machine, one worker. positions_per_second: measured on the sample.
+        bytes: on disk, the vocabulary left out. bytes_per_position: measured on the sample; full row groups take a little less.
+        dense_bytes: predicted positions with knowledge × vocabulary × 4. ratio: dense bytes for each byte on disk.
+        top_k_mass: for each k, the mean mass of the k likeliest tokens over the sample.
+        sample_positions: how large the sample was.
+        unusable_documents: of the sample, how many could not be used.
+    """
+
+    documents: int
+    positions: int
+    seconds: float
+    positions_per_second: float
+    bytes: int
+    bytes_per_position: float
+    dense_bytes: int
+    ratio: float
+    top_k_mass: dict[int, float]
+    sample_positions: int
+    unusable_documents: int
+
+
+def _sample_documents(config: DumpConfig) -> tuple[list[Document], int, int]:
+    """A uniform random sample of the corpus's documents, and the whole corpus's documents and characters."""
+    generator = random.Random(0)
+    sample: list[Document] = []
+    count = characters = 0
+    with progress_bar("reading the corpus", None) as advance:
+        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
+            count += 1
+            characters += document.characters
+            advance(document.characters)
+            if len(sample) < SAMPLE_DOCUMENTS:
+                sample.append(document)
+            elif (place := generator.randrange(count)) < SAMPLE_DOCUMENTS:
+                sample[place] = document
+    return sample, count, characters
+
+
+def _kept_top_k(arrays: Arrays, top_k: int) -> Arrays:
+    """The same knowledge with fewer candidates: what they held goes to the tail."""
+    rest = np.logaddexp.reduce(arrays["candidate_logprobs"][:, top_k:], axis=1, initial=-np.inf)
+    return {
+        **arrays,
+        "candidate_ids": arrays["candidate_ids"][:, :top_k],
+        "candidate_logprobs": arrays["candidate_logprobs"][:, :top_k],
+        "tail_logprob": np.logaddexp(arrays["tail_logprob"], rest),
+    }
+
+
+def _bytes(config: DumpConfig, teacher: Teacher, arrays: Arrays, lengths: list[int]) -> int:
+    """Bytes that positions take in a shard's columns (footers, a few kilobytes a shard, left out)."""
+    manifest = replace(identity_manifest(config, teacher), derived={"columns": {}})
+    keys = pa.table(
+        {
+            "sequence_id": pa.array(np.repeat(np.arange(len(lengths)), lengths)),
+            "position": pa.array(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])),
+        }
+    )
+    file = io.BytesIO()
+    table = KINDS["positions"].table(keys, arrays, manifest)
+    write_table(table, file, [len(table)])
+    group = pq.read_metadata(io.BytesIO(file.getvalue())).row_group(0)
+    return sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+
+
+def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
+    """Dump a sample to memory and predict the whole.
+
+    Raises:
+        InputError: something given cannot be used, or the sample holds nothing that can.
+    """
+    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
+    check_options(config, teacher)
+    tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
+    documents, count, characters = _sample_documents(config)
+    sequences: list[TokenSequence] = []
+    unusable = sampled_characters = 0
+    for document in documents:
+        try:
+            sequences.extend(tokenizer.sequences(document))
+            sampled_characters += document.characters
+        except BadRow:
+            unusable += 1
+    tokens = sum(len(sequence.token_ids) for sequence in sequences)
+    if not tokens:
+        raise InputError("no row of the sampled corpus can be used: `teacher-dump run` says why")
+    positions = round(tokens * characters / max(sampled_characters, 1))
+
+    random.Random(0).shuffle(sequences)
+    chosen: list[TokenSequence] = []
+    for sequence in sequences:
+        if chosen and sum(len(each.token_ids) for each in chosen) + len(sequence.token_ids) > SAMPLE_POSITIONS:
+            break
+        chosen.append(sequence)
+    deepest = min(max(*MASSES, config.top_k), teacher.vocabulary_size)
+    deep = replace(config, top_k=deepest)
+    lengths = [len(sequence.token_ids) for sequence in chosen]
+    ask_batch(deep, teacher, chosen[:1])  # the first pass pays for what later ones find ready
+    knowledge: list[Arrays] = []
+    ordered: list[int] = []
+    seconds = 0.0
+    with progress_bar("asking the teacher", sum(lengths), "positions") as advance:
+        for indices in length_batches(lengths, config.batch_size * config.max_length):
+            started = time.monotonic()
+            knowledge += ask_batch(deep, teacher, [chosen[index] for index in indices])["positions"]
+            seconds += time.monotonic() - started
+            ordered += [lengths[index] for index in indices]
+            advance(sum(lengths[index] for index in indices))
+    arrays = joined(knowledge)
+    kept = arrays["has_knowledge"]
+    mass = np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).cumsum(axis=1).mean(axis=0)
+    sample_bytes = _bytes(config, teacher, _kept_top_k(arrays, config.top_k), ordered)
+    bytes_per_position = sample_bytes / len(kept)
+    dense = positions * kept.mean() * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
+    speed = len(kept) / seconds
+    return Estimate(
+        documents=count,
+        positions=positions,
+        seconds=positions / speed,
+        positions_per_second=speed,
+        bytes=round(positions * bytes_per_position),
+        bytes_per_position=bytes_per_position,
+        dense_bytes=round(dense),
+        ratio=dense / max(positions * bytes_per_position, 1),
+        top_k_mass={k: float(mass[min(k, deepest) - 1]) for k in sorted({*MASSES, config.top_k})},
+        sample_positions=len(kept),
+        unusable_documents=unusable,
+    )

@@ -1,0 +1,165 @@
+"""The plan of a dump: its manifest, whether new or standing already, and the sequences and batches of each shard."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from knowledge_store.errors import InputError
+from knowledge_store.layout import MANIFEST_FILE
+from knowledge_store.manifest import Manifest, read_manifest
+from knowledge_store.progress import progress_bar
+from teacher_dump.configuration import QUANTISATION_STEP, DumpConfig
+from teacher_dump.corpus import Start, check_files, column_value, file_names, problem_text, read_documents, scan
+from teacher_dump.fingerprints import file_sha256
+from teacher_dump.teacher import Teacher, describe_tokenizer
+from teacher_dump.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+
+
+def check_options(config: DumpConfig, teacher: Teacher) -> None:
+    """Make sure the options fit the teacher, and the corpus files are there.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    if config.top_k > teacher.vocabulary_size:
+        raise InputError(f"--top-k {config.top_k} is above the teacher's vocabulary of {teacher.vocabulary_size:,} tokens")
+    most = teacher.description["max_positions"]
+    if most is not None and config.max_length > most:
+        raise InputError(f"--max-length {config.max_length} is above the {most} positions the teacher knows")
+    check_files(config.corpus)
+
+
+def identity_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
+    """The manifest of the dump that `config` asks for, with nothing derived yet."""
+    files = [
+        {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for name, path in zip(file_names(config.corpus), config.corpus, strict=True)
+    ]
+    return Manifest(
+        dump=config.dump_name,
+        kinds=config.kinds,
+        teacher=teacher.description,
+        tokenizer=describe_tokenizer(teacher.tokenizer),
+        corpus={"files": files},
+        selection={"name": "top-k", "k": config.top_k},
+        quantisation_step=QUANTISATION_STEP,
+        plan={
+            "max_length": config.max_length,
+            "batch_size": config.batch_size,
+            "shard_size": config.shard_size,
+            "part_characters": config.part_characters,
+            "keep_context": config.keep_context,
+        },
+        derived={},
+    )
+
+
+def make_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
+    """The manifest of a dump. The corpus is scanned only where no such dump stands yet.
+
+    Raises:
+        InputError: the corpus cannot be used, or an option does not fit the teacher.
+    """
+    check_options(config, teacher)
+    manifest = identity_manifest(config, teacher)
+    folder = config.store / config.dump_name
+    if (folder / MANIFEST_FILE).is_file():
+        standing = read_manifest(folder)
+        if standing.differences(manifest):
+            return manifest  # the writer refuses it, and says what differs
+        _check_bad_rows(config, standing.derived["bad_rows"], standing.derived["first_problem"])
+        return standing
+    return replace(manifest, derived=_scan_corpus(config))
+
+
+def _scan_corpus(config: DumpConfig) -> dict[str, Any]:
+    # Characters are not known before they are read; for plain text bytes are close, and nothing hangs on it.
+    size = sum(path.stat().st_size for path in config.corpus) if all(_plain(path.name) for path in config.corpus) else None
+    with progress_bar("reading the corpus", size) as advance:
+        found = scan(config.corpus, config.shard_size, config.part_characters, advance)
+    _check_bad_rows(config, found.bad_rows, found.first_problem)
+    if found.documents == found.bad_rows:
+        raise InputError(f"the corpus has no row that can be used: {found.first_problem or 'it is empty'}")
+    return {
+        "documents": found.documents,
+        "bad_rows": found.bad_rows,
+        "first_problem": found.first_problem,
+        "columns": found.columns,
+        "shards": [asdict(start) for start in found.shards],
+    }
+
+
+def _plain(name: str) -> bool:
+    return name.endswith((".txt", ".jsonl"))
+
+
+def _check_bad_rows(config: DumpConfig, bad_rows: int, first_problem: str | None) -> None:
+    if bad_rows and not config.skip_bad_rows:
+        more = f" ({bad_rows - 1} more rows cannot be used)" if bad_rows > 1 else ""
+        raise InputError(f"{first_problem}{more}. Mend the corpus, or pass --skip-bad-rows to leave such rows out")
+
+
+@dataclass(frozen=True)
+class ShardInput:
+    """The sequences of one shard, in order, and the rows that were left out."""
+
+    shard: int
+    first_document: int
+    documents: int
+    characters: int
+    sequences: list[TokenSequence]
+    skipped: list[dict[str, Any]]
+
+    @property
+    def positions(self) -> int:
+        """Tokens in all its sequences."""
+        return sum(len(sequence.token_ids) for sequence in self.sequences)
+
+
+def shard_input(config: DumpConfig, manifest: Manifest, tokenizer: CorpusTokenizer, shard: int) -> ShardInput:
+    """Read and tokenise the documents of one shard.
+
+    Raises:
+        InputError: a row cannot be used and is not to be skipped; names file and line.
+    """
+    starts = manifest.derived["shards"]
+    start = Start(**starts[shard])
+    end = starts[shard + 1]["document"] if shard + 1 < len(starts) else manifest.derived["documents"]
+    names = [file["name"] for file in manifest.corpus["files"]]
+    sequences: list[TokenSequence] = []
+    skipped: list[dict[str, Any]] = []
+    for document in read_documents(config.corpus, start, config.part_characters):
+        if document.number >= end:
+            break
+        try:
+            sequences.extend(tokenizer.sequences(document))
+        except BadRow as reason:
+            if not config.skip_bad_rows:
+                place = problem_text(config.corpus, document.file, document.row, str(reason))
+                raise InputError(place) from None
+            skipped.append({"file": names[document.file], "row": document.row, "reason": str(reason)})
+    return ShardInput(shard, start.document, end - start.document, start.characters, sequences, skipped)
+
+
+def length_batches(lengths: list[int], room: int) -> list[np.ndarray]:
+    """Batches of sequences of like length, longest first: each has at most `room` positions, padding included.
+
+    A longest-first order meets the largest batch at once, so that a device too small for it fails at the start.
+    """
+    batches: list[np.ndarray] = []
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > room:
+            batches.append(np.array(batch))
+            batch = []
+        batch.append(index)
+    return [*batches, np.array(batch)] if batch else batches
+
+
+def corpus_columns(manifest: Manifest, sequence: TokenSequence) -> dict[str, Any]:
+    """The corpus's own columns of a sequence's row, as the types they are stored with."""
+    own = sequence.document.columns or {}
+    return {name: column_value(own.get(name), kind) for name, kind in manifest.derived["columns"].items()}

@@ -1,0 +1,275 @@
+"""One teacher's pass over one corpus.
+
+The next shard is read and tokenised, and the last one compressed, hashed and written, each on a thread of its own, while the
+teacher works on this one. A shard is all or nothing: whatever stops a dump, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import torch
+
+from knowledge_store.commits import CommitRecord
+from knowledge_store.console import note
+from knowledge_store.errors import InputError
+from knowledge_store.kinds import Arrays
+from knowledge_store.manifest import Manifest
+from knowledge_store.progress import Advance, progress_bar
+from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
+from knowledge_store.writer import DumpWriter
+from teacher_dump.configuration import DumpConfig
+from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
+from teacher_dump.plan import ShardInput, corpus_columns, length_batches, make_manifest, shard_input
+from teacher_dump.teacher import Teacher, load_teacher
+from teacher_dump.tokenisation import CorpusTokenizer, TokenSequence
+
+RECORDED_PACKAGES = ("knowledge-store", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class DumpReport:
+    """What one call of `dump` did.
+
+    Attributes:
+        dump: its name.
+        shards: committed by this call; shards_planned: in the whole dump.
+        shards_standing: of this rank's, committed before.
+        positions, seconds: of this call.
+        skipped_rows: rows of this call's shards that were left out.
+    """
+
+    dump: str
+    shards: int
+    shards_standing: int
+    shards_planned: int
+    positions: int
+    seconds: float
+    skipped_rows: int
+
+
+def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teacher | None = None) -> DumpReport:
+    """Dump the shards of one rank that are not committed yet: shards rank, rank + world_size, …
+
+    Any rank and world size may be used at any time, also other ones than before: what a shard contains does not depend on them.
+
+    Args:
+        config: what to dump.
+        rank, world_size: this worker's number among all.
+        teacher: already loaded as `config` says; loaded here when None.
+
+    Raises:
+        InputError: something given cannot be used.
+        MismatchError: the dump of that name was made from something else.
+        StoreError: the store cannot be written.
+        KeyboardInterrupt: Ctrl-C; the shard that was being published is published first.
+    """
+    if not 0 <= rank < world_size:
+        raise InputError(f"--rank {rank} is not below --world-size {world_size}")
+    for kind in config.kinds:
+        if kind not in EXTRACTORS:
+            raise InputError(f"no extractor is known for knowledge of kind {kind!r}")
+    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
+    tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
+    planned = make_manifest(config, teacher)
+    writer = DumpWriter.open(config.store, planned, tokens_table(*teacher.tokens()))
+    manifest = writer.manifest
+    mine = range(rank, manifest.shard_count, world_size)
+    pending = [shard for shard in mine if not writer.committed(shard)]
+    started = time.monotonic()
+    total = sum(manifest.derived["shards"][shard]["characters"] for shard in pending)
+    tally = _Tally()
+    with progress_bar(f"dumping {manifest.dump}", total) as advance:
+        _dump_shards(config, teacher, tokenizer, writer, pending, _Meter(advance, tally, config.top_k), tally)
+    return DumpReport(
+        dump=manifest.dump,
+        shards=tally.shards,
+        shards_standing=len(mine) - len(pending),
+        shards_planned=manifest.shard_count,
+        positions=tally.committed_positions,
+        seconds=time.monotonic() - started,
+        skipped_rows=tally.skipped_rows,
+    )
+
+
+@dataclass
+class _Tally:
+    """What has been done so far by this call."""
+
+    shards: int = 0
+    committed_positions: int = 0
+    committed_bytes: int = 0
+    skipped_rows: int = 0
+    positions: int = 0
+    predictions: int = 0
+    mass: float = 0.0
+
+    def committed(self, record: CommitRecord, positions: int) -> None:
+        self.shards += 1
+        self.committed_positions += positions
+        self.committed_bytes += sum(file.bytes for file in record.files.values())
+        self.skipped_rows += len(record.skipped)
+
+
+class _Meter:
+    """Feeds the progress bar: characters done, and the live figures behind it."""
+
+    def __init__(self, advance: Advance, tally: _Tally, top_k: int):
+        self._advance, self._tally, self._top_k = advance, tally, top_k
+        self._started = time.monotonic()
+
+    def batch(self, characters: float, knowledge: list[Arrays], positions: int) -> None:
+        tally = self._tally
+        tally.positions += positions
+        for arrays in knowledge:
+            kept = arrays["has_knowledge"]
+            tally.predictions += int(kept.sum())
+            tally.mass += float(np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).sum())
+        figures = {"positions/s": f"{tally.positions / (time.monotonic() - self._started):,.0f}"}
+        if tally.committed_positions:
+            figures["bytes/position"] = f"{tally.committed_bytes / tally.committed_positions:.1f}"
+        if tally.predictions:
+            figures[f"top-{self._top_k} mass"] = f"{tally.mass / tally.predictions:.3f}"
+        self._advance(characters, **figures)
+
+
+def _dump_shards(
+    config: DumpConfig,
+    teacher: Teacher,
+    tokenizer: CorpusTokenizer,
+    writer: DumpWriter,
+    pending: list[int],
+    meter: _Meter,
+    tally: _Tally,
+) -> None:
+    made_by = _made_by(teacher)
+    publishing: tuple[Future[CommitRecord], int] | None = None
+
+    def settle() -> None:
+        nonlocal publishing
+        if publishing is not None:
+            (future, positions), publishing = publishing, None
+            tally.committed(future.result(), positions)
+
+    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as publisher:
+        try:
+            ahead = _read_ahead(reader, config, writer.manifest, tokenizer, pending)
+            for shard in ahead:
+                if writer.committed(shard.shard):
+                    continue  # another worker was quicker
+                knowledge = _ask(config, teacher, shard, meter)
+                settle()
+                future = publisher.submit(_publish, writer, shard, knowledge, made_by)
+                publishing = future, shard.positions
+            settle()
+        except KeyboardInterrupt:
+            settle()
+            note(f"Stopped: {tally.shards} shards were committed by this run. The same command goes on from there.")
+            raise
+
+
+def _read_ahead(
+    reader: ThreadPoolExecutor, config: DumpConfig, manifest: Manifest, tokenizer: CorpusTokenizer, shards: list[int]
+) -> Iterator[ShardInput]:
+    """The input of each shard, the next one being read while this one is used."""
+    following: Future[ShardInput] | None = None
+    for index, shard in enumerate(shards):
+        current = following or reader.submit(shard_input, config, manifest, tokenizer, shard)
+        following = None
+        ready = current.result()
+        if index + 1 < len(shards):
+            following = reader.submit(shard_input, config, manifest, tokenizer, shards[index + 1])
+        yield ready
+
+
+def _ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, meter: _Meter) -> dict[str, list[Arrays]]:
+    """The teacher's knowledge of every sequence of a shard, in the shard's order, for each kind."""
+    lengths = [len(sequence.token_ids) for sequence in shard.sequences]
+    knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in config.kinds}
+    for indices in length_batches(lengths, config.batch_size * config.max_length):
+        sequences = [shard.sequences[index] for index in indices]
+        batch = ask_batch(config, teacher, sequences)
+        for kind, extracted in batch.items():
+            for index, arrays in zip(indices, extracted, strict=True):
+                knowledge[kind][index] = arrays
+        positions = sum(len(sequence.token_ids) for sequence in sequences)
+        meter.batch(shard.characters * positions / shard.positions, batch.get("positions", []), positions)
+    return knowledge
+
+
+def ask_batch(config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence]) -> dict[str, list[Arrays]]:
+    """Run the teacher on some sequences as one batch, and take each kind of knowledge from its prediction."""
+    longest = max(len(sequence.token_ids) for sequence in sequences)
+    token_ids = np.zeros((len(sequences), longest), np.int64)
+    mask = np.zeros((len(sequences), longest), bool)
+    for row, sequence in enumerate(sequences):
+        token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
+        mask[row, : len(sequence.token_ids)] = True
+    try:
+        prediction = teacher.predict(token_ids, mask)
+        batch = ExtractionBatch(sequences, prediction, mask, config.top_k, config.keep_context)
+        return {kind: EXTRACTORS[kind](batch) for kind in config.kinds}
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"the teacher ran out of memory on {len(sequences)} sequences of {longest} tokens:"
+            f" give a smaller --batch-size (now {config.batch_size})"
+        ) from None
+
+
+def _publish(
+    writer: DumpWriter, shard: ShardInput, knowledge: dict[str, list[Arrays]], made_by: dict[str, Any]
+) -> CommitRecord:
+    names = [file["name"] for file in writer.manifest.corpus["files"]]
+    rows = []
+    for sequence in shard.sequences:
+        document = sequence.document
+        own = {corpus_column(name): value for name, value in corpus_columns(writer.manifest, sequence).items()}
+        rows.append(
+            {
+                "sequence_id": sequence_id(document.number, sequence.window),
+                "document": document.number,
+                "file": names[document.file],
+                "row": document.row,
+                "part": document.part,
+                "window": sequence.window,
+                "length": len(sequence.token_ids),
+                "targets": int(sequence.is_target.sum()),
+                "truncated": sequence.truncated,
+                "token_hash": token_hash(sequence.token_ids),
+                **own,
+            }
+        )
+    arrays = {kind: joined(each) for kind, each in knowledge.items()}
+    return writer.commit(shard.shard, shard.first_document, shard.documents, rows, arrays, shard.skipped, made_by)
+
+
+def joined(knowledge: list[Arrays]) -> Arrays:
+    """The arrays of several sequences, one after the other; of one entry each for a kind per sequence."""
+    if not knowledge:
+        return {}
+    return {name: np.concatenate([arrays[name] for arrays in knowledge]) for name in knowledge[0]}
+
+
+def _made_by(teacher: Teacher) -> dict[str, Any]:
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    cuda = teacher.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "device": torch.cuda.get_device_name(teacher.device) if cuda else teacher.device.type,
+        "host": platform.node(),
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,136 @@
+"""A tiny teacher with random weights and a real byte-level tokenizer, and a store that it made: all there is to test with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Set before any library reads them: no test may reach the network, and every process shares two cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TEXT = """\
+The lighthouse keeper counted the ships that passed each night, and wrote their names in a book.
+
+When a storm came he lit the lamp early. "Better an hour too soon," he said, "than a minute too late." His daughter held
+the ladder and asked how far the light could be seen. "As far as somebody looks for it," he answered.
+
+In winter the book was nearly empty. They read old pages aloud: the Marigold, bound for the south with salt; the Patience,
+which had lost a mast; the Second Wind, seen twice in one night and never again.
+"""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+MARKED_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] }}<|end|>{% endgeneration %}{% else %}{{ message['content'] }}<|end|>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def make_tokenizer(extra_words: tuple[str, ...] = ()):
+    """A byte-level BPE tokenizer of about 400 tokens, with a chat template and no beginning-of-sequence token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", *extra_words]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_model(vocabulary_size: int, layers: int = 2, seed: int = 0, hidden_size: int = 32):
+    """A small Llama whose random weights are large enough to make its predictions uneven."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary_size,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.4,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config)
+
+
+def save_teacher(folder: Path, **model_arguments) -> Path:
+    """A teacher's folder: model (with a head a little wider than the vocabulary) and tokenizer."""
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer) + 8, **model_arguments).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that nobody may change."""
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def loaded_teacher(teacher_folder: Path):
+    """The same teacher, loaded."""
+    from teacher_dump.teacher import load_teacher
+
+    return load_teacher(str(teacher_folder), device="cpu")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    """A corpus file with these rows."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def story_rows(count: int, start: int = 0) -> list[dict]:
+    """Rows of plain text of various lengths, with columns of their own."""
+    words = TEXT.split()
+    return [
+        {"text": " ".join(words[(7 * row) % 60 :][: 5 + (11 * row) % 70]), "source": "ab"[row % 2], "score": row / 4}
+        for row in range(start, start + count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def store_folder(tmp_path_factory: pytest.TempPathFactory, loaded_teacher, teacher_folder: Path) -> Path:
+    """A store with the dumps "train" and "heldout" of the tiny teacher, which nobody may change."""
+    from teacher_dump import DumpConfig, dump
+
+    folder = tmp_path_factory.mktemp("stores")
+    for name, rows in (("train", story_rows(30)), ("heldout", story_rows(10, start=30))):
+        corpus = write_jsonl(folder / f"{name}.jsonl", rows)
+        config = DumpConfig(str(teacher_folder), (corpus,), folder / "store", name, max_length=48, batch_size=4, shard_size=8)
+        dump(config, teacher=loaded_teacher)
+    return folder / "store"
+
+
+def run_command(package: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
+    """Run one of the three commands as a user would, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
+    command = [sys.executable, "-m", f"{package}.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False, **options)
