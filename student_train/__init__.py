@@ -1,0 +1,80 @@
+"""Train students from a knowledge store, without the teacher.
+
+The names below are loaded when they are first used: importing this package costs nothing and needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from student_train.calibration import expected_calibration_error, reliability
+    from student_train.data import DistillationDataset, check_student, split_ordinals
+    from student_train.evaluation import EvaluateConfig, evaluate
+    from student_train.initialisation import initialise
+    from student_train.losses import (
+        LOSSES,
+        Loss,
+        Targets,
+        cross_entropy,
+        first,
+        forward_kl,
+        select_targets,
+        top_k_renormalised,
+    )
+    from student_train.report import write_report
+    from student_train.training import TrainConfig, TrainResult, train
+
+_HOMES = {
+    "calibration": ("expected_calibration_error", "reliability"),
+    "data": ("DistillationDataset", "check_student", "split_ordinals"),
+    "evaluation": ("EvaluateConfig", "evaluate"),
+    "initialisation": ("initialise",),
+    "losses": (
+        "LOSSES",
+        "Loss",
+        "Targets",
+        "cross_entropy",
+        "first",
+        "forward_kl",
+        "select_targets",
+        "top_k_renormalised",
+    ),
+    "report": ("write_report",),
+    "training": ("TrainConfig", "TrainResult", "train"),
+}
+
+__all__ = [
+    "LOSSES",
+    "DistillationDataset",
+    "EvaluateConfig",
+    "Loss",
+    "Targets",
+    "TrainConfig",
+    "TrainResult",
+    "check_student",
+    "cross_entropy",
+    "evaluate",
+    "expected_calibration_error",
+    "first",
+    "forward_kl",
+    "initialise",
+    "reliability",
+    "select_targets",
+    "split_ordinals",
+    "top_k_renormalised",
+    "train",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

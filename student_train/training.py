@@ -1,0 +1,693 @@
+"""Training a student from a store, on a small subclass of `transformers.Trainer`.
+
+The ecosystem's: mixed precision, accumulation, checkpoints, DDP and FSDP, experiment trackers. Ours: where batches come
+from, what the loss is, and what an interrupted run remembers.
+
+One optimiser step takes the next `batch_size × gradient_accumulation × world_size` sequences of the store's order, and
+never reaches across the end of an epoch. Its loss is the sum over all their target positions divided by how many there
+are, so the same sequences give the same gradient however they are cut into batches and ranks. Where a run stands is
+therefore one number, its step; going on from a checkpoint reads nothing that was read before.
+
+A run's folder is a model that `from_pretrained` loads, and beside it
+
+    run.json         the configuration and what it was used on, written before the first step
+    history.json     losses by step and second, and whether the run is finished
+    checkpoint-N/    the last two, while the run is not finished; complete when `complete.json` stands in them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.console import note
+from knowledge_store.errors import InputError
+from knowledge_store.progress import Advance, progress_bar
+from student_train.data import (
+    DistillationDataset,
+    check_student,
+    describe_dump,
+    padding_batch,
+    split_ordinals,
+)
+from student_train.losses import LOSSES, Loss, cross_entropy, forward_kl, select_targets, step_loss, units
+from student_train.models import load_model, load_tokenizer, quieten
+
+RUN_FILE = "run.json"
+HISTORY_FILE = "history.json"
+COMPLETE_FILE = "complete.json"
+
+# What may change between an interrupted run and the one that goes on with it.
+_FREE = {"store", "output", "report_to", "save_steps", "workers"}
+# What is compared as what follows from it: the number of steps, and of sequences in a step.
+_DERIVED = {"epochs", "steps", "batch_size", "gradient_accumulation"}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run; each field is an option of `student-train run`.
+
+    Attributes:
+        store: folder of the store.
+        student: folder or hub id of the model to train.
+        output: folder of the run.
+        dump: which dump; may be left out when the store has one.
+        loss: a name in `LOSSES`.
+        ce_weight: share of cross-entropy in the mix, in [0, 1].
+        temperature: of the losses that take one.
+        first_c: scale of probabilities of the loss `first`, in (0, 1].
+        epochs: passes over the training sequences; 1 when neither this nor `steps` is given.
+        steps: optimiser steps, instead of epochs.
+        batch_size: sequences in one forward pass of one process.
+        gradient_accumulation: forward passes in one optimiser step.
+        learning_rate: at its highest.
+        warmup: share of the steps during which the learning rate rises.
+        schedule: how it falls afterwards: cosine, linear or constant.
+        weight_decay: of AdamW, not applied to biases and norms.
+        max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
+        seed: of the order of sequences, and of anything random in the student.
+        eval_fraction: share of the documents kept out of training to follow the loss on, in [0, 1).
+        evaluations: how many times in the run to evaluate on them, besides before the first step.
+        precision: auto, fp32 or bf16 (mixed); auto is bf16 on a GPU that has it, else fp32.
+        save_steps: optimiser steps between checkpoints.
+        workers: processes that read batches ahead; 0 reads them in turn with training.
+        report_to: an experiment tracker of transformers, such as tensorboard or wandb; none for none.
+        gguf_file: name of a GGUF file in the student's folder.
+    """
+
+    store: str
+    student: str
+    output: str
+    dump: str | None = None
+    loss: str = "forward-kl"
+    ce_weight: float = 0.0
+    temperature: float = 1.0
+    first_c: float = 0.28
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    learning_rate: float = 3e-4
+    warmup: float = 0.05
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    eval_fraction: float = 0.02
+    evaluations: int = 10
+    precision: str = "auto"
+    save_steps: int = 200
+    workers: int = 0
+    report_to: str = "none"
+    gguf_file: str | None = None
+
+    def loss_options(self) -> dict[str, float]:
+        """Keyword arguments for the chosen loss."""
+        given = {"temperature": self.temperature, "c": self.first_c}
+        return {name: given[name] for name in LOSSES[self.loss].options if name in given}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        output: the run's folder.
+        step, steps: where it stands, and where it ends.
+        finished: whether `output` is the trained model; otherwise a checkpoint was saved to go on from.
+        began_at: the step it went on from; 0 for a new run; equal to `steps` when there was nothing to do.
+        seconds: spent training, evaluations included, over all the runs that led here.
+        eval_loss: the last one, nats; None without evaluation.
+    """
+
+    output: Path
+    step: int
+    steps: int
+    finished: bool
+    began_at: int
+    seconds: float
+    eval_loss: float | None
+
+
+def check_config(config: TrainConfig) -> Loss:
+    """The chosen loss, once every value is in range.
+
+    Raises:
+        InputError: naming the option and what it may be.
+    """
+    if config.loss not in LOSSES:
+        raise InputError(f"there is no loss {config.loss!r}: choose one of {', '.join(LOSSES)}")
+    loss = LOSSES[config.loss]
+    demands = [
+        (0 <= config.ce_weight <= 1, "--ce-weight must be between 0 and 1"),
+        (config.temperature > 0, "--temperature must be above 0"),
+        (0 < config.first_c <= 1, "--first-c must be above 0 and at most 1"),
+        (config.epochs is None or config.epochs > 0, "--epochs must be above 0"),
+        (config.steps is None or config.steps > 0, "--steps must be at least 1"),
+        (config.epochs is None or config.steps is None, "give --epochs or --steps, not both"),
+        (config.batch_size > 0, "--batch-size must be at least 1"),
+        (config.gradient_accumulation > 0, "--gradient-accumulation must be at least 1"),
+        (config.learning_rate > 0, "--learning-rate must be above 0"),
+        (0 <= config.warmup < 1, "--warmup is a share of the steps: at least 0 and below 1"),
+        (config.schedule in ("cosine", "linear", "constant"), "--schedule must be cosine, linear or constant"),
+        (config.weight_decay >= 0, "--weight-decay must be at least 0"),
+        (config.max_grad_norm >= 0, "--max-grad-norm must be at least 0"),
+        (0 <= config.eval_fraction < 1, "--eval-fraction must be at least 0 and below 1"),
+        (config.evaluations > 0, "--evaluations must be at least 1"),
+        (config.precision in ("auto", "fp32", "bf16"), "--precision must be auto, fp32 or bf16"),
+        (config.save_steps > 0, "--save-steps must be at least 1"),
+        (config.workers >= 0, "--workers must be at least 0"),
+        (
+            config.temperature == 1 or "temperature" in loss.options,
+            f"the loss {config.loss} takes no --temperature",
+        ),
+        (config.first_c == TrainConfig.first_c or "c" in loss.options, f"the loss {config.loss} takes no --first-c"),
+    ]
+    for met, demand in demands:
+        if not met:
+            raise InputError(demand)
+    return loss
+
+
+def check_knowledge(store: KnowledgeStore, dump: str, name: str, loss: Loss) -> None:
+    """Refuse a dump that does not hold what a loss needs.
+
+    Raises:
+        InputError: naming the kinds or columns that are missing.
+    """
+    kinds = store.manifest(dump).kinds
+    missing = [kind for kind in loss.kinds if kind not in kinds]
+    if missing:
+        raise InputError(f"the loss {name} needs the kind {missing[0]!r}, and the dump {dump} holds {', '.join(kinds)}")
+    columns = next(iter(store.batches(dump, batch_size=1, shuffle=False)))
+    missing = [column for column in loss.columns if column not in columns]
+    if missing:
+        raise InputError(f"the loss {name} needs {', '.join(missing)}, which the dump {dump} does not hold")
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train a student, or go on with a run that was interrupted.
+
+    Run it again with the same configuration to go on from the last checkpoint in `output`; a finished run is left
+    alone. Ctrl-C finishes the step, saves a checkpoint and returns. Under `torchrun` every process calls this.
+
+    Raises:
+        InputError: an option, the student or the store cannot be used, or `output` holds something else or a run with
+            another configuration; nothing is written then.
+    """
+    quieten()
+    loss = check_config(config)
+    store = KnowledgeStore.open(config.store)
+    dump = store.dump(config.dump)
+    check_knowledge(store, dump, config.loss, loss)
+    train_ordinals, eval_ordinals = split_ordinals(store, dump, eval_fraction=config.eval_fraction)
+    arguments = _arguments(config)
+    sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
+    steps_per_epoch = math.ceil(len(train_ordinals) / sequences_per_step)
+    steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
+
+    output = Path(config.output)
+    identity = _identity(config, store, dump, sequences_per_step, steps)
+    _check_output(output, identity)
+    history = read_history(output)
+    if history.get("finished"):
+        entries = history.get("entries", [])
+        return TrainResult(output, steps, steps, True, steps, history["seconds"], _last(entries, "eval_loss"))
+    checkpoint = _last_checkpoint(output)
+    began_at = checkpoint[0] if checkpoint else 0
+
+    tokenizer = load_tokenizer(config.student, config.gguf_file)
+    student = load_model(config.student, config.gguf_file)
+    check_student(store, dump, student.config, tokenizer)
+
+    distributed = arguments.world_size > 1
+    if distributed:
+        torch.distributed.barrier()  # nobody writes before everybody has looked
+    if arguments.process_index == 0:
+        _prepare_output(output, checkpoint)
+        if not (output / RUN_FILE).exists():
+            facts = {
+                "identity": identity,
+                "config": asdict(config),
+                "dump": describe_dump(store, dump),
+                "sequences": {"train": len(train_ordinals), "eval": len(eval_ordinals)},
+                "world_size": arguments.world_size,
+                "parameters": student.num_parameters(),
+                "versions": versions(),
+            }
+            write_json(output / RUN_FILE, facts)
+
+    _schedule(arguments, config, steps, evaluate=bool(len(eval_ordinals)), fresh=began_at == 0)
+    kinds = tuple(dict.fromkeys(("positions", *loss.kinds)))
+    dataset = DistillationDataset(
+        store,
+        dump,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+        epoch=began_at // steps_per_epoch,
+        consumed=began_at % steps_per_epoch * sequences_per_step,
+        ordinals=train_ordinals,
+        endless=True,
+        kinds=kinds,
+    )
+    evaluation = None
+    if len(eval_ordinals):
+        evaluation = DistillationDataset(
+            store,
+            dump,
+            batch_size=config.batch_size,
+            rank=arguments.process_index,
+            world_size=arguments.world_size,
+            ordinals=eval_ordinals,
+            shuffle=False,
+            kinds=kinds,
+        )
+    seconds = checkpoint[2] if checkpoint else 0.0
+    trainer = DistillationTrainer(student, arguments, config, loss, dataset, evaluation, steps_per_epoch, seconds)
+    main = trainer.is_world_process_zero()
+    if main and began_at:
+        note(f"Going on with {output} from step {began_at:,} of {steps:,}.")
+    if began_at < steps:
+        title = f"training from step {began_at:,}" if began_at else "training"
+        bar = progress_bar(title, steps - began_at, "steps") if main else nullcontext(None)
+        with bar as trainer.advance, _stop_on_interrupt(trainer):
+            trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
+    else:
+        assert checkpoint is not None  # stopped between its last step and the saving of the model
+        trainer.model.load_state_dict(load_model(str(checkpoint[1])).state_dict())
+        trainer.state = TrainerState.load_from_json(str(checkpoint[1] / "trainer_state.json"))
+
+    step = trainer.state.global_step
+    finished = step >= steps
+    if finished:
+        trainer.save_model(str(output))
+        if main:
+            tokenizer.save_pretrained(output)
+            (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says the same
+            trainer.write_history(finished=True)
+            for folder in output.glob("checkpoint-*"):
+                shutil.rmtree(folder)
+    return TrainResult(
+        output=output,
+        step=step,
+        steps=steps,
+        finished=finished,
+        began_at=began_at,
+        seconds=trainer.seconds,
+        eval_loss=_last(trainer.state.log_history, "eval_loss"),
+    )
+
+
+class DistillationTrainer(Trainer):
+    """`transformers.Trainer` fed by a store. `train` is the way to use it; see the head of this module."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        arguments: TrainingArguments,
+        config: TrainConfig,
+        loss: Loss,
+        dataset: DistillationDataset,
+        evaluation: DistillationDataset | None,
+        steps_per_epoch: int,
+        seconds: float = 0.0,
+    ) -> None:
+        self.config = config
+        self.distillation = loss
+        self.steps_per_epoch = steps_per_epoch
+        self.advance: Advance | None = None
+        self.stop_asked = False
+        self.stopping = False
+        self.positions = 0  # of the current step, over all ranks
+        self._seconds_before = seconds
+        self._started = time.monotonic()
+        super().__init__(
+            model=student,
+            args=arguments,
+            train_dataset=dataset,
+            eval_dataset=evaluation,
+            callbacks=[_Conduct(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        # compute_loss divides by the counts of the whole step itself.
+        self.model_accepts_loss_kwargs = True
+
+    @property
+    def seconds(self) -> float:
+        """Spent since the run first began, interruptions left out."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The store's batches as they are: the dataset knows its rank, so accelerate must not shard it again."""
+        return self._loader(self.train_dataset)
+
+    def _loader(self, dataset: DistillationDataset) -> DataLoader:
+        pin = self.args.device.type == "cuda"
+        return DataLoader(dataset, batch_size=None, num_workers=self.config.workers, pin_memory=pin)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """The batches of one optimiser step, and how many targets and sequences they hold over all ranks.
+
+        At the end of an epoch a step may have fewer batches; it is filled up with padding.
+        """
+        step = self.state.global_step % self.steps_per_epoch
+        left = self.train_dataset.batches_per_epoch - step * num_batches
+        batches = [next(epoch_iterator) for _ in range(min(num_batches, left))]
+        counts = [units(batch) for batch in batches]
+        sums = [
+            sum(int(count["target"]) for count in counts),
+            sum(int(count["sequence"]) for count in counts),
+            sum(int(batch["attention_mask"][batch["sequence_id"] >= 0].sum()) for batch in batches),
+            int(self.stop_asked),
+        ]
+        totals = torch.tensor(sums, device=device)
+        # Ranks may be told to stop at different moments; they agree here, once a step.
+        totals = self.accelerator.reduce(totals, reduction="sum")
+        self.stopping = bool(totals[3])
+        self.positions = int(totals[2])
+        batches += [padding_batch(batches[0])] * (num_batches - len(batches))
+        return batches, {"target": totals[0], "sequence": totals[1]}
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """This batch's share of the step's loss, times the number of ranks, since DDP averages over them."""
+        outputs = self._forward(model, inputs)
+        loss = step_loss(
+            self.distillation,
+            outputs,
+            inputs,
+            num_items_in_batch or units(inputs),
+            ce_weight=self.config.ce_weight,
+            options=self.config.loss_options(),
+        )
+        loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _forward(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Any:
+        extra = {"output_hidden_states": True} if self.distillation.hidden_states else {}
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **extra)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means over the held-out documents, nats: the run's own loss, NLL of the text, and KL to the teacher.
+
+        The last two are there for any loss, so that runs can be compared: `eval_nll` and `eval_kl` (candidates and
+        tail as one more symbol, a lower bound).
+        """
+        dataset: DistillationDataset = eval_dataset or self.eval_dataset
+        sequences = dataset.store.sequences(dataset.dump)
+        targets = int(sequences["targets"].to_numpy()[dataset.ordinals].sum())
+        counts = {"target": targets, "sequence": dataset.sequences}
+        totals = torch.zeros(3, dtype=torch.float64)
+        self.model.eval()
+        with torch.no_grad():
+            for batch in self._loader(dataset):
+                batch = self._prepare_inputs(batch)
+                outputs = self._forward(self.model, batch)
+                share = step_loss(
+                    self.distillation,
+                    outputs,
+                    batch,
+                    counts,
+                    ce_weight=self.config.ce_weight,
+                    options=self.config.loss_options(),
+                )
+                logits, chosen = select_targets(outputs.logits, batch)
+                nll = cross_entropy(logits, chosen).sum() / max(targets, 1)
+                kl = forward_kl(logits, chosen).sum() / max(targets, 1)
+                totals += torch.stack([share, nll, kl]).double().cpu()
+        self.model.train()
+        summed = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum").tolist()
+        names = ("loss", "nll", "kl")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(names, summed, strict=True)}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the seconds spent so far, count epochs by steps, and keep history.json up to date."""
+        self.state.epoch = self.state.global_step / self.steps_per_epoch
+        logs["seconds"] = round(self.seconds, 3)
+        super().log(logs, start_time)
+        self.write_history(finished=False)
+
+    def write_history(self, *, finished: bool) -> None:
+        """Write history.json (first process only)."""
+        if self.is_world_process_zero():
+            # The last entry of a run is the library's own summary, whose figures count this session only.
+            entries = [entry for entry in self.state.log_history if "train_runtime" not in entry]
+            record = {"finished": finished, "seconds": round(self.seconds, 3), "entries": entries}
+            write_json(Path(self.args.output_dir) / HISTORY_FILE, record)
+
+
+class _Conduct(TrainerCallback):
+    """The run's manners: the bar, the last evaluation, Ctrl-C, and when a checkpoint counts as complete."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self.trainer = trainer
+        self.figures: dict[str, str] = {}
+        self.step_began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        now = time.monotonic()
+        self.figures["positions/s"] = f"{self.trainer.positions / max(now - self.step_began, 1e-6):,.0f}"
+        self.step_began = now
+        if self.trainer.advance:
+            self.trainer.advance(1, **self.figures)
+        if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
+            control.should_evaluate = True
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name, label in (("loss", "loss"), ("eval_loss", "held_out")):
+            if logs and name in logs:
+                self.figures[label] = f"{logs[name]:.3f}"
+        if self.trainer.advance:
+            self.trainer.advance(0, **self.figures)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.step_began = time.monotonic()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # each rank writes its own random state
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / COMPLETE_FILE, {"step": state.global_step, "seconds": self.trainer.seconds})
+        self.step_began = time.monotonic()
+
+
+def _arguments(config: TrainConfig) -> TrainingArguments:
+    """What does not depend on the number of steps. Finds the device and joins the other processes, if any."""
+    bf16 = config.precision == "bf16" or (
+        config.precision == "auto" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    )
+    try:
+        arguments = TrainingArguments(
+            output_dir=config.output,
+            per_device_train_batch_size=config.batch_size,
+            gradient_accumulation_steps=config.gradient_accumulation,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+            seed=config.seed,
+            bf16=bf16,
+            # Only when told so does the library join processes that share a CPU.
+            use_cpu=not torch.accelerator.is_available(),
+            max_steps=1,
+            report_to=config.report_to,
+            disable_tqdm=True,
+            log_level="error",
+            remove_unused_columns=False,
+            # The dataset begins where the checkpoint ends: nothing is read to be thrown away.
+            ignore_data_skip=True,
+            # Every parameter of a causal language model takes part in every step.
+            ddp_find_unused_parameters=False,
+            save_strategy="steps",
+            save_steps=config.save_steps,
+            # The one before the last stays until the last is complete.
+            save_total_limit=2,
+        )
+        for tracker in get_reporting_integration_callbacks(arguments.report_to):
+            tracker()  # refuses here, before anything is written, when its package is missing
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise InputError(str(error).splitlines()[0]) from error
+    # Several GPUs are for torchrun: without it one is used, and a step's batch is what the options say.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments
+
+
+def _schedule(arguments: TrainingArguments, config: TrainConfig, steps: int, *, evaluate: bool, fresh: bool) -> None:
+    """Fill in what depends on the number of steps."""
+    arguments.max_steps = steps
+    arguments.warmup_steps = round(config.warmup * steps)
+    arguments.logging_steps = max(1, steps // 200)
+    if evaluate:
+        arguments.eval_strategy = IntervalStrategy.STEPS
+        arguments.eval_steps = max(1, steps // config.evaluations)
+        arguments.eval_on_start = fresh
+
+
+def _identity(config: TrainConfig, store: KnowledgeStore, dump: str, sequences_per_step: int, steps: int) -> dict[str, Any]:
+    """What makes a run this run: two runs that differ in none of it end with the same weights."""
+    facts = {name: value for name, value in asdict(config).items() if name not in _FREE | _DERIVED}
+    knowledge = json.dumps(store.manifest(dump).identity(), sort_keys=True, default=str)
+    return {
+        **facts,
+        "dump": dump,
+        "number of steps": steps,
+        "sequences per step": sequences_per_step,
+        "knowledge": hashlib.sha256(knowledge.encode()).hexdigest(),
+        "committed sequences": store.sequences(dump).num_rows,
+    }
+
+
+def _check_output(output: Path, identity: dict[str, Any]) -> None:
+    """Refuse an output that is something else, or a run of another configuration."""
+    if output.is_file():
+        raise InputError(f"{output} is a file: choose another --output")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    try:
+        before = json.loads((output / RUN_FILE).read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{output} is not empty and holds no training run: choose another --output") from None
+    differing = [
+        f"{_label(name)} was {before.get(name)} and is now {identity.get(name)}"
+        for name in identity.keys() | before.keys()
+        if before.get(name) != identity.get(name)
+    ]
+    if differing:
+        raise InputError(f"{output} holds another run ({'; '.join(sorted(differing))}): choose another --output, or remove it")
+
+
+def _label(name: str) -> str:
+    options = TrainConfig.__dataclass_fields__
+    return f"--{name.replace('_', '-')}" if name in options else name
+
+
+def _last_checkpoint(output: Path) -> tuple[int, Path, float] | None:
+    """Step, folder and seconds of the last complete checkpoint."""
+    found = []
+    for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}"):
+        record = json.loads(path.read_text())
+        found.append((int(record["step"]), path.parent, float(record["seconds"])))
+    return max(found, default=None)
+
+
+def _prepare_output(output: Path, checkpoint: tuple[int, Path, float] | None) -> None:
+    """Make the folder, and remove checkpoints that were never completed."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create {output}: {error.strerror}") from error
+    for folder in output.glob("checkpoint-*"):
+        if not (folder / COMPLETE_FILE).exists():
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _stop_on_interrupt(trainer: DistillationTrainer) -> Iterator[None]:
+    """The first Ctrl-C (or SIGTERM, which schedulers send) asks for a checkpoint; the second stops at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if trainer.stop_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if trainer.is_world_process_zero() and not trainer.stop_asked:
+            note("Stopping after this step; Ctrl-C again stops at once, without a checkpoint.")
+        trainer.stop_asked = True
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def read_history(output: Path) -> dict[str, Any]:
+    """A run's history.json; empty before the first log."""
+    try:
+        return dict(json.loads((output / HISTORY_FILE).read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file in one go: a reader sees the old one or the new one."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    temporary.replace(path)
+
+
+def leave_processes() -> None:
+    """Leave the group of processes that `train` joined under torchrun, if it did."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def versions() -> dict[str, str]:
+    """Of what results depend on."""
+    names = ("torch", "transformers", "accelerate", "pyarrow", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def _last(entries: list[dict[str, Any]], name: str) -> float | None:
+    return next((entry[name] for entry in reversed(entries) if name in entry), None)
+
+
+__all__ = [
+    "DistillationTrainer",
+    "TrainConfig",
+    "TrainResult",
+    "check_config",
+    "check_knowledge",
+    "read_history",
+    "train",
+]

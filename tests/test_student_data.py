@@ -1,0 +1,141 @@
+"""Batches as tensors: nothing lost, nothing repeated, for any workers, ranks and interruptions; splits; vocabularies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tokenizer
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoTokenizer
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.errors import InputError
+from student_train.data import DistillationDataset, check_student, padding_batch, split_ordinals
+
+
+@pytest.fixture
+def store(store_folder):
+    return KnowledgeStore.open(store_folder)
+
+
+def ids_of(batches) -> list[tuple[int, ...]]:
+    return [tuple(batch["sequence_id"].tolist()) for batch in batches]
+
+
+def test_tensors_and_labels(store):
+    batch = next(iter(DistillationDataset(store, "train", batch_size=4)))
+    rows, length = batch["input_ids"].shape
+    assert batch["candidate_ids"].shape == (rows, length, store.manifest("train").top_k)
+    assert batch["attention_mask"].dtype == batch["labels"].dtype == torch.int64
+    assert torch.equal(batch["labels"] != -100, batch["is_target"])
+    assert torch.equal(batch["labels"][batch["is_target"]], batch["input_ids"][batch["is_target"]])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores, on purpose
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_change_nothing(store, workers):
+    alone = ids_of(DistillationDataset(store, "train", batch_size=4))
+    dataset = DistillationDataset(store, "train", batch_size=4)
+    assert ids_of(DataLoader(dataset, batch_size=None, num_workers=workers)) == alone
+    seen = [item for batch in alone for item in batch if item >= 0]
+    assert sorted(seen) == sorted(store.sequences("train")["sequence_id"].to_pylist())
+
+
+def test_endless_with_workers_resumes_anywhere(store):
+    def take(dataset, count, workers):
+        loader = iter(DataLoader(dataset, batch_size=None, num_workers=workers))
+        return ids_of(next(loader) for _ in range(count))
+
+    endless = DistillationDataset(store, "train", batch_size=4, seed=5, endless=True)
+    per_epoch = endless.batches_per_epoch
+    whole = take(endless, 2 * per_epoch + 3, 0)
+    assert take(endless, 2 * per_epoch + 3, 2) == whole
+    for taken in (1, per_epoch - 1, per_epoch, per_epoch + 2):
+        again = DistillationDataset(store, "train", batch_size=4, endless=True, **endless.state_after(taken))
+        assert take(again, 3, 2) == whole[taken : taken + 3]
+        assert again.state_after(3) == endless.state_after(taken + 3)
+    with pytest.raises(TypeError, match="no length"):
+        len(endless)
+
+
+def test_ranks_share_an_epoch(store):
+    ranks = [DistillationDataset(store, "train", batch_size=3, rank=rank, world_size=2) for rank in range(2)]
+    first, second = (list(rank) for rank in ranks)
+    assert len(first) == len(second) == len(ranks[0]) == len(ranks[1])
+    together = [a + b for a, b in zip(ids_of(first), ids_of(second), strict=True)]
+    one = DistillationDataset(store, "train", batch_size=6)
+    assert [tuple(item for item in row if item >= 0) for row in together] == [
+        tuple(item for item in row if item >= 0) for row in ids_of(one)
+    ]
+
+
+def test_padding_rows_attend_to_something_and_count_for_nothing(store):
+    *_, last = DistillationDataset(store, "train", batch_size=len(store.sequences("train")) + 2)
+    padding = last["sequence_id"] < 0
+    assert padding.sum() == 2
+    assert last["attention_mask"][padding].sum(-1).tolist() == [1, 1]
+    assert not last["is_target"][padding].any()
+    empty = padding_batch(last)
+    assert empty.keys() == last.keys()
+    assert empty["input_ids"].shape == (1, 1) and not empty["is_target"].any() and empty["sequence_id"].tolist() == [-1]
+    assert last["is_target"].any()  # the batch it was made like is left alone
+
+
+def test_a_started_worker_opens_the_store_again(store):
+    dataset = DistillationDataset(store, "train", batch_size=4)
+    assert ids_of(pickle.loads(pickle.dumps(dataset))) == ids_of(dataset)
+
+
+def test_split_is_by_document(store):
+    train, held_out = split_ordinals(store, "train", eval_fraction=0.2)
+    sequences = store.sequences("train")
+    assert sorted([*train, *held_out]) == list(range(len(sequences)))
+    rows = np.array(sequences["row"].to_pylist())
+    assert not set(rows[train]) & set(rows[held_out])
+    assert len(set(rows[held_out])) == round(0.2 * len(set(rows)))
+    assert len(set(rows)) < len(rows)  # some documents have several windows, or this proves little
+    again = split_ordinals(store, "train", eval_fraction=0.2)
+    assert np.array_equal(again[0], train) and np.array_equal(again[1], held_out)
+    everything, nothing = split_ordinals(store, "train", eval_fraction=0)
+    assert len(everything) == len(sequences) and not len(nothing)
+    assert len(split_ordinals(store, "train", eval_fraction=1e-6)[1]) >= 1
+
+
+@pytest.mark.parametrize(("fraction", "message"), [(1.0, "below 1"), (-0.1, "at least 0"), (0.999, "leaves none")])
+def test_split_refuses(store, fraction, message):
+    with pytest.raises(InputError, match=message):
+        split_ordinals(store, "heldout", eval_fraction=fraction)
+
+
+@pytest.fixture
+def config(teacher_folder):
+    return AutoConfig.from_pretrained(teacher_folder)
+
+
+def test_the_teachers_vocabulary_fits(store, config, teacher_folder):
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+    check_student(store, "train", config, tokenizer)
+    config.vocab_size = len(tokenizer)  # fewer unused rows than the teacher
+    check_student(store, "train", config, tokenizer)
+    config.vocab_size = len(tokenizer) + 64  # more of them
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|extra|>"]})
+    check_student(store, "train", config, tokenizer)
+
+
+def test_another_vocabulary_is_refused_by_name(store, config, teacher_folder):
+    other = make_tokenizer(extra_words=("zebra",))  # shifts every token behind it
+    with pytest.raises(InputError, match=r"token id 4 is '.*' in the dump and 'zebra' in the student; .*more"):
+        check_student(store, "train", config, other)
+    longer = AutoTokenizer.from_pretrained(teacher_folder)
+    size = len(longer)
+    longer.add_tokens(["zebra"])  # unlike a special token, it changes how text is cut
+    with pytest.raises(InputError, match=f"token id {size} is absent in the dump and 'zebra' in the student"):
+        check_student(store, "train", config, longer)
+    small = copy.deepcopy(config)
+    small.vocab_size = size - 3
+    with pytest.raises(InputError, match=f"embeddings for {size - 3} tokens"):
+        check_student(store, "train", small, AutoTokenizer.from_pretrained(teacher_folder))
