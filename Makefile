@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test bench clean
+.PHONY: demo test clean
 
 demo: .venv/demo .venv/teacher
 	$(BIN)/python benchmarks/demo.py

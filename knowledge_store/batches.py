@@ -51,6 +51,9 @@ class Batches:
             raise InputError(
                 f"no such batches: batch size {batch_size}, rank {rank} of {world_size}, {consumed} consumed"
             )
+        chosen = np.arange(len(reader)) if ordinals is None else np.asarray(ordinals, dtype=np.int64)
+        if ((chosen < 0) | (chosen >= len(reader))).any():
+            raise InputError(f"some of the ordinals are not those of a sequence: the dump has {len(reader)}, counted from 0")
         self._reader = reader
         self._kinds = kinds
         self._batch_size = batch_size
@@ -60,7 +63,6 @@ class Batches:
         self._taken = 0
         self._seed = seed
         self._epoch = epoch
-        chosen = np.arange(len(reader)) if ordinals is None else np.asarray(ordinals, dtype=np.int64)
         self._order = chosen[shuffled(len(chosen), seed, epoch)] if shuffle else chosen
 
     def __len__(self) -> int:

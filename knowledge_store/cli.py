@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from knowledge_store.console import command_errors, messages, note, output
-from knowledge_store.errors import InputError
+from knowledge_store.errors import InputError, QueryError
 from knowledge_store.progress import progress_bar
 from knowledge_store.quantities import amount, byte_size
 from knowledge_store.store import KnowledgeStore
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 DAMAGED = 1
 SHOWN_ROWS = 200
+SHOWN_SHARE = 0.005
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
 
@@ -90,10 +91,10 @@ def _print_summary(summary: DumpSummary) -> None:
     output.print(f"[bold]{summary.dump}[/bold]  {shards}, {state}")
     for label, value in lines:
         output.print(f"  {label:<23} {value}", markup=False)
-    for column, size in sorted(summary.column_bytes.items(), key=lambda item: -item[1]):
-        share = size / max(summary.positions, 1)
-        if share >= 0.005:
-            output.print(f"    {column:<32} {share:6.2f} bytes a position", markup=False)
+    shown = {name: size for name, size in summary.column_bytes.items() if size >= SHOWN_SHARE * summary.bytes}
+    shown["the rest: footers, records, small columns"] = summary.bytes - sum(shown.values())
+    for name, size in sorted(shown.items(), key=lambda item: -item[1]):
+        output.print(f"    {size / max(summary.positions, 1):6.2f} bytes a position  {name}", markup=False)
 
 
 @app.command()
@@ -116,18 +117,31 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, decimal.Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
+def _rows(answer: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows as Python values.
+
+    Raises:
+        QueryError: Python has no such value (a date after the year 9999, say).
+    """
+    try:
+        rows: list[dict[str, Any]] = answer.to_pylist()
+    except (OverflowError, ValueError) as error:
+        raise QueryError(f"the answer has a value that cannot be shown ({error}): cast it to VARCHAR") from None
+    return rows
+
+
 def _print_answer(answer: pa.Table, format: Format) -> None:
     if format is Format.json:
         separator = "["
         for batch in answer.to_batches(max_chunksize=10_000):
-            for row in batch.to_pylist():
+            for row in _rows(batch):
                 sys.stdout.write(f"{separator}{json.dumps(_plain(row), ensure_ascii=False)}")
                 separator = ",\n"
         sys.stdout.write("[]\n" if separator == "[" else "]\n")
@@ -135,9 +149,9 @@ def _print_answer(answer: pa.Table, format: Format) -> None:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(answer.column_names)
         for batch in answer.to_batches(max_chunksize=10_000):
-            writer.writerows([_cell(value) for value in row.values()] for row in batch.to_pylist())
+            writer.writerows([_plain(value) for value in row.values()] for row in _rows(batch))
     else:
-        rows = [[_visible(_cell(value)) for value in row.values()] for row in answer.slice(0, SHOWN_ROWS).to_pylist()]
+        rows = [[_visible(_cell(value)) for value in row.values()] for row in _rows(answer.slice(0, SHOWN_ROWS))]
         _print_columns(answer.column_names, rows)
         if len(answer) > SHOWN_ROWS:
             note(f"{SHOWN_ROWS} of {len(answer):,} rows shown: --format csv or json gives all")
@@ -147,8 +161,8 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, list):
+        return f"{value:.7g}"
+    if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_cell(each) for each in value) + "]"
     return str(_plain(value))
 
@@ -234,6 +248,8 @@ def sequence(
     with command_errors():
         opened = KnowledgeStore.open(store)
         name = opened.dump(dump)
+        if "positions" not in opened.manifest(name).kinds:
+            raise InputError(f"dump {name!r} holds no knowledge of kind 'positions', and this shows no other")
         ids = opened.sequences(name)["sequence_id"].to_numpy()
         ordinal = int(np.searchsorted(ids, sequence_id))
         if ordinal == len(ids) or ids[ordinal] != sequence_id:

@@ -9,8 +9,19 @@ from typing import Any
 from knowledge_store.errors import DamageError
 from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION
 from knowledge_store.manifest import check_version
-from knowledge_store.parquet import FileRecord
-from knowledge_store.records import read_record, seal
+from knowledge_store.parquet import FILE_SHAPE, FileRecord
+from knowledge_store.records import check_shape, read_record, seal
+
+_SHAPE = {
+    "dump": str,
+    "shard": int,
+    "first_document": int,
+    "documents": int,
+    "files": {...: FILE_SHAPE},
+    "statistics": {...: int | float},
+    "skipped": [dict],
+    "made_by": {"committed_at": str},
+}
 
 
 @dataclass(frozen=True)
@@ -50,11 +61,9 @@ def read_commit(path: Path) -> CommitRecord:
     record = read_record(path)
     check_version(record, path)
     try:
-        commit = CommitRecord(**{field.name: record[field.name] for field in fields(CommitRecord)})
-        files = {table: FileRecord(**each) for table, each in record["files"].items()}
-        object.__setattr__(commit, "files", files)
-        if not isinstance(commit.shard, int) or not isinstance(commit.dump, str):
-            raise TypeError("dump or shard has the wrong type")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DamageError(f"{path} is damaged: not shaped as a commit record ({error})") from None
-    return commit
+        check_shape(record, _SHAPE, "a commit record")
+    except ValueError as error:
+        raise DamageError(f"{path} is damaged: {error}") from None
+    found = {field.name: record[field.name] for field in fields(CommitRecord)}
+    files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
+    return CommitRecord(**{**found, "files": files})

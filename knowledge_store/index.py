@@ -1,6 +1,6 @@
 """The index: what the commit records say, in one DuckDB file that opens fast. Derived, and disposable at any time.
 
-It is built from commit records alone; no shard is opened. A new index is written beside the old one and renamed over it, and
+It is built from commit records alone; no shard is opened. A new index is made elsewhere and renamed over the old one, and
 nobody ever opens an index for writing, so readers never meet a lock. It is fresh when it holds exactly the commit records
 that stand in the store, by name, size and modification time; only records that it does not hold yet are read.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import uuid
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,8 @@ import pyarrow as pa
 
 from knowledge_store.commits import CommitRecord, read_commit
 from knowledge_store.errors import DamageError
-from knowledge_store.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, commit_shard
-from knowledge_store.publication import TEMPORARY_PREFIX
+from knowledge_store.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, commit_path, commit_shard
+from knowledge_store.publication import replace_bytes
 
 SHARDS = pa.schema(
     [
@@ -109,7 +109,8 @@ def _load(path: Path) -> Index | None:
     if not path.is_file():
         return None
     try:
-        with duckdb.connect(str(path), read_only=True) as connection:
+        # A store may come from anywhere: nothing in its index can make DuckDB look elsewhere.
+        with duckdb.connect(str(path), read_only=True, config={"enable_external_access": "false"}) as connection:
             if connection.sql("SELECT value FROM about").fetchall() != [(INDEX_SCHEMA,)]:
                 return None
             shards = connection.sql("SELECT * FROM shards ORDER BY dump, shard").to_arrow_table()
@@ -120,17 +121,15 @@ def _load(path: Path) -> Index | None:
 
 
 def _save(index: Index, path: Path) -> None:
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{INDEX_FILE}-{uuid.uuid4().hex[:12]}")
-    try:
-        with duckdb.connect(str(temporary)) as connection:
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / INDEX_FILE
+        with duckdb.connect(str(made)) as connection:
             connection.execute("CREATE TABLE about AS SELECT ? AS value", [INDEX_SCHEMA])
             for name, table in (("shards", index.shards), ("files", index.files)):
                 connection.register("rows", table)
                 connection.execute(f"CREATE TABLE {name} AS SELECT * FROM rows")
                 connection.unregister("rows")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        replace_bytes(path, made.read_bytes())
 
 
 def refresh(store: Path, dumps: list[str], *, rebuild: bool = False) -> Index:
@@ -156,9 +155,10 @@ def refresh(store: Path, dumps: list[str], *, rebuild: bool = False) -> Index:
     shard_rows, file_rows = [], []
     for (dump, shard), status in sorted(standing.items()):
         if indexed.get((dump, shard)) != status:
-            commit = read_commit(store_commit := store / dump / COMMITS / f"{shard:05d}.json")
+            path_of_record = commit_path(store / dump, shard)
+            commit = read_commit(path_of_record)
             if (commit.dump, commit.shard) != (dump, shard):
-                raise DamageError(f"{store_commit} is the record of shard {commit.shard} of {commit.dump!r}")
+                raise DamageError(f"{path_of_record} is the record of shard {commit.shard} of {commit.dump!r}")
             shard_rows.append(_shard_row(commit, status))
             file_rows.extend(_file_rows(commit))
     shards = pa.Table.from_pylist(shard_rows, schema=SHARDS)

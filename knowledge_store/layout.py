@@ -32,6 +32,8 @@ _COMMIT_NAME = re.compile(r"(\d{5,})\.json")
 
 def check_dump_name(name: str) -> str:
     """Return `name`, or raise InputError when it cannot be a folder's name on every system."""
+    if name in (STORE_FILE, INDEX_FILE):
+        raise InputError(f"{name!r} cannot name a dump: the store has a file of that name")
     if not _DUMP_NAME.fullmatch(name):
         raise InputError(
             f"{name!r} cannot name a dump: use letters, digits, '.', '_' and '-', at most 100, starting with a letter or digit"

@@ -7,16 +7,30 @@ documents, where each shard begins) is kept so that nobody has to read the corpu
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
-from knowledge_store.records import read_record, seal
+from knowledge_store.parquet import FILE_SHAPE
+from knowledge_store.records import check_shape, read_record, seal
 
 # Told to people, never compared: a model or corpus may be moved or renamed between runs.
-_NOT_COMPARED = {"name"}
+_NOT_COMPARED = re.compile(r"teacher\.name|corpus\.files\[\d+\]\.name")
+
+_SHAPE = {
+    "dump": str,
+    "kinds": [str],
+    "teacher": {"name": str, "vocabulary_size": int},
+    "tokenizer": {},
+    "corpus": {},
+    "selection": {"k": int},
+    "quantisation_step": int | float,
+    "plan": {"max_length": int},
+    "derived": {"documents": int, "columns": {...: str}, "shards": list, "tokens": FILE_SHAPE},
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,7 @@ class Manifest:
         """Everything that decides what the shards contain, flat, by dotted name."""
         record = asdict(self)
         del record["derived"], record["dump"]
-        return dict(_flatten("", record))
+        return {name: value for name, value in _flatten("", record) if not _NOT_COMPARED.fullmatch(name)}
 
     def differences(self, other: Manifest) -> list[str]:
         """What in `other` differs from this manifest, one short sentence each; empty when they are the same dump."""
@@ -85,7 +99,7 @@ class Manifest:
 
 def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        items = [(f"{prefix}.{key}" if prefix else key, each) for key, each in value.items() if key not in _NOT_COMPARED]
+        items = [(f"{prefix}.{key}" if prefix else key, each) for key, each in value.items()]
     elif isinstance(value, (list, tuple)):
         items = [(f"{prefix}[{index}]", each) for index, each in enumerate(value)]
     else:
@@ -107,7 +121,7 @@ def check_version(record: dict[str, Any], path: Path) -> None:
     if record.get("format") != FORMAT_NAME:
         raise StoreError(f"{path} is not part of a knowledge store")
     version = record.get("version")
-    if not isinstance(version, int) or version < 1:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise StoreError(f"{path} has no usable format version ({version!r})")
     if version > FORMAT_VERSION:
         raise StoreError(
@@ -127,11 +141,13 @@ def read_manifest(dump_folder: Path) -> Manifest:
     record = read_record(path)
     check_version(record, path)
     try:
-        manifest = Manifest(**{field.name: record[field.name] for field in fields(Manifest)})
-        object.__setattr__(manifest, "kinds", tuple(manifest.kinds))
-        _ = manifest.vocabulary_size, manifest.top_k, manifest.shard_count, float(manifest.quantisation_step)
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamageError(f"{path} is damaged: not shaped as a manifest ({error})") from None
+        check_shape(record, _SHAPE, "a manifest")
+        if record["quantisation_step"] <= 0:
+            raise ValueError("its quantisation step is not above zero")
+    except ValueError as error:
+        raise DamageError(f"{path} is damaged: {error}") from None
+    found = {field.name: record[field.name] for field in fields(Manifest)}
+    manifest = Manifest(**{**found, "kinds": tuple(record["kinds"])})
     if manifest.dump != dump_folder.name:
         raise DamageError(f"{path} belongs to a dump named {manifest.dump!r}, not {dump_folder.name!r}")
     return manifest

@@ -21,7 +21,7 @@ def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
     """The numbers 0 … count − 1 in the order of (seed, epoch), int64."""
     increment = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
-        start = _mix(_mix(np.array([seed % 2**64], np.uint64) + increment) + np.uint64(epoch % 2**64) * increment)
+        start = _mix(_mix(np.array([int(seed) % 2**64], np.uint64) + increment) + np.uint64(int(epoch) % 2**64) * increment)
     return np.argsort(_mix(np.arange(count, dtype=np.uint64) ^ start), kind="stable")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,12 +16,20 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from knowledge_store.errors import DamageError
+from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.publication import publish
 
 MAGIC = b"PAR1"
 COMPRESSION = "zstd"
-COMPRESSION_LEVEL = 9
+# Slow to write (some 90,000 positions a second on one core, on a thread beside the teacher), as fast as any to read. Against
+# level 9 it saves 0.8 bytes a position on WikiText-2, nearly all in token ids.
+COMPRESSION_LEVEL = 19
+COUNTING = "DELTA_BINARY_PACKED"
+TEXT = "DELTA_LENGTH_BYTE_ARRAY"
+STATISTICS = {"sequence_id", "document", "length", "targets"}
+
+
+FILE_SHAPE = {"bytes": int, "sha256": str, "footer_sha256": str, "rows": int, "column_bytes": {...: int}}
 
 
 @dataclass(frozen=True)
@@ -46,9 +54,38 @@ class FileRecord:
         """The record as plain JSON values."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> FileRecord:
+        """The record of plain JSON values (shape FILE_SHAPE)."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
 
-def write_table(table: pa.Table, file: BinaryIO, row_groups: list[int]) -> None:
-    """Write `table` as Parquet with the given numbers of rows in its row groups."""
+
+def leaf(field: pa.Field) -> str:
+    """The path of a column's values in a Parquet schema."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+
+
+def encodings(schema: pa.Schema) -> dict[str, str]:
+    """How each column is encoded, by its path; a column left out has a dictionary.
+
+    Keys count up. Token ids repeat as phrases, which Zstandard finds in the plain values and a dictionary's packed
+    codes hide from it (7.0 against 6.0 bytes for five candidates). Rounded log-probabilities are few, and go in a dictionary.
+    """
+    chosen = {name: COUNTING for name in schema.names if name in ("sequence_id", "position")}
+    for column in schema:
+        value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
+        if value_type == pa.uint32():
+            chosen[leaf(column)] = "PLAIN"
+    return chosen
+
+
+def write_table(table: pa.Table, file: BinaryIO, row_groups: list[int], encoding: dict[str, str] | None = None) -> None:
+    """Write `table` as Parquet with the given numbers of rows in its row groups.
+
+    Args:
+        encoding: of each column, by its path; `encodings(table.schema)` when None.
+    """
+    chosen = encodings(table.schema) if encoding is None else encoding
     with pq.ParquetWriter(
         file,
         table.schema,
@@ -56,7 +93,9 @@ def write_table(table: pa.Table, file: BinaryIO, row_groups: list[int]) -> None:
         compression_level=COMPRESSION_LEVEL,
         write_page_checksum=True,
         store_schema=False,
-        write_statistics=[name for name in table.schema.names if name in ("sequence_id", "document", "length", "targets")],
+        use_dictionary=[leaf(column) for column in table.schema if leaf(column) not in chosen],
+        column_encoding=chosen,
+        write_statistics=[name for name in table.schema.names if name in STATISTICS],
     ) as writer:
         start = 0
         for rows in row_groups:
@@ -64,10 +103,42 @@ def write_table(table: pa.Table, file: BinaryIO, row_groups: list[int]) -> None:
             start += rows
 
 
-def publish_table(path: Path, table: pa.Table, row_groups: list[int]) -> FileRecord:
-    """Publish a table under `path`, or take the file that has that name already. Returns the record of what is there."""
-    publish(path, lambda file: write_table(table, file, row_groups))
-    return describe(path)
+def publish_table(
+    path: Path, table: pa.Table, row_groups: list[int], encoding: dict[str, str] | None = None
+) -> tuple[FileRecord, pa.Table]:
+    """Publish a table under `path`, or take the file that has that name already.
+
+    Returns:
+        the record of what is there, and what is there as a table: another writer's may differ in its last digits.
+
+    Raises:
+        DamageError: the file that has that name has other rows or columns.
+        StoreError: the disk refuses.
+    """
+    ours = publish(path, lambda file: write_table(table, file, row_groups, encoding))
+    record = describe(path)
+    if ours:
+        return record, table
+    found = read_file(path)
+    if len(found) != len(table) or not found.schema.equals(table.schema):
+        raise DamageError(
+            f"{path} was left by an unfinished run, and does not have the rows that belong there:"
+            " delete that file and run the same command again"
+        )
+    return record, found
+
+
+def read_file(path: Path) -> pa.Table:
+    """All of a file whose footer can be trusted; pages are checked as they are read.
+
+    Raises:
+        DamageError: a page does not match its checksum.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read(use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise DamageError(f"{path} is damaged: {error}") from None
 
 
 def describe(path: Path) -> FileRecord:
@@ -126,6 +197,8 @@ def check_footer(path: Path, size: int, footer_sha256: str) -> None:
             raise DamageError(f"{path} is damaged: its footer is not the one that was published")
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}") from None
 
 
 def open_parquet(path: Path, size: int, footer_sha256: str) -> pq.ParquetFile:

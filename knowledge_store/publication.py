@@ -6,13 +6,14 @@ power cut. A writer that finds the name taken leaves what is there alone.
 
 A process that is killed leaves its temporary file behind. Its writer holds an `flock` on it for as long as it lives, so
 anyone can tell a file in use from a leftover, on any machine that shares the file system, with no clock and no
-process ids.
+process ids. A folder is removed under a temporary name too, which any number of processes may go on with.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -69,9 +70,10 @@ def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
     Raises:
         StoreError: the disk is full or otherwise refuses; the message names the file.
     """
-    if path.exists():
-        return False
     try:
+        if path.exists():
+            fsync_folder(path.parent)  # whoever published it may not have come so far
+            return False
         temporary, file = _open_temporary(path.parent, path.name)
         try:
             with file:
@@ -100,15 +102,56 @@ def _write_all(file: BinaryIO, data: bytes) -> None:
     file.write(data)
 
 
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Put a derived file in place of the one there is, at once; for files that may be lost at any time.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    temporary, file = _open_temporary(path.parent, path.name)
+    try:
+        with file:
+            file.write(data)
+            file.flush()
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it: it disappears at once, then its files are deleted.
+
+    Raises:
+        StoreError: it cannot be removed; says what is left.
+    """
+    doomed = folder.with_name(f"{TEMPORARY_PREFIX}removed-{folder.name}-{uuid.uuid4().hex[:12]}")
+    try:
+        folder.rename(doomed)
+        fsync_folder(folder.parent)
+    except OSError as error:
+        raise StoreError(f"cannot remove {folder}: {error.strerror}") from None
+    shutil.rmtree(doomed, ignore_errors=True)
+    if doomed.exists():
+        raise StoreError(f"{folder} was removed, but some of its files could not be deleted: delete {doomed}")
+
+
 def remove_leftovers(folder: Path) -> int:
-    """Remove temporary files whose writers are gone. Returns how many there were."""
+    """Remove temporary files in a folder whose writers are gone, and folders whose removal was cut off.
+
+    Returns:
+        how many there were.
+    """
     removed = 0
-    for path in folder.rglob(f"{TEMPORARY_PREFIX}*"):
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+            removed += 1
+            continue
         try:
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
             removed += 1
-        except (BlockingIOError, FileNotFoundError, IsADirectoryError):
+        except OSError:  # in use, gone already, or somebody else's to remove
             continue
     return removed

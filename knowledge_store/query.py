@@ -6,20 +6,21 @@ the shards as Arrow datasets over an explicit list of committed files, read by p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 
 from knowledge_store.errors import DamageError, QueryError
 from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import SEQUENCES, TOKENS_FILE
 from knowledge_store.manifest import Manifest
-from knowledge_store.parquet import check_footer, dataset
-from knowledge_store.reader import shard_files
-from knowledge_store.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
+from knowledge_store.parquet import check_footer, dataset, describe, read_file
+from knowledge_store.reader import ShardFile, shard_files
+from knowledge_store.sequences import SEQUENCE_COLUMNS, sequences_schema
 from knowledge_store.summary import dumps_table, shards_table
 
 CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
@@ -41,10 +42,11 @@ def read_tokens(store: Path, manifest: Manifest) -> pa.Table:
     path = store / manifest.dump / TOKENS_FILE
     record = manifest.derived["tokens"]
     check_footer(path, record["bytes"], record["footer_sha256"])
-    try:
-        return pq.read_table(path, page_checksum_verification=True).cast(TOKENS_SCHEMA)
-    except (OSError, pa.ArrowException) as error:
-        raise DamageError(f"{path} is damaged: {error}") from None
+    return read_file(path)
+
+
+# Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.
+TABLES = "store_tables"
 
 
 def _literal(text: str) -> str:
@@ -56,37 +58,38 @@ def _identifier(name: str) -> str:
 
 
 class _Catalogue:
-    """Registers a store's tables with a connection, and makes its relations as views over them."""
+    """Gives a store's tables to a connection, and makes its relations as views over them."""
 
     def __init__(self, store: Path, index: Index, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection):
         self._store = store
         self._index = index
         self._manifests = manifests
         self._connection = connection
-        self._branches: dict[str, list[str]] = {}
-        self._registered: set[str] = set()
+        self._tables: set[str] = set()
+        self.opened: list[ShardFile] = []
+        connection.execute(f"CREATE SCHEMA {TABLES}")
 
-    def _register(self, name: str, rows: object) -> str:
-        if name not in self._registered:
-            self._registered.add(name)
-            self._connection.register(name, rows)
-        return _identifier(name)
+    def _table(self, name: str, make_rows: Callable[[], pa.Table | ds.Dataset]) -> str:
+        """Gives the connection a table, unless it has it already. Returns how SQL names it."""
+        if name not in self._tables:
+            self._tables.add(name)
+            self._connection.execute(f"USE {TABLES}")
+            self._connection.from_arrow(make_rows()).create_view(name)
+            self._connection.execute("USE main")
+        return f"{TABLES}.{_identifier(name)}"
 
-    def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> str:
-        """Registers a dump's table; footers are checked now, pages as they are read."""
-        name = f"{manifest.dump} {table}"
-        if name in self._registered:
-            return _identifier(name)
+    def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> ds.Dataset:
+        """A dump's table; footers are checked now, pages as they are read."""
         files = shard_files(self._store, self._index, manifest.dump, table)
         for file in files:
             check_footer(file.path, file.bytes, file.footer_sha256)
-        return self._register(name, dataset([file.path for file in files], schema))
+        self.opened += files
+        return dataset([file.path for file in files], schema)
 
-    def _texts(self, manifest: Manifest) -> str:
-        """Registers a one-row relation whose column `list` holds the text of each token id."""
+    def _texts(self, manifest: Manifest) -> pa.Table:
+        """One row whose column `list` holds the text of each token id."""
         tokens = read_tokens(self._store, manifest)
-        texts = pa.array([tokens["text"].to_pylist()], pa.list_(pa.string()))
-        return self._register(f"{manifest.dump} texts", pa.table({"list": texts}))
+        return pa.table({"list": pa.array([tokens["text"].to_pylist()], pa.list_(pa.string()))})
 
     def relations(self) -> dict[str, list[tuple[Manifest, str, str | None]]]:
         """What there is to ask about: relation name → for each dump that has it, its kind and SQL (None: a fixed table)."""
@@ -103,25 +106,31 @@ class _Catalogue:
         return found
 
     def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
+        def make_rows() -> pa.Table | ds.Dataset:
+            if table == "tokens":
+                return read_tokens(self._store, manifest)
+            schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].schema(manifest)
+            return self._shards(manifest, table, schema)
+
         dump = _literal(manifest.dump)
-        if table == "tokens":
-            rows = self._register(f"{manifest.dump} tokens", read_tokens(self._store, manifest))
-        elif table == SEQUENCES:
-            rows = self._shards(manifest, SEQUENCES, sequences_schema(manifest))
-        else:
-            rows = self._shards(manifest, table, KINDS[table].schema(manifest))
+        rows = self._table(f"{manifest.dump} {table}", make_rows)
         if sql is None:
             return f"SELECT {dump} AS dump, * FROM {rows}"
-        return sql.format(dump=dump, rows=rows, texts=self._texts(manifest) if "{texts}" in sql else "")
+        texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""
+        return sql.format(dump=dump, rows=rows, texts=texts)
+
+    def add(self, relation: str, rows: pa.Table) -> None:
+        """Make a relation of a table that is at hand."""
+        name = self._table(relation, lambda: rows)
+        self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS SELECT * FROM {name}")
 
     def create(self, relation: str, branches: list[tuple[Manifest, str, str | None]]) -> None:
         """Make the view `relation` over all dumps that have it."""
-        if branches:
-            union = " UNION ALL BY NAME ".join(self._branch(*branch) for branch in branches)
-        else:
+        if not branches:
             columns = SEQUENCE_COLUMNS if relation == SEQUENCES else {}
-            empty = pa.schema([("dump", pa.string()), *columns.items()]).empty_table()
-            union = f"SELECT * FROM {self._register(f'no {relation}', empty)}"
+            self.add(relation, pa.schema([("dump", pa.string()), *columns.items()]).empty_table())
+            return
+        union = " UNION ALL BY NAME ".join(self._branch(*branch) for branch in branches)
         self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS {union}")
 
 
@@ -132,14 +141,43 @@ def _check_statement(sql: str) -> None:
         QueryError: saying what it is instead, or where it does not parse.
     """
     try:
+        sql.encode()  # DuckDB's own refusal of half a character is no duckdb.Error
         statements = duckdb.extract_statements(sql)
-    except duckdb.Error as error:
-        raise QueryError(f"this SQL does not parse: {error}") from None
+    except (duckdb.Error, UnicodeEncodeError) as error:
+        raise QueryError(f"this SQL does not parse: {_first_line(error)}") from None
     if len(statements) != 1:
         raise QueryError(f"give one SELECT statement: this has {len(statements)}")
     kind = statements[0].type.name
     if kind != "SELECT":
         raise QueryError(f"only a SELECT statement is answered, and this is {kind}: a store is never changed through SQL")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _check_opened(files: list[ShardFile]) -> None:
+    """Find the damaged one among files that could not be read.
+
+    Raises:
+        DamageError: naming it.
+    """
+    for file in files:
+        if describe(file.path).sha256 != file.sha256:
+            raise DamageError(f"{file.path} is damaged: its contents are not those that were published")
+
+
+def _with_own_names(answer: pa.Table) -> pa.Table:
+    """The answer with no two columns of one name: a second `dump` becomes `dump_1`, as where DuckDB makes a table of it."""
+    taken = set(answer.column_names)
+    names: list[str] = []
+    for name in answer.column_names:
+        own, number = name, 0
+        while own in names or (number and own in taken):
+            number += 1
+            own = f"{name}_{number}"
+        names.append(own)
+    return answer.rename_columns(names)
 
 
 def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) -> pa.Table:
@@ -151,9 +189,9 @@ def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) ->
     """
     _check_statement(sql)
     with duckdb.connect(":memory:", config=CONFIGURATION) as connection:
-        connection.register("dumps", dumps_table(index, manifests))
-        connection.register("shards", shards_table(index))
         catalogue = _Catalogue(store, index, manifests, connection)
+        catalogue.add("dumps", dumps_table(index, manifests))
+        catalogue.add("shards", shards_table(index))
         relations = catalogue.relations()
         # Shards are opened only for a query that speaks of what is in them; SHOW TABLES speaks of nothing and gets all.
         mentioned = {name: branches for name, branches in relations.items() if name in sql.lower()}
@@ -164,10 +202,9 @@ def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) ->
         connection.execute("SET lock_configuration = true")
         connection.execute("BEGIN TRANSACTION READ ONLY")
         try:
-            return connection.sql(sql).to_arrow_table()
+            return _with_own_names(connection.sql(sql).to_arrow_table())
         except duckdb.Error as error:
-            message = str(error)
-            if "checksum" in message.lower():
-                raise DamageError(f"a shard of {store} is damaged: run `knowledge-store verify {store}`") from None
-            raise QueryError(f"this SQL was not run: {message.splitlines()[0]}") from None
-
+            # "reading the Arrow source failed": rare enough to look for the reason in every file.
+            if isinstance(error, (duckdb.InvalidInputException, duckdb.IOException)) and " failed" in str(error):
+                _check_opened(catalogue.opened)
+            raise QueryError(f"this SQL was not run: {_first_line(error)}") from None

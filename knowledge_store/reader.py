@@ -33,6 +33,7 @@ class ShardFile:
     path: Path
     shard: int
     bytes: int
+    sha256: str
     footer_sha256: str
     rows: int
 
@@ -43,11 +44,11 @@ class ShardFile:
 
 def shard_files(store: Path, index: Index, dump: str, table: str) -> list[ShardFile]:
     """The committed files of one table of one dump, by shard."""
-    names = ("dump", "table", "shard", "bytes", "footer_sha256", "rows")
+    names = ("dump", "table", "shard", "bytes", "sha256", "footer_sha256", "rows")
     rows = zip(*(index.files[name].to_pylist() for name in names), strict=True)
     return [
-        ShardFile(table_path(store / dump, table, shard), shard, size, footer, count)
-        for found_dump, found_table, shard, size, footer, count in rows
+        ShardFile(table_path(store / dump, table, shard), shard, size, sha256, footer, count)
+        for found_dump, found_table, shard, size, sha256, footer, count in rows
         if (found_dump, found_table) == (dump, table)
     ]
 

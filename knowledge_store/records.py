@@ -65,6 +65,40 @@ def unseal(data: bytes, path: Path) -> dict[str, Any]:
     return record
 
 
+def check_shape(value: Any, shape: Any, name: str = "it") -> None:
+    """Make sure that a JSON value has what a reader will ask of it.
+
+    Args:
+        value: the value.
+        shape: a dict of required keys and their shapes (`...` stands for every key), a list with the shape of its items, or
+            the type that a value must have.
+        name: what to call it.
+
+    Raises:
+        ValueError: saying what is missing or of another type.
+    """
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is not an object")
+        for key, each in shape.items():
+            if key is ...:
+                for found in value:
+                    check_shape(value[found], each, f"{name}.{found}")
+            elif key not in value:
+                raise ValueError(f"{name} has no {key!r}")
+            else:
+                check_shape(value[key], each, f"{name}.{key}")
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is not a list")
+        for index, item in enumerate(value):
+            check_shape(item, shape[0], f"{name}[{index}]")
+    elif not isinstance(value, shape) or isinstance(value, bool):
+        raise ValueError(f"{name} has the wrong type")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is not a 64-bit number")
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read and check a sealed JSON file.
 

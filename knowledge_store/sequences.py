@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from knowledge_store.errors import StoreError
 from knowledge_store.manifest import Manifest
+from knowledge_store.parquet import COUNTING, TEXT
 
 # A sequence's id is its document and, in the low bits, its place among the document's windows. A worker knows the ids of
 # its sequences from the plan alone, without tokenising what comes before.
@@ -35,6 +37,7 @@ CORPUS_TYPES: dict[str, pa.DataType] = {
 }
 
 TOKENS_SCHEMA = pa.schema([("token_id", pa.uint32()), ("text", pa.string()), ("token", pa.string())])
+TOKENS_ENCODING = {"token_id": COUNTING, "text": TEXT, "token": TEXT}
 
 
 def sequence_id(document: int, window: int) -> int:
@@ -48,12 +51,23 @@ def token_hash(token_ids: np.ndarray) -> int:
 
 
 def corpus_column(name: str) -> str:
-    """The name under which a corpus's own column is stored: its own, unless the store uses that name itself."""
-    return f"corpus_{name}" if name in SEQUENCE_COLUMNS or name == "dump" else name
+    """The name under which a corpus's own column is stored: its own, unless the store uses that name itself. No two names
+    become one: `length` is stored as `corpus_length`, and `corpus_length` as `corpus_corpus_length`."""
+    plain = name.lower()  # SQL does not tell `Dump` from `dump`
+    while plain.startswith("corpus_"):
+        plain = plain.removeprefix("corpus_")
+    return f"corpus_{name}" if plain in SEQUENCE_COLUMNS or plain == "dump" else name
 
 
 def sequences_schema(manifest: Manifest) -> pa.Schema:
-    """The schema of a dump's `sequences` table: the store's columns, then the corpus's own."""
+    """The schema of a dump's `sequences` table: the store's columns, then the corpus's own.
+
+    Raises:
+        StoreError: a column's type is unknown.
+    """
+    unknown = sorted(set(manifest.derived["columns"].values()) - CORPUS_TYPES.keys())
+    if unknown:
+        raise StoreError(f"dump {manifest.dump!r} has columns of unknown type: {', '.join(unknown)}")
     own = {corpus_column(name): CORPUS_TYPES[kind] for name, kind in manifest.derived["columns"].items()}
     return pa.schema(list({**SEQUENCE_COLUMNS, **own}.items()))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,7 @@ from knowledge_store.index import Index, refresh
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
 from knowledge_store.manifest import Manifest, check_version, read_manifest
-from knowledge_store.publication import TEMPORARY_PREFIX, fsync_folder
+from knowledge_store.publication import remove_folder
 from knowledge_store.query import read_tokens, run_query
 from knowledge_store.reader import DumpReader, collate, read_sequences, shard_files
 from knowledge_store.records import read_record
@@ -186,12 +184,10 @@ class KnowledgeStore:
 
         Raises:
             InputError: there is no such dump.
+            StoreError: it cannot be removed.
         """
-        folder = self.path / self.dump(dump)
-        doomed = self.path / f"{TEMPORARY_PREFIX}removed-{folder.name}-{uuid.uuid4().hex[:12]}"
-        folder.rename(doomed)
-        fsync_folder(self.path)
-        shutil.rmtree(doomed)
-        del self._manifests[folder.name]
-        self._readers.pop(folder.name, None)
+        name = self.dump(dump)
+        remove_folder(self.path / name)
+        del self._manifests[name]
+        self._readers.pop(name, None)
         self._index = refresh(self.path, list(self._manifests))

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.commits import CommitRecord, read_commit
-from knowledge_store.errors import DamageError, InputError, MismatchError, StoreError
-from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.errors import InputError, MismatchError, StoreError
+from knowledge_store.kinds import KINDS, Arrays, Kind
 from knowledge_store.layout import (
     COMMITS,
     FORMAT_NAME,
@@ -31,9 +31,9 @@ from knowledge_store.layout import (
 )
 from knowledge_store.manifest import Manifest, read_manifest
 from knowledge_store.parquet import FileRecord, publish_table
-from knowledge_store.publication import make_folder, publish_bytes, remove_leftovers
+from knowledge_store.publication import TEMPORARY_PREFIX, make_folder, publish_bytes, remove_leftovers
 from knowledge_store.records import seal
-from knowledge_store.sequences import sequences_table
+from knowledge_store.sequences import TOKENS_ENCODING, sequences_table
 from knowledge_store.store import check_store
 
 ROW_GROUP_POSITIONS = 32_768
@@ -45,7 +45,9 @@ def create_store(path: Path) -> None:
     Raises:
         StoreError: it is a file, or a folder with something else in it.
     """
-    if path.is_dir() and not (path / STORE_FILE).exists() and any(path.iterdir()):
+    # Listed before store.json is looked for: another writer may be making the same store, and makes that file first.
+    others = path.is_dir() and any(not each.name.startswith(TEMPORARY_PREFIX) for each in path.iterdir())
+    if others and not (path / STORE_FILE).exists():
         raise StoreError(f"{path} is a folder with something else in it: name a new or empty folder, or a store")
     if not path.exists() or (path.is_dir() and not (path / STORE_FILE).exists()):
         make_folder(path)
@@ -87,15 +89,19 @@ class DumpWriter:
             StoreError: `store` cannot be a store, or cannot be written.
         """
         check_dump_name(manifest.dump)
-        if manifest.dump + ".duckdb" == "index.duckdb" or set(manifest.kinds) - KINDS.keys():
-            raise InputError(f"dump {manifest.dump!r} cannot be made: its name or kinds are not usable")
+        unknown = sorted(set(manifest.kinds) - KINDS.keys())
+        if unknown:
+            raise InputError(f"dump {manifest.dump!r} cannot be made: unknown kinds of knowledge, {', '.join(unknown)}")
         create_store(store)
         folder = store / manifest.dump
-        for table in (SEQUENCES, *manifest.kinds, COMMITS):
-            make_folder(folder / table)
-        remove_leftovers(folder)
+        make_folder(folder)
         if not (folder / MANIFEST_FILE).exists():
-            record = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)])
+            record, found_tokens = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)], TOKENS_ENCODING)
+            if not found_tokens.equals(tokens):
+                raise MismatchError(
+                    f"{folder / TOKENS_FILE} was left by an unfinished run with another vocabulary: delete {folder},"
+                    " or give this dump another --name"
+                )
             complete = replace(manifest, derived={**manifest.derived, "tokens": record.as_dict()})
             publish_bytes(folder / MANIFEST_FILE, complete.to_bytes())
         # What stands there decides, whoever wrote it: two writers may start the same dump at once.
@@ -106,6 +112,11 @@ class DumpWriter:
                 f"dump {manifest.dump!r} in {store} was made differently: {'; '.join(differences)}."
                 " Use what it was made with, or give this dump another --name"
             )
+        tables = [folder / table for table in (SEQUENCES, *manifest.kinds, COMMITS)]
+        for table in tables:
+            make_folder(table)
+        for each in (store, folder, *tables):
+            remove_leftovers(each)
         return cls(store, found)
 
     def committed(self, shard: int) -> bool:
@@ -136,32 +147,24 @@ class DumpWriter:
             the record that stands in the store, whoever wrote it.
 
         Raises:
+            InputError: the knowledge is not made of finite numbers; nothing is written.
+            DamageError: a file of an unfinished run does not belong there; names it.
             StoreError: a file cannot be written; names it.
         """
-        files: dict[str, FileRecord] = {}
-        statistics: dict[str, float] = {}
         lengths = np.array([row["length"] for row in sequences], dtype=np.int64)
         ids = np.array([row["sequence_id"] for row in sequences], dtype=np.int64)
         groups = row_groups(lengths)
-        files[SEQUENCES] = self._publish(SEQUENCES, shard, sequences_table(sequences, self.manifest), [len(sequences)])
+        tables = {SEQUENCES: (sequences_table(sequences, self.manifest), [len(sequences)])}
         for name in self.manifest.kinds:
-            kind = KINDS[name]
-            keys = pa.table({"sequence_id": pa.array(ids)})
-            rows_in_groups = groups
-            if kind.per == "position":
-                positions = [np.arange(length, dtype=np.int32) for length in lengths]
-                keys = pa.table(
-                    {
-                        "sequence_id": pa.array(np.repeat(ids, lengths)),
-                        "position": pa.array(np.concatenate(positions) if positions else np.empty(0, np.int32)),
-                    }
-                )
-                ends = np.cumsum(groups)
-                rows_in_groups = [int(lengths[end - count : end].sum()) for end, count in zip(ends, groups, strict=True)]
-            schema = kind.schema(self.manifest)
-            table = kind.table(keys, knowledge[name], self.manifest) if sequences else schema.empty_table()
-            files[name] = self._publish(name, shard, table, rows_in_groups)
-            statistics.update(kind.statistics(table, self.manifest))
+            tables[name] = self._knowledge(KINDS[name], knowledge[name], ids, lengths, groups)
+            if not np.isfinite(list(KINDS[name].statistics(tables[name][0], self.manifest).values())).all():
+                raise InputError(f"knowledge of shard {shard} of {self.manifest.dump!r} is NaN or infinite: it is not written")
+        files: dict[str, FileRecord] = {}
+        statistics: dict[str, float] = {}
+        for name, (table, rows_in_groups) in tables.items():
+            files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
+            if name in KINDS:
+                statistics.update(KINDS[name].statistics(published, self.manifest))
         record = CommitRecord(
             dump=self.manifest.dump,
             shard=shard,
@@ -177,14 +180,27 @@ class DumpWriter:
             return record
         return read_commit(path)
 
-    def _publish(self, table: str, shard: int, rows: pa.Table, groups: list[int]) -> FileRecord:
-        path = table_path(self.folder, table, shard)
-        record = publish_table(path, rows, groups)
-        if record.rows != len(rows):
-            raise DamageError(
-                f"{path} was left by an unfinished run and has {record.rows} rows where {len(rows)} belong:"
-                " delete that file and run the same command again"
+    def _knowledge(
+        self, kind: Kind, arrays: Arrays, ids: np.ndarray, lengths: np.ndarray, groups: list[int]
+    ) -> tuple[pa.Table, list[int]]:
+        """The table of one kind, and how many rows go into each row group, from the numbers of sequences that do."""
+        keys = pa.table({"sequence_id": pa.array(ids)})
+        rows_in_groups = groups
+        if kind.per == "position":
+            positions = [np.arange(length, dtype=np.int32) for length in lengths]
+            keys = pa.table(
+                {
+                    "sequence_id": pa.array(np.repeat(ids, lengths)),
+                    "position": pa.array(np.concatenate(positions) if positions else np.empty(0, np.int32)),
+                }
             )
-        return record
-
-
+            ends = np.cumsum(groups)
+            rows_in_groups = [int(lengths[end - count : end].sum()) for end, count in zip(ends, groups, strict=True)]
+        # By row group: one Arrow list array cannot hold the values of a large shard.
+        tables = [kind.schema(self.manifest).empty_table()]
+        start = 0
+        for count in rows_in_groups:
+            part = {name: array[start : start + count] for name, array in arrays.items()}
+            tables.append(kind.table(keys.slice(start, count), part, self.manifest))
+            start += count
+        return pa.concat_tables(tables), rows_in_groups

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from knowledge_store.console import silence
 from knowledge_store.errors import InputError
 
 
@@ -32,7 +33,8 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     quieten()
     _check_place(model, gguf_file)
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **_gguf(gguf_file))
+        with silence():
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **_gguf(gguf_file))
     except Exception as error:  # the library raises whatever its parsers raise
         raise InputError(f"cannot load a tokenizer from {model}: {_first_line(error)}") from error
 
@@ -51,14 +53,19 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
     quieten()
     _check_place(model, gguf_file)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            **(_gguf(gguf_file) if gguf_file else {"use_safetensors": True}),
-        )
+        with silence():
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                model,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **(_gguf(gguf_file) if gguf_file else {"use_safetensors": True}),
+            )
     except Exception as error:
         raise InputError(f"cannot load a causal language model from {model}: {_first_line(error)}") from error
+    if report["missing_keys"]:  # the library would fill them with random numbers
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"the weights in {model} are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
     return rebuild(loaded) if gguf_file else loaded
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from teacher_dump.configuration import DumpConfig
-    from teacher_dump.teacher_pass import DumpReport, dump
     from teacher_dump.forecast import Estimate, estimate
+    from teacher_dump.teacher_pass import DumpReport, dump
 
 __all__ = ["DumpConfig", "DumpReport", "Estimate", "dump", "estimate"]
 

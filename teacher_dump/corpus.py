@@ -24,8 +24,10 @@ from knowledge_store.errors import InputError
 
 CONTENT_COLUMNS = ("text", "prompt", "completion", "messages", "tools", "chat_template_kwargs")
 SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
+SUFFIXES_READ_THROUGH = (".zst", ".parquet")  # to get to the middle of these is to read what comes before
 READ_BYTES = 1 << 20
-PARQUET_ROWS = 256
+ZSTD_BYTES = 1 << 16  # compressed; text can be hundreds of times as long
+PARQUET_ROWS = 64
 
 _PARAGRAPH_END = re.compile(r"\n[ \t\r]*\n\s*")
 _LINE_END = re.compile(r"\n")
@@ -120,7 +122,7 @@ class _ZstdReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
             chunk = self._frame.unused_data if self._frame.eof else b""
-            chunk = chunk or self._file.read(READ_BYTES)
+            chunk = chunk or self._file.read(ZSTD_BYTES)
             if not chunk:
                 if self._inside and not self._frame.eof:
                     raise InputError(f"{self._path} ends in the middle: it was cut off while written or copied")
@@ -183,50 +185,71 @@ def _json_row(line: bytes, number: int, offset: int) -> _Row:
 
 def _parquet_rows(path: Path, start: Start) -> Iterator[_Row]:
     try:
-        with pq.ParquetFile(path) as file:
-            first, group = 0, 0
-            while group < file.num_row_groups and first + file.metadata.row_group(group).num_rows < start.row:
-                first += file.metadata.row_group(group).num_rows
+        # With a buffer, a row group is read page by page and never held whole.
+        with pq.ParquetFile(path, buffer_size=READ_BYTES, pre_buffer=False) as file:
+            number, group = 0, 0
+            while group < file.num_row_groups and number + file.metadata.row_group(group).num_rows < start.row:
+                number += file.metadata.row_group(group).num_rows
                 group += 1
-            number = first
             for batch in file.iter_batches(PARQUET_ROWS, row_groups=list(range(group, file.num_row_groups))):
-                for record in batch.to_pylist():
-                    number += 1
-                    if number >= start.row:
-                        yield _Row(number, 0, record)
+                wanted = batch.slice(max(start.row - 1 - number, 0))
+                yield from _parquet_batch(wanted, number + len(batch) - len(wanted))
+                number += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+
+
+def _parquet_batch(batch: pa.RecordBatch, number: int) -> Iterator[_Row]:
+    """The rows of a batch that comes after `number` rows."""
+    try:
+        for index, record in enumerate(batch.to_pylist(), number + 1):
+            yield _Row(index, 0, record)
+    except (ValueError, OverflowError) as error:
+        if len(batch) > 1:
+            for index in range(len(batch)):
+                yield from _parquet_batch(batch.slice(index, 1), number + index)
+        elif isinstance(error, UnicodeDecodeError):
+            yield _Row(number + 1, 0, problem="text that is not UTF-8")
+        else:
+            yield _Row(number + 1, 0, problem=f"a value that cannot be read ({str(error).splitlines()[0]})")
 
 
 # --- texts --------------------------------------------------------------------------------------------------------------
 
 
-def cut_point(text: str, limit: int) -> int:
-    """Where to cut a text that is longer than `limit` characters: after the last paragraph that fits, or else line, or else
-    word, in the second half of what fits; or else at `limit`."""
+def cut_point(text: str, limit: int, start: int = 0) -> int:
+    """Where to cut a text that goes on for more than `limit` characters from `start`: after the last paragraph that fits, or
+    else line, or else word, in the second half of what fits; or else after `limit` characters."""
     for ending in (_PARAGRAPH_END, _LINE_END, _SPACE):
-        ends = [match.end() for match in ending.finditer(text, limit // 2, limit)]
+        ends = [match.end() for match in ending.finditer(text, start + limit // 2, start + limit)]
         if ends:
             return ends[-1]
-    return limit
+    return start + limit
 
 
 def cut_text(text: str, limit: int) -> Iterator[str]:
     """The parts of a text, each of at most `limit` characters; joined, they are the text."""
-    while len(text) > limit:
-        cut = cut_point(text, limit)
-        yield text[:cut]
-        text = text[cut:]
-    yield text
+    start = 0
+    while len(text) - start > limit:
+        cut = cut_point(text, limit, start)
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _text_parts(path: Path, start: Start, limit: int) -> Iterator[tuple[int, int, str, bool]]:
-    """(part, offset, text, last) of a .txt file from `start` on, reading no more of it than a part needs."""
+    """(part, offset, text, last) of a .txt file from `start` on, reading no more of it than a part needs. A byte-order mark
+    at its beginning is no text."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, part, text, ended = start.offset, start.part, "", False
+    offset, part = start.offset, start.part
+    text, done, ended = "", 0, False  # the first `done` characters of `text` have been given
     with open(path, "rb") as file:
+        if offset == 0 and file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+            offset = len(codecs.BOM_UTF8)
         file.seek(offset)
         while True:
+            if not ended and len(text) - done <= limit:
+                text, done = text[done:], 0
             while not ended and len(text) <= limit:
                 chunk = file.read(READ_BYTES)
                 ended = not chunk
@@ -237,13 +260,13 @@ def _text_parts(path: Path, start: Start, limit: int) -> Iterator[tuple[int, int
                     raise InputError(
                         f"{path} is not UTF-8 at byte {at + error.start}: convert it, for example with iconv"
                     ) from None
-            last = len(text) <= limit
-            cut = len(text) if last else cut_point(text, limit)
-            yield part, offset, text[:cut], last
+            last = len(text) - done <= limit
+            cut = len(text) if last else cut_point(text, limit, done)
+            yield part, offset, text[done:cut], last
             if last:
                 return
-            offset += len(text[:cut].encode())
-            part, text = part + 1, text[cut:]
+            offset += len(text[done:cut].encode())
+            part, done = part + 1, cut
 
 
 # --- documents ----------------------------------------------------------------------------------------------------------
@@ -258,6 +281,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _sound_unicode(value: Any) -> bool:
+    """Whether all text in a row, also in the columns that only travel along, can be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except (UnicodeEncodeError, ValueError, RecursionError):
@@ -269,7 +293,7 @@ def _row_content(record: Any) -> dict[str, Any] | str:
     """The content of a row as Document's fields, or why it has none."""
     if not isinstance(record, dict):
         return "not an object with columns"
-    if not _sound_unicode({name: record.get(name) for name in CONTENT_COLUMNS}):
+    if not _sound_unicode(record):
         return "text that is not sound Unicode (half of a surrogate pair)"
     given = {name: record[name] for name in CONTENT_COLUMNS if record.get(name) is not None}
     if "prompt" in given or "completion" in given:
@@ -288,11 +312,19 @@ def _row_content(record: Any) -> dict[str, Any] | str:
 
 
 def _template_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """What goes to the chat template beside the messages. Raises ValueError, in words."""
+    arguments = given.get("chat_template_kwargs") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError("`chat_template_kwargs` is not an object")
     tools = given.get("tools")
-    arguments = dict(given.get("chat_template_kwargs") or {})
-    if tools:
-        arguments["tools"] = json.loads(tools) if isinstance(tools, str) else tools
-    return arguments
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"`tools` is not JSON ({error})") from None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError("`tools` is not a list")
+    return {**arguments, "tools": tools} if tools else dict(arguments)
 
 
 def _row_documents(row: _Row, number: int, file: int, first_part: int, part_characters: int) -> Iterator[Document]:
@@ -300,7 +332,7 @@ def _row_documents(row: _Row, number: int, file: int, first_part: int, part_char
     try:
         content = row.problem or _row_content(row.record)
     except ValueError as error:
-        content = f"`tools` is not JSON ({error})"
+        content = str(error)
     if isinstance(content, str):
         yield Document(number, **place, part=0, problem=content)
         return

@@ -14,6 +14,7 @@ import torch
 
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
+from knowledge_store.sequences import sequence_id
 from teacher_dump.teacher import Prediction
 from teacher_dump.tokenisation import TokenSequence
 
@@ -73,54 +74,61 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
     Raises:
         UnsoundLogits: a logit is NaN or infinite; names the sequence.
     """
-    lengths = [len(sequence.token_ids) for sequence in batch.sequences]
-    knowledge: list[Arrays] = []
-    for sequence, length in zip(batch.sequences, lengths, strict=True):
-        kept = np.arange(length) > 0 if batch.keep_context else sequence.is_target
-        knowledge.append(
-            {
-                "token_id": sequence.token_ids.astype(np.uint32),
-                "is_target": sequence.is_target,
-                "has_knowledge": kept,
-                "token_logprob": np.zeros(length, np.float32),
-                "candidate_ids": np.zeros((length, batch.top_k), np.uint32),
-                "candidate_logprobs": np.zeros((length, batch.top_k), np.float32),
-                "tail_logprob": np.zeros(length, np.float32),
-            }
-        )
-    places = [(row, position) for row, each in enumerate(knowledge) for position in np.flatnonzero(each["has_knowledge"])]
-    if not places:
-        return knowledge
+    lengths = np.array([len(sequence.token_ids) for sequence in batch.sequences])
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    token_ids = np.concatenate([sequence.token_ids for sequence in batch.sequences])
+    is_target = np.concatenate([sequence.is_target for sequence in batch.sequences])
+    kept = positions > 0 if batch.keep_context else is_target
+    found = _ask(batch, rows[kept], positions[kept], token_ids[kept])
+    arrays: Arrays = {"token_id": token_ids.astype(np.uint32), "is_target": is_target, "has_knowledge": kept}
+    for name, values in found.items():
+        arrays[name] = np.zeros((len(kept), *values.shape[1:]), values.dtype)
+        arrays[name][kept] = values
+    ends = np.cumsum(lengths)
+    return [
+        {name: array[end - length : end] for name, array in arrays.items()}
+        for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray) -> Arrays:
+    """What the teacher predicts of the N tokens at (rows[i], positions[i]), int64 (N,) each; no position is 0."""
     device = batch.prediction.teacher.device
-    rows, positions = torch.tensor(places, device=device).unbind(1)
-    tokens = torch.tensor([int(knowledge[row]["token_id"][position]) for row, position in places], device=device)
+    places, before, tokens = (torch.from_numpy(each).to(device) for each in (rows, positions - 1, token_ids))
+    sound: list[torch.Tensor] = []
     results: list[tuple[torch.Tensor, ...]] = []
-    for part, logits in batch.prediction.logit_slices(rows, positions - 1):
-        # A finite sum has no NaN and no infinite term; float32 does not overflow over a vocabulary of sane logits.
-        unsound = ~torch.isfinite(logits.sum(dim=1, dtype=torch.float64))
-        if unsound.any():
-            row = int(rows[part][unsound][0])
-            raise UnsoundLogits(
-                f"the teacher's logits are NaN or infinite in the sequence of {_place(batch.sequences[row])}:"
-                " nothing of its shard was written. Try --dtype float32"
-            )
+    for part, logits in batch.prediction.logit_slices(places, before):
+        # The extremes are NaN where anything is.
+        sound.append(logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite())
         results.append(top_k_knowledge(logits, tokens[part], batch.top_k))
+    if not results:
+        wide = (0, batch.top_k)
+        return {
+            "token_logprob": np.empty(0, np.float32),
+            "candidate_ids": np.empty(wide, np.uint32),
+            "candidate_logprobs": np.empty(wide, np.float32),
+            "tail_logprob": np.empty(0, np.float32),
+        }
+    unsound = ~torch.cat(sound).cpu().numpy()
+    if unsound.any():
+        raise UnsoundLogits(
+            f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[unsound][0]])}:"
+            " nothing of its shard was written. Try --dtype float32"
+        )
     token_logprob, ids, logprobs, tail = (torch.cat(each).cpu().numpy() for each in zip(*results, strict=True))
-    start = 0
-    for each in knowledge:
-        kept = each["has_knowledge"]
-        stop = start + int(kept.sum())
-        each["token_logprob"][kept] = token_logprob[start:stop]
-        each["candidate_ids"][kept] = ids[start:stop]
-        each["candidate_logprobs"][kept] = logprobs[start:stop]
-        each["tail_logprob"][kept] = tail[start:stop]
-        start = stop
-    return knowledge
+    return {
+        "token_logprob": token_logprob,
+        "candidate_ids": ids.astype(np.uint32),
+        "candidate_logprobs": logprobs,
+        "tail_logprob": tail,
+    }
 
 
 def _place(sequence: TokenSequence) -> str:
     document = sequence.document
-    return f"row {document.row} (document {document.number}, window {sequence.window}) of corpus file {document.file + 1}"
+    number = sequence_id(document.number, sequence.window)
+    return f"sequence {number} (row {document.row} of corpus file {document.file + 1}, window {sequence.window})"
 
 
 EXTRACTORS: dict[str, Extractor] = {

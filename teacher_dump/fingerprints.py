@@ -16,7 +16,7 @@ SHOW_PROGRESS_BYTES = 2 * 2**30
 
 
 def _cache_path(path: Path) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache")).expanduser()
     return base / "knowledge-store" / "fingerprints" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
 
 
@@ -31,7 +31,7 @@ def file_sha256(path: Path) -> str:
         status = path.stat()
         known = {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         cache = _cache_path(path)
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
             found = json.loads(cache.read_text())
             if isinstance(found.get("sha256"), str) and {**found, "sha256": None} == {**known, "sha256": None}:
                 return str(found["sha256"])

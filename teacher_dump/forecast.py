@@ -18,9 +18,9 @@ from knowledge_store.progress import progress_bar
 from knowledge_store.summary import DENSE_BYTES_PER_LOGPROB
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus import Document, Start, read_documents
-from teacher_dump.teacher_pass import ask_batch, joined
 from teacher_dump.plan import check_options, identity_manifest, length_batches
 from teacher_dump.teacher import Teacher, load_teacher
+from teacher_dump.teacher_pass import ask_batch, joined
 from teacher_dump.tokenisation import BadRow, CorpusTokenizer, TokenSequence
 
 SAMPLE_DOCUMENTS = 64
@@ -35,7 +35,8 @@ class Estimate:
     Attributes:
         documents: counted. positions: predicted.
         seconds: of the teacher's work, on this machine, one worker. positions_per_second: measured on the sample.
-        bytes: on disk, the vocabulary left out. bytes_per_position: measured on the sample; full row groups take a little less.
+        bytes: of the knowledge on disk; the vocabulary and the table of sequences (tens of bytes each) are left out.
+        bytes_per_position: measured on the sample; full row groups take a little less.
         dense_bytes: predicted positions with knowledge × vocabulary × 4. ratio: dense bytes for each byte on disk.
         top_k_mass: for each k, the mean mass of the k likeliest tokens over the sample.
         sample_positions: how large the sample was.

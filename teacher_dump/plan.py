@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +13,17 @@ from knowledge_store.layout import MANIFEST_FILE
 from knowledge_store.manifest import Manifest, read_manifest
 from knowledge_store.progress import progress_bar
 from teacher_dump.configuration import QUANTISATION_STEP, DumpConfig
-from teacher_dump.corpus import Start, check_files, column_value, file_names, problem_text, read_documents, scan
+from teacher_dump.corpus import (
+    SUFFIXES_READ_THROUGH,
+    Document,
+    Start,
+    check_files,
+    column_value,
+    file_names,
+    problem_text,
+    read_documents,
+    scan,
+)
 from teacher_dump.fingerprints import file_sha256
 from teacher_dump.teacher import Teacher, describe_tokenizer
 from teacher_dump.tokenisation import BadRow, CorpusTokenizer, TokenSequence
@@ -81,8 +92,8 @@ def _scan_corpus(config: DumpConfig) -> dict[str, Any]:
     with progress_bar("reading the corpus", size) as advance:
         found = scan(config.corpus, config.shard_size, config.part_characters, advance)
     _check_bad_rows(config, found.bad_rows, found.first_problem)
-    if found.documents == found.bad_rows:
-        raise InputError(f"the corpus has no row that can be used: {found.first_problem or 'it is empty'}")
+    if not any(shard.characters for shard in found.shards):
+        raise InputError(f"the corpus has no row that can be used: {found.first_problem or 'it has no text'}")
     return {
         "documents": found.documents,
         "bad_rows": found.bad_rows,
@@ -119,29 +130,52 @@ class ShardInput:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
 
-def shard_input(config: DumpConfig, manifest: Manifest, tokenizer: CorpusTokenizer, shard: int) -> ShardInput:
-    """Read and tokenise the documents of one shard.
+class ShardReader:
+    """Reads and tokenises shards.
 
-    Raises:
-        InputError: a row cannot be used and is not to be skipped; names file and line.
+    A shard that follows the last one read goes on from there, and so does any later one of a file that cannot be entered in
+    the middle (a compressed one, or a Parquet row group): a corpus is then read once, not once for each shard.
     """
-    starts = manifest.derived["shards"]
-    start = Start(**starts[shard])
-    end = starts[shard + 1]["document"] if shard + 1 < len(starts) else manifest.derived["documents"]
-    names = [file["name"] for file in manifest.corpus["files"]]
-    sequences: list[TokenSequence] = []
-    skipped: list[dict[str, Any]] = []
-    for document in read_documents(config.corpus, start, config.part_characters):
-        if document.number >= end:
-            break
-        try:
-            sequences.extend(tokenizer.sequences(document))
-        except BadRow as reason:
-            if not config.skip_bad_rows:
-                place = problem_text(config.corpus, document.file, document.row, str(reason))
-                raise InputError(place) from None
-            skipped.append({"file": names[document.file], "row": document.row, "reason": str(reason)})
-    return ShardInput(shard, start.document, end - start.document, start.characters, sequences, skipped)
+
+    def __init__(self, config: DumpConfig, manifest: Manifest, tokenizer: CorpusTokenizer):
+        self._config, self._manifest, self._tokenizer = config, manifest, tokenizer
+        self._documents: Iterator[Document] = iter(())
+        self._next: Document | None = None
+
+    def read(self, shard: int) -> ShardInput:
+        """The sequences of one shard.
+
+        Raises:
+            InputError: a row cannot be used and is not to be skipped; names file and line.
+        """
+        config, derived = self._config, self._manifest.derived
+        starts = derived["shards"]
+        start = Start(**starts[shard])
+        end = starts[shard + 1]["document"] if shard + 1 < len(starts) else derived["documents"]
+        names = [file["name"] for file in self._manifest.corpus["files"]]
+        sequences: list[TokenSequence] = []
+        skipped: list[dict[str, Any]] = []
+        self._go_to(start)
+        while (document := self._next) is not None and document.number < end:
+            try:
+                sequences.extend(self._tokenizer.sequences(document))
+            except BadRow as reason:
+                if not config.skip_bad_rows:
+                    place = problem_text(config.corpus, document.file, document.row, str(reason))
+                    raise InputError(f"{place}. Mend the corpus, or pass --skip-bad-rows to leave such rows out") from None
+                skipped.append({"file": names[document.file], "row": document.row, "reason": str(reason)})
+            self._next = next(self._documents, None)
+        return ShardInput(shard, start.document, end - start.document, start.characters, sequences, skipped)
+
+    def _go_to(self, start: Start) -> None:
+        here = self._next
+        follows = here is not None and here.number == start.document
+        passes = here is not None and here.number < start.document and here.file == start.file
+        if not follows and not (passes and self._config.corpus[start.file].suffix in SUFFIXES_READ_THROUGH):
+            self._documents = read_documents(self._config.corpus, start, self._config.part_characters)
+            self._next = next(self._documents, None)
+        while self._next is not None and self._next.number < start.document:
+            self._next = next(self._documents, None)
 
 
 def length_batches(lengths: list[int], room: int) -> list[np.ndarray]:

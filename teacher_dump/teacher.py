@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from knowledge_store.console import note
+from knowledge_store.console import note, silence
 from knowledge_store.errors import InputError
 from knowledge_store.records import json_sha256
 from teacher_dump.fingerprints import file_sha256
@@ -96,13 +94,13 @@ class Teacher:
             if token < size:
                 names[token] = name
         # Decoded behind another token, since decoders drop a leading space at the start of a text.
-        anchor = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+        anchor = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         known = [token for token, name in enumerate(names) if name is not None]
-        pairs = self.tokenizer.batch_decode([[anchor, token] for token in known], clean_up_tokenization_spaces=False)
-        start = len(self.tokenizer.decode([anchor], clean_up_tokenization_spaces=False))
+        pairs = self.tokenizer.batch_decode([[*anchor, token] for token in known], clean_up_tokenization_spaces=False)
+        before = self.tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
         texts: list[str | None] = [None] * size
         for token, text in zip(known, pairs, strict=True):
-            texts[token] = text[start:]
+            texts[token] = text.removeprefix(before)
         return texts, names
 
 
@@ -169,10 +167,11 @@ def _needs_whole_logits(model: PreTrainedModel, device: torch.device) -> bool:
             handle.remove()
         if "logits" not in seen or seen["hidden"].shape != hidden.shape:
             return True
-        # The head's output must be the logits to the last bit; two runs of the backbone may differ by rounding.
-        unchanged = torch.equal(seen["logits"].float(), logits.float())
-        tolerance = 64 * torch.finfo(hidden.dtype).eps * hidden.abs().max()
-        return not unchanged or not bool(((seen["hidden"] - hidden).abs() <= tolerance).all())
+        # The head's output must be the logits to the last bit; two runs of the backbone may differ by rounding. A model that
+        # gives NaN is refused when it is asked, with the sequence's name.
+        unchanged = torch.equal(torch.nan_to_num(seen["logits"].float()), torch.nan_to_num(logits.float()))
+        tolerance = 64 * torch.finfo(hidden.dtype).eps * hidden.nan_to_num().abs().max().item()
+        return not unchanged or not torch.allclose(seen["hidden"], hidden, rtol=0, atol=tolerance, equal_nan=True)
     return True
 
 
@@ -194,8 +193,8 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_folder(teacher: str) -> Path:
-    """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors only).
+def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
+    """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
 
     Raises:
         InputError: there is neither such a folder nor such a hub id.
@@ -207,13 +206,13 @@ def find_folder(teacher: str) -> Path:
         raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", *TOKENIZER_FILES]
+    weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json", "generation_config.json", *weights, *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(teacher, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises errors of many families
         raise InputError(
-            f"there is no teacher folder {teacher}, and no model of that id could be had from the hub"
-            f" ({type(error).__name__})"
+            f"there is no teacher folder {teacher}, and no model of that id could be had from the hub ({type(error).__name__})"
         ) from None
 
 
@@ -240,18 +239,6 @@ def _model_files(folder: Path, gguf_file: str | None) -> list[Path]:
     return [*weights, folder / "config.json", *tokenizer]
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' loading bars and notices out of the output; what fails is raised all the same."""
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            yield
-    finally:
-        transformers.logging.set_verbosity(level)
-
-
 def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto", device: str = "auto") -> Teacher:
     """Load a teacher and hash its files.
 
@@ -267,12 +254,12 @@ def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto"
     where = find_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} is not known: use auto, {', '.join(DTYPES)}")
-    folder = find_folder(teacher)
+    folder = find_folder(teacher, gguf_file)
     files = _model_files(folder, gguf_file)
     wanted = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        with quiet_transformers():
+        with silence():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
             AutoConfig.from_pretrained(folder, trust_remote_code=False, **source)
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -298,10 +285,11 @@ def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto"
         note(f"{teacher} changes its logits after the head, so whole logits are used: this takes more memory")
     config = model.config.get_text_config()
     description = {
-        "name": f"{teacher.rstrip('/')}/{gguf_file}" if gguf_file else teacher,
+        # A local teacher is called by its own name: where somebody keeps it is no part of what it is.
+        "name": gguf_file or (folder.resolve().name if Path(teacher).is_dir() else teacher),
         "model_type": config.model_type,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "hidden_size": config.hidden_size,
+        "hidden_size": getattr(config, "hidden_size", None),
         "vocabulary_size": head.weight.shape[0],
         "max_positions": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),

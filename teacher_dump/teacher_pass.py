@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,15 @@ from knowledge_store.commits import CommitRecord
 from knowledge_store.console import note
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
-from knowledge_store.manifest import Manifest
 from knowledge_store.progress import Advance, progress_bar
+from knowledge_store.publication import TEMPORARY_PREFIX
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
+from knowledge_store.store import check_store
 from knowledge_store.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus import check_files
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
-from teacher_dump.plan import ShardInput, corpus_columns, length_batches, make_manifest, shard_input
+from teacher_dump.plan import ShardInput, ShardReader, corpus_columns, length_batches, make_manifest
 from teacher_dump.teacher import Teacher, load_teacher
 from teacher_dump.tokenisation import CorpusTokenizer, TokenSequence
 
@@ -73,13 +76,19 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
         KeyboardInterrupt: Ctrl-C; the shard that was being published is published first.
     """
     if not 0 <= rank < world_size:
-        raise InputError(f"--rank {rank} is not below --world-size {world_size}")
+        raise InputError(f"--rank {rank} is not one of --world-size {world_size}: ranks count from 0")
     for kind in config.kinds:
         if kind not in EXTRACTORS:
             raise InputError(f"no extractor is known for knowledge of kind {kind!r}")
+    # What can be seen at once is seen before a large teacher is loaded.
+    check_files(config.corpus)
+    _check_store(config.store)
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
     planned = make_manifest(config, teacher)
+    reader, first = ShardReader(config, planned, tokenizer), None
+    if rank < len(planned.derived.get("shards", ())) and not (config.store / planned.dump).exists():
+        first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
     writer = DumpWriter.open(config.store, planned, tokens_table(*teacher.tokens()))
     manifest = writer.manifest
     mine = range(rank, manifest.shard_count, world_size)
@@ -88,7 +97,7 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
     total = sum(manifest.derived["shards"][shard]["characters"] for shard in pending)
     tally = _Tally()
     with progress_bar(f"dumping {manifest.dump}", total) as advance:
-        _dump_shards(config, teacher, tokenizer, writer, pending, _Meter(advance, tally, config.top_k), tally)
+        _dump_shards(config, teacher, reader, first, writer, pending, _Meter(advance, tally, config.top_k), tally)
     return DumpReport(
         dump=manifest.dump,
         shards=tally.shards,
@@ -98,6 +107,12 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
         seconds=time.monotonic() - started,
         skipped_rows=tally.skipped_rows,
     )
+
+
+def _check_store(path: Path) -> None:
+    """Make sure that `path` is a store or can become one (StoreError). A store that another worker is just making counts."""
+    if path.exists() and not (path.is_dir() and all(each.name.startswith(TEMPORARY_PREFIX) for each in path.iterdir())):
+        check_store(path)
 
 
 @dataclass
@@ -133,6 +148,11 @@ class _Meter:
             kept = arrays["has_knowledge"]
             tally.predictions += int(kept.sum())
             tally.mass += float(np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).sum())
+        self.show(characters)
+
+    def show(self, characters: float = 0) -> None:
+        """Show the figures as they stand, after `characters` more."""
+        tally = self._tally
         figures = {"positions/s": f"{tally.positions / (time.monotonic() - self._started):,.0f}"}
         if tally.committed_positions:
             figures["bytes/position"] = f"{tally.committed_bytes / tally.committed_positions:.1f}"
@@ -144,7 +164,8 @@ class _Meter:
 def _dump_shards(
     config: DumpConfig,
     teacher: Teacher,
-    tokenizer: CorpusTokenizer,
+    reader: ShardReader,
+    first: ShardInput | None,
     writer: DumpWriter,
     pending: list[int],
     meter: _Meter,
@@ -156,13 +177,15 @@ def _dump_shards(
     def settle() -> None:
         nonlocal publishing
         if publishing is not None:
-            (future, positions), publishing = publishing, None
-            tally.committed(future.result(), positions)
+            future, positions = publishing
+            record = future.result()  # Ctrl-C while it waits here: it is settled again
+            publishing = None
+            tally.committed(record, positions)
+            meter.show()
 
-    with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as publisher:
+    with ThreadPoolExecutor(1, "reader") as executor, ThreadPoolExecutor(1, "writer") as publisher:
         try:
-            ahead = _read_ahead(reader, config, writer.manifest, tokenizer, pending)
-            for shard in ahead:
+            for shard in _read_ahead(executor, reader, pending, first):
                 if writer.committed(shard.shard):
                     continue  # another worker was quicker
                 knowledge = _ask(config, teacher, shard, meter)
@@ -177,16 +200,16 @@ def _dump_shards(
 
 
 def _read_ahead(
-    reader: ThreadPoolExecutor, config: DumpConfig, manifest: Manifest, tokenizer: CorpusTokenizer, shards: list[int]
+    executor: ThreadPoolExecutor, reader: ShardReader, shards: list[int], first: ShardInput | None
 ) -> Iterator[ShardInput]:
-    """The input of each shard, the next one being read while this one is used."""
+    """The input of each shard, the next one being read while this one is used; `first` is one that has been read."""
     following: Future[ShardInput] | None = None
     for index, shard in enumerate(shards):
-        current = following or reader.submit(shard_input, config, manifest, tokenizer, shard)
-        following = None
-        ready = current.result()
-        if index + 1 < len(shards):
-            following = reader.submit(shard_input, config, manifest, tokenizer, shards[index + 1])
+        if first is not None and first.shard == shard:
+            ready, first = first, None
+        else:
+            ready = (following or executor.submit(reader.read, shard)).result()
+        following = executor.submit(reader.read, shards[index + 1]) if index + 1 < len(shards) else None
         yield ready
 
 
@@ -213,6 +236,12 @@ def ask_batch(config: DumpConfig, teacher: Teacher, sequences: list[TokenSequenc
     for row, sequence in enumerate(sequences):
         token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
         mask[row, : len(sequence.token_ids)] = True
+    for sequence in sequences:
+        if sequence.token_ids.max() >= teacher.vocabulary_size:
+            raise InputError(
+                f"the teacher's tokenizer gives token {sequence.token_ids.max()} (row {sequence.document.row} of corpus file"
+                f" {sequence.document.file + 1}), and its model knows {teacher.vocabulary_size}: they do not belong together"
+            )
     try:
         prediction = teacher.predict(token_ids, mask)
         batch = ExtractionBatch(sequences, prediction, mask, config.top_k, config.keep_context)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from knowledge_store.errors import InputError
@@ -78,9 +77,7 @@ class CorpusTokenizer:
             token_ids, is_target = self._completion(document)
         first = int(np.argmax(is_target)) if is_target.any() else len(token_ids)
         if first >= self.max_length:
-            raise BadRow(
-                f"the prompt has {first} tokens and --max-length is {self.max_length}: raise it, or pass --skip-bad-rows"
-            )
+            raise BadRow(f"the prompt has {first} tokens, and --max-length {self.max_length} leaves nothing of what follows it")
         sequence = self._sequence(document, 0, token_ids, is_target, len(token_ids) > self.max_length)
         return [sequence] if sequence.is_target.any() else []
 
@@ -140,32 +137,37 @@ class CorpusTokenizer:
                     turns, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
                 )
             )
-        except (TemplateError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # a template is a program of its own, and a row can make it fail in any way
             raise BadRow(f"the chat template refuses it: {str(error).splitlines()[0] if str(error) else error!r}") from None
 
     def _conversation(self, turns: Turns, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
         if not any(turn["role"] == "assistant" for turn in turns):
             raise BadRow("no message has the role `assistant`, so nothing is there to learn")
+        if not self.tokenizer.is_fast:
+            raise InputError(
+                "the corpus has `messages`, and the teacher's tokenizer (a slow one) cannot tell which of its tokens are the"
+                " assistant's: give rows with `prompt` and `completion`"
+            )
         whole = self._render(turns, arguments)
-        template = self.tokenizer.get_chat_template(tools=arguments.get("tools"))
-        if _GENERATION_MARK.search(template):
+        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        begins, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
+        # Some tokenizers leave white space out of their offsets, and transformers then loses what the marks say.
+        sound_offsets = bool((begins < ends).all())
+        if sound_offsets and _GENERATION_MARK.search(self.tokenizer.get_chat_template(tools=arguments.get("tools"))):
             marked = self.tokenizer.apply_chat_template(
                 turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **arguments
             )
-            return np.array(marked["input_ids"], np.int64), np.array(marked["assistant_masks"], bool)
-        if not self.tokenizer.is_fast:
-            raise InputError(
-                "the chat template does not mark the assistant's tokens with {% generation %}, and this tokenizer"
-                " (a slow one) cannot tell where in the text its tokens are: add the marks to the template"
-            )
-        spans = self._assistant_spans(turns, arguments, whole)
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2)
-        is_target = np.zeros(len(offsets), bool)
-        for start, stop in spans:
-            # A token that begins before the assistant's turn is not the assistant's to predict.
-            is_target |= (offsets[:, 0] >= start) & (offsets[:, 1] <= stop) & (offsets[:, 1] > offsets[:, 0])
-        return np.array(encoded["input_ids"], np.int64), is_target
+            token_ids, is_target = np.array(marked["input_ids"], np.int64), np.array(marked["assistant_masks"], bool)
+        else:
+            # A token of white space that was left out begins where the one before it ended.
+            begins = np.where(begins < ends, begins, np.minimum(begins, np.concatenate([[0], ends[:-1]])))
+            token_ids, is_target = np.array(encoded["input_ids"], np.int64), np.zeros(len(begins), bool)
+            for start, stop in self._assistant_spans(turns, arguments, whole):
+                # A token that begins before the assistant's turn is not the assistant's to predict.
+                is_target |= (begins >= start) & (ends <= stop)
+        if not is_target.any():
+            raise BadRow("the chat template leaves nothing of the assistant's messages, so nothing is there to learn")
+        return token_ids, is_target
 
     def _assistant_spans(self, turns: Turns, arguments: dict[str, Any], whole: str) -> list[tuple[int, int]]:
         """Where in the rendered conversation the assistant's words are, its end-of-turn token included."""
@@ -177,8 +179,8 @@ class CorpusTokenizer:
             answered = self._render(turns[: index + 1], arguments)
             if not answered.startswith(asked) or not whole.startswith(answered):
                 raise BadRow(
-                    "the chat template does not mark the assistant's tokens with {% generation %}, and renders this"
-                    f" conversation differently turn by turn (message {index + 1}): add the marks to the template"
+                    "the chat template does not mark the assistant's tokens with {% generation %} (or the tokenizer cannot"
+                    f" place them), and renders this conversation differently turn by turn (message {index + 1})"
                 )
             # White space after the end-of-turn token is the template's, not the assistant's.
             spans.append((len(asked), len(answered.rstrip())))

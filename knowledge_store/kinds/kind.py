@@ -8,10 +8,24 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from knowledge_store.errors import InputError
 from knowledge_store.manifest import Manifest
 
 Arrays = dict[str, np.ndarray]
+
+
+def list_offsets(lengths: np.ndarray) -> pa.Array:
+    """Where each list of an Arrow list array begins and ends, from the lists' lengths.
+
+    Raises:
+        InputError: more values than one array can hold.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if len(ends) and ends[-1] >= 2**31:
+        raise InputError("a row group would hold 2^31 values or more: keep fewer candidates, or give a smaller maximum length")
+    return pa.array(np.concatenate([[0], ends]).astype(np.int32))
 
 
 def encode_columns(keys: pa.Table, arrays: Arrays, schema: pa.Schema) -> pa.Table:
@@ -25,7 +39,7 @@ def encode_columns(keys: pa.Table, arrays: Arrays, schema: pa.Schema) -> pa.Tabl
         if array.ndim == 1:
             columns.append(pa.array(array, column.type))
         else:
-            offsets = np.arange(0, array.size + 1, array.shape[1], dtype=np.int32)
+            offsets = list_offsets(np.full(len(array), array.shape[1]))
             values = pa.array(array.reshape(-1), column.type.value_type)
             columns.append(pa.ListArray.from_arrays(offsets, values).cast(column.type))
     return pa.table(columns, schema=schema)
@@ -37,11 +51,12 @@ def decode_columns(table: pa.Table) -> Arrays:
     for name in table.column_names:
         if name in ("sequence_id", "position"):
             continue
-        column = table[name].combine_chunks()
+        column = table[name]
         if pa.types.is_list(column.type):
-            arrays[name] = column.flatten().to_numpy().reshape(len(column), -1)
+            values = pc.list_flatten(column).to_numpy()
+            arrays[name] = values.reshape(len(column), len(values) // max(len(column), 1))
         else:
-            arrays[name] = column.to_numpy(zero_copy_only=False)
+            arrays[name] = column.to_numpy()
     return arrays
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from knowledge_store.kinds.kind import Arrays, Kind
+from knowledge_store.kinds.kind import Arrays, Kind, list_offsets
 from knowledge_store.manifest import Manifest
 
 SCHEMA = pa.schema(
@@ -32,10 +33,10 @@ NO_MASS = -np.inf
 
 RELATIONS = {
     "positions": """
-        SELECT {dump} AS dump, rows.*, texts.list[rows.token_id + 1] AS token_text
+        SELECT {dump} AS dump, rows.*, texts.list[CAST(rows.token_id AS BIGINT) + 1] AS token_text
         FROM {rows} AS rows, {texts} AS texts""",
     "candidates": """
-        SELECT dump, sequence_id, "position", rank, token_id, texts.list[token_id + 1] AS token_text, logprob
+        SELECT dump, sequence_id, "position", rank, token_id, texts.list[CAST(token_id AS BIGINT) + 1] AS token_text, logprob
         FROM (SELECT {dump} AS dump, sequence_id, "position",
                      CAST(generate_subscripts(candidate_ids, 1) AS INTEGER) AS rank,
                      unnest(candidate_ids) AS token_id,
@@ -61,7 +62,7 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     kept = arrays["has_knowledge"]
     step = manifest.quantisation_step
     width = arrays["candidate_ids"].shape[1]
-    offsets = pa.array(np.concatenate([[0], np.cumsum(kept * width)]).astype(np.int32))
+    offsets = list_offsets(kept * width)
     absent = pa.array(~kept)
     ids = pa.array(arrays["candidate_ids"][kept].reshape(-1), pa.uint32())
     logprobs = pa.array(quantise(arrays["candidate_logprobs"][kept].reshape(-1), step))
@@ -79,12 +80,12 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     )
 
 
-def _padded_lists(column: pa.ListArray, fill: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+def _padded_lists(column: pa.ChunkedArray, fill: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Lists of up to K values as (N, K), and their lengths (N,); null counts as empty."""
-    lengths = column.value_lengths().fill_null(0).to_numpy()
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
     width = int(lengths.max(initial=0))
     padded: np.ndarray = np.full((len(column), width), fill, dtype=dtype)
-    padded[np.arange(width) < lengths[:, None]] = column.flatten().to_numpy()
+    padded[np.arange(width) < lengths[:, None]] = pc.list_flatten(column).to_numpy()
     return padded, lengths
 
 
@@ -100,10 +101,9 @@ def decode(table: pa.Table) -> Arrays:
         input_ids int64 (N,), is_target bool (N,), has_knowledge bool (N,), token_logprob float32 (N,), candidate_ids
         int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge: all mass in the tail.
     """
-    ids = table["candidate_ids"].combine_chunks()
-    kept = ids.is_valid().to_numpy(zero_copy_only=False)
-    candidate_ids, _ = _padded_lists(ids, 0, np.int64)
-    candidate_logprobs, _ = _padded_lists(table["candidate_logprobs"].combine_chunks(), NO_MASS, np.float32)
+    kept = table["candidate_ids"].is_valid().to_numpy()
+    candidate_ids, _ = _padded_lists(table["candidate_ids"], 0, np.int64)
+    candidate_logprobs, _ = _padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     tail_logprob = table["tail_logprob"].fill_null(0).to_numpy()
     excess = np.log(_total_mass(candidate_logprobs, tail_logprob))
     return {
@@ -140,11 +140,9 @@ def statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
 
 def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     """What is wrong with a table of positions: its invariants, in words."""
-    ids_column = table["candidate_ids"].combine_chunks()
-    logprobs_column = table["candidate_logprobs"].combine_chunks()
-    kept = ids_column.is_valid().to_numpy(zero_copy_only=False)
+    kept = table["candidate_ids"].is_valid().to_numpy()
     for name in ("candidate_logprobs", "token_logprob", "tail_logprob"):
-        if not np.array_equal(table[name].combine_chunks().is_valid().to_numpy(zero_copy_only=False), kept):
+        if not np.array_equal(table[name].is_valid().to_numpy(), kept):
             yield f"{name} is null where candidate_ids is not, or the reverse"
             return
     position = table["position"].to_numpy()
@@ -153,8 +151,8 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     if (table["is_target"].to_numpy() & ~kept).any():
         yield "a target has no candidates"
 
-    ids, id_counts = _padded_lists(ids_column, -1, np.int64)
-    logprobs, logprob_counts = _padded_lists(logprobs_column, NO_MASS, np.float32)
+    ids, id_counts = _padded_lists(table["candidate_ids"], -1, np.int64)
+    logprobs, logprob_counts = _padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     width = min(manifest.top_k, manifest.vocabulary_size)
     if (id_counts[kept] != width).any() or (logprob_counts[kept] != width).any():
         yield f"a position does not have {width} candidates"

@@ -1,0 +1,119 @@
+"""Stores made from numpy arrays alone, with no teacher and no torch: for tests of `knowledge_store` by itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from knowledge_store import DumpWriter, Manifest
+from knowledge_store.kinds import Arrays
+from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
+
+MADE_BY = {"host": "here", "device": "cpu"}
+DOCUMENTS = 100  # in a shard of the plan; a test may use fewer
+
+
+def make_manifest(dump: str = "small", vocabulary: int = 11, k: int = 3, shards: int = 2, **changes: Any) -> Manifest:
+    """A manifest of `shards` shards, `DOCUMENTS` documents each."""
+    fields: dict[str, Any] = {
+        "dump": dump,
+        "kinds": ("positions",),
+        "teacher": {"name": "numbers", "vocabulary_size": vocabulary},
+        "tokenizer": {"size": vocabulary},
+        "corpus": {"files": [{"name": "numbers.jsonl", "bytes": 1, "sha256": "00"}]},
+        "selection": {"name": "top-k", "k": k},
+        "quantisation_step": 0.125,
+        "plan": {"max_length": 64},
+        "derived": {
+            "documents": DOCUMENTS * shards,
+            "columns": {},
+            "shards": [{"document": DOCUMENTS * n} for n in range(shards)],
+        },
+    }
+    columns = changes.pop("columns", {})
+    fields["derived"] = {**fields["derived"], "columns": columns}
+    return Manifest(**{**fields, **changes})
+
+
+def words(vocabulary: int) -> list[str | None]:
+    """A text for each token id."""
+    return [f"w{token}" for token in range(vocabulary)]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In float64, the plain way."""
+    logits = logits.astype(np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def knowledge_of(tokens: np.ndarray, logits: np.ndarray, k: int, targets: np.ndarray | None = None) -> Arrays:
+    """What an extractor hands over for one sequence: logits[t − 1] predicts tokens[t]."""
+    length, vocabulary = logits.shape
+    logprobs = np.concatenate([np.zeros((1, vocabulary)), log_softmax(logits)[:-1]])
+    ids = np.argsort(-logprobs, axis=1, kind="stable")[:, :k]
+    candidates = np.take_along_axis(logprobs, ids, axis=1)
+    rest = logprobs.copy()
+    np.put_along_axis(rest, ids, -np.inf, axis=1)
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.exp(rest).sum(axis=1))
+    is_target = np.arange(length) > 0 if targets is None else targets
+    return {
+        "token_id": tokens.astype(np.uint32),
+        "is_target": is_target,
+        "has_knowledge": is_target,
+        "token_logprob": logprobs[np.arange(length), tokens].astype(np.float32),
+        "candidate_ids": ids.astype(np.uint32),
+        "candidate_logprobs": candidates.astype(np.float32),
+        "tail_logprob": tail.astype(np.float32),
+    }
+
+
+def sequence_row(document: int, knowledge: Arrays, window: int = 0, **own: Any) -> dict[str, Any]:
+    """A row of `sequences` for this knowledge."""
+    return {
+        "sequence_id": sequence_id(document, window),
+        "document": document,
+        "file": "numbers.jsonl",
+        "row": document + 1,
+        "part": 0,
+        "window": window,
+        "length": len(knowledge["token_id"]),
+        "targets": int(knowledge["is_target"].sum()),
+        "truncated": False,
+        "token_hash": token_hash(knowledge["token_id"]),
+        **{corpus_column(name): value for name, value in own.items()},
+    }
+
+
+def joined(knowledge: list[Arrays]) -> Arrays:
+    """The arrays of several sequences, one after the other."""
+    return {name: np.concatenate([arrays[name] for arrays in knowledge]) for name in knowledge[0]} if knowledge else {}
+
+
+def random_sequences(seed: int, count: int, vocabulary: int = 11, k: int = 3, longest: int = 9) -> list[Arrays]:
+    """Knowledge of `count` sequences of 2 to `longest` tokens."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(2, longest + 1, count)
+    return [knowledge_of(random.integers(0, vocabulary, n), random.normal(0, 2, (n, vocabulary)), k) for n in lengths.tolist()]
+
+
+def commit(writer: DumpWriter, shard: int, knowledge: list[Arrays], **more: Any) -> None:
+    """Commit sequences as the documents of a shard; `more` has corpus columns: lists, one value for each sequence."""
+    first = DOCUMENTS * shard
+    rows = [
+        sequence_row(first + index, arrays, **{name: values[index] for name, values in more.items()})
+        for index, arrays in enumerate(knowledge)
+    ]
+    writer.commit(shard, first, DOCUMENTS, rows, {"positions": joined(knowledge)}, [], MADE_BY)
+
+
+def write_store(folder: Path, dump: str = "small", shards: int = 2, vocabulary: int = 11, k: int = 3, size: int = 4) -> Path:
+    """A store with one complete dump of random knowledge."""
+    manifest = make_manifest(dump, vocabulary, k, shards)
+    writer = DumpWriter.open(folder, manifest, tokens_table(words(vocabulary), words(vocabulary)))
+    for shard in range(shards):
+        commit(writer, shard, random_sequences(shard, size, vocabulary, k))
+    return folder

@@ -1,0 +1,330 @@
+"""Corpus files become documents, the same ones wherever reading begins."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from conftest import write_jsonl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from knowledge_store.errors import InputError
+from teacher_dump import corpus as corpus_module
+from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus import Start, check_files, column_value, cut_text, file_names, read_documents, scan
+from teacher_dump.plan import ShardReader
+
+BEGINNING = Start(0, 0, 1, 0, 0)
+
+
+def documents(*files: Path, start: Start = BEGINNING, limit: int = 1000) -> list:
+    return list(read_documents(files, start, limit))
+
+
+def texts(*files: Path, limit: int = 1000) -> list[str | None]:
+    return [document.text for document in documents(*files, limit=limit)]
+
+
+def compress(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor().compress(data)
+
+
+def lines(*rows: dict) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+ROWS = [{"text": "one"}, {"text": "zwei é"}, {"text": "three 🌊"}]
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    (tmp_path / "b.jsonl.zst").write_bytes(compress(lines(*ROWS)))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.jsonl.zst", "c.parquet"):
+        assert texts(tmp_path / name) == ["one", "zwei é", "three 🌊"]
+        assert [document.row for document in documents(tmp_path / name)] == [1, 2, 3]
+    (tmp_path / "d.txt").write_text("one\nzwei é\n")
+    assert texts(tmp_path / "d.txt") == ["one\nzwei é\n"]
+
+
+def test_jsonl_takes_windows_lines_blank_lines_a_byte_order_mark_and_no_last_newline(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n   \n{"text": "two\\r\\n"}\r\n{"text": "three"}')
+    found = documents(path)
+    assert [document.text for document in found] == ["one", "two\r\n", "three"]
+    assert [document.row for document in found] == [1, 4, 5]  # as an editor counts lines
+
+
+def test_zstandard_of_several_frames_is_one_text_even_where_a_frame_ends_inside_a_line(tmp_path):
+    data = lines(*ROWS)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compress(data[:7]) + compress(b"") + compress(data[7:30]) + compress(data[30:]))
+    assert texts(path) == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("kept", [5, 20, -1])
+def test_a_zstandard_file_cut_off_anywhere_is_refused_by_name(tmp_path, kept):
+    data = compress(lines(*({"text": f"row {number} " * 40} for number in range(3000))))
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(data[:kept])
+    with pytest.raises(InputError, match=r"a\.jsonl\.zst ends in the middle"):
+        documents(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet"])
+def test_a_file_that_is_not_what_its_name_says_is_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"just some words, long enough to be anything")
+    with pytest.raises(InputError, match=name):
+        documents(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "\xff"}', "not UTF-8"),
+        (b'{"text": ', "not JSON"),
+        (b"[1, 2]", "not an object"),
+        (b'{"title": "x"}', "none of the columns"),
+        (b'{"text": 5}', "`text` is not a string"),
+        (b'{"prompt": "x"}', "`prompt` and `completion`"),
+        (b'{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}', "`prompt` and `completion`"),
+        (b'{"messages": []}', "`messages` must be"),
+        (b'{"messages": [{"content": "x"}]}', "`messages` must be"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": "["}', "`tools` is not JSON"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": 5}', "`tools` is not a list"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": 5}', "`chat_template_kwargs`"),
+        (b'{"text": "\\ud800"}', "sound Unicode"),
+        (b'{"text": "x", "title": ["\\ud800"]}', "sound Unicode"),
+        (b'{"text": "x", "\\ud800": 1}', "sound Unicode"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_a_row_that_cannot_be_used_says_why_and_keeps_its_number(tmp_path, line, problem):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
+    before, bad, after = documents(path)
+    assert problem in bad.problem
+    assert (bad.number, bad.row) == (1, 2)
+    assert (before.text, after.text, after.number) == ("before", "after", 2)
+    found = scan((path,), 2, 1000)
+    assert (found.documents, found.bad_rows) == (3, 1)
+    assert found.first_problem is not None and f"{path}, line 2: " in found.first_problem
+
+
+def test_bad_values_in_parquet_are_that_row_alone(tmp_path):
+    invalid = pa.array([b"good", b"\xff", b"fine"], pa.binary()).view(pa.string())
+    times = pa.array([0, 1, 2**60], pa.timestamp("ms"))
+    pq.write_table(pa.table({"text": invalid, "when": times}), tmp_path / "a.parquet")
+    good, not_utf8, late = documents(tmp_path / "a.parquet")
+    assert good.text == "good"
+    assert "UTF-8" in not_utf8.problem
+    assert "cannot be read" in late.problem and late.row == 3
+
+
+def test_invalid_utf8_in_a_text_file_names_the_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("é".encode() * 700_000 + b"\xff tail")
+    with pytest.raises(InputError, match=r"a\.txt is not UTF-8 at byte 1400000"):
+        documents(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", None, "no corpus file"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.csv", b"x", "not of a known kind"),
+    ],
+)
+def test_files_are_checked_before_anything_is_read(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        check_files((tmp_path / name,))
+    with pytest.raises(InputError, match="is a folder"):
+        check_files((tmp_path,))
+
+
+def test_files_of_one_name_are_told_apart_by_their_folder():
+    files = (Path("/x/train/a.jsonl"), Path("/x/test/a.jsonl"), Path("/x/b.jsonl"))
+    assert file_names(files) == ["train/a.jsonl", "test/a.jsonl", "b.jsonl"]
+
+
+# --- parts --------------------------------------------------------------------------------------------------------------
+
+prose = st.lists(st.sampled_from([*"ab é界🌊.\u2028\n \t\r", "\n\n", "\r\n\r\n", "\n \n"]), max_size=200).map("".join)
+
+
+@given(prose, st.integers(1, 60))
+def test_parts_joined_are_the_text_and_none_is_too_long(text, limit):
+    parts = list(cut_text(text, limit))
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= limit for part in parts) or text == ""
+
+
+def test_parts_end_at_paragraph_ends_or_else_lines_or_else_words():
+    paragraph = "A few words here.\nAnd a second line.\n\n"
+    assert list(cut_text(paragraph * 3, 45)) == [paragraph] * 3
+    assert list(cut_text("first line here\nsecond line here\n", 20)) == ["first line here\n", "second line here\n"]
+    assert list(cut_text("several words in a row", 10)) == ["several ", "words in ", "a row"]
+    assert list(cut_text("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(prose, st.integers(1, 60), st.integers(1, 9), st.booleans())
+def test_a_text_file_is_cut_as_it_would_be_in_memory_whatever_is_read_at_once(tmp_path, text, limit, chunk, mark):
+    path = tmp_path / "a.txt"
+    path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_module, "READ_BYTES", chunk)
+        found = documents(path, limit=limit)
+        assert [document.text for document in found] == list(cut_text(text, limit))
+        assert [document.last_part for document in found] == [False] * (len(found) - 1) + [True]
+        for document in found:  # every offset leads to its own part and no other
+            start = Start(document.number, 0, 1, document.part, document.offset)
+            assert [each.text for each in documents(path, start=start, limit=limit)] == [
+                each.text for each in found[document.number :]
+            ]
+
+
+def test_long_rows_become_numbered_parts_that_share_their_row(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "word " * 50, "title": "long"}, {"text": "short", "title": "small"}])
+    found = documents(path, limit=100)
+    assert [(document.number, document.row, document.part) for document in found] == [
+        (0, 1, 0),
+        (1, 1, 1),
+        (2, 1, 2),
+        (3, 2, 0),
+    ]
+    assert [document.last_part for document in found] == [False, False, True, True]
+    assert found[1].columns == {"title": "long"}
+
+
+# --- starting anywhere --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed_files(tmp_path_factory) -> tuple[Path, ...]:
+    """Good, bad, empty and long rows in files of every kind."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = [{"text": f"row {number}. " * (number * 7 % 30), "n": number} for number in range(23)]
+    data = lines(*rows[:9]) + b"\nnot json\n" + lines(*rows[9:])
+    (folder / "a.jsonl").write_bytes(data)
+    (folder / "b.jsonl.zst").write_bytes(compress(data[:100]) + compress(data[100:]))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "c.parquet", row_group_size=7)
+    (folder / "d.txt").write_bytes("\ufeffParagraph é one.\r\n\r\nParagraph two 🌊.\r\n\r\n".encode() * 20)
+    (folder / "e.jsonl").write_bytes(lines({"text": "the end"}))
+    return tuple(sorted(folder.iterdir()))
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(range(5)), st.integers(1, 20), st.integers(20, 150))
+def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, shard_size, limit):
+    files = tuple(mixed_files[index] for index in order)
+    whole = documents(*files, limit=limit)
+    assert [document.number for document in whole] == list(range(len(whole)))
+    plan = scan(files, shard_size, limit)
+    assert plan.documents == len(whole)
+    assert [start.document for start in plan.shards] == list(range(0, len(whole), shard_size))
+    assert sum(start.characters for start in plan.shards) == sum(document.characters for document in whole)
+    for start in plan.shards:
+        found = islice(read_documents(files, replace(start, characters=0), limit), shard_size + 1)
+        assert list(found) == whole[start.document : start.document + shard_size + 1]
+
+
+class KeepDocuments:
+    """Stands in for a tokenizer: each document is its own sequence."""
+
+    def sequences(self, document):
+        return [document]
+
+
+class Plan:
+    """The half of a manifest that a shard's reader needs."""
+
+    def __init__(self, files, found):
+        self.corpus = {"files": [{"name": path.name} for path in files]}
+        self.derived = {"documents": found.documents, "shards": [vars(start) for start in found.shards]}
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 20), st.data())
+def test_shards_read_in_any_order_hold_what_a_full_reading_holds(mixed_files, shard_size, data):
+    config = DumpConfig("teacher", mixed_files, Path("store"), max_length=2, shard_size=shard_size)
+    whole = documents(*mixed_files, limit=config.part_characters)
+    found = scan(mixed_files, shard_size, config.part_characters)
+    shards = data.draw(st.lists(st.integers(0, len(found.shards) - 1), max_size=8))
+    reader = ShardReader(config, Plan(mixed_files, found), KeepDocuments())
+    for shard in shards:
+        assert reader.read(shard).sequences == whole[shard * shard_size : (shard + 1) * shard_size]
+
+
+def test_a_corpus_read_in_order_is_opened_once(mixed_files, monkeypatch):
+    config = DumpConfig("teacher", mixed_files, Path("store"), max_length=2, shard_size=3)
+    found = scan(mixed_files, 3, config.part_characters)
+    opened = []
+
+    def counted(*arguments):
+        opened.append(arguments)
+        return read_documents(*arguments)
+
+    monkeypatch.setattr("teacher_dump.plan.read_documents", counted)
+    reader = ShardReader(config, Plan(mixed_files, found), KeepDocuments())
+    for shard in range(len(found.shards)):
+        reader.read(shard)
+    assert len(opened) == 1
+
+
+def test_rows_that_are_skipped_change_no_number(tmp_path):
+    rows = [b'{"text": "a"}', b"broken", b'{"text": ""}', b'{"text": "d"}']
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join(rows))
+    mended = tmp_path / "b.jsonl"
+    mended.write_bytes(b"\n".join([rows[0], b'{"text": "b"}', *rows[2:]]))
+    assert [(each.number, each.row) for each in documents(path)] == [(each.number, each.row) for each in documents(mended)]
+
+
+# --- columns ------------------------------------------------------------------------------------------------------------
+
+
+def test_column_types_are_merged_over_all_rows(tmp_path):
+    rows = [
+        {"text": "a", "whole": 1, "mixed": 1, "yes": True, "odd": 1, "large": 2**70, "nested": {"k": [1]}, "never": None},
+        {"text": "b", "whole": None, "mixed": 0.5, "yes": False, "odd": "x", "large": 1, "nested": "plain"},
+        {"text": "c", "late": True},
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    assert scan((path,), 2, 1000).columns == {
+        "whole": "int64",
+        "mixed": "double",
+        "yes": "bool",
+        "odd": "string",
+        "large": "string",
+        "nested": "string",
+        "never": "string",
+        "late": "bool",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "column_type", "stored"),
+    [
+        (None, "string", None),
+        ("text", "string", "text"),
+        ({"k": ["é", 1]}, "string", '{"k": ["é", 1]}'),
+        (True, "string", "true"),
+        (2**70, "string", str(2**70)),
+        (3, "double", 3.0),
+        (3, "int64", 3),
+    ],
+)
+def test_values_take_their_columns_type(value, column_type, stored):
+    result = column_value(value, column_type)
+    assert result == stored and type(result) is type(stored)

@@ -1,0 +1,131 @@
+"""The likeliest tokens, and exactly what they leave over."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from teacher_dump import teacher as teacher_module
+from teacher_dump.corpus import Document
+from teacher_dump.extraction import ExtractionBatch, UnsoundLogits, extract_positions, top_k_knowledge
+from teacher_dump.teacher import Prediction
+from teacher_dump.tokenisation import TokenSequence
+
+# Float32's rounding of log-probabilities as large as 160 nats, three operations deep.
+TOLERANCE = 1e-4
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_against_float64(data):
+    vocabulary = data.draw(st.integers(1, 12))
+    k = data.draw(st.integers(1, vocabulary))
+    values = st.floats(-80, 80, width=32)
+    logits = data.draw(arrays(np.float32, (3, vocabulary), elements=values))
+    tokens = np.array([0, vocabulary // 2, vocabulary - 1])
+    token_logprob, ids, logprobs, tail = (
+        each.numpy() for each in top_k_knowledge(torch.from_numpy(logits.copy()), torch.from_numpy(tokens), k)
+    )
+    expected = log_softmax(logits)
+    rows = np.arange(3)
+    np.testing.assert_allclose(token_logprob, expected[rows, tokens], atol=TOLERANCE)
+    np.testing.assert_allclose(logprobs, np.take_along_axis(expected, ids, 1), atol=TOLERANCE)
+    np.testing.assert_allclose(logprobs, -np.sort(-expected, axis=1)[:, :k], atol=TOLERANCE)
+    assert (np.diff(logprobs, axis=1) <= 0).all()
+    assert all(len(set(row)) == k for row in ids.tolist())
+    rest = expected.copy()
+    np.put_along_axis(rest, ids, -np.inf, 1)
+    left_over = np.logaddexp.reduce(rest, axis=1)
+    assert (np.isneginf(tail) == (k == vocabulary)).all()
+    np.testing.assert_allclose(tail[np.isfinite(tail)], left_over[np.isfinite(tail)], atol=TOLERANCE)
+
+
+def test_a_tail_that_one_minus_the_sum_would_lose_is_kept():
+    logits = torch.tensor([[60.0, 0.0, 0.0, 0.0]])
+    _, _, logprobs, tail = top_k_knowledge(logits, torch.tensor([0]), 1)
+    assert logprobs.item() == 0.0  # one minus this is nothing
+    assert tail.item() == pytest.approx(-60 + np.log(3), abs=1e-5)
+
+
+# --- batches ------------------------------------------------------------------------------------------------------------
+
+
+def sequence(number: int, length: int, first_target: int, generator) -> TokenSequence:
+    tokens = generator.integers(0, 17, length)
+    return TokenSequence(Document(number, 0, number + 1, 0, 0), 0, tokens, np.arange(length) >= max(first_target, 1), False)
+
+
+class Given:
+    """A teacher whose logits are given."""
+
+    device = torch.device("cpu")
+    vocabulary_size = 17
+
+
+def batch_of(sequences, logits: torch.Tensor, **arguments) -> ExtractionBatch:
+    longest = logits.shape[1]
+    mask = np.arange(longest) < np.array([len(each.token_ids) for each in sequences])[:, None]
+    return ExtractionBatch(
+        sequences, Prediction(Given(), None, logits), mask, **{"top_k": 3, "keep_context": False, **arguments}
+    )
+
+
+@pytest.fixture
+def sequences():
+    generator = np.random.default_rng(0)
+    return [
+        sequence(number, length, first, generator) for number, (length, first) in enumerate([(9, 1), (2, 1), (6, 4), (5, 9)])
+    ]
+
+
+@pytest.mark.parametrize("keep_context", [False, True])
+@pytest.mark.parametrize("slice_positions", [1, 3, 1000])
+def test_each_position_holds_the_prediction_of_its_own_token(sequences, keep_context, slice_positions, monkeypatch):
+    monkeypatch.setitem(teacher_module.SLICE_LOGITS, "cpu", slice_positions * Given.vocabulary_size)
+    logits = torch.randn(4, 9, 17, generator=torch.Generator().manual_seed(0)) * 4
+    found = extract_positions(batch_of(sequences, logits.clone(), keep_context=keep_context))
+    for row, (each, arrays_) in enumerate(zip(sequences, found, strict=True)):
+        length = len(each.token_ids)
+        kept = np.arange(length) > 0 if keep_context else each.is_target
+        assert {name: array.shape[0] for name, array in arrays_.items()} == dict.fromkeys(arrays_, length)
+        assert arrays_["has_knowledge"].tolist() == kept.tolist()
+        assert arrays_["token_id"].tolist() == each.token_ids.tolist()
+        assert arrays_["candidate_ids"].dtype == arrays_["token_id"].dtype == np.uint32
+        assert {arrays_[name].dtype for name in ("token_logprob", "candidate_logprobs", "tail_logprob")} == {
+            np.dtype(np.float32)
+        }
+        expected = log_softmax(logits[row].numpy())
+        for position in np.flatnonzero(kept):
+            before = expected[position - 1]
+            assert arrays_["token_logprob"][position] == pytest.approx(before[each.token_ids[position]], abs=1e-5)
+            assert arrays_["candidate_ids"][position].tolist() == np.argsort(-before)[:3].tolist()
+
+
+def test_a_batch_without_targets_has_no_knowledge_and_the_right_shapes(sequences):
+    found = extract_positions(batch_of([sequences[3]], torch.randn(1, 5, 17)))
+    assert not found[0]["has_knowledge"].any()
+    assert found[0]["candidate_ids"].shape == found[0]["candidate_logprobs"].shape == (5, 3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_logit_that_is_no_number_names_its_sequence(sequences, value):
+    logits = torch.randn(4, 9, 17)
+    logits[2, 4, 5] = value  # predicts position 5 of the third sequence
+    with pytest.raises(UnsoundLogits, match=r"NaN or infinite in sequence 131072 \(row 3 of corpus file 1, window 0\)"):
+        extract_positions(batch_of(sequences, logits))
+
+
+def test_what_is_not_kept_may_be_anything(sequences):
+    logits = torch.randn(4, 9, 17)
+    logits[2, :3] = torch.nan  # a prompt's predictions
+    logits[1, 2:] = torch.nan  # padding
+    assert len(extract_positions(batch_of(sequences, logits))) == 4

@@ -1,0 +1,171 @@
+"""The index is derived: deleted, cut, garbled or out of date, the answers are the same."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+from conftest import ROOT
+from stores import commit, make_manifest, random_sequences, words, write_store
+
+from knowledge_store import DamageError, DumpWriter, KnowledgeStore
+from knowledge_store.index import INDEX_SCHEMA
+from knowledge_store.sequences import tokens_table
+
+QUERY = "SELECT * EXCLUDE (committed_at) FROM shards ORDER BY dump, shard"
+
+
+def answers(store: Path) -> tuple:
+    opened = KnowledgeStore.open(store)
+    return opened.info(), opened.sql(QUERY).to_pylist(), len(opened), opened[len(opened) - 1]["input_ids"].tolist()
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    return write_store(tmp_path / "store", shards=3)
+
+
+def test_deleted(store):
+    before = answers(store)
+    (store / "index.duckdb").unlink()
+    assert answers(store) == before
+    assert (store / "index.duckdb").is_file()
+
+
+@pytest.mark.parametrize("harm", ["empty", "text", "cut", "tail", "folder", "other schema", "no tables"])
+def test_harmed(store, harm):
+    before = answers(store)
+    path = store / "index.duckdb"
+    data = path.read_bytes()
+    path.unlink()
+    if harm == "folder":
+        path.mkdir()
+    elif harm == "other schema":
+        with duckdb.connect(str(path)) as connection:
+            connection.execute("CREATE TABLE about AS SELECT 'format 99' AS value")
+    elif harm == "no tables":
+        with duckdb.connect(str(path)) as connection:
+            connection.execute("CREATE TABLE about AS SELECT ? AS value", [INDEX_SCHEMA])
+            connection.execute("CREATE TABLE shards AS SELECT 1 AS dump; CREATE TABLE files AS SELECT 2 AS dump")
+    else:
+        path.write_bytes({"empty": b"", "text": b"not a database" * 99, "cut": data[:5000], "tail": data[5000:]}[harm])
+    assert answers(store) == before
+    assert answers(store) == before
+
+
+def test_flipped_bits(store):
+    before = answers(store)
+    path = store / "index.duckdb"
+    data = path.read_bytes()
+    chance = random.Random(1)
+    for _ in range(12):
+        harmed = bytearray(data)
+        harmed[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        path.write_bytes(harmed)
+        assert answers(store) == before
+
+
+def test_a_new_commit_is_seen_and_only_it_is_read(tmp_path):
+    store = tmp_path / "store"
+    writer = DumpWriter.open(store, make_manifest(shards=3), tokens_table(words(11), words(11)))
+    commit(writer, 1, random_sequences(1, 4))
+    opened = KnowledgeStore.open(store)
+    assert (len(opened), opened.info()[0].complete) == (4, False)
+    commit(writer, 0, random_sequences(0, 4))
+    assert len(opened) == 4  # as it stood when it was opened
+    record = store / "small/commits/00001.json"
+    status = record.stat()
+    record.write_bytes(record.read_bytes()[::-1])
+    os.utime(record, ns=(status.st_atime_ns, status.st_mtime_ns))
+    opened = KnowledgeStore.open(store)  # what the index holds of shard 1 still stands: its record is not read again
+    assert [row["shard"] for row in opened.sql(QUERY).to_pylist()] == [0, 1]
+    assert opened[0]["input_ids"].tolist() == random_sequences(0, 4)[0]["token_id"].tolist()
+    with pytest.raises(DamageError, match=r"00001\.json"):
+        KnowledgeStore.open(store, rebuild_index=True)
+
+
+def test_no_shard_is_opened(store):
+    shutil.rmtree(store / "small/positions")
+    shutil.rmtree(store / "small/sequences")
+    opened = KnowledgeStore.open(store, rebuild_index=True)
+    assert opened.info()[0].shards == 3
+
+
+def test_commits_are_found_whatever_else_lies_there(store):
+    before = answers(store)
+    for name in (".tmp-00003.json-0", "00003.json.bak", "3.json", "000003.json", "note.txt", "٠٠٠٠٣.json"):
+        (store / "small/commits" / name).write_text("{}")
+    assert answers(store) == before
+    (store / "small/commits/00003.json").write_text("{}")
+    with pytest.raises(DamageError, match=r"00003\.json"):
+        KnowledgeStore.open(store)
+
+
+def test_shard_numbers_of_more_than_five_digits(tmp_path):
+    """Names sort as text; shards sort as numbers."""
+    store = tmp_path / "store"
+    writer = DumpWriter.open(store, make_manifest(shards=3), tokens_table(words(11), words(11)))
+    for shard in (100_000, 99_999, 7):
+        commit(writer, shard, random_sequences(shard, 1))
+    opened = KnowledgeStore.open(store)
+    assert [row["shard"] for row in opened.sql(QUERY).to_pylist()] == [7, 99_999, 100_000]
+    expected = [random_sequences(shard, 1)[0]["token_id"].tolist() for shard in (7, 99_999, 100_000)]
+    assert [opened[ordinal]["input_ids"].tolist() for ordinal in range(3)] == expected
+
+
+def test_a_store_that_cannot_be_written_is_read(store):
+    """Rights do not stop a test that runs as root; an index name that cannot be replaced stands for them."""
+    before = answers(store)
+    (store / "index.duckdb").unlink()
+    (store / "index.duckdb/in the way").mkdir(parents=True)
+    assert answers(store) == before
+    assert [path.name for path in store.iterdir() if path.name.startswith(".tmp-")] == []
+
+
+OPEN_OFTEN = """
+import sys
+from pathlib import Path
+from knowledge_store import KnowledgeStore
+for turn in range(9):
+    opened = KnowledgeStore.open(sys.argv[1], rebuild_index=turn % 3 == 0)
+    assert opened.info()[0].shards == len(opened.sql("SELECT * FROM shards")) >= 3
+    if turn % 5 == 0:
+        Path(sys.argv[1], "index.duckdb").unlink(missing_ok=True)
+"""
+
+
+def test_several_processes_refresh_it_at_once(tmp_path):
+    store = tmp_path / "store"
+    writer = DumpWriter.open(store, make_manifest(shards=8), tokens_table(words(11), words(11)))
+    for shard in range(3):
+        commit(writer, shard, random_sequences(shard, 2))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OPEN_OFTEN, str(store)]
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    for shard in range(3, 8):
+        commit(writer, shard, random_sequences(shard, 2))
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert KnowledgeStore.open(store).info()[0].complete
+    assert [path.name for path in store.iterdir() if path.name.startswith(".tmp-")] == []
+
+
+def test_an_index_from_elsewhere_cannot_read_other_files(store, tmp_path):
+    """A store may come from a stranger: a view in its index must not be run."""
+    before = answers(store)
+    secret = tmp_path / "secret.csv"
+    secret.write_text("dump\nsecret\n")
+    path = store / "index.duckdb"
+    path.unlink()
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("CREATE TABLE about AS SELECT ? AS value", [INDEX_SCHEMA])
+        connection.execute(f"CREATE VIEW shards AS SELECT * FROM read_csv('{secret}')")
+        connection.execute(f"CREATE VIEW files AS SELECT * FROM read_csv('{secret}')")
+    assert answers(store) == before

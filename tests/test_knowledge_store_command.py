@@ -1,0 +1,251 @@
+"""The command `knowledge-store`, as a person types it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import run_command
+from stores import random_sequences, write_store
+from typer.testing import CliRunner
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.cli import app
+from knowledge_store.records import seal
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """k is the whole vocabulary, so that tails are −∞; nobody may change it."""
+    return write_store(tmp_path_factory.mktemp("command") / "store", vocabulary=5, k=5)
+
+
+def knowledge_store(*arguments: object, input: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Call the command in this process: one of its own would take a second to start."""
+    words = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(app, words, input=input)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr)
+
+
+def good(*arguments: object) -> str:
+    answer = knowledge_store(*arguments)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    return answer.stdout
+
+
+@pytest.mark.parametrize("command", ["info", "sql", "verify", "reindex", "remove", "sequence"])
+def test_help_has_an_example(command):
+    text = good(command, "--help")
+    assert "Example: knowledge-store " + command in " ".join(text.split())
+
+
+def test_help_lists_the_commands():
+    text = good("--help")
+    for command in ("info", "sql", "verify", "reindex", "remove", "sequence"):
+        assert f" {command} " in text
+
+
+def test_info(store):
+    text = good("info", store)
+    facts = KnowledgeStore.open(store).info()[0]
+    assert text.startswith("small  2 of 2 shards, complete\n")
+    for piece in (
+        "numbers (vocabulary 5)",
+        "top-k 5, log-probabilities in steps of 0.125 nats",
+        f"{facts.positions}, {facts.predictions} with knowledge",
+        "1.0000 on average",
+        f"{facts.bytes_per_position:.2f} bytes a position",
+        "positions.candidate_ids",
+    ):
+        assert piece in text
+
+
+def test_info_of_an_incomplete_dump(store, tmp_path):
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    (copy / "small/commits/00001.json").unlink()
+    assert "1 of 2 shards, incomplete: run the same `teacher-dump run` again" in good("info", copy)
+    for record in (copy / "small/commits").iterdir():
+        record.unlink()
+    assert "0 of 2 shards, incomplete" in good("info", copy)
+
+
+QUERY = """
+    SELECT sequence_id, position, tail_logprob, token_logprob, candidate_ids, token_text || chr(10) || ', "é"' AS odd,
+           sum(position) OVER () AS total, NULL AS nothing, is_target, 'nan'::DOUBLE AS nan, DATE '2024-02-29' AS day
+    FROM positions WHERE sequence_id = 0 ORDER BY position"""
+
+
+def test_sql_as_json(store):
+    rows = json.loads(good("sql", store, QUERY, "--format", "json"))
+    expected = random_sequences(0, 4, 5, 5)[0]
+    assert [row["position"] for row in rows] == list(range(len(expected["token_id"])))
+    assert [row["odd"] for row in rows] == [f'w{token}\n, "é"' for token in expected["token_id"]]
+    assert {row["tail_logprob"] for row in rows} == {None}  # −∞ and null alike
+    assert rows[0]["candidate_ids"] is None
+    assert rows[1]["candidate_ids"] == expected["candidate_ids"][1].tolist()
+    assert (rows[0]["is_target"], rows[1]["is_target"]) == (False, True)
+    assert rows[0]["total"] == sum(range(len(rows)))
+    assert (rows[0]["nothing"], rows[0]["nan"], rows[0]["day"]) == (None, None, "2024-02-29")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 25_000])
+def test_json_is_one_array_of_any_length(store, count):
+    text = good("sql", store, f"SELECT range AS n FROM range({count})", "--format", "json")
+    assert json.loads(text) == [{"n": n} for n in range(count)]
+    assert text.endswith("]\n")
+
+
+def test_sql_as_csv(store):
+    header, *rows = csv.reader(io.StringIO(good("sql", store, QUERY, "--format", "csv")))
+    assert header[:6] == ["sequence_id", "position", "tail_logprob", "token_logprob", "candidate_ids", "odd"]
+    assert len(rows) == len(random_sequences(0, 4, 5, 5)[0]["token_id"])
+    assert all(row[5].endswith('\n, "é"') for row in rows)
+    assert good("sql", store, "SELECT 1 AS a WHERE false", "--format", "csv") == "a\n"
+
+
+def test_sql_as_a_table(store):
+    query = "SELECT 'a' || chr(10) || 'b' AS text, 'é🙂' AS wide, 0.1::FLOAT AS n UNION ALL VALUES ('x', '', 2)"
+    text = good("sql", store, query)
+    assert text == "text  wide  n\na\\nb  é🙂   0.1\nx           2\n"
+    answer = knowledge_store("sql", store, "SELECT range AS n FROM range(1000)")
+    assert answer.returncode == 0
+    assert len(answer.stdout.splitlines()) == 201
+    assert answer.stderr == "200 of 1,000 rows shown: --format csv or json gives all\n"
+
+
+@pytest.mark.parametrize("form", ["json", "csv", "table"])
+def test_values_without_a_plain_form(store, form):
+    query = """SELECT INTERVAL 1 DAY AS i, MAP {'a': 1.5} AS m, {'x': [1, NULL]} AS s, '\\x00'::BLOB AS b, now() AS t,
+                      170141183460469231731687303715884105727::HUGEINT AS h, 'a'::VARCHAR AS a, a, 1.25::DECIMAL(5, 2) AS d"""
+    text = good("sql", store, query, "--format", form)
+    if form == "json":
+        [row] = json.loads(text)
+        assert row["h"] == 170141183460469231731687303715884105727
+        assert (row["d"], row["m"], row["s"]) == (1.25, [["a", 1.5]], {"x": [1, None]})
+        assert (row["a"], row["a_1"]) == ("a", "a")
+
+
+def test_sequence(store):
+    ids = KnowledgeStore.open(store).sequences()["sequence_id"].to_pylist()
+    header, *lines = good("sequence", store, ids[5]).splitlines()
+    assert header.split() == ["position", "token", "probability", "what", "the", "teacher", "expected"]
+    expected = random_sequences(1, 4, 5, 5)[1]
+    assert len(lines) == len(expected["token_id"])
+    assert lines[0].split() == ["0", f"w{expected['token_id'][0]}"]
+    for position, line in list(enumerate(lines))[1:]:
+        number, token, probability, first = line.split()[:4]
+        assert (number, token) == (str(position), f"w{expected['token_id'][position]}")
+        assert abs(float(probability.rstrip("%")) / 100 - math.exp(expected["token_logprob"][position])) < 0.07
+        assert first == f"w{expected['candidate_ids'][position][0]}"
+        assert "(others 0%)" in line
+
+
+def test_reindex(store, tmp_path):
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    (copy / "index.duckdb").write_bytes(b"rubbish")
+    assert good("reindex", copy) == "Indexed 2 shards of 1 dumps\n"
+    assert (copy / "index.duckdb").stat().st_size > 1000
+
+
+def test_remove_asks(store, tmp_path):
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    for reply in ("n\n", "\n", ""):
+        answer = knowledge_store("remove", copy, "small", input=reply)
+        assert (answer.returncode, "Removed" in answer.stdout) == (1, False)
+        assert "Remove small: " in answer.stderr
+        assert "Traceback" not in answer.stderr
+        assert len(KnowledgeStore.open(copy)) == 8
+    answer = knowledge_store("remove", copy, "small", input="y\n")
+    assert (answer.returncode, "Removed small" in answer.stdout) == (0, True)
+    assert not (copy / "small").exists()
+    assert "holds no dump yet" in knowledge_store("info", copy).stderr
+
+
+def test_remove_without_asking(store, tmp_path):
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    assert good("remove", copy, "small", "--yes") == "Removed small\n"
+    assert sorted(path.name for path in copy.iterdir()) == ["index.duckdb", "store.json"]
+
+
+def assert_refused(answer, text: str) -> None:
+    assert answer.returncode == 2
+    assert answer.stdout == ""
+    assert answer.stderr.startswith("Error: ")
+    assert answer.stderr.count("\n") == 1
+    assert text in answer.stderr
+
+
+COMMANDS = [["info"], ["sql", "SELECT 1"], ["verify"], ["reindex"], ["remove", "small"], ["sequence", "0"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_no_store(tmp_path, command):
+    name, *more = command
+    assert_refused(knowledge_store(name, tmp_path / "nowhere", *more), "there is no store at")
+    (tmp_path / "letter.txt").write_text("Dear all")
+    assert_refused(knowledge_store(name, tmp_path / "letter.txt", *more), "is a file, not a store")
+    assert_refused(knowledge_store(name, tmp_path / "letter.txt/inside", *more), "there is no store at")
+    assert_refused(knowledge_store(name, tmp_path, *more), "is not a knowledge store: it has no store.json")
+    (tmp_path / "store.json").write_bytes(seal({"format": "knowledge-store", "version": 2}))
+    assert_refused(knowledge_store(name, tmp_path, *more), "install a newer knowledge-store")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.txt", "store.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["remove", "other"], "has no dump 'other' (there: small)"),
+        (["remove", "../small"], "has no dump '../small'"),
+        (["sequence", "0", "--dump", "other"], "has no dump 'other'"),
+        (["sequence", "1"], "has no sequence 1"),
+        (["sequence", "99999999999"], "has no sequence 99999999999"),
+        (["sql", "DROP TABLE positions"], "only a SELECT statement is answered, and this is DROP"),
+        (["sql", "COPY dumps TO 'x.csv'"], "only a SELECT statement is answered, and this is COPY"),
+        (["sql", "SELCT 1"], "does not parse"),
+        (["sql", "SELECT\nnothing\nFROM positions"], "nothing"),
+        (["sql", ""], "give one SELECT statement"),
+        (["sql", "SELECT 1; SELECT 2"], "give one SELECT statement: this has 2"),
+        (["sql", "SELECT * FROM read_text('/etc/hostname')"], "was not run"),
+        (["sql", "SELECT TIMESTAMP 'infinity'"], "cast it to VARCHAR"),
+        (["sql", "SELECT '\udcff'"], "does not parse"),
+    ],
+)
+def test_bad_input(store, tmp_path, monkeypatch, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    name, *more = arguments
+    assert_refused(knowledge_store(name, store, *more), text)
+    assert list(tmp_path.iterdir()) == []
+    assert len(KnowledgeStore.open(store)) == 8
+
+
+def test_sequence_needs_a_dump_and_positions(store, tmp_path):
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    write_store(copy, "second")
+    assert_refused(knowledge_store("sequence", copy, 0), "name a dump")
+    assert good("sequence", copy, 0, "--dump", "second").startswith("position")
+
+
+def test_damage_is_one_line(store, tmp_path):
+    copy = Path(shutil.copytree(store, tmp_path / "store"))
+    (copy / "small/positions/00000.parquet").unlink()
+    assert_refused(knowledge_store("sequence", copy, 0), "positions/00000.parquet is missing")
+    assert_refused(knowledge_store("sql", copy, "SELECT count(*) FROM positions"), "positions/00000.parquet is missing")
+    (copy / "small/manifest.json").write_text("{}")
+    assert_refused(knowledge_store("info", copy), "manifest.json is damaged")
+
+
+def test_as_a_process_of_its_own(store, tmp_path):
+    """What the other tests cannot see: entry point, exit codes and streams as a shell has them."""
+    answer = run_command("knowledge_store", "sql", store, "SELECT 'é🙂' AS text", "--format", "json", cwd=tmp_path)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (0, '[{"text": "é🙂"}]\n', "")
+    assert_refused(run_command("knowledge_store", "sql", store, "SELCT 1", cwd=tmp_path), "does not parse")
+    assert_refused(run_command("knowledge_store", "info", tmp_path), "is not a knowledge store")
+    assert run_command("knowledge_store", "dance", cwd=tmp_path).returncode == 2
+    assert list(tmp_path.iterdir()) == []

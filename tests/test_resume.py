@@ -1,0 +1,306 @@
+"""Whatever stops a dump, and whoever goes on with it, the store is the one that an uninterrupted run makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import save_teacher, story_rows, write_jsonl
+from processes import Command
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.errors import InputError, MismatchError
+from knowledge_store.verification import verify
+from teacher_dump import DumpConfig, dump, fingerprints
+from teacher_dump.teacher import load_teacher
+
+SHARDS = 20
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Rows of which some cannot be used; the shard of rows 21 and 22 holds nothing at all."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rows = story_rows(2 * SHARDS)
+    lines = write_jsonl(folder / "rows.jsonl", rows).read_text().splitlines()
+    lines[20] = lines[21] = lines[6] = "broken"
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture
+def config(tmp_path, corpus, teacher_folder) -> DumpConfig:
+    return DumpConfig(
+        str(teacher_folder), (corpus,), tmp_path / "store", "d", max_length=40, batch_size=4, shard_size=2, skip_bad_rows=True
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, corpus, teacher_folder, loaded_teacher) -> dict[str, object]:
+    """What one undisturbed run leaves."""
+    store = tmp_path_factory.mktemp("whole") / "store"
+    whole = DumpConfig(
+        str(teacher_folder), (corpus,), store, "d", max_length=40, batch_size=4, shard_size=2, skip_bad_rows=True
+    )
+    assert dump(whole, teacher=loaded_teacher).shards == SHARDS
+    return contents(store)
+
+
+def contents(store: Path) -> dict[str, object]:
+    """Every file of a store but the index: bytes, or for a commit record all that does not say who made it and when."""
+    found: dict[str, object] = {}
+    for path in sorted(store.rglob("*")):
+        if path.is_dir() or path.name == "index.duckdb":
+            continue
+        name = str(path.relative_to(store))
+        if path.parent.name == "commits":
+            found[name] = {
+                key: value for key, value in json.loads(path.read_text()).items() if key not in ("made_by", "sha256")
+            }
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def arguments(config: DumpConfig, **more: object) -> list[object]:
+    """The command line that says what `config` says."""
+    options = {
+        "teacher": config.teacher, "store": config.store, "name": config.name, "max-length": config.max_length,
+        "batch-size": config.batch_size, "shard-size": config.shard_size, **more,
+    }  # fmt: skip
+    line: list[object] = ["run", "--corpus", *config.corpus, "--skip-bad-rows"]
+    return line + [word for name, value in options.items() for word in (f"--{name}", value)]
+
+
+def commits(config: DumpConfig) -> int:
+    return len(list(config.store.glob("d/commits/*.json")))
+
+
+# --- ranks --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [
+        [(0, 2), (1, 2)],
+        [(2, 3), (0, 3), (1, 3)],
+        [(1, 3), (0, 2), (0, 1)],
+        [(1, 2), (1, 2), (2, 3), (0, 1)],
+    ],
+)
+def test_any_ranks_in_any_order_make_the_same_store(config, loaded_teacher, uninterrupted, runs):
+    shards = 0
+    for rank, world_size in runs:
+        report = dump(config, rank, world_size, teacher=loaded_teacher)
+        assert report.shards + report.shards_standing == len(range(rank, SHARDS, world_size))
+        shards += report.shards
+    assert shards == SHARDS
+    assert contents(config.store) == uninterrupted
+
+
+def test_workers_at_once_make_the_same_store(config, uninterrupted, tmp_path):
+    workers = [
+        Command(*arguments(config, rank=rank, **{"world-size": world_size}), folder=tmp_path / f"log{rank}{world_size}")
+        for rank, world_size in ((0, 2), (1, 2), (0, 1))
+    ]
+    results = [worker.wait() for worker in workers]
+    assert [result.returncode for result in results] == [0, 0, 0], results
+    assert contents(config.store) == uninterrupted
+
+
+def test_more_workers_than_shards_leave_some_with_nothing_to_do(config, loaded_teacher):
+    dump(config, teacher=loaded_teacher)
+    assert dump(config, 99, 100, teacher=loaded_teacher).shards == 0
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(1, 1), (-1, 2), (0, 0), (5, 3)])
+def test_a_rank_that_is_none_is_refused(config, loaded_teacher, rank, world_size):
+    with pytest.raises(InputError, match="--rank"):
+        dump(config, rank, world_size, teacher=loaded_teacher)
+    assert not config.store.exists()
+
+
+# --- stopped ------------------------------------------------------------------------------------------------------------
+
+
+def wait_until(command: Command, condition) -> None:
+    """Wait for a moment in the life of a running command."""
+    while not condition():
+        assert command.process.is_alive(), command.wait()
+        time.sleep(0.0005)
+
+
+MOMENTS = {
+    "before the manifest": lambda store: store.exists(),
+    "writing knowledge": lambda store: any(store.glob("d/positions/.tmp-*")) and any(store.glob("d/commits/*.json")),
+    "between knowledge and its commit": lambda store: (
+        len(list(store.glob("d/positions/*.parquet"))) > len(list(store.glob("d/commits/*.json"))) > 3
+    ),
+    "half way": lambda store: len(list(store.glob("d/commits/*.json"))) > 10,
+}
+
+
+def test_killed_at_any_moment_and_gone_on_with_by_others(config, uninterrupted, tmp_path, loaded_teacher):
+    for number, (moment, reached) in enumerate(MOMENTS.items()):
+        config = replace(config, store=tmp_path / f"store{number}")
+        command = Command(*arguments(config), folder=tmp_path / "log")
+        wait_until(command, lambda reached=reached, store=config.store: reached(store))
+        os.kill(command.process.pid, signal.SIGKILL)
+        assert command.wait().returncode == -signal.SIGKILL
+        assert commits(config) < SHARDS, moment
+        if (config.store / "d/manifest.json").exists():
+            assert verify(config.store).damage == []
+            assert KnowledgeStore.open(config.store).info()[0].shards == commits(config)
+        for rank in range(2):
+            dump(config, rank, 2, teacher=loaded_teacher)
+        assert contents(config.store) == uninterrupted, moment
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(config, uninterrupted, tmp_path, loaded_teacher, number):
+    command = Command(*arguments(config), folder=tmp_path / "log")
+    wait_until(command, lambda: commits(config) >= 2)
+    os.kill(command.process.pid, number)
+    result = command.wait()
+    assert result.returncode == 130, result
+    committed = commits(config)
+    assert 2 <= committed < SHARDS
+    assert f"Stopped: {committed} shards were committed by this run. The same command goes on from there." in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(config.store.rglob(".tmp-*"))
+    again = dump(config, teacher=loaded_teacher)
+    assert (again.shards, again.shards_standing) == (SHARDS - committed, committed)
+    assert contents(config.store) == uninterrupted
+
+
+def test_an_error_in_the_reading_thread_is_the_dumps_and_leaves_no_thread(tmp_path, loaded_teacher):
+    """The first rows are fine, so that the error comes while the teacher works on an earlier shard."""
+    rows = [*story_rows(6), {"prompt": "The lamp " * 50, "completion": "x"}, *story_rows(2)]
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=30, shard_size=2)
+    with pytest.raises(InputError, match=r"c\.jsonl, line 7: the prompt has \d+ tokens.*--skip-bad-rows"):
+        dump(config, teacher=loaded_teacher)
+    assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
+    assert sorted(path.name for path in (tmp_path / "s/tiny-c/commits").iterdir()) == ["00000.json", "00001.json", "00002.json"]
+    report = dump(replace(config, skip_bad_rows=True), teacher=loaded_teacher)
+    assert (report.shards_standing, report.shards, report.skipped_rows) == (3, 2, 1)
+
+
+# --- gone on with by the wrong command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def standing(config, loaded_teacher) -> DumpConfig:
+    """A dump whose first half is there."""
+    dump(config, 0, 2, teacher=loaded_teacher)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"top_k": 3}, "selection.k was 5 and is now 3"),
+        ({"max_length": 41}, "plan.max_length was 40 and is now 41"),
+        ({"batch_size": 5}, "plan.batch_size was 4 and is now 5"),
+        ({"shard_size": 3}, "plan.shard_size was 2 and is now 3"),
+        ({"keep_context": True}, "plan.keep_context was False and is now True"),
+    ],
+)
+def test_going_on_with_another_option_is_refused_and_changes_nothing(standing, loaded_teacher, change, named):
+    before = contents(standing.store)
+    with pytest.raises(MismatchError, match=r"'d' in .* was made differently") as caught:
+        dump(replace(standing, **change), teacher=loaded_teacher)
+    assert named in str(caught.value)
+    assert contents(standing.store) == before
+
+
+def test_going_on_with_another_corpus_is_refused_and_changes_nothing(standing, loaded_teacher, tmp_path, corpus):
+    before = contents(standing.store)
+    other = tmp_path / corpus.name
+    other.write_bytes(corpus.read_bytes().replace(b"lamp", b"LAMP"))
+    with pytest.raises(MismatchError, match=r"corpus\.files\[0\]\.sha256 was"):
+        dump(replace(standing, corpus=(other,)), teacher=loaded_teacher)
+    with pytest.raises(MismatchError, match=r"corpus\.files\[1\]"):
+        dump(replace(standing, corpus=(corpus, other)), teacher=loaded_teacher)
+    assert contents(standing.store) == before
+
+
+def test_going_on_with_another_teacher_or_precision_is_refused(standing, tmp_path):
+    before = contents(standing.store)
+    other = save_teacher(tmp_path / "other", seed=7)
+    for teacher, named in (
+        (load_teacher(str(other), device="cpu"), "teacher.files.model.safetensors was"),
+        (load_teacher(standing.teacher, dtype="bfloat16", device="cpu"), "teacher.dtype was float32 and is now bfloat16"),
+    ):
+        with pytest.raises(MismatchError) as caught:
+            dump(standing, teacher=teacher)
+        assert named in str(caught.value)
+    assert contents(standing.store) == before
+
+
+def test_teacher_and_corpus_may_be_moved_and_renamed(standing, tmp_path, corpus, uninterrupted):
+    moved = shutil.copytree(standing.teacher, tmp_path / "elsewhere")
+    renamed = shutil.copy(corpus, tmp_path / "renamed.jsonl")
+    config = replace(standing, teacher=str(moved), corpus=(Path(renamed),))
+    assert dump(config, teacher=load_teacher(str(moved), device="cpu")).shards == SHARDS // 2
+    found = contents(standing.store)
+    assert {name: data for name, data in found.items() if not name.endswith("manifest.json")} == {
+        name: data for name, data in uninterrupted.items() if not name.endswith("manifest.json")
+    }
+
+
+def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
+    dump(config, teacher=loaded_teacher)
+    before = {path: path.stat().st_mtime_ns for path in config.store.rglob("*")}
+
+    def nobody(*arguments):
+        raise AssertionError("a complete dump's corpus needs no reading, and its teacher no asking")
+
+    monkeypatch.setattr("teacher_dump.plan.read_documents", nobody)
+    monkeypatch.setattr("teacher_dump.plan.scan", nobody)
+    monkeypatch.setattr(type(loaded_teacher), "predict", nobody)
+    report = dump(config, teacher=loaded_teacher)
+    assert (report.shards, report.shards_standing, report.positions) == (0, SHARDS, 0)
+    assert {path: path.stat().st_mtime_ns for path in config.store.rglob("*")} == before
+
+
+# --- hashes -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_hashed_once_until_its_size_or_time_changes(tmp_path, monkeypatch):
+    hashed = []
+    compute = fingerprints._hash
+    monkeypatch.setattr(fingerprints, "_hash", lambda path, size: hashed.append(path) or compute(path, size))
+    path = tmp_path / "f"
+    path.write_bytes(b"one")
+    first = fingerprints.file_sha256(path)
+    assert fingerprints.file_sha256(path) == first and len(hashed) == 1
+    path.write_bytes(b"two")
+    os.utime(path, ns=(1, 1))
+    assert fingerprints.file_sha256(path) != first and len(hashed) == 2
+    os.utime(path, ns=(2, 2))
+    fingerprints.file_sha256(path)
+    assert len(hashed) == 3
+
+
+@pytest.mark.parametrize("kept", [b"", b"[]", b"{}", b'{"sha256": 5}', b"\xff"])
+def test_a_damaged_cache_costs_time_and_nothing_else(tmp_path, kept):
+    path = tmp_path / "f"
+    path.write_bytes(b"one")
+    sha256 = fingerprints.file_sha256(path)
+    fingerprints._cache_path(path.resolve()).write_bytes(kept)
+    assert fingerprints.file_sha256(path) == sha256
+
+
+def test_without_a_cache_folder_files_are_hashed_all_the_same(tmp_path, monkeypatch):
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "taken"))
+    (tmp_path / "f").write_bytes(b"one")
+    assert len(fingerprints.file_sha256(tmp_path / "f")) == 64

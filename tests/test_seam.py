@@ -1,0 +1,72 @@
+"""A new kind of knowledge, from the teacher to the student: one schema, one extractor, one loss, and one line in a dict each.
+
+If this test needs a change anywhere else, the seam between the three packages has come apart.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+from conftest import story_rows, write_jsonl
+
+from knowledge_store import KINDS, Kind, KnowledgeStore, verify
+from student_train.losses import LOSSES, Loss
+from student_train.training import TrainConfig, train
+from teacher_dump import DumpConfig, dump
+from teacher_dump.extraction import EXTRACTORS
+
+SUMMARIES = Kind(
+    name="summaries",
+    per="sequence",
+    schema=lambda manifest: pa.schema([("sequence_id", pa.int64()), ("vector", pa.list_(pa.field("element", pa.float32())))]),
+)
+
+
+def extract_summaries(batch):
+    """The teacher's mean last hidden state over each sequence, (1, H)."""
+    hidden = batch.prediction.hidden.float().cpu().numpy()
+    return [{"vector": states[mask].mean(0, keepdims=True)} for states, mask in zip(hidden, batch.attention_mask, strict=True)]
+
+
+def match_summaries(outputs, batch):
+    """Squared distance between the student's mean hidden state and the teacher's, (B,)."""
+    mask = batch["attention_mask"].unsqueeze(-1)
+    mean = (outputs.hidden_states[-1] * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return (mean - batch["vector"]).square().mean(-1)
+
+
+def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teacher_folder, loaded_teacher):
+    monkeypatch.setitem(KINDS, "summaries", SUMMARIES)
+    monkeypatch.setitem(EXTRACTORS, "summaries", extract_summaries)
+    entry = Loss(match_summaries, kinds=("summaries",), columns=("vector",), whole_batch=True, unit="sequence", hidden_states=True)
+    monkeypatch.setitem(LOSSES, "summaries", entry)
+
+    corpus = write_jsonl(tmp_path / "stories.jsonl", story_rows(12))
+    config = DumpConfig(
+        str(teacher_folder), (corpus,), tmp_path / "store", "both", max_length=48, shard_size=4, kinds=("positions", "summaries")
+    )
+    dump(config, teacher=loaded_teacher)
+
+    assert not verify(tmp_path / "store").damage
+    store = KnowledgeStore.open(tmp_path / "store")
+    counted = store.sql("SELECT count(*) AS n, min(len(vector)) AS width FROM summaries JOIN sequences USING (dump, sequence_id)")
+    assert counted.to_pylist() == [{"n": len(store), "width": 32}]
+    batch = store.batches(batch_size=3)[0]
+    assert batch["vector"].shape == (3, 32) and batch["candidate_ids"].shape[-1] == 5
+
+    # A student that is not its teacher, so that there is a distance to lessen.
+    from conftest import save_teacher
+
+    student = save_teacher(tmp_path / "student", seed=1)
+    result = train(
+        TrainConfig(
+            store=str(tmp_path / "store"), student=str(student), output=str(tmp_path / "run"), loss="summaries",
+            steps=12, batch_size=4, learning_rate=1e-2, eval_fraction=0.0,
+        )
+    )  # fmt: skip
+    assert result.finished
+
+    from student_train.training import read_history
+
+    losses = [entry["loss"] for entry in read_history(tmp_path / "run")["entries"] if "loss" in entry]
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])

@@ -1,0 +1,207 @@
+"""A teacher's logits, slice by slice, are its own logits: whatever the model does behind its head, however rows are padded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TEXT, make_model, make_tokenizer, save_teacher
+
+from knowledge_store.errors import InputError
+from teacher_dump import teacher as teacher_module
+from teacher_dump.teacher import find_device, load_teacher
+
+VOCABULARY = 408
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}
+
+MODELS = {
+    "gemma2": (transformers.Gemma2Config, {**SMALL, **HEADS, "final_logit_softcapping": 3.0, "sliding_window": 8}, True),
+    "granite": (transformers.GraniteConfig, {**SMALL, **HEADS, "logits_scaling": 4.0}, True),
+    "cohere": (transformers.CohereConfig, {**SMALL, **HEADS, "logit_scale": 0.25}, True),
+    "llama-tied": (transformers.LlamaConfig, {**SMALL, **HEADS, "tie_word_embeddings": True}, False),
+    "llama-untied": (transformers.LlamaConfig, {**SMALL, **HEADS, "tie_word_embeddings": False}, False),
+    "mistral": (transformers.MistralConfig, {**SMALL, **HEADS, "sliding_window": 6}, False),
+    "qwen3": (transformers.Qwen3Config, {**SMALL, **HEADS}, False),
+    "gpt2": (
+        transformers.GPT2Config,
+        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+        False,
+    ),
+}
+
+
+def make_teacher(folder: Path, config_class, arguments: dict) -> Path:
+    torch.manual_seed(1)
+    config = config_class(**arguments, initializer_range=0.2, bos_token_id=1, eos_token_id=0, pad_token_id=0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def padded(lengths: list[int], longest: int, left: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Random tokens of these lengths, and their mask. The same tokens on whichever side the padding is."""
+    generator = np.random.default_rng(0)
+    tokens, mask = np.zeros((len(lengths), longest), np.int64), np.zeros((len(lengths), longest), bool)
+    for row, length in enumerate(lengths):
+        place = slice(longest - length, None) if left else slice(0, length)
+        tokens[row, place] = generator.integers(0, VOCABULARY, length)
+        mask[row, place] = True
+    return tokens, mask
+
+
+def sliced_logits(teacher, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """All logits at attended positions, sequence after sequence, by way of slices."""
+    rows, positions = (torch.from_numpy(each) for each in np.nonzero(mask))
+    prediction = teacher.predict(tokens, mask)
+    parts = [(part, logits.clone()) for part, logits in prediction.logit_slices(rows, positions)]
+    assert [part.start for part, _ in parts] == [0, *(part.stop for part, _ in parts[:-1])]
+    return torch.cat([logits for _, logits in parts]).numpy()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_the_models_own_and_padding_changes_nothing(tmp_path, name, capsys, monkeypatch):
+    config_class, arguments, changes_logits = MODELS[name]
+    teacher = load_teacher(str(make_teacher(tmp_path / name, config_class, arguments)), device="cpu")
+    assert teacher.whole_logits is changes_logits
+    assert ("changes its logits after the head, so whole logits are used" in capsys.readouterr().err) is changes_logits
+    monkeypatch.setitem(teacher_module.SLICE_LOGITS, "cpu", 5 * teacher.vocabulary_size)  # five positions a slice
+
+    lengths = [3, 11, 7]
+    tokens, mask = padded(lengths, 11, left=False)
+    with torch.inference_mode():
+        alone = [
+            teacher.model(torch.from_numpy(row[kept][None])).logits[0].numpy() for row, kept in zip(tokens, mask, strict=True)
+        ]
+    for left in (False, True):
+        found = sliced_logits(teacher, *padded(lengths, 13, left))
+        np.testing.assert_allclose(found, np.concatenate(alone), atol=1e-4, rtol=0)
+    assert np.abs(np.concatenate(alone)).max() > 0.05  # an atol that everything passes would show nothing
+
+
+def test_the_facts_of_a_teacher(loaded_teacher, teacher_folder):
+    facts = loaded_teacher.description
+    assert facts["vocabulary_size"] == loaded_teacher.vocabulary_size == len(loaded_teacher.tokenizer) + 8
+    assert facts["max_positions"] == 256 and facts["dtype"] == "float32" and facts["model_type"] == "llama"
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= facts["files"].keys()
+    assert all(len(sha256) == 64 for sha256 in facts["files"].values())
+
+
+def test_texts_of_tokens_join_to_the_text(loaded_teacher):
+    texts, names = loaded_teacher.tokens()
+    ids = loaded_teacher.tokenizer(TEXT)["input_ids"]
+    assert "".join(texts[token] for token in ids) == TEXT
+    assert len(texts) == len(names) == loaded_teacher.vocabulary_size
+    assert texts[-1] is None and names[-1] is None  # rows of the head that no token uses
+    assert names[0] == texts[0] == "<|end|>"
+
+
+def test_a_decoder_that_drops_leading_spaces_still_shows_them(loaded_teacher):
+    """SentencePiece's way: words carry their space in front, and a text's first space is dropped when it is decoded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "▁the": 1, "▁lamp": 2, "s": 3, "▁a": 4, "<0x0A>": 5}
+    backend = Tokenizer(models.Unigram([(word, -1.0) for word in vocabulary], 0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    teacher = teacher_module.Teacher(
+        loaded_teacher.model, tokenizer, {"vocabulary_size": 7}, loaded_teacher.device, whole_logits=False
+    )
+    assert teacher.tokens()[0] == ["<unk>", " the", " lamp", "s", " a", "\n", None]
+
+
+def test_half_precision_is_kept_as_it_is_asked_for(teacher_folder):
+    teacher = load_teacher(str(teacher_folder), dtype="bfloat16", device="cpu")
+    assert teacher.model.dtype == torch.bfloat16 and teacher.description["dtype"] == "bfloat16"
+    assert not teacher.whole_logits
+
+
+def test_a_half_precision_teacher_is_float32_on_a_cpu(tmp_path):
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_teacher(str(tmp_path), device="cpu").model.dtype == torch.float32
+
+
+def refusal(folder: Path, **arguments) -> str:
+    with pytest.raises(InputError) as caught:
+        load_teacher(str(folder), **{"device": "cpu", **arguments})
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(tmp_path, teacher_folder) -> Path:
+    """A copy of the teacher's folder, to be broken."""
+    return shutil.copytree(teacher_folder, tmp_path / "teacher")
+
+
+def test_a_folder_without_a_part_of_the_teacher_is_refused(folder):
+    for name, message in (("tokenizer.json", "has no tokenizer"), ("config.json", "has no config.json")):
+        (folder / name).rename(folder / "hidden")
+        assert message in refusal(folder)
+        (folder / "hidden").rename(folder / name)
+    (folder / "model.safetensors").unlink()
+    assert "has no weights that can be used: weights must be safetensors or GGUF" in refusal(folder)
+    (folder / "model.Q4.gguf").touch()
+    assert "it has model.Q4.gguf; pass --gguf-file" in refusal(folder)
+
+
+def test_pickled_weights_are_never_loaded(folder):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (folder / "sprung",))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
+    assert "weights must be safetensors or GGUF" in refusal(folder)
+    assert not (folder / "sprung").exists()
+
+
+def test_remote_code_is_never_run(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(folder / 'sprung')!r}, 'w')\n")
+    assert "cannot be loaded" in refusal(folder)
+    assert not (folder / "sprung").exists()
+
+
+def test_incomplete_and_damaged_weights_are_refused(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "incomplete: model.norm.weight" in refusal(folder)
+    (folder / "model.safetensors").write_bytes(b"\x10\x00\x00\x00 not weights")
+    assert "cannot be loaded" in refusal(folder)
+
+
+def test_a_damaged_gguf_file_and_a_missing_one_are_refused(folder):
+    assert "there is no GGUF file" in refusal(folder, gguf_file="model.gguf")
+    (folder / "model.gguf").write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(40))
+    assert "cannot be loaded" in refusal(folder, gguf_file="model.gguf")
+    (folder / "model.gguf").write_bytes(b"nothing like it")
+    assert "cannot be loaded" in refusal(folder, gguf_file="model.gguf")
+
+
+def test_other_things_that_are_no_teacher(folder):
+    assert "is a file: name the teacher's folder" in refusal(folder / "config.json")
+    assert "there is no teacher folder" in refusal(folder / "elsewhere")
+    assert "--dtype int3 is not known" in refusal(folder, dtype="int3")
+    for device in ("abacus", "cuda:99", "meta"):
+        with pytest.raises(InputError, match=device):
+            find_device(device)
+
+
+def test_a_tiny_head_over_a_wide_vocabulary_keeps_its_size(tmp_path):
+    folder = save_teacher(tmp_path, hidden_size=8)
+    assert load_teacher(str(folder), device="cpu").description["hidden_size"] == 8
