@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-from conftest import story_rows, write_jsonl
+from conftest import save_teacher, story_rows, write_jsonl
 
 from knowledge_store import KINDS, Kind, KnowledgeStore, verify
 from student_train.losses import LOSSES, Loss
-from student_train.training import TrainConfig, train
+from student_train.training import TrainConfig, read_history, train
 from teacher_dump import DumpConfig, dump
 from teacher_dump.extraction import EXTRACTORS
 
@@ -38,25 +38,22 @@ def match_summaries(outputs, batch):
 def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teacher_folder, loaded_teacher):
     monkeypatch.setitem(KINDS, "summaries", SUMMARIES)
     monkeypatch.setitem(EXTRACTORS, "summaries", extract_summaries)
-    entry = Loss(match_summaries, kinds=("summaries",), columns=("vector",), whole_batch=True, unit="sequence", hidden_states=True)
-    monkeypatch.setitem(LOSSES, "summaries", entry)
+    needs = {"kinds": ("summaries",), "columns": ("vector",), "hidden_states": True}
+    monkeypatch.setitem(LOSSES, "summaries", Loss(match_summaries, whole_batch=True, unit="sequence", **needs))
 
     corpus = write_jsonl(tmp_path / "stories.jsonl", story_rows(12))
-    config = DumpConfig(
-        str(teacher_folder), (corpus,), tmp_path / "store", "both", max_length=48, shard_size=4, kinds=("positions", "summaries")
-    )
+    kinds = ("positions", "summaries")
+    config = DumpConfig(str(teacher_folder), (corpus,), tmp_path / "store", "both", max_length=48, shard_size=4, kinds=kinds)
     dump(config, teacher=loaded_teacher)
 
     assert not verify(tmp_path / "store").damage
     store = KnowledgeStore.open(tmp_path / "store")
-    counted = store.sql("SELECT count(*) AS n, min(len(vector)) AS width FROM summaries JOIN sequences USING (dump, sequence_id)")
+    counted = store.sql("SELECT count(*) AS n, min(len(vector)) AS width FROM summaries NATURAL JOIN sequences")
     assert counted.to_pylist() == [{"n": len(store), "width": 32}]
     batch = store.batches(batch_size=3)[0]
     assert batch["vector"].shape == (3, 32) and batch["candidate_ids"].shape[-1] == 5
 
     # A student that is not its teacher, so that there is a distance to lessen.
-    from conftest import save_teacher
-
     student = save_teacher(tmp_path / "student", seed=1)
     result = train(
         TrainConfig(
@@ -65,8 +62,6 @@ def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teache
         )
     )  # fmt: skip
     assert result.finished
-
-    from student_train.training import read_history
 
     losses = [entry["loss"] for entry in read_history(tmp_path / "run")["entries"] if "loss" in entry]
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
