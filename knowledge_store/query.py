@@ -152,6 +152,16 @@ def _check_statement(sql: str) -> None:
         raise QueryError(f"only a SELECT statement is answered, and this is {kind}: a store is never changed through SQL")
 
 
+def _mentioned(connection: duckdb.DuckDBPyConnection, sql: str, relations: set[str]) -> set[str]:
+    """The relations that a query needs: shards are opened only for a query about what is in them."""
+    if sql.split()[0].lower() == "show":
+        return relations
+    try:
+        return relations & {name.lower() for name in connection.get_table_names(sql)}
+    except duckdb.Error:  # it cannot be bound while the relations are missing: more of them than it needs will do
+        return {name for name in relations if name in sql.lower()}
+
+
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
@@ -193,12 +203,8 @@ def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) ->
         catalogue.add("dumps", dumps_table(index, manifests))
         catalogue.add("shards", shards_table(index))
         relations = catalogue.relations()
-        # Shards are opened only for a query that speaks of what is in them; SHOW TABLES speaks of nothing and gets all.
-        mentioned = {name: branches for name, branches in relations.items() if name in sql.lower()}
-        if not mentioned and "shards" not in sql.lower() and "dumps" not in sql.lower():
-            mentioned = relations
-        for relation, branches in mentioned.items():
-            catalogue.create(relation, branches)
+        for relation in _mentioned(connection, sql, set(relations)):
+            catalogue.create(relation, relations[relation])
         connection.execute("SET lock_configuration = true")
         connection.execute("BEGIN TRANSACTION READ ONLY")
         try:
