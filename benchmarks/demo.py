@@ -27,8 +27,8 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Its middle layers are those a language model misses least; without them the students begin with something to build on.
 KEPT_LAYERS = "0,1,2,3,4,5,6,7,8,9,10,11,24,25,26,27,28,29"
 MAX_LENGTH = 256
-TRAIN_CHARACTERS = 50_000
-HELD_OUT_CHARACTERS = 24_000
+TRAIN_CHARACTERS = 28_000
+HELD_OUT_CHARACTERS = 14_000
 
 RUNS = {
     "fine-tuned": ["--loss", "ce"],
@@ -40,7 +40,7 @@ QUESTIONS = {
     "On which topics is the teacher least sure? (probability outside its five candidates)": """
         SELECT topic, count(*) AS positions, round(avg(exp(tail_logprob)), 3) AS tail, round(avg(-token_logprob), 2) AS loss
         FROM positions JOIN sequences USING (dump, sequence_id)
-        WHERE dump = 'train' AND is_target GROUP BY topic HAVING positions > 200 ORDER BY tail DESC LIMIT 5""",
+        WHERE dump = 'train' AND is_target GROUP BY topic HAVING positions > 100 ORDER BY tail DESC LIMIT 5""",
     "How often is the token that really came the teacher's 1st, 2nd, … candidate?": """
         SELECT rank, count(*) AS times, round(avg(exp(logprob)), 3) AS claimed_probability
         FROM candidates JOIN positions USING (dump, sequence_id, position)
@@ -69,7 +69,7 @@ def write_corpora() -> tuple[Path, Path]:
     }
     for name, (chosen, characters) in splits.items():
         share = characters / sum(len(row["text"]) for row in chosen)
-        lines = [json.dumps({**row, "text": row["text"][: max(300, round(share * len(row["text"])))]}) for row in chosen]
+        lines = [json.dumps({**row, "text": row["text"][: max(200, round(share * len(row["text"])))]}) for row in chosen]
         path = HOME / f"{name}.jsonl"
         if not path.exists():  # a new file would have to be hashed again
             path.write_text("\n".join(lines) + "\n")

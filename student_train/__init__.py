@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from student_train.calibration import expected_calibration_error, reliability
+    from student_train.configuration import TrainConfig
     from student_train.data import DistillationDataset, check_student, split_ordinals
     from student_train.evaluation import EvaluateConfig, evaluate
     from student_train.initialisation import initialise
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
         top_k_renormalised,
     )
     from student_train.report import write_report
-    from student_train.training import TrainConfig, TrainResult, train
+    from student_train.training import TrainResult, train
 
 _HOMES = {
     "calibration": ("expected_calibration_error", "reliability"),
+    "configuration": ("TrainConfig",),
     "data": ("DistillationDataset", "check_student", "split_ordinals"),
     "evaluation": ("EvaluateConfig", "evaluate"),
     "initialisation": ("initialise",),
@@ -42,7 +44,7 @@ _HOMES = {
         "top_k_renormalised",
     ),
     "report": ("write_report",),
-    "training": ("TrainConfig", "TrainResult", "train"),
+    "training": ("TrainResult", "train"),
 }
 
 __all__ = [

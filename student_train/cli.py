@@ -107,7 +107,8 @@ def run(
       torchrun --nproc-per-node 2 -m student_train.cli run --store store/ --student student/ --output runs/distilled
     """
     with _command():
-        from student_train.training import TrainConfig, leave_processes, train
+        from student_train.configuration import TrainConfig
+        from student_train.training import leave_processes, train
 
         first_process = os.environ.get("RANK", "0") == "0"
         try:

@@ -25,7 +25,7 @@ from student_train.calibration import reliability
 from student_train.data import DistillationDataset, check_student, describe_dump
 from student_train.losses import Targets, cross_entropy, forward_kl, select_targets
 from student_train.models import load_model, load_tokenizer
-from student_train.training import versions, write_json
+from student_train.run_folder import versions, write_json
 
 # Positions looked at in one go: bounds what the metrics need beyond the logits themselves.
 SLICE = 512

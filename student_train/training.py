@@ -8,21 +8,12 @@ never reaches across the end of an epoch. Its loss is the sum over all their tar
 are, so the same sequences give the same gradient however they are cut into batches and ranks. Where a run stands is
 therefore one number, its step; going on from a checkpoint reads nothing that was read before.
 
-A run's folder is a model that `from_pretrained` loads, and beside it
-
-    run.json         the configuration and what it was used on, written before the first step
-    history.json     losses by step and second, and whether the run is finished
-    checkpoint-N/    the last two, while the run is not finished; complete when `complete.json` stands in them
+`run_folder` says what stands in a run's folder.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import math
-import os
-import platform
 import shutil
 import signal
 import threading
@@ -45,6 +36,7 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.console import note
 from knowledge_store.errors import InputError
 from knowledge_store.progress import Advance, progress_bar
+from student_train.configuration import TrainConfig, check_config, check_knowledge
 from student_train.data import (
     DistillationDataset,
     check_student,
@@ -52,81 +44,20 @@ from student_train.data import (
     padding_batch,
     split_ordinals,
 )
-from student_train.losses import LOSSES, Loss, cross_entropy, forward_kl, select_targets, step_loss, units
+from student_train.losses import Loss, cross_entropy, forward_kl, select_targets, step_loss, units
 from student_train.models import load_model, load_tokenizer, quieten
-
-RUN_FILE = "run.json"
-HISTORY_FILE = "history.json"
-COMPLETE_FILE = "complete.json"
-
-# What may change between an interrupted run and the one that goes on with it.
-_FREE = {"store", "output", "report_to", "save_steps", "workers"}
-# What is compared as what follows from it: the number of steps, and of sequences in a step.
-_DERIVED = {"epochs", "steps", "batch_size", "gradient_accumulation"}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run; each field is an option of `student-train run`.
-
-    Attributes:
-        store: folder of the store.
-        student: folder or hub id of the model to train.
-        output: folder of the run.
-        dump: which dump; may be left out when the store has one.
-        loss: a name in `LOSSES`.
-        ce_weight: share of cross-entropy in the mix, in [0, 1].
-        temperature: of the losses that take one.
-        first_c: scale of probabilities of the loss `first`, in (0, 1].
-        epochs: passes over the training sequences; 1 when neither this nor `steps` is given.
-        steps: optimiser steps, instead of epochs.
-        batch_size: sequences in one forward pass of one process.
-        gradient_accumulation: forward passes in one optimiser step.
-        learning_rate: at its highest.
-        warmup: share of the steps during which the learning rate rises.
-        schedule: how it falls afterwards: cosine, linear or constant.
-        weight_decay: of AdamW, not applied to biases and norms.
-        max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
-        seed: of the order of sequences, and of anything random in the student.
-        eval_fraction: share of the documents kept out of training to follow the loss on, in [0, 1).
-        evaluations: how many times in the run to evaluate on them, besides before the first step.
-        precision: auto, fp32 or bf16 (mixed); auto is bf16 on a GPU that has it, else fp32.
-        save_steps: optimiser steps between checkpoints.
-        workers: processes that read batches ahead; 0 reads them in turn with training.
-        report_to: an experiment tracker of transformers, such as tensorboard or wandb; none for none.
-        gguf_file: name of a GGUF file in the student's folder.
-    """
-
-    store: str
-    student: str
-    output: str
-    dump: str | None = None
-    loss: str = "forward-kl"
-    ce_weight: float = 0.0
-    temperature: float = 1.0
-    first_c: float = 0.28
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    learning_rate: float = 3e-4
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    eval_fraction: float = 0.02
-    evaluations: int = 10
-    precision: str = "auto"
-    save_steps: int = 200
-    workers: int = 0
-    report_to: str = "none"
-    gguf_file: str | None = None
-
-    def loss_options(self) -> dict[str, float]:
-        """Keyword arguments for the chosen loss."""
-        given = {"temperature": self.temperature, "c": self.first_c}
-        return {name: given[name] for name in LOSSES[self.loss].options if name in given}
+from student_train.run_folder import (
+    COMPLETE_FILE,
+    HISTORY_FILE,
+    RUN_FILE,
+    check_output,
+    last_checkpoint,
+    prepare_output,
+    read_history,
+    run_identity,
+    versions,
+    write_json,
+)
 
 
 @dataclass(frozen=True)
@@ -151,62 +82,6 @@ class TrainResult:
     eval_loss: float | None
 
 
-def check_config(config: TrainConfig) -> Loss:
-    """The chosen loss, once every value is in range.
-
-    Raises:
-        InputError: naming the option and what it may be.
-    """
-    if config.loss not in LOSSES:
-        raise InputError(f"there is no loss {config.loss!r}: choose one of {', '.join(LOSSES)}")
-    loss = LOSSES[config.loss]
-    demands = [
-        (0 <= config.ce_weight <= 1, "--ce-weight must be between 0 and 1"),
-        (config.temperature > 0, "--temperature must be above 0"),
-        (0 < config.first_c <= 1, "--first-c must be above 0 and at most 1"),
-        (config.epochs is None or config.epochs > 0, "--epochs must be above 0"),
-        (config.steps is None or config.steps > 0, "--steps must be at least 1"),
-        (config.epochs is None or config.steps is None, "give --epochs or --steps, not both"),
-        (config.batch_size > 0, "--batch-size must be at least 1"),
-        (config.gradient_accumulation > 0, "--gradient-accumulation must be at least 1"),
-        (config.learning_rate > 0, "--learning-rate must be above 0"),
-        (0 <= config.warmup < 1, "--warmup is a share of the steps: at least 0 and below 1"),
-        (config.schedule in ("cosine", "linear", "constant"), "--schedule must be cosine, linear or constant"),
-        (config.weight_decay >= 0, "--weight-decay must be at least 0"),
-        (config.max_grad_norm >= 0, "--max-grad-norm must be at least 0"),
-        (0 <= config.eval_fraction < 1, "--eval-fraction must be at least 0 and below 1"),
-        (config.evaluations > 0, "--evaluations must be at least 1"),
-        (config.precision in ("auto", "fp32", "bf16"), "--precision must be auto, fp32 or bf16"),
-        (config.save_steps > 0, "--save-steps must be at least 1"),
-        (config.workers >= 0, "--workers must be at least 0"),
-        (
-            config.temperature == 1 or "temperature" in loss.options,
-            f"the loss {config.loss} takes no --temperature",
-        ),
-        (config.first_c == TrainConfig.first_c or "c" in loss.options, f"the loss {config.loss} takes no --first-c"),
-    ]
-    for met, demand in demands:
-        if not met:
-            raise InputError(demand)
-    return loss
-
-
-def check_knowledge(store: KnowledgeStore, dump: str, name: str, loss: Loss) -> None:
-    """Refuse a dump that does not hold what a loss needs.
-
-    Raises:
-        InputError: naming the kinds or columns that are missing.
-    """
-    kinds = store.manifest(dump).kinds
-    missing = [kind for kind in loss.kinds if kind not in kinds]
-    if missing:
-        raise InputError(f"the loss {name} needs the kind {missing[0]!r}, and the dump {dump} holds {', '.join(kinds)}")
-    columns = next(iter(store.batches(dump, batch_size=1, shuffle=False)))
-    missing = [column for column in loss.columns if column not in columns]
-    if missing:
-        raise InputError(f"the loss {name} needs {', '.join(missing)}, which the dump {dump} does not hold")
-
-
 def train(config: TrainConfig) -> TrainResult:
     """Train a student, or go on with a run that was interrupted.
 
@@ -229,13 +104,13 @@ def train(config: TrainConfig) -> TrainResult:
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
 
     output = Path(config.output)
-    identity = _identity(config, store, dump, sequences_per_step, steps)
-    _check_output(output, identity)
+    identity = run_identity(config, store, dump, sequences_per_step, steps)
+    check_output(output, identity)
     history = read_history(output)
     if history.get("finished"):
         entries = history.get("entries", [])
         return TrainResult(output, steps, steps, True, steps, history["seconds"], _last(entries, "eval_loss"))
-    checkpoint = _last_checkpoint(output)
+    checkpoint = last_checkpoint(output)
     began_at = checkpoint[0] if checkpoint else 0
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
@@ -246,7 +121,7 @@ def train(config: TrainConfig) -> TrainResult:
     if distributed:
         torch.distributed.barrier()  # nobody writes before everybody has looked
     if arguments.process_index == 0:
-        _prepare_output(output, checkpoint)
+        prepare_output(output, checkpoint)
         if not (output / RUN_FILE).exists():
             facts = {
                 "identity": identity,
@@ -571,64 +446,6 @@ def _schedule(arguments: TrainingArguments, config: TrainConfig, steps: int, *, 
         arguments.eval_on_start = fresh
 
 
-def _identity(config: TrainConfig, store: KnowledgeStore, dump: str, sequences_per_step: int, steps: int) -> dict[str, Any]:
-    """What makes a run this run: two runs that differ in none of it end with the same weights."""
-    facts = {name: value for name, value in asdict(config).items() if name not in _FREE | _DERIVED}
-    knowledge = json.dumps(store.manifest(dump).identity(), sort_keys=True, default=str)
-    return {
-        **facts,
-        "dump": dump,
-        "number of steps": steps,
-        "sequences per step": sequences_per_step,
-        "knowledge": hashlib.sha256(knowledge.encode()).hexdigest(),
-        "committed sequences": store.sequences(dump).num_rows,
-    }
-
-
-def _check_output(output: Path, identity: dict[str, Any]) -> None:
-    """Refuse an output that is something else, or a run of another configuration."""
-    if output.is_file():
-        raise InputError(f"{output} is a file: choose another --output")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    try:
-        before = json.loads((output / RUN_FILE).read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{output} is not empty and holds no training run: choose another --output") from None
-    differing = [
-        f"{_label(name)} was {before.get(name)} and is now {identity.get(name)}"
-        for name in identity.keys() | before.keys()
-        if before.get(name) != identity.get(name)
-    ]
-    if differing:
-        raise InputError(f"{output} holds another run ({'; '.join(sorted(differing))}): choose another --output, or remove it")
-
-
-def _label(name: str) -> str:
-    options = TrainConfig.__dataclass_fields__
-    return f"--{name.replace('_', '-')}" if name in options else name
-
-
-def _last_checkpoint(output: Path) -> tuple[int, Path, float] | None:
-    """Step, folder and seconds of the last complete checkpoint."""
-    found = []
-    for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}"):
-        record = json.loads(path.read_text())
-        found.append((int(record["step"]), path.parent, float(record["seconds"])))
-    return max(found, default=None)
-
-
-def _prepare_output(output: Path, checkpoint: tuple[int, Path, float] | None) -> None:
-    """Make the folder, and remove checkpoints that were never completed."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {output}: {error.strerror}") from error
-    for folder in output.glob("checkpoint-*"):
-        if not (folder / COMPLETE_FILE).exists():
-            shutil.rmtree(folder)
-
-
 @contextmanager
 def _stop_on_interrupt(trainer: DistillationTrainer) -> Iterator[None]:
     """The first Ctrl-C (or SIGTERM, which schedulers send) asks for a checkpoint; the second stops at once."""
@@ -651,43 +468,12 @@ def _stop_on_interrupt(trainer: DistillationTrainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def read_history(output: Path) -> dict[str, Any]:
-    """A run's history.json; empty before the first log."""
-    try:
-        return dict(json.loads((output / HISTORY_FILE).read_text()))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file in one go: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
-    temporary.replace(path)
-
-
 def leave_processes() -> None:
     """Leave the group of processes that `train` joined under torchrun, if it did."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def versions() -> dict[str, str]:
-    """Of what results depend on."""
-    names = ("torch", "transformers", "accelerate", "pyarrow", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
-
-
 def _last(entries: list[dict[str, Any]], name: str) -> float | None:
     return next((entry[name] for entry in reversed(entries) if name in entry), None)
 
-
-__all__ = [
-    "DistillationTrainer",
-    "TrainConfig",
-    "TrainResult",
-    "check_config",
-    "check_knowledge",
-    "read_history",
-    "train",
-]

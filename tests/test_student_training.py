@@ -23,8 +23,9 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from student_train import training
 from student_train.cli import app
+from student_train.configuration import TrainConfig, check_config
 from student_train.losses import LOSSES, Loss
-from student_train.training import DistillationTrainer, TrainConfig, check_config, train
+from student_train.training import DistillationTrainer, train
 
 Weights = dict[str, torch.Tensor]
 
