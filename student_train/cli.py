@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="markdown",
 )
 
 _LIBRARIES = {"torch", "transformers", "accelerate", "safetensors", "matplotlib"}
@@ -50,9 +50,7 @@ def init(
 ) -> None:
     """Make a student: a copy of a model that keeps some of its layers.
 
-    \b
-    Example:
-      student-train init --from teacher/ --keep-layers 0,6,12,18,24,29 --output student/
+    Example: `student-train init --from teacher/ --keep-layers 0,6,12,18,24,29 --output student/`
     """
     with _command():
         from student_train.initialisation import initialise
@@ -101,10 +99,9 @@ def run(
 ) -> None:
     """Train a student. The same command again goes on from the last checkpoint.
 
-    \b
-    Examples:
-      student-train run --store store/ --dump train --student student/ --output runs/distilled --ce-weight 0.2
-      torchrun --nproc-per-node 2 -m student_train.cli run --store store/ --student student/ --output runs/distilled
+    Example: `student-train run --store store/ --dump train --student student/ --output runs/distilled --ce-weight 0.2`
+
+    On two GPUs: `torchrun --nproc-per-node 2 -m student_train.cli run --store store/ --student student/ --output run/`
     """
     with _command():
         from student_train.configuration import TrainConfig
@@ -174,9 +171,7 @@ def evaluate(
 ) -> None:
     """Measure a model on a held-out dump: against the text, and against the teacher.
 
-    \b
-    Example:
-      student-train evaluate runs/distilled --store store/ --dump heldout
+    Example: `student-train evaluate runs/distilled --store store/ --dump heldout`
     """
     with _command():
         from student_train.evaluation import EvaluateConfig, output_path
@@ -205,9 +200,7 @@ def report(
 ) -> None:
     """Compare runs on one self-contained HTML page.
 
-    \b
-    Example:
-      student-train report runs/fine-tuned runs/distilled --output report.html
+    Example: `student-train report runs/fine-tuned runs/distilled --output report.html`
     """
     with _command():
         from student_train.report import write_report
