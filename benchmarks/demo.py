@@ -32,7 +32,7 @@ HELD_OUT_CHARACTERS = 14_000
 
 RUNS = {
     "fine-tuned": ["--loss", "ce"],
-    "distilled": ["--loss", "forward-kl", "--ce-weight", "0.1"],
+    "distilled": ["--loss", "forward-kl", "--ce-weight", "0.3"],
 }
 TRAINING = ["--epochs", "1", "--batch-size", "2", "--learning-rate", "3e-4", "--eval-fraction", "0.05", "--evaluations", "4"]
 
@@ -72,7 +72,9 @@ def write_corpora() -> tuple[Path, Path]:
         lines = [json.dumps({**row, "text": row["text"][: max(200, round(share * len(row["text"])))]}) for row in chosen]
         path = HOME / f"{name}.jsonl"
         if not path.exists():  # a new file would have to be hashed again
-            path.write_text("\n".join(lines) + "\n")
+            unfinished = path.with_suffix(".tmp")
+            unfinished.write_text("\n".join(lines) + "\n")
+            unfinished.replace(path)
     return HOME / "train.jsonl", HOME / "heldout.jsonl"
 
 

@@ -269,10 +269,12 @@ def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
     for position, token in enumerate(knowledge["input_ids"]):
         row = [str(position), shown(token), "", ""]
         if knowledge["has_knowledge"][position]:
-            candidates = zip(knowledge["candidate_ids"][position], knowledge["candidate_logprobs"][position], strict=True)
-            words = [f"{shown(candidate)} {math.exp(logprob):.0%}" for candidate, logprob in candidates]
+            candidates = dict(zip(knowledge["candidate_ids"][position], knowledge["candidate_logprobs"][position], strict=True))
+            words = [f"{shown(candidate)} {math.exp(logprob):.0%}" for candidate, logprob in candidates.items()]
             others = f"(others {math.exp(knowledge['tail_logprob'][position]):.0%})"
-            row[2:] = [f"{math.exp(knowledge['token_logprob'][position]):.1%}", "  ".join([*words, others])]
+            # Among the candidates it is normalised with them; elsewhere it is as it was kept.
+            logprob = candidates.get(token, knowledge["token_logprob"][position])
+            row[2:] = [f"{math.exp(logprob):.1%}", "  ".join([*words, others])]
         rows.append(row)
     _print_columns(["position", "token", "probability", "what the teacher expected"], rows)
 

@@ -25,6 +25,8 @@ from knowledge_store.summary import dumps_table, shards_table
 
 CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
     "enable_external_access": "false",
+    # DuckDB lets queries read its folder for temporary files, whatever else is forbidden: let there be none.
+    "temp_directory": "",
     "python_enable_replacements": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
@@ -209,6 +211,10 @@ def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) ->
         connection.execute("BEGIN TRANSACTION READ ONLY")
         try:
             return _with_own_names(connection.sql(sql).to_arrow_table())
+        except RuntimeError as error:
+            if "interrupted" in str(error).lower():  # how DuckDB passes Ctrl-C on
+                raise KeyboardInterrupt from None
+            raise
         except duckdb.Error as error:
             # "reading the Arrow source failed": rare enough to look for the reason in every file.
             if isinstance(error, (duckdb.InvalidInputException, duckdb.IOException)) and " failed" in str(error):

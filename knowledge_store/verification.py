@@ -59,6 +59,19 @@ def _check_file(path: Path, record: FileRecord, schema: pa.Schema) -> pa.Table:
     return table
 
 
+def _check_files(files: dict[str, tuple[Path, FileRecord, pa.Schema]], found: Verification) -> dict[str, pa.Table]:
+    """The tables of the files that are sound; the others are noted as damage, each by itself."""
+    tables = {}
+    for name, (path, record, schema) in files.items():
+        try:
+            tables[name] = _check_file(path, record, schema)
+        except (DamageError, StoreError) as error:
+            found.damage.append(str(error))
+        except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+            found.damage.append(f"{path} is damaged: {error}")
+    return tables
+
+
 def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: Path) -> None:
     """The rows of a kind are those of its sequences: all of them, in order, positions counted from 0."""
     ids, lengths = sequences["sequence_id"].to_numpy(), sequences["length"].to_numpy()
@@ -88,20 +101,24 @@ def _check_shard(folder: Path, manifest: Manifest, commit: CommitRecord, found: 
     expected = {SEQUENCES, *manifest.kinds}
     if set(commit.files) != expected:
         raise DamageError(f"{commit_path(folder, commit.shard)} does not list the files {sorted(expected)}")
-    sequences_path = table_path(folder, SEQUENCES, commit.shard)
-    sequences = _check_file(sequences_path, commit.files[SEQUENCES], sequences_schema(manifest))
+    schemas = {SEQUENCES: sequences_schema(manifest), **{name: KINDS[name].schema(manifest) for name in manifest.kinds}}
+    files = {name: (table_path(folder, name, commit.shard), commit.files[name], schema) for name, schema in schemas.items()}
+    tables = _check_files(files, found)
+    if len(tables) < len(files):
+        return
+    sequences, sequences_path = tables[SEQUENCES], files[SEQUENCES][0]
     ids = sequences["sequence_id"].to_numpy()
     if (np.diff(ids) <= 0).any():
         raise DamageError(f"{sequences_path} does not have its sequences in order")
+    positions = 0
     statistics: dict[str, float] = {}
     for name in manifest.kinds:
         kind = KINDS[name]
-        path = table_path(folder, name, commit.shard)
-        table = _check_file(path, commit.files[name], kind.schema(manifest))
+        table, path = tables[name], files[name][0]
         _check_alignment(sequences, table, kind.per, path)
         if name == "positions":
             _check_tokens(sequences, table, path)
-            found.positions += len(table)
+            positions = len(table)
         for complaint in kind.damage(table, manifest):
             raise DamageError(f"{path}: {complaint}")
         statistics.update(kind.statistics(table, manifest))
@@ -109,6 +126,7 @@ def _check_shard(folder: Path, manifest: Manifest, commit: CommitRecord, found: 
     if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
         raise DamageError(f"{commit_path(folder, commit.shard)} states other statistics than its shard has")
     found.shards += 1
+    found.positions += positions
     found.bytes += sum(record.bytes for record in commit.files.values())
 
 
@@ -118,10 +136,10 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
         unknown = set(manifest.kinds) - KINDS.keys()
         if unknown:
             raise StoreError(f"{folder} holds knowledge of kinds unknown here: {sorted(unknown)}")
-        _check_file(folder / TOKENS_FILE, FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)
     except (DamageError, StoreError) as error:
         found.damage.append(str(error))
         return
+    _check_files({TOKENS_FILE: (folder / TOKENS_FILE, FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)}, found)
     committed: set[int] = set()
     for path in sorted((folder / COMMITS).iterdir()) if (folder / COMMITS).is_dir() else []:
         shard = commit_shard(path.name)

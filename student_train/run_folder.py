@@ -40,11 +40,22 @@ def run_identity(config: TrainConfig, store: KnowledgeStore, dump: str, sequence
     return {
         **facts,
         "dump": dump,
+        "student's files": model_sha256(config.student),
         "number of steps": steps,
         "sequences per step": sequences_per_step,
         "knowledge": hashlib.sha256(knowledge.encode()).hexdigest(),
         "committed sequences": store.sequences(dump).num_rows,
     }
+
+
+def model_sha256(model: str) -> str:
+    """SHA-256 over the names and contents of a model folder's configuration and weights; of a hub id, over the id."""
+    digest = hashlib.sha256(b"" if Path(model).is_dir() else model.encode())
+    for path in sorted(Path(model).glob("*")):
+        if path.suffix in (".safetensors", ".gguf") or path.name == "config.json":
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def check_output(output: Path, identity: dict[str, Any]) -> None:

@@ -114,7 +114,8 @@ def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_
     if unsound.any():
         raise UnsoundLogits(
             f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[unsound][0]])}:"
-            " nothing of its shard was written. Try --dtype float32"
+            " nothing of its shard was written. Check the teacher's weights; if its dtype is a short one,"
+            " dump under another --name with --dtype float32"
         )
     token_logprob, ids, logprobs, tail = (torch.cat(each).cpu().numpy() for each in zip(*results, strict=True))
     return {

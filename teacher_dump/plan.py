@@ -158,11 +158,16 @@ class ShardReader:
         self._go_to(start)
         while (document := self._next) is not None and document.number < end:
             try:
-                sequences.extend(self._tokenizer.sequences(document))
+                found = self._tokenizer.sequences(document)
+                sequences.extend(found)
+                if not found:
+                    skipped.append({"file": names[document.file], "row": document.row, "reason": "no text to learn from"})
             except BadRow as reason:
                 if not config.skip_bad_rows:
                     place = problem_text(config.corpus, document.file, document.row, str(reason))
-                    raise InputError(f"{place}. Mend the corpus, or pass --skip-bad-rows to leave such rows out") from None
+                    raise InputError(
+                        f"{place}. Pass --skip-bad-rows to leave such rows out, or mend it and dump under another --name"
+                    ) from None
                 skipped.append({"file": names[document.file], "row": document.row, "reason": str(reason)})
             self._next = next(self._documents, None)
         return ShardInput(shard, start.document, end - start.document, start.characters, sequences, skipped)

@@ -103,7 +103,11 @@ class CorpusTokenizer:
         if document.last_part:
             token_ids = self._close(token_ids)
         room = self.max_length - len(self._opening)
-        windows = [[*self._opening, *token_ids[start : start + room]] for start in range(0, len(token_ids), room)]
+        starts = list(range(0, len(token_ids), room))
+        if len(self._opening) + len(token_ids) - starts[-1] < 2 < room and len(starts) > 1:
+            starts[-1] -= 1  # one token alone has nothing to be predicted from: it takes the one before it along
+        ends = [*starts[1:], len(token_ids)]
+        windows = [[*self._opening, *token_ids[start:end]] for start, end in zip(starts, ends, strict=True)]
         return [
             self._sequence(document, window, np.array(ids, np.int64), np.ones(len(ids), bool), False)
             for window, ids in enumerate(windows)

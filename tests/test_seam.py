@@ -5,7 +5,6 @@ If this test needs a change anywhere else, the seam between the three packages h
 
 from __future__ import annotations
 
-import numpy as np
 import pyarrow as pa
 from conftest import save_teacher, story_rows, write_jsonl
 
@@ -60,10 +59,10 @@ def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teache
     result = train(
         TrainConfig(
             store=str(tmp_path / "store"), student=str(student), output=str(tmp_path / "run"), loss="summaries",
-            steps=12, batch_size=4, learning_rate=1e-2, eval_fraction=0.0,
+            steps=12, batch_size=32, learning_rate=3e-3, eval_fraction=0.0,
         )
     )  # fmt: skip
     assert result.finished
 
     losses = [entry["loss"] for entry in read_history(tmp_path / "run")["entries"] if "loss" in entry]
-    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert losses[-1] < losses[0]  # each step is over the whole dump

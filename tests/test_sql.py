@@ -338,3 +338,15 @@ def test_a_store_without_dumps(tmp_path):
         assert found.column_names[0] == "dump"
     assert store.info() == []
     assert len(store) == 0
+
+
+def test_the_folder_for_temporary_files_is_no_way_out(store, tmp_path, monkeypatch):
+    """DuckDB allows reading its folder for temporary files, by default .tmp below the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".tmp").mkdir()
+    (tmp_path / ".tmp" / "secret.txt").write_text("secret")
+    for path in (".tmp/secret.txt", tmp_path / ".tmp" / "secret.txt"):
+        with pytest.raises(QueryError):
+            store.sql(f"SELECT * FROM read_text('{path}')")
+    found = store.sql("SELECT value FROM duckdb_settings() WHERE name = 'allowed_directories'")
+    assert found["value"].to_pylist() == ["[]"]

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 
-EXAMPLE = """
-import torch
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
-from knowledge_store import KnowledgeStore
-from student_train import DistillationDataset, forward_kl, select_targets
-
-student = AutoModelForCausalLM.from_pretrained("student/")
-optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4)
-dataset = DistillationDataset(KnowledgeStore.open("store/"), "train", batch_size=8, seed=0)
-for batch in DataLoader(dataset, batch_size=None):
-    logits = student(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    loss = forward_kl(*select_targets(logits, batch)).mean()
-    loss.backward()
-    optimizer.step(), optimizer.zero_grad()
-"""
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLE = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "DistillationDataset" in block)
 
 
 def test_it_runs_and_learns(store_folder, teacher_folder, tmp_path, monkeypatch):

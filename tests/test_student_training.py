@@ -355,3 +355,11 @@ def test_the_command_reports_mistakes_in_one_line(settings, tmp_path):
     assert done.stderr.startswith("Error: the vocabulary of the student is not that of the dump train: token id 4 is")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_another_student_at_the_same_place_is_refused(settings, tmp_path):
+    settings["student"] = str(save_teacher(tmp_path / "student", layers=1, seed=1))
+    train(TrainConfig(**settings))
+    save_teacher(tmp_path / "student", layers=1, seed=2)
+    with pytest.raises(InputError, match="student's files was"):
+        train(TrainConfig(**settings))

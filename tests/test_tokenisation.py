@@ -77,6 +77,14 @@ def test_windows_of_a_long_text_are_the_text_and_each_is_opened_as_the_tokenizer
     assert [sequence.window for sequence in sequences] == list(range(len(sequences)))
 
 
+def test_a_token_that_would_stand_alone_takes_one_along(tokenizer):
+    """Alone it would be predicted from nothing, and be lost: here the end of sequence after exactly two windows of text."""
+    plain = tokenizer(TEXT, add_special_tokens=False)["input_ids"][:24]
+    sequences = CorpusTokenizer(tokenizer, 12).sequences(document(text=tokenizer.decode(plain)))
+    assert [token for sequence in sequences for token in ids_of(sequence)] == [*plain, END]
+    assert [len(sequence.token_ids) for sequence in sequences] == [12, 11, 2]
+
+
 def test_only_the_last_part_of_a_text_is_closed(tokenizer):
     parts = [
         Document(number, 0, 1, number, 0, last_part=number == 1, text=text)

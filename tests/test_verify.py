@@ -133,9 +133,13 @@ def test_the_command_names_the_file_and_exits_with_1(store):
 
 
 def test_every_damaged_file_is_named_not_only_the_first(store):
-    for shard in (0, 1):
-        flip(store / f"small/positions/0000{shard}.parquet", 40)
-    assert len(verify(store).damage) == 2
+    names = ["tokens.parquet", "positions/00000.parquet", "sequences/00000.parquet", "commits/00001.json"]
+    for name in names:
+        flip(store / "small" / name, 40)
+    found = verify(store)
+    for name in names:
+        assert sum(str(store / "small" / name) in sentence for sentence in found.damage) == 1, name
+    assert (len(found.damage), found.shards) == (len(names), 0)
 
 
 def test_damaged_store_json(store):
