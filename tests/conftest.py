@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell that runs tests in the background has them ignore Ctrl-C, and so would every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,7 +135,7 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory, loaded_teacher, teach
     from teacher_dump import DumpConfig, dump
 
     folder = tmp_path_factory.mktemp("stores")
-    for name, rows in (("train", story_rows(30)), ("heldout", story_rows(10, start=30))):
+    for name, rows in (("train", story_rows(29)), ("heldout", story_rows(10, start=30))):
         corpus = write_jsonl(folder / f"{name}.jsonl", rows)
         config = DumpConfig(str(teacher_folder), (corpus,), folder / "store", name, max_length=48, batch_size=4, shard_size=8)
         dump(config, teacher=loaded_teacher)
