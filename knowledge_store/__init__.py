@@ -4,6 +4,7 @@ Knows numpy, pyarrow and duckdb; never imports torch or transformers.
 """
 
 from knowledge_store.batches import Batches
+from knowledge_store.calibration import Calibration, read_calibration, write_calibration
 from knowledge_store.errors import (
     DamageError,
     InputError,
@@ -22,6 +23,7 @@ from knowledge_store.writer import DumpWriter
 __all__ = [
     "KINDS",
     "Batches",
+    "Calibration",
     "DamageError",
     "DumpSummary",
     "DumpWriter",
@@ -34,5 +36,7 @@ __all__ = [
     "QueryError",
     "StoreError",
     "Verification",
+    "read_calibration",
     "verify",
+    "write_calibration",
 ]

@@ -48,9 +48,7 @@ class Batches:
         shuffle: bool,
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or consumed < 0:
-            raise InputError(
-                f"no such batches: batch size {batch_size}, rank {rank} of {world_size}, {consumed} consumed"
-            )
+            raise InputError(f"no such batches: batch size {batch_size}, rank {rank} of {world_size}, {consumed} consumed")
         chosen = np.arange(len(reader)) if ordinals is None else np.asarray(ordinals, dtype=np.int64)
         if ((chosen < 0) | (chosen >= len(reader))).any():
             raise InputError(f"some of the ordinals are not those of a sequence: the dump has {len(reader)}, counted from 0")
@@ -89,4 +87,3 @@ class Batches:
             batch = self[step]
             self._taken = step + 1
             yield batch
-

@@ -73,11 +73,11 @@ def _print_summary(summary: DumpSummary) -> None:
     ]
     if summary.skipped_rows:
         lines.append(("rows left out", f"{summary.skipped_rows:,}"))
-    if summary.mean_top_k_mass is not None and summary.mean_nll is not None:
-        lines += [
-            ("mass of the candidates", f"{summary.mean_top_k_mass:.4f} on average"),
-            ("teacher's own loss", f"{summary.mean_nll:.4f} nats a token (perplexity {math.exp(summary.mean_nll):.2f})"),
-        ]
+    if summary.mean_top_k_mass is not None:
+        lines.append(("mass of the candidates", f"{summary.mean_top_k_mass:.4f} on average"))
+    if summary.mean_nll is not None:
+        loss = f"{summary.mean_nll:.4f} nats a token (perplexity {math.exp(summary.mean_nll):.2f})"
+        lines.append(("teacher's own loss", loss))
     if summary.bytes_per_position is not None:
         lines += [
             (

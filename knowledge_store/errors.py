@@ -1,11 +1,11 @@
 """Everything that can go wrong for a user, as one small tree.
 
-    KnowledgeStoreError          base of all: a command prints it as one line and exits with 2
-    ├── InputError               what the user gave cannot be used (a file, an option, a model)
-    ├── StoreError               the folder is not a store that can be used (foreign, newer, missing)
-    │   └── MismatchError        the dump was made differently; says which things differ
-    ├── QueryError               SQL that is refused or does not run
-    └── DamageError              bytes on disk are not the bytes that were published; names the file
+KnowledgeStoreError          base of all: a command prints it as one line and exits with 2
+├── InputError               what the user gave cannot be used (a file, an option, a model)
+├── StoreError               the folder is not a store that can be used (foreign, newer, missing)
+│   └── MismatchError        the dump was made differently; says which things differ
+├── QueryError               SQL that is refused or does not run
+└── DamageError              bytes on disk are not the bytes that were published; names the file
 """
 
 

@@ -1,12 +1,12 @@
 """Where each file of a store lives. Nothing else in the project joins these names.
 
-    STORE/
-      store.json
-      DUMP/manifest.json
-      DUMP/tokens.parquet
-      DUMP/TABLE/00017.parquet     TABLE is `sequences` or a kind of knowledge
-      DUMP/commits/00017.json
-      index.duckdb
+STORE/
+  store.json
+  DUMP/manifest.json
+  DUMP/tokens.parquet
+  DUMP/TABLE/00017.parquet     TABLE is `sequences` or a kind of knowledge
+  DUMP/commits/00017.json
+  index.duckdb
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from knowledge_store.errors import InputError
 
 FORMAT_NAME = "knowledge-store"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 STORE_FILE = "store.json"
 INDEX_FILE = "index.duckdb"

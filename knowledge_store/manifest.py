@@ -8,7 +8,8 @@ documents, where each shard begins) is kept so that nobody has to read the corpu
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
 from knowledge_store.parquet import FILE_SHAPE
 from knowledge_store.records import check_shape, read_record, seal
+from knowledge_store.selection import Selection
 
 # Told to people, never compared: a model or corpus may be moved or renamed between runs.
 _NOT_COMPARED = re.compile(r"teacher\.name|corpus\.files\[\d+\]\.name")
@@ -26,7 +28,7 @@ _SHAPE = {
     "teacher": {"name": str, "vocabulary_size": int},
     "tokenizer": {},
     "corpus": {},
-    "selection": {"k": int},
+    "selection": {"name": str},
     "quantisation_step": int | float,
     "plan": {"max_length": int},
     "derived": {"documents": int, "columns": {...: str}, "shards": list, "tokens": FILE_SHAPE},
@@ -44,11 +46,12 @@ class Manifest:
             each of its files.
         tokenizer: vocabulary_sha256, size, bos_token_id, eos_token_id, pad_token_id.
         corpus: files, each with its name, bytes and SHA-256.
-        selection: the rule that picks candidates: {"name": "top-k", "k": 5}.
+        selection: the rule that picks what is kept, e.g. {"name": "top-k", "k": 5}; see `Selection`.
         quantisation_step: log-probabilities are multiples of this many nats.
         plan: max_length, batch_size, shard_size, part_characters, keep_context.
         derived: documents, bad_rows, columns (the corpus's own, name to type), shards (where each begins, and how many
             characters it holds), tokens (the file record of tokens.parquet).
+        calibration: `temperature` at which the tail is kept too, and `sha256` of the calibration; empty for none.
     """
 
     dump: str
@@ -60,16 +63,22 @@ class Manifest:
     quantisation_step: float
     plan: dict[str, Any]
     derived: dict[str, Any]
+    calibration: dict[str, Any] = field(default_factory=dict)
 
     @property
     def vocabulary_size(self) -> int:
         """How many tokens the teacher's distribution is over (rows of its head)."""
         return int(self.teacher["vocabulary_size"])
 
+    @cached_property
+    def rule(self) -> Selection:
+        """The selection, as the rule it stands for."""
+        return Selection.from_record(self.selection)
+
     @property
-    def top_k(self) -> int:
-        """Candidates kept at a position."""
-        return int(self.selection["k"])
+    def temperature(self) -> float | None:
+        """The temperature, other than 1, at which the tail is kept too."""
+        return self.calibration.get("temperature")
 
     @property
     def shard_count(self) -> int:
@@ -144,6 +153,11 @@ def read_manifest(dump_folder: Path) -> Manifest:
         check_shape(record, _SHAPE, "a manifest")
         if record["quantisation_step"] <= 0:
             raise ValueError("its quantisation step is not above zero")
+        Selection.from_record(record["selection"])
+        record.setdefault("calibration", {})  # version 1 had none
+        check_shape(record["calibration"], {"temperature": int | float, "sha256": str} if record["calibration"] else {})
+        if not record["calibration"].get("temperature", 1) > 0:
+            raise ValueError("its calibration's temperature is not above zero")
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     found = {field.name: record[field.name] for field in fields(Manifest)}

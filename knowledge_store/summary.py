@@ -23,7 +23,8 @@ class DumpSummary:
         documents, shards: committed; documents_planned, shards_planned: in the plan.
         skipped_rows: rows of the corpus left out.
         sequences, positions, predictions: rows; predictions are positions with knowledge.
-        mean_top_k_mass, mean_nll, mean_top_1_accuracy: means over predictions (nats); None before the first shard.
+        mean_top_k_mass, mean_nll, mean_top_1_accuracy: means over predictions (nats); None before the first shard,
+            and the first and last for a selection without candidates.
         bytes: everything of the dump but its vocabulary (tokens.parquet), commit records included.
         column_bytes: compressed bytes of each column, as "table.column".
         dense_bytes: predictions × vocabulary × 4, the float32 log-probabilities that were not kept.
@@ -69,12 +70,14 @@ class DumpSummary:
 
 
 def _selection(manifest: Manifest) -> str:
-    return " ".join(str(value) for value in manifest.selection.values())
+    at = f", tail also at temperature {manifest.temperature:g}" if manifest.temperature else ""
+    return f"{manifest.rule}{at}"
 
 
 def _mean(rows: list[dict[str, float]], name: str) -> float | None:
-    weight = sum(row.get("predictions", 0) for row in rows)
-    return sum(row[name] * row["predictions"] for row in rows if name in row) / weight if weight else None
+    there = [row for row in rows if name in row]
+    weight = sum(row["predictions"] for row in there)
+    return sum(row[name] * row["predictions"] for row in there) / weight if weight else None
 
 
 def summarise(index: Index, manifest: Manifest) -> DumpSummary:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from knowledge_store.commits import CommitRecord, read_commit
 from knowledge_store.errors import InputError, MismatchError, StoreError
@@ -65,6 +66,12 @@ def row_groups(lengths: np.ndarray) -> list[int]:
         count += 1
         positions += length
     return [*groups, count] if count else groups
+
+
+def _has_nan(table: pa.Table) -> bool:
+    """Whether some number of a table is NaN, which means nothing in any kind of knowledge."""
+    columns = [pc.list_flatten(column) if pa.types.is_list(column.type) else column for column in table.columns]
+    return any(pc.any(pc.is_nan(column)).as_py() for column in columns if pa.types.is_floating(column.type))
 
 
 class DumpWriter:
@@ -157,7 +164,8 @@ class DumpWriter:
         tables = {SEQUENCES: (sequences_table(sequences, self.manifest), [len(sequences)])}
         for name in self.manifest.kinds:
             tables[name] = self._knowledge(KINDS[name], knowledge[name], ids, lengths, groups)
-            if not np.isfinite(list(KINDS[name].statistics(tables[name][0], self.manifest).values())).all():
+            numbers = list(KINDS[name].statistics(tables[name][0], self.manifest).values())
+            if _has_nan(tables[name][0]) or not np.isfinite(numbers).all():
                 raise InputError(f"knowledge of shard {shard} of {self.manifest.dump!r} is NaN or infinite: it is not written")
         files: dict[str, FileRecord] = {}
         statistics: dict[str, float] = {}

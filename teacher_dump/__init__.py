@@ -6,16 +6,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from teacher_dump.calibration import TemperatureFit, calibrate
     from teacher_dump.configuration import DumpConfig
     from teacher_dump.forecast import Estimate, estimate
     from teacher_dump.teacher_pass import DumpReport, dump
 
-__all__ = ["DumpConfig", "DumpReport", "Estimate", "dump", "estimate"]
+__all__ = ["DumpConfig", "DumpReport", "Estimate", "TemperatureFit", "calibrate", "dump", "estimate"]
 
 _MODULES = {
     "DumpConfig": "teacher_dump.configuration",
     "DumpReport": "teacher_dump.teacher_pass",
     "dump": "teacher_dump.teacher_pass",
+    "TemperatureFit": "teacher_dump.calibration",
+    "calibrate": "teacher_dump.calibration",
     "Estimate": "teacher_dump.forecast",
     "estimate": "teacher_dump.forecast",
 }

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from knowledge_store.calibration import check_output, write_calibration
 from knowledge_store.console import BAD_INPUT, command_errors, note, output
 from knowledge_store.progress import duration
 from knowledge_store.quantities import amount, byte_size
@@ -30,7 +31,16 @@ CorpusOption = Annotated[
 ]
 StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder; made if need be.")]
 NameOption = Annotated[str | None, typer.Option("--name", help="The dump's name. [default: from teacher and corpus]")]
-TopKOption = Annotated[int, typer.Option("--top-k", help="Candidates kept at each position.")]
+SelectionOption = Annotated[
+    str, typer.Option("--selection", help="top-k, top-p (as many candidates as it takes) or random-sampling (draws alone).")
+]
+TopKOption = Annotated[int, typer.Option("--top-k", help="Candidates kept at each position, with top-k.")]
+TailDrawsOption = Annotated[
+    int, typer.Option("--tail-draws", help="Draws from beyond the candidates: an unbiased target. 0 keeps none.")
+]
+TopPOption = Annotated[float, typer.Option("--top-p", help="The probability that the candidates reach, with top-p.")]
+MaxKOption = Annotated[int, typer.Option("--max-k", help="Candidates at most, with top-p.")]
+DrawsOption = Annotated[int, typer.Option("--draws", help="Draws at each position, with random-sampling.")]
 MaxLengthOption = Annotated[int, typer.Option("--max-length", help="Longest sequence, in tokens.")]
 BatchSizeOption = Annotated[
     int, typer.Option("--batch-size", help="Sequences of the maximum length in a forward pass; shorter ones share the room.")
@@ -44,6 +54,10 @@ GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="A GGUF file
 KeepContextOption = Annotated[bool, typer.Option("--keep-context", help="Keep knowledge at context positions (prompts) too.")]
 SkipBadRowsOption = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them, instead of stopping.")
+]
+CalibrationOption = Annotated[
+    Path | None,
+    typer.Option("--calibration", help="A file of `calibrate`: the tail is then kept at its temperature too."),
 ]
 
 
@@ -64,7 +78,12 @@ def run(
     corpus: CorpusOption,
     store: StoreOption,
     name: NameOption = None,
-    top_k: TopKOption = 5,
+    selection: SelectionOption = "top-k",
+    top_k: TopKOption = DumpConfig.top_k,
+    tail_draws: TailDrawsOption = DumpConfig.tail_draws,
+    top_p: TopPOption = DumpConfig.top_p,
+    max_k: MaxKOption = DumpConfig.max_k,
+    draws: DrawsOption = DumpConfig.draws,
     max_length: MaxLengthOption = 512,
     batch_size: BatchSizeOption = 16,
     dtype: DtypeOption = "auto",
@@ -73,6 +92,7 @@ def run(
     gguf_file: GgufOption = None,
     keep_context: KeepContextOption = False,
     skip_bad_rows: SkipBadRowsOption = False,
+    calibration: CalibrationOption = None,
     rank: Annotated[int, typer.Option("--rank", help="This worker's number, from 0.")] = 0,
     world_size: Annotated[int, typer.Option("--world-size", help="How many workers share the dump.")] = 1,
 ) -> None:
@@ -87,8 +107,8 @@ def run(
         from teacher_dump.teacher_pass import dump
 
         config = DumpConfig(
-            teacher, tuple(corpus), store, name, top_k, max_length, batch_size, dtype, device, shard_size, gguf_file,
-            keep_context, skip_bad_rows,
+            teacher, tuple(corpus), store, name, selection, top_k, tail_draws, top_p, max_k, draws, max_length, batch_size,
+            dtype, device, shard_size, gguf_file, keep_context, skip_bad_rows, calibration,
         )  # fmt: skip
         signal.signal(signal.SIGTERM, _interrupt)
         report = dump(config, rank, world_size)
@@ -108,7 +128,12 @@ def estimate(
     corpus: CorpusOption,
     store: StoreOption = Path("store"),
     name: NameOption = None,
-    top_k: TopKOption = 5,
+    selection: SelectionOption = "top-k",
+    top_k: TopKOption = DumpConfig.top_k,
+    tail_draws: TailDrawsOption = DumpConfig.tail_draws,
+    top_p: TopPOption = DumpConfig.top_p,
+    max_k: MaxKOption = DumpConfig.max_k,
+    draws: DrawsOption = DumpConfig.draws,
     max_length: MaxLengthOption = 512,
     batch_size: BatchSizeOption = 16,
     dtype: DtypeOption = "auto",
@@ -117,6 +142,7 @@ def estimate(
     gguf_file: GgufOption = None,
     keep_context: KeepContextOption = False,
     skip_bad_rows: SkipBadRowsOption = False,
+    calibration: CalibrationOption = None,
 ) -> None:
     """Predict what a dump takes, from a small sample. Takes the arguments of `run`, and writes nothing.
 
@@ -127,8 +153,8 @@ def estimate(
         from teacher_dump.forecast import estimate as predict
 
         config = DumpConfig(
-            teacher, tuple(corpus), store, name, top_k, max_length, batch_size, dtype, device, shard_size, gguf_file,
-            keep_context, skip_bad_rows,
+            teacher, tuple(corpus), store, name, selection, top_k, tail_draws, top_p, max_k, draws, max_length, batch_size,
+            dtype, device, shard_size, gguf_file, keep_context, skip_bad_rows, calibration,
         )  # fmt: skip
         found = predict(config)
         masses = " · ".join(f"k={k}: {mass:.3f}" for k, mass in found.top_k_mass.items())
@@ -145,6 +171,47 @@ def estimate(
             output.print(f"{label:<27} {value}", markup=False)
         if found.unusable_documents:
             note(f"{found.unusable_documents} of the sampled rows cannot be used: `run` says why, and leaves them out if asked")
+
+
+@app.command()
+def calibrate(
+    teacher: TeacherOption,
+    corpus: CorpusOption,
+    file: Annotated[Path, typer.Option("--output", help="The calibration's file; an older one is replaced.")] = Path(
+        "calibration.json"
+    ),
+    limit: Annotated[
+        int, typer.Option("--limit", help="About how many targets to fit on, of documents drawn at random.")
+    ] = 20_000,
+    max_length: MaxLengthOption = 512,
+    batch_size: BatchSizeOption = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    gguf_file: GgufOption = None,
+    skip_bad_rows: SkipBadRowsOption = False,
+) -> None:
+    """Fit the temperature at which a teacher is as sure as it is right, on text that it was not trained on.
+
+    Example: `teacher-dump calibrate --teacher HuggingFaceTB/SmolLM2-135M --corpus heldout.jsonl --output calibration.json`
+    """
+    _exists_or_exit()
+    with command_errors():
+        from teacher_dump.calibration import calibrate as fit_temperature
+        from teacher_dump.calibration import describe
+
+        check_output(file)
+        config = DumpConfig(
+            teacher, tuple(corpus), Path("store"), "calibration", max_length=max_length, batch_size=batch_size, dtype=dtype,
+            device=device, gguf_file=gguf_file, skip_bad_rows=skip_bad_rows, top_k=1,
+        )  # fmt: skip
+        fit = fit_temperature(config, limit)
+        write_calibration(file, fit.calibration)
+        for line in describe(fit, file):
+            output.print(line, markup=False)
+        for doubt in fit.doubts:
+            note(f"Warning: {doubt}")
+        if fit.skipped_rows:
+            note(f"{fit.skipped_rows} rows were left out")
 
 
 def _spread_files(arguments: list[str]) -> list[str]:

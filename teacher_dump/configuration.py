@@ -8,11 +8,18 @@ from pathlib import Path
 
 from knowledge_store.errors import InputError
 from knowledge_store.layout import check_dump_name
+from knowledge_store.selection import MOST_DRAWS, NAMES, Selection
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
 PART_CHARACTERS_PER_POSITION = 64
 
 QUANTISATION_STEP = 1 / 8
+
+SELECTION_OPTIONS = {
+    "top-k": {"top_k", "tail_draws"},
+    "top-p": {"top_p", "max_k", "tail_draws"},
+    "random-sampling": {"draws"},
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,11 @@ class DumpConfig:
         corpus: files: .jsonl, .jsonl.zst, .parquet or .txt.
         store: the store's folder; made if need be.
         name: the dump's name; made from the teacher's and the corpus's when None.
-        top_k: candidates kept at each position.
+        selection: what to keep at each position: top-k, top-p or random-sampling.
+        top_k: candidates of top-k.
+        tail_draws: draws from the tail, beside the candidates of top-k or top-p.
+        top_p: the probability that the candidates of top-p reach, with at most max_k of them.
+        draws: of random-sampling.
         max_length: longest sequence, in tokens.
         batch_size: a forward pass has room for this many sequences of max_length; shorter ones share the room.
         dtype: "auto" (float32 on a CPU, the model's own elsewhere), "float32", "bfloat16" or "float16".
@@ -33,6 +44,7 @@ class DumpConfig:
         gguf_file: name of a GGUF file within the teacher's folder.
         keep_context: keep knowledge at context positions (prompts) too.
         skip_bad_rows: leave out rows that cannot be used, and count them, instead of stopping.
+        calibration: a file of `teacher-dump calibrate`, to keep the tail at its temperature too; None for no calibration.
         kinds: the kinds of knowledge to keep.
     """
 
@@ -40,7 +52,12 @@ class DumpConfig:
     corpus: tuple[Path, ...]
     store: Path
     name: str | None = None
+    selection: str = "top-k"
     top_k: int = 5
+    tail_draws: int = 0
+    top_p: float = 0.95
+    max_k: int = 32
+    draws: int = 50
     max_length: int = 512
     batch_size: int = 16
     dtype: str = "auto"
@@ -49,12 +66,25 @@ class DumpConfig:
     gguf_file: str | None = None
     keep_context: bool = False
     skip_bad_rows: bool = False
+    calibration: Path | None = None
     kinds: tuple[str, ...] = ("positions",)
 
     def __post_init__(self) -> None:
-        for name, least in (("top_k", 1), ("max_length", 2), ("batch_size", 1), ("shard_size", 1)):
+        if self.selection not in NAMES:
+            raise InputError(f"there is no --selection {self.selection}: choose one of {', '.join(NAMES)}")
+        leasts = {"top_k": 1, "max_k": 1, "draws": 1, "tail_draws": 0, "max_length": 2, "batch_size": 1, "shard_size": 1}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("draws", "tail_draws"):
+            if getattr(self, name) > MOST_DRAWS:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at most {MOST_DRAWS:,}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
+        options = {name for each in SELECTION_OPTIONS.values() for name in each}
+        for name in sorted(options - SELECTION_OPTIONS[self.selection]):
+            if getattr(self, name) != getattr(DumpConfig, name):
+                raise InputError(f"--{name.replace('_', '-')} is not an option of the selection {self.selection}")
         if not self.corpus:
             raise InputError("name at least one corpus file")
         check_dump_name(self.dump_name)
@@ -68,6 +98,15 @@ class DumpConfig:
         corpus = self.corpus[0].name.split(".")[0]
         words = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{teacher.removesuffix('.gguf')}-{corpus}").strip("-._")
         return words[:100] or "dump"
+
+    @property
+    def rule(self) -> Selection:
+        """The selection, as the rule it stands for."""
+        if self.selection == "random-sampling":
+            return Selection(self.selection, 0, self.draws)
+        if self.selection == "top-p":
+            return Selection(self.selection, self.max_k, self.tail_draws, self.top_p)
+        return Selection(self.selection, self.top_k, self.tail_draws)
 
     @property
     def part_characters(self) -> int:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
+from knowledge_store.selection import Selection
 from knowledge_store.sequences import sequence_id
+from teacher_dump.sampling import block_sums, counted, draw, independent_points, systematic_points
 from teacher_dump.teacher import Prediction
 from teacher_dump.tokenisation import TokenSequence
 
@@ -26,16 +29,22 @@ class ExtractionBatch:
     Attributes:
         sequences: the B sequences of the batch.
         prediction: the teacher's, for token ids padded on the right; hidden states (B, T, H), logits slice by slice.
-        attention_mask: bool (B, T).
-        top_k: candidates to keep at a position.
+        selection: what to keep at a position.
         keep_context: keep knowledge at context positions too.
+        temperature: at which to keep the tail too.
     """
 
     sequences: list[TokenSequence]
     prediction: Prediction
-    attention_mask: np.ndarray
-    top_k: int
+    selection: Selection
     keep_context: bool
+    temperature: float | None = None
+
+    @property
+    def attention_mask(self) -> np.ndarray:
+        """Which positions are tokens of a sequence, not padding on the right: bool (B, T)."""
+        lengths = np.array([len(sequence.token_ids) for sequence in self.sequences])
+        return np.arange(lengths.max(initial=0)) < lengths[:, None]
 
 
 Extractor = Callable[[ExtractionBatch], list[Arrays]]
@@ -45,27 +54,59 @@ class UnsoundLogits(InputError):
     """The teacher's logits are NaN or infinite; the message names the sequence."""
 
 
-def top_k_knowledge(logits: torch.Tensor, token_ids: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
-    """The likeliest tokens of each distribution, and exactly what they leave over.
+def knowledge_of(
+    logits: Tensor, token_ids: Tensor, selection: Selection, points: Tensor | None = None, temperature: float | None = None
+) -> dict[str, Tensor]:
+    """What a selection keeps of each distribution, and exactly what it leaves over.
 
     The tail is the log-sum-exp of all other logits, never log(1 − Σ), which loses everything where the candidates hold nearly
-    all of the mass. The full normaliser is then tail ⊕ candidates, so the vocabulary is reduced only once.
+    all of the mass; its sum is made in float64. The full normaliser is then tail ⊕ candidates, so that the vocabulary is
+    reduced only once.
 
     Args:
         logits: float32 (N, V); overwritten.
         token_ids: int64 (N,).
-        k: candidates, at most V.
+        selection: the rule; at most K = `selection.candidates` candidates.
+        points: float64 (N, M), in [0, 1), where it draws; see `sampling`.
+        temperature: one at which the tail is kept too.
 
     Returns:
-        token_logprob (N,), candidate_ids (N, k) int64, candidate_logprobs (N, k), tail_logprob (N,): float32, nats, over the
-        full vocabulary; candidates likeliest first; the tail is −inf when k = V.
+        token_logprob (N,), candidate_ids (N, K) int64, candidate_logprobs (N, K), tail_logprob (N,): float32, nats, over the
+        full vocabulary at temperature 1; candidates likeliest first, −inf behind the last that top-p needs; the tail is −inf
+        when there is none. With points also tail_ids and tail_counts (N, M) int64, 0 for no draw. With a temperature T also
+        tail_logsumexp (N,) float32: the log of the sum of p^(1/T) over the tail.
     """
     token_logit = logits.gather(1, token_ids[:, None])[:, 0]
-    candidate_logits, candidate_ids = logits.topk(k, dim=1)
-    logits.scatter_(1, candidate_ids, -torch.inf)
-    tail = torch.logsumexp(logits, dim=1)
-    total = torch.logaddexp(tail, torch.logsumexp(candidate_logits, dim=1))
-    return token_logit - total, candidate_ids, candidate_logits - total[:, None], tail - total
+    candidates, ids = logits.topk(min(selection.candidates, logits.shape[1]), dim=1)
+    if selection.name == "top-p":
+        mass = torch.exp(candidates - torch.logsumexp(logits, dim=1, keepdim=True)).double()
+        needed = mass.cumsum(dim=1) - mass < selection.p
+    else:
+        needed = torch.ones_like(candidates, dtype=torch.bool)
+    logits.scatter_(1, ids, candidates.masked_fill(needed, -torch.inf))
+    candidates = candidates.masked_fill(~needed, -torch.inf)
+    highest = logits.amax(dim=1, keepdim=True)
+    whole = highest.isneginf()  # nothing is left over
+    highest = highest.masked_fill(whole, 0)
+    weights = torch.exp(logits.sub_(highest))
+    sums = block_sums(weights)
+    tail = (sums.sum(dim=1).log() + highest[:, 0]).float()
+    total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
+    found = {
+        "token_logprob": token_logit - total,
+        "candidate_ids": ids,
+        "candidate_logprobs": candidates - total[:, None],
+        "tail_logprob": tail - total,
+    }
+    if points is not None:
+        empty = whole[:, 0]
+        weights[empty, 0] = sums[empty, 0] = 1  # something to draw, which then counts for nothing
+        found["tail_ids"], counts = counted(draw(weights, sums, points))
+        found["tail_counts"] = counts.masked_fill(whole, 0)
+    if temperature is not None:
+        tempered = block_sums(torch.exp(logits.div_(temperature))).sum(dim=1).log()
+        found["tail_logsumexp"] = (tempered + (highest[:, 0] - total) / temperature).float()
+    return found
 
 
 def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
@@ -80,7 +121,7 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
     token_ids = np.concatenate([sequence.token_ids for sequence in batch.sequences])
     is_target = np.concatenate([sequence.is_target for sequence in batch.sequences])
     kept = positions > 0 if batch.keep_context else is_target
-    found = _ask(batch, rows[kept], positions[kept], token_ids[kept])
+    found = _ask(batch, rows[kept], positions[kept], token_ids[kept], _points(batch, lengths)[kept])
     arrays: Arrays = {"token_id": token_ids.astype(np.uint32), "is_target": is_target, "has_knowledge": kept}
     for name, values in found.items():
         arrays[name] = np.zeros((len(kept), *values.shape[1:]), values.dtype)
@@ -92,44 +133,52 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
     ]
 
 
-def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray) -> Arrays:
+def _points(batch: ExtractionBatch, lengths: np.ndarray) -> np.ndarray:
+    """The random points of all positions of a batch, float64 (sum of lengths, draws)."""
+    selection = batch.selection
+    points = systematic_points if selection.candidates else independent_points
+    return np.concatenate(
+        [
+            points(_number(sequence), int(length), selection.draws)
+            for sequence, length in zip(batch.sequences, lengths, strict=True)
+        ]
+    )
+
+
+def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, points: np.ndarray) -> Arrays:
     """What the teacher predicts of the N tokens at (rows[i], positions[i]), int64 (N,) each; no position is 0."""
     device = batch.prediction.teacher.device
     places, before, tokens = (torch.from_numpy(each).to(device) for each in (rows, positions - 1, token_ids))
-    sound: list[torch.Tensor] = []
-    results: list[tuple[torch.Tensor, ...]] = []
+    drawn = torch.from_numpy(points).to(device) if batch.selection.draws else None
+    sound: list[Tensor] = []
+    results: list[dict[str, Tensor]] = []
     for part, logits in batch.prediction.logit_slices(places, before):
         # The extremes are NaN where anything is.
         sound.append(logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite())
-        results.append(top_k_knowledge(logits, tokens[part], batch.top_k))
+        at = None if drawn is None else drawn[part]
+        results.append(knowledge_of(logits, tokens[part], batch.selection, at, batch.temperature))
     if not results:
-        wide = (0, batch.top_k)
-        return {
-            "token_logprob": np.empty(0, np.float32),
-            "candidate_ids": np.empty(wide, np.uint32),
-            "candidate_logprobs": np.empty(wide, np.float32),
-            "tail_logprob": np.empty(0, np.float32),
-        }
-    unsound = ~torch.cat(sound).cpu().numpy()
+        nothing = torch.zeros((0, batch.prediction.teacher.vocabulary_size))
+        results.append(knowledge_of(nothing, torch.zeros(0, dtype=torch.int64), batch.selection, drawn, batch.temperature))
+    unsound = ~torch.cat(sound).cpu().numpy() if sound else np.zeros(0, bool)
     if unsound.any():
         raise UnsoundLogits(
             f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[unsound][0]])}:"
             " nothing of its shard was written. Check the teacher's weights; if its dtype is a short one,"
             " dump under another --name with --dtype float32"
         )
-    token_logprob, ids, logprobs, tail = (torch.cat(each).cpu().numpy() for each in zip(*results, strict=True))
-    return {
-        "token_logprob": token_logprob,
-        "candidate_ids": ids.astype(np.uint32),
-        "candidate_logprobs": logprobs,
-        "tail_logprob": tail,
-    }
+    found = {name: torch.cat([each[name] for each in results]).cpu().numpy() for name in results[0]}
+    # Half the room until the shard is written.
+    return {name: array.astype(np.uint32) if array.dtype == np.int64 else array for name, array in found.items()}
+
+
+def _number(sequence: TokenSequence) -> int:
+    return sequence_id(sequence.document.number, sequence.window)
 
 
 def _place(sequence: TokenSequence) -> str:
     document = sequence.document
-    number = sequence_id(document.number, sequence.window)
-    return f"sequence {number} (row {document.row} of corpus file {document.file + 1}, window {sequence.window})"
+    return f"sequence {_number(sequence)} (row {document.row} of corpus file {document.file + 1}, window {sequence.window})"
 
 
 EXTRACTORS: dict[str, Extractor] = {

@@ -13,14 +13,15 @@ import pyarrow.parquet as pq
 
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.manifest import Manifest
 from knowledge_store.parquet import write_table
 from knowledge_store.progress import progress_bar
 from knowledge_store.summary import DENSE_BYTES_PER_LOGPROB
-from teacher_dump.configuration import DumpConfig
+from teacher_dump.configuration import SELECTION_OPTIONS, DumpConfig
 from teacher_dump.corpus import Document, Start, read_documents
 from teacher_dump.plan import check_options, identity_manifest, length_batches
 from teacher_dump.teacher import Teacher, load_teacher
-from teacher_dump.teacher_pass import ask_batch, joined
+from teacher_dump.teacher_pass import extract_batch, joined, predict_batch
 from teacher_dump.tokenisation import BadRow, CorpusTokenizer, TokenSequence
 
 SAMPLE_DOCUMENTS = 64
@@ -73,20 +74,8 @@ def _sample_documents(config: DumpConfig) -> tuple[list[Document], int, int]:
     return sample, count, characters
 
 
-def _kept_top_k(arrays: Arrays, top_k: int) -> Arrays:
-    """The same knowledge with fewer candidates: what they held goes to the tail."""
-    rest = np.logaddexp.reduce(arrays["candidate_logprobs"][:, top_k:], axis=1, initial=-np.inf)
-    return {
-        **arrays,
-        "candidate_ids": arrays["candidate_ids"][:, :top_k],
-        "candidate_logprobs": arrays["candidate_logprobs"][:, :top_k],
-        "tail_logprob": np.logaddexp(arrays["tail_logprob"], rest),
-    }
-
-
-def _bytes(config: DumpConfig, teacher: Teacher, arrays: Arrays, lengths: list[int]) -> int:
+def _bytes(manifest: Manifest, arrays: Arrays, lengths: list[int]) -> int:
     """Bytes that positions take in a shard's columns (footers, a few kilobytes a shard, left out)."""
-    manifest = replace(identity_manifest(config, teacher), derived={"columns": {}})
     keys = pa.table(
         {
             "sequence_id": pa.array(np.repeat(np.arange(len(lengths)), lengths)),
@@ -129,24 +118,32 @@ def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
         if chosen and sum(len(each.token_ids) for each in chosen) + len(sequence.token_ids) > SAMPLE_POSITIONS:
             break
         chosen.append(sequence)
-    deepest = min(max(*MASSES, config.top_k), teacher.vocabulary_size)
-    deep = replace(config, top_k=deepest)
+    manifest = replace(identity_manifest(config, teacher), derived={"columns": {}})
+    shown = sorted({*MASSES, *([config.top_k] if config.selection == "top-k" else [])})
+    plain = {name: getattr(DumpConfig, name) for names in SELECTION_OPTIONS.values() for name in names}
+    plain |= {"selection": "top-k", "top_k": min(max(shown), teacher.vocabulary_size), "tail_draws": 0}
+    deep = replace(config, **plain)
     lengths = [len(sequence.token_ids) for sequence in chosen]
-    ask_batch(deep, teacher, chosen[:1])  # the first pass pays for what later ones find ready
+    predict_batch(config, teacher, chosen[:1])  # the first pass pays for what later ones find ready
     knowledge: list[Arrays] = []
+    candidates: list[Arrays] = []
     ordered: list[int] = []
     seconds = 0.0
     with progress_bar("asking the teacher", sum(lengths), "positions") as advance:
         for indices in length_batches(lengths, config.batch_size * config.max_length):
+            batch = [chosen[index] for index in indices]
             started = time.monotonic()
-            knowledge += ask_batch(deep, teacher, [chosen[index] for index in indices])["positions"]
+            prediction = predict_batch(config, teacher, batch)
+            knowledge += extract_batch(config, prediction, batch, manifest.temperature)["positions"]
             seconds += time.monotonic() - started
+            candidates += extract_batch(deep, prediction, batch, None)["positions"]
             ordered += [lengths[index] for index in indices]
             advance(sum(lengths[index] for index in indices))
     arrays = joined(knowledge)
     kept = arrays["has_knowledge"]
-    mass = np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).cumsum(axis=1).mean(axis=0)
-    sample_bytes = _bytes(config, teacher, _kept_top_k(arrays, config.top_k), ordered)
+    likeliest = joined(candidates)
+    mass = np.exp(likeliest["candidate_logprobs"][likeliest["has_knowledge"]].astype(np.float64)).cumsum(axis=1).mean(axis=0)
+    sample_bytes = _bytes(manifest, arrays, ordered)
     bytes_per_position = sample_bytes / len(kept)
     dense = positions * kept.mean() * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
     speed = len(kept) / seconds
@@ -159,7 +156,7 @@ def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
         bytes_per_position=bytes_per_position,
         dense_bytes=round(dense),
         ratio=dense / max(positions * bytes_per_position, 1),
-        top_k_mass={k: float(mass[min(k, deepest) - 1]) for k in sorted({*MASSES, config.top_k})},
+        top_k_mass={k: float(mass[min(k, deep.top_k) - 1]) for k in shown},
         sample_positions=len(kept),
         unusable_documents=unusable,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from knowledge_store.calibration import check_calibration, read_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.layout import MANIFEST_FILE
 from knowledge_store.manifest import Manifest, read_manifest
@@ -35,11 +36,12 @@ def check_options(config: DumpConfig, teacher: Teacher) -> None:
     Raises:
         InputError: naming what does not fit.
     """
-    if config.top_k > teacher.vocabulary_size:
-        raise InputError(f"--top-k {config.top_k} is above the teacher's vocabulary of {teacher.vocabulary_size:,} tokens")
-    most = teacher.description["max_positions"]
-    if most is not None and config.max_length > most:
-        raise InputError(f"--max-length {config.max_length} is above the {most} positions the teacher knows")
+    most = {"top-k": ("--top-k", config.top_k), "top-p": ("--max-k", config.max_k)}.get(config.selection)
+    if most is not None and most[1] > teacher.vocabulary_size:
+        raise InputError(f"{most[0]} {most[1]} is above the teacher's vocabulary of {teacher.vocabulary_size:,} tokens")
+    positions = teacher.description["max_positions"]
+    if positions is not None and config.max_length > positions:
+        raise InputError(f"--max-length {config.max_length} is above the {positions} positions the teacher knows")
     check_files(config.corpus)
 
 
@@ -55,7 +57,7 @@ def identity_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
         teacher=teacher.description,
         tokenizer=describe_tokenizer(teacher.tokenizer),
         corpus={"files": files},
-        selection={"name": "top-k", "k": config.top_k},
+        selection=config.rule.to_record(),
         quantisation_step=QUANTISATION_STEP,
         plan={
             "max_length": config.max_length,
@@ -65,7 +67,17 @@ def identity_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
             "keep_context": config.keep_context,
         },
         derived={},
+        calibration=_calibration(config, teacher),
     )
+
+
+def _calibration(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+    """What the manifest says of the dump's calibration. InputError: it belongs to another teacher or tokenizer."""
+    if config.calibration is None:
+        return {}
+    calibration = read_calibration(config.calibration)
+    check_calibration(calibration, teacher.description, describe_tokenizer(teacher.tokenizer))
+    return calibration.to_manifest()
 
 
 def make_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:

@@ -11,6 +11,7 @@ import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from knowledge_store.calibration import read_calibration
 from knowledge_store.commits import CommitRecord
 from knowledge_store.console import note
 from knowledge_store.errors import InputError
@@ -32,7 +34,7 @@ from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus import check_files
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
 from teacher_dump.plan import ShardInput, ShardReader, corpus_columns, length_batches, make_manifest
-from teacher_dump.teacher import Teacher, load_teacher
+from teacher_dump.teacher import Prediction, Teacher, load_teacher
 from teacher_dump.tokenisation import CorpusTokenizer, TokenSequence
 
 RECORDED_PACKAGES = ("knowledge-store", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
@@ -83,6 +85,8 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
     # What can be seen at once is seen before a large teacher is loaded.
     check_files(config.corpus)
     _check_store(config.store)
+    if config.calibration is not None:
+        read_calibration(config.calibration).to_manifest()
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
     planned = make_manifest(config, teacher)
@@ -97,7 +101,7 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
     total = sum(manifest.derived["shards"][shard]["characters"] for shard in pending)
     tally = _Tally()
     with progress_bar(f"dumping {manifest.dump}", total) as advance:
-        _dump_shards(config, teacher, reader, first, writer, pending, _Meter(advance, tally, config.top_k), tally)
+        _dump_shards(config, teacher, reader, first, writer, pending, _Meter(advance, tally), tally)
     return DumpReport(
         dump=manifest.dump,
         shards=tally.shards,
@@ -137,8 +141,8 @@ class _Tally:
 class _Meter:
     """Feeds the progress bar: characters done, and the live figures behind it."""
 
-    def __init__(self, advance: Advance, tally: _Tally, top_k: int):
-        self._advance, self._tally, self._top_k = advance, tally, top_k
+    def __init__(self, advance: Advance, tally: _Tally):
+        self._advance, self._tally = advance, tally
         self._started = time.monotonic()
 
     def batch(self, characters: float, knowledge: list[Arrays], positions: int) -> None:
@@ -157,7 +161,7 @@ class _Meter:
         if tally.committed_positions:
             figures["bytes/position"] = f"{tally.committed_bytes / tally.committed_positions:.1f}"
         if tally.predictions:
-            figures[f"top-{self._top_k} mass"] = f"{tally.mass / tally.predictions:.3f}"
+            figures["candidates' mass"] = f"{tally.mass / tally.predictions:.3f}"
         self._advance(characters, **figures)
 
 
@@ -188,9 +192,9 @@ def _dump_shards(
             for shard in _read_ahead(executor, reader, pending, first):
                 if writer.committed(shard.shard):
                     continue  # another worker was quicker
-                knowledge = _ask(config, teacher, shard, meter)
+                knowledge = _ask(config, teacher, shard, writer.manifest.temperature, meter)
                 settle()
-                future = publisher.submit(_publish, writer, shard, knowledge, made_by)
+                future = publisher.submit(publish_shard, writer, shard, knowledge, made_by)
                 publishing = future, shard.positions
             settle()
         except KeyboardInterrupt:
@@ -213,13 +217,15 @@ def _read_ahead(
         yield ready
 
 
-def _ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, meter: _Meter) -> dict[str, list[Arrays]]:
+def _ask(
+    config: DumpConfig, teacher: Teacher, shard: ShardInput, temperature: float | None, meter: _Meter
+) -> dict[str, list[Arrays]]:
     """The teacher's knowledge of every sequence of a shard, in the shard's order, for each kind."""
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in config.kinds}
     for indices in length_batches(lengths, config.batch_size * config.max_length):
         sequences = [shard.sequences[index] for index in indices]
-        batch = ask_batch(config, teacher, sequences)
+        batch = extract_batch(config, predict_batch(config, teacher, sequences), sequences, temperature)
         for kind, extracted in batch.items():
             for index, arrays in zip(indices, extracted, strict=True):
                 knowledge[kind][index] = arrays
@@ -228,8 +234,8 @@ def _ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, meter: _Meter)
     return knowledge
 
 
-def ask_batch(config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence]) -> dict[str, list[Arrays]]:
-    """Run the teacher on some sequences as one batch, and take each kind of knowledge from its prediction."""
+def predict_batch(config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence]) -> Prediction:
+    """Run the teacher on some sequences as one batch, padded on the right."""
     longest = max(len(sequence.token_ids) for sequence in sequences)
     token_ids = np.zeros((len(sequences), longest), np.int64)
     mask = np.zeros((len(sequences), longest), bool)
@@ -242,20 +248,35 @@ def ask_batch(config: DumpConfig, teacher: Teacher, sequences: list[TokenSequenc
                 f"the teacher's tokenizer gives token {sequence.token_ids.max()} (row {sequence.document.row} of corpus file"
                 f" {sequence.document.file + 1}), and its model knows {teacher.vocabulary_size}: they do not belong together"
             )
-    try:
-        prediction = teacher.predict(token_ids, mask)
-        batch = ExtractionBatch(sequences, prediction, mask, config.top_k, config.keep_context)
+    with _enough_memory(config, sequences):
+        return teacher.predict(token_ids, mask)
+
+
+def extract_batch(
+    config: DumpConfig, prediction: Prediction, sequences: list[TokenSequence], temperature: float | None
+) -> dict[str, list[Arrays]]:
+    """Take each kind of knowledge from the teacher's prediction for a batch."""
+    batch = ExtractionBatch(sequences, prediction, config.rule, config.keep_context, temperature)
+    with _enough_memory(config, sequences):
         return {kind: EXTRACTORS[kind](batch) for kind in config.kinds}
+
+
+@contextmanager
+def _enough_memory(config: DumpConfig, sequences: list[TokenSequence]) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError:
+        longest = max(len(sequence.token_ids) for sequence in sequences)
         raise InputError(
             f"the teacher ran out of memory on {len(sequences)} sequences of {longest} tokens:"
             f" give a smaller --batch-size (now {config.batch_size})"
         ) from None
 
 
-def _publish(
+def publish_shard(
     writer: DumpWriter, shard: ShardInput, knowledge: dict[str, list[Arrays]], made_by: dict[str, Any]
 ) -> CommitRecord:
+    """Commit a shard: its sequences, and for each kind what was taken of each of them, in order (see `DumpWriter.commit`)."""
     names = [file["name"] for file in writer.manifest.corpus["files"]]
     rows = []
     for sequence in shard.sequences:

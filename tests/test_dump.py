@@ -17,7 +17,7 @@ from knowledge_store.verification import verify
 from teacher_dump import DumpConfig, dump
 from teacher_dump.extraction import EXTRACTORS, UnsoundLogits
 from teacher_dump.teacher import load_teacher
-from teacher_dump.teacher_pass import ask_batch
+from teacher_dump.teacher_pass import extract_batch, predict_batch
 from teacher_dump.tokenisation import CorpusTokenizer
 
 STEP = 1 / 8
@@ -123,9 +123,13 @@ def test_a_sequence_has_the_same_row_in_any_batch(tmp_path, loaded_teacher):
     tokenizer = CorpusTokenizer(loaded_teacher.tokenizer, 64)
     sequences = [sequence for document in documents for sequence in tokenizer.sequences(document)]
     config = DumpConfig("tiny", (Path("c.jsonl"),), Path("s"))
-    together = ask_batch(config, loaded_teacher, sequences)["positions"]
+
+    def ask(*some):
+        return extract_batch(config, predict_batch(config, loaded_teacher, list(some)), list(some), None)["positions"]
+
+    together = ask(*sequences)
     for sequence, among in zip(sequences, together, strict=True):
-        (alone,) = ask_batch(config, loaded_teacher, [sequence])["positions"]
+        (alone,) = ask(sequence)
         for name in alone:
             np.testing.assert_allclose(alone[name], among[name], atol=1e-4, rtol=0, err_msg=name)
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from knowledge_store.selection import Selection
 from teacher_dump import teacher as teacher_module
 from teacher_dump.corpus import Document
-from teacher_dump.extraction import ExtractionBatch, UnsoundLogits, extract_positions, top_k_knowledge
+from teacher_dump.extraction import ExtractionBatch, UnsoundLogits, extract_positions, knowledge_of
 from teacher_dump.teacher import Prediction
 from teacher_dump.tokenisation import TokenSequence
 
@@ -32,9 +33,8 @@ def test_against_float64(data):
     values = st.floats(-80, 80, width=32)
     logits = data.draw(arrays(np.float32, (3, vocabulary), elements=values))
     tokens = np.array([0, vocabulary // 2, vocabulary - 1])
-    token_logprob, ids, logprobs, tail = (
-        each.numpy() for each in top_k_knowledge(torch.from_numpy(logits.copy()), torch.from_numpy(tokens), k)
-    )
+    found = knowledge_of(torch.from_numpy(logits.copy()), torch.from_numpy(tokens), Selection("top-k", k))
+    token_logprob, ids, logprobs, tail = (each.numpy() for each in found.values())
     expected = log_softmax(logits)
     rows = np.arange(3)
     np.testing.assert_allclose(token_logprob, expected[rows, tokens], atol=TOLERANCE)
@@ -51,9 +51,9 @@ def test_against_float64(data):
 
 def test_a_tail_that_one_minus_the_sum_would_lose_is_kept():
     logits = torch.tensor([[60.0, 0.0, 0.0, 0.0]])
-    _, _, logprobs, tail = top_k_knowledge(logits, torch.tensor([0]), 1)
-    assert logprobs.item() == 0.0  # one minus this is nothing
-    assert tail.item() == pytest.approx(-60 + np.log(3), abs=1e-5)
+    found = knowledge_of(logits, torch.tensor([0]), Selection("top-k", 1))
+    assert found["candidate_logprobs"].item() == 0.0  # one minus this is nothing
+    assert found["tail_logprob"].item() == pytest.approx(-60 + np.log(3), abs=1e-5)
 
 
 # --- batches ------------------------------------------------------------------------------------------------------------
@@ -72,11 +72,8 @@ class Given:
 
 
 def batch_of(sequences, logits: torch.Tensor, **arguments) -> ExtractionBatch:
-    longest = logits.shape[1]
-    mask = np.arange(longest) < np.array([len(each.token_ids) for each in sequences])[:, None]
-    return ExtractionBatch(
-        sequences, Prediction(Given(), None, logits), mask, **{"top_k": 3, "keep_context": False, **arguments}
-    )
+    wanted = {"selection": Selection("top-k", 3), "keep_context": False, **arguments}
+    return ExtractionBatch(sequences, Prediction(Given(), None, logits), **wanted)
 
 
 @pytest.fixture

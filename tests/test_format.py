@@ -136,11 +136,11 @@ def test_json_files(tmp_path):
         stated = record.pop("sha256")
         canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         assert hashlib.sha256(canonical.encode()).hexdigest() == stated
-        assert (record["format"], record["version"]) == ("knowledge-store", 1)
+        assert (record["format"], record["version"]) == ("knowledge-store", 2)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest) == {
         *("format", "version", "sha256", "dump", "kinds", "teacher", "tokenizer", "corpus", "selection"),
-        *("quantisation_step", "plan", "derived"),
+        *("quantisation_step", "plan", "derived", "calibration"),
     }
     commit_record = json.loads((folder / "commits/00000.json").read_text())
     assert set(commit_record) == {

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.cli import app
+from knowledge_store.layout import FORMAT_VERSION
 from knowledge_store.records import seal
 
 
@@ -193,7 +194,7 @@ def test_what_is_no_store(tmp_path, command):
     assert_refused(knowledge_store(name, tmp_path / "letter.txt", *more), "is a file, not a store")
     assert_refused(knowledge_store(name, tmp_path / "letter.txt/inside", *more), "there is no store at")
     assert_refused(knowledge_store(name, tmp_path, *more), "is not a knowledge store: it has no store.json")
-    (tmp_path / "store.json").write_bytes(seal({"format": "knowledge-store", "version": 2}))
+    (tmp_path / "store.json").write_bytes(seal({"format": "knowledge-store", "version": FORMAT_VERSION + 1}))
     assert_refused(knowledge_store(name, tmp_path, *more), "install a newer knowledge-store")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.txt", "store.json"]
 

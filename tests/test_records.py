@@ -179,8 +179,8 @@ def test_a_newer_format_is_refused(tmp_path):
     store = write_store(tmp_path / "store", shards=1)
     for path in (store / "store.json", store / "small/manifest.json", store / "small/commits/00000.json"):
         before = path.read_bytes()
-        altered(path, ["version"], 2)
-        with pytest.raises(StoreError, match=r"format version 2.*install a newer") as raised:
+        altered(path, ["version"], 3)
+        with pytest.raises(StoreError, match=r"format version 3.*install a newer") as raised:
             KnowledgeStore.open(store)
         assert str(path) in str(raised.value)
         path.write_bytes(before)

@@ -3,6 +3,10 @@
 Position t describes the prediction *of* token t, made from the tokens before it. Log-probabilities are natural logs over the
 full vocabulary at temperature 1, rounded to the manifest's step. The tail is stored as its own rounded value: derived from
 rounded candidates instead, it would carry twenty times the error.
+
+A selection with draws adds `tail_ids` and `tail_counts`: which tokens outside the candidates were drawn, and how often each. A
+calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
+the log-softmax of candidates / T and of this.
 """
 
 from __future__ import annotations
@@ -28,6 +32,8 @@ SCHEMA = pa.schema(
         ("tail_logprob", pa.float32()),
     ]
 )
+DRAWS = {"tail_ids": pa.list_(pa.field("element", pa.uint32())), "tail_counts": pa.list_(pa.field("element", pa.uint16()))}
+TEMPERED = {"tail_logsumexp": pa.float32()}
 
 NO_MASS = -np.inf
 
@@ -45,6 +51,12 @@ RELATIONS = {
 }
 
 
+def schema(manifest: Manifest) -> pa.Schema:
+    """The columns of a dump's table: SCHEMA, DRAWS where its selection draws, and TEMPERED where it is calibrated."""
+    more = {**(DRAWS if manifest.rule.draws else {}), **(TEMPERED if manifest.temperature else {})}
+    return pa.schema([*SCHEMA, *more.items()])
+
+
 def quantise(logprobs: np.ndarray, step: float) -> np.ndarray:
     """Round log-probabilities (nats) to multiples of `step`, as float32; −inf stays, −0 becomes 0."""
     return (np.round(logprobs.astype(np.float64) / step) * step + 0.0).astype(np.float32)
@@ -56,27 +68,39 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     Args:
         keys: sequence_id and position, N rows.
         arrays: token_id (N,), is_target (N,), has_knowledge (N,) and, in nats and meaningful where `has_knowledge`:
-            token_logprob (N,), candidate_ids (N, K), candidate_logprobs (N, K), tail_logprob (N,).
-        manifest: of the dump; gives the quantisation step.
+            token_logprob (N,), candidate_ids (N, K), candidate_logprobs (N, K) (−inf: no candidate), tail_logprob (N,); with
+            draws tail_ids (N, M) and tail_counts (N, M) (0: none); at a temperature tail_logsumexp (N,).
+        manifest: of the dump; gives the quantisation step and the columns.
     """
     kept = arrays["has_knowledge"]
     step = manifest.quantisation_step
-    width = arrays["candidate_ids"].shape[1]
-    offsets = list_offsets(kept * width)
     absent = pa.array(~kept)
-    ids = pa.array(arrays["candidate_ids"][kept].reshape(-1), pa.uint32())
-    logprobs = pa.array(quantise(arrays["candidate_logprobs"][kept].reshape(-1), step))
+
+    def lists(there: np.ndarray, **values: np.ndarray) -> dict[str, pa.Array]:
+        """Of arrays (N, K), the entries that are there, as one list a row."""
+        there = there & kept[:, None]
+        offsets = list_offsets(there.sum(axis=1))
+        return {name: pa.ListArray.from_arrays(offsets, pa.array(each[there]), mask=absent) for name, each in values.items()}
+
+    logprobs = arrays["candidate_logprobs"]
+    # Where nothing is a candidate there is no tail either: the draws are from the whole distribution.
+    no_tail = ~kept if manifest.rule.candidates else np.ones_like(kept)
     columns = {
+        **lists(logprobs != NO_MASS, candidate_ids=arrays["candidate_ids"], candidate_logprobs=quantise(logprobs, step)),
         "token_id": pa.array(arrays["token_id"], pa.uint32()),
         "is_target": pa.array(arrays["is_target"]),
         "token_logprob": pa.array(quantise(arrays["token_logprob"], step), mask=~kept),
-        "candidate_ids": pa.ListArray.from_arrays(offsets, ids, mask=absent),
-        "candidate_logprobs": pa.ListArray.from_arrays(offsets, logprobs, mask=absent),
-        "tail_logprob": pa.array(quantise(arrays["tail_logprob"], step), mask=~kept),
+        "tail_logprob": pa.array(quantise(arrays["tail_logprob"], step), mask=no_tail),
     }
+    if manifest.rule.draws:
+        counts = arrays["tail_counts"]
+        columns |= lists(counts > 0, tail_ids=arrays["tail_ids"], tail_counts=counts)
+    if manifest.temperature:
+        columns["tail_logsumexp"] = pa.array(quantise(arrays["tail_logsumexp"], step), mask=~kept)
+    wanted = schema(manifest)
     return pa.table(
-        [keys[name] if name in keys.column_names else columns[name].cast(SCHEMA.field(name).type) for name in SCHEMA.names],
-        schema=SCHEMA,
+        [keys[each.name] if each.name in keys.column_names else columns[each.name].cast(each.type) for each in wanted],
+        schema=wanted,
     )
 
 
@@ -99,13 +123,21 @@ def decode(table: pa.Table) -> Arrays:
 
     Returns:
         input_ids int64 (N,), is_target bool (N,), has_knowledge bool (N,), token_logprob float32 (N,), candidate_ids
-        int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge: all mass in the tail.
+        int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
+        candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and tail_counts int64 (N, M); in a calibrated
+        dump tail_logsumexp float32 (N,).
     """
     kept = table["candidate_ids"].is_valid().to_numpy()
     candidate_ids, _ = _padded_lists(table["candidate_ids"], 0, np.int64)
     candidate_logprobs, _ = _padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     tail_logprob = table["tail_logprob"].fill_null(0).to_numpy()
     excess = np.log(_total_mass(candidate_logprobs, tail_logprob))
+    more = {}
+    if "tail_ids" in table.column_names:
+        more["tail_ids"], _ = _padded_lists(table["tail_ids"], 0, np.int64)
+        more["tail_counts"], _ = _padded_lists(table["tail_counts"], 0, np.int64)
+    if "tail_logsumexp" in table.column_names:
+        more["tail_logsumexp"] = table["tail_logsumexp"].fill_null(0).to_numpy()
     return {
         "input_ids": table["token_id"].to_numpy().astype(np.int64),
         "is_target": table["is_target"].to_numpy(),
@@ -114,6 +146,7 @@ def decode(table: pa.Table) -> Arrays:
         "candidate_ids": candidate_ids,
         "candidate_logprobs": (candidate_logprobs - excess[:, None]).astype(np.float32),
         "tail_logprob": (tail_logprob - excess).astype(np.float32),
+        **more,
     }
 
 
@@ -121,28 +154,32 @@ PADDING = {"candidate_logprobs": NO_MASS}
 
 
 def statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
-    """Over the positions with knowledge: how many, how many are targets, mean mass of the candidates, the teacher's mean
-    negative log-likelihood (nats per token), and how often its first candidate is the token that stands there."""
+    """Over the positions with knowledge: how many, the teacher's mean negative log-likelihood (nats per token) and, where
+    there are candidates, their mean mass, and how often the first of them is the token that stands there."""
     arrays = decode(table)
     kept = arrays["has_knowledge"]
-    predictions = int(kept.sum())
-    if not predictions:
-        return {"predictions": 0, "mean_top_k_mass": 0.0, "mean_nll": 0.0, "mean_top_1_accuracy": 0.0}
-    mass = np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).sum(axis=1)
-    right = arrays["candidate_ids"][kept, 0] == arrays["input_ids"][kept]
+
+    def mean(values: np.ndarray) -> float:
+        return float(values.mean(dtype=np.float64)) if len(values) else 0.0
+
+    found = {"predictions": int(kept.sum()), "mean_nll": mean(-arrays["token_logprob"][kept])}
+    if not manifest.rule.candidates:
+        return found
+    first = arrays["candidate_ids"][kept][:, :1]
     return {
-        "predictions": predictions,
-        "mean_top_k_mass": float(mass.mean()),
-        "mean_nll": float(-arrays["token_logprob"][kept].astype(np.float64).mean()),
-        "mean_top_1_accuracy": float(right.mean()),
+        **found,
+        "mean_top_k_mass": mean(np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).sum(axis=1)),
+        "mean_top_1_accuracy": mean(first == arrays["input_ids"][kept, None]),
     }
 
 
 def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     """What is wrong with a table of positions: its invariants, in words."""
+    rule, step, vocabulary = manifest.rule, manifest.quantisation_step, manifest.vocabulary_size
     kept = table["candidate_ids"].is_valid().to_numpy()
-    for name in ("candidate_logprobs", "token_logprob", "tail_logprob"):
-        if not np.array_equal(table[name].is_valid().to_numpy(), kept):
+    for name in table.column_names[table.column_names.index("token_logprob") :]:
+        there = kept if rule.candidates or name != "tail_logprob" else np.zeros_like(kept)
+        if not np.array_equal(table[name].is_valid().to_numpy(), there):
             yield f"{name} is null where candidate_ids is not, or the reverse"
             return
     position = table["position"].to_numpy()
@@ -153,28 +190,36 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
 
     ids, id_counts = _padded_lists(table["candidate_ids"], -1, np.int64)
     logprobs, logprob_counts = _padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
-    width = min(manifest.top_k, manifest.vocabulary_size)
-    if (id_counts[kept] != width).any() or (logprob_counts[kept] != width).any():
-        yield f"a position does not have {width} candidates"
+    width = min(rule.candidates, vocabulary)
+    least = min(width, 1) if rule.name == "top-p" else width
+    counts = id_counts[kept]
+    if (counts < least).any() or (counts > width).any() or (logprob_counts[kept] != counts).any():
+        yield f"a position does not have {width if least == width else f'{least} to {width}'} candidates"
         return
+    if not rule.candidates:
+        # Nothing is kept but the token's own log-probability, and the draws.
+        ids, logprobs = np.full((len(kept), 1), -1), np.zeros((len(kept), 1), np.float32)
+        counts = np.ones_like(counts)
     ids, logprobs = ids[kept], logprobs[kept]
+    filled = np.arange(ids.shape[1]) < counts[:, None]
     token_id = table["token_id"].to_numpy()[kept].astype(np.int64)
     token_logprob = table["token_logprob"].to_numpy()[kept]
-    tail = table["tail_logprob"].to_numpy()[kept]
-    step = manifest.quantisation_step
+    tail = table["tail_logprob"].fill_null(NO_MASS).to_numpy()[kept]
 
-    if (table["token_id"].to_numpy() >= manifest.vocabulary_size).any() or (ids >= manifest.vocabulary_size).any():
-        yield f"a token id is not below the vocabulary size, {manifest.vocabulary_size}"
-    if (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
+    if (table["token_id"].to_numpy() >= vocabulary).any() or (ids >= vocabulary).any():
+        yield f"a token id is not below the vocabulary size, {vocabulary}"
+    # Each filler is another number below every id.
+    distinct = np.where(filled, ids, -1 - np.arange(ids.shape[1]))
+    if (np.diff(np.sort(distinct, axis=1), axis=1) == 0).any():
         yield "a token stands twice among the candidates of one position"
-    if not (np.isfinite(logprobs).all() and np.isfinite(token_logprob).all()) or np.isnan(tail).any():
+    if not (np.isfinite(logprobs[filled]).all() and np.isfinite(token_logprob).all()) or np.isnan(tail).any():
         yield "a log-probability is not a finite number"
         return
-    if (np.diff(logprobs, axis=1) > 0).any():
+    if ((logprobs[:, 1:] > logprobs[:, :-1]) & filled[:, 1:]).any():
         yield "candidates are not sorted, likeliest first"
-    if (np.isneginf(tail) != (width == manifest.vocabulary_size)).any():
+    if rule.candidates and (np.isneginf(tail) != (counts == vocabulary)).any():
         yield "the tail is empty although candidates are left out, or the reverse"
-    values = np.concatenate([logprobs.reshape(-1), token_logprob, tail[np.isfinite(tail)]])
+    values = np.concatenate([logprobs[filled], token_logprob, tail[np.isfinite(tail)]])
     if (values > 0).any():
         yield "a log-probability is above zero"
     if (quantise(values, step) != values).any():
@@ -185,12 +230,46 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     among = ids == token_id[:, None]
     if (np.where(among, logprobs, 0).sum(axis=1)[among.any(axis=1)] != token_logprob[among.any(axis=1)]).any():
         yield "token_logprob is not the log-probability of the candidate it equals"
+    if "tail_logsumexp" in table.column_names:
+        yield from _tempered_damage(table["tail_logsumexp"].to_numpy()[kept], counts == vocabulary, step)
+    if rule.draws:
+        yield from _draws_damage(table, kept, distinct, counts == vocabulary, manifest)
+
+
+def _tempered_damage(tail_logsumexp: np.ndarray, whole: np.ndarray, step: float) -> Iterator[str]:
+    """What is wrong with the tail at the calibration's temperature; `whole`: the candidates are the whole vocabulary."""
+    finite = tail_logsumexp[~whole]
+    if not np.isfinite(finite).all() or not np.isneginf(tail_logsumexp[whole]).all():
+        yield "tail_logsumexp is not a finite number although there is a tail, or the reverse"
+    elif (quantise(finite, step) != finite).any():
+        yield f"tail_logsumexp is not a multiple of {step}"
+
+
+def _draws_damage(
+    table: pa.Table, kept: np.ndarray, candidates: np.ndarray, whole: np.ndarray, manifest: Manifest
+) -> Iterator[str]:
+    """What is wrong with the draws; candidates (N, K) of the N kept positions, fillers below 0; `whole` as above."""
+    drawn, id_counts = _padded_lists(table["tail_ids"], -1, np.int64)
+    counts, count_counts = _padded_lists(table["tail_counts"], 0, np.int64)
+    if not np.array_equal(id_counts, count_counts):
+        yield "tail_ids and tail_counts do not pair up"
+        return
+    drawn, counts, id_counts = drawn[kept], counts[kept], id_counts[kept]
+    filled = np.arange(drawn.shape[1]) < id_counts[:, None]
+    if (drawn >= manifest.vocabulary_size).any():
+        yield f"a drawn token's id is not below the vocabulary size, {manifest.vocabulary_size}"
+    if (counts[filled] < 1).any() or (counts.sum(axis=1) != np.where(whole, 0, manifest.rule.draws)).any():
+        yield f"a position does not have {manifest.rule.draws} draws"
+    if ((drawn[:, 1:] <= drawn[:, :-1]) & filled[:, 1:]).any():
+        yield "drawn tokens are not in the order of their ids, each once"
+    if any(((drawn == candidate[:, None]) & filled).any() for candidate in candidates.T):
+        yield "a drawn token is among the candidates"
 
 
 POSITIONS = Kind(
     name="positions",
     per="position",
-    schema=lambda manifest: SCHEMA,
+    schema=schema,
     encode=encode,
     decode=decode,
     padding=PADDING,

@@ -1,0 +1,301 @@
+"""Is a teacher as sure as it is right, and which temperature makes it so? Fitted on text that it was not trained on.
+
+The temperature T minimises the negative log-likelihood of the text's tokens under softmax(z / T), over the whole vocabulary
+(Guo et al. 2017, arXiv 1706.04599). That is convex in 1 / T, with the slope E[z] − z(token), so one pass over a grid of
+temperatures brackets the optimum and its neighbours' slopes place it; a second pass measures what it changes. Calibration
+error is reported and not fitted: it is no proper score.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from knowledge_store.calibration import Calibration
+from knowledge_store.errors import InputError
+from knowledge_store.progress import progress_bar
+from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus import Start, check_files, problem_text, read_documents
+from teacher_dump.plan import check_options, identity_manifest, length_batches
+from teacher_dump.teacher import Teacher, load_teacher
+from teacher_dump.teacher_pass import predict_batch
+from teacher_dump.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+
+LIMIT = 20_000
+FEW_TARGETS = 200
+LEAST_GAIN = 1e-3  # of the negative log-likelihood, below which a temperature does not help
+GRID = np.geomspace(0.25, 4, 17)  # 1 is one of them
+NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class TemperatureFit:
+    """A calibration, and how far it can be trusted.
+
+    Attributes:
+        calibration: of method `temperature`.
+        sequences: how many it was fitted on.
+        gain: by how much it lowers the negative log-likelihood, nats per target.
+        gain_error: the standard error of that, over sequences; None for a single one.
+        at_edge: whether the grid ends at the optimum, which may then lie beyond.
+        skipped_rows: rows of the corpus that were left out.
+    """
+
+    calibration: Calibration
+    sequences: int
+    gain: float
+    gain_error: float | None
+    at_edge: bool
+    skipped_rows: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the gain; None for a single sequence."""
+        if self.gain_error is None:
+            return None
+        return self.gain - NORMAL_95 * self.gain_error, self.gain + NORMAL_95 * self.gain_error
+
+    @property
+    def doubts(self) -> list[str]:
+        """What speaks against using it, in words; empty when nothing does."""
+        before, after = self.calibration.before, self.calibration.after
+        temperature, targets = self.calibration.temperature, self.calibration.targets
+        found = []
+        if self.at_edge:
+            found.append(
+                f"the best temperature is {temperature:g} or beyond, where the search ends: look at teacher and corpus"
+            )
+        if self.gain < LEAST_GAIN * before["nll"]:
+            found.append(f"a temperature does not help: {temperature:g} lowers the loss by less than {LEAST_GAIN:.1%}")
+        elif self.interval is None or self.interval[0] <= 0:
+            found.append("the gain may be chance: its 95% interval holds 0 or cannot be told")
+        if after["ece_15"] > before["ece_15"]:
+            found.append("the calibration error is higher with it than without")
+        if targets < FEW_TARGETS:
+            found.append(f"{targets} targets are few: fit on {FEW_TARGETS} or more")
+        return found
+
+
+def calibrate(config: DumpConfig, limit: int = LIMIT, teacher: Teacher | None = None) -> TemperatureFit:
+    """Fit a temperature to a teacher.
+
+    Args:
+        config: the teacher, and in `corpus` text that it was not trained on; selection and store are not used.
+        limit: about how many targets to fit on: a uniform random sample of the corpus's documents that holds as many.
+        teacher: already loaded as `config` says; loaded here when None.
+
+    Raises:
+        InputError: something given cannot be used, or the corpus holds no target.
+    """
+    if limit < 1:
+        raise InputError(f"--limit is {limit}; it must be at least 1")
+    check_files(config.corpus)
+    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
+    check_options(config, teacher)
+    sequences, skipped_rows = _sample(config, CorpusTokenizer(teacher.tokenizer, config.max_length), limit)
+    targets = sum(int(sequence.is_target.sum()) for sequence in sequences)
+    with progress_bar("asking the teacher", 2 * targets, "targets") as advance:
+        temperature, at_edge = _fit(config, teacher, sequences, advance)
+        measured = _measure(config, teacher, sequences, temperature, advance)
+    gain, error = mean_and_error(measured.nll[0] - measured.nll[1], measured.sequence)
+    manifest = identity_manifest(config, teacher)
+    calibration = Calibration(
+        method="temperature",
+        value=temperature,
+        teacher=manifest.teacher,
+        tokenizer=manifest.tokenizer,
+        fitted_on={"corpus": manifest.corpus["files"]},
+        targets=targets,
+        before=measured.figures(0),
+        after=measured.figures(1),
+    )
+    return TemperatureFit(calibration, len(sequences), gain, error, at_edge, skipped_rows)
+
+
+def _sample(config: DumpConfig, tokenizer: CorpusTokenizer, limit: int) -> tuple[list[TokenSequence], int]:
+    """The sequences of a uniform random sample of documents with about `limit` targets, and how many rows were left out.
+
+    Each document gets a random number, and those with the lowest are kept: the highest makes room while the others are
+    enough, so that most documents of a large corpus are read and never tokenised.
+    """
+    generator = random.Random(0)
+    kept: list[tuple[float, int, int, list[TokenSequence]]] = []  # a heap: −random number, document, targets, sequences
+    total = skipped = 0
+    with progress_bar("reading the corpus", None) as advance:
+        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
+            advance(document.characters)
+            key = generator.random()
+            if document.problem is None and total >= limit and key >= -kept[0][0]:
+                continue
+            try:
+                sequences = tokenizer.sequences(document)
+            except BadRow as reason:
+                if not config.skip_bad_rows:
+                    place = problem_text(config.corpus, document.file, document.row, str(reason))
+                    raise InputError(f"{place}. Mend the corpus, or pass --skip-bad-rows to leave such rows out") from None
+                skipped += 1
+                continue
+            if targets := sum(int(sequence.is_target.sum()) for sequence in sequences):
+                heapq.heappush(kept, (-key, document.number, targets, sequences))
+                total += targets
+            while kept and total - kept[0][2] >= limit:
+                total -= heapq.heappop(kept)[2]
+    if not kept:
+        raise InputError("the corpus has no target to fit a temperature on")
+    kept.sort(key=lambda each: each[1])
+    return [sequence for *_, sequences in kept for sequence in sequences], skipped
+
+
+def _logits(
+    config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Callable[[float], None]
+) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """For slices of all targets: each one's sequence (n,), its logits float32 (n, V), and its token (n,)."""
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    for indices in length_batches(lengths, config.batch_size * config.max_length):
+        batch = [sequences[index] for index in indices]
+        prediction = predict_batch(config, teacher, batch)
+        pairs = [np.flatnonzero(sequence.is_target) for sequence in batch]
+        rows = np.repeat(np.arange(len(batch)), [len(positions) for positions in pairs])
+        positions = np.concatenate(pairs)
+        tokens = np.concatenate([each.token_ids[where] for each, where in zip(batch, pairs, strict=True)])
+        places, before, found = (torch.from_numpy(each).to(teacher.device) for each in (rows, positions - 1, tokens))
+        for part, logits in prediction.logit_slices(places, before):
+            if not (logits.amin().isfinite() and logits.amax().isfinite()):
+                document = batch[rows[part][0]].document
+                raise InputError(
+                    f"the teacher's logits are NaN or infinite at row {document.row} of corpus file {document.file + 1} or"
+                    " soon after it. Check the teacher's weights; if its dtype is a short one, use --dtype float32"
+                )
+            yield indices[rows[part]], logits, found[part]
+            advance(len(found[part]))
+
+
+def _fit(
+    config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Callable[[float], None]
+) -> tuple[float, bool]:
+    """The temperature with the least negative log-likelihood, and whether it is where the grid ends."""
+    slopes = np.zeros(len(GRID))
+    for _, logits, tokens in _logits(config, teacher, sequences, advance):
+        logits -= logits.amax(dim=1, keepdim=True)
+        own = logits.gather(1, tokens[:, None])[:, 0]
+        for index, temperature in enumerate(GRID.tolist()):
+            weights = torch.exp(logits / temperature)
+            expected = torch.linalg.vecdot(weights, logits) / weights.sum(dim=1)
+            slopes[index] += (expected - own).sum().item()
+    temperature, at_edge = root_of_slopes(GRID, slopes)
+    return round(temperature, 4), at_edge
+
+
+def root_of_slopes(temperatures: np.ndarray, slopes: np.ndarray) -> tuple[float, bool]:
+    """Where the slope of a convex function of 1 / T passes zero.
+
+    Args:
+        temperatures: float64 (M,), ascending, M at least 4.
+        slopes: float64 (M,), of the derivative with respect to 1 / T: descending.
+
+    Returns:
+        the temperature, from the cubic in log T through the four slopes around it, and False; or the first or last
+        temperature and True, when the slope does not pass zero between them.
+    """
+    if slopes[0] <= 0 or slopes[-1] >= 0:
+        return float(temperatures[0 if slopes[0] <= 0 else -1]), True
+    below = int(np.flatnonzero(slopes > 0)[-1])
+    first = min(max(below - 1, 0), len(temperatures) - 4)
+    places = np.log(temperatures)
+    # Scaled, so that the system is well conditioned; the cubic then passes through all four.
+    scale = np.abs(slopes[first : first + 4]).max()
+    cubic = np.polynomial.Polynomial.fit(places[first : first + 4], slopes[first : first + 4] / scale, 3)
+    low, high = places[below], places[below + 1]
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cubic(middle) > 0 else (low, middle)
+    return math.exp(low), False
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of N targets: sequence, int64 (N,); correct, bool (N,); at temperature 1 and at T: nll, confidence, brier, (2, N)."""
+
+    sequence: np.ndarray
+    correct: np.ndarray
+    nll: np.ndarray
+    confidence: np.ndarray
+    brier: np.ndarray
+
+    def figures(self, row: int) -> dict[str, float]:
+        return {
+            "nll": float(self.nll[row].mean()),
+            **{f"ece_{bins}": calibration_error(self.confidence[row], self.correct, bins) for bins in (10, 15)},
+            "brier": float(self.brier[row].mean()),
+        }
+
+
+def _measure(
+    config: DumpConfig,
+    teacher: Teacher,
+    sequences: list[TokenSequence],
+    temperature: float,
+    advance: Callable[[float], None],
+) -> _Measured:
+    """How the teacher does at temperature 1 and at `temperature`, over the whole vocabulary."""
+    numbers: list[np.ndarray] = []
+    correct: list[np.ndarray] = []
+    figures: list[np.ndarray] = []
+    for sequence, logits, tokens in _logits(config, teacher, sequences, advance):
+        found = []
+        for each in (1.0, temperature):
+            logprobs = torch.log_softmax(logits / each, dim=1)
+            own = logprobs.gather(1, tokens[:, None])[:, 0]
+            confidence = logprobs.amax(dim=1).exp()
+            squares = logprobs.mul_(2).exp_().sum(dim=1)
+            found.append(torch.stack([-own, confidence, 1 - 2 * own.exp() + squares]))
+        numbers.append(sequence)
+        correct.append((logits.argmax(dim=1) == tokens).cpu().numpy())
+        figures.append(torch.stack(found).cpu().numpy().astype(np.float64))
+    nll, confidence, brier = np.concatenate(figures, axis=2).transpose(1, 0, 2)
+    return _Measured(np.concatenate(numbers), np.concatenate(correct), nll, confidence, brier)
+
+
+def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int) -> float:
+    """Σ |B|/n · |accuracy − confidence| over equal-width bins of confidence, bin i being (i / bins, (i + 1) / bins]."""
+    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+    gaps = np.bincount(index, weights=correct.astype(np.float64) - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float | None]:
+    """The mean of values (N,), and its standard error where those of one group (N,) hang together (linearised ratio of sums
+    over groups); None for a single group."""
+    mean = float(values.mean())
+    _, place = np.unique(groups, return_inverse=True)
+    residuals = np.bincount(place, weights=values - mean)
+    count = len(residuals)
+    if count < 2:
+        return mean, None
+    return mean, math.sqrt(count / (count - 1) * float((residuals**2).sum())) / len(values)
+
+
+def describe(fit: TemperatureFit, output: Path) -> list[str]:
+    """A fit in words: a small table, the gain with its interval, what speaks against it, and where it was written."""
+    calibration = fit.calibration
+    before, after = calibration.before, calibration.after
+    lines = [f"{'':<28}{'T = 1':>10}{f'T = {calibration.temperature:g}':>13}"]
+    for name, label, form in (
+        ("nll", "loss, nats per target", ".4f"),
+        ("ece_10", "calibration error, 10 bins", ".2%"),
+        ("ece_15", "calibration error, 15 bins", ".2%"),
+        ("brier", "Brier score", ".4f"),
+    ):
+        lines.append(f"{label:<28}{before[name]:>10{form}}{after[name]:>13{form}}")
+    interval = "" if fit.interval is None else f", 95% interval {fit.interval[0]:.5f} to {fit.interval[1]:.5f}"
+    lines.append(f"the loss falls by {fit.gain:.5f} nats{interval}")
+    lines.append(f"fitted on {calibration.targets:,} targets of {fit.sequences:,} sequences; written to {output}")
+    return lines

@@ -1,0 +1,86 @@
+"""Draws from a distribution over a vocabulary: seeded by the sequence alone, all of a slice in one pass.
+
+A draw is the token at which the running sum of the probabilities passes a random point. The sum runs in float64 over blocks of
+`BLOCK` tokens, and a block is looked into only where a point falls: one pass over float32 probabilities, whatever the number of
+draws, and no rounding that grows with the vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+BLOCK = 256
+
+
+def independent_points(sequence: int, length: int, draws: int) -> np.ndarray:
+    """Points in [0, 1), float64 (length, draws), each by itself: as random sampling is published.
+
+    They are a function of the sequence's id (a counter-based generator, Philox, with that key), so that a shard is drawn
+    the same in any batch, by any worker, after any restart.
+    """
+    return np.random.Generator(np.random.Philox(key=sequence)).random((length, draws))
+
+
+def systematic_points(sequence: int, length: int, draws: int) -> np.ndarray:
+    """Points in [0, 1), float64 (length, draws), evenly spaced from one random start: (u + i) / draws.
+
+    Each is uniform by itself, so a target made of such draws is as unbiased as one of independent draws; a token of
+    probability q is drawn ⌊draws · q⌋ or ⌈draws · q⌉ times, so it varies less. Seeded as `independent_points`.
+    """
+    return (independent_points(sequence, length, 1) + np.arange(draws)) / draws
+
+
+def _blocks(weights: Tensor) -> Tensor:
+    """Weights (N, V) as (N, blocks, BLOCK), filled up with zeros."""
+    padded = pad(weights, (0, -weights.shape[1] % BLOCK))
+    return padded.view(len(weights), padded.shape[1] // BLOCK, BLOCK)
+
+
+def block_sums(weights: Tensor) -> Tensor:
+    """The sum of each block of `BLOCK` tokens, float64 (N, blocks), of weights float32 (N, V)."""
+    # Float32 within a block: torch's own float64 sum of float32 takes thirty times as long, and as the exponentials themselves.
+    return _blocks(weights).sum(dim=2).double()
+
+
+def draw(weights: Tensor, sums: Tensor, points: Tensor) -> Tensor:
+    """Draw tokens in proportion to weights.
+
+    Args:
+        weights: float32 (N, V), at least 0; each row has one above 0.
+        sums: their `block_sums`.
+        points: float64 (N, M), in [0, 1).
+
+    Returns:
+        int64 (N, M): token ids, none of weight 0; ascending where the points are.
+    """
+    if points.shape[1] * BLOCK >= weights.shape[1]:
+        # So many points that to look into their blocks is more than to look at every token.
+        return _passed(weights.double().cumsum(dim=1), points)
+    ends = sums.cumsum(dim=1)
+    block = _passed(ends, points)
+    within = points * ends[:, -1:] - (ends - sums).gather(1, block)
+    inside = _blocks(weights).gather(1, block[:, :, None].expand(-1, -1, BLOCK)).double().cumsum(dim=2)
+    highest = torch.nextafter(inside[:, :, -1], torch.zeros((), dtype=torch.float64, device=weights.device))
+    within = within.clamp(min=0).minimum(highest)
+    return block * BLOCK + (inside <= within[:, :, None]).sum(dim=2)
+
+
+def _passed(ends: Tensor, points: Tensor) -> Tensor:
+    """Where running sums, float64 (N, V), pass points (N, M), given as shares of the whole: int64 (N, M)."""
+    at = points * ends[:, -1:]
+    # The last that adds anything: rounding may put a point on the very end of the sum.
+    last = (ends < ends[:, -1:]).sum(dim=1, keepdim=True)
+    return torch.searchsorted(ends, at, right=True).minimum(last)
+
+
+def counted(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Drawn tokens (N, M) as ids in ascending order (N, M), and how often each was drawn (N, M); 0 for one named before."""
+    ids = tokens.sort(dim=1).values
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    group = new.cumsum(dim=1) - 1
+    sizes = torch.zeros_like(ids).scatter_add_(1, group, torch.ones_like(ids))
+    return ids, torch.where(new, sizes.gather(1, group), 0)

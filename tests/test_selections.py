@@ -1,0 +1,303 @@
+"""Every selection from the teacher to a batch: what is kept, what is refused, and that it is the same however it is made."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_command, story_rows, write_jsonl
+from stores import DOCUMENTS, commit, log_softmax, make_manifest, random_sequences, words, write_store
+
+from knowledge_store import DumpWriter, KnowledgeStore, verify
+from knowledge_store.calibration import Calibration, write_calibration
+from knowledge_store.errors import InputError, MismatchError
+from knowledge_store.selection import Selection
+from knowledge_store.sequences import tokens_table
+from teacher_dump import DumpConfig, dump
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+SELECTIONS = {
+    "plain": {"top_k": 5},
+    "drawn": {"top_k": 5, "tail_draws": 4},
+    "nucleus": {"selection": "top-p", "top_p": 0.6, "max_k": 12, "tail_draws": 2},
+    "sampled": {"selection": "random-sampling", "draws": 9},
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "stories.jsonl", story_rows(12))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, corpus, loaded_teacher) -> Path:
+    """One dump of each selection, of the same corpus."""
+    folder = tmp_path_factory.mktemp("selections") / "store"
+    for name, options in SELECTIONS.items():
+        dump(DumpConfig("tiny", (corpus,), folder, name, max_length=48, shard_size=4, **options), teacher=loaded_teacher)
+    return folder
+
+
+def full_logprobs(teacher, sequence) -> np.ndarray:
+    """The teacher's log-probabilities of each position's token and all others, (L, V) float64; position 0 has none."""
+    with torch.no_grad():
+        logits = teacher.model(torch.from_numpy(sequence["input_ids"])[None]).logits[0]
+    return np.concatenate([np.zeros((1, logits.shape[1])), log_softmax(logits.numpy())[:-1]])
+
+
+def test_all_are_sound(store):
+    found = verify(store)
+    assert (found.damage, found.dumps, found.shards) == ([], 4, 12)
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_what_is_kept_is_the_teachers(store, loaded_teacher, name):
+    opened = KnowledgeStore.open(store)
+    rule = opened.manifest(name).rule
+    for ordinal in (0, 5):
+        sequence = opened[name, ordinal]
+        full = full_logprobs(loaded_teacher, sequence)
+        for position in np.flatnonzero(sequence["is_target"]):
+            logprobs = sequence["candidate_logprobs"][position]
+            there = logprobs > -np.inf
+            ids = sequence["candidate_ids"][position][there]
+            assert ids.tolist() == np.argsort(-full[position])[: len(ids)].tolist()
+            np.testing.assert_allclose(logprobs[there], full[position][ids], atol=0.13)
+            tail = 1 - np.exp(full[position][ids]).sum()
+            np.testing.assert_allclose(np.exp(sequence["tail_logprob"][position]), tail, atol=0.07)
+            if rule.name == "top-p":
+                mass = np.exp(full[position][ids]).cumsum()
+                assert len(ids) == 12 or mass[-1] >= 0.6 - 1e-5
+                assert len(ids) == 1 or mass[-2] < 0.6 + 1e-5
+            else:
+                assert len(ids) == rule.candidates
+            if rule.draws:
+                counts = sequence["tail_counts"][position]
+                drawn = sequence["tail_ids"][position][counts > 0]
+                assert counts.sum() == rule.draws
+                assert not set(drawn.tolist()) & set(ids.tolist())
+                assert np.exp(full[position][drawn]).min() > 0
+
+
+def test_the_columns(store):
+    opened = KnowledgeStore.open(store)
+    rows = opened.sql("SELECT * FROM positions WHERE dump = 'sampled' AND is_target LIMIT 50").to_pylist()
+    assert all(row["candidate_ids"] == row["candidate_logprobs"] == [] for row in rows)
+    assert all(row["tail_logprob"] is None and sum(row["tail_counts"]) == 9 for row in rows)
+    assert all(row["token_logprob"] < 0 for row in rows)
+    [row] = opened.sql("SELECT count(tail_ids) AS n FROM positions WHERE dump = 'plain'").to_pylist()
+    assert row["n"] == 0
+    summaries = {summary.dump: summary for summary in opened.info()}
+    assert [summaries[name].selection for name in SELECTIONS] == [
+        "top-k 5",
+        "top-k 5 + 4 tail draws",
+        "top-p 0.6, at most 12 + 2 tail draws",
+        "random-sampling, 9 draws",
+    ]
+    assert summaries["sampled"].mean_top_k_mass is None
+    assert 0.5 < summaries["nucleus"].mean_top_k_mass < 1  # twelve do not always reach it
+    assert summaries["sampled"].mean_nll == pytest.approx(summaries["plain"].mean_nll, abs=1e-6)
+    answer = run_command("knowledge_store", "info", store)
+    assert answer.returncode == 0
+    assert "random-sampling, 9 draws" in answer.stdout
+
+
+def test_draws_do_not_depend_on_batch_rank_or_restart(store, tmp_path, corpus, loaded_teacher):
+    """The same shards whatever the batches are, and byte for byte whoever makes them."""
+    config = DumpConfig("tiny", (corpus,), tmp_path / "s", "drawn", max_length=48, shard_size=4, **SELECTIONS["drawn"])
+    for rank in (1, 0):
+        dump(config, rank, 2, teacher=loaded_teacher)
+    for shard in range(3):
+        name = f"drawn/positions/{shard:05}.parquet"
+        assert (tmp_path / "s" / name).read_bytes() == (store / name).read_bytes()
+    dump(replace(config, name="one", batch_size=1), teacher=loaded_teacher)
+    opened, alone = KnowledgeStore.open(store), KnowledgeStore.open(tmp_path / "s")
+    for ordinal in range(len(alone.sequences("one"))):
+        for column in ("tail_ids", "tail_counts", "candidate_ids"):
+            assert np.array_equal(alone["one", ordinal][column], opened["drawn", ordinal][column])
+
+
+def test_another_selection_is_another_dump(store, tmp_path, corpus, loaded_teacher):
+    shutil.copytree(store, tmp_path / "s")
+    config = DumpConfig("tiny", (corpus,), tmp_path / "s", "drawn", max_length=48, shard_size=4, tail_draws=3)
+    with pytest.raises(MismatchError, match=r"selection\.tail_draws was 4 and is now 3"):
+        dump(config, teacher=loaded_teacher)
+    with pytest.raises(MismatchError, match=r"selection\.tail_draws was 4 and is now absent"):
+        dump(replace(config, tail_draws=0), teacher=loaded_teacher)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "top-q"}, "there is no --selection top-q"),
+        ({"tail_draws": -1}, "--tail-draws is -1; it must be at least 0"),
+        ({"tail_draws": 70_000}, "--tail-draws is 70000; it must be at most 65,535"),
+        ({"draws": 9}, "--draws is not an option of the selection top-k"),
+        ({"selection": "random-sampling", "top_k": 9}, "--top-k is not an option of the selection random-sampling"),
+        ({"selection": "random-sampling", "draws": 0}, "--draws is 0; it must be at least 1"),
+        ({"selection": "top-p", "top_p": 0.0}, "--top-p is 0.0; it must be above 0 and at most 1"),
+        ({"selection": "top-p", "max_k": 0}, "--max-k is 0; it must be at least 1"),
+    ],
+)
+def test_options_that_make_no_sense(options, message):
+    with pytest.raises(InputError) as raised:
+        DumpConfig("tiny", (Path("c.jsonl"),), Path("s"), **options)
+    assert message in str(raised.value)
+
+
+def test_the_command_refuses_them_in_one_line(tmp_path, teacher_folder, corpus):
+    arguments = ("--teacher", teacher_folder, "--corpus", corpus, "--store", tmp_path / "s")
+    answer = run_command("teacher_dump", "run", *arguments, "--selection", "top-p", "--max-k", "500")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert "--max-k 500 is above the teacher's vocabulary of 408 tokens" in answer.stderr
+    assert not (tmp_path / "s").exists()
+
+
+# --- the tail at another temperature ----------------------------------------------------------------------------------------
+
+
+def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teacher):
+    from teacher_dump.teacher import describe_tokenizer
+
+    figures = {"nll": 1.0, "ece_10": 0.1, "ece_15": 0.1, "brier": 0.5}
+    calibration = Calibration(
+        "temperature", 1.7, loaded_teacher.description, describe_tokenizer(loaded_teacher.tokenizer), {}, 500, figures, figures
+    )
+    write_calibration(tmp_path / "c.json", calibration)
+    config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=48, shard_size=4, calibration=tmp_path / "c.json")
+    dump(config, teacher=loaded_teacher)
+    assert not verify(tmp_path / "s").damage
+    opened = KnowledgeStore.open(tmp_path / "s")
+    assert opened.manifest().temperature == 1.7
+    sequence = opened[3]
+    full = full_logprobs(loaded_teacher, sequence)
+    tempered = full / 1.7 - np.logaddexp.reduce(full / 1.7, axis=1, keepdims=True)
+    for position in np.flatnonzero(sequence["is_target"]):
+        kept = np.append(sequence["candidate_logprobs"][position] / 1.7, sequence["tail_logsumexp"][position])
+        kept -= np.logaddexp.reduce(kept)
+        ids = sequence["candidate_ids"][position]
+        np.testing.assert_allclose(kept[:-1], tempered[position][ids], atol=0.13)
+        np.testing.assert_allclose(np.exp(kept[-1]), 1 - np.exp(tempered[position][ids]).sum(), atol=0.04)
+    with pytest.raises(MismatchError, match=r"calibration\.temperature was 1\.7 and is now absent"):
+        dump(replace(config, calibration=None), teacher=loaded_teacher)
+
+
+# --- damage, and stores of version 1 ------------------------------------------------------------------------------------------
+
+
+def drawn_knowledge(seed: int, candidates: int, draws: int, tempered: bool = False) -> list[dict[str, np.ndarray]]:
+    """Knowledge of a few sequences, with draws made up of the ids after the candidates."""
+    found = []
+    for arrays in random_sequences(seed, 3, vocabulary=11, k=max(candidates, 1)):
+        length = len(arrays["token_id"])
+        rest = np.array([sorted(set(range(11)) - set(row.tolist()))[:2] for row in arrays["candidate_ids"][:, :candidates]])
+        arrays["candidate_ids"] = arrays["candidate_ids"][:, :candidates]
+        arrays["candidate_logprobs"] = arrays["candidate_logprobs"][:, :candidates]
+        arrays["tail_ids"] = rest.astype(np.uint32)
+        arrays["tail_counts"] = np.tile(np.array([[draws - 1, 1]], np.uint32), (length, 1))
+        if tempered:
+            arrays["tail_logsumexp"] = arrays["tail_logprob"] / 2
+        found.append(arrays)
+    return found
+
+
+def small_store(folder: Path, record: dict, knowledge: list[dict[str, np.ndarray]], **changes) -> Path:
+    manifest = make_manifest(shards=1, selection=record, **changes)
+    writer = DumpWriter.open(folder, manifest, tokens_table(words(11), words(11)))
+    commit(writer, 0, knowledge)
+    return folder
+
+
+def broken(name: str, change) -> list[dict[str, np.ndarray]]:
+    knowledge = drawn_knowledge(0, 3, 4)
+    knowledge[0][name] = change(knowledge[0][name].copy())
+    return knowledge
+
+
+def put(value, *place):
+    def change(array):
+        array[place] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("knowledge", "complaint"),
+    [
+        (drawn_knowledge(0, 3, 4), None),
+        (broken("tail_ids", put(11, 1, 1)), "a drawn token's id is not below the vocabulary size, 11"),
+        (broken("tail_counts", put(2, 1, 1)), "a position does not have 4 draws"),
+        (broken("tail_ids", lambda ids: ids[:, ::-1]), "drawn tokens are not in the order of their ids, each once"),
+    ],
+)
+def test_verify_knows_the_rules_of_draws(tmp_path, knowledge, complaint):
+    folder = small_store(tmp_path / "s", {"name": "top-k", "k": 3, "tail_draws": 4}, knowledge)
+    assert [sentence.partition(": ")[2] for sentence in verify(folder).damage] == ([complaint] if complaint else [])
+
+
+def test_verify_finds_a_drawn_candidate(tmp_path):
+    knowledge = drawn_knowledge(0, 3, 4)
+    row = 1
+    knowledge[0]["tail_ids"][row] = [0, 10]
+    knowledge[0]["candidate_ids"][row] = [10, 5, 6]
+    folder = small_store(tmp_path / "s", {"name": "top-k", "k": 3, "tail_draws": 4}, knowledge)
+    assert any(sentence.endswith("a drawn token is among the candidates") for sentence in verify(folder).damage)
+
+
+def test_random_sampling_and_a_tempered_tail_without_a_teacher(tmp_path):
+    assert not verify(small_store(tmp_path / "r", {"name": "random-sampling", "draws": 4}, drawn_knowledge(0, 0, 4))).damage
+    record = {"name": "top-k", "k": 3, "tail_draws": 4}
+    calibration = {"temperature": 2.0, "sha256": "00"}
+    knowledge = drawn_knowledge(0, 3, 4, tempered=True)
+    assert not verify(small_store(tmp_path / "t", record, knowledge, calibration=calibration)).damage
+    knowledge[0]["tail_logsumexp"][1] = -np.inf
+    [complaint] = verify(small_store(tmp_path / "u", record, knowledge, calibration=calibration)).damage
+    assert complaint.endswith("tail_logsumexp is not a finite number although there is a tail, or the reverse")
+    knowledge[0]["tail_logsumexp"][1] = np.nan
+    with pytest.raises(InputError, match="NaN or infinite"):
+        small_store(tmp_path / "v", record, knowledge, calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"name": "top-k"},
+        {"name": "top-k", "k": 0},
+        {"name": "top-k", "k": 5, "tail_draws": True},
+        {"name": "top-k", "k": 5, "seed": 1},
+        {"name": "top-p", "p": 2.0, "max_k": 3},
+        {"name": "random-sampling", "draws": 0},
+        {"name": "random-sampling", "draws": 5, "tail_draws": 5},
+        {"name": "beam"},
+    ],
+)
+def test_a_selection_that_is_not_known_is_refused(record):
+    with pytest.raises(ValueError, match=r"selection|draws|candidates|probability"):
+        Selection.from_record(record)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"draws": 3}, {"name": "top-p", "p": 0.5}, {"name": "random-sampling", "candidates": 0, "draws": 2}]
+)
+def test_a_selection_survives_its_record(options):
+    selection = Selection(**options)
+    assert Selection.from_record(selection.to_record()) == selection
+
+
+def test_a_store_of_version_1_reads_as_ever(tmp_path):
+    """Made by this project when its format had that version: same rows as a store made now, and nothing is written."""
+    shutil.copytree(FIXTURES / "store-v1", tmp_path / "old")
+    write_store(tmp_path / "new", shards=2, size=3)
+    assert not verify(tmp_path / "old").damage
+    old, new = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new"))
+    assert old.sql("SELECT * FROM positions").equals(new.sql("SELECT * FROM positions"))
+    assert old.sql("SELECT * FROM sequences").equals(new.sql("SELECT * FROM sequences"))
+    assert old.info()[0].selection == "top-k 3"
+    assert old.manifest().differences(new.manifest()) == []  # and so a dump of version 1 can be gone on with
+    assert DOCUMENTS == 100
