@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from student_train.calibration import expected_calibration_error, reliability
     from student_train.configuration import TrainConfig
     from student_train.data import DistillationDataset, check_student, split_ordinals
     from student_train.evaluation import EvaluateConfig, evaluate
@@ -24,11 +23,24 @@ if TYPE_CHECKING:
         select_targets,
         top_k_renormalised,
     )
+    from student_train.metrics import (
+        FullVocabularyCalibration,
+        adaptive_calibration_error,
+        bootstrap_calibration_error,
+        bootstrap_interval,
+        brier,
+        expected_calibration_error,
+        fit_temperature,
+        full_vocabulary_calibration_error,
+        negative_log_likelihood,
+        reliability,
+    )
+    from student_train.questions import Question, corpus_row, read_questions
+    from student_train.recalibration import StoreFit, calibrate, recalibrated
     from student_train.report import write_report
     from student_train.training import TrainResult, train
 
 _HOMES = {
-    "calibration": ("expected_calibration_error", "reliability"),
     "configuration": ("TrainConfig",),
     "data": ("DistillationDataset", "check_student", "split_ordinals"),
     "evaluation": ("EvaluateConfig", "evaluate"),
@@ -43,6 +55,20 @@ _HOMES = {
         "select_targets",
         "top_k_renormalised",
     ),
+    "metrics": (
+        "FullVocabularyCalibration",
+        "adaptive_calibration_error",
+        "bootstrap_calibration_error",
+        "bootstrap_interval",
+        "brier",
+        "expected_calibration_error",
+        "fit_temperature",
+        "full_vocabulary_calibration_error",
+        "negative_log_likelihood",
+        "reliability",
+    ),
+    "questions": ("Question", "corpus_row", "read_questions"),
+    "recalibration": ("StoreFit", "calibrate", "recalibrated"),
     "report": ("write_report",),
     "training": ("TrainResult", "train"),
 }
@@ -51,17 +77,31 @@ __all__ = [
     "LOSSES",
     "DistillationDataset",
     "EvaluateConfig",
+    "FullVocabularyCalibration",
     "Loss",
+    "Question",
+    "StoreFit",
     "Targets",
     "TrainConfig",
     "TrainResult",
+    "adaptive_calibration_error",
+    "bootstrap_calibration_error",
+    "bootstrap_interval",
+    "brier",
+    "calibrate",
     "check_student",
+    "corpus_row",
     "cross_entropy",
     "evaluate",
     "expected_calibration_error",
     "first",
+    "fit_temperature",
     "forward_kl",
+    "full_vocabulary_calibration_error",
     "initialise",
+    "negative_log_likelihood",
+    "read_questions",
+    "recalibrated",
     "reliability",
     "select_targets",
     "split_ordinals",

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperCommand, TyperOption
 
 from knowledge_store.console import INTERRUPTED, command_errors, note, output
 from knowledge_store.errors import InputError
@@ -67,18 +68,38 @@ def init(
         )
 
 
-@app.command()
+class _RunCommand(TyperCommand):
+    """Its help names every loss. They are looked up only when it is shown, since that imports torch."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        with suppress(ModuleNotFoundError):
+            from student_train.losses import LOSSES
+
+            for parameter in self.params:
+                if isinstance(parameter, TyperOption) and parameter.name == "loss":
+                    parameter.help = f"What to learn: {', '.join(LOSSES)}."
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=_RunCommand)
 def run(
     store: Annotated[Path, typer.Option(help="Folder of the knowledge store.")],
     student: Annotated[str, typer.Option(help="Folder or hub id of the model to train.")],
     folder: Annotated[Path, typer.Option("--output", help="Folder of the run, and of the trained model.")],
     dump: Annotated[str | None, typer.Option(help="Which dump; needed when the store has several.")] = None,
-    loss: Annotated[
-        str, typer.Option(help="forward-kl (candidates and tail), ce (the text alone), first, top-k-renormalised.")
-    ] = "forward-kl",
+    loss: Annotated[str, typer.Option(help="What to learn.")] = "forward-kl",
     ce_weight: Annotated[float, typer.Option(help="Share of cross-entropy mixed in, 0 to 1.")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="Of forward-kl and top-k-renormalised.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Of the divergences and top-k-renormalised.")] = 1.0,
     first_c: Annotated[float, typer.Option(help="Scale of the probabilities in the loss first, up to 1.")] = 0.28,
+    tail: Annotated[
+        str, typer.Option(help="forward-kl outside the candidates: draws, bucket, or auto (draws where there are some).")
+    ] = "auto",
+    beta: Annotated[float, typer.Option(help="The teacher's share in jensen-shannon's mixture, 0 to 1.")] = 0.5,
+    skew: Annotated[float, typer.Option(help="Share mixed into the reference of the skewed losses, 0 to 1.")] = 0.1,
+    smoothing: Annotated[float, typer.Option(help="What label-smoothing takes off the likeliest token.")] = 0.1,
+    calibration: Annotated[
+        Path | None, typer.Option(help="A file that re-calibrates the teacher; see `calibrate`. The tail is a bucket then.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the dump; 1 unless --steps is given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass of one process.")] = 8,
@@ -119,6 +140,11 @@ def run(
                     ce_weight=ce_weight,
                     temperature=temperature,
                     first_c=first_c,
+                    tail=tail,
+                    beta=beta,
+                    skew=skew,
+                    smoothing=smoothing,
+                    calibration=None if calibration is None else str(calibration),
                     epochs=epochs,
                     steps=steps,
                     batch_size=batch_size,
@@ -158,20 +184,75 @@ def run(
 
 
 @app.command()
+def calibrate(
+    store: Annotated[Path, typer.Argument(help="Folder of the knowledge store.")],
+    dump: Annotated[str | None, typer.Option(help="Which dump; needed when the store has several.")] = None,
+    method: Annotated[
+        str, typer.Option(help="first (c of FIRST's rescaling) or temperature (of the candidates and the tail).")
+    ] = "first",
+    split: Annotated[
+        str | None, typer.Option(help="COLUMN=VALUE: the sequences to fit on, such as split=calibration; all unless given.")
+    ] = None,
+    file: Annotated[Path, typer.Option("--output", help="The calibration's file; an older one is replaced.")] = Path(
+        "calibration.json"
+    ),
+) -> None:
+    """Re-calibrate a dump's teacher from what the dump keeps, without the teacher.
+
+    Example: `student-train calibrate store/ --dump train --method first --split split=calibration`
+    """
+    with _command():
+        from knowledge_store import KnowledgeStore
+        from knowledge_store.calibration import check_output, write_calibration
+        from student_train import recalibration
+
+        check_output(file)
+        fit = recalibration.calibrate(KnowledgeStore.open(store), dump, method=method, split=split)
+        write_calibration(file, fit.calibration)
+        for line in recalibration.describe(fit):
+            output.print(line, markup=False)
+        for doubt in recalibration.doubts(fit):
+            note(f"Warning: {doubt}")
+        where = "all sequences, also those that students learn from" if split is None else f"the sequences with {split}"
+        taken = " (a sample of them)" if fit.sampled else ""
+        note(f"Fitted on {fit.calibration.targets:,} targets of {where}{taken}; written to {file}")
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or hub id of the model.")],
-    store: Annotated[Path, typer.Option(help="Folder of the knowledge store.")],
+    store: Annotated[Path | None, typer.Option(help="Folder of the knowledge store, to measure on held-out text.")] = None,
     dump: Annotated[str | None, typer.Option(help="Which dump; needed when the store has several.")] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON Lines file of multiple-choice questions (`question`, `options`, `answer`), instead of --store."
+        ),
+    ] = None,
+    answer_as: Annotated[
+        str, typer.Option(help="How questions are answered: by `letter`, or by the option's `text`.")
+    ] = "letter",
+    post_hoc_temperature: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure once more at a temperature of the model: other questions (.jsonl) to fit one on,"
+            " or the model's own calibration (.json) from `teacher-dump calibrate`."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences in a forward pass.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="Only this many sequences, spread evenly over the dump.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only this many sequences or questions, spread evenly over them all.")
+    ] = None,
     file: Annotated[
-        Path | None, typer.Option("--output", help="File to write; MODEL/evaluations/DUMP.json unless given.")
+        Path | None, typer.Option("--output", help="File to write; MODEL/evaluations/NAME.json unless given.")
     ] = None,
     gguf_file: GgufFile = None,
 ) -> None:
-    """Measure a model on a held-out dump: against the text, and against the teacher.
+    """Measure a model: on a held-out dump, against the text and the teacher, or on multiple-choice questions.
 
     Example: `student-train evaluate runs/distilled --store store/ --dump heldout`
+
+    Example: `student-train evaluate runs/distilled --questions test.jsonl --post-hoc-temperature validation.jsonl`
     """
     with _command():
         from student_train.evaluation import EvaluateConfig, output_path
@@ -179,16 +260,22 @@ def evaluate(
 
         config = EvaluateConfig(
             model=model,
-            store=str(store),
+            store=str(store) if store else None,
             dump=dump,
             batch_size=batch_size,
             limit=limit,
             output=str(file) if file else None,
             gguf_file=gguf_file,
+            questions=str(questions) if questions else None,
+            answer_as=answer_as,
+            post_hoc_temperature=str(post_hoc_temperature) if post_hoc_temperature else None,
         )
         result = evaluate_model(config)
-        output.print(_table(result))
-        path = output_path(config, result["dump"]["name"])
+        if questions:
+            _print_answers(result)
+        else:
+            output.print(_table(result))
+        path = output_path(config, result["questions" if questions else "dump"]["name"])
         if path:
             note(f"Written to {path}")
 
@@ -209,24 +296,78 @@ def report(
 
 
 def _table(result: dict[str, Any]) -> Table:
-    student, teacher = result["student"], result["teacher"]
+    """Of an evaluation on a dump."""
+    sides = {"student": result["student"], "teacher": result["teacher"]}
+    if "post_hoc" in result:
+        sides[f"at T = {result['post_hoc']['temperature']:.3g}"] = result["post_hoc"]["student"]
     dump = result["dump"]["name"]
     table = Table(title=f"{result['positions']:,} positions of {dump}, {result['seconds']:,.0f} s", title_justify="left")
     table.add_column("")
-    table.add_column("student", justify="right")
-    table.add_column("teacher", justify="right")
+    for side in sides:
+        table.add_column(side, justify="right")
     rows = [
         ("held-out loss (nats per token)", "nll", ".3f"),
         ("KL to the teacher (nats, lower bound)", "kl_lower_bound", ".3f"),
         ("top-1 agreement with the teacher", "top_1_agreement", ".1%"),
         ("top-1 accuracy on the text", "accuracy", ".1%"),
-        ("calibration error, 10 bins", "ece_10", ".2%"),
-        ("calibration error, 15 bins", "ece_15", ".2%"),
+        ("Brier score, full vocabulary", "brier", ".4f"),
+        ("ECE, 10 bins", "ece_10", ".2%"),
+        ("ECE, 15 bins", "ece_15", ".2%"),
+        ("ECE, bins of equal counts", "adaptive_ece", ".2%"),
+        ("Full-ECE, the whole vocabulary", "full_ece", ".2%"),
     ]
     for label, name, form in rows:
-        cells = [format(side[name], form) if name in side else "–" for side in (student, teacher)]
-        table.add_row(label, *cells)
+        if name in sides["student"]:
+            table.add_row(label, *(_with_interval(side, name, form) for side in sides.values()))
+    table.caption = "In brackets: 95% bootstrap interval over sequences"
     return table
+
+
+def _print_answers(result: dict[str, Any]) -> None:
+    """Of an evaluation on questions."""
+    asked = result["questions"]
+    labels = {"first_token": "first token", "options": "over the options", "sequence": "whole sequence"}
+    rows = [
+        ("accuracy", "accuracy", ".1%"),
+        ("NLL (nats)", "nll", ".3f"),
+        ("Brier score", "brier", ".3f"),
+        ("ECE, 10 bins", "ece_10", ".1%"),
+        ("ECE, 15 bins", "ece_15", ".1%"),
+        ("ECE, bins of equal counts", "adaptive_ece", ".1%"),
+    ]
+    title = f"{asked['count']:,} questions of {asked['name']}, {result['seconds']:,.0f} s"
+    for heading, sides in ((title, result), ("At a post-hoc temperature", result.get("post_hoc", {}))):
+        shown = [name for name in labels if name in sides]
+        if not shown:
+            continue
+        table = Table(title=heading, title_justify="left")
+        table.add_column("")
+        for name in shown:
+            table.add_column(labels[name], justify="right")
+        if sides is not result:
+            table.add_row("T", *(f"{sides[name]['temperature']:.3f}" for name in shown))
+        for label, figure, form in rows:
+            table.add_row(label, *(_with_interval(sides[name], figure, form) for name in shown))
+        table.caption = "In brackets: 95% bootstrap interval over questions"
+        output.print(table)
+    if asked["shared_first_token"]:
+        note(
+            f"{asked['shared_first_token']:,} of the questions have options that share their first token, which says nothing of"
+            " them: judge by the whole sequence."
+        )
+    if any(each.get("at_edge") for each in result.get("post_hoc", {}).values() if isinstance(each, dict)):
+        note("A fitted temperature is at the edge of its range: the best one lies beyond, or there is none.")
+
+
+def _with_interval(side: dict[str, Any], name: str, form: str) -> str:
+    """A figure and the interval it lies in."""
+    if name not in side:
+        return "–"
+    value = format(side[name], form)
+    if name not in side["intervals"]:
+        return value
+    low, high = (format(end, form).removesuffix("%") for end in side["intervals"][name])
+    return f"{value}\n[{low}, {high}]"
 
 
 def _millions(count: int) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from student_train.losses import LOSSES, Loss
+from student_train.losses import LOSSES, TAILS, Loss
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class TrainConfig:
         ce_weight: share of cross-entropy in the mix, in [0, 1].
         temperature: of the losses that take one.
         first_c: scale of probabilities of the loss `first`, in (0, 1].
+        tail: what the loss forward-kl does outside the candidates: draws, bucket, or auto (see `forward_kl`).
+        beta: the teacher's share in the mixture of the loss jensen-shannon, between 0 and 1.
+        skew: share of the other side in the mixture of the skewed losses, between 0 and 1.
+        smoothing: what the likeliest candidate gives up in the loss label-smoothing, at least 0 and below 1.
+        calibration: file that re-calibrates the teacher's targets (of `teacher-dump calibrate` or `student-train calibrate`).
         epochs: passes over the training sequences; 1 when neither this nor `steps` is given.
         steps: optimiser steps, instead of epochs.
         batch_size: sequences in one forward pass of one process.
@@ -49,6 +54,11 @@ class TrainConfig:
     ce_weight: float = 0.0
     temperature: float = 1.0
     first_c: float = 0.28
+    tail: str = "auto"
+    beta: float = 0.5
+    skew: float = 0.1
+    smoothing: float = 0.1
+    calibration: str | None = None
     epochs: float | None = None
     steps: int | None = None
     batch_size: int = 8
@@ -67,10 +77,20 @@ class TrainConfig:
     report_to: str = "none"
     gguf_file: str | None = None
 
-    def loss_options(self) -> dict[str, float]:
+    def loss_options(self) -> dict[str, float | str]:
         """Keyword arguments for the chosen loss."""
-        given = {"temperature": self.temperature, "c": self.first_c}
-        return {name: given[name] for name in LOSSES[self.loss].options if name in given}
+        return {name: getattr(self, _FIELDS[name]) for name in LOSSES[self.loss].options if name in _FIELDS}
+
+
+# Which field holds each keyword argument of a loss.
+_FIELDS = {
+    "temperature": "temperature",
+    "c": "first_c",
+    "tail": "tail",
+    "beta": "beta",
+    "skew": "skew",
+    "smoothing": "smoothing",
+}
 
 
 def check_config(config: TrainConfig) -> Loss:
@@ -86,6 +106,10 @@ def check_config(config: TrainConfig) -> Loss:
         (0 <= config.ce_weight <= 1, "--ce-weight must be between 0 and 1"),
         (config.temperature > 0, "--temperature must be above 0"),
         (0 < config.first_c <= 1, "--first-c must be above 0 and at most 1"),
+        (config.tail in TAILS, f"--tail must be {', '.join(TAILS[:-1])} or {TAILS[-1]}"),
+        (0 < config.beta < 1, "--beta must be above 0 and below 1"),
+        (0 < config.skew < 1, "--skew must be above 0 and below 1"),
+        (0 <= config.smoothing < 1, "--smoothing must be at least 0 and below 1"),
         (config.epochs is None or config.epochs > 0, "--epochs must be above 0"),
         (config.steps is None or config.steps > 0, "--steps must be at least 1"),
         (config.epochs is None or config.steps is None, "give --epochs or --steps, not both"),
@@ -101,11 +125,17 @@ def check_config(config: TrainConfig) -> Loss:
         (config.precision in ("auto", "fp32", "bf16"), "--precision must be auto, fp32 or bf16"),
         (config.save_steps > 0, "--save-steps must be at least 1"),
         (config.workers >= 0, "--workers must be at least 0"),
-        (
-            config.temperature == 1 or "temperature" in loss.options,
-            f"the loss {config.loss} takes no --temperature",
+        *(
+            (
+                getattr(config, field) == getattr(TrainConfig, field) or name in loss.options,
+                f"the loss {config.loss} takes no --{field.replace('_', '-')}",
+            )
+            for name, field in _FIELDS.items()
         ),
-        (config.first_c == TrainConfig.first_c or "c" in loss.options, f"the loss {config.loss} takes no --first-c"),
+        (
+            config.tail != "draws" or config.temperature == 1,
+            "--tail draws serves --temperature 1 alone, which the tokens were drawn at",
+        ),
     ]
     for met, demand in demands:
         if not met:
@@ -113,13 +143,14 @@ def check_config(config: TrainConfig) -> Loss:
     return loss
 
 
-def check_knowledge(store: KnowledgeStore, dump: str, name: str, loss: Loss) -> None:
+def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss: Loss) -> None:
     """Refuse a dump that does not hold what a loss needs.
 
     Raises:
-        InputError: naming the kinds or columns that are missing.
+        InputError: naming the kinds or columns that are missing, or that there are no draws or no candidates.
     """
-    kinds = store.manifest(dump).kinds
+    name, manifest = config.loss, store.manifest(dump)
+    kinds = manifest.kinds
     missing = [kind for kind in loss.kinds if kind not in kinds]
     if missing:
         raise InputError(f"the loss {name} needs the kind {missing[0]!r}, and the dump {dump} holds {', '.join(kinds)}")
@@ -127,3 +158,15 @@ def check_knowledge(store: KnowledgeStore, dump: str, name: str, loss: Loss) -> 
     missing = [column for column in loss.columns if column not in columns]
     if missing:
         raise InputError(f"the loss {name} needs {', '.join(missing)}, which the dump {dump} does not hold")
+    if config.tail == "draws" and not manifest.rule.draws:
+        raise InputError(f"--tail draws: the dump {dump} keeps no draws from the tail ({manifest.rule}); use --tail bucket")
+    if manifest.rule.candidates or "candidate_ids" not in loss.columns:
+        return
+    nothing = f"the dump {dump} has no candidates, only draws ({manifest.rule})"
+    if not loss.takes_draws:
+        usable = [each for each, entry in LOSSES.items() if entry.takes_draws or not entry.columns]
+        raise InputError(f"{nothing}: the loss {name} cannot use it; choose {' or '.join(usable)}")
+    if config.tail == "bucket":
+        raise InputError(f"{nothing}: --tail bucket has nothing to learn from it; use --tail draws")
+    if config.temperature != 1:
+        raise InputError(f"{nothing}: draws serve --temperature 1 alone")

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -165,3 +168,25 @@ def _check_place(model: str, gguf_file: str | None) -> None:
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def head_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Within it, the model's head computes the logits of some positions only, and its `.logits` are (1, N, V).
+
+    The head is the largest product of a small model, and most positions of a prompt with its answer need none. What a model
+    does to its logits after the head stays done, and the forward pass is still the wrapped module's own.
+
+    Args:
+        model: a causal language model; within a wrapper, the model that is wrapped.
+        rows, columns: int64 (N,) each, which positions.
+    """
+
+    def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,66 +1,26 @@
-"""Runs side by side on one HTML page: a table, three kinds of picture, and where it all came from.
+"""Runs side by side on one HTML page: tables with intervals, reliability diagrams, differences, costs, and where it came from.
 
-The page is one file with everything in it: no scripts, no links to follow, pictures as inline SVG. Colours are CSS
-variables, in the pictures too, so the page reads well on light and on dark screens and on paper. It reads the JSON that
+The page is one file with everything in it: no scripts, no links to follow, pictures as inline SVG. It reads the JSON that
 `run` and `evaluate` leave beside a model, needs no torch, and says so where a piece is missing.
 """
 
 from __future__ import annotations
 
 import html
-import io
 import json
 import os
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-
 from knowledge_store.errors import InputError
 from knowledge_store.progress import duration
+from student_train import charts
+from student_train.comparison import Difference, comparable, differences
+from student_train.page import FRAME, STYLE
 
 Record = dict[str, Any]
-
-# Colours that stand for CSS variables until the picture is put into the page.
-_INK, _FAINT, _GRID = "#010101", "#020202", "#030303"
-_SERIES = [f"#0400{index:02x}" for index in range(1, 7)]
-_TEACHER = "#050505"
-_VARIABLES = {_INK: "ink", _FAINT: "faint", _GRID: "grid", _TEACHER: "teacher"} | {
-    colour: f"series-{index}" for index, colour in enumerate(_SERIES, 1)
-}
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _FAINT,
-    "axes.titlecolor": _INK,
-    "axes.titlesize": 12,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.edgecolor": _GRID,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.frameon": False,
-}
 
 
 @dataclass(frozen=True)
@@ -70,38 +30,73 @@ class _Run:
     name: str
     run: Record
     history: Record
-    evaluations: dict[str, Record]  # by dump
+    evaluations: dict[str, Record]  # by the file's name
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A row of a table: the answers of a run, of a run at a temperature, or of the teacher."""
+
+    name: str
+    index: int | None  # of the run; None: the teacher
+    figures: Record
+    kept: Record | None  # of each question or sequence
+    result: Record
+    temperature: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The row's name."""
+        return self.name if self.temperature is None else f"{self.name} at T = {self.temperature:.3g}"
 
 
 @dataclass(frozen=True)
 class _Metric:
-    """A column of the table."""
+    """A column of a table."""
 
+    name: str
     title: str
     note: str
-    value: Callable[[Record], float | None]
-    shown: str
-    lowest: bool
+    form: str
+    lowest: bool = True
+
+    def shown(self, value: float | None) -> str:
+        """The number as it is printed."""
+        return "–" if value is None else format(value, self.form)
 
 
-def _student(name: str) -> Callable[[Record], float | None]:
-    return lambda result: result["student"].get(name)
-
-
-_METRICS = [
-    _Metric("Held-out loss", "nats per token", _student("nll"), ".3f", True),
-    _Metric("KL to the teacher", "nats per token, lower bound", _student("kl_lower_bound"), ".3f", True),
-    _Metric("Top-1 agreement", "with the teacher", _student("top_1_agreement"), ".1%", False),
-    _Metric("Accuracy", "top-1, on the text", _student("accuracy"), ".1%", False),
-    _Metric("Calibration error", "ECE, 15 bins", _student("ece_15"), ".2%", True),
+_ON_TEXT = [
+    _Metric("nll", "Held-out loss", "nats per token", ".3f"),
+    _Metric("kl_lower_bound", "KL to the teacher", "nats, lower bound", ".3f"),
+    _Metric("top_1_agreement", "Agreement", "top-1, with the teacher", ".1%", False),
+    _Metric("accuracy", "Accuracy", "top-1, on the text", ".1%", False),
+    _Metric("brier", "Brier", "full vocabulary", ".4f"),
+    _Metric("ece_10", "ECE", "10 bins", ".2%"),
+    _Metric("ece_15", "ECE", "15 bins", ".2%"),
+    _Metric("adaptive_ece", "Adaptive ECE", "equal counts", ".2%"),
+    _Metric("full_ece", "Full-ECE", "every token", ".2%"),
 ]
+_ON_QUESTIONS = [
+    _Metric("accuracy", "Accuracy", "of the chosen option", ".1%", False),
+    _Metric("nll", "NLL", "nats per question", ".3f"),
+    _Metric("brier", "Brier", "0 to 2", ".3f"),
+    _Metric("ece_10", "ECE", "10 bins", ".1%"),
+    _Metric("ece_15", "ECE", "15 bins", ".1%"),
+    _Metric("adaptive_ece", "Adaptive ECE", "equal counts", ".1%"),
+]
+_CONFIDENCES = {
+    "first_token": "First token: the full-vocabulary probability of the option's first token",
+    "options": "Over the options: the same, made to sum to one over the options",
+    "sequence": "Whole sequence: each option's likelihood, made to sum to one over the options",
+}
 
 
 def write_report(runs: Iterable[str | Path], output: str | Path) -> Path:
     """Write the page.
 
     Args:
-        runs: folders that `run` or `evaluate` wrote into, in the order in which they are to be shown.
+        runs: folders that `run` or `evaluate` wrote into, in the order in which they are to be shown; all others are
+            compared with the first.
         output: the file to write.
 
     Returns:
@@ -115,7 +110,7 @@ def write_report(runs: Iterable[str | Path], output: str | Path) -> Path:
     output = Path(output)
     if output.is_dir():
         raise InputError(f"--output {output} is a folder: name a file, such as {output / 'report.html'}")
-    with matplotlib.rc_context(_STYLE):
+    with charts.style():
         page = _page(found)
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
@@ -145,6 +140,9 @@ def _read(folder: Path, name: str) -> _Run:
         raise InputError(
             f"{folder} holds neither a training run nor an evaluation: `student-train evaluate {folder}` makes one"
         )
+    for stem, result in evaluations.items():
+        if not ("questions" in result or ("dump" in result and "student" in result)):
+            raise InputError(f"{folder / 'evaluations' / stem}.json is no result of `student-train evaluate`")
     return run
 
 
@@ -161,98 +159,288 @@ def _json(path: Path) -> Record:
 
 
 def _page(runs: list[_Run]) -> str:
-    dumps = list(dict.fromkeys(dump for run in runs for dump in run.evaluations))
-    sections = [_evaluated(runs, dump) for dump in dumps]
+    places = dict.fromkeys(("questions" in result, name) for run in runs for name, result in run.evaluations.items())
+    sections = [_evaluated(runs, name, on_questions) for on_questions, name in places]
     unmeasured = [run.name for run in runs if not run.evaluations]
     if unmeasured:
         names = _listed(unmeasured)
         sections.append(
             f'<section><p class="missing">Not evaluated: {names}.'
-            " <code>student-train evaluate</code> measures a model on a held-out dump.</p></section>"
+            " <code>student-train evaluate</code> measures a model on a held-out dump, or on questions.</p></section>"
         )
-    sections.append(_learning(runs))
-    teachers = {run.evaluations[dump]["dump"]["teacher"] for run in runs for dump in run.evaluations}
-    teachers |= {run.run["dump"]["teacher"] for run in runs if "dump" in run.run}
+    sections += [_costs(runs), _learning(runs)]
+    teachers = {str(record["dump"]["teacher"]) for run in runs for record in _records(run) if "dump" in record}
     count = f"{len(runs)} student" + ("s" if len(runs) != 1 else "")
     lead = f"{count} of {_listed(sorted(teachers))}" if teachers else count
-    return _TEMPLATE.format(
-        style=_CSS, lead=lead, sections="\n".join(part for part in sections if part), provenance=_provenance(runs)
+    return FRAME.format(
+        style=STYLE, lead=lead, sections="\n".join(part for part in sections if part), provenance=_provenance(runs)
     )
 
 
-def _evaluated(runs: list[_Run], dump: str) -> str:
-    measured = [(index, run, run.evaluations[dump]) for index, run in enumerate(runs) if dump in run.evaluations]
+def _records(run: _Run) -> list[Record]:
+    return [run.run, *run.evaluations.values()]
+
+
+def _evaluated(runs: list[_Run], name: str, on_questions: bool) -> str:
+    """The section of one evaluation, over all runs that have it."""
+    measured = [
+        (index, run, run.evaluations[name])
+        for index, run in enumerate(runs)
+        if name in run.evaluations and ("questions" in run.evaluations[name]) == on_questions
+    ]
     results = [result for _, _, result in measured]
-    positions = {result["positions"] for result in results}
-    about = f"{_listed_numbers(positions)} target positions of the dump <b>{html.escape(dump)}</b>"
-    warning = ""
-    if len(positions) > 1:
-        warning = '<p class="missing">These were measured on different numbers of positions; do not compare them.</p>'
-    largest = max(results, key=lambda result: result["positions"])
-    return f"""
-<section>
-<h2>On held-out text</h2>
-<p>Measured on {about}. Best student in each column in bold. {_SMALL_PRINT}</p>
-{warning}
-{_table(measured, largest["teacher"])}
-</section>
-<section>
-<h2>Is the confidence deserved?</h2>
-<p>Predictions are sorted by the probability of the likeliest token. Bars show how often that token was right; on the
-diagonal, a model is right exactly as often as it says. Below it, it claims too much. Bars beneath count predictions.</p>
-{_reliability(measured, largest["teacher"])}
-</section>
-<section>
-<h2>What the store kept of the teacher</h2>
-<p>{_coverage_words(largest)}</p>
-{_coverage(largest)}
-</section>"""
+    parts = _on_questions(measured, name) if on_questions else _on_text(measured, name)
+    alike = all(comparable(result, results[0]) for result in results[1:])
+    missing = [run.name for run in runs if name not in run.evaluations and run.evaluations]
+    warnings = [
+        *([] if alike else ["These were not measured on the same questions or sequences; do not compare them."]),
+        *([f"Not measured here: {_listed(missing)}."] if missing else []),
+    ]
+    return "\n".join(
+        [
+            "<section>",
+            parts[0],
+            *(f'<p class="missing">{warning}</p>' for warning in warnings),
+            *parts[1:],
+            "</section>",
+        ]
+    )
 
 
-_SMALL_PRINT = (
-    "KL is over the kept candidates and their tail as one more symbol: the true divergence is at least that."
-    " Calibration error can be small for a poor model; read it beside the loss."
+_INTERVALS = (
+    "In small type, where 95 of 100 resamples of the {units} lie (percentile bootstrap); a calibration error sums absolute"
+    " values and comes out higher on a resample, so it can lie below. Best in each column in bold. Calibration error can be"
+    " small for a poor model: read it beside the loss, which no model gains by pretending."
+)
+_DIAGRAMS = (
+    "Answers are sorted by their confidence. A bar shows how often the answers of a bin were right; on the diagonal, a model is"
+    ' right exactly as often as it says. <i style="background: var(--over)"></i>what it claims beyond that,'
+    ' <i style="background: var(--under)"></i>what it could have claimed. Pale bars hold fewer than ten answers; the small'
+    " bars beneath show where the answers are."
 )
 
 
-def _table(measured: list[tuple[int, _Run, Record]], teacher: Record) -> str:
-    columns = []
-    for metric in _METRICS:
-        values = [metric.value(result) for _, _, result in measured]
-        known = [round(value, 6) for value in values if value is not None]
-        best = (min if metric.lowest else max)(known) if len(known) > 1 else None
-        columns.append([(value, best is not None and value is not None and round(value, 6) == best) for value in values])
-    head = "".join(f"<th>{metric.title}<small>{metric.note}</small></th>" for metric in _METRICS)
+def _on_text(measured: list[tuple[int, _Run, Record]], name: str) -> list[str]:
+    largest = max((result for _, _, result in measured), key=lambda result: result["positions"])
+    sides = []
+    for index, run, result in measured:
+        sides.append(_Side(run.name, index, result["student"], result.get("per_sequence"), result))
+        if "post_hoc" in result:
+            scaled = result["post_hoc"]
+            kept, temperature = scaled["per_sequence"], scaled["temperature"]
+            sides.append(_Side(run.name, index, scaled["student"], kept, result, temperature))
+    teacher = _Side("teacher", None, largest["teacher"], None, largest)
+    positions = _listed_numbers({result["positions"] for _, _, result in measured})
+    candidates = " KL is over the kept candidates and their tail as one more symbol: the true one is at least that."
+    has_kl = any("kl_lower_bound" in side.figures for side in sides)
+    panels = [_panel(side) for side in (*sides, teacher) if "reliability" in side.figures]
+    parts = [
+        f"<h2>On held-out text: {html.escape(name)}</h2>"
+        f"<p>{positions} target positions of the dump <b>{html.escape(largest['dump']['name'])}</b>.</p>",
+        _table([("", [*sides, teacher])], _ON_TEXT),
+        f'<p class="note">{_INTERVALS.format(units="sequences")}{candidates if has_kl else ""}</p>',
+        _compared([("", sides)], _ON_TEXT),
+        f"<h3>Is the confidence deserved?</h3><p>{_DIAGRAMS} The confidence is the probability of the likeliest token.</p>",
+        charts.reliability_row(panels, f"text {name}"),
+    ]
+    if "coverage" in largest:
+        parts.append(f"<h3>What the store kept of the teacher</h3><p>{_coverage_words(largest)}</p>")
+        parts.append(charts.coverage(largest["coverage"], f"coverage {name}"))
+    return parts
+
+
+def _on_questions(measured: list[tuple[int, _Run, Record]], name: str) -> list[str]:
+    first = measured[0][2]
+    asked = first["questions"]
+    shown = [confidence for confidence in _CONFIDENCES if any(confidence in result for _, _, result in measured)]
+    words = ""
+    if asked["shared_first_token"]:
+        words = (
+            f" The options of {asked['shared_first_token']:,} questions share their first token, which says nothing of them:"
+            " the first token and the options are measured on the others, and the whole sequence is what to judge by."
+        )
+        shown = ["sequence", *(confidence for confidence in shown if confidence != "sequence")]
+    elif asked["answer_as"] == "letter":
+        shown.remove("sequence")
+        words = " A letter is one token, so the likelihood of the whole sequence is that of the first token over the options."
+    groups = [(_CONFIDENCES[confidence], _question_sides(measured, confidence)) for confidence in shown]
+    options = _listed_numbers(asked["options"])
+    control = any(side.temperature is not None for _, sides in groups for side in sides)
+    temperature = (
+        " Rows at a temperature T are the control for every claim of better calibration: the same student, its logits divided"
+        " after training by a T that was fitted on other questions."
+    )
+    parts = [
+        f"<h2>Questions: {html.escape(name)}</h2>"
+        f"<p>{asked['count']:,} questions of {options} options, answered by {asked['answer_as']}.{words}</p>",
+        _table(groups, _ON_QUESTIONS),
+        f'<p class="note">{_INTERVALS.format(units="questions")}{temperature if control else ""}</p>',
+        _compared(groups[:1], _ON_QUESTIONS),
+        f"<h3>Is the confidence deserved?</h3><p>{_DIAGRAMS}</p>",
+    ]
+    for title, sides in groups:
+        row = charts.reliability_row([_panel(side) for side in sides], f"questions {name} {title}")
+        parts.append(f"<h4>{title}</h4>{row}")
+    return parts
+
+
+def _question_sides(measured: list[tuple[int, _Run, Record]], confidence: str) -> list[_Side]:
+    sides = []
+    for index, run, result in measured:
+        for found in (result, result.get("post_hoc", {})):
+            if confidence in found:
+                figures = found[confidence]
+                sides.append(_Side(run.name, index, figures, figures["answers"], result, figures.get("temperature")))
+    return sides
+
+
+def _panel(side: _Side) -> charts.Panel:
+    colour = charts.TEACHER if side.index is None else charts.colour(side.index)
+    return charts.Panel(side.name, colour, side.figures, side.temperature)
+
+
+# ---- tables
+
+
+def _table(groups: Sequence[tuple[str, list[_Side]]], metrics: list[_Metric]) -> str:
+    """A row for each side with its figures and their intervals; the best of each group is marked, the teacher aside."""
+    sides = [side for _, each in groups for side in each]
+    metrics = [metric for metric in metrics if any(metric.name in side.figures for side in sides)]
+    head = "".join(f"<th>{metric.title}<small>{metric.note}</small></th>" for metric in metrics)
     rows = []
-    for row, (index, run, _) in enumerate(measured):
-        cells = "".join(
-            f'<td class="best">{_number(*cell)}</td>' if cell[1] else f"<td>{_number(*cell)}</td>"
-            for cell in (
-                (column[row][0], column[row][1], metric.shown) for metric, column in zip(_METRICS, columns, strict=True)
-            )
-        )
-        swatch = f'<i style="background: var(--series-{index % len(_SERIES) + 1})"></i>'
-        rows.append(
-            f"<tr><th>{swatch}{html.escape(run.name)}<small>{_described(run)}</small></th>{cells}<td>{_trained(run)}</td></tr>"
-        )
-    own = {"Held-out loss": "nll", "Accuracy": "accuracy", "Calibration error": "ece_15"}
-    cells = "".join(
-        f"<td>{_number(teacher.get(own[metric.title]) if metric.title in own else None, False, metric.shown)}</td>"
-        for metric in _METRICS
-    )
-    rows.append(
-        f'<tr class="teacher"><th><i style="background: var(--teacher)"></i>teacher'
-        f"<small>from the store</small></th>{cells}<td>–</td></tr>"
-    )
+    for title, each in groups:
+        if title:
+            rows.append(f'<tr class="group"><th colspan="{len(metrics) + 1}">{title}</th></tr>')
+        best = {metric.name: _best(each, metric) for metric in metrics}
+        for side in each:
+            cells = "".join(_cell(side, metric, best[metric.name]) for metric in metrics)
+            about = "<small>from the store</small>" if side.index is None else ""
+            rows.append(f"<tr{_kind(side)}><th>{charts.swatch(side.index)}{html.escape(side.label)}{about}</th>{cells}</tr>")
     body = "\n".join(rows)
+    return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _kind(side: _Side) -> str:
+    return ' class="teacher"' if side.index is None else ' class="scaled"' if side.temperature is not None else ""
+
+
+def _best(sides: list[_Side], metric: _Metric) -> str | None:
+    """The best figure as it is printed, so that what looks alike is marked alike; None when nothing is to be chosen from."""
+    values = [side.figures[metric.name] for side in sides if side.index is not None and metric.name in side.figures]
+    return metric.shown((min if metric.lowest else max)(values)) if len(values) > 1 else None
+
+
+def _cell(side: _Side, metric: _Metric, best: str | None) -> str:
+    shown = metric.shown(side.figures.get(metric.name))
+    interval = side.figures.get("intervals", {}).get(metric.name)
+    ends = f"<small>{'–'.join(metric.shown(end).removesuffix('%') for end in interval)}</small>" if interval else ""
+    marked = ' class="best"' if side.index is not None and shown == best else ""
+    return f"<td{marked}>{shown}{ends}</td>"
+
+
+def _compared(groups: Sequence[tuple[str, list[_Side]]], metrics: list[_Metric]) -> str:
+    """Paired differences from the first run, and from the first run at its temperature."""
+    tables = []
+    for _, sides in groups:
+        first = [side for side in sides if sides and side.index == sides[0].index]
+        for reference in first:
+            rows = []
+            for side in sides:
+                if side is reference or side.kept is None or reference.kept is None:
+                    continue
+                if comparable(side.result, reference.result):
+                    rows.append((side, differences(side.kept, reference.kept)))
+            if rows:
+                tables.append(_difference_table(reference, rows, metrics))
+    if not tables:
+        return ""
+    words = (
+        "Differences on the same questions or sequences, both resampled alike, with the interval of the difference. Coloured"
+        ' where the interval leaves out zero: <b class="better">better</b>, <b class="worse">worse</b>. pp: percentage points.'
+    )
+    return f"<h3>Is the difference more than chance?</h3><p>{words}</p>{''.join(tables)}"
+
+
+def _difference_table(reference: _Side, rows: list[tuple[_Side, dict[str, Difference]]], metrics: list[_Metric]) -> str:
+    metrics = [metric for metric in metrics if any(metric.name in found for _, found in rows)]
+    head = "".join(f"<th>{metric.title}<small>{metric.note}</small></th>" for metric in metrics)
+    body = "\n".join(
+        f"<tr{_kind(side)}><th>{charts.swatch(side.index)}{html.escape(side.label)}</th>"
+        + "".join(_difference_cell(found.get(metric.name), metric) for metric in metrics)
+        + "</tr>"
+        for side, found in rows
+    )
+    title = f"against {charts.swatch(reference.index)}{html.escape(reference.label)}"
     return (
-        f'<div class="scroll"><table><thead><tr><th></th>{head}<th>Training<small>wall clock</small></th></tr></thead>'
+        f'<div class="scroll"><table class="differences"><thead><tr><th>{title}</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def _number(value: float | None, best: bool, shown: str) -> str:
-    return "–" if value is None else format(value, shown)
+def _difference_cell(found: Difference | None, metric: _Metric) -> str:
+    if found is None:
+        return "<td>–</td>"
+
+    def signed(value: float) -> str:
+        text = format(value, f"+{metric.form}").removesuffix("%")
+        return text.replace("-", "−")
+
+    kind = ""
+    if found.clear:
+        kind = ' class="better"' if (found.value < 0) == metric.lowest else ' class="worse"'
+    unit = " pp" if metric.form.endswith("%") else ""
+    return f"<td{kind}>{signed(found.value)}{unit}<small>{signed(found.low)} to {signed(found.high)}</small></td>"
+
+
+# ---- costs
+
+
+def _costs(runs: list[_Run]) -> str:
+    """What each run learned from, in bytes, and how long it took."""
+    trained = [(index, run) for index, run in enumerate(runs) if run.run or run.history]
+    if not trained:
+        return ""
+    rows = []
+    for index, run in trained:
+        dump = run.run.get("dump", {})
+        positions = dump.get("positions")
+        each = f"{dump['bytes'] / positions:.1f}" if dump.get("bytes") and positions else "–"
+        size = f"{dump['bytes'] / 1e6:,.2f} MB" if dump.get("bytes") else "–"
+        dense = dump.get("targets", 0) * dump.get("vocabulary_size", 0) * 4
+        ratio = f"{dense / dump['bytes']:,.0f}×" if dense and dump.get("bytes") else "–"
+        parameters = f"{run.run['parameters']:,}" if "parameters" in run.run else "–"
+        unused = "<small>its loss reads the text alone</small>" if run.run.get("config", {}).get("loss") == "ce" else ""
+        rows.append(
+            f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}<small>{_described(run)}</small></th>"
+            f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(_selection(dump))}</small></td>"
+            f"<td>{each}{unused}</td><td>{size}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
+        )
+    body = "\n".join(rows)
+    return f"""
+<section>
+<h2>What it cost</h2>
+<p>The dump that each run learned from, as it lies on disk, everything in it but the vocabulary. Beside it, how much larger the
+teacher's whole distributions would be: targets × vocabulary × 4 bytes.</p>
+<div class="scroll"><table><thead><tr><th></th><th>Dump<small>selection</small></th><th>Bytes<small>a position</small></th>
+<th>On disk</th><th>Dense<small>as many times that</small></th><th>Parameters<small>of the student</small></th>
+<th>Training<small>wall clock</small></th></tr></thead><tbody>{body}</tbody></table></div>
+</section>"""
+
+
+def _selection(dump: Record) -> str:
+    if "selection" in dump:
+        return str(dump["selection"])
+    return f"top-k {dump['top_k']}" if "top_k" in dump else ""
+
+
+# Options of a run that are worth a word where they matter: the field, the loss that takes it (None: any), and its word.
+_OPTIONS = [
+    ("first_c", "first", "c"),
+    ("beta", "jensen-shannon", "β"),
+    ("skew", "skewed-kl", "λ"),
+    ("skew", "skewed-reverse-kl", "λ"),
+    ("smoothing", "label-smoothing", "smoothing"),
+]
 
 
 def _described(run: _Run) -> str:
@@ -264,8 +452,11 @@ def _described(run: _Run) -> str:
         words.append(f"{config['ce_weight']:g} cross-entropy")
     if config["temperature"] != 1:
         words.append(f"temperature {config['temperature']:g}")
-    if config["loss"] == "first":
-        words.append(f"c {config['first_c']:g}")
+    words += [f"{word} {config[field]:g}" for field, loss, word in _OPTIONS if config["loss"] == loss and field in config]
+    if config.get("tail", "auto") != "auto":
+        words.append(f"tail as {config['tail']}")
+    if config.get("calibration"):
+        words.append("re-calibrated")
     return html.escape(", ".join(words))
 
 
@@ -277,11 +468,10 @@ def _trained(run: _Run) -> str:
 
 
 def _coverage_words(result: Record) -> str:
-    coverage = result["coverage"]
-    means = coverage["mean_by_rank"]
+    means = result["coverage"]["mean_by_rank"]
     return (
-        f"The {len(means)} likeliest tokens hold {means[-1]:.1%} of the teacher's probability on average, the likeliest"
-        f" alone {means[0]:.1%}. What is left over is kept as one number, the tail."
+        f"The candidates, {len(means)} at most, hold {means[-1]:.1%} of the teacher's probability on average, the likeliest"
+        f" alone {means[0]:.1%}. What is left over is the tail."
     )
 
 
@@ -299,137 +489,29 @@ def _learning(runs: list[_Run]) -> str:
         if not any("loss" in entry for _, _, entries in curves for entry in entries):
             words = "None of these folders has a history of training."
             return f'<section><h2>Learning curves</h2><p class="missing">{words}</p></section>'
-    figure = Figure(figsize=(9.85, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, (name, title, unit) in zip(axes, shown, strict=True):
-        for index, _, entries in curves:
-            points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-            if points:
-                steps, values = zip(*points, strict=True)
-                marker = "o" if len(points) < 40 else ""
-                axis.plot(steps, values, color=_colour(index), linewidth=2, marker=marker, markersize=3.5)
-        axis.set_title(title)
-        axis.set_xlabel("optimiser step")
-        axis.set_ylabel(unit)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    drawn = [
+        (
+            title,
+            unit,
+            [
+                charts.Curve(charts.colour(index), [(entry["step"], entry[name]) for entry in entries if name in entry])
+                for index, _, entries in curves
+            ],
+        )
+        for name, title, unit in shown
+    ]
     without = [run.name for _, run, entries in curves if not any(shown[0][0] in entry for entry in entries)]
     missing = f'<p class="missing">No curve for {_listed(without)}.</p>' if without else ""
-    alt = "Learning curves of " + ", ".join(run.name for _, run, entries in curves if entries)
+    trained = [(index, run.name) for index, run, entries in curves if entries]
+    legend = "".join(f"<li>{charts.swatch(index)}{html.escape(name)}</li>" for index, name in trained)
     return f"""
 <section>
 <h2>Learning curves</h2>
 <p>{words}</p>
-{_legend((index, run.name) for index, run, entries in curves if entries)}
-{_svg(figure, alt)}
+<ul class="legend">{legend}</ul>
+{charts.learning_curves(drawn, "Learning curves of " + ", ".join(name for _, name in trained))}
 {missing}
 </section>"""
-
-
-# ---- pictures
-
-
-def _colour(index: int) -> str:
-    return _SERIES[index % len(_SERIES)]
-
-
-def _legend(names: Iterable[tuple[int, str]]) -> str:
-    items = "".join(
-        f'<li><i style="background: var(--series-{index % len(_SERIES) + 1})"></i>{html.escape(name)}</li>'
-        for index, name in names
-    )
-    return f'<ul class="legend">{items}</ul>'
-
-
-def _reliability(measured: list[tuple[int, _Run, Record]], teacher: Record) -> str:
-    panels = [(run.name, _colour(index), result["student"]) for index, run, result in measured]
-    panels.append(("teacher", _TEACHER, teacher))
-    pictures = []
-    for name, colour, side in panels:
-        figure = Figure(figsize=(3.2, 3.9), layout="constrained")
-        above, below = figure.subplots(2, 1, height_ratios=[4, 1], sharex=True)
-        _reliability_panel(above, below, name, colour, side)
-        pictures.append(_svg(figure, f"Reliability diagram of {name}: calibration error {side['ece_15']:.2%}"))
-    return f'<div class="row">{"".join(pictures)}</div>'
-
-
-def _reliability_panel(above: Axes, below: Axes, name: str, colour: str, side: Record) -> None:
-    counts = np.array(side["reliability"]["counts"])
-    bins = len(counts)
-    centres = (np.arange(bins) + 0.5) / bins
-    width = 0.86 / bins
-    filled = counts > 0
-    above.bar(centres[filled], np.array(side["reliability"]["accuracy"])[filled], width, color=colour, linewidth=0)
-    above.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
-    above.set_title(_clipped(name))
-    above.text(0.03, 0.95, f"ECE {side['ece_15']:.2%}", transform=above.transAxes, va="top", color=_FAINT, fontsize=10)
-    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="how often right")
-    below.bar(centres, counts, width, color=colour, alpha=0.55, linewidth=0)
-    below.set(xlabel="how sure", ylabel="count")
-    for axis in (above.xaxis, above.yaxis, below.xaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    below.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-    below.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
-
-
-def _coverage(result: Record) -> str:
-    coverage = result["coverage"]
-    figure = Figure(figsize=(9.85, 3.2), layout="constrained")
-    spread, ranks = figure.subplots(1, 2, width_ratios=[2, 1])
-    edges = np.array(coverage["histogram"]["edges"])
-    counts = np.array(coverage["histogram"]["counts"])
-    means = coverage["mean_by_rank"]
-    spread.bar(edges[:-1], counts / counts.sum(), np.diff(edges) * 0.9, align="edge", color=_TEACHER, linewidth=0)
-    spread.axvline(means[-1], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    left = means[-1] > 0.5
-    spread.annotate(
-        f"mean {means[-1]:.1%}",
-        (means[-1], 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(-6 if left else 6, -4),
-        textcoords="offset points",
-        ha="right" if left else "left",
-        va="top",
-        fontsize=10,
-    )
-    spread.set_title("How much the candidates hold, by position")
-    spread.set(xlim=(0, 1), xlabel=f"probability of the {len(means)} candidates together", ylabel="share of positions")
-    for axis in (spread.xaxis, spread.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ranks.bar(range(1, len(means) + 1), means, 0.7, color=_TEACHER, linewidth=0)
-    if len(means) <= 8:
-        for rank, mean in enumerate(means, 1):
-            ranks.annotate(
-                f"{mean:.0%}", (rank, mean), (0, 2), textcoords="offset points", ha="center", fontsize=9, color=_FAINT
-            )
-    ranks.set_title("Mean, by how many are kept")
-    ranks.set(ylim=(0, 1.05), xlabel="candidates kept")
-    ranks.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    ranks.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    return _svg(figure, f"Coverage: {len(means)} candidates hold {means[-1]:.1%} on average")
-
-
-def _clipped(name: str) -> str:
-    return name if len(name) <= 26 else f"{name[:25]}…"
-
-
-def _svg(figure: Figure, description: str) -> str:
-    """A figure as inline SVG in the page's colours, named for those who cannot see it."""
-    buffer = io.StringIO()
-    # Ids inside a picture are hashed with this salt: no two pictures of a page share one, and a page is reproducible.
-    with matplotlib.rc_context({"svg.hashsalt": description}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' (?:xmlns:xlink|version)="[^"]*"', "", text).replace("xlink:href", "href")
-    text = re.sub(r'<svg ([^>]*?)width="([\d.]+)pt" height="[\d.]+pt"', r'<svg \1style="width: \2pt"', text, count=1)
-    text = re.sub(r' id="(?![pm][0-9a-f]{10}")[^"]*"', "", text)
-    for colour, variable in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{variable})")
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--sans)", text)
-    text = re.sub(r"font: bold ([\d.]+px) [^;\"]*", r"font: 600 \1 var(--sans)", text)
-    label = html.escape(description, quote=True)
-    return f'<figure role="img" aria-label="{label}">{text}</figure>'
 
 
 # ---- where it came from
@@ -438,18 +520,18 @@ def _svg(figure: Figure, description: str) -> str:
 def _provenance(runs: list[_Run]) -> str:
     dumps: dict[str, Record] = {}
     for run in runs:
-        for record in (run.run, *run.evaluations.values()):
+        for record in _records(run):
             if "dump" in record:
                 dumps[record["dump"]["name"]] = record["dump"]
     stored = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(dump['teacher']))}</td><td>{dump['sequences']:,}</td>"
-        f"<td>{dump['positions']:,}</td><td>{_bytes(dump)}</td><td>{dump['top_k']}</td>"
+        f"<td>{dump['positions']:,}</td><td>{_bytes(dump)}</td><td>{html.escape(_selection(dump))}</td>"
         f"<td>{dump['quantisation_step']:g}</td><td>{dump['vocabulary_size']:,}</td></tr>"
         for name, dump in dumps.items()
     )
     store_table = (
         '<div class="scroll"><table class="small"><thead><tr><th>Dump</th><th>Teacher</th><th>Sequences</th><th>Positions'
-        "</th><th>Size</th><th>Candidates</th><th>Step, nats</th><th>Vocabulary</th></tr></thead>"
+        "</th><th>Size</th><th>Selection</th><th>Step, nats</th><th>Vocabulary</th></tr></thead>"
         f"<tbody>{stored}</tbody></table></div>"
         if stored
         else ""
@@ -473,9 +555,12 @@ def _run_details(run: _Run) -> str:
         facts["processes"] = run.run["world_size"]
     elif run.evaluations:
         facts["parameters"] = f"{next(iter(run.evaluations.values()))['parameters']:,}"
-    for dump, result in run.evaluations.items():
-        facts[f"evaluated on {dump}"] = f"{result['positions']:,} positions in {duration(result['seconds'])}"
-    sources = [record["versions"] for record in (run.run, *run.evaluations.values()) if "versions" in record]
+    for name, result in run.evaluations.items():
+        size = f"{result['questions']['count']:,} questions" if "questions" in result else f"{result['positions']:,} positions"
+        facts[f"evaluated on {name}"] = f"{size} in {duration(result['seconds'])}"
+        if "post_hoc" in result:
+            facts[f"temperature for {name}"] = f"from {result['post_hoc']['file']}"
+    sources = [record["versions"] for record in _records(run) if "versions" in record]
     if sources:
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in sources[0].items())
     items = "".join(
@@ -484,96 +569,10 @@ def _run_details(run: _Run) -> str:
     return f"<details><summary>{html.escape(run.name)}</summary><dl>{items}</dl></details>"
 
 
-def _listed(names: list[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     marked = [f"<b>{html.escape(name)}</b>" for name in names]
     return marked[0] if len(marked) == 1 else f"{', '.join(marked[:-1])} and {marked[-1]}"
 
 
 def _listed_numbers(numbers: Iterable[int]) -> str:
     return " and ".join(f"{number:,}" for number in sorted(numbers))
-
-
-_CSS = """
-:root {
-  color-scheme: light dark;
-  --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  --paper: #fbfaf8; --card: #ffffff; --ink: #1d2126; --faint: #646c76; --grid: #e4e4e0; --good: #0b6b4f;
-  --mark: #e6f3ee; --teacher: #8a8f98;
-  --series-1: #2f6bd0; --series-2: #d9722b; --series-3: #14866d; --series-4: #8e4ec6; --series-5: #c2375b;
-  --series-6: #8a7500;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14171b; --card: #1b1f25; --ink: #e9ebee; --faint: #9ba4af; --grid: #31373f; --good: #7fd8b8;
-    --mark: #17342b; --teacher: #7d8590;
-    --series-1: #6ea3f5; --series-2: #f09a5c; --series-3: #4cc2a3; --series-4: #bd8cf0; --series-5: #f07896;
-    --series-6: #d2bb4a;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 var(--sans); }
-main { max-width: 1060px; margin: 0 auto; padding: 56px 24px 72px; }
-header { margin-bottom: 36px; }
-h1 { font-size: 34px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 8px; }
-header p { font-size: 18px; color: var(--faint); margin: 0; }
-header b { color: var(--ink); }
-section { background: var(--card); border: 1px solid var(--grid); border-radius: 14px; padding: 26px 30px 24px;
-  margin-bottom: 22px; }
-h2 { font-size: 20px; letter-spacing: -0.01em; margin: 0 0 6px; }
-section > p { max-width: 76ch; color: var(--faint); margin: 0 0 18px; font-size: 15px; }
-section > p b { color: var(--ink); font-weight: 600; }
-p.missing { border-left: 3px solid var(--series-2); padding-left: 12px; margin: 12px 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 11px 12px; border-bottom: 1px solid var(--grid); vertical-align: top; }
-th:first-child { text-align: left; padding-left: 0; }
-td { white-space: nowrap; }
-td:last-child, th:last-child { padding-right: 0; }
-thead th { font-size: 14px; font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 600; white-space: nowrap; }
-tbody tr:last-child th, tbody tr:last-child td { border-bottom: 0; }
-small { display: block; font-size: 12px; font-weight: 400; color: var(--faint); }
-td.best { font-weight: 700; color: var(--good); background: var(--mark); }
-tr.teacher th, tr.teacher td { color: var(--faint); }
-i { display: inline-block; width: 10px; height: 10px; border-radius: 3px; margin-right: 9px; }
-figure { margin: 0; }
-figure svg { max-width: 100%; height: auto; display: block; }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); gap: 18px; }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 10px; padding: 0;
-  font-size: 14px; }
-.small { font-size: 13px; margin-bottom: 14px; }
-.small th, .small td { padding: 7px 10px; }
-details { font-size: 13px; border-top: 1px solid var(--grid); padding: 9px 0; }
-summary { cursor: pointer; font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 10px 0 4px; }
-dt { color: var(--faint); }
-dd { margin: 0; white-space: normal; overflow-wrap: anywhere; }
-code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
-@media print { section { break-inside: avoid; border: 0; padding: 0; } details { display: block; } }
-@media (max-width: 640px) { main { padding: 28px 14px 40px; } section { padding: 18px 16px; } h1 { font-size: 27px; } }
-"""
-
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Students compared</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>Students compared</h1>
-<p>{lead}</p>
-</header>
-{sections}
-<section>
-<h2>Where this comes from</h2>
-<p>What the store holds, and how each run was made.</p>
-{provenance}
-</section>
-</main>
-</body>
-</html>
-"""

@@ -33,12 +33,20 @@ _FREE = {"store", "output", "report_to", "save_steps", "workers"}
 _DERIVED = {"epochs", "steps", "batch_size", "gradient_accumulation"}
 
 
-def run_identity(config: TrainConfig, store: KnowledgeStore, dump: str, sequences_per_step: int, steps: int) -> dict[str, Any]:
+def run_identity(
+    config: TrainConfig,
+    store: KnowledgeStore,
+    dump: str,
+    sequences_per_step: int,
+    steps: int,
+    calibration_sha256: str | None = None,
+) -> dict[str, Any]:
     """What makes a run this run: two runs that differ in none of it end with the same weights."""
     facts = {name: value for name, value in asdict(config).items() if name not in _FREE | _DERIVED}
     knowledge = json.dumps(store.manifest(dump).identity(), sort_keys=True, default=str)
     return {
         **facts,
+        "calibration": calibration_sha256,
         "dump": dump,
         "student's files": model_sha256(config.student),
         "number of steps": steps,
@@ -113,8 +121,19 @@ def read_history(output: Path) -> dict[str, Any]:
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file in one go: a reader sees the old one or the new one."""
     temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1, default=str) + "\n")
+    temporary.write_text(_json_text(record, "\n") + "\n")
     temporary.replace(path)
+
+
+def _json_text(value: Any, line: str) -> str:
+    """JSON with a line for each key and a line for each list of plain values, however long."""
+    inner = f"{line} "
+    if isinstance(value, dict) and value:
+        items = [f"{json.dumps(key)}: {_json_text(each, inner)}" for key, each in value.items()]
+        return "{" + inner + f",{inner}".join(items) + line + "}"
+    if isinstance(value, list | tuple) and any(isinstance(each, dict | list | tuple) for each in value):
+        return "[" + inner + f",{inner}".join(_json_text(each, inner) for each in value) + line + "]"
+    return json.dumps(value, default=str)
 
 
 def versions() -> dict[str, str]:

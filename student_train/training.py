@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,8 +44,9 @@ from student_train.data import (
     padding_batch,
     split_ordinals,
 )
-from student_train.losses import Loss, cross_entropy, forward_kl, select_targets, step_loss, units
-from student_train.models import load_model, load_tokenizer, quieten
+from student_train.losses import Loss, Targets, cross_entropy, forward_kl, predicting, select_targets, step_loss, units
+from student_train.models import head_at, load_model, load_tokenizer, quieten
+from student_train.recalibration import configured
 from student_train.run_folder import (
     COMPLETE_FILE,
     HISTORY_FILE,
@@ -96,7 +97,8 @@ def train(config: TrainConfig) -> TrainResult:
     loss = check_config(config)
     store = KnowledgeStore.open(config.store)
     dump = store.dump(config.dump)
-    check_knowledge(store, dump, config.loss, loss)
+    check_knowledge(store, dump, config, loss)
+    config, recalibrate, calibration_sha256 = configured(config, store.manifest(dump), loss)
     train_ordinals, eval_ordinals = split_ordinals(store, dump, eval_fraction=config.eval_fraction)
     arguments = _arguments(config)
     sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
@@ -104,7 +106,7 @@ def train(config: TrainConfig) -> TrainResult:
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
 
     output = Path(config.output)
-    identity = run_identity(config, store, dump, sequences_per_step, steps)
+    identity = run_identity(config, store, dump, sequences_per_step, steps, calibration_sha256)
     check_output(output, identity)
     history = read_history(output)
     if history.get("finished"):
@@ -162,7 +164,7 @@ def train(config: TrainConfig) -> TrainResult:
             kinds=kinds,
         )
     seconds = checkpoint[2] if checkpoint else 0.0
-    trainer = DistillationTrainer(student, arguments, config, loss, dataset, evaluation, steps_per_epoch, seconds)
+    trainer = DistillationTrainer(student, arguments, config, loss, dataset, evaluation, steps_per_epoch, seconds, recalibrate)
     main = trainer.is_world_process_zero()
     if main and began_at:
         note(f"Going on with {output} from step {began_at:,} of {steps:,}.")
@@ -210,9 +212,11 @@ class DistillationTrainer(Trainer):
         evaluation: DistillationDataset | None,
         steps_per_epoch: int,
         seconds: float = 0.0,
+        recalibrate: Callable[[Targets], Targets] | None = None,
     ) -> None:
         self.config = config
         self.distillation = loss
+        self.recalibrate = recalibrate
         self.steps_per_epoch = steps_per_epoch
         self.advance: Advance | None = None
         self.stop_asked = False
@@ -285,13 +289,17 @@ class DistillationTrainer(Trainer):
             num_items_in_batch or units(inputs),
             ce_weight=self.config.ce_weight,
             options=self.config.loss_options(),
+            recalibrate=self.recalibrate,
         )
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Any:
         extra = {"output_hidden_states": True} if self.distillation.hidden_states else {}
-        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **extra)
+        student = self.accelerator.unwrap_model(model)
+        head = nullcontext() if self.distillation.whole_batch else head_at(student, *predicting(batch))
+        with head:
+            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **extra)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -299,7 +307,7 @@ class DistillationTrainer(Trainer):
         """Means over the held-out documents, nats: the run's own loss, NLL of the text, and KL to the teacher.
 
         The last two are there for any loss, so that runs can be compared: `eval_nll` and `eval_kl` (candidates and
-        tail as one more symbol, a lower bound).
+        tail as one more symbol, a lower bound; left out for a dump without candidates, which says nothing of it).
         """
         dataset: DistillationDataset = eval_dataset or self.eval_dataset
         sequences = dataset.store.sequences(dataset.dump)
@@ -318,15 +326,18 @@ class DistillationTrainer(Trainer):
                     counts,
                     ce_weight=self.config.ce_weight,
                     options=self.config.loss_options(),
+                    recalibrate=self.recalibrate,
                 )
                 logits, chosen = select_targets(outputs.logits, batch)
                 nll = cross_entropy(logits, chosen).sum() / max(targets, 1)
-                kl = forward_kl(logits, chosen).sum() / max(targets, 1)
+                kl = forward_kl(logits, chosen, tail="bucket").sum() / max(targets, 1)
                 totals += torch.stack([share, nll, kl]).double().cpu()
         self.model.train()
         summed = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum").tolist()
         names = ("loss", "nll", "kl")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(names, summed, strict=True)}
+        if not dataset.store.manifest(dataset.dump).rule.candidates:
+            del metrics[f"{metric_key_prefix}_kl"]
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -476,4 +487,3 @@ def leave_processes() -> None:
 
 def _last(entries: list[dict[str, Any]], name: str) -> float | None:
     return next((entry[name] for entry in reversed(entries) if name in entry), None)
-

@@ -1,48 +1,32 @@
-"""Calibration with answers known beforehand, and evaluation against a recomputation from the model's own logits."""
+"""Evaluation on a dump, against a recomputation from the model's own logits."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from conftest import story_rows, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knowledge_store import KnowledgeStore
+from knowledge_store.calibration import Calibration, write_calibration
 from knowledge_store.errors import InputError
-from student_train.calibration import expected_calibration_error, reliability
+from knowledge_store.records import json_sha256
 from student_train.evaluation import EvaluateConfig, evaluate
-
-
-def test_expected_calibration_error_by_hand():
-    confidence = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55])
-    correct = np.array([1, 1, 1, 0, 1, 0])
-    # Bin (0.9, 1.0]: |3/4 − 0.95| = 0.2, four of six; bin (0.5, 0.6]: |1/2 − 0.55| = 0.05, two of six.
-    assert expected_calibration_error(confidence, correct, 10) == pytest.approx((4 * 0.2 + 2 * 0.05) / 6)
-
-
-def test_perfect_and_hopeless():
-    assert expected_calibration_error(np.ones(5), np.ones(5)) == 0
-    assert expected_calibration_error(np.ones(5), np.zeros(5)) == 1
-    assert expected_calibration_error(np.empty(0), np.empty(0)) == 0
-    generator = np.random.default_rng(0)
-    confidence = generator.uniform(size=200_000)
-    assert expected_calibration_error(confidence, generator.uniform(size=200_000) < confidence, 15) < 0.01
-
-
-def test_edges_belong_to_the_bin_below():
-    found = reliability(np.array([0.0, 0.1, 0.10001, 1.0]), np.array([1, 0, 0, 1]), 10)
-    assert found.counts.tolist() == [2, 1, 0, 0, 0, 0, 0, 0, 0, 1]
-    assert found.accuracy[0] == 0.5
-    assert found.confidence[0] == pytest.approx(0.05)
-
-
-@pytest.mark.parametrize("confidence", [[0.5], [1.5, 0.5], [float("nan"), 0.5]])
-def test_confidences_that_are_none(confidence):
-    with pytest.raises(ValueError, match="confidence"):
-        reliability(np.array(confidence), np.array([1, 0]))
+from student_train.metrics import (
+    adaptive_calibration_error,
+    bootstrap_calibration_error,
+    bootstrap_interval,
+    expected_calibration_error,
+    full_vocabulary_calibration_error,
+)
+from teacher_dump import DumpConfig, dump
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,28 +46,157 @@ def result(teacher_folder, store_folder, tmp_path_factory):
     return found
 
 
-def test_against_the_models_own_logits(result, teacher_folder, store_folder):
-    """One sequence at a time, without padding, probabilities in float64."""
+def plainly(model_folder, store_folder, temperature: float = 1.0) -> dict[str, np.ndarray]:
+    """One sequence at a time, without padding, probabilities in float64: columns of target positions."""
     store = KnowledgeStore.open(store_folder)
-    model = AutoModelForCausalLM.from_pretrained(teacher_folder)
-    nll, correct, sure, positions = 0.0, 0, 0.0, 0
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    found: dict[str, list] = {name: [] for name in ("nll", "correct", "confidence", "brier", "sequence", "full")}
     for batch in store.batches("heldout", batch_size=1, shuffle=False):
         length = int(batch["attention_mask"].sum())
         ids = torch.from_numpy(batch["input_ids"][:, :length])
         with torch.no_grad():
-            logprobs = model(ids).logits[0].double().log_softmax(-1)
+            logprobs = (model(ids).logits[0].double() / temperature).log_softmax(-1).numpy()
         for position in np.flatnonzero(batch["is_target"][0]):
-            token = int(ids[0, position])
-            nll -= float(logprobs[position - 1, token])
-            correct += int(logprobs[position - 1].argmax()) == token
-            sure += float(logprobs[position - 1].max().exp())
-            positions += 1
-    assert result["positions"] == positions
-    assert result["student"]["nll"] == pytest.approx(nll / positions, abs=1e-4)
-    assert result["student"]["accuracy"] == pytest.approx(correct / positions, abs=1e-9)
-    bins = result["student"]["reliability"]
-    mean = np.dot(bins["counts"], bins["confidence"]) / positions
-    assert mean == pytest.approx(sure / positions, abs=1e-4)
+            token, row = int(ids[0, position]), logprobs[position - 1]
+            came = np.arange(len(row)) == token
+            found["nll"].append(-row[token])
+            found["correct"].append(row.argmax() == token)
+            found["confidence"].append(np.exp(row.max()))
+            found["brier"].append(((np.exp(row) - came) ** 2).sum())
+            found["sequence"].append(batch["sequence_id"][0])
+            found["full"].append(np.exp(row))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def check_student_figures(student: dict, plain: dict[str, np.ndarray]) -> None:
+    """Every figure that needs the student alone."""
+    confidence, correct = plain["confidence"], plain["correct"]
+    assert student["nll"] == pytest.approx(plain["nll"].mean(), abs=1e-4)
+    assert student["accuracy"] == pytest.approx(correct.mean(), abs=1e-9)
+    assert student["brier"] == pytest.approx(plain["brier"].mean(), abs=1e-5)
+    assert student["ece_10"] == pytest.approx(expected_calibration_error(confidence, correct, 10), abs=1e-5)
+    assert student["adaptive_ece"] == pytest.approx(adaptive_calibration_error(confidence, correct), abs=1e-5)
+    bins = student["reliability"]
+    assert np.dot(bins["counts"], bins["confidence"]) / len(correct) == pytest.approx(confidence.mean(), abs=1e-5)
+    for name, values in (("nll", plain["nll"]), ("brier", plain["brier"]), ("accuracy", correct)):
+        interval = bootstrap_interval(values, groups=plain["sequence"])
+        assert student["intervals"][name] == pytest.approx(interval, abs=1e-4)
+        assert interval[0] <= student[name] <= interval[1]
+
+
+def test_against_the_models_own_logits(result, teacher_folder, store_folder):
+    plain = plainly(teacher_folder, store_folder)
+    assert result["positions"] == len(plain["nll"])
+    student = result["student"]
+    check_student_figures(student, plain)
+    ids = np.concatenate(
+        [
+            batch["input_ids"][batch["is_target"]]
+            for batch in KnowledgeStore.open(store_folder).batches("heldout", batch_size=1, shuffle=False)
+        ]
+    )
+    assert student["full_ece"] == pytest.approx(full_vocabulary_calibration_error(plain["full"], ids), abs=1e-5)
+    ece = bootstrap_calibration_error(plain["confidence"], plain["correct"], 15, groups=plain["sequence"])
+    assert student["intervals"]["ece_15"] == pytest.approx(ece, abs=1e-4)
+
+
+def test_sums_over_sequences_give_the_figures_again(result):
+    """What the report compares two models by."""
+    sums, student = result["per_sequence"], result["student"]
+    targets = sum(sums["targets"])
+    assert targets == result["positions"] and len(sums["targets"]) == result["sequences"]
+    for name in ("nll", "brier", "accuracy", "kl_lower_bound", "top_1_agreement"):
+        assert sum(sums[name]) / targets == pytest.approx(student[name], rel=1e-4)
+    assert np.abs(np.sum(sums["gaps_15"], axis=0)).sum() / targets == pytest.approx(student["ece_15"], rel=1e-3)
+
+
+def calibration(folder: Path, model: Path, temperature: float, **changes) -> Path:
+    """A file as `teacher-dump calibrate` writes it for this model."""
+    figures = {"nll": 1.0, "ece_10": 0.1, "ece_15": 0.1, "brier": 0.5}
+    weights = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in model.glob("*.safetensors")}
+    fields = {
+        "method": "temperature",
+        "value": temperature,
+        "teacher": {"name": "tiny", "files": weights},
+        "tokenizer": {"vocabulary_sha256": json_sha256(AutoTokenizer.from_pretrained(model).get_vocab())},
+        "fitted_on": {},
+        "targets": 300,
+        "before": figures,
+        "after": figures,
+    }
+    path = folder / "calibration.json"
+    write_calibration(path, Calibration(**{**fields, **changes}))
+    return path
+
+
+def test_a_post_hoc_temperature(result, teacher_folder, store_folder, tmp_path):
+    path = calibration(tmp_path, teacher_folder, 2.5)
+    config = EvaluateConfig(str(teacher_folder), str(store_folder), "heldout", output=str(tmp_path / "e.json"))
+    found = evaluate(replace(config, post_hoc_temperature=str(path)))
+    assert found["post_hoc"]["temperature"] == 2.5 and found["post_hoc"]["file"] == str(path)
+    check_student_figures(found["post_hoc"]["student"], plainly(teacher_folder, store_folder, 2.5))
+    assert found["student"]["nll"] == pytest.approx(result["student"]["nll"], abs=1e-5)
+    assert found["post_hoc"]["student"]["accuracy"] == found["student"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {"name": "other", "files": {"model.safetensors": "00"}}}, "belongs to another teacher"),
+        ({"tokenizer": {"vocabulary_sha256": "00"}}, "belongs to another tokenizer"),
+        ({"method": "first", "value": 0.3}, "is a calibration of method first"),
+        ({"method": "bucket-temperature"}, "is a calibration of method bucket-temperature"),
+    ],
+)
+def test_calibrations_that_are_not_the_models(teacher_folder, store_folder, tmp_path, changes, message):
+    path = calibration(tmp_path, teacher_folder, 2.5, **changes)
+    config = EvaluateConfig(str(teacher_folder), str(store_folder), "heldout", post_hoc_temperature=str(path))
+    with pytest.raises(InputError, match=message):
+        evaluate(config)
+
+
+@pytest.fixture(scope="module")
+def draws_folder(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
+    """A store whose dump keeps draws and no candidates."""
+    folder = tmp_path_factory.mktemp("draws")
+    corpus = write_jsonl(folder / "corpus.jsonl", story_rows(4, start=30))
+    selection = {"selection": "random-sampling", "draws": 6}
+    dump(
+        DumpConfig(str(teacher_folder), (corpus,), folder / "store", "heldout", max_length=48, **selection),
+        teacher=loaded_teacher,
+    )
+    return folder / "store"
+
+
+def test_a_dump_without_candidates(teacher_folder, draws_folder, tmp_path):
+    """What needs candidates is left out; the rest is there."""
+    path = tmp_path / "e.json"
+    found = evaluate(EvaluateConfig(str(teacher_folder), str(draws_folder), output=str(path)))
+    check_student_figures(found["student"], plainly(teacher_folder, draws_folder))
+    assert set(found["teacher"]) == {"nll"}
+    assert found["teacher"]["nll"] == pytest.approx(found["student"]["nll"], abs=0.05)
+    text = path.read_text()
+    assert not any(name in text for name in ("kl_lower_bound", "top_1_agreement", "coverage", "NaN"))
+
+
+@pytest.fixture(scope="module")
+def top_p_folder(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
+    """A store whose positions have different numbers of candidates."""
+    folder = tmp_path_factory.mktemp("top-p")
+    corpus = write_jsonl(folder / "corpus.jsonl", story_rows(4, start=30))
+    selection = {"selection": "top-p", "top_p": 0.5, "max_k": 30}
+    dump(
+        DumpConfig(str(teacher_folder), (corpus,), folder / "store", "heldout", max_length=48, **selection),
+        teacher=loaded_teacher,
+    )
+    return folder / "store"
+
+
+def test_coverage_of_uneven_candidates(teacher_folder, top_p_folder, tmp_path):
+    found = evaluate(EvaluateConfig(str(teacher_folder), str(top_p_folder), batch_size=1, output=str(tmp_path / "e.json")))
+    means = found["coverage"]["mean_by_rank"]
+    assert len(means) == 30 and all(np.diff(means) >= 0) and 0.4 < means[-1] <= 1
+    assert found["student"]["kl_lower_bound"] < 0.01
 
 
 def test_the_teacher_agrees_with_what_was_kept_of_it(result):
@@ -100,7 +213,7 @@ def test_coverage_comes_from_the_store(result, store_folder):
     for batch in store.batches("heldout", batch_size=4, shuffle=False):
         masses.extend(1 - np.exp(batch["tail_logprob"][batch["is_target"]].astype(np.float64)))
     coverage = result["coverage"]
-    assert len(coverage["mean_by_rank"]) == store.manifest("heldout").top_k
+    assert len(coverage["mean_by_rank"]) == store.manifest("heldout").rule.candidates
     assert coverage["mean_by_rank"][-1] == pytest.approx(np.mean(masses), abs=1e-5)
     assert sum(coverage["histogram"]["counts"]) == len(masses)
 
@@ -119,6 +232,13 @@ def test_limit_takes_sequences_from_all_over(teacher_folder, store_folder, tmp_p
         ({"batch_size": 0}, "--batch-size"),
         ({"model": "/no/such/model"}, "no model folder"),
         ({"gguf_file": "absent.gguf"}, "no file absent.gguf"),
+        ({"store": None, "dump": None}, "give either --store, .* or --questions"),
+        ({"questions": "q.jsonl"}, "give either --store, .* or --questions"),
+        ({"store": None, "questions": "q.jsonl"}, "--dump names a dump of --store"),
+        ({"answer_as": "text"}, "--answer-as says how --questions are answered"),
+        ({"post_hoc_temperature": "q.jsonl"}, "of a file of questions serves --questions"),
+        ({"post_hoc_temperature": "absent.json"}, "there is no calibration file"),
+        ({"output": "."}, "is a folder: name a file"),
     ],
 )
 def test_bad_input(teacher_folder, store_folder, changed, message):

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from knowledge_store.errors import InputError
+from student_train.comparison import comparable, differences
+from student_train.metrics import calibration_gaps, describe_answers, expected_calibration_error, group_sizes, group_sums
 from student_train.report import write_report
 
 DUMP = {
@@ -20,6 +22,7 @@ DUMP = {
     "store": "store",
     "teacher": "a <teacher> & friends",
     "vocabulary_size": 512,
+    "selection": "top-k 5 + 4 tail draws",
     "top_k": 5,
     "quantisation_step": 0.125,
     "sequences": 9,
@@ -30,22 +33,36 @@ DUMP = {
 CONFIG = {"loss": "forward-kl", "ce_weight": 0.2, "temperature": 1.0, "first_c": 0.28, "seed": 0, "dump": None}
 
 
-def side(nll: float) -> dict:
-    bins = np.linspace(0.03, 0.97, 15)
-    reliability = {"counts": [10] * 15, "confidence": bins.tolist(), "accuracy": (bins * 0.9).tolist()}
-    return {"nll": nll, "accuracy": 0.4, "ece_10": 0.02, "ece_15": 0.0213, "reliability": reliability}
+def answers_of(seed: int, boast: float = 0.0, count: int = 400) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Confidence, correct and scores of a model that is surer than it should be by `boast`, on one and the same questions."""
+    easy = np.random.default_rng(0).uniform(0.3, 0.9, count)
+    correct = np.random.default_rng(1).uniform(size=count) < easy
+    confidence = np.clip(easy + boast + np.random.default_rng(seed).normal(0, 0.01, count), 0.01, 0.99)
+    right = np.where(correct, confidence, 1 - confidence)
+    return confidence, correct, {"nll": -np.log(right), "brier": 2 * (1 - right) ** 2}
 
 
-def evaluation(nll: float, kl: float) -> dict:
+def evaluation(nll: float, kl: float, boast: float = 0.0) -> dict:
+    """A result on a dump, with a held-out loss and a divergence of exactly these means."""
+    confidence, correct, scores = answers_of(3, boast)
+    sequence = np.repeat(np.arange(20), 20)
+    spread = np.random.default_rng(2).normal(0, 0.2, 400)
+    scores |= {"nll": nll + spread - spread.mean(), "kl_lower_bound": np.full(400, kl), "top_1_agreement": np.arange(400) < 244}
+    sums = {name: group_sums(values, sequence).tolist() for name, values in {**scores, "accuracy": correct}.items()}
     return {
         "model": "model",
         "parameters": 1234,
         "dump": DUMP,
         "positions": 4000,
-        "sequences": 9,
+        "sequences": 20,
         "seconds": 3.5,
-        "student": {**side(nll), "kl_lower_bound": kl, "top_1_agreement": 0.61},
-        "teacher": side(2.0),
+        "student": {**describe_answers(confidence, correct, scores, sequence), "full_ece": 0.1234},
+        "teacher": describe_answers(confidence, correct, {"nll": scores["nll"]}, sequence),
+        "per_sequence": {
+            "targets": group_sizes(400, sequence).tolist(),
+            **sums,
+            "gaps_15": calibration_gaps(confidence, correct, 15, groups=sequence).tolist(),
+        },
         "coverage": {
             "mean_by_rank": [0.3, 0.4, 0.5, 0.55, 0.62],
             "histogram": {"edges": np.linspace(0, 1, 21).tolist(), "counts": [200] * 20},
@@ -54,7 +71,48 @@ def evaluation(nll: float, kl: float) -> dict:
     }
 
 
-def write_run(folder: Path, *, run: bool = True, history: bool = True, measured: tuple[float, float] | None = None) -> Path:
+def confidence_of(seed: int, boast: float, **more: float) -> dict:
+    confidence, correct, scores = answers_of(seed, boast)
+    kept = {"confidence": confidence, "correct": correct.astype(int), **scores}
+    kept = {name: values.tolist() for name, values in kept.items()}
+    return {"questions": 400, **describe_answers(confidence, correct, scores), "answers": kept, **more}
+
+
+def answered(boast: float, temperature: float | None = 1.8, clashing: int = 0, **changes: object) -> dict:
+    """A result on questions."""
+    names = ("sequence",) if clashing == 400 else ("first_token", "options", "sequence")
+    result = {
+        "model": "model",
+        "parameters": 1234,
+        "questions": {
+            "name": "exam",
+            "file": "exam.jsonl",
+            "answer_as": "text" if clashing else "letter",
+            "count": 400,
+            "options": [4, 5],
+            "shared_first_token": clashing,
+            "sha256": "00",
+            **changes,
+        },
+        "headline": "sequence" if clashing else "first_token",
+        "seconds": 12.0,
+        **{name: confidence_of(4, boast) for name in names},
+        "versions": {"python": "3.11"},
+    }
+    if temperature:
+        scaled = {name: confidence_of(4, boast / 4, temperature=temperature) for name in names}
+        result["post_hoc"] = {"file": "other.jsonl", "questions": 90, **scaled}
+    return result
+
+
+def write_run(
+    folder: Path,
+    *,
+    run: bool = True,
+    history: bool = True,
+    measured: tuple[float, float] | None = None,
+    exam: dict | None = None,
+) -> Path:
     folder.mkdir(parents=True)
     if run:
         record = {
@@ -73,9 +131,11 @@ def write_run(folder: Path, *, run: bool = True, history: bool = True, measured:
         ]
         entries.append({"step": 5, "loss": 0.5, "seconds": 5})
         (folder / "history.json").write_text(json.dumps({"finished": True, "seconds": 83.0, "entries": entries}))
+    (folder / "evaluations").mkdir()
     if measured:
-        (folder / "evaluations").mkdir()
         (folder / "evaluations" / "heldout.json").write_text(json.dumps(evaluation(*measured)))
+    if exam:
+        (folder / "evaluations" / "exam.json").write_text(json.dumps(exam))
     return folder
 
 
@@ -90,15 +150,126 @@ def test_a_full_page(tmp_path):
         write_run(tmp_path / "distilled", measured=(3.1, 0.5)),
     )
     assert text.count("<svg") == 3 + 1 + 1  # reliability of two students and the teacher, coverage, curves
-    assert re.findall(r'<td class="best">([^<]*)</td>', text)[:2] == ["61.0%", "40.0%"]  # ties are both marked
-    assert '<td class="best">3.100</td>' in text and '<td class="best">0.500</td>' in text
-    assert "lower bound" in text and "1 min 23 s" in text and "62.0%" in text
+    best = re.findall(r'<td class="best">([^<]*)<', text)
+    assert best[:2] == ["61.0%", f"{evaluation(3.2, 0.8)['student']['accuracy']:.1%}"]  # ties are both marked
+    assert "3.100" in best and "0.500" in best and "3.200" not in best
+    assert "lower bound" in text and "1 min 23 s" in text and "62.0%" in text and "12.34%" in text
     assert "a &lt;teacher&gt; &amp; friends" in text and "<teacher>" not in text
     assert "4,200" in text and "14.3 bytes a position" in text and "python 3.11" in text
 
 
+def cells(text: str, heading: str) -> dict[str, list[str]]:
+    """Of the first table after a heading: the text of each row's cells, by the row's name; "" for the head."""
+    table = text[text.index(heading) :]
+    table = table[: table.index("</table>")]
+    rows = re.findall(r"<tr.*?>(.*?)</tr>", table, re.DOTALL)
+    plain = [[re.sub("<[^>]*>", " ", cell).split() for cell in re.split(r"<t[hd][^>]*>", row)[1:]] for row in rows]
+    return {" ".join(row[0]): [" ".join(cell) for cell in row[1:]] for row in plain}
+
+
+def test_what_a_run_cost(tmp_path):
+    text = page(tmp_path, write_run(tmp_path / "distilled", measured=(3.1, 0.5)), write_run(tmp_path / "bare", history=False))
+    costs = cells(text, "What it cost")
+    dense = f"{4000 * 512 * 4 / 60_000:,.0f}×"
+    assert costs["distilled forward-kl, 0.2 cross-entropy"] == [
+        "train top-k 5 + 4 tail draws",
+        "14.3",
+        "0.06 MB",
+        dense,
+        "1,234",
+        "1 min 23 s",
+    ]
+    assert costs["bare forward-kl, 0.2 cross-entropy"][-1] == "–"
+
+
+def test_differences_are_paired(tmp_path):
+    """The held-out losses of the two spread far more than they differ; on the same sequences, they differ exactly."""
+    first, other = write_run(tmp_path / "one", measured=(3.2, 0.8)), write_run(tmp_path / "two", measured=(3.15, 0.8))
+    text = page(tmp_path, first, other)
+    found = cells(text, "more than chance")
+    assert list(found) == ["against one", "two"]
+    assert found["two"][0] == "−0.050 −0.050 to −0.050"
+    assert found["two"][1] == "+0.000 +0.000 to +0.000"
+    assert '<td class="better">−0.050' in text and '<td class="worse"' not in text
+
+
+def test_questions(tmp_path):
+    text = page(
+        tmp_path,
+        write_run(tmp_path / "boastful", exam=answered(0.3)),
+        write_run(tmp_path / "honest", exam=answered(0.0, None)),
+    )
+    assert text.count("<svg") == 2 * 3 + 1  # two confidences, three sides each; curves
+    table = cells(text, "Questions: exam")
+    assert list(table)[1:5] == [
+        "First token: the full-vocabulary probability of the option's first token",
+        "boastful",
+        "boastful at T = 1.8",
+        "honest",
+    ]
+    assert "Whole sequence" not in text and "A letter is one token" in text
+    assert "400 questions of 4 and 5 options, answered by letter" in text
+    # Against the first run as it is, and against it at its temperature: the control.
+    plain, control = (
+        cells(table, "<table") for table in re.findall(r'<table class="differences">.*?</table>', text, re.DOTALL)
+    )
+    assert list(plain) == ["against boastful", "boastful at T = 1.8", "honest"]
+    assert list(control) == ["against boastful at T = 1.8", "boastful", "honest"]
+    _, correct, scores = answers_of(4, 0.3)
+    _, _, honest = answers_of(4, 0.0)
+    gain = (honest["nll"] - scores["nll"]).mean()
+    assert plain["honest"][1].startswith(f"{gain:+.3f}".replace("-", "−"))
+    assert f"{correct.mean():.1%}" in table["honest"][0]
+
+
+def test_questions_whose_options_begin_alike(tmp_path):
+    some = page(tmp_path, write_run(tmp_path / "some", exam=answered(0.1, clashing=7)))
+    assert "The options of 7 questions share their first token" in some
+    assert some.index("Whole sequence") < some.index("First token:")
+    every = page(tmp_path, write_run(tmp_path / "every", exam=answered(0.1, clashing=400)))
+    assert "Whole sequence" in every and "First token:" not in every
+
+
+def test_results_that_cannot_be_compared_are_not(tmp_path):
+    exams = [answered(0.1, None), answered(0.2, None, sha256="11")]
+    folders = [write_run(tmp_path / f"run-{index}", exam=exam) for index, exam in enumerate(exams)]
+    text = page(tmp_path, *folders)
+    assert "do not compare them" in text and "more than chance" not in text
+    assert not comparable(exams[0], exams[1]) and not comparable(exams[0], evaluation(3, 1))
+    assert comparable(evaluation(3, 1), evaluation(4, 2))
+
+
+def test_a_dump_without_candidates(tmp_path):
+    folder = write_run(tmp_path / "one", measured=(3.2, 0.8))
+    path = folder / "evaluations" / "heldout.json"
+    result = json.loads(path.read_text())
+    del result["coverage"]
+    for name in ("kl_lower_bound", "top_1_agreement"):
+        del result["student"][name], result["per_sequence"][name]
+    result["teacher"] = {"nll": 2.0}
+    path.write_text(json.dumps(result))
+    text = page(tmp_path, folder)
+    assert text.count("<svg") == 1 + 1  # one student, curves
+    assert "Agreement" not in cells(text, "On held-out text")[""] and "What the store kept" not in text
+
+
+@pytest.mark.parametrize("boast", [0.0, 0.2])
+def test_differences_on_questions_and_on_sequences(boast):
+    one, other = confidence_of(5, boast)["answers"], confidence_of(6, 0.0)["answers"]
+    found = differences(one, other)
+    gap = expected_calibration_error(*answers_of(5, boast)[:2], 10) - expected_calibration_error(*answers_of(6)[:2], 10)
+    assert found["ece_10"].value == pytest.approx(gap)
+    assert found["nll"].value == pytest.approx(np.mean(one["nll"]) - np.mean(other["nll"]))
+    assert found["accuracy"].value == 0 and not found["accuracy"].clear
+    assert found["ece_15"].clear == (boast > 0)
+    found = differences(evaluation(3, 1, boast)["per_sequence"], evaluation(3, 1)["per_sequence"])
+    mine, theirs = (expected_calibration_error(*answers_of(3, each)[:2]) for each in (boast, 0.0))
+    assert found["ece_15"].value == pytest.approx(mine - theirs)
+    assert found["ece_15"].low <= found["ece_15"].value <= found["ece_15"].high
+
+
 def test_it_is_self_contained_and_its_pictures_are_well_formed(tmp_path):
-    text = page(tmp_path, write_run(tmp_path / "one", measured=(3.2, 0.8)))
+    text = page(tmp_path, write_run(tmp_path / "one", measured=(3.2, 0.8), exam=answered(0.2)))
     assert "<script" not in text and "<link" not in text and "@import" not in text
     assert not re.search(r'(?:src|href)="(?!#)', text)
     assert not re.search(r"url\((?!#)", text)
@@ -109,7 +280,7 @@ def test_it_is_self_contained_and_its_pictures_are_well_formed(tmp_path):
         own = re.findall(r' id="([^"]*)"', picture)
         assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', picture)) <= set(own)
         names += own
-        assert not re.search(r"#0[1-5]0[0-9a-f]{3}", picture)  # every stand-in colour became a variable
+        assert not re.search(r"#0[1-7]0[0-9a-f]{3}", picture)  # every stand-in colour became a variable
     assert len(names) == len(set(names))
 
 
@@ -126,7 +297,7 @@ def test_missing_pieces_are_named(tmp_path):
     )
     assert "Not evaluated: <b>unmeasured</b>" in text
     assert "No curve for <b>base</b>" in text
-    assert "no training run here" in text
+    assert "no training run here" not in text and "What it cost" in text
     bare = page(tmp_path, write_run(tmp_path / "bare", history=False))
     assert "None of these folders has a history" in bare
 
@@ -149,6 +320,10 @@ def test_bad_input(tmp_path):
         write_report([folder], tmp_path)
     (folder / "run.json").write_text("{")
     with pytest.raises(InputError, match=r"run\.json cannot be read"):
+        write_report([folder], tmp_path / "report.html")
+    (folder / "run.json").unlink()
+    (folder / "evaluations" / "notes.json").write_text("{}")
+    with pytest.raises(InputError, match=r"notes\.json is no result of"):
         write_report([folder], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import typer
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, write_jsonl
 from typer.testing import CliRunner
 
 import student_train
@@ -25,10 +25,10 @@ def invoke(*arguments: object):
 
 
 def test_the_commands():
-    assert list(COMMANDS) == ["init", "run", "evaluate", "report"]
+    assert list(COMMANDS) == ["init", "run", "calibrate", "evaluate", "report"]
 
 
-@pytest.mark.parametrize("name", ["init", "run", "evaluate", "report"])
+@pytest.mark.parametrize("name", ["init", "run", "calibrate", "evaluate", "report"])
 def test_help_has_an_example_and_explains_every_option(name):
     text = invoke(name, "--help").stdout
     assert f"student-train {name} " in text
@@ -79,6 +79,14 @@ def test_from_a_teacher_to_a_page(teacher_folder, store_folder, tmp_path, monkey
         assert measured.exit_code == 0, measured.stderr
         assert "lower bound" in measured.stdout and "teacher" in measured.stdout
     assert json.loads((tmp_path / "runs/one/evaluations/heldout.json").read_text())["dump"]["name"] == "heldout"
+    for name, rows in (("exam", range(9)), ("other", range(9, 20))):
+        questions = [{"question": f"What is {n}?", "options": ["a ship", "the sea"], "answer": "AB"[n % 2]} for n in rows]
+        write_jsonl(tmp_path / f"{name}.jsonl", questions)
+    for model in ("student", "runs/one"):
+        asked = invoke("evaluate", model, "--questions", "exam.jsonl", "--post-hoc-temperature", "other.jsonl")
+        assert asked.exit_code == 0, asked.stderr
+        assert "9 questions of exam" in asked.stdout and "over the options" in asked.stdout and "post-hoc" in asked.stdout
+        assert f"Written to {model}/evaluations/exam.json" in asked.stderr
     page = invoke("report", "student", "runs/one", "--output", "pages/report.html")
     assert page.exit_code == 0, page.stderr
     assert page.stdout == "pages/report.html\n"
@@ -108,6 +116,8 @@ def test_interrupt_says_how_to_go_on(teacher_folder, store_folder, tmp_path, mon
         (["run", "--store", "/absent", "--student", ".", "--output", "x"], "there is no store at /absent"),
         (["run", "--store", ".", "--student", ".", "--output", "x"], "not a knowledge store"),
         (["evaluate", "/absent", "--store", "/absent"], "there is no store at /absent"),
+        (["evaluate", "/absent"], "give either --store"),
+        (["evaluate", "/absent", "--questions", "/absent.jsonl"], "there is no file /absent.jsonl"),
         (["report", "/absent"], "there is no run at /absent"),
     ],
 )

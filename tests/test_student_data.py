@@ -29,7 +29,7 @@ def ids_of(batches) -> list[tuple[int, ...]]:
 def test_tensors_and_labels(store):
     batch = next(iter(DistillationDataset(store, "train", batch_size=4)))
     rows, length = batch["input_ids"].shape
-    assert batch["candidate_ids"].shape == (rows, length, store.manifest("train").top_k)
+    assert batch["candidate_ids"].shape == (rows, length, store.manifest("train").rule.candidates)
     assert batch["attention_mask"].dtype == batch["labels"].dtype == torch.int64
     assert torch.equal(batch["labels"] != -100, batch["is_target"])
     assert torch.equal(batch["labels"][batch["is_target"]], batch["input_ids"][batch["is_target"]])

@@ -289,7 +289,7 @@ def test_a_loss_without_its_knowledge_is_refused(settings, monkeypatch, tmp_path
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"loss": "nonsense"}, "there is no loss 'nonsense': choose one of forward-kl, ce"),
+        ({"loss": "nonsense"}, "there is no loss 'nonsense': choose one of forward-kl, reverse-kl"),
         ({"ce_weight": 1.5}, "--ce-weight"),
         ({"temperature": 0.0}, "--temperature"),
         ({"temperature": 2.0, "loss": "first"}, "the loss first takes no --temperature"),
