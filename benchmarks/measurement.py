@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +41,8 @@ def keep(name: str, figures: dict[str, Any]) -> None:
     """
     words = [Path(sys.argv[0]).name, *(Path(word).name if "/" in word else word for word in sys.argv[1:])]
     record = {"command": f"python benchmarks/{' '.join(words)}", "machine": machine(), "figures": figures}
-    text = json.dumps(record, indent=1)
+    # A list of plain values on one line: an interval is read at a glance.
+    text = re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1))
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(text + "\n")

@@ -1,6 +1,6 @@
 """Bytes on disk for each position of a dump: every file of the store but the index, and each column.
 
-    python benchmarks/size.py STORE --dump NAME
+python benchmarks/size.py STORE --dump NAME
 """
 
 from __future__ import annotations
