@@ -9,7 +9,7 @@ every step for its whole distribution. Three experiments:
 * `fine-tuned`: going on from a student that keeps three of the teacher's five layers and has learnt the text by cross-entropy.
 * `epochs`: from such a student before it has learnt anything, over a small part of the text many times. Draws come out of a
   store the same in each epoch; `fresh` methods draw anew at every step, which no store can.
-* `random`: from random weights, twice as long.
+* `random`: from random weights.
 
 and, on one student, the gradient of every loss against that of full distillation: the angle between them on a batch, and the
 variance over the draws. Finished runs are kept in the work folder, and skipped when it is called again.
@@ -217,7 +217,7 @@ class Laboratory:
         result.parent.mkdir(parents=True, exist_ok=True)
         model = self.student(experiment, seed, steps)
         began = time.monotonic()
-        self.train(model, experiment, method, seed, steps * (1 + (experiment == "random")))
+        self.train(model, experiment, method, seed, steps)
         figures = {"seconds": round(time.monotonic() - began, 1), **self.quality(model.eval())}
         result.write_text(json.dumps(figures))
         print(f"{experiment:<11} {name:<32} seed {seed}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)

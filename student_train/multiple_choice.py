@@ -70,12 +70,16 @@ class Scores:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A row of a forward pass: the tokens up to `start`, which ends a question's context, and an option's but its last."""
+    """A row of a forward pass: the tokens up to `start`, which ends a question's context, and an option's but its last.
+
+    A question's first row serves its options of one token too: they need the context alone.
+    """
 
     question: int
-    option: int | None  # None: all options are one token, and this row serves them all
+    options: tuple[int, ...]
     tokens: tuple[int, ...]
     start: int
+    is_first: bool
 
 
 def score(
@@ -92,7 +96,7 @@ def score(
     Args:
         model: a causal language model.
         questions: at least one.
-        batch_size: prompts in a forward pass: one for a question of single-token options, else one for each option.
+        batch_size: prompts in a forward pass: one for a question of single-token options, else one for each longer option.
         temperatures: at which log-sum-exps over the vocabulary are taken.
         keep_logits: whether to keep all logits at the first token.
         title: of the progress bar.
@@ -111,22 +115,20 @@ def score(
             total = torch.logsumexp(logits, dim=-1)
             for each, place in zip(batch, places, strict=True):
                 question = questions[each.question]
-                if each.option is None or each.option == 0:
-                    chosen = logits[place, list(question.first_tokens)].cpu().double().numpy()
-                    first[each.question, : len(chosen)] = chosen
+                if each.is_first:
+                    chosen = logits[place, list(question.first_tokens)]
+                    first[each.question, : len(chosen)] = chosen.cpu().double().numpy()
                     for temperature in temperatures:
                         totals[temperature][each.question] = torch.logsumexp(logits[place] / temperature, dim=-1).item()
                     if keep_logits:
                         if kept is None:
                             kept = logits.new_empty(len(questions), logits.shape[-1])
                         kept[each.question] = logits[place]
-                if each.option is None:
-                    sequence[each.question, : len(chosen)] = chosen - total[place].item()
-                else:
-                    tokens = question.completions[each.option]
+                for option in each.options:
+                    tokens = question.completions[option]
                     rows = torch.arange(place, place + len(tokens), device=logits.device)
                     likelihood = logits[rows, list(tokens)] - total[rows]
-                    sequence[each.question, each.option] = likelihood.cpu().double().sum().item()
+                    sequence[each.question, option] = likelihood.cpu().double().sum().item()
                 advance(1 / parts[each.question])
     return Scores(
         answers=np.array([question.answer for question in questions]),
@@ -141,14 +143,13 @@ def score(
 def _prompts(questions: Sequence[TokenisedQuestion]) -> list[_Prompt]:
     prompts = []
     for index, question in enumerate(questions):
-        start = len(question.context)
-        if question.single_tokens:
-            prompts.append(_Prompt(index, None, question.context, start))
-        else:
-            prompts += [
-                _Prompt(index, option, (*question.context, *tokens[:-1]), start)
-                for option, tokens in enumerate(question.completions)
-            ]
+        context, completions = question.context, question.completions
+        single = tuple(option for option, tokens in enumerate(completions) if len(tokens) == 1)
+        served = [(option,) for option, tokens in enumerate(completions) if len(tokens) > 1] or [()]
+        for row, longer in enumerate(served):
+            more = completions[longer[0]][:-1] if longer else ()
+            options = longer if row else (*longer, *single)
+            prompts.append(_Prompt(index, options, (*context, *more), len(context), is_first=not row))
     return prompts
 
 

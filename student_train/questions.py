@@ -74,11 +74,6 @@ class TokenisedQuestion:
         """Whether the first token alone tells the options apart."""
         return len(set(self.first_tokens)) == len(self.completions)
 
-    @property
-    def single_tokens(self) -> bool:
-        """Whether the options are one token each, no two alike: the first token is then all there is to them."""
-        return self.told_apart and all(len(completion) == 1 for completion in self.completions)
-
 
 def read_questions(path: str | Path, answer_as: str = "letter") -> list[Question]:
     """The questions of a JSON Lines file, all checked.
