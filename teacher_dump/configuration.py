@@ -54,7 +54,7 @@ class DumpConfig:
     name: str | None = None
     selection: str = "top-k"
     top_k: int = 5
-    tail_draws: int = 0
+    tail_draws: int = 4
     top_p: float = 0.95
     max_k: int = 32
     draws: int = 50
