@@ -22,8 +22,8 @@ from teacher_dump import DumpConfig, dump
 FIXTURES = Path(__file__).parent / "fixtures"
 
 SELECTIONS = {
-    "plain": {"top_k": 5},
-    "drawn": {"top_k": 5, "tail_draws": 4},
+    "plain": {"top_k": 5, "tail_draws": 0},
+    "drawn": {"top_k": 5},
     "nucleus": {"selection": "top-p", "top_p": 0.6, "max_k": 12, "tail_draws": 2},
     "sampled": {"selection": "random-sampling", "draws": 9},
 }
