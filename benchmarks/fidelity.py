@@ -22,7 +22,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,10 @@ REDRAWS = 24
 SELECTIONS = {
     **{f"top-5-{m}": Selection("top-k", 5, m) for m in (1, 2, 4, 8)},
     **{f"rs-{n}": Selection("random-sampling", 0, n) for n in (6, 22)},
+    "top-9": Selection("top-k", 9),
 }
+# Only drawn anew from the teacher, to see how the gradient varies with the number of ids; never dumped.
+ONLY_REDRAWN = {f"rs-{n}": Selection("random-sampling", 0, n) for n in (60, 120)}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ METHODS = {
     "FIRST, not re-calibrated": Method("conditional-kl"),
     "naive top-5": Method("top-k-renormalised"),
     "top-5 + bucket": Method("forward-kl", options=(("tail", "bucket"),)),
+    "top-9 + bucket": Method("forward-kl", "top-9", (("tail", "bucket"),)),  # as many ids as top-5 + 4 draws at most
     "top-5 + residual to gold": Method("residual-to-gold"),
     "random sampling, 6 draws": Method("forward-kl", "rs-6"),
     "random sampling, 22 draws": Method("forward-kl", "rs-22"),
@@ -163,6 +167,13 @@ class Laboratory:
             draw_weights=(found["tail_logprob"].exp()[:, None] * share).float(),
         )
 
+    def ids(self, batch: dict[str, Tensor], selection: Selection) -> float:
+        """Different tokens kept at a position, on average, when drawn anew."""
+        _, targets = select_targets(torch.empty(*batch["input_ids"].shape, self.teacher.config.vocab_size), batch)
+        weights = self.redrawn(batch, targets, selection, 0).draw_weights
+        assert weights is not None
+        return selection.candidates + float(torch.count_nonzero(weights, dim=1).double().mean())
+
     def loss(self, method: Method, model: LlamaForCausalLM, batch: dict[str, Tensor], key: int = 0) -> Tensor:
         """The mean loss of a batch, in nats per target."""
         logits, targets = select_targets(logits_of(model, batch), batch)
@@ -170,7 +181,7 @@ class Laboratory:
             q = torch.log_softmax(self.teacher_logits(batch), dim=-1)
             return (q.exp() * (q - torch.log_softmax(logits, dim=-1))).sum(dim=-1).mean()
         if method.fresh:
-            targets = self.redrawn(batch, targets, SELECTIONS[method.selection], key)
+            targets = self.redrawn(batch, targets, {**SELECTIONS, **ONLY_REDRAWN}[method.selection], key)
         return LOSSES[method.loss].function(logits, targets, **dict(method.options)).mean()
 
     def quality(self, model: LlamaForCausalLM) -> dict[str, float]:
@@ -219,7 +230,7 @@ class Laboratory:
         began = time.monotonic()
         self.train(model, experiment, method, seed, steps)
         figures = {"seconds": round(time.monotonic() - began, 1), **self.quality(model.eval())}
-        result.write_text(json.dumps(figures))
+        write_atomically(result, figures)
         print(f"{experiment:<11} {name:<32} seed {seed}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
         return figures
 
@@ -237,21 +248,23 @@ class Laboratory:
             return torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
 
         others = {f"loss {name}": Method(name) for name in LOSSES if name not in ("ce", "forward-kl")}
+        others |= {f"random sampling, {n} draws": Method("forward-kl", f"rs-{n}", fresh=True) for n in (60, 120)}
         found: dict[str, Any] = {}
         for name, method in {**METHODS, **others}.items():
             angles, variances, stored = [], [], []
-            for batch, reference in zip(self.take(method.selection, batches), self.take("top-5-1", batches), strict=True):
+            dumped = method.selection if method.selection in SELECTIONS else "top-5-1"
+            for key, (batch, reference) in enumerate(
+                zip(self.take(dumped, batches), self.take("top-5-1", batches), strict=True)
+            ):
                 full = gradient(METHODS["full"], reference)
-                cosine = float(torch.cosine_similarity(gradient(method, batch), full, dim=0))
+                cosine = float(torch.cosine_similarity(gradient(method, batch, REDRAWS + key), full, dim=0))
                 angles.append(math.degrees(math.acos(min(cosine, 1.0))))
-                if dict(method.options).get("tail") == "draws" or method.selection.startswith("rs"):
-                    fresh = Method(method.loss, method.selection, method.options, fresh=True)
-                    drawn = torch.stack([gradient(fresh, batch, 1 + key) for key in range(REDRAWS)])
+                selection = {**SELECTIONS, **ONLY_REDRAWN}[method.selection]
+                if method.loss == "forward-kl" and dict(method.options).get("tail") != "bucket":
+                    fresh = replace(method, fresh=True)
+                    drawn = torch.stack([gradient(fresh, batch, key) for key in range(REDRAWS)])
                     variances.append(float(drawn.var(dim=0).sum() / full.square().sum()))
-                    chosen = select_targets(torch.empty(*batch["input_ids"].shape, 512), batch)[1]
-                    assert chosen.draw_weights is not None
-                    drawn_ids = torch.count_nonzero(chosen.draw_weights, dim=1).double().mean()
-                    stored.append(float(drawn_ids) + chosen.candidate_ids.shape[1])
+                    stored.append(self.ids(batch, selection))
             found[name] = {
                 "angle": float(np.mean(angles)),
                 "angle_spread": float(np.std(angles)),
@@ -259,13 +272,19 @@ class Laboratory:
                 "ids": float(np.mean(stored)) if stored else None,
             }
             print(f"gradient    {name:<32} {found[name]}", flush=True)
-        result.write_text(json.dumps(found))
+        write_atomically(result, found)
         return found
 
     def take(self, dump_name: str, count: int) -> list[dict[str, Tensor]]:
         """The first batches of a dump, in the order of seed 0."""
         stream = self.batches(dump_name, 0)
         return [next(stream) for _ in range(count)]
+
+
+def write_atomically(path: Path, value: dict[str, Any]) -> None:
+    """JSON that is all there or not there."""
+    path.with_suffix(".part").write_text(json.dumps(value))
+    path.with_suffix(".part").replace(path)
 
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:

@@ -153,8 +153,8 @@ def read_calibration(path: Path) -> Calibration:
     """
     if not path.is_file():
         raise InputError(f"there is no calibration file {path}")
-    record = read_record(path)
-    if record.get("format") != FORMAT:
+    # Other files, such as a corpus, are not damaged: they are something else.
+    if FORMAT.encode() not in path.read_bytes() or (record := read_record(path)).get("format") != FORMAT:
         raise InputError(f"{path} is not a calibration: `teacher-dump calibrate` and `student-train calibrate` make them")
     version = record.get("version")
     if version != VERSION:

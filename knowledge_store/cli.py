@@ -7,6 +7,7 @@ import decimal
 import json
 import math
 import sys
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -269,14 +270,24 @@ def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
     for position, token in enumerate(knowledge["input_ids"]):
         row = [str(position), shown(token), "", ""]
         if knowledge["has_knowledge"][position]:
-            candidates = dict(zip(knowledge["candidate_ids"][position], knowledge["candidate_logprobs"][position], strict=True))
+            listed = zip(knowledge["candidate_ids"][position], knowledge["candidate_logprobs"][position], strict=True)
+            candidates = {candidate: logprob for candidate, logprob in listed if logprob > -math.inf}
             words = [f"{shown(candidate)} {math.exp(logprob):.0%}" for candidate, logprob in candidates.items()]
-            others = f"(others {math.exp(knowledge['tail_logprob'][position]):.0%})"
+            others = f"(others {math.exp(knowledge['tail_logprob'][position]):.0%}{_drawn(knowledge, position, shown)})"
             # Among the candidates it is normalised with them; elsewhere it is as it was kept.
             logprob = candidates.get(token, knowledge["token_logprob"][position])
             row[2:] = [f"{math.exp(logprob):.1%}", "  ".join([*words, others])]
         rows.append(row)
     _print_columns(["position", "token", "probability", "what the teacher expected"], rows)
+
+
+def _drawn(knowledge: dict[str, Any], position: int, shown: Callable[[int], str]) -> str:
+    """Which tokens were drawn from the tail, and how often each of them that came more than once."""
+    if "tail_ids" not in knowledge:
+        return ""
+    drawn = zip(knowledge["tail_ids"][position], knowledge["tail_counts"][position], strict=True)
+    words = [shown(token) + (f" ×{count}" if count > 1 else "") for token, count in drawn if count]
+    return f", drawn: {' '.join(words)}" if words else ""
 
 
 def main() -> None:

@@ -26,6 +26,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
+# To fit a temperature on.
+FEW_QUESTIONS = 200
+
 _LIBRARIES = {"torch", "transformers", "accelerate", "safetensors", "matplotlib"}
 
 GgufFile = Annotated[str | None, typer.Option("--gguf-file", help="Name of a GGUF file in the model's folder.")]
@@ -244,7 +247,8 @@ def evaluate(
         int | None, typer.Option(help="Only this many sequences or questions, spread evenly over them all.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--output", help="File to write; MODEL/evaluations/NAME.json unless given.")
+        Path | None,
+        typer.Option("--output", help="To write; else MODEL/evaluations/DUMP.json or QUESTIONS.letter.json."),
     ] = None,
     gguf_file: GgufFile = None,
 ) -> None:
@@ -275,7 +279,7 @@ def evaluate(
             _print_answers(result)
         else:
             output.print(_table(result))
-        path = output_path(config, result["questions" if questions else "dump"]["name"])
+        path = output_path(config, None if questions else result["dump"]["name"])
         if path:
             note(f"Written to {path}")
 
@@ -319,7 +323,7 @@ def _table(result: dict[str, Any]) -> Table:
     for label, name, form in rows:
         if name in sides["student"]:
             table.add_row(label, *(_with_interval(side, name, form) for side in sides.values()))
-    table.caption = "In brackets: 95% bootstrap interval over sequences"
+    table.caption = _CAPTION.format("sequences")
     return table
 
 
@@ -348,7 +352,7 @@ def _print_answers(result: dict[str, Any]) -> None:
             table.add_row("T", *(f"{sides[name]['temperature']:.3f}" for name in shown))
         for label, figure, form in rows:
             table.add_row(label, *(_with_interval(sides[name], figure, form) for name in shown))
-        table.caption = "In brackets: 95% bootstrap interval over questions"
+        table.caption = _CAPTION.format("questions")
         output.print(table)
     if asked["shared_first_token"]:
         note(
@@ -357,6 +361,15 @@ def _print_answers(result: dict[str, Any]) -> None:
         )
     if any(each.get("at_edge") for each in result.get("post_hoc", {}).values() if isinstance(each, dict)):
         note("A fitted temperature is at the edge of its range: the best one lies beyond, or there is none.")
+    fitted_on = result.get("post_hoc", {}).get("questions", FEW_QUESTIONS)
+    if fitted_on < FEW_QUESTIONS:
+        note(f"The temperature is fitted on {fitted_on:,} questions, which are few: use {FEW_QUESTIONS} or more.")
+
+
+_CAPTION = (
+    "In brackets: where 95 of 100 resamples of the {} lie (bootstrap). A calibration error comes out higher on a resample,"
+    " so it can lie below."
+)
 
 
 def _with_interval(side: dict[str, Any], name: str, form: str) -> str:

@@ -143,6 +143,24 @@ def check_config(config: TrainConfig) -> Loss:
     return loss
 
 
+_KNOWLEDGE = frozenset(
+    ("token_logprob", "candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts", "tail_logsumexp")
+)
+
+
+def unused_columns(config: TrainConfig, loss: Loss) -> frozenset[str]:
+    """Columns of the table `positions` that a run has no use for; none are known of a loss of whole batches."""
+    if loss.whole_batch:
+        return frozenset()
+    used = set(loss.columns)
+    tempered = config.calibration is not None and config.loss != "first"
+    if tempered:
+        used.add("tail_logsumexp")
+    elif loss.takes_draws and config.tail != "bucket" and config.temperature == 1:
+        used |= {"tail_ids", "tail_counts"}
+    return _KNOWLEDGE - used
+
+
 def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss: Loss) -> None:
     """Refuse a dump that does not hold what a loss needs.
 

@@ -8,7 +8,7 @@ is lost, repeated or reordered for any number of workers, and none is read twice
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -258,11 +258,18 @@ def _difference(token_id: int, kept: dict[int, str], own: dict[int, str]) -> str
     return f"token id {token_id} is {there(kept)} in the dump and {there(own)} in the student"
 
 
-def describe_dump(store: KnowledgeStore, dump: str) -> dict[str, Any]:
-    """The facts of a dump that a run or an evaluation keeps beside its results."""
+def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()) -> dict[str, Any]:
+    """The facts of a dump that a run or an evaluation keeps beside its results.
+
+    Args:
+        store: an open store.
+        dump: which dump.
+        unused: columns of the table `positions` that `bytes_read` leaves out; `bytes` is of everything but the vocabulary.
+    """
     manifest = store.manifest(dump)
     sequences = store.sequences(dump)
-    size = next(summary.bytes for summary in store.info() if summary.dump == dump)
+    summary = next(summary for summary in store.info() if summary.dump == dump)
+    left_out = sum(summary.column_bytes.get(f"positions.{column}", 0) for column in unused)
     return {
         "name": dump,
         "store": str(store.path),
@@ -274,5 +281,6 @@ def describe_dump(store: KnowledgeStore, dump: str) -> dict[str, Any]:
         "sequences": sequences.num_rows,
         "positions": int(np.sum(sequences["length"].to_numpy())),
         "targets": int(np.sum(sequences["targets"].to_numpy())),
-        "bytes": size,
+        "bytes": summary.bytes,
+        "bytes_read": summary.bytes - left_out,
     }

@@ -11,6 +11,7 @@ compare two models on the same ones is kept.
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from student_train.metrics import (
     brier_from_sums,
     calibration_gaps,
     describe_answers,
+    describe_scores,
     group_sizes,
     group_sums,
 )
@@ -57,8 +59,8 @@ class EvaluateConfig:
         dump: which dump; may be left out when the store has one.
         batch_size: sequences in one forward pass.
         limit: evaluate on this many sequences or questions, spread evenly over them all; None for all.
-        output: file to write; None for `MODEL/evaluations/NAME.json`, named after the dump or the file of questions
-            (nothing for a hub id).
+        output: file to write; None for `MODEL/evaluations/DUMP.json` or `MODEL/evaluations/QUESTIONS.letter.json` (nothing
+            for a hub id).
         gguf_file: name of a GGUF file in the model's folder.
         questions: a file of multiple-choice questions (see `read_questions`).
         answer_as: "letter" or "text", how questions are answered.
@@ -122,18 +124,32 @@ def _check(config: EvaluateConfig) -> None:
     check_answer_as(config.answer_as)
 
 
-def output_path(config: EvaluateConfig, name: str) -> Path | None:
-    """Where the result goes: `name` is that of the dump, or of the file of questions without its suffix."""
+def output_path(config: EvaluateConfig, dump: str | None = None) -> Path | None:
+    """Where the result goes: named after the dump, or after the file of questions and how they are answered."""
     if config.output:
         return Path(config.output)
     folder = Path(config.model)
+    name = f"{_questions_name(config)}.{config.answer_as}" if config.questions else dump
     return folder / "evaluations" / f"{name}.json" if folder.is_dir() else None
 
 
-def _checked_path(config: EvaluateConfig, name: str) -> Path | None:
-    path = output_path(config, name)
+def _questions_name(config: EvaluateConfig) -> str:
+    return Path(str(config.questions)).name.removesuffix(".jsonl")
+
+
+def _checked_path(config: EvaluateConfig, dump: str | None = None) -> Path | None:
+    """Raises InputError where a result cannot go, or would take the place of one of something else."""
+    path = output_path(config, dump)
     if path and path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
+    if path and not config.output and path.exists():
+        try:
+            former = json.loads(path.read_text(encoding="utf-8"))["config"]
+            source = former["questions"] or former["store"]
+        except (OSError, ValueError, TypeError, KeyError):
+            raise InputError(f"{path} is there and is no result of `student-train evaluate`: give --output") from None
+        if Path(source).resolve() != Path(str(config.questions or config.store)).resolve():
+            raise InputError(f"{path} holds the results on {source}: give --output for those on another")
     return path
 
 
@@ -152,10 +168,15 @@ def _given_temperature(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBas
             " the whole distribution, as `teacher-dump calibrate` fits it"
         )
     folder = Path(config.model)
-    if folder.is_dir():
+    vocabulary = {"vocabulary_sha256": json_sha256(tokenizer.get_vocab())}
+    if not folder.is_dir():
+        # The files of a hub's model are not at hand to be hashed.
+        if calibration.tokenizer.get("vocabulary_sha256") != vocabulary["vocabulary_sha256"]:
+            raise InputError(f"{config.post_hoc_temperature} was fitted with another tokenizer than that of {config.model}")
+    else:
         weights = [folder / config.gguf_file] if config.gguf_file else sorted(folder.glob("*.safetensors"))
         model = {"name": config.model, "files": {path.name: _sha256(path) for path in weights if path.is_file()}}
-        check_calibration(calibration, model, {"vocabulary_sha256": json_sha256(tokenizer.get_vocab())})
+        check_calibration(calibration, model, vocabulary)
     return calibration.temperature
 
 
@@ -179,8 +200,7 @@ def _evaluate_questions(config: EvaluateConfig) -> tuple[dict[str, Any], Path | 
         others = _others(read_questions(config.post_hoc_temperature, config.answer_as), questions, config)
     if config.limit is not None and config.limit < len(questions):
         questions = [questions[index] for index in np.linspace(0, len(questions) - 1, config.limit).round().astype(int)]
-    name = Path(config.questions).name.removesuffix(".jsonl")
-    path = _checked_path(config, name)
+    path = _checked_path(config)
     tokenizer = load_tokenizer(config.model, config.gguf_file)
     temperature = _given_temperature(config, tokenizer)
     model = load_model(config.model, config.gguf_file)
@@ -193,7 +213,7 @@ def _evaluate_questions(config: EvaluateConfig) -> tuple[dict[str, Any], Path | 
     result = {
         "parameters": model.num_parameters(),
         "questions": {
-            "name": name,
+            "name": _questions_name(config),
             "file": str(config.questions),
             "answer_as": config.answer_as,
             "count": len(questions),
@@ -346,7 +366,7 @@ def _stored(targets: Targets, candidates: int) -> dict[str, np.ndarray]:
 def _teacher(known: dict[str, np.ndarray], candidates: int) -> dict[str, Any]:
     scores = {"nll": known["teacher_nll"]}
     if not candidates:  # of a teacher that was only drawn from, nobody knows what it finds likeliest
-        return {"nll": float(np.mean(known["teacher_nll"], dtype=np.float64))}
+        return describe_scores(scores, known["sequence"])
     confidence = np.minimum(known["teacher_confidence"], 1.0)
     return describe_answers(confidence, known["teacher_choice"] == known["token"], scores, known["sequence"])
 

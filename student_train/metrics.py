@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+# Of what is resampled; fewer give an interval that claims to know too much.
+FEWEST_GROUPS = 10
 # Random numbers of the bootstrap held at a time.
 DRAWS = 4_000_000
 # Temperatures are looked for between 1/RANGE and RANGE.
@@ -232,7 +234,7 @@ def bootstrap_interval(
         level: share of the resampled means that lie inside.
 
     Returns:
-        The lower and the upper end; NaN twice for no values.
+        The lower and the upper end; NaN twice for fewer than `FEWEST_GROUPS` values or groups.
     """
     values = np.asarray(values, np.float64)
     if other is not None:
@@ -333,10 +335,11 @@ def bootstrap(
         resamples, seed, level: as in `bootstrap_interval`.
 
     Returns:
-        The lower and the upper end; NaN twice for no groups.
+        The lower and the upper end; NaN twice for fewer than `FEWEST_GROUPS` groups, whose resamples say little of how far
+        others would stray.
     """
     size = len(sums)
-    if not size:
+    if size < FEWEST_GROUPS:
         return math.nan, math.nan
     generator = np.random.default_rng(seed)
     found = []
@@ -356,6 +359,16 @@ def bootstrap(
 BINS = (10, 15)
 
 
+def describe_scores(scores: dict[str, np.ndarray], groups: np.ndarray | None = None) -> dict[str, Any]:
+    """The mean of each of some (N,) scores, and `intervals`, their 95% bootstrap intervals where these can be told."""
+    means = {name: float(np.mean(values, dtype=np.float64)) for name, values in scores.items()}
+    return {**means, "intervals": _told({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()})}
+
+
+def _told(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+    return {name: list(interval) for name, interval in intervals.items() if not math.isnan(interval[0])}
+
+
 def describe_answers(
     confidence: np.ndarray,
     correct: np.ndarray,
@@ -371,18 +384,17 @@ def describe_answers(
 
     Returns:
         The mean of each score; accuracy; ece_10 and ece_15 (bins of equal width); adaptive_ece (15 bins of equal counts);
-        `intervals`, the 95% bootstrap interval of each of these by its name; `reliability` of 15 bins.
+        `intervals`, the 95% bootstrap interval of each of these by its name, where it can be told; `reliability` of 15 bins.
     """
-    means = {**scores, "accuracy": np.asarray(correct, np.float64)}
-    found: dict[str, Any] = {name: float(np.mean(values, dtype=np.float64)) for name, values in means.items()}
-    intervals = {name: bootstrap_interval(values, groups=groups) for name, values in means.items()}
+    found = describe_scores({**scores, "accuracy": np.asarray(correct, np.float64)}, groups)
+    intervals: dict[str, Interval] = {}
     for bins in BINS:
         found[f"ece_{bins}"] = expected_calibration_error(confidence, correct, bins)
         intervals[f"ece_{bins}"] = bootstrap_calibration_error(confidence, correct, bins, groups=groups)
     most = max(BINS)
     found["adaptive_ece"] = adaptive_calibration_error(confidence, correct, most)
     intervals["adaptive_ece"] = bootstrap_calibration_error(confidence, correct, most, adaptive=True, groups=groups)
-    found["intervals"] = {name: list(interval) for name, interval in intervals.items()}
+    found["intervals"] |= _told(intervals)
     found["reliability"] = reliability(confidence, correct, most).as_dict()
     return found
 

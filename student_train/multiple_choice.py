@@ -145,11 +145,11 @@ def _prompts(questions: Sequence[TokenisedQuestion]) -> list[_Prompt]:
     for index, question in enumerate(questions):
         context, completions = question.context, question.completions
         single = tuple(option for option, tokens in enumerate(completions) if len(tokens) == 1)
-        served = [(option,) for option, tokens in enumerate(completions) if len(tokens) > 1] or [()]
-        for row, longer in enumerate(served):
-            more = completions[longer[0]][:-1] if longer else ()
-            options = longer if row else (*longer, *single)
-            prompts.append(_Prompt(index, options, (*context, *more), len(context), is_first=not row))
+        longer: list[tuple[int, ...]] = [(option,) for option, tokens in enumerate(completions) if len(tokens) > 1]
+        for row, options in enumerate(longer or [()]):
+            more = completions[options[0]][:-1] if options else ()
+            served = options if row else (*options, *single)
+            prompts.append(_Prompt(index, served, (*context, *more), len(context), is_first=not row))
     return prompts
 
 

@@ -128,6 +128,8 @@ def _check_temperature(config: TrainConfig, manifest: Manifest, loss: Loss, cali
     dump, kept, wanted = manifest.dump, manifest.temperature, calibration.temperature
     if loss.whole_batch or "candidate_logprobs" not in loss.columns:
         raise InputError(f"the loss {config.loss} takes no --calibration: it does not learn from the teacher's probabilities")
+    if config.loss == "first":
+        raise InputError(f"{path} has a temperature; the loss first re-calibrates by its own c, which `--method first` fits")
     if not manifest.rule.candidates:
         raise InputError(f"--calibration: the dump {dump} has no candidates, and draws serve temperature 1 alone")
     if config.tail == "draws":
@@ -201,7 +203,7 @@ class StoreFit:
 
     Attributes:
         calibration: of method `first` or `bucket-temperature`.
-        nll, ece_10: 95 % bootstrap intervals of the figures after it, over sequences.
+        nll, ece_10: 95 % bootstrap intervals of the figures after it, over sequences; NaN where there are too few of them.
         ceiling: of `first`: no confidence comes out above it, however sure the teacher is.
         own_temperature, own: the dump's own temperature of the whole distribution, and its figures; None where it has none.
         at_edge: whether the search ended where it began to look.
@@ -454,10 +456,13 @@ def doubts(fit: StoreFit) -> list[str]:
     before, after, targets = calibration.before, calibration.after, calibration.targets
     found = []
     if targets < FEW_TARGETS:
-        found.append(
-            f"{targets} targets are few (fit on {FEW_TARGETS} or more): with 95 % confidence the calibration error is"
-            f" {fit.ece_10[0]:.1%} to {fit.ece_10[1]:.1%}, and the loss {fit.nll[0]:.3f} to {fit.nll[1]:.3f} nats"
-        )
+        told = "they are of so few sequences that no interval can be told"
+        if not math.isnan(fit.ece_10[0] + fit.nll[0]):
+            told = (
+                f"with 95 % confidence the calibration error is {fit.ece_10[0]:.1%} to {fit.ece_10[1]:.1%}, and the loss"
+                f" {fit.nll[0]:.3f} to {fit.nll[1]:.3f} nats"
+            )
+        found.append(f"{targets} targets are few (fit on {FEW_TARGETS} or more): {told}")
     if fit.at_edge:
         found.append(f"{calibration.value:g} is where the search ends: the best value may lie beyond it")
     if calibration.method == "bucket-temperature" and after["nll"] > before["nll"] * (1 - 1e-3):

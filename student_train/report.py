@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -389,7 +390,8 @@ def _difference_cell(found: Difference | None, metric: _Metric) -> str:
     if found.clear:
         kind = ' class="better"' if (found.value < 0) == metric.lowest else ' class="worse"'
     unit = " pp" if metric.form.endswith("%") else ""
-    return f"<td{kind}>{signed(found.value)}{unit}<small>{signed(found.low)} to {signed(found.high)}</small></td>"
+    ends = "" if math.isnan(found.low) else f"<small>{signed(found.low)} to {signed(found.high)}</small>"
+    return f"<td{kind}>{signed(found.value)}{unit}{ends}</td>"
 
 
 # ---- costs
@@ -409,18 +411,20 @@ def _costs(runs: list[_Run]) -> str:
         dense = dump.get("targets", 0) * dump.get("vocabulary_size", 0) * 4
         ratio = f"{dense / dump['bytes']:,.0f}×" if dense and dump.get("bytes") else "–"
         parameters = f"{run.run['parameters']:,}" if "parameters" in run.run else "–"
-        unused = "<small>its loss reads the text alone</small>" if run.run.get("config", {}).get("loss") == "ce" else ""
+        read = dump.get("bytes_read")
+        used = f"<small>{read / positions:.1f} of what its loss reads</small>" if read and positions else ""
         rows.append(
             f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}<small>{_described(run)}</small></th>"
             f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(_selection(dump))}</small></td>"
-            f"<td>{each}{unused}</td><td>{size}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
+            f"<td>{each}{used}</td><td>{size}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
         )
     body = "\n".join(rows)
     return f"""
 <section>
 <h2>What it cost</h2>
 <p>The dump that each run learned from, as it lies on disk, everything in it but the vocabulary. Beside it, how much larger the
-teacher's whole distributions would be: targets × vocabulary × 4 bytes.</p>
+teacher's whole distributions would be: targets × vocabulary × 4 bytes. In small type, what is left without the columns that the
+run's loss has no use for.</p>
 <div class="scroll"><table><thead><tr><th></th><th>Dump<small>selection</small></th><th>Bytes<small>a position</small></th>
 <th>On disk</th><th>Dense<small>as many times that</small></th><th>Parameters<small>of the student</small></th>
 <th>Training<small>wall clock</small></th></tr></thead><tbody>{body}</tbody></table></div>

@@ -36,7 +36,7 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.console import note
 from knowledge_store.errors import InputError
 from knowledge_store.progress import Advance, progress_bar
-from student_train.configuration import TrainConfig, check_config, check_knowledge
+from student_train.configuration import TrainConfig, check_config, check_knowledge, unused_columns
 from student_train.data import (
     DistillationDataset,
     check_student,
@@ -128,7 +128,7 @@ def train(config: TrainConfig) -> TrainResult:
             facts = {
                 "identity": identity,
                 "config": asdict(config),
-                "dump": describe_dump(store, dump),
+                "dump": describe_dump(store, dump, unused_columns(config, loss)),
                 "sequences": {"train": len(train_ordinals), "eval": len(eval_ordinals)},
                 "world_size": arguments.world_size,
                 "parameters": student.num_parameters(),

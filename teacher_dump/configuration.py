@@ -45,6 +45,7 @@ class DumpConfig:
         keep_context: keep knowledge at context positions (prompts) too.
         skip_bad_rows: leave out rows that cannot be used, and count them, instead of stopping.
         calibration: a file of `teacher-dump calibrate`, to keep the tail at its temperature too; None for no calibration.
+            Not with random-sampling, which keeps no candidates.
         kinds: the kinds of knowledge to keep.
     """
 
@@ -85,6 +86,11 @@ class DumpConfig:
         for name in sorted(options - SELECTION_OPTIONS[self.selection]):
             if getattr(self, name) != getattr(DumpConfig, name):
                 raise InputError(f"--{name.replace('_', '-')} is not an option of the selection {self.selection}")
+        if self.calibration is not None and self.selection == "random-sampling":
+            raise InputError(
+                "--calibration keeps the tail at another temperature beside candidates, and random-sampling has none: its draws"
+                " serve temperature 1 alone"
+            )
         if not self.corpus:
             raise InputError("name at least one corpus file")
         check_dump_name(self.dump_name)

@@ -17,7 +17,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.selection import Selection
 from knowledge_store.sequences import sequence_id
-from teacher_dump.sampling import block_sums, counted, draw, independent_points, systematic_points
+from teacher_dump.sampling import block_sums, counted, draw, independent_points, precise, systematic_points
 from teacher_dump.teacher import Prediction
 from teacher_dump.tokenisation import TokenSequence
 
@@ -60,8 +60,8 @@ def knowledge_of(
     """What a selection keeps of each distribution, and exactly what it leaves over.
 
     The tail is the log-sum-exp of all other logits, never log(1 − Σ), which loses everything where the candidates hold nearly
-    all of the mass; its sum is made in float64. The full normaliser is then tail ⊕ candidates, so that the vocabulary is
-    reduced only once.
+    all of the mass; its sum is made in float32 within blocks of `sampling.BLOCK` tokens and in float64 over the blocks. The
+    full normaliser is then tail ⊕ candidates, so that the vocabulary is reduced only once.
 
     Args:
         logits: float32 (N, V); overwritten.
@@ -79,8 +79,8 @@ def knowledge_of(
     token_logit = logits.gather(1, token_ids[:, None])[:, 0]
     candidates, ids = logits.topk(min(selection.candidates, logits.shape[1]), dim=1)
     if selection.name == "top-p":
-        mass = torch.exp(candidates - torch.logsumexp(logits, dim=1, keepdim=True)).double()
-        needed = mass.cumsum(dim=1) - mass < selection.p
+        mass = precise(torch.exp(candidates - torch.logsumexp(logits, dim=1, keepdim=True)))
+        needed = (mass.cumsum(dim=1) - mass < selection.p).to(logits.device)
     else:
         needed = torch.ones_like(candidates, dtype=torch.bool)
     logits.scatter_(1, ids, candidates.masked_fill(needed, -torch.inf))
@@ -90,7 +90,7 @@ def knowledge_of(
     highest = highest.masked_fill(whole, 0)
     weights = torch.exp(logits.sub_(highest))
     sums = block_sums(weights)
-    tail = (sums.sum(dim=1).log() + highest[:, 0]).float()
+    tail = (sums.sum(dim=1).log() + precise(highest[:, 0])).float().to(logits.device)
     total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
     found = {
         "token_logprob": token_logit - total,
@@ -100,17 +100,17 @@ def knowledge_of(
     }
     if points is not None:
         empty = whole[:, 0]
-        weights[empty, 0] = sums[empty, 0] = 1  # something to draw, which then counts for nothing
+        weights[empty, 0] = sums[empty.to(sums.device), 0] = 1  # something to draw, which then counts for nothing
         found["tail_ids"], counts = counted(draw(weights, sums, points))
         found["tail_counts"] = counts.masked_fill(whole, 0)
     if temperature is not None:
         tempered = block_sums(torch.exp(logits.div_(temperature))).sum(dim=1).log()
-        found["tail_logsumexp"] = (tempered + (highest[:, 0] - total) / temperature).float()
+        found["tail_logsumexp"] = (tempered + precise(highest[:, 0] - total) / temperature).float().to(logits.device)
     return found
 
 
 def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
-    """Top-k knowledge of every target position (and context position, where asked for); see `kinds.positions.encode`.
+    """What the selection keeps of every target position (and context position, where asked for); see `kinds.positions.encode`.
 
     Raises:
         UnsoundLogits: a logit is NaN or infinite; names the sequence.
@@ -149,7 +149,7 @@ def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_
     """What the teacher predicts of the N tokens at (rows[i], positions[i]), int64 (N,) each; no position is 0."""
     device = batch.prediction.teacher.device
     places, before, tokens = (torch.from_numpy(each).to(device) for each in (rows, positions - 1, token_ids))
-    drawn = torch.from_numpy(points).to(device) if batch.selection.draws else None
+    drawn = torch.from_numpy(points) if batch.selection.draws else None
     sound: list[Tensor] = []
     results: list[dict[str, Tensor]] = []
     for part, logits in batch.prediction.logit_slices(places, before):

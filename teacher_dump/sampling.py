@@ -33,6 +33,11 @@ def systematic_points(sequence: int, length: int, draws: int) -> np.ndarray:
     return (independent_points(sequence, length, 1) + np.arange(draws)) / draws
 
 
+def precise(values: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has no such numbers."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
 def _blocks(weights: Tensor) -> Tensor:
     """Weights (N, V) as (N, blocks, BLOCK), filled up with zeros."""
     padded = pad(weights, (0, -weights.shape[1] % BLOCK))
@@ -40,9 +45,9 @@ def _blocks(weights: Tensor) -> Tensor:
 
 
 def block_sums(weights: Tensor) -> Tensor:
-    """The sum of each block of `BLOCK` tokens, float64 (N, blocks), of weights float32 (N, V)."""
+    """The sum of each block of `BLOCK` tokens, `precise` (N, blocks), of weights float32 (N, V)."""
     # Float32 within a block: torch's own float64 sum of float32 takes thirty times as long, and as the exponentials themselves.
-    return _blocks(weights).sum(dim=2).double()
+    return precise(_blocks(weights).sum(dim=2))
 
 
 def draw(weights: Tensor, sums: Tensor, points: Tensor) -> Tensor:
@@ -51,21 +56,23 @@ def draw(weights: Tensor, sums: Tensor, points: Tensor) -> Tensor:
     Args:
         weights: float32 (N, V), at least 0; each row has one above 0.
         sums: their `block_sums`.
-        points: float64 (N, M), in [0, 1).
+        points: float64 (N, M), in [0, 1), on the CPU or where the weights are.
 
     Returns:
         int64 (N, M): token ids, none of weight 0; ascending where the points are.
     """
+    points = points.to(sums.device)
     if points.shape[1] * BLOCK >= weights.shape[1]:
         # So many points that to look into their blocks is more than to look at every token.
-        return _passed(weights.double().cumsum(dim=1), points)
+        return _passed(precise(weights).cumsum(dim=1), points).to(weights.device)
     ends = sums.cumsum(dim=1)
     block = _passed(ends, points)
     within = points * ends[:, -1:] - (ends - sums).gather(1, block)
-    inside = _blocks(weights).gather(1, block[:, :, None].expand(-1, -1, BLOCK)).double().cumsum(dim=2)
-    highest = torch.nextafter(inside[:, :, -1], torch.zeros((), dtype=torch.float64, device=weights.device))
+    index = block[:, :, None].expand(-1, -1, BLOCK).to(weights.device)
+    inside = precise(_blocks(weights).gather(1, index)).cumsum(dim=2)
+    highest = torch.nextafter(inside[:, :, -1], torch.zeros((), dtype=torch.float64, device=inside.device))
     within = within.clamp(min=0).minimum(highest)
-    return block * BLOCK + (inside <= within[:, :, None]).sum(dim=2)
+    return (block * BLOCK + (inside <= within[:, :, None]).sum(dim=2)).to(weights.device)
 
 
 def _passed(ends: Tensor, points: Tensor) -> Tensor:

@@ -99,8 +99,15 @@ def test_an_altered_file_is_noticed(tmp_path):
     path.write_bytes(TEMPERATURE.to_bytes().replace(b'"temperature": 1.5', b'"temperature": 2.5'))
     with pytest.raises(DamageError, match=r"c\.json is damaged"):
         read_calibration(path)
-    path.write_bytes(b"not JSON")
+    path.write_bytes(TEMPERATURE.to_bytes()[:-9])
     with pytest.raises(DamageError, match="is damaged"):
+        read_calibration(path)
+
+
+def test_a_corpus_is_no_calibration(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(InputError, match=r"c\.json is not a calibration"):
         read_calibration(path)
 
 

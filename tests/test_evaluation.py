@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import story_rows, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.calibration import Calibration, write_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.records import json_sha256
+from student_train.cli import app
 from student_train.evaluation import EvaluateConfig, evaluate
 from student_train.metrics import (
     adaptive_calibration_error,
@@ -159,7 +161,7 @@ def test_calibrations_that_are_not_the_models(teacher_folder, store_folder, tmp_
 def draws_folder(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
     """A store whose dump keeps draws and no candidates."""
     folder = tmp_path_factory.mktemp("draws")
-    corpus = write_jsonl(folder / "corpus.jsonl", story_rows(4, start=30))
+    corpus = write_jsonl(folder / "corpus.jsonl", story_rows(12, start=30))
     selection = {"selection": "random-sampling", "draws": 6}
     dump(
         DumpConfig(str(teacher_folder), (corpus,), folder / "store", "heldout", max_length=48, **selection),
@@ -173,9 +175,11 @@ def test_a_dump_without_candidates(teacher_folder, draws_folder, tmp_path):
     path = tmp_path / "e.json"
     found = evaluate(EvaluateConfig(str(teacher_folder), str(draws_folder), output=str(path)))
     check_student_figures(found["student"], plainly(teacher_folder, draws_folder))
-    assert set(found["teacher"]) == {"nll"}
+    assert set(found["teacher"]) == {"nll", "intervals"}
     assert found["teacher"]["nll"] == pytest.approx(found["student"]["nll"], abs=0.05)
     text = path.read_text()
+    done = CliRunner().invoke(app, ["evaluate", str(teacher_folder), "--store", str(draws_folder), "--output", str(path)])
+    assert done.exit_code == 0 and "held-out loss" in done.stdout
     assert not any(name in text for name in ("kl_lower_bound", "top_1_agreement", "coverage", "NaN"))
 
 

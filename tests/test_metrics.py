@@ -18,6 +18,7 @@ from student_train.metrics import (
     bootstrap_interval,
     brier,
     brier_from_sums,
+    describe_scores,
     equal_count_bins,
     expected_calibration_error,
     fit_temperature,
@@ -191,8 +192,15 @@ def test_the_interval_of_a_mean():
     assert bootstrap_interval(values, seed=1) != (low, high)
     inner = bootstrap_interval(values, level=0.5)
     assert low < inner[0] < inner[1] < high
-    assert bootstrap_interval(np.full(7, 0.25)) == (0.25, 0.25)
-    assert all(map(math.isnan, bootstrap_interval(np.empty(0))))
+    assert bootstrap_interval(np.full(10, 0.25)) == (0.25, 0.25)
+
+
+@pytest.mark.parametrize("size", [0, 1, 9])
+def test_too_few_tell_no_interval(size):
+    """A single sequence of many values would otherwise claim to be certain."""
+    assert all(map(math.isnan, bootstrap_interval(np.full(size, 0.25))))
+    assert all(map(math.isnan, bootstrap_interval(np.arange(90.0), groups=np.arange(90) % max(size, 1))))
+    assert describe_scores({"nll": np.full(size + 1, 2.0)})["intervals"] == ({} if size < 9 else {"nll": [2.0, 2.0]})
 
 
 def test_pairs_cancel_what_they_share():
@@ -214,16 +222,15 @@ def test_groups_are_drawn_whole():
 
 
 def test_groups_of_uneven_size_keep_their_weight():
-    values = np.array([0.0, 1, 1, 1])
-    # Two groups: drawn twice the first, once each, or twice the second.
-    low, high = bootstrap_interval(values, groups=np.array(["a", "b", "b", "b"]), level=1.0)
-    assert (low, high) == (0, 1)
-    middle = bootstrap_interval(values, groups=np.array([7, 9, 9, 9]), level=0.01)
-    assert middle == (0.75, 0.75)
+    # Ten groups, each of zeros or of three times as many ones.
+    values = np.array([0.0] * 5 + [1.0] * 15)
+    groups = np.array(list("abcde") + [name for name in "fghij" for _ in range(3)])
+    assert bootstrap_interval(values, groups=groups, level=1.0, resamples=50_000) == (0, 1)
+    assert bootstrap_interval(values, groups=groups, level=0.01) == (0.75, 0.75)
 
 
 @settings(max_examples=25, deadline=None)
-@given(ANSWERS, st.sampled_from([1, 10, 15]), st.booleans())
+@given(ANSWERS.filter(lambda answers: len(answers[0]) >= 10), st.sampled_from([1, 10, 15]), st.booleans())
 def test_the_interval_of_a_calibration_error(answers, bins, adaptive):
     """Against the error of each resample, computed one by one."""
     confidence, correct = answers

@@ -109,7 +109,7 @@ def check(found: dict, plain: dict[str, np.ndarray]) -> None:
 
 @pytest.mark.parametrize("answer_as", ["letter", "text"])
 def test_against_one_option_at_a_time(model, tokenizer, tmp_path, answer_as):
-    path = write_jsonl(tmp_path / "q.jsonl", [*question_rows(9), CLASH])
+    path = write_jsonl(tmp_path / "q.jsonl", [*question_rows(24), CLASH])
     questions = tokenise(read_questions(path, answer_as), tokenizer, answer_as)
     found = measure_questions(model, questions, batch_size=4, temperature=1.7)
     apart = sum(question.told_apart for question in questions)
@@ -193,8 +193,24 @@ def test_limit_and_the_place_of_the_result(config, tmp_path):
     model = save_teacher(tmp_path / "model")
     found = evaluate(replace(config, model=str(model), limit=3, output=None))
     assert found["questions"]["count"] == 3
-    assert json.loads((model / "evaluations" / "test.json").read_text())["questions"] == found["questions"]
+    assert json.loads((model / "evaluations" / "test.letter.json").read_text())["questions"] == found["questions"]
     assert found["questions"]["sha256"] != evaluate(config)["questions"]["sha256"]
+
+
+def test_no_result_takes_the_place_of_another(config, tmp_path):
+    model = save_teacher(tmp_path / "model")
+    config = replace(config, model=str(model), output=None)
+    letters, texts = evaluate(config), evaluate(replace(config, answer_as="text"))
+    kept = {path.name: json.loads(path.read_text())["questions"] for path in (model / "evaluations").iterdir()}
+    assert kept == {"test.letter.json": letters["questions"], "test.text.json": texts["questions"]}
+    other = tmp_path / "other" / "test.jsonl"
+    other.parent.mkdir()
+    write_jsonl(other, question_rows(3))
+    with pytest.raises(InputError, match=r"test\.letter\.json holds the results on .*: give --output"):
+        evaluate(replace(config, questions=str(other)))
+    (model / "evaluations" / "test.letter.json").write_text("[]")
+    with pytest.raises(InputError, match=r"test\.letter\.json is there and is no result"):
+        evaluate(config)
 
 
 def test_bad_input(config, tmp_path):

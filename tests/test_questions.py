@@ -149,7 +149,9 @@ def test_the_tokens_are_those_of_a_dump(text, options, answer_as, name):
         assert dumped.token_ids.tolist() == whole
         assert dumped.is_target[len(tokens.context) :].all()
         if answer_as == "letter":
-            assert tokens.told_apart and {len(each) for each in tokens.completions} == {1}  # here the space is a token of its own, and the context's last
+            assert tokens.told_apart and {len(each) for each in tokens.completions} == {
+                1
+            }  # here the space is a token of its own, and the context's last
             assert dumped.is_target.sum() == 3
         else:
             assert not dumped.is_target[: len(tokens.context)].any()

@@ -29,6 +29,7 @@ DUMP = {
     "positions": 4200,
     "targets": 4000,
     "bytes": 60_000,
+    "bytes_read": 50_400,
 }
 CONFIG = {"loss": "forward-kl", "ce_weight": 0.2, "temperature": 1.0, "first_c": 0.28, "seed": 0, "dump": None}
 
@@ -155,7 +156,7 @@ def test_a_full_page(tmp_path):
     assert "3.100" in best and "0.500" in best and "3.200" not in best
     assert "lower bound" in text and "1 min 23 s" in text and "62.0%" in text and "12.34%" in text
     assert "a &lt;teacher&gt; &amp; friends" in text and "<teacher>" not in text
-    assert "4,200" in text and "14.3 bytes a position" in text and "python 3.11" in text
+    assert "4,200" in text and "14.3 bytes a position" in text and "12.0 of what its loss reads" in text
 
 
 def cells(text: str, heading: str) -> dict[str, list[str]]:

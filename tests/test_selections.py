@@ -131,6 +131,21 @@ def test_another_selection_is_another_dump(store, tmp_path, corpus, loaded_teach
         dump(replace(config, tail_draws=0), teacher=loaded_teacher)
 
 
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_a_sequence_as_a_person_reads_it(store, name):
+    opened = KnowledgeStore.open(store)
+    sequence = opened[name, 0]
+    answer = run_command("knowledge_store", "sequence", store, sequence["sequence_id"], "--dump", name)
+    assert answer.returncode == 0
+    lines = answer.stdout.splitlines()[1:]
+    for position in np.flatnonzero(sequence["has_knowledge"]):
+        line = lines[position]
+        there = sequence["candidate_logprobs"][position] > -np.inf
+        assert line.count("%") - 2 == there.sum()  # beside the candidates: the token and the others
+        drawn = sequence["tail_counts"][position].sum() if opened.manifest(name).rule.draws else 0
+        assert ("drawn: " in line) == (drawn > 0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -142,6 +157,7 @@ def test_another_selection_is_another_dump(store, tmp_path, corpus, loaded_teach
         ({"selection": "random-sampling", "draws": 0}, "--draws is 0; it must be at least 1"),
         ({"selection": "top-p", "top_p": 0.0}, "--top-p is 0.0; it must be above 0 and at most 1"),
         ({"selection": "top-p", "max_k": 0}, "--max-k is 0; it must be at least 1"),
+        ({"selection": "random-sampling", "calibration": Path("c.json")}, "random-sampling has none"),
     ],
 )
 def test_options_that_make_no_sense(options, message):

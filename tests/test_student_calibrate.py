@@ -358,9 +358,12 @@ def test_a_split_that_is_not_there_is_refused(labelled, split, message):
         calibrate(labelled, split=split)
 
 
-def test_few_targets_are_said_with_an_interval(labelled):
+def test_few_targets_are_said_with_an_interval(labelled, tmp_path):
     fit = calibrate(labelled, method="temperature", split="fold=7")
     (few,) = [doubt for doubt in doubts(fit) if "27 targets are few" in doubt]
+    assert "no interval can be told" in few  # they are of three sequences
+    fit = calibrate(write_labelled(tmp_path / "few", 4, 1.5, count=18), method="temperature")
+    (few,) = [doubt for doubt in doubts(fit) if "162 targets are few" in doubt]
     assert f"{fit.ece_10[0]:.1%} to {fit.ece_10[1]:.1%}" in few and fit.ece_10[0] < fit.ece_10[1]
 
 
@@ -468,6 +471,7 @@ REFUSED = [
     ("first", "plain", {}, "for --loss first, not forward-kl"),
     ("first", "plain", {"loss": "first", "first_c": 0.5}, "--first-c or --calibration, not both"),
     ("t", "plain", {}, "the dump plain keeps none"),
+    ("t", "tempered", {"loss": "first"}, "the loss first re-calibrates by its own c"),
     ("cooler", "tempered", {}, "has the temperature 0.9, and the dump tempered was made for 1.7"),
     ("t", "tempered", {"tail": "draws"}, "--tail draws serves temperature 1 alone"),
     ("bucket-temperature", "tempered", {"tail": "draws"}, "--tail draws serves temperature 1 alone"),

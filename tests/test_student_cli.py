@@ -86,7 +86,7 @@ def test_from_a_teacher_to_a_page(teacher_folder, store_folder, tmp_path, monkey
         asked = invoke("evaluate", model, "--questions", "exam.jsonl", "--post-hoc-temperature", "other.jsonl")
         assert asked.exit_code == 0, asked.stderr
         assert "9 questions of exam" in asked.stdout and "over the options" in asked.stdout and "post-hoc" in asked.stdout
-        assert f"Written to {model}/evaluations/exam.json" in asked.stderr
+        assert f"Written to {model}/evaluations/exam.letter.json" in asked.stderr
     page = invoke("report", "student", "runs/one", "--output", "pages/report.html")
     assert page.exit_code == 0, page.stderr
     assert page.stdout == "pages/report.html\n"

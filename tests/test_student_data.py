@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from student_train.data import DistillationDataset, check_student, padding_batch, split_ordinals
+from student_train.configuration import TrainConfig, unused_columns
+from student_train.data import DistillationDataset, check_student, describe_dump, padding_batch, split_ordinals
+from student_train.losses import LOSSES
 
 
 @pytest.fixture
@@ -139,3 +141,24 @@ def test_another_vocabulary_is_refused_by_name(store, config, teacher_folder):
     small.vocab_size = size - 3
     with pytest.raises(InputError, match=f"embeddings for {size - 3} tokens"):
         check_student(store, "train", small, AutoTokenizer.from_pretrained(teacher_folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "read"),
+    [
+        ({"loss": "ce"}, set()),
+        ({"loss": "first"}, {"candidate_ids", "candidate_logprobs"}),
+        ({}, {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts"}),
+        ({"tail": "bucket"}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}),
+        ({"temperature": 2.0}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}),
+        ({"calibration": "c.json"}, {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_logsumexp"}),
+    ],
+)
+def test_the_bytes_of_what_a_loss_reads(store, options, read):
+    config = TrainConfig("store", "student", "output", **options)
+    unused = unused_columns(config, LOSSES[config.loss])
+    assert {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts", "tail_logsumexp"} - unused == read
+    facts = describe_dump(store, "train", unused)
+    columns = next(summary for summary in store.info() if summary.dump == "train").column_bytes
+    left_out = sum(columns.get(f"positions.{name}", 0) for name in unused)
+    assert facts["bytes_read"] == facts["bytes"] - left_out and left_out > 0
