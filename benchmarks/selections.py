@@ -5,7 +5,8 @@
 The teacher reads a part of the corpus once, and every selection takes what it keeps from that one pass: real dumps, written by
 the writer of every dump. Bytes are of every file of the dump but the vocabulary, over its positions. Beside them, over the
 target positions: ids kept, and the squared error ‖q̂ − q‖² of the target q̂ that candidates and draws make of the teacher's
-whole distribution q, which is the variance of the gradient with respect to the student's logits.
+whole distribution q: the error of the gradient with respect to the student's logits. With draws it is all variance, which
+averages out; without, all bias, which stays.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ from teacher_dump.teacher_pass import extract_batch, predict_batch, publish_shar
 from teacher_dump.tokenisation import CorpusTokenizer
 
 SELECTIONS: dict[str, dict[str, Any]] = {
-    "top-5": {"top_k": 5},
+    "top-5": {"top_k": 5, "tail_draws": 0},
     **{f"top-5, {m} tail draws": {"top_k": 5, "tail_draws": m} for m in (1, 2, 4, 8)},
-    "top-12": {"top_k": 12},
-    "top-p 0.95, at most 32": {"selection": "top-p", "top_p": 0.95, "max_k": 32},
+    "top-9": {"top_k": 9, "tail_draws": 0},
+    "top-12": {"top_k": 12, "tail_draws": 0},
+    "top-p 0.95, at most 32": {"selection": "top-p", "top_p": 0.95, "max_k": 32, "tail_draws": 0},
     **{f"random sampling, {n} draws": {"selection": "random-sampling", "draws": n} for n in (6, 12, 22, 50)},
 }
 # Independent draws beside the same candidates, to see what evenly spaced ones are worth; nothing is stored of it.
-ERROR_POSITIONS = 2048
+ERROR_POSITIONS = 1024
 
 
-def squared_errors(logits: Tensor, config: DumpConfig, key: int, points: Any) -> Tensor:
-    """‖q̂ − q‖² at N positions, float64 (N,), of targets drawn anew."""
-    q = torch.softmax(logits.double(), dim=1)
+def squared_errors(logits: Tensor, q: Tensor, config: DumpConfig, key: int, points: Any) -> Tensor:
+    """‖q̂ − q‖² at N positions, float64 (N,), of targets drawn anew; q (N, V) is the softmax in float64."""
     rule = config.rule
     at = torch.from_numpy(points(key, len(logits), rule.draws)) if rule.draws else None
     found = knowledge_of(logits.clone(), torch.zeros(len(logits), dtype=torch.long), rule, at)
@@ -92,16 +93,17 @@ def main() -> None:
                     for index, arrays in zip(indices, extracted, strict=True):
                         knowledge[name][index] = arrays
                 if positions < ERROR_POSITIONS:
-                    rows = torch.zeros(255, dtype=torch.long)
-                    for _, logits in prediction.logit_slices(rows, torch.arange(1, 256)):
+                    places = torch.arange(min(255, len(sequences[0].token_ids)))
+                    for _, logits in prediction.logit_slices(torch.zeros_like(places), places):
+                        q = torch.softmax(logits.double(), dim=1)
                         for name, config in configs.items():
                             points = systematic_points if config.rule.candidates else independent_points
-                            errors.setdefault(name, []).append(squared_errors(logits, config, int(positions), points))
+                            errors.setdefault(name, []).append(squared_errors(logits, q, config, int(positions), points))
                             if config.rule.candidates and config.rule.draws:
                                 errors.setdefault(f"{name}, independent", []).append(
-                                    squared_errors(logits, config, int(positions), independent_points)
+                                    squared_errors(logits, q, config, int(positions), independent_points)
                                 )
-                        mass += float(torch.softmax(logits, dim=1).topk(5, dim=1).values.sum())
+                        mass += float(q.topk(5, dim=1).values.sum())
                         positions += len(logits)
                 advance(sum(len(sequence.token_ids) for sequence in sequences))
         for name, writer in writers.items():

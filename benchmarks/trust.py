@@ -36,6 +36,9 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.calibration import read_calibration
 from knowledge_store.progress import progress_bar
 from knowledge_store.publication import replace_bytes
+from student_train.configuration import TrainConfig, unused_columns
+from student_train.data import describe_dump
+from student_train.losses import LOSSES
 from student_train.metrics import calibration_gaps, equal_width_bins, expected_calibration_error, gap_error
 from student_train.models import head_at, load_model, load_tokenizer
 from student_train.questions import Question, corpus_row, read_questions, tokenise
@@ -82,11 +85,9 @@ METHODS = {
     "first": Method("FIRST", ("--loss", "first", "--calibration", "{work}/first.json")),
     "draws": Method("ours: candidates + draws", ("--loss", "forward-kl", "--tail", "draws")),
     "tempered": Method("ours: teacher at T, bucket", ("--loss", "forward-kl", "--calibration", "{work}/calibration.json")),
-}
-# FIRST's losses say nothing of the probability outside the five candidates; cross-entropy does.
-MIXED = {
-    "first-plain-mixed": Method("FIRST, not re-calibrated, + CE", (*METHODS["first-plain"].options, "--ce-weight", "0.3")),
-    "first-mixed": Method("FIRST + CE", (*METHODS["first"].options, "--ce-weight", "0.3")),
+    # FIRST's losses say nothing of the probability outside the five candidates, and the student is not fine-tuned before;
+    # cross-entropy makes up for both.
+    "first-mixed": Method("FIRST + CE", ("--loss", "first", "--calibration", "{work}/first.json", "--ce-weight", "0.3")),
 }
 TEACHER = "teacher"
 BASELINE = METHODS["ce"].name
@@ -333,7 +334,7 @@ def train_students(arguments: argparse.Namespace, journal: Journal) -> None:
         "student", student, "student_train", "init", "--from", arguments.teacher, *gguf,
         "--keep-layers", arguments.keep_layers, "--output", student,
     )  # fmt: skip
-    for slug, method in methods(arguments).items():
+    for slug, method in METHODS.items():
         folder = work / "runs" / slug
         journal.run(
             f"train {slug}", folder / "config.json", "student_train", "run", "--store", work / "store", "--dump", "train",
@@ -344,16 +345,11 @@ def train_students(arguments: argparse.Namespace, journal: Journal) -> None:
         )  # fmt: skip
 
 
-def methods(arguments: argparse.Namespace) -> dict[str, Method]:
-    """Those asked for."""
-    return {**METHODS, **(MIXED if arguments.mixed else {})}
-
-
 def evaluate(arguments: argparse.Namespace, journal: Journal) -> None:
     """The teacher and every student on all questions, as they are and with a temperature fitted after training."""
     work = arguments.work
     (work / "evaluations").mkdir(exist_ok=True)
-    for slug in (TEACHER, *methods(arguments)):
+    for slug in (TEACHER, *METHODS):
         model = work / "teacher" if slug == TEACHER else work / "runs" / slug
         result = work / "evaluations" / f"{slug}.json"
         journal.run(
@@ -382,9 +378,9 @@ def read_answers(arguments: argparse.Namespace, confidence: str) -> tuple[dict[s
         tags = tags[[question.told_apart for question in tokenised]]
     rows: dict[str, dict[str, Answers]] = {}
     temperatures: dict[str, float] = {}
-    for slug in (TEACHER, *methods(arguments)):
+    for slug in (TEACHER, *METHODS):
         result = json.loads((work / "evaluations" / f"{slug}.json").read_text())
-        name = TEACHER if slug == TEACHER else methods(arguments)[slug].name
+        name = TEACHER if slug == TEACHER else METHODS[slug].name
         scaled = result["post_hoc"][confidence]
         temperatures[after(name)] = scaled["temperature"]
         for row, side in ((name, result[confidence]), (after(name), scaled)):
@@ -490,7 +486,7 @@ def verdict(difference: list[float], claimed: float) -> str:
 def claims(differences: dict[str, Any]) -> list[dict[str, Any]]:
     """FIRST's claims against fine-tuning beside what was found, in points; and the same figures of our methods."""
     found = []
-    names = [method.name for method in (*METHODS.values(), *MIXED.values()) if "FIRST" in method.name or "ours" in method.name]
+    names = [method.name for method in METHODS.values() if "FIRST" in method.name or "ours" in method.name]
     for name in (each for each in names if each in differences):
         for metric, claimed in CLAIMS.items():
             for group in GROUPS:
@@ -602,9 +598,9 @@ def report(arguments: argparse.Namespace, journal: Journal) -> None:
     losses = tuning.pop("loss")
     fitted = {name: read_calibration(work / f"{name}.json") for name in ("calibration", "first")}
     result = tabulate(arguments, "sequence")
-    shown = [TEACHER, BASELINE, CONTROL, *(each.name for each in methods(arguments).values() if each.name != BASELINE)]
+    shown = [TEACHER, BASELINE, CONTROL, *(each.name for each in METHODS.values() if each.name != BASELINE)]
     seconds = {"tune teacher": tuning["seconds"], **{step: entry["seconds"] for step, entry in journal.steps.items()}}
-    for slug in methods(arguments):  # sessions that were interrupted included
+    for slug in METHODS:  # sessions that were interrupted included
         seconds[f"train {slug}"] = round(json.loads((work / "runs" / slug / "history.json").read_text())["seconds"], 1)
     found_claims = claims(result["differences"][BASELINE])
     keep(
@@ -629,6 +625,7 @@ def report(arguments: argparse.Namespace, journal: Journal) -> None:
                 }
                 for each in store.info()
             },
+            "bytes_per_prediction_read": {METHODS[slug].name: bytes_read(store, work / "runs" / slug) for slug in METHODS},
             "seconds": {**seconds, "all": round(sum(seconds.values()), 1)},
             "commands": [entry["command"] for entry in journal.steps.values()],
             "sequence": result,
@@ -639,6 +636,13 @@ def report(arguments: argparse.Namespace, journal: Journal) -> None:
     rows = read_answers(arguments, "sequence")[0]
     draw_picture({name: rows[name] for name in shown}, result["rows"], RESULTS / "trust.svg")
     print_tables(result, shown, found_claims)
+
+
+def bytes_read(store: KnowledgeStore, run: Path) -> float:
+    """Bytes of the dump a prediction, without the columns that a run's loss has no use for."""
+    config = TrainConfig(**json.loads((run / "run.json").read_text())["config"])
+    facts = describe_dump(store, "train", unused_columns(config, LOSSES[config.loss]))
+    return round(facts["bytes_read"] / facts["targets"], 2)
 
 
 def _mean(values: list[float]) -> float | None:
@@ -667,13 +671,12 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True, type=Path, help=f"folder with {files}")
     parser.add_argument("--work", type=Path, default=Path(".trust"), help="where everything is kept")
     parser.add_argument("--train", type=int, default=2000, help="questions to train on")
-    parser.add_argument("--questions", type=int, default=150, help="questions to measure on, of each set")
+    parser.add_argument("--questions", type=int, default=300, help="questions to measure on, of each set")
     parser.add_argument("--calibration", type=int, default=300, help="questions to fit temperatures and FIRST's c on")
     parser.add_argument("--keep-layers", default=KEPT_LAYERS, help="the student's")
     parser.add_argument("--teacher-epochs", type=int, default=1)
     parser.add_argument("--student-epochs", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mixed", action="store_true", help="FIRST's losses mixed with cross-entropy too")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
     return parser.parse_args()
 

@@ -150,8 +150,8 @@ def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, ta
     """KL(teacher ‖ student), Σ q ln(q / p): covers everything that the teacher finds possible.
 
     The tail, as `draws`: Σ_S q ln(q / p) + t ln t − Σ_draws w ln p, where t = Σ w is the tail's mass. On average over
-    the draws the gradient is that of the full divergence, and the value is the full divergence plus t · H(q_tail), the
-    teacher's own uncertainty inside its tail, which no student changes.
+    the draws the gradient is that of the full divergence (of what is stored: log-probabilities are rounded there), and the
+    value is the full divergence plus t · H(q_tail), the teacher's own uncertainty inside its tail, which no student changes.
 
     The tail, as `bucket`: one more symbol. The student is told exactly how much probability lies outside the candidates
     and nothing about how it is shared out there. The student's is the log-sum-exp of its other logits, never
@@ -170,7 +170,8 @@ def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, ta
             they were drawn at.
 
     Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
+        (N,) nats, float32 (float64 for float64 logits), at least 0 (but for draws that
+        the student's head has no row for).
 
     Raises:
         ValueError: `tail` is something else, or draws are asked for that are not there or at another temperature.
