@@ -313,6 +313,28 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return found
 
 
+def print_tables(figures: dict[str, Any]) -> None:
+    """The figures of each experiment in Markdown: mean ± standard deviation over seeds, and what the gradients say."""
+    gradients = figures["gradients"]
+    for experiment in LEARNING_RATE:
+        print(f"\n{experiment}, {len(figures['seeds'])} seeds")
+        print("| target | NLL | KL to the teacher | of the way CE → full | ECE, 15 bins | gradient angle | variance |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name, row in figures[experiment]["methods"].items():
+            nll, kl, ece, way = ((row[metric]["mean"], row[metric]["sd"] or 0.0) for metric in ("nll", "kl", "ece", "way"))
+            angle, variance = (gradients.get(name, {}).get(metric) for metric in ("angle", "variance"))
+            print(
+                f"| {name} | {nll[0]:.3f} ± {nll[1]:.3f} | {kl[0]:.4f} ± {kl[1]:.4f} | {way[0]:.1%} ± {way[1]:.1%}"
+                f" | {ece[0]:.2%} ± {ece[1]:.2%} | {'' if angle is None else f'{angle:.1f}°'}"
+                f" | {'' if variance is None else f'{variance:.3f}'} |"
+            )
+    print("\n| loss | gradient angle | ids | variance |\n| --- | --- | --- | --- |")
+    for name, row in gradients.items():
+        ids, variance = (row[metric] for metric in ("ids", "variance"))
+        rest = " | " if ids is None else f"{ids:.2f} | {variance:.3f}"
+        print(f"| {name} | {row['angle']:.1f}° ± {row['angle_spread']:.1f}° | {rest} |")
+
+
 def draw_picture(figures: dict[str, Any], path: Path) -> None:
     """KL to the teacher by method, for each experiment: every seed a dot."""
     import matplotlib.pyplot as plt
@@ -366,6 +388,7 @@ def main() -> None:
         figures["gradients"] = laboratory.gradients(steps)
     keep("fidelity", figures)
     draw_picture(figures, RESULTS / "fidelity.svg")
+    print_tables(figures)
 
 
 if __name__ == "__main__":
