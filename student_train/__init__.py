@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from student_train.calibration import StoreFit, calibrate
     from student_train.configuration import TrainConfig
     from student_train.data import DistillationDataset, check_student, split_ordinals
     from student_train.evaluation import EvaluateConfig, evaluate
@@ -45,11 +46,12 @@ if TYPE_CHECKING:
         reliability,
     )
     from student_train.questions import Question, corpus_row, read_questions
-    from student_train.recalibration import StoreFit, calibrate, recalibrated
+    from student_train.recalibration import recalibrated
     from student_train.report import write_report
     from student_train.training import TrainResult, train
 
 _HOMES = {
+    "calibration": ("StoreFit", "calibrate"),
     "configuration": ("TrainConfig",),
     "data": ("DistillationDataset", "check_student", "split_ordinals"),
     "evaluation": ("EvaluateConfig", "evaluate"),
@@ -86,7 +88,7 @@ _HOMES = {
         "reliability",
     ),
     "questions": ("Question", "corpus_row", "read_questions"),
-    "recalibration": ("StoreFit", "calibrate", "recalibrated"),
+    "recalibration": ("recalibrated",),
     "report": ("write_report",),
     "training": ("TrainResult", "train"),
 }

@@ -207,14 +207,14 @@ def calibrate(
     with _command():
         from knowledge_store import KnowledgeStore
         from knowledge_store.calibration import check_output, write_calibration
-        from student_train import recalibration
+        from student_train import calibration as fitting
 
         check_output(file)
-        fit = recalibration.calibrate(KnowledgeStore.open(store), dump, method=method, split=split)
+        fit = fitting.calibrate(KnowledgeStore.open(store), dump, method=method, split=split)
         write_calibration(file, fit.calibration)
-        for line in recalibration.describe(fit):
+        for line in fitting.describe(fit):
             output.print(line, markup=False)
-        for doubt in recalibration.doubts(fit):
+        for doubt in fitting.doubts(fit):
             note(f"Warning: {doubt}")
         where = "all sequences, also those that students learn from" if split is None else f"the sequences with {split}"
         taken = " (a sample of them)" if fit.sampled else ""

@@ -20,8 +20,8 @@ from knowledge_store import Calibration, DumpWriter, KnowledgeStore, read_calibr
 from knowledge_store.errors import InputError
 from knowledge_store.sequences import tokens_table
 from student_train import TrainConfig, calibrate, recalibrated, select_targets, train
+from student_train.calibration import doubts, first_ceiling
 from student_train.cli import app
-from student_train.recalibration import doubts, first_ceiling
 
 TEACHER = {"name": "numbers", "vocabulary_size": 11, "files": {"model.safetensors": "11"}}
 TOKENIZER = {"size": 11, "vocabulary_sha256": "22"}
