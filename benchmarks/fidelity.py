@@ -86,7 +86,7 @@ METHODS = {
 }
 EPOCHS_METHODS = {
     **{name: METHODS[name] for name in ("cross-entropy", "top-5 + bucket", "random sampling, 22 draws", "full")},
-    **{name: METHODS[name] for name in ("top-5 + 1 tail draw", "top-5 + 8 tail draws")},
+    **{name: METHODS[name] for name in ("top-5 + 1 tail draw", "top-5 + 4 tail draws", "top-5 + 8 tail draws")},
     "top-5 + 1 fresh draw": Method("forward-kl", "top-5-1", (("tail", "draws"),), fresh=True),
 }
 

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--gguf-file")
     parser.add_argument("--corpus", required=True, type=Path)
-    parser.add_argument("--shards", type=int, default=2, help="of the corpus's beginning; a shard has about 32,000 positions")
+    parser.add_argument("--shards", type=int, default=1, help="of the corpus's beginning; a shard has about 32,000 positions")
     parser.add_argument("--work", type=Path, default=Path(".selections"))
     arguments = parser.parse_args()
     teacher = load_teacher(arguments.teacher, arguments.gguf_file)
