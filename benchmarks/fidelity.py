@@ -108,7 +108,7 @@ class Laboratory:
                 options = {"top_k": selection.candidates, "tail_draws": selection.draws}
             corpus = (work / "train.jsonl",)
             dump(DumpConfig(teacher, corpus, work / "store", name, selection.name, max_length=MAX_LENGTH, **options))
-        dump(DumpConfig(teacher, (work / "heldout.jsonl",), work / "store", "heldout", max_length=MAX_LENGTH))
+        dump(DumpConfig(teacher, (work / "heldout.jsonl",), work / "store", "heldout", max_length=MAX_LENGTH, tail_draws=0))
         self.store = KnowledgeStore.open(work / "store")
         self.teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval().requires_grad_(False)
         self._held_out = list(self.batches("heldout", 0, epochs=1, shuffle=False))

@@ -671,7 +671,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True, type=Path, help=f"folder with {files}")
     parser.add_argument("--work", type=Path, default=Path(".trust"), help="where everything is kept")
     parser.add_argument("--train", type=int, default=2000, help="questions to train on")
-    parser.add_argument("--questions", type=int, default=300, help="questions to measure on, of each set")
+    parser.add_argument("--questions", type=int, default=150, help="questions to measure on, of each set")
     parser.add_argument("--calibration", type=int, default=300, help="questions to fit temperatures and FIRST's c on")
     parser.add_argument("--keep-layers", default=KEPT_LAYERS, help="the student's")
     parser.add_argument("--teacher-epochs", type=int, default=1)
