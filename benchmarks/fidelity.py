@@ -339,6 +339,7 @@ def draw_picture(figures: dict[str, Any], path: Path) -> None:
     """KL to the teacher by method, for each experiment: every seed a dot."""
     import matplotlib.pyplot as plt
 
+    titles = {"fine-tuned": "from a fine-tuned student", "epochs": "many epochs", "random": "from random weights"}
     experiments = [name for name in ("fine-tuned", "epochs", "random") if name in figures]
     chart, axes = plt.subplots(1, len(experiments), figsize=(5.2 * len(experiments), 4.6), layout="constrained")
     for axis, experiment in zip(np.atleast_1d(axes), experiments, strict=True):
@@ -353,8 +354,11 @@ def draw_picture(figures: dict[str, Any], path: Path) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set_xscale("log")
-        axis.set_xlabel("KL to the teacher, held out (nats a token, log scale)")
-        axis.set_title({"random": "from random weights", "fine-tuned": "from a fine-tuned student"}.get(experiment, experiment))
+        ticks = [tick for tick in (0.45, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5) if min(values) < tick < max(values)]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks([], minor=True)
+        axis.set_xlabel("KL to the teacher, nats (log scale)")
+        axis.set_title(titles[experiment])
     chart.savefig(path)
 
 
