@@ -174,7 +174,7 @@ def test_what_a_run_cost(tmp_path):
     dense = f"{4000 * 512 * 4 / 60_000:,.0f}×"
     assert costs["distilled forward-kl, 0.2 cross-entropy"] == [
         "train top-k 5 + 4 tail draws",
-        "14.3",
+        "14.3 12.0 of what its loss reads",
         "0.06 MB",
         dense,
         "1,234",
