@@ -384,6 +384,7 @@ def main() -> None:
         "passes": {"all": steps * BATCH_SIZE / sequences["top-5-1"], "epochs": steps * BATCH_SIZE / EPOCHS_SEQUENCES},
         "learning_rate": LEARNING_RATE,
     }
+    figures["teacher"] = laboratory.quality(laboratory.teacher)
     for experiment, methods in (("fine-tuned", METHODS), ("epochs", EPOCHS_METHODS), ("random", METHODS)):
         runs = {
             name: [laboratory.run(experiment, name, method, seed, steps) for seed in seeds] for name, method in methods.items()
