@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from knowledge_store.commits import CommitRecord, read_commit
 from knowledge_store.errors import DamageError
-from knowledge_store.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, commit_path, commit_shard
+from knowledge_store.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, SEQUENCES, commit_path, commit_shard
 from knowledge_store.publication import replace_bytes
 
 SHARDS = pa.schema(
@@ -29,9 +29,13 @@ SHARDS = pa.schema(
         ("record_mtime_ns", pa.int64()),
         ("first_document", pa.int64()),
         ("documents", pa.int64()),
+        ("sequences", pa.int64()),
+        ("positions", pa.int64()),
         ("skipped_rows", pa.int64()),
+        ("bytes", pa.int64()),
         ("committed_at", pa.string()),
         ("statistics", pa.map_(pa.string(), pa.float64())),
+        ("column_bytes", pa.map_(pa.string(), pa.int64())),
     ]
 )
 
@@ -44,18 +48,22 @@ FILES = pa.schema(
         ("sha256", pa.string()),
         ("footer_sha256", pa.string()),
         ("rows", pa.int64()),
-        ("column_bytes", pa.map_(pa.string(), pa.int64())),
     ]
 )
 
-INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 1"
+INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 2"
 
 Standing = dict[tuple[str, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Index:
-    """The committed shards of a store (schema SHARDS) and their files (schema FILES), both ordered by dump and shard."""
+    """The committed shards of a store (schema SHARDS) and their files (schema FILES), both ordered by dump and shard.
+
+    Questions about shards are answered from the first table alone, column by column: a store has one row there for each shard,
+    and Python objects for each of them would cost more than DuckDB's whole answer. `sequences` and `positions` are rows of those
+    tables (null without one), `bytes` are of all files, and `column_bytes` has "table.column" as its keys.
+    """
 
     shards: pa.Table
     files: pa.Table
@@ -75,6 +83,7 @@ def standing_records(store: Path, dumps: list[str]) -> Standing:
 
 
 def _shard_row(commit: CommitRecord, standing: tuple[int, int]) -> dict[str, object]:
+    columns = {f"{table}.{name}": size for table, file in commit.files.items() for name, size in file.column_bytes.items()}
     return {
         "dump": commit.dump,
         "shard": commit.shard,
@@ -82,9 +91,12 @@ def _shard_row(commit: CommitRecord, standing: tuple[int, int]) -> dict[str, obj
         "record_mtime_ns": standing[1],
         "first_document": commit.first_document,
         "documents": commit.documents,
+        **{table: commit.files[table].rows for table in (SEQUENCES, "positions") if table in commit.files},
         "skipped_rows": len(commit.skipped),
+        "bytes": sum(file.bytes for file in commit.files.values()),
         "committed_at": commit.made_by.get("committed_at"),
         "statistics": list(commit.statistics.items()),
+        "column_bytes": list(columns.items()),
     }
 
 
@@ -98,7 +110,6 @@ def _file_rows(commit: CommitRecord) -> list[dict[str, object]]:
             "sha256": record.sha256,
             "footer_sha256": record.footer_sha256,
             "rows": record.rows,
-            "column_bytes": list(record.column_bytes.items()),
         }
         for table, record in sorted(commit.files.items())
     ]

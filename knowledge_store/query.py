@@ -202,11 +202,13 @@ def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) ->
     _check_statement(sql)
     with duckdb.connect(":memory:", config=CONFIGURATION) as connection:
         catalogue = _Catalogue(store, index, manifests, connection)
-        catalogue.add("dumps", dumps_table(index, manifests))
-        catalogue.add("shards", shards_table(index))
         relations = catalogue.relations()
-        for relation in _mentioned(connection, sql, set(relations)):
-            catalogue.create(relation, relations[relation])
+        facts = {"dumps": lambda: dumps_table(store, index, manifests), "shards": lambda: shards_table(index)}
+        for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
+            if relation in facts:
+                catalogue.add(relation, facts[relation]())
+            else:
+                catalogue.create(relation, relations[relation])
         connection.execute("SET lock_configuration = true")
         connection.execute("BEGIN TRANSACTION READ ONLY")
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import DamageError, InputError
@@ -44,13 +45,9 @@ class ShardFile:
 
 def shard_files(store: Path, index: Index, dump: str, table: str) -> list[ShardFile]:
     """The committed files of one table of one dump, by shard."""
-    names = ("dump", "table", "shard", "bytes", "sha256", "footer_sha256", "rows")
-    rows = zip(*(index.files[name].to_pylist() for name in names), strict=True)
-    return [
-        ShardFile(table_path(store / dump, table, shard), shard, size, sha256, footer, count)
-        for found_dump, found_table, shard, size, sha256, footer, count in rows
-        if (found_dump, found_table) == (dump, table)
-    ]
+    files = index.files.filter((pc.field("dump") == dump) & (pc.field("table") == table))
+    rows = zip(*(files[name].to_pylist() for name in ("shard", "bytes", "sha256", "footer_sha256", "rows")), strict=True)
+    return [ShardFile(table_path(store / dump, table, shard), shard, *record) for shard, *record in rows]
 
 
 def read_sequences(files: list[ShardFile], columns: list[str] | None = None) -> pa.Table | None:

@@ -103,7 +103,7 @@ class KnowledgeStore:
 
     def info(self) -> list[DumpSummary]:
         """The facts of each dump, from manifests and the index alone."""
-        return [summarise(self._index, manifest) for manifest in self._manifests.values()]
+        return [summarise(self.path, self._index, manifest) for manifest in self._manifests.values()]
 
     def sql(self, query: str) -> pa.Table:
         """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from knowledge_store.errors import DamageError
 from knowledge_store.index import Index
-from knowledge_store.layout import SEQUENCES
+from knowledge_store.layout import MANIFEST_FILE
 from knowledge_store.manifest import Manifest
 
 DENSE_BYTES_PER_LOGPROB = 4  # float32
@@ -74,26 +76,45 @@ def _selection(manifest: Manifest) -> str:
     return f"{manifest.rule}{at}"
 
 
-def _mean(rows: list[dict[str, float]], name: str) -> float | None:
-    there = [row for row in rows if name in row]
-    weight = sum(row["predictions"] for row in there)
-    return sum(row[name] * row["predictions"] for row in there) / weight if weight else None
+def _statistic(shards: pa.Table, name: str) -> pa.ChunkedArray:
+    """One statistic of each shard, null where it has none of that name."""
+    return pc.map_lookup(shards["statistics"], name, "first")
 
 
-def summarise(index: Index, manifest: Manifest) -> DumpSummary:
-    """The facts of one dump."""
-    shards = [row for row in index.shards.to_pylist() if row["dump"] == manifest.dump]
-    files = [row for row in index.files.to_pylist() if row["dump"] == manifest.dump]
-    statistics = [dict(row["statistics"]) for row in shards]
-    predictions = int(sum(row.get("predictions", 0) for row in statistics))
-    column_bytes: dict[str, int] = {}
-    rows: dict[str, int] = {}
-    for file in files:
-        rows[file["table"]] = rows.get(file["table"], 0) + file["rows"]
-        for column, size in file["column_bytes"]:
-            name = f"{file['table']}.{column}"
-            column_bytes[name] = column_bytes.get(name, 0) + size
-    size = sum(file["bytes"] for file in files) + sum(row["record_bytes"] for row in shards) + len(manifest.to_bytes())
+def _sum(column: pa.ChunkedArray) -> int:
+    return int(pc.sum(column).as_py() or 0)
+
+
+def _mean(shards: pa.Table, name: str) -> float | None:
+    """A mean over predictions, from the means of the shards that have one."""
+    means, weights = _statistic(shards, name), _statistic(shards, "predictions")
+    weight = pc.sum(pc.if_else(pc.is_valid(means), weights, 0)).as_py()
+    return pc.sum(pc.multiply(means, weights)).as_py() / weight if weight else None
+
+
+def _column_bytes(shards: pa.Table) -> dict[str, int]:
+    """Compressed bytes of each column ("table.column") over all shards."""
+    maps = shards["column_bytes"].combine_chunks()
+    columns = pa.table({"column": maps.keys, "bytes": maps.items}).group_by("column", use_threads=False)
+    return {row["column"]: row["bytes_sum"] for row in columns.aggregate([("bytes", "sum")]).to_pylist()}
+
+
+def _manifest_bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise DamageError(f"{path} is missing") from None
+
+
+def summarise(store: Path, index: Index, manifest: Manifest) -> DumpSummary:
+    """The facts of one dump.
+
+    Raises:
+        DamageError: its manifest is gone.
+    """
+    shards = index.shards.filter(pc.field("dump") == manifest.dump)
+    predictions = _sum(_statistic(shards, "predictions"))
+    own = _manifest_bytes(store / manifest.dump / MANIFEST_FILE)
     return DumpSummary(
         dump=manifest.dump,
         teacher=manifest.teacher["name"],
@@ -102,20 +123,20 @@ def summarise(index: Index, manifest: Manifest) -> DumpSummary:
         quantisation_step=manifest.quantisation_step,
         max_length=manifest.plan["max_length"],
         vocabulary_size=manifest.vocabulary_size,
-        documents=sum(row["documents"] for row in shards),
+        documents=_sum(shards["documents"]),
         documents_planned=manifest.derived["documents"],
         shards=len(shards),
         shards_planned=manifest.shard_count,
-        skipped_rows=sum(row["skipped_rows"] for row in shards),
-        sequences=rows.get(SEQUENCES, 0),
-        positions=rows.get("positions", 0),
+        skipped_rows=_sum(shards["skipped_rows"]),
+        sequences=_sum(shards["sequences"]),
+        positions=_sum(shards["positions"]),
         predictions=predictions,
-        mean_top_k_mass=_mean(statistics, "mean_top_k_mass"),
-        mean_nll=_mean(statistics, "mean_nll"),
-        mean_top_1_accuracy=_mean(statistics, "mean_top_1_accuracy"),
-        bytes=size,
+        mean_top_k_mass=_mean(shards, "mean_top_k_mass"),
+        mean_nll=_mean(shards, "mean_nll"),
+        mean_top_1_accuracy=_mean(shards, "mean_top_1_accuracy"),
+        bytes=_sum(shards["bytes"]) + _sum(shards["record_bytes"]) + own,
         tokens_bytes=manifest.derived["tokens"]["bytes"],
-        column_bytes=column_bytes,
+        column_bytes=_column_bytes(shards),
         dense_bytes=predictions * manifest.vocabulary_size * DENSE_BYTES_PER_LOGPROB,
     )
 
@@ -148,39 +169,20 @@ DUMPS = pa.schema(
 )
 
 
-def dumps_table(index: Index, manifests: list[Manifest]) -> pa.Table:
+def dumps_table(store: Path, index: Index, manifests: list[Manifest]) -> pa.Table:
     """The relation `dumps`: one row per dump (schema DUMPS)."""
-    summaries = [summarise(index, manifest) for manifest in manifests]
+    summaries = [summarise(store, index, manifest) for manifest in manifests]
     rows = [{name: getattr(summary, name) for name in DUMPS.names} for summary in summaries]
     return pa.Table.from_pylist(rows, schema=DUMPS)
 
 
 def shards_table(index: Index) -> pa.Table:
     """The relation `shards`: one row per committed shard, with a column for each statistic of its kinds."""
-    sizes: dict[tuple[str, int], dict[str, int]] = {}
-    for file in index.files.to_pylist():
-        size = sizes.setdefault((file["dump"], file["shard"]), {"bytes": 0})
-        size["bytes"] += file["bytes"]
-        size[file["table"]] = file["rows"]
-    statistics = sorted({name for row in index.shards["statistics"].to_pylist() for name, _ in row})
-    rows: list[dict[str, Any]] = []
-    for shard in index.shards.to_pylist():
-        size = sizes.get((shard["dump"], shard["shard"]), {})
-        fixed = {name: shard[name] for name in ("dump", "shard", "first_document", "documents", "skipped_rows", "committed_at")}
-        counted = {"sequences": size.get(SEQUENCES), "positions": size.get("positions"), "bytes": size.get("bytes")}
-        rows.append({**fixed, **counted, **dict(shard["statistics"])})
-    schema = pa.schema(
-        [
-            ("dump", pa.string()),
-            ("shard", pa.int64()),
-            ("first_document", pa.int64()),
-            ("documents", pa.int64()),
-            ("sequences", pa.int64()),
-            ("positions", pa.int64()),
-            *((name, pa.float64()) for name in statistics),
-            ("skipped_rows", pa.int64()),
-            ("bytes", pa.int64()),
-            ("committed_at", pa.string()),
-        ]
-    )
-    return pa.Table.from_pylist(rows, schema=schema)
+    maps = index.shards["statistics"].combine_chunks()
+    statistics = {name: _statistic(index.shards, name) for name in sorted(pc.unique(maps.keys).to_pylist())}
+    before = ("dump", "shard", "first_document", "documents", "sequences", "positions")
+    after = ("skipped_rows", "bytes", "committed_at")
+    columns = {name: index.shards[name] for name in (*before, *after)}
+    # A statistic named as a column of the shard's own hides it nowhere: it is left out.
+    own = {name: values for name, values in statistics.items() if name not in columns}
+    return pa.table({**{name: columns[name] for name in before}, **own, **{name: columns[name] for name in after}})
