@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import duckdb
@@ -34,7 +36,6 @@ SHARDS = pa.schema(
         ("skipped_rows", pa.int64()),
         ("bytes", pa.int64()),
         ("committed_at", pa.string()),
-        ("statistics", pa.map_(pa.string(), pa.float64())),
         ("column_bytes", pa.map_(pa.string(), pa.int64())),
     ]
 )
@@ -51,6 +52,7 @@ FILES = pa.schema(
     ]
 )
 
+STATISTIC = "statistic "
 INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 2"
 
 Standing = dict[tuple[str, int], tuple[int, int]]
@@ -58,11 +60,12 @@ Standing = dict[tuple[str, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Index:
-    """The committed shards of a store (schema SHARDS) and their files (schema FILES), both ordered by dump and shard.
+    """The committed shards of a store and their files (schema FILES), both ordered by dump and shard.
 
-    Questions about shards are answered from the first table alone, column by column: a store has one row there for each shard,
-    and Python objects for each of them would cost more than DuckDB's whole answer. `sequences` and `positions` are rows of those
-    tables (null without one), `bytes` are of all files, and `column_bytes` has "table.column" as its keys.
+    Questions about shards are answered from the first table alone, column by column: Python objects for each of ten
+    thousand shards would take longer than DuckDB's whole answer. It has the columns of SHARDS, where `sequences` and
+    `positions` are rows of those tables (null without one), `bytes` are of all files, and the keys of `column_bytes` are
+    "table.column"; then one column (float64) for each statistic of the commit records, its name after STATISTIC.
     """
 
     shards: pa.Table
@@ -82,6 +85,11 @@ def standing_records(store: Path, dumps: list[str]) -> Standing:
     return found
 
 
+def _shards_schema(names: Iterable[str]) -> pa.Schema:
+    """SHARDS, and the columns of statistics among these names."""
+    return pa.schema([*SHARDS, *((name, pa.float64()) for name in sorted(set(names)) if name.startswith(STATISTIC))])
+
+
 def _shard_row(commit: CommitRecord, standing: tuple[int, int]) -> dict[str, object]:
     columns = {f"{table}.{name}": size for table, file in commit.files.items() for name, size in file.column_bytes.items()}
     return {
@@ -95,8 +103,8 @@ def _shard_row(commit: CommitRecord, standing: tuple[int, int]) -> dict[str, obj
         "skipped_rows": len(commit.skipped),
         "bytes": sum(file.bytes for file in commit.files.values()),
         "committed_at": commit.made_by.get("committed_at"),
-        "statistics": list(commit.statistics.items()),
         "column_bytes": list(columns.items()),
+        **{f"{STATISTIC}{name}": value for name, value in commit.statistics.items()},
     }
 
 
@@ -126,8 +134,9 @@ def _load(path: Path) -> Index | None:
                 return None
             shards = connection.sql("SELECT * FROM shards ORDER BY dump, shard").to_arrow_table()
             files = connection.sql('SELECT * FROM files ORDER BY dump, shard, "table"').to_arrow_table()
-            return Index(shards.cast(SHARDS), files.cast(FILES))
-    except (duckdb.Error, pa.ArrowException, ValueError):
+            schema = _shards_schema(shards.column_names)
+            return Index(shards.select(schema.names).cast(schema), files.cast(FILES))
+    except (duckdb.Error, pa.ArrowException, ValueError, KeyError):
         return None  # damaged, or of another DuckDB: it is rebuilt
 
 
@@ -172,11 +181,11 @@ def refresh(store: Path, dumps: list[str], *, rebuild: bool = False) -> Index:
                 raise DamageError(f"{path_of_record} is the record of shard {commit.shard} of {commit.dump!r}")
             shard_rows.append(_shard_row(commit, status))
             file_rows.extend(_file_rows(commit))
-    shards = pa.Table.from_pylist(shard_rows, schema=SHARDS)
+    shards = pa.Table.from_pylist(shard_rows, schema=_shards_schema(chain.from_iterable(shard_rows)))
     files = pa.Table.from_pylist(file_rows, schema=FILES)
     if known is not None:
         keep = {key for key, status in standing.items() if indexed.get(key) == status}
-        shards = pa.concat_tables([_keep(known.shards, keep), shards])
+        shards = pa.concat_tables([_keep(known.shards, keep), shards], promote_options="default")
         files = pa.concat_tables([_keep(known.files, keep), files])
     order = [("dump", "ascending"), ("shard", "ascending")]
     index = Index(shards.sort_by(order), files.sort_by([*order, ("table", "ascending")]))

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.errors import DamageError
-from knowledge_store.index import Index
+from knowledge_store.index import STATISTIC, Index
 from knowledge_store.layout import MANIFEST_FILE
 from knowledge_store.manifest import Manifest
 
@@ -78,7 +78,8 @@ def _selection(manifest: Manifest) -> str:
 
 def _statistic(shards: pa.Table, name: str) -> pa.ChunkedArray:
     """One statistic of each shard, null where it has none of that name."""
-    return pc.map_lookup(shards["statistics"], name, "first")
+    column = f"{STATISTIC}{name}"
+    return shards[column] if column in shards.column_names else pa.chunked_array([pa.nulls(len(shards), pa.float64())])
 
 
 def _sum(column: pa.ChunkedArray) -> int:
@@ -178,11 +179,8 @@ def dumps_table(store: Path, index: Index, manifests: list[Manifest]) -> pa.Tabl
 
 def shards_table(index: Index) -> pa.Table:
     """The relation `shards`: one row per committed shard, with a column for each statistic of its kinds."""
-    maps = index.shards["statistics"].combine_chunks()
-    statistics = {name: _statistic(index.shards, name) for name in sorted(pc.unique(maps.keys).to_pylist())}
     before = ("dump", "shard", "first_document", "documents", "sequences", "positions")
     after = ("skipped_rows", "bytes", "committed_at")
-    columns = {name: index.shards[name] for name in (*before, *after)}
-    # A statistic named as a column of the shard's own hides it nowhere: it is left out.
-    own = {name: values for name, values in statistics.items() if name not in columns}
-    return pa.table({**{name: columns[name] for name in before}, **own, **{name: columns[name] for name in after}})
+    statistics = [name for name in index.shards.column_names if name.startswith(STATISTIC)]
+    table = index.shards.select([*before, *statistics, *after])
+    return table.rename_columns([name.removeprefix(STATISTIC) for name in table.column_names])
