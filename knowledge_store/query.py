@@ -32,6 +32,9 @@ CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": "false",
     "allow_community_extensions": "false",
     "python_scan_all_frames": "false",
+    # DuckDB does not know how many rows an Arrow dataset has, and would as soon keep ten million positions in memory to look up
+    # sequences in them: it keeps the right-hand side of a join as it is written.
+    "disabled_optimizers": "build_side_probe_side",
 }
 
 
