@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -15,6 +16,7 @@ from conftest import ROOT
 from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore
+from knowledge_store.commits import read_commit
 from knowledge_store.index import INDEX_SCHEMA
 from knowledge_store.sequences import tokens_table
 
@@ -88,6 +90,22 @@ def test_a_new_commit_is_seen_and_only_it_is_read(tmp_path):
     assert opened[0]["input_ids"].tolist() == random_sequences(0, 4)[0]["token_id"].tolist()
     with pytest.raises(DamageError, match=r"00001\.json"):
         KnowledgeStore.open(store, rebuild_index=True)
+
+
+def test_shards_with_other_statistics(store):
+    before = KnowledgeStore.open(store).info()[0]
+    last = read_commit(store / "small/commits/00002.json")
+    other = replace(last, shard=3, statistics={"predictions": 5, "mean_other": 0.5})
+    (store / "small/commits/00003.json").write_bytes(other.to_bytes())
+    for rebuild in (False, False, True):  # merged into the index, read from it, and made anew
+        opened = KnowledgeStore.open(store, rebuild_index=rebuild)
+        rows = opened.sql("SELECT mean_nll, mean_other FROM shards ORDER BY shard").to_pylist()
+        assert [row["mean_other"] for row in rows] == [None, None, None, 0.5]
+        assert [row["mean_nll"] is None for row in rows] == [False, False, False, True]
+        facts = opened.info()[0]
+        assert facts.predictions == before.predictions + 5
+        assert facts.mean_nll == pytest.approx(before.mean_nll)  # of the shards that have one
+        assert facts.column_bytes["positions.token_id"] > before.column_bytes["positions.token_id"]
 
 
 def test_no_shard_is_opened(store):
