@@ -17,14 +17,15 @@ and P = p(S) the student's, the full divergence of the teacher q and the student
 * candidates alone: `conditional_kl` keeps the middle term, `first` a re-calibrated form of it, `top_k_renormalised` and
   `label_smoothing` trade the first term for −log P.
 
-No function holds a (N, V) log-softmax: each needs one log-sum-exp over the vocabulary and a gather, and those with a
-bucket one copy of the logits more, for the log-sum-exp of the rest. Logits of 16 bits are computed in float32, float64
-stays. Everything is summed in log-space; gradients are finite wherever the logits are.
+No function holds a (N, V) log-softmax: each needs one log-sum-exp over the vocabulary, or over what the candidates leave
+of it, and some logits by their ids, which `_read` gives at the cost of one array of the logits' size. Logits of 16 bits are
+computed in float32, float64 stays. Everything is summed in log-space; gradients are finite wherever the logits are.
+`slices` computes any of them with the head itself a slice of positions at a time.
 
 Adding a loss is one function and one line in `LOSSES`. There are two shapes:
 
 * one loss per target position: `f(logits (N, V), targets, **options) -> (N,)`, as everything in this file. The trainer
-  pairs logits with positions (`select_targets`), sums, and divides by the number of targets of the whole step.
+  pairs logits with positions, gives it a slice of them at a time, sums, and divides by the number of targets of the step.
 * anything else: `f(outputs, batch, **options)` with `whole_batch=True`. `outputs` are the student's own (`.logits`
   (B, T, V), `.hidden_states` when the entry says `hidden_states=True`), `batch` is everything the store gave for these
   sequences, so a kind of knowledge that adds `batch["vector"]` (B, D) is at hand. It returns one loss per target
@@ -43,6 +44,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Batch = Mapping[str, Tensor]
 EMPTY = float("-inf")
@@ -92,8 +94,14 @@ def select_targets(
         Candidates that the student's head has no row for (a teacher's head padded further) are moved to the tail. Draws
         that it has no row for are left out, and the position's others stand for the whole tail that they came from.
     """
+    targets = targets_of(batch, logits.shape[-1], recalibrate)
+    whole = logits.shape[:2] == batch["is_target"].shape
+    return (logits[:, :-1][batch["is_target"][:, 1:].bool()] if whole else logits[0]), targets
+
+
+def targets_of(batch: Batch, rows: int, recalibrate: Callable[[Targets], Targets] | None = None) -> Targets:
+    """The `Targets` of `select_targets` alone, for a student whose head has `rows` rows."""
     chosen = batch["is_target"][:, 1:].bool()
-    rows = logits.shape[-1]
     tail = batch["tail_logprob"][:, 1:][chosen]
     draw_ids = draw_weights = None
     if "tail_ids" in batch:
@@ -116,14 +124,12 @@ def select_targets(
         targets = recalibrate(targets)
     outside = targets.candidate_ids >= rows
     moved = torch.where(outside, targets.candidate_logprobs, EMPTY)
-    targets = targets._replace(
+    return targets._replace(
         candidate_ids=torch.where(outside, 0, targets.candidate_ids),
         candidate_logprobs=torch.where(outside, EMPTY, targets.candidate_logprobs),
         tail_logprob=torch.logsumexp(torch.cat([moved, targets.tail_logprob.unsqueeze(-1)], dim=-1), dim=-1),
         tail_logsumexp=None,  # of the candidates as they were
     )
-    whole = logits.shape[:2] == batch["is_target"].shape
-    return (logits[:, :-1][chosen] if whole else logits[0]), targets
 
 
 def predicting(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -142,8 +148,8 @@ def cross_entropy(logits: Tensor, targets: Targets) -> Tensor:
     Returns:
         (N,) nats, float32 (float64 for float64 logits).
     """
-    logits = _widened(logits)
-    return torch.logsumexp(logits, dim=-1) - logits.gather(-1, targets.token_ids.unsqueeze(-1)).squeeze(-1)
+    total, token = _read(_widened(logits), targets.token_ids.unsqueeze(-1))
+    return (total - token).squeeze(-1)
 
 
 def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, tail: str = "auto") -> Tensor:
@@ -186,11 +192,12 @@ def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, ta
         return temperature**2 * _divergence(*_bucketed(logits, targets, temperature))
     logits = _widened(logits)
     ids, _ = _candidates(targets)
-    total = torch.logsumexp(logits, dim=-1, keepdim=True)  # (N, 1)
+    total, values = _read(logits, torch.cat([ids, targets.draw_ids], dim=-1))
+    student = values - total
     weights = targets.draw_weights.to(logits.dtype)
-    drawn = (weights * (logits.gather(-1, targets.draw_ids) - total)).sum(dim=-1)
+    drawn = (weights * student[:, ids.shape[-1] :]).sum(dim=-1)
     mass = weights.sum(dim=-1)
-    kept = _divergence(targets.candidate_logprobs.to(logits.dtype), logits.gather(-1, ids) - total)
+    kept = _divergence(targets.candidate_logprobs.to(logits.dtype), student[:, : ids.shape[-1]])
     return kept + torch.xlogy(mass, mass) - drawn
 
 
@@ -342,7 +349,8 @@ def first(logits: Tensor, targets: Targets, *, c: float = 0.28) -> Tensor:
     """
     logits = _widened(logits)
     ids, kept = _candidates(targets)
-    student = torch.exp(logits.gather(-1, ids) - torch.logsumexp(logits, dim=-1, keepdim=True))
+    total, values = _read(logits, ids)
+    student = torch.exp(values - total)
     teacher = torch.exp(targets.candidate_logprobs.to(logits.dtype))
     return _divergence(_renormalised(teacher / c, kept), _renormalised(student / c, kept))
 
@@ -386,13 +394,13 @@ def label_smoothing(logits: Tensor, targets: Targets, *, smoothing: float = 0.1)
     """
     logits = _widened(logits)
     ids, kept = _candidates(targets)
-    student = logits.gather(-1, ids) - torch.logsumexp(logits, dim=-1, keepdim=True)
+    total, values = _read(logits, ids)
     teacher = torch.exp(_renormalised(targets.candidate_logprobs.to(logits.dtype), kept))
     others = kept.sum(dim=-1, keepdim=True) - 1
     likeliest = (kept.cumsum(dim=-1) == 1) & kept
     given = torch.where(likeliest & (others > 0), teacher.clamp(max=smoothing), 0.0).sum(dim=-1, keepdim=True)
     smoothed = torch.where(likeliest, teacher - given, teacher + given / others.clamp(min=1))
-    return _divergence(torch.log(torch.where(kept, smoothed, 0.0)), student)
+    return _divergence(torch.log(torch.where(kept, smoothed, 0.0)), values - total)
 
 
 def residual_to_gold(logits: Tensor, targets: Targets) -> Tensor:
@@ -416,8 +424,8 @@ def residual_to_gold(logits: Tensor, targets: Targets) -> Tensor:
     found = kept & (ids == gold)
     logprobs = torch.where(found, torch.logaddexp(targets.candidate_logprobs, tail), targets.candidate_logprobs)
     teacher = torch.cat([logprobs, tail.masked_fill(found.any(dim=-1, keepdim=True), EMPTY)], dim=-1).to(logits.dtype)
-    student = logits.gather(-1, torch.cat([ids, gold], dim=-1)) - torch.logsumexp(logits, dim=-1, keepdim=True)
-    return _divergence(teacher, student)
+    total, values = _read(logits, torch.cat([ids, gold], dim=-1))
+    return _divergence(teacher, values - total)
 
 
 def top_k_renormalised(logits: Tensor, targets: Targets, *, temperature: float = 1.0) -> Tensor:
@@ -438,13 +446,58 @@ def top_k_renormalised(logits: Tensor, targets: Targets, *, temperature: float =
     """
     logits = _widened(logits) / temperature
     ids, kept = _candidates(targets)
-    student = logits.gather(-1, ids) - torch.logsumexp(logits, dim=-1, keepdim=True)
+    total, values = _read(logits, ids)
     teacher = _renormalised(targets.candidate_logprobs.to(logits.dtype) / temperature, kept)
-    return temperature**2 * _divergence(teacher, student)
+    return temperature**2 * _divergence(teacher, values - total)
 
 
 def _widened(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class _Reading(torch.autograd.Function):
+    """What a loss reads of logits (N, V): a log-sum-exp over the vocabulary (N, 1), and the logits of some ids (N, K).
+
+    Autograd by itself would make an array of the logits' size for the gradient of each of the two, and more on the way. Here
+    the exponentials of the forward pass become the gradient in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, hide: Tensor | None) -> tuple[Tensor, Tensor]:
+        values = logits.gather(-1, ids)
+        powers, largest = _powers(logits, ids, values, hide)
+        sums = powers.sum(dim=-1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits, ids, hide, sums)
+            ctx.powers = powers
+        return largest + torch.log(sums), values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_sum: Tensor, of_values: Tensor) -> tuple[Tensor, None, None]:
+        logits, ids, hide, sums = ctx.saved_tensors
+        powers, ctx.powers = ctx.powers, None
+        if powers is None:  # the graph was kept for another pass
+            powers, _ = _powers(logits, ids, logits.gather(-1, ids), hide)
+        share = of_sum / sums.clamp(min=torch.finfo(sums.dtype).tiny)
+        return powers.mul_(share).scatter_add_(-1, ids, of_values), None, None
+
+
+def _powers(logits: Tensor, ids: Tensor, values: Tensor, hide: Tensor | None) -> tuple[Tensor, Tensor]:
+    """exp(logits − largest) (N, V), 0 for the ids of rows that hide them, and the largest (N, 1) of those that are not."""
+    others = logits if hide is None else logits.scatter(-1, ids, values.masked_fill(hide, EMPTY))
+    largest = others.amax(dim=-1, keepdim=True)
+    largest = torch.where(largest > EMPTY, largest, 0.0)
+    shifted = torch.sub(others, largest) if hide is None else others.sub_(largest)
+    return shifted.exp_(), largest
+
+
+def _read(logits: Tensor, ids: Tensor, hide: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over the vocabulary, (N, 1), of logits (N, V), and the logits (N, K) of some ids (N, K).
+
+    Rows where `hide` (N, 1) is true leave their ids out of the sum.
+    """
+    return _Reading.apply(logits, ids, hide)
 
 
 def _candidates(targets: Targets) -> tuple[Tensor, Tensor]:
@@ -466,14 +519,11 @@ def _bucketed(logits: Tensor, targets: Targets, temperature: float) -> tuple[Ten
     """
     logits = _widened(logits)
     ids, kept = _candidates(targets)
-    total = torch.logsumexp(logits, dim=-1, keepdim=True)  # (N, 1)
-    # Where the candidates are the whole vocabulary only one is hidden: no log-sum-exp of nothing, whose gradient is NaN.
     nothing_else = kept.sum(dim=-1, keepdim=True) == logits.shape[-1]
-    hidden = torch.where(nothing_else, ids[:, :1], ids)
-    rest = torch.logsumexp(logits.scatter(-1, hidden, EMPTY), dim=-1, keepdim=True).masked_fill(nothing_else, EMPTY)
-    # A row without candidates has nothing but a tail, although its fillers hide some token.
-    rest = torch.where(kept.any(dim=-1, keepdim=True), rest, total)
-    student = torch.cat([(logits.gather(-1, ids) - total).masked_fill(~kept, EMPTY), rest - total], dim=-1)
+    # A row without candidates has nothing but a tail: its fillers hide no token.
+    rest, values = _read(logits, ids, hide=kept.any(dim=-1, keepdim=True) & ~nothing_else)
+    symbols = torch.cat([values.masked_fill(~kept, EMPTY), rest.masked_fill(nothing_else, EMPTY)], dim=-1)
+    student = torch.log_softmax(symbols, dim=-1)
     teacher = torch.cat([targets.candidate_logprobs, targets.tail_logprob.unsqueeze(-1)], dim=-1).to(logits.dtype)
     if temperature != 1.0:
         student = torch.log_softmax(student / temperature, dim=-1)
@@ -547,6 +597,19 @@ def units(batch: Batch) -> dict[str, Tensor]:
     return {"target": batch["is_target"][:, 1:].sum(), "sequence": (batch["sequence_id"] >= 0).sum()}
 
 
+def per_target(
+    loss: Loss, *, ce_weight: float = 0.0, options: Mapping[str, float | str] | None = None
+) -> Callable[[Tensor, Targets], Tensor]:
+    """A loss that is not of whole batches, with its options and its share of cross-entropy, as one function of logits
+    (N, V) and their targets to (N,) nats: (1 − ce_weight) · distillation + ce_weight · cross-entropy."""
+
+    def mixed(logits: Tensor, targets: Targets) -> Tensor:
+        values = loss.function(logits, targets, **(options or {}))
+        return (1 - ce_weight) * values + ce_weight * cross_entropy(logits, targets) if ce_weight else values
+
+    return mixed
+
+
 def step_loss(
     loss: Loss,
     outputs: Any,
@@ -577,12 +640,11 @@ def step_loss(
     def mean(values: Tensor, unit: str) -> Tensor:
         return values.sum() / torch.as_tensor(counts[unit], device=values.device).clamp(min=1)
 
-    if loss.whole_batch:
-        values = loss.function(outputs, batch, **(options or {}))
-        if loss.unit == "sequence":
-            values = values[batch["sequence_id"] >= 0]
-    else:
-        values = loss.function(logits, targets, **(options or {}))
+    if not loss.whole_batch:
+        return mean(per_target(loss, ce_weight=ce_weight, options=options)(logits, targets), "target")
+    values = loss.function(outputs, batch, **(options or {}))
+    if loss.unit == "sequence":
+        values = values[batch["sequence_id"] >= 0]
     result = mean(values, loss.unit)
     if ce_weight:
         result = (1 - ce_weight) * result + ce_weight * mean(cross_entropy(logits, targets), "target")
