@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from student_train.questions import Question, corpus_row, read_questions
     from student_train.recalibration import recalibrated
     from student_train.report import write_report
+    from student_train.slices import sliced_loss
     from student_train.training import TrainResult, train
 
 _HOMES = {
@@ -90,6 +91,7 @@ _HOMES = {
     "questions": ("Question", "corpus_row", "read_questions"),
     "recalibration": ("recalibrated",),
     "report": ("write_report",),
+    "slices": ("sliced_loss",),
     "training": ("TrainResult", "train"),
 }
 
@@ -132,6 +134,7 @@ __all__ = [
     "select_targets",
     "skewed_kl",
     "skewed_reverse_kl",
+    "sliced_loss",
     "split_ordinals",
     "top_k_renormalised",
     "total_variation",

@@ -44,8 +44,18 @@ from student_train.data import (
     padding_batch,
     split_ordinals,
 )
-from student_train.losses import Loss, Targets, cross_entropy, forward_kl, predicting, select_targets, step_loss, units
-from student_train.models import head_at, load_model, load_tokenizer, quieten
+from student_train.losses import (
+    Loss,
+    Targets,
+    cross_entropy,
+    forward_kl,
+    per_target,
+    select_targets,
+    step_loss,
+    targets_of,
+    units,
+)
+from student_train.models import load_model, load_tokenizer, quieten
 from student_train.recalibration import configured
 from student_train.run_folder import (
     COMPLETE_FILE,
@@ -59,6 +69,7 @@ from student_train.run_folder import (
     versions,
     write_json,
 )
+from student_train.slices import Share, has_plain_head, sliced_loss, sum_over_slices
 
 
 @dataclass(frozen=True)
@@ -224,6 +235,7 @@ class DistillationTrainer(Trainer):
         self.positions = 0  # of the current step, over all ranks
         self._seconds_before = seconds
         self._started = time.monotonic()
+        has_plain_head(student)  # looked up before anything wraps it
         super().__init__(
             model=student,
             args=arguments,
@@ -281,25 +293,21 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Mapping[str, Tensor] | None = None,
     ) -> Any:
         """This batch's share of the step's loss, times the number of ranks, since DDP averages over them."""
-        outputs = self._forward(model, inputs)
-        loss = step_loss(
-            self.distillation,
-            outputs,
-            inputs,
-            num_items_in_batch or units(inputs),
-            ce_weight=self.config.ce_weight,
-            options=self.config.loss_options(),
-            recalibrate=self.recalibrate,
-        )
+        counts = num_items_in_batch or units(inputs)
+        options: dict[str, Any] = {"ce_weight": self.config.ce_weight, "options": self.config.loss_options()}
+        outputs = None
+        if self.distillation.whole_batch:
+            outputs = self._forward(model, inputs)
+            loss = step_loss(self.distillation, outputs, inputs, counts, recalibrate=self.recalibrate, **options)
+        else:
+            function = per_target(self.distillation, **options)
+            loss = sliced_loss(model, inputs, function, count=counts["target"], recalibrate=self.recalibrate)
         loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _forward(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Any:
         extra = {"output_hidden_states": True} if self.distillation.hidden_states else {}
-        student = self.accelerator.unwrap_model(model)
-        head = nullcontext() if self.distillation.whole_batch else head_at(student, *predicting(batch))
-        with head:
-            return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **extra)
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **extra)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -317,21 +325,7 @@ class DistillationTrainer(Trainer):
         self.model.eval()
         with torch.no_grad():
             for batch in self._loader(dataset):
-                batch = self._prepare_inputs(batch)
-                outputs = self._forward(self.model, batch)
-                share = step_loss(
-                    self.distillation,
-                    outputs,
-                    batch,
-                    counts,
-                    ce_weight=self.config.ce_weight,
-                    options=self.config.loss_options(),
-                    recalibrate=self.recalibrate,
-                )
-                logits, chosen = select_targets(outputs.logits, batch)
-                nll = cross_entropy(logits, chosen).sum() / max(targets, 1)
-                kl = forward_kl(logits, chosen, tail="bucket").sum() / max(targets, 1)
-                totals += torch.stack([share, nll, kl]).double().cpu()
+                totals += self._measured(self._prepare_inputs(batch), counts).double().cpu()
         self.model.train()
         summed = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum").tolist()
         names = ("loss", "nll", "kl")
@@ -341,6 +335,30 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _measured(self, batch: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
+        """A held-out batch's shares of the loss, of the text's NLL and of the KL, (3,)."""
+        options: dict[str, Any] = {"ce_weight": self.config.ce_weight, "options": self.config.loss_options()}
+        function, whole = per_target(self.distillation, **options), self.distillation.whole_batch
+
+        def prepare(vocabulary: int) -> Share:
+            known = targets_of(batch, vocabulary)
+            wanted = targets_of(batch, vocabulary, self.recalibrate)
+
+            def share(logits: Tensor, rows: slice) -> Tensor:
+                nll = cross_entropy(logits, known.part(rows)).sum()
+                kl = forward_kl(logits, known.part(rows), tail="bucket").sum()
+                own = torch.zeros_like(nll) if whole else function(logits, wanted.part(rows)).sum()
+                return torch.stack([own, nll, kl])
+
+            return share
+
+        if not whole:
+            return sum_over_slices(self.model, batch, prepare) / max(counts["target"], 1)
+        outputs = self._forward(self.model, batch)
+        logits, _ = select_targets(outputs.logits, batch)
+        shares = prepare(logits.shape[-1])(logits, slice(0, len(logits))) / max(counts["target"], 1)
+        return shares + step_loss(self.distillation, outputs, batch, counts, **options) * shares.new_tensor([1, 0, 0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds spent so far, count epochs by steps, and keep history.json up to date."""
