@@ -86,7 +86,7 @@ def test_only_the_gradients_that_are_asked_for():
 
 
 def test_gradients_cannot_be_scaled_twice():
-    hidden, weight, _ = head(7, False)
+    hidden, weight = head(7, False)
     targets = random_case(1, rows=7)[2]
     loss = 2 * sliced(hidden, weight, None, lambda logits, rows: forward_kl(logits, targets.part(rows)).sum())
     loss.backward(retain_graph=True)
