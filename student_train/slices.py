@@ -229,7 +229,7 @@ def _in_place_of_head(
         results.append((result, _version(result)))
         return result
 
-    head.forward = forward  # type: ignore[method-assign]
+    head.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield results
     finally:
