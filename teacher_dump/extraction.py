@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.selection import Selection
 from knowledge_store.sequences import sequence_id
-from teacher_dump.sampling import block_sums, counted, draw, independent_points, precise, systematic_points
+from teacher_dump.sampling import block_sums, counted, draw, independent_points, likeliest, precise, systematic_points
 from teacher_dump.teacher import Prediction
 from teacher_dump.tokenisation import TokenSequence
 
@@ -77,7 +78,10 @@ def knowledge_of(
         tail_logsumexp (N,) float32: the log of the sum of p^(1/T) over the tail.
     """
     token_logit = logits.gather(1, token_ids[:, None])[:, 0]
-    candidates, ids = logits.topk(min(selection.candidates, logits.shape[1]), dim=1)
+    width = min(selection.candidates, logits.shape[1])
+    # One more than the candidates is the likeliest of the tail.
+    values, ids = likeliest(logits, min(width + 1, logits.shape[1]))
+    candidates, ids = values[:, :width], ids[:, :width]
     if selection.name == "top-p":
         mass = precise(torch.exp(candidates - torch.logsumexp(logits, dim=1, keepdim=True)))
         needed = (mass.cumsum(dim=1) - mass < selection.p).to(logits.device)
@@ -85,10 +89,13 @@ def knowledge_of(
         needed = torch.ones_like(candidates, dtype=torch.bool)
     logits.scatter_(1, ids, candidates.masked_fill(needed, -torch.inf))
     candidates = candidates.masked_fill(~needed, -torch.inf)
-    highest = logits.amax(dim=1, keepdim=True)
+    highest = pad(values, (0, 1), value=-torch.inf).gather(1, needed.sum(dim=1, keepdim=True))
     whole = highest.isneginf()  # nothing is left over
     highest = highest.masked_fill(whole, 0)
-    weights = torch.exp(logits.sub_(highest))
+    logits.sub_(highest)
+    if temperature is not None:
+        tempered = block_sums(torch.exp(logits / temperature)).sum(dim=1).log()
+    weights = logits.exp_()
     sums = block_sums(weights)
     tail = (sums.sum(dim=1).log() + precise(highest[:, 0])).float().to(logits.device)
     total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
@@ -99,12 +106,12 @@ def knowledge_of(
         "tail_logprob": tail - total,
     }
     if points is not None:
-        empty = whole[:, 0]
-        weights[empty, 0] = sums[empty.to(sums.device), 0] = 1  # something to draw, which then counts for nothing
+        # Something to draw, which then counts for nothing.
+        for each in (weights, sums):
+            each[:, 0].masked_fill_(whole[:, 0].to(each.device), 1)
         found["tail_ids"], counts = counted(draw(weights, sums, points))
         found["tail_counts"] = counts.masked_fill(whole, 0)
     if temperature is not None:
-        tempered = block_sums(torch.exp(logits.div_(temperature))).sum(dim=1).log()
         found["tail_logsumexp"] = (tempered + precise(highest[:, 0] - total) / temperature).float().to(logits.device)
     return found
 
@@ -153,10 +160,11 @@ def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_
     sound: list[Tensor] = []
     results: list[dict[str, Tensor]] = []
     for part, logits in batch.prediction.logit_slices(places, before):
-        # The extremes are NaN where anything is.
-        sound.append(logits.amin(dim=1).isfinite() & logits.amax(dim=1).isfinite())
+        lowest = logits.amin(dim=1)
         at = None if drawn is None else drawn[part]
         results.append(knowledge_of(logits, tokens[part], batch.selection, at, batch.temperature))
+        # A logit that is NaN or +inf makes the normaliser so, and with it the token's log-probability.
+        sound.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
     if not results:
         nothing = torch.zeros((0, batch.prediction.teacher.vocabulary_size))
         results.append(knowledge_of(nothing, torch.zeros(0, dtype=torch.int64), batch.selection, drawn, batch.temperature))

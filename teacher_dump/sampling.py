@@ -1,4 +1,4 @@
-"""Draws from a distribution over a vocabulary: seeded by the sequence alone, all of a slice in one pass.
+"""The likeliest tokens of a vocabulary, and draws from all: seeded by the sequence alone, all of a slice in one pass.
 
 A draw is the token at which the running sum of the probabilities passes a random point. The sum runs in float64 over blocks of
 `BLOCK` tokens, and a block is looked into only where a point falls: one pass over float32 probabilities, whatever the number of
@@ -6,6 +6,8 @@ draws, and no rounding that grows with the vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -38,16 +40,48 @@ def precise(values: Tensor) -> Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-def _blocks(weights: Tensor) -> Tensor:
-    """Weights (N, V) as (N, blocks, BLOCK), filled up with zeros."""
-    padded = pad(weights, (0, -weights.shape[1] % BLOCK))
-    return padded.view(len(weights), padded.shape[1] // BLOCK, BLOCK)
+def block_wise(reduce: Callable[..., Tensor], values: Tensor, fill: float) -> Tensor:
+    """A reduction over each block of `BLOCK` tokens (N, blocks), of values (N, V); the last block is filled up with `fill`."""
+    whole = values.shape[1] // BLOCK
+    found = reduce(values[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)), dim=2)
+    rest = values[:, whole * BLOCK :]
+    if not rest.shape[1]:
+        return found
+    return torch.cat([found, reduce(pad(rest, (0, BLOCK - rest.shape[1]), value=fill), dim=1, keepdim=True)], dim=1)
+
+
+def _in_blocks(values: Tensor, blocks: Tensor, fill: float) -> Tensor:
+    """What some blocks (N, M) of values (N, V) hold, (N, M, BLOCK); past the end of the vocabulary it is `fill`."""
+    ids = blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)
+    last = values.shape[1] - 1
+    found = values.gather(1, ids.clamp(max=last).flatten(1)).view(ids.shape)
+    return found if last % BLOCK == BLOCK - 1 else found.masked_fill_(ids > last, fill)
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest logits of each row, largest first, and their token ids, (N, count) each; which of equal ones is open.
+
+    Only the `count` blocks with the largest maxima can hold them: reading the logits once for the maxima is several times as
+    fast as ranking them all.
+
+    Args:
+        logits: float32 (N, V).
+        count: at most V.
+    """
+    if count * BLOCK >= logits.shape[1]:
+        values, ids = logits.topk(count, dim=1)
+        return values, ids
+    blocks = block_wise(torch.amax, logits, -torch.inf).topk(count, dim=1).indices
+    values, at = _in_blocks(logits, blocks, -torch.inf).flatten(1).topk(count, dim=1)
+    ids = blocks.gather(1, at // BLOCK) * BLOCK + at % BLOCK
+    # Past the end of the vocabulary are only places that no finite logit loses to.
+    return values, ids.clamp_(max=logits.shape[1] - 1)
 
 
 def block_sums(weights: Tensor) -> Tensor:
     """The sum of each block of `BLOCK` tokens, `precise` (N, blocks), of weights float32 (N, V)."""
     # Float32 within a block: torch's own float64 sum of float32 takes thirty times as long, and as the exponentials themselves.
-    return precise(_blocks(weights).sum(dim=2))
+    return precise(block_wise(torch.sum, weights, 0))
 
 
 def draw(weights: Tensor, sums: Tensor, points: Tensor) -> Tensor:
@@ -68,8 +102,7 @@ def draw(weights: Tensor, sums: Tensor, points: Tensor) -> Tensor:
     ends = sums.cumsum(dim=1)
     block = _passed(ends, points)
     within = points * ends[:, -1:] - (ends - sums).gather(1, block)
-    index = block[:, :, None].expand(-1, -1, BLOCK).to(weights.device)
-    inside = precise(_blocks(weights).gather(1, index)).cumsum(dim=2)
+    inside = precise(_in_blocks(weights, block.to(weights.device), 0)).cumsum(dim=2)
     highest = torch.nextafter(inside[:, :, -1], torch.zeros((), dtype=torch.float64, device=inside.device))
     within = within.clamp(min=0).minimum(highest)
     return (block * BLOCK + (inside <= within[:, :, None]).sum(dim=2)).to(weights.device)

@@ -236,12 +236,6 @@ def _ask(
 
 def predict_batch(config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence]) -> Prediction:
     """Run the teacher on some sequences as one batch, padded on the right."""
-    longest = max(len(sequence.token_ids) for sequence in sequences)
-    token_ids = np.zeros((len(sequences), longest), np.int64)
-    mask = np.zeros((len(sequences), longest), bool)
-    for row, sequence in enumerate(sequences):
-        token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
-        mask[row, : len(sequence.token_ids)] = True
     for sequence in sequences:
         if sequence.token_ids.max() >= teacher.vocabulary_size:
             raise InputError(
@@ -249,7 +243,18 @@ def predict_batch(config: DumpConfig, teacher: Teacher, sequences: list[TokenSeq
                 f" {sequence.document.file + 1}), and its model knows {teacher.vocabulary_size}: they do not belong together"
             )
     with _enough_memory(config, sequences):
-        return teacher.predict(token_ids, mask)
+        return teacher.predict(*batch_arrays(sequences))
+
+
+def batch_arrays(sequences: list[TokenSequence]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int64 (B, T), padded on the right, and which of them are tokens, bool (B, T)."""
+    longest = max(len(sequence.token_ids) for sequence in sequences)
+    token_ids = np.zeros((len(sequences), longest), np.int64)
+    mask = np.zeros((len(sequences), longest), bool)
+    for row, sequence in enumerate(sequences):
+        token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
+        mask[row, : len(sequence.token_ids)] = True
+    return token_ids, mask
 
 
 def extract_batch(

@@ -49,6 +49,27 @@ def test_against_float64(data):
     np.testing.assert_allclose(tail[np.isfinite(tail)], left_over[np.isfinite(tail)], atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("vocabulary", [2048, 3001])
+@pytest.mark.parametrize(
+    "selection", [Selection("top-k", 5), Selection("top-p", 6, 0, 0.9), Selection("random-sampling", 0, 1)]
+)
+def test_against_float64_over_many_blocks(vocabulary, selection):
+    logits = np.random.default_rng(vocabulary).normal(0, 4, (40, vocabulary)).astype(np.float32)
+    tokens = np.arange(40)
+    found = knowledge_of(torch.from_numpy(logits.copy()), torch.from_numpy(tokens), selection, None, 1.5)
+    expected = log_softmax(logits)
+    ids, logprobs = found["candidate_ids"].numpy(), found["candidate_logprobs"].numpy()
+    np.testing.assert_array_equal(ids, np.argsort(-expected, axis=1)[:, : selection.candidates])
+    kept = np.isfinite(logprobs)
+    assert kept.all() or selection.name == "top-p"
+    np.testing.assert_allclose(logprobs[kept], np.take_along_axis(expected, ids, 1)[kept], atol=TOLERANCE)
+    rest = expected.copy()
+    np.put_along_axis(rest, ids, np.where(kept, -np.inf, np.take_along_axis(rest, ids, 1)), 1)
+    np.testing.assert_allclose(found["tail_logprob"], np.logaddexp.reduce(rest, axis=1), atol=TOLERANCE)
+    np.testing.assert_allclose(found["tail_logsumexp"], np.logaddexp.reduce(rest / 1.5, axis=1), atol=TOLERANCE)
+    np.testing.assert_allclose(found["token_logprob"], expected[tokens, tokens], atol=TOLERANCE)
+
+
 def test_a_tail_that_one_minus_the_sum_would_lose_is_kept():
     logits = torch.tensor([[60.0, 0.0, 0.0, 0.0]])
     found = knowledge_of(logits, torch.tensor([0]), Selection("top-k", 1))
@@ -88,6 +109,7 @@ def sequences():
 @pytest.mark.parametrize("slice_positions", [1, 3, 1000])
 def test_each_position_holds_the_prediction_of_its_own_token(sequences, keep_context, slice_positions, monkeypatch):
     monkeypatch.setitem(teacher_module.SLICE_LOGITS, "cpu", slice_positions * Given.vocabulary_size)
+    monkeypatch.setitem(teacher_module.PIECE_LOGITS, "cpu", 2 * Given.vocabulary_size)
     logits = torch.randn(4, 9, 17, generator=torch.Generator().manual_seed(0)) * 4
     found = extract_positions(batch_of(sequences, logits.clone(), keep_context=keep_context))
     for row, (each, arrays_) in enumerate(zip(sequences, found, strict=True)):
@@ -114,11 +136,14 @@ def test_a_batch_without_targets_has_no_knowledge_and_the_right_shapes(sequences
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_logit_that_is_no_number_names_its_sequence(sequences, value):
+@pytest.mark.parametrize(
+    "selection", [Selection("top-k", 3), Selection("top-p", 3, 0, 0.9), Selection("random-sampling", 0, 6)]
+)
+def test_a_logit_that_is_no_number_names_its_sequence(sequences, value, selection):
     logits = torch.randn(4, 9, 17)
     logits[2, 4, 5] = value  # predicts position 5 of the third sequence
     with pytest.raises(UnsoundLogits, match=r"NaN or infinite in sequence 131072 \(row 3 of corpus file 1, window 0\)"):
-        extract_positions(batch_of(sequences, logits))
+        extract_positions(batch_of(sequences, logits, selection=selection))
 
 
 def test_what_is_not_kept_may_be_anything(sequences):

@@ -15,8 +15,8 @@ import pytest
 from conftest import save_teacher, story_rows, write_jsonl
 from processes import Command
 
-from knowledge_store import KnowledgeStore
-from knowledge_store.errors import InputError, MismatchError
+from knowledge_store import KnowledgeStore, publication
+from knowledge_store.errors import InputError, MismatchError, StoreError
 from knowledge_store.verification import verify
 from teacher_dump import DumpConfig, dump, fingerprints
 from teacher_dump.teacher import load_teacher
@@ -191,6 +191,24 @@ def test_an_error_in_the_reading_thread_is_the_dumps_and_leaves_no_thread(tmp_pa
     assert sorted(path.name for path in (tmp_path / "s/tiny-c/commits").iterdir()) == ["00000.json", "00001.json", "00002.json"]
     report = dump(replace(config, skip_bad_rows=True), teacher=loaded_teacher)
     assert (report.shards_standing, report.shards, report.skipped_rows) == (3, 2, 1)
+
+
+def test_an_error_in_the_writing_thread_is_the_dumps_and_leaves_no_thread(config, loaded_teacher, uninterrupted, monkeypatch):
+    write = publication.publish
+
+    def full(path, contents):
+        if path.name.startswith("00003"):
+            raise StoreError(f"cannot write {path}: No space left on device")
+        return write(path, contents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("knowledge_store.parquet.publish", full)
+        with pytest.raises(StoreError, match=r"00003.*No space left on device"):
+            dump(config, teacher=loaded_teacher)
+    assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
+    assert sorted(path.name for path in config.store.glob("d/commits/*")) == ["00000.json", "00001.json", "00002.json"]
+    dump(config, teacher=loaded_teacher)
+    assert contents(config.store) == uninterrupted
 
 
 # --- gone on with by the wrong command ----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from knowledge_store.selection import Selection
 from teacher_dump.extraction import knowledge_of
-from teacher_dump.sampling import BLOCK, block_sums, counted, draw, independent_points, systematic_points
+from teacher_dump.sampling import BLOCK, block_sums, counted, draw, independent_points, likeliest, systematic_points
 
 FALSE_ALARM = 1e-6  # how often a sound sampler may fail one of the tests of this file
 
@@ -103,6 +103,24 @@ def test_draws_beside_candidates_vary_less_than_random_sampling_of_as_many_ids()
     sampled, sampled_ids = error(Selection("random-sampling", 0, 20), independent_points)
     assert mixed_ids < sampled_ids  # fewer ids, and yet
     assert mixed < 0.7 * sampled
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    vocabulary=st.sampled_from([1, 7, 256, 257, 511, 1024, 1500, 4001]),
+    count=st.integers(1, 9),
+    distinct=st.integers(2, 10_000),
+    offset=st.sampled_from([-1e30, -300.0, 0.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_the_likeliest_are_those_of_a_plain_ranking(vocabulary, count, distinct, offset, seed):
+    """Also where many logits are equal, and where all are below what fills up the last block in a sum."""
+    count = min(count, vocabulary)
+    logits = np.random.default_rng(seed).integers(0, distinct, (4, vocabulary)).astype(np.float32) + np.float32(offset)
+    values, ids = (each.numpy() for each in likeliest(torch.from_numpy(logits), count))
+    np.testing.assert_array_equal(values, -np.sort(-logits, axis=1)[:, :count])
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, ids, axis=1))
+    assert all(len(set(row)) == count for row in ids.tolist())
 
 
 @settings(deadline=None, max_examples=60)
