@@ -45,6 +45,7 @@ from teacher_dump.tokenisation import CorpusTokenizer, TokenSequence
 GOAL = 0.97
 DUMPS = {"top-5 + 4 draws": 4, "top-5": 0}
 CHARACTERS_PER_POSITION = 4
+WINDOWS_IN_A_ROW = 8
 
 
 def batches_of(config: DumpConfig, teacher: Teacher) -> list[list[TokenSequence]]:
@@ -230,7 +231,7 @@ def measure(config: DumpConfig, teacher: Teacher, repeats: int) -> dict[str, Any
     batches = batches_of(config, teacher)
     runs: dict[str, Callable[[], float]] = {"bare": lambda: run_bare(teacher, batches)}
     for name, draws in DUMPS.items():
-        runs[name] = lambda draws=draws: run_dump(replace(config, tail_draws=draws), teacher)  # type: ignore[misc]
+        runs[name] = lambda draws=draws: run_dump(replace(config, tail_draws=draws), teacher)
     run_bare(teacher, batches[:1])
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -278,7 +279,7 @@ def main() -> None:
     """Measure every teacher in every precision, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", nargs="+", action="append", required=True, help="folder or hub id, and a GGUF file in it")
-    parser.add_argument("--text", required=True, type=Path, help="a .txt file")
+    parser.add_argument("--text", required=True, type=Path, help="a .txt file; about a batch of it is a shard")
     parser.add_argument("--positions", type=int, default=4096, help="about so many in a run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=256)
@@ -289,15 +290,20 @@ def main() -> None:
     arguments = parser.parse_args()
     figures: dict[str, Any] = {"goal": GOAL, "repeats": arguments.repeats, "teachers": []}
     with tempfile.TemporaryDirectory() as work:
-        text = Path(work) / "text.txt"
-        whole = arguments.text.read_text()
-        text.write_text(whole if arguments.memory_of else whole[: CHARACTERS_PER_POSITION * arguments.positions])
+        corpus = Path(work) / "text.jsonl"
+        if arguments.memory_of:
+            corpus = arguments.text
+        else:
+            text = arguments.text.read_text()[: CHARACTERS_PER_POSITION * arguments.positions]
+            size = CHARACTERS_PER_POSITION * arguments.max_length * WINDOWS_IN_A_ROW
+            rows = [json.dumps({"text": text[start : start + size]}) for start in range(0, len(text), size)]
+            corpus.write_text("\n".join(rows))
         for folder, *gguf_file in arguments.teacher:
             for dtype in arguments.dtypes:
                 config = DumpConfig(
-                    folder, (text,), Path(work) / "store", "overhead", gguf_file=gguf_file[0] if gguf_file else None,
-                    max_length=arguments.max_length, batch_size=arguments.batch_size, shard_size=1, dtype=dtype,
-                    device=arguments.device, tail_draws=DUMPS.get(arguments.memory_of, 4),
+                    folder, (corpus,), Path(work) / "store", "overhead", gguf_file=gguf_file[0] if gguf_file else None,
+                    max_length=arguments.max_length, batch_size=arguments.batch_size, dtype=dtype, device=arguments.device,
+                    shard_size=-(-arguments.batch_size // WINDOWS_IN_A_ROW), tail_draws=DUMPS.get(arguments.memory_of, 4),
                 )  # fmt: skip
                 name = config.gguf_file or Path(folder).name
                 if not multiplies(dtype, teacher_module.find_device(arguments.device)):
