@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from measurement import keep
 
+from knowledge_store.console import note
 from teacher_dump import extraction
 from teacher_dump import teacher as teacher_module
 from teacher_dump.configuration import DumpConfig
@@ -238,8 +239,10 @@ def measure(config: DumpConfig, teacher: Teacher, repeats: int) -> dict[str, Any
     for _ in range(repeats):
         for name in order:
             speeds[name].append(runs[name]())
+            note(f"{name}: {speeds[name][-1]:,.1f} positions/s")
         order.append(order.pop(0))
     parts = profile(config, teacher)
+    note(f"{parts}")
     memory = {name: peak_memory_alone(config, name) for name in runs}
     found: dict[str, Any] = {
         "vocabulary_size": teacher.vocabulary_size,

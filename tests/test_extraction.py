@@ -109,7 +109,6 @@ def sequences():
 @pytest.mark.parametrize("slice_positions", [1, 3, 1000])
 def test_each_position_holds_the_prediction_of_its_own_token(sequences, keep_context, slice_positions, monkeypatch):
     monkeypatch.setitem(teacher_module.SLICE_LOGITS, "cpu", slice_positions * Given.vocabulary_size)
-    monkeypatch.setitem(teacher_module.PIECE_LOGITS, "cpu", 2 * Given.vocabulary_size)
     logits = torch.randn(4, 9, 17, generator=torch.Generator().manual_seed(0)) * 4
     found = extract_positions(batch_of(sequences, logits.clone(), keep_context=keep_context))
     for row, (each, arrays_) in enumerate(zip(sequences, found, strict=True)):

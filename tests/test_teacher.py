@@ -71,7 +71,6 @@ def test_logits_are_the_models_own_and_padding_changes_nothing(tmp_path, name, c
     assert teacher.whole_logits is changes_logits
     assert ("changes its logits after the head, so whole logits are used" in capsys.readouterr().err) is changes_logits
     monkeypatch.setitem(teacher_module.SLICE_LOGITS, "cpu", 5 * teacher.vocabulary_size)  # five positions a slice
-    monkeypatch.setitem(teacher_module.PIECE_LOGITS, "cpu", 2 * teacher.vocabulary_size)  # and two a piece
 
     lengths = [3, 11, 7]
     tokens, mask = padded(lengths, 11, left=False)
