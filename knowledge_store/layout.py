@@ -11,6 +11,7 @@ STORE/
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -68,3 +69,9 @@ def commit_shard(name: str) -> int | None:
 def dump_folders(store: Path) -> list[Path]:
     """The dumps of a store: its folders with a manifest, by name."""
     return sorted(path.parent for path in store.glob(f"*/{MANIFEST_FILE}") if _DUMP_NAME.fullmatch(path.parent.name))
+
+
+def user_cache(name: str) -> Path:
+    """The folder for one sort of thing that may be lost at any time, in the cache of whoever runs this."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache")).expanduser()
+    return base / "knowledge-store" / name

@@ -1,7 +1,7 @@
 """Random access to the sequences of one dump: which shard, which row group, which rows, and their decoded arrays.
 
-A row group is decoded once and kept while it is among the most recently used, within `CACHE_BYTES`; a sequence is then a
-slice of it. Nothing here is written down anywhere: the shards are the only copy.
+A row group is decoded whole. It is kept in memory while it is among the most recently used, within `MEMORY_BYTES`, and in the
+cache on disk (`decoded`), which later epochs and other processes read from.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from knowledge_store.decoded import DecodedCache
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS, Arrays
@@ -23,8 +24,9 @@ from knowledge_store.layout import SEQUENCES, table_path
 from knowledge_store.manifest import Manifest
 from knowledge_store.parquet import open_parquet, read_row_group, read_row_groups
 
-CACHE_BYTES = 512 * 2**20
+MEMORY_BYTES = 512 * 2**20
 OPEN_FILES = 64
+SHARDS = 4096  # whose sequences are kept in mind, 16 bytes each and 4 for each kind
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,30 @@ def read_sequences(files: list[ShardFile], columns: list[str] | None = None) -> 
     return pa.concat_tables(tables, promote_options="permissive") if tables else None
 
 
-class DumpReader:
-    """The sequences of one dump by ordinal (0 is the first committed sequence)."""
+@dataclass(frozen=True)
+class RowGroups:
+    """Where the sequences of one shard are in one of its files.
 
-    def __init__(self, store: Path, index: Index, manifest: Manifest):
+    Attributes:
+        rows: first row of each row group, and the end.
+        first: first sequence of each row group, and the end.
+        group: row group of each sequence.
+    """
+
+    rows: np.ndarray
+    first: np.ndarray
+    group: np.ndarray
+
+
+class DumpReader:
+    """The sequences of one dump by ordinal (0 is the first committed sequence).
+
+    Args:
+        store, index, manifest: of the dump.
+        cache_size: most bytes of the cache on disk, 0 for none.
+    """
+
+    def __init__(self, store: Path, index: Index, manifest: Manifest, cache_size: int):
         self.manifest = manifest
         sequence_files = shard_files(store, index, manifest.dump, SEQUENCES)
         self._files = {kind: shard_files(store, index, manifest.dump, kind) for kind in manifest.kinds}
@@ -67,8 +89,10 @@ class DumpReader:
         self._first_ordinal = np.cumsum([0] + [file.rows for file in sequence_files])
         self._decoded: OrderedDict[tuple[str, int, int], Arrays] = OrderedDict()
         self._decoded_bytes = 0
+        self._cache = DecodedCache(manifest, cache_size)
         # Per instance, so that closing a store lets go of its files.
-        self._shard = lru_cache(OPEN_FILES)(self._read_shard)
+        self._shard = lru_cache(SHARDS)(self._read_shard)
+        self._row_groups = lru_cache(SHARDS)(self._read_row_groups)
         self._open = lru_cache(OPEN_FILES)(self._open_table)
 
     def __len__(self) -> int:
@@ -81,29 +105,53 @@ class DumpReader:
             raise DamageError(f"{self._sequence_files[place].path} is damaged: it has no rows")
         return table["sequence_id"].to_numpy(), np.cumsum(np.concatenate([[0], table["length"].to_numpy()]))
 
-    def _open_table(self, kind: str, place: int) -> tuple[pq.ParquetFile, np.ndarray]:
-        """An open file and the first row of each of its row groups (and the end)."""
-        file = self._files[kind][place].open()
-        groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        return file, np.cumsum([0, *groups])
+    def _open_table(self, kind: str, place: int) -> pq.ParquetFile:
+        return self._files[kind][place].open()
 
-    def _row_group(self, kind: str, place: int, group: int) -> Arrays:
-        key = (kind, place, group)
-        if key in self._decoded:
-            self._decoded.move_to_end(key)
-            return self._decoded[key]
-        file, _ = self._open(kind, place)
-        table = read_row_group(file, self._files[kind][place].path, group)
+    def _first_rows(self, kind: str, place: int) -> np.ndarray:
+        """First row of each sequence in the table of a kind, and the end."""
+        _, first_row = self._shard(place)
+        return first_row if KINDS[kind].per == "position" else np.arange(len(first_row))
+
+    def _read_row_groups(self, kind: str, place: int) -> RowGroups:
+        metadata = self._open(kind, place).metadata
+        rows = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))])
+        first_row = self._first_rows(kind, place)
+        group = np.searchsorted(rows, first_row[:-1], side="right") - 1
+        return RowGroups(rows, np.searchsorted(first_row, rows), group.astype(np.int32))
+
+    def _decode(self, kind: str, place: int, group: int) -> Arrays:
+        """A row group's arrays, kept in memory and on disk."""
+        table = read_row_group(self._open(kind, place), self._files[kind][place].path, group)
         arrays = KINDS[kind].decode(table)
-        self._decoded[key] = arrays
+        groups = self._row_groups(kind, place)
+        starts = self._first_rows(kind, place)[groups.first[group] : groups.first[group + 1] + 1] - groups.rows[group]
+        self._cache.add(self._files[kind][place].sha256, group, starts, arrays)
+        self._decoded[kind, place, group] = arrays
         self._decoded_bytes += sum(array.nbytes for array in arrays.values())
-        while self._decoded_bytes > CACHE_BYTES and len(self._decoded) > 1:
+        while self._decoded_bytes > MEMORY_BYTES and len(self._decoded) > 1:
             _, oldest = self._decoded.popitem(last=False)
             self._decoded_bytes -= sum(array.nbytes for array in oldest.values())
         return arrays
 
+    def _knowledge(self, kind: str, place: int, within: int) -> Arrays:
+        """The arrays of one kind of one sequence of a shard."""
+        groups = self._row_groups(kind, place)
+        group = int(groups.group[within])
+        key = (kind, place, group)
+        if key in self._decoded:
+            self._decoded.move_to_end(key)
+            arrays = self._decoded[key]
+        else:
+            cached = self._cache.read(self._files[kind][place].sha256, group, within - int(groups.first[group]))
+            if cached is not None:
+                return cached
+            arrays = self._decode(kind, place, group)
+        start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
+        return {name: array[start:end].copy() for name, array in arrays.items()}
+
     def sequence(self, ordinal: int, kinds: tuple[str, ...]) -> tuple[int, dict[str, Arrays]]:
-        """One sequence: its id, and for each kind its decoded arrays (all its rows).
+        """One sequence: its id, and for each kind its decoded arrays (all its rows), which belong to the caller.
 
         Raises:
             InputError: there is no such sequence.
@@ -113,16 +161,8 @@ class DumpReader:
             raise InputError(f"dump {self.manifest.dump!r} has no sequence {ordinal}: it has {len(self)}, counted from 0")
         place = int(np.searchsorted(self._first_ordinal, ordinal, side="right")) - 1
         within = ordinal - int(self._first_ordinal[place])
-        ids, first_row = self._shard(place)
-        knowledge = {}
-        for kind in kinds:
-            start, stop = (first_row[within], first_row[within + 1]) if KINDS[kind].per == "position" else (within, within + 1)
-            _, group_start = self._open(kind, place)
-            group = int(np.searchsorted(group_start, start, side="right")) - 1
-            arrays = self._row_group(kind, place, group)
-            rows = slice(int(start - group_start[group]), int(stop - group_start[group]))
-            knowledge[kind] = {name: array[rows] for name, array in arrays.items()}
-        return int(ids[within]), knowledge
+        ids, _ = self._shard(place)
+        return int(ids[within]), {kind: self._knowledge(kind, place, within) for kind in kinds}
 
 
 def collate(
@@ -149,12 +189,17 @@ def collate(
 
 def _stack(arrays: list[np.ndarray | None], example: np.ndarray, padding: object, per_position: bool) -> np.ndarray:
     """Arrays of (rows, …) as one of (B, longest, …), or of (1, …) as one of (B, …); None becomes `padding`."""
-    present = [array for array in arrays if array is not None] or [example[:1]]
-    shape = np.max([array.shape for array in present], axis=0)
-    stacked: np.ndarray = np.full((len(arrays), *(shape if per_position else shape[1:])), padding, dtype=example.dtype)
+    shapes = [array.shape for array in arrays if array is not None] or [example[:1].shape]
+    shape = tuple(map(max, zip(*shapes, strict=True)))
+    stacked: np.ndarray = np.empty((len(arrays), *(shape if per_position else shape[1:])), dtype=example.dtype)
     for row, array in enumerate(arrays):
-        if array is not None and per_position:
-            stacked[row][tuple(slice(size) for size in array.shape)] = array
-        elif array is not None:
+        if array is None:
+            stacked[row] = padding
+        elif not per_position:
             stacked[row] = array[0]
+        elif array.shape == shape:
+            stacked[row] = array
+        else:
+            stacked[row] = padding
+            stacked[row][tuple(map(slice, array.shape))] = array
     return stacked

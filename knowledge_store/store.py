@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.batches import Batches
+from knowledge_store.decoded import CACHE_SIZE
 from knowledge_store.errors import InputError, StoreError
 from knowledge_store.index import Index, refresh
 from knowledge_store.kinds import KINDS, Arrays
@@ -44,15 +45,22 @@ class KnowledgeStore:
     anew where the folder can be written.
     """
 
-    def __init__(self, path: Path, manifests: list[Manifest], index: Index):
+    def __init__(self, path: Path, manifests: list[Manifest], index: Index, cache_size: int = CACHE_SIZE):
         self.path = path
+        self.cache_size = cache_size
         self._manifests = {manifest.dump: manifest for manifest in manifests}
         self._index = index
         self._readers: dict[str, DumpReader] = {}
 
     @classmethod
-    def open(cls, path: str | Path, *, rebuild_index: bool = False) -> KnowledgeStore:
+    def open(cls, path: str | Path, *, rebuild_index: bool = False, cache_size: int = CACHE_SIZE) -> KnowledgeStore:
         """Open a store.
+
+        Args:
+            path: its folder.
+            rebuild_index: read every commit record, whatever the index says.
+            cache_size: the most bytes that decoded sequences, of all stores together, may take in the user's cache folder;
+                0 for none.
 
         Raises:
             StoreError: `path` is no store, or a newer one than this version knows.
@@ -65,7 +73,8 @@ class KnowledgeStore:
             for kind in manifest.kinds:
                 if kind not in KINDS:
                     raise StoreError(f"dump {manifest.dump!r} of {path} holds knowledge of kind {kind!r}, unknown here")
-        return cls(path, manifests, refresh(path, [each.dump for each in manifests], rebuild=rebuild_index))
+        index = refresh(path, [each.dump for each in manifests], rebuild=rebuild_index)
+        return cls(path, manifests, index, cache_size)
 
     @property
     def dumps(self) -> tuple[str, ...]:
@@ -117,7 +126,7 @@ class KnowledgeStore:
     def _reader(self, dump: str | None) -> DumpReader:
         name = self.dump(dump)
         if name not in self._readers:
-            self._readers[name] = DumpReader(self.path, self._index, self._manifests[name])
+            self._readers[name] = DumpReader(self.path, self._index, self._manifests[name], self.cache_size)
         return self._readers[name]
 
     def batches(

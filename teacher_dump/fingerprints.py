@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from knowledge_store.errors import InputError
+from knowledge_store.layout import user_cache
 from knowledge_store.progress import progress_bar
 
 CHUNK_BYTES = 8 * 2**20
@@ -16,8 +17,7 @@ SHOW_PROGRESS_BYTES = 2 * 2**30
 
 
 def _cache_path(path: Path) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache")).expanduser()
-    return base / "knowledge-store" / "fingerprints" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+    return user_cache("fingerprints") / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
 
 
 def file_sha256(path: Path) -> str:
