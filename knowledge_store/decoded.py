@@ -162,18 +162,21 @@ class DecodedCache:
         """
         if not self._size:
             return None
-        header = self._groups.get((sha256, group)) or _read_group(self._path(sha256, group))
-        if header is None:
-            return None
-        with contextlib.suppress(OSError):
-            arrays = header.read(item)
-            if arrays is not None:
-                if len(self._groups) >= HEADERS:
-                    self._groups.clear()
-                self._groups[sha256, group] = header
-                return arrays
-        self._groups.pop((sha256, group), None)  # gone, altered, or no longer the file whose header this is
-        return None
+        key = (sha256, group)
+        if key not in self._groups:
+            header = _read_group(self._path(sha256, group))
+            if header is None:
+                return None
+            if len(self._groups) >= HEADERS:
+                self._groups.clear()
+            self._groups[key] = header
+        try:
+            arrays = self._groups[key].read(item)
+        except OSError:
+            arrays = None
+        if arrays is None:
+            del self._groups[key]  # gone, altered, or no longer the file whose header this is
+        return arrays
 
     def add(self, sha256: str, group: int, starts: np.ndarray, arrays: Arrays) -> None:
         """Keep a decoded row group, unless there is no room for it or the folder cannot be written.

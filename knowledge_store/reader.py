@@ -6,9 +6,11 @@ cache on disk (`decoded`), which later epochs and other processes read from.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +88,7 @@ class DumpReader:
         sequence_files = shard_files(store, index, manifest.dump, SEQUENCES)
         self._files = {kind: shard_files(store, index, manifest.dump, kind) for kind in manifest.kinds}
         self._sequence_files = sequence_files
-        self._first_ordinal = np.cumsum([0] + [file.rows for file in sequence_files])
+        self._first_ordinal = list(accumulate((file.rows for file in sequence_files), initial=0))
         self._decoded: OrderedDict[tuple[str, int, int], Arrays] = OrderedDict()
         self._decoded_bytes = 0
         self._cache = DecodedCache(manifest, cache_size)
@@ -96,7 +98,7 @@ class DumpReader:
         self._open = lru_cache(OPEN_FILES)(self._open_table)
 
     def __len__(self) -> int:
-        return int(self._first_ordinal[-1])
+        return self._first_ordinal[-1]
 
     def _read_shard(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequence ids, and the first row of each sequence (one more entry than sequences), of the shard at `place`."""
@@ -159,8 +161,8 @@ class DumpReader:
         """
         if not 0 <= ordinal < len(self):
             raise InputError(f"dump {self.manifest.dump!r} has no sequence {ordinal}: it has {len(self)}, counted from 0")
-        place = int(np.searchsorted(self._first_ordinal, ordinal, side="right")) - 1
-        within = ordinal - int(self._first_ordinal[place])
+        place = bisect_right(self._first_ordinal, ordinal) - 1
+        within = ordinal - self._first_ordinal[place]
         ids, _ = self._shard(place)
         return int(ids[within]), {kind: self._knowledge(kind, place, within) for kind in kinds}
 

@@ -16,7 +16,7 @@ from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
 from knowledge_store.manifest import Manifest, check_version, read_manifest
 from knowledge_store.publication import remove_folder
 from knowledge_store.query import read_tokens, run_query
-from knowledge_store.reader import DumpReader, collate, read_sequences, shard_files
+from knowledge_store.reader import DumpReader, read_sequences, shard_files
 from knowledge_store.records import read_record
 from knowledge_store.sequences import sequences_schema
 from knowledge_store.summary import DumpSummary, summarise
@@ -182,11 +182,17 @@ class KnowledgeStore:
         if ordinal < 0:
             ordinal += len(reader)
         try:
-            sequence = reader.sequence(ordinal, reader.manifest.kinds)
+            sequence_id, knowledge = reader.sequence(int(ordinal), reader.manifest.kinds)
         except InputError as error:
             raise IndexError(str(error)) from None
-        batch = collate([sequence], reader.manifest.kinds, sequence[1])
-        return {name: array[0] for name, array in batch.items()}
+        found: Arrays = {"sequence_id": np.int64(sequence_id)}
+        for kind, arrays in knowledge.items():
+            if KINDS[kind].per == "position":
+                found.update(arrays)
+                found.setdefault("attention_mask", np.ones(len(next(iter(arrays.values()))), dtype=bool))
+            else:
+                found.update({name: array[0] for name, array in arrays.items()})
+        return found
 
     def remove(self, dump: str) -> None:
         """Remove a dump: it disappears at once, then its files are deleted.

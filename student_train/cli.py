@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
 from knowledge_store.console import INTERRUPTED, command_errors, note, output
+from knowledge_store.decoded import CACHE_SIZE
 from knowledge_store.errors import InputError
 
 app = typer.Typer(
@@ -118,6 +119,9 @@ def run(
     precision: Annotated[str, typer.Option(help="auto, fp32 or bf16 (mixed).")] = "auto",
     save_steps: Annotated[int, typer.Option(help="Optimiser steps between checkpoints.")] = 200,
     workers: Annotated[int, typer.Option(help="Processes that read batches ahead.")] = 0,
+    cache_size: Annotated[
+        float, typer.Option(help="Disk, GB, for decoded sequences in your cache folder; safe to delete. 0 for none.")
+    ] = CACHE_SIZE / 1e9,
     report_to: Annotated[str, typer.Option(help="An experiment tracker: tensorboard, wandb, …")] = "none",
     gguf_file: GgufFile = None,
 ) -> None:
@@ -163,6 +167,7 @@ def run(
                     precision=precision,
                     save_steps=save_steps,
                     workers=workers,
+                    cache_size=cache_size,
                     report_to=report_to,
                     gguf_file=gguf_file,
                 )

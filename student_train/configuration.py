@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from knowledge_store import KnowledgeStore
+from knowledge_store.decoded import CACHE_SIZE
 from knowledge_store.errors import InputError
 from student_train.losses import LOSSES, TAILS, Loss
 
@@ -42,6 +44,7 @@ class TrainConfig:
         precision: auto, fp32 or bf16 (mixed); auto is bf16 on a GPU that has it, else fp32.
         save_steps: optimiser steps between checkpoints.
         workers: processes that read batches ahead; 0 reads them in turn with training.
+        cache_size: the most disk, GB, that decoded sequences of all stores may take in the user's cache folder; 0 for none.
         report_to: an experiment tracker of transformers, such as tensorboard or wandb; none for none.
         gguf_file: name of a GGUF file in the student's folder.
     """
@@ -74,6 +77,7 @@ class TrainConfig:
     precision: str = "auto"
     save_steps: int = 200
     workers: int = 0
+    cache_size: float = CACHE_SIZE / 1e9
     report_to: str = "none"
     gguf_file: str | None = None
 
@@ -125,6 +129,7 @@ def check_config(config: TrainConfig) -> Loss:
         (config.precision in ("auto", "fp32", "bf16"), "--precision must be auto, fp32 or bf16"),
         (config.save_steps > 0, "--save-steps must be at least 1"),
         (config.workers >= 0, "--workers must be at least 0"),
+        (0 <= config.cache_size < math.inf, "--cache-size must be at least 0"),
         *(
             (
                 getattr(config, field) == getattr(TrainConfig, field) or name in loss.options,

@@ -127,18 +127,19 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
             epoch, consumed = epoch + 1, 0
 
     def _reopened(self) -> KnowledgeStore:
-        store = KnowledgeStore.open(self.store.path)
+        store = KnowledgeStore.open(self.store.path, cache_size=self.store.cache_size)
         if store.sequences(self.dump).num_rows != self.committed:
             raise InputError(f"the dump {self.dump} grew while it was read: start again")
         return store
 
     def __getstate__(self) -> dict[str, Any]:
         # Started afresh, a worker opens the store for itself.
-        return {**self.__dict__, "store": self.store.path}
+        return {**self.__dict__, "store": (self.store.path, self.store.cache_size)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.store = KnowledgeStore.open(state["store"])
+        path, cache_size = state["store"]
+        self.store = KnowledgeStore.open(path, cache_size=cache_size)
 
     def _batches_left(self, consumed: int) -> int:
         return max(0, -(-(self.sequences - consumed) // (self.batch_size * self.world_size)))

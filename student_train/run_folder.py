@@ -28,7 +28,7 @@ HISTORY_FILE = "history.json"
 COMPLETE_FILE = "complete.json"
 
 # What may change between an interrupted run and the one that goes on with it.
-_FREE = {"store", "output", "report_to", "save_steps", "workers"}
+_FREE = {"store", "output", "report_to", "save_steps", "workers", "cache_size"}
 # What is compared as what follows from it: the number of steps, and of sequences in a step.
 _DERIVED = {"epochs", "steps", "batch_size", "gradient_accumulation"}
 

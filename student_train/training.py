@@ -106,7 +106,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     quieten()
     loss = check_config(config)
-    store = KnowledgeStore.open(config.store)
+    store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9))
     dump = store.dump(config.dump)
     check_knowledge(store, dump, config, loss)
     config, recalibrate, calibration_sha256 = configured(config, store.manifest(dump), loss)
