@@ -1,0 +1,265 @@
+"""The cache of decoded sequences: never seen in what is read, whatever happens to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stores import commit, make_manifest, random_sequences, words, write_store
+
+from knowledge_store import DumpWriter, KnowledgeStore
+from knowledge_store.decoded import DecodedCache
+from knowledge_store.sequences import tokens_table
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The cache's folder, of this test alone; row groups are small, so that a shard has several."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 12)
+    return tmp_path / "cache" / "knowledge-store" / "decoded"
+
+
+def epoch(folder: Path, **options) -> list[dict[str, np.ndarray]]:
+    """All batches of a store that is opened for it."""
+    return list(KnowledgeStore.open(folder, **options).batches(batch_size=3, seed=1))
+
+
+def assert_same(found, expected) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, array in one.items():
+            assert array.dtype == other[name].dtype and np.array_equal(array, other[name])
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.glob("*/*") if path.is_file())
+
+
+def size(cache: Path) -> int:
+    return sum(path.stat().st_size for path in files(cache))
+
+
+def test_the_second_epoch_decodes_nothing_and_is_the_same(cache, tmp_path, monkeypatch):
+    folder = write_store(tmp_path / "store", shards=3, size=6)
+    standing = sorted(folder.rglob("*"))
+    plain = epoch(folder, cache_size=0)
+    assert not cache.exists()
+    assert_same(epoch(folder), plain)
+    assert len(files(cache)) > 3
+    monkeypatch.setattr("knowledge_store.reader.read_row_group", None)
+    assert_same(epoch(folder), plain)
+    store = KnowledgeStore.open(folder)
+    assert store[4]["candidate_ids"].flags.writeable
+    assert sorted(path for path in folder.rglob("*") if path.name != "index.duckdb") == [
+        path for path in standing if path.name != "index.duckdb"
+    ]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_anywhere_changes_nothing(cache, tmp_path, data):
+    """Bytes flipped, a file cut, emptied, grown, or put in another's place; before or after it was opened."""
+    folder = tmp_path / "store"
+    if not folder.exists():
+        write_store(folder, shards=2, size=6)
+    plain = epoch(folder, cache_size=0)
+    epoch(folder)
+    opened = KnowledgeStore.open(folder)
+    if data.draw(st.booleans(), "opened before"):
+        list(opened.batches(batch_size=3))
+    for _ in range(data.draw(st.integers(1, 3))):
+        path = data.draw(st.sampled_from(files(cache)))
+        contents = bytearray(path.read_bytes())
+        match data.draw(st.sampled_from(["flip", "flip", "flip", "cut", "grow", "swap"])):
+            case "flip":
+                place = data.draw(st.integers(0, max(len(contents) - 1, 0)))
+                if contents:
+                    contents[place] ^= data.draw(st.integers(1, 255))
+            case "cut":
+                del contents[data.draw(st.integers(0, len(contents))) :]
+            case "grow":
+                contents += b"more"
+            case "swap":
+                contents = bytearray(data.draw(st.sampled_from(files(cache))).read_bytes())
+        path.write_bytes(contents)
+    assert_same(opened.batches(batch_size=3, seed=1), plain)
+    assert_same(epoch(folder), plain)
+
+
+def test_every_byte_of_a_file_is_checked(cache, tmp_path):
+    """Flipped while it is being read, one byte at a time; then the file is mended."""
+    folder = write_store(tmp_path / "store", shards=1, size=2)
+    plain = epoch(folder)
+    [path, *_] = files(cache)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        assert_same(epoch(folder), plain)
+    assert path.read_bytes() == whole
+
+
+def test_another_dump_of_that_name_and_other_code_find_nothing(cache, tmp_path, monkeypatch):
+    folder = write_store(tmp_path / "store", shards=1)
+    epoch(folder)
+    shutil.rmtree(folder)
+    writer = DumpWriter.open(folder, make_manifest(shards=1), tokens_table(words(11), words(11)))
+    commit(writer, 0, random_sequences(77, 4))
+    assert_same(epoch(folder), epoch(folder, cache_size=0))
+    before = len(files(cache))
+    monkeypatch.setattr("knowledge_store.decoded._decoders", lambda: b"changed")
+    epoch(folder)
+    assert len(files(cache)) > before
+
+
+def test_the_size_is_bounded_and_unused_dumps_make_room(cache, tmp_path):
+    folders = [write_store(tmp_path / name, name, shards=2, size=6) for name in ("first", "second", "third")]
+    epoch(folders[0])
+    one = size(cache)
+    limit = int(2.5 * one)
+    epoch(folders[1], cache_size=limit)
+    first, second = sorted((folder for folder in cache.iterdir() if folder.is_dir()), key=lambda each: each.stat().st_mtime_ns)
+    reading = KnowledgeStore.open(folders[1], cache_size=limit)
+    reading[0]
+    os.utime(first)  # used later than the second, which is being read
+    assert_same(epoch(folders[2], cache_size=limit), epoch(folders[2], cache_size=0))
+    assert size(cache) <= limit
+    assert second.exists() and not first.exists()
+    # One dump alone is too large: what fits stays and is used, the rest is decoded.
+    shutil.rmtree(cache)
+    for _ in range(2):
+        assert_same(epoch(folders[0], cache_size=one // 2), epoch(folders[0], cache_size=0))
+        assert one // 4 < size(cache) <= one // 2
+
+
+def test_a_wrong_count_is_counted_again(cache, tmp_path):
+    folder = write_store(tmp_path / "store", shards=2, size=6)
+    epoch(folder)
+    whole = size(cache)
+    for wrong in ("", "0", "nonsense", "9" * 15):
+        (cache / "used").write_text(wrong)
+        files(cache)[0].unlink()
+        epoch(folder, cache_size=whole)
+        assert size(cache) == whole == int((cache / "used").read_text())
+
+
+def test_deleted_while_it_is_read(cache, tmp_path):
+    folder = write_store(tmp_path / "store", shards=2, size=6)
+    plain = epoch(folder, cache_size=0)
+    epoch(folder)
+    found = []
+    for step, batch in enumerate(KnowledgeStore.open(folder).batches(batch_size=3, seed=1)):
+        found.append(batch)
+        if step % 2:
+            shutil.rmtree(cache)
+    assert_same(found, plain)
+
+
+@pytest.mark.parametrize("taken", ["XDG_CACHE_HOME", "decoded"])
+def test_a_cache_that_cannot_be_written_is_done_without(cache, tmp_path, monkeypatch, taken):
+    folder = write_store(tmp_path / "store")
+    if taken == "decoded":
+        cache.parent.mkdir(parents=True)
+        cache.touch()
+    else:
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert_same(epoch(folder), epoch(folder, cache_size=0))
+
+
+READ = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from knowledge_store import KnowledgeStore
+if "kill" in sys.argv:
+    written = []
+    def replace(self, target):
+        written.append(target)
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.replace(self, target)
+    Path.replace = replace
+for seed in range(int(sys.argv[2])):
+    for batch in KnowledgeStore.open(sys.argv[1]).batches(batch_size=3, seed=seed):
+        for row, sequence in enumerate(batch["sequence_id"].tolist()):
+            print(sequence, batch["candidate_ids"][row].sum(), batch["token_logprob"][row].sum())
+"""
+
+
+def reader(folder: Path, epochs: int, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", READ, str(folder), str(epochs), *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def test_killed_while_it_is_built(cache, tmp_path):
+    folder = write_store(tmp_path / "store", shards=2, size=6)
+    killed = reader(folder, 1, "kill")
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert len(files(cache)) == 2 and len(list(cache.glob("*/.tmp-*"))) == 1
+    assert_same(epoch(folder), epoch(folder, cache_size=0))
+    assert not list(cache.glob("*/.tmp-*"))
+    assert size(cache) == int((cache / "used").read_text())
+
+
+def test_readers_at_once_with_the_cache_deleted_under_them(cache, tmp_path):
+    folder = write_store(tmp_path / "store", shards=2, size=6)
+    KnowledgeStore.open(folder)  # makes the index
+    readers = [reader(folder, 8) for _ in range(3)]
+    while any(each.poll() is None for each in readers):
+        shutil.rmtree(cache, ignore_errors=True)
+        for each in readers:
+            try:
+                each.wait(timeout=0.1)
+            except subprocess.TimeoutExpired:
+                continue
+    assert [each.returncode for each in readers] == [0, 0, 0]
+    outputs = [each.communicate()[0] for each in readers]
+    expected = [
+        f"{sequence} {batch['candidate_ids'][row].sum()} {batch['token_logprob'][row].sum()}"
+        for seed in range(8)
+        for batch in KnowledgeStore.open(folder, cache_size=0).batches(batch_size=3, seed=seed)
+        for row, sequence in enumerate(batch["sequence_id"].tolist())
+    ]
+    assert all(output.splitlines() == expected for output in outputs)
+
+
+DTYPES = st.sampled_from(["int64", "int32", "uint8", "uint16", "float32", "float64", "bool"])
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    fields=st.lists(st.tuples(DTYPES, st.lists(st.integers(0, 3), max_size=2)), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_any_arrays_come_back_as_they_were(cache, lengths, fields, seed):
+    random = np.random.default_rng(seed)
+    starts = np.cumsum([0, *lengths])
+    low = int(random.choice([0, -5]))
+    scale = float(random.choice([10, 300, 1e5, 1e12]))
+    arrays = {
+        f"field{number}": (random.random((starts[-1], *shape)) * scale + low).astype("int64").astype(dtype)
+        for number, (dtype, shape) in enumerate(fields)
+    }
+    kept = DecodedCache(make_manifest(), 10**9)
+    name = f"{seed:064d}"
+    kept.add(name, 3, starts, arrays)
+    for item, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        found = kept.read(name, 3, item)
+        assert found is not None and found.keys() == arrays.keys()
+        for key, array in found.items():
+            assert array.dtype == arrays[key].dtype and array.shape == arrays[key][start:end].shape
+            assert np.array_equal(array, arrays[key][start:end]) and array.flags.writeable
+    assert kept.read(name, 4, 0) is None and kept.read("0" * 63 + "x", 3, 0) is None
