@@ -3,11 +3,11 @@
     python benchmarks/reading.py --store STORE [--dump NAME]
 
 The sequences of one dump are written in each reader's own format (see `readers.py`) and read by one core, warm: each repeat of
-each reader is a process of its own, the readers in turn. The peers are installed in `.peers` the first time, with the versions of
-`peers.txt`. Figures are medians over the repeats, with the least and the most.
+each reader is a process of its own, the readers in turn. The peers are installed in `.peers` the first time, with the versions
+of `peers.txt`. Figures are medians over the repeats, with the least and the most.
 
-Then a small student takes training steps: on one batch that is held in memory, and on the store, with and without a process that
-reads ahead, before there is a cache and with it.
+Then a small student takes training steps: on one batch that is held in memory, and on the store, with a process that reads
+ahead and without one, with the cache of decoded sequences and without it.
 """
 
 from __future__ import annotations
@@ -111,20 +111,16 @@ def compare(options: argparse.Namespace, work: Path, facts: dict[str, float]) ->
     for name in READERS:
         written = run(name, "write")
         own = issubclass(READERS[name], Store)
-        store_bytes = sum(
-            path.stat().st_size for path in (options.store / dump).rglob("*.parquet") if path.name != "tokens.parquet"
-        )
-        size = store_bytes if own else folder_bytes(written["folder"])
-        before = 0 if own else size
-        if options.repeats:
-            first = run(name, "read", 0)  # builds what caches there are
-            after = folder_bytes(written["folder"] / "cache") if own else folder_bytes(written["folder"])
-            results[name] = {
-                "package": f"{written['package']} {written['version']}",
-                "bytes_per_position": round(size / facts["positions"], 2),
-                "cache_bytes_per_position": round((after - before) / facts["positions"], 2),
-                "first_pass_positions_per_s": round(first["first_pass"]),
-            }
+        vocabulary = (options.store / dump / "tokens.parquet").stat().st_size
+        size = folder_bytes(options.store / dump) - vocabulary if own else folder_bytes(written["folder"])
+        first = run(name, "read", 0)  # builds what caches there are
+        cache = folder_bytes(written["folder"] / "cache") if own else folder_bytes(written["folder"]) - size
+        results[name] = {
+            "package": f"{written['package']} {written['version']}",
+            "bytes_per_position": round(size / facts["positions"], 2),
+            "cache_bytes_per_position": round(cache / facts["positions"], 2),
+            "first_pass_positions_per_s": round(first["first_pass"]),
+        }
     for repeat in range(options.repeats):
         for name in READERS:
             runs[name].append(run(name, "read", 2 * repeat + 1))

@@ -25,6 +25,7 @@ import shutil
 import weakref
 import zlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,7 @@ def _contents(name: str, starts: np.ndarray, arrays: Arrays) -> bytes:
     """The bytes of a file: lengths and checksum of the header, the header, and the sequences."""
     # Wide elements first: every array is aligned then.
     narrow = sorted(((key, _narrow(array)) for key, array in arrays.items()), key=lambda each: -each[1].itemsize)
-    bounds = list(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True))
-    records = [b"".join(array[start:end].tobytes() for _, array in narrow) for start, end in bounds]
+    records = [b"".join(array[start:end].tobytes() for _, array in narrow) for start, end in pairwise(starts.tolist())]
     header = {
         "name": name,
         "starts": starts.tolist(),

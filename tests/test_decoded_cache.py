@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -256,7 +257,7 @@ def test_any_arrays_come_back_as_they_were(cache, lengths, fields, seed):
     kept = DecodedCache(make_manifest(), 10**9)
     name = f"{seed:064d}"
     kept.add(name, 3, starts, arrays)
-    for item, (start, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for item, (start, end) in enumerate(pairwise(starts)):
         found = kept.read(name, 3, item)
         assert found is not None and found.keys() == arrays.keys()
         for key, array in found.items():
