@@ -112,7 +112,7 @@ def _read_group(path: Path) -> _Group | None:
     try:
         with open(path, "rb") as file:
             length, checksum = (int.from_bytes(file.read(4), "little") for _ in range(2))
-            text = file.read(length)
+            text = file.read(min(length, os.fstat(file.fileno()).st_size))
     except OSError:
         return None
     if len(text) != length or not length or zlib.crc32(text) != checksum:
@@ -200,7 +200,7 @@ class DecodedCache:
             self._adding = False
 
     def _path(self, sha256: str, group: int) -> Path:
-        return self.folder / f"{sha256[:32]}-{group:05d}"
+        return self.folder / f"{sha256}-{group:05d}"
 
     def _hold(self) -> None:
         """Mark the folder as used now, and by this process for as long as it lives."""
