@@ -17,9 +17,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -110,6 +112,16 @@ class MemoryMap(Reader):
         return {name: array[start:end].copy() for name, array in self.fields.items()}
 
 
+def without_torchvision() -> None:
+    """Let mosaicml-streaming be imported where torch is built for CPUs: the index has torchvision for GPUs only, which fails
+    to load then. Its data sets of pictures, which alone need it, are not used here."""
+    for name in ("torchvision", "torchvision.datasets", "torchvision.transforms", "torchvision.transforms.functional"):
+        module = sys.modules[name] = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+    sys.modules["torchvision.datasets"].VisionDataset = object  # type: ignore[attr-defined]
+    sys.modules["torchvision.transforms.functional"].to_tensor = None  # type: ignore[attr-defined]
+
+
 class Mosaic(Reader):
     """mosaicml-streaming: `StreamingDataset[i]` of a local folder. It keeps compressed shards decompressed as well."""
 
@@ -117,6 +129,7 @@ class Mosaic(Reader):
     compression: str | None = None
 
     def __init__(self, folder: Path, found: list[Record]):
+        without_torchvision()
         from streaming import StreamingDataset
         from streaming.base.util import clean_stale_shared_memory
 
@@ -126,6 +139,7 @@ class Mosaic(Reader):
 
     @classmethod
     def write(cls, folder: Path, found: list[Record]) -> None:  # type: ignore[override]
+        without_torchvision()
         from streaming import MDSWriter
 
         columns = {name: f"ndarray:{found[0][name].dtype}" for name in FIELDS if name != "is_target"}
@@ -170,7 +184,7 @@ class Lit(Reader):
         return self.dataset[index]
 
     def items(self) -> Iterable[Record]:
-        return iter(self.dataset)
+        return self.dataset  # not its iterator, whose own iterator begins afresh
 
 
 class LitZstd(Lit):

@@ -25,6 +25,7 @@ import shutil
 import weakref
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from knowledge_store.publication import make_folder, remove_folder, remove_lefto
 
 CACHE_SIZE = 10_000_000_000
 HEADERS = 4096  # kept in memory, a few kB each
+OPEN_FILES = 64
 USED_FILE = "used"  # how many bytes the folder holds: written under a lock by whoever adds to it
 
 
@@ -47,33 +49,27 @@ class _Group:
     """The header of one file.
 
     Attributes:
-        path: of the file.
         data: where the first sequence begins.
         starts: first row of each sequence, and the end.
         checksums: CRC-32 of each sequence's bytes.
         fields: of each array: name, dtype, dtype as stored, shape of a row, stored bytes of a row.
     """
 
-    path: str
     data: int
     starts: list[int]
     checksums: list[int]
     fields: list[tuple[str, np.dtype, np.dtype, tuple[int, ...], int]]
     row_bytes: int
 
-    def read(self, item: int) -> Arrays | None:
+    def read(self, descriptor: int, item: int) -> Arrays | None:
         """The arrays of one sequence, or None when they are not what was written.
 
         Raises:
-            OSError: the file is gone, or cannot be read.
+            OSError: the file cannot be read.
         """
         start, end = self.starts[item], self.starts[item + 1]
         record = bytearray((end - start) * self.row_bytes)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.preadv(descriptor, [record], self.data + start * self.row_bytes)
-        finally:
-            os.close(descriptor)
+        os.preadv(descriptor, [record], self.data + start * self.row_bytes)
         if zlib.crc32(record) != self.checksums[item]:
             return None
         arrays = {}
@@ -83,6 +79,14 @@ class _Group:
             arrays[name] = array if dtype == stored else array.astype(dtype)
             at += (end - start) * size
         return arrays
+
+
+class _File:
+    """A file that is closed when nobody holds it."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
 
 
 def _narrow(array: np.ndarray) -> np.ndarray:
@@ -107,7 +111,7 @@ def _contents(name: str, starts: np.ndarray, arrays: Arrays) -> bytes:
     return b"".join([len(text).to_bytes(4, "little"), zlib.crc32(text).to_bytes(4, "little"), text, *records])
 
 
-def _read_group(path: Path) -> _Group | None:
+def _read_group(path: str) -> _Group | None:
     """The header of a file, or None when there is none that can be trusted."""
     try:
         with open(path, "rb") as file:
@@ -118,14 +122,14 @@ def _read_group(path: Path) -> _Group | None:
     if len(text) != length or not length or zlib.crc32(text) != checksum:
         return None
     header = json.loads(text)
-    if header["name"] != path.name:
+    if header["name"] != Path(path).name:
         return None
     fields = []
     for name, dtype, stored, shape in header["fields"]:
         kept = np.dtype(stored)
         fields.append((name, np.dtype(dtype), kept, tuple(shape), kept.itemsize * int(np.prod(shape, dtype=np.int64))))
     row_bytes = sum(field[-1] for field in fields)
-    return _Group(str(path), 8 + length, header["starts"], header["checksums"], fields, row_bytes)
+    return _Group(8 + length, header["starts"], header["checksums"], fields, row_bytes)
 
 
 def _decoders() -> bytes:
@@ -145,7 +149,8 @@ class DecodedCache:
         self.root = user_cache("decoded")
         self.folder = self.root / hashlib.sha256(manifest.to_bytes() + _decoders()).hexdigest()[:32]
         self._size = size
-        self._groups: dict[tuple[str, int], _Group] = {}
+        self._groups: dict[str, _Group] = {}
+        self._file = lru_cache(OPEN_FILES)(_File)
         self._adding = size > 0
         self._counted = False
         self._held = False
@@ -162,20 +167,21 @@ class DecodedCache:
         """
         if not self._size:
             return None
-        key = (sha256, group)
-        if key not in self._groups:
-            header = _read_group(self._path(sha256, group))
+        path = self._path(sha256, group)
+        if path not in self._groups:
+            header = _read_group(path)
             if header is None:
                 return None
             if len(self._groups) >= HEADERS:
                 self._groups.clear()
-            self._groups[key] = header
+            self._groups[path] = header
         try:
-            arrays = self._groups[key].read(item)
+            arrays = self._groups[path].read(self._file(path).descriptor, item)
         except OSError:
             arrays = None
-        if arrays is None:
-            del self._groups[key]  # gone, altered, or no longer the file whose header this is
+        if arrays is None:  # gone, altered, or no longer the file whose header this is
+            del self._groups[path]
+            self._file.cache_clear()
         return arrays
 
     def add(self, sha256: str, group: int, starts: np.ndarray, arrays: Arrays) -> None:
@@ -188,7 +194,7 @@ class DecodedCache:
         """
         if not self._adding:
             return
-        path = self._path(sha256, group)
+        path = Path(self._path(sha256, group))
         try:
             make_folder(self.folder)
             self._hold()
@@ -199,8 +205,8 @@ class DecodedCache:
         except (OSError, StoreError):  # a cache that cannot be written costs time, nothing else
             self._adding = False
 
-    def _path(self, sha256: str, group: int) -> Path:
-        return self.folder / f"{sha256}-{group:05d}"
+    def _path(self, sha256: str, group: int) -> str:
+        return f"{self.folder}/{sha256}-{group:05d}"
 
     def _hold(self) -> None:
         """Mark the folder as used now, and by this process for as long as it lives."""
