@@ -34,6 +34,7 @@ from knowledge_store import KnowledgeStore
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
+WARM_UP = 2  # training steps that are not counted
 
 
 def peers_python(folder: Path) -> Path:
@@ -143,7 +144,8 @@ def compare(options: argparse.Namespace, work: Path, facts: dict[str, float]) ->
 
 
 def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Seconds of a training step, medians over runs in turn, and their ratio to one repeated batch in memory."""
+    """Seconds of a training step, medians over runs in turn, their ratio to one repeated batch in memory, and the share of
+    them that went by waiting for batches (which a busy machine disturbs least)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
@@ -168,7 +170,19 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
             self.ends.append(time.perf_counter())
 
-    def measure(kind: type[DistillationDataset], workers: int, cache_size: int) -> list[float]:
+    class Waiting(DistillationTrainer):
+        """Counts the seconds in which a step waits for its batches."""
+
+        waited = 0.0
+
+        def get_batch_samples(self, *arguments: Any) -> Any:
+            began = time.perf_counter()
+            found = super().get_batch_samples(*arguments)
+            if self.state.global_step > WARM_UP:
+                self.waited += time.perf_counter() - began
+            return found
+
+    def measure(kind: type[DistillationDataset], workers: int, cache_size: int) -> tuple[list[float], float]:
         store = KnowledgeStore.open(options.store, cache_size=cache_size)
         dump = store.dump(options.dump)
         lengths = store.sequences(dump)["length"].to_numpy()
@@ -184,14 +198,13 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
         student = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, tie_word_embeddings=True, **shape))
         dataset = kind(store, dump, batch_size=options.batch_size, ordinals=ordinals, endless=True)
-        trainer = DistillationTrainer(
-            student, arguments, config, check_config(config), dataset, None, dataset.batches_per_epoch
-        )
+        trainer = Waiting(student, arguments, config, check_config(config), dataset, None, dataset.batches_per_epoch)
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()
         shutil.rmtree(work / "run", ignore_errors=True)
-        return np.diff(clock.ends)[2:].tolist()
+        taken = np.diff(clock.ends)[WARM_UP:].tolist()
+        return taken, trainer.waited / sum(taken)
 
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
     size = 10_000_000_000
@@ -203,9 +216,12 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
     list(KnowledgeStore.open(options.store, cache_size=size).batches(options.dump))  # fills the cache
     times: dict[str, list[list[float]]] = {name: [] for name in ways}
+    waits: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, way in ways.items():
-            times[name].append(measure(*way))
+            taken, waited = measure(*way)
+            times[name].append(taken)
+            waits[name].append(waited)
     figures: dict[str, Any] = {"batch_size": options.batch_size, "steps": options.steps, "repeats": options.repeats}
     base = [statistics.median(run) for run in times["one batch in memory"]]
     for name, found in times.items():
@@ -214,6 +230,7 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         figures[name] = {
             "step_s": [round(each, 4) for each in (statistics.median(medians), min(medians), max(medians))],
             "mean_step_s": round(statistics.median(statistics.fmean(run) for run in found), 4),
+            "waiting_share": round(statistics.median(waits[name]), 4),
             "ratio": [round(each, 4) for each in (statistics.median(ratios), min(ratios), max(ratios))],
         }
     return figures
