@@ -233,7 +233,7 @@ class HuggingFaceIterable(HuggingFace):
 class Store(Reader):
     """This project: `store[i]` and `store.batches`, with the cache of decoded sequences that an epoch before this one left."""
 
-    package = "knowledge-store"
+    package = "pyarrow"
     cache_size = 10_000_000_000
 
     def __init__(self, folder: Path, found: list[Record]):

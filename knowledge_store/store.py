@@ -185,7 +185,7 @@ class KnowledgeStore:
             sequence_id, knowledge = reader.sequence(int(ordinal), reader.manifest.kinds)
         except InputError as error:
             raise IndexError(str(error)) from None
-        found: Arrays = {"sequence_id": np.int64(sequence_id)}
+        found: Arrays = {"sequence_id": np.int64(sequence_id)}  # type: ignore[dict-item]
         for kind, arrays in knowledge.items():
             if KINDS[kind].per == "position":
                 found.update(arrays)
