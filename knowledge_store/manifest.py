@@ -52,6 +52,7 @@ class Manifest:
         derived: documents, bad_rows, columns (the corpus's own, name to type), shards (where each begins, and how many
             characters it holds), tokens (the file record of tokens.parquet).
         calibration: `temperature` at which the tail is kept too, and `sha256` of the calibration; empty for none.
+        version: of the format that its tables have. A dump that is gone on with keeps the one it was begun with.
     """
 
     dump: str
@@ -64,6 +65,7 @@ class Manifest:
     plan: dict[str, Any]
     derived: dict[str, Any]
     calibration: dict[str, Any] = field(default_factory=dict)
+    version: int = FORMAT_VERSION
 
     @property
     def vocabulary_size(self) -> int:
@@ -88,7 +90,7 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the shards contain, flat, by dotted name."""
         record = asdict(self)
-        del record["derived"], record["dump"]
+        del record["derived"], record["dump"], record["version"]
         return {name: value for name, value in _flatten("", record) if not _NOT_COMPARED.fullmatch(name)}
 
     def differences(self, other: Manifest) -> list[str]:
@@ -103,7 +105,7 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The manifest as the bytes of its file."""
-        return seal({"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)})
+        return seal({"format": FORMAT_NAME, **asdict(self)})
 
 
 def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:

@@ -114,11 +114,14 @@ class _Catalogue:
         def make_rows() -> pa.Table | ds.Dataset:
             if table == "tokens":
                 return read_tokens(self._store, manifest)
-            schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].schema(manifest)
+            schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
             return self._shards(manifest, table, schema)
 
         dump = _literal(manifest.dump)
         rows = self._table(f"{manifest.dump} {table}", make_rows)
+        view = KINDS[table].view(manifest) if table in KINDS else None
+        if view is not None:
+            rows = f"({view.format(rows=rows)})"
         if sql is None:
             return f"SELECT {dump} AS dump, * FROM {rows}"
         texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""

@@ -125,7 +125,10 @@ class DumpReader:
     def _decode(self, kind: str, place: int, group: int) -> Arrays:
         """A row group's arrays, kept in memory and on disk."""
         table = read_row_group(self._open(kind, place), self._files[kind][place].path, group)
-        arrays = KINDS[kind].decode(table)
+        try:
+            arrays = KINDS[kind].decode(KINDS[kind].unpack(table, self.manifest))
+        except ValueError as error:
+            raise DamageError(f"{self._files[kind][place].path} is damaged: {error}") from None
         groups = self._row_groups(kind, place)
         starts = self._first_rows(kind, place)[groups.first[group] : groups.first[group + 1] + 1] - groups.rows[group]
         self._cache.add(self._files[kind][place].sha256, group, starts, arrays)

@@ -101,7 +101,7 @@ def _check_shard(folder: Path, manifest: Manifest, commit: CommitRecord, found: 
     expected = {SEQUENCES, *manifest.kinds}
     if set(commit.files) != expected:
         raise DamageError(f"{commit_path(folder, commit.shard)} does not list the files {sorted(expected)}")
-    schemas = {SEQUENCES: sequences_schema(manifest), **{name: KINDS[name].schema(manifest) for name in manifest.kinds}}
+    schemas = {SEQUENCES: sequences_schema(manifest), **{name: KINDS[name].stored_schema(manifest) for name in manifest.kinds}}
     files = {name: (table_path(folder, name, commit.shard), commit.files[name], schema) for name, schema in schemas.items()}
     tables = _check_files(files, found)
     if len(tables) < len(files):
@@ -114,7 +114,11 @@ def _check_shard(folder: Path, manifest: Manifest, commit: CommitRecord, found: 
     statistics: dict[str, float] = {}
     for name in manifest.kinds:
         kind = KINDS[name]
-        table, path = tables[name], files[name][0]
+        path = files[name][0]
+        try:
+            table = kind.unpack(tables[name], manifest)
+        except ValueError as error:
+            raise DamageError(f"{path}: {error}") from None
         _check_alignment(sequences, table, kind.per, path)
         if name == "positions":
             _check_tokens(sequences, table, path)

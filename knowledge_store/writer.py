@@ -163,16 +163,17 @@ class DumpWriter:
         groups = row_groups(lengths)
         tables = {SEQUENCES: (sequences_table(sequences, self.manifest), [len(sequences)])}
         for name in self.manifest.kinds:
-            tables[name] = self._knowledge(KINDS[name], knowledge[name], ids, lengths, groups)
-            numbers = list(KINDS[name].statistics(tables[name][0], self.manifest).values())
-            if _has_nan(tables[name][0]) or not np.isfinite(numbers).all():
+            table, rows_in_groups = self._knowledge(KINDS[name], knowledge[name], ids, lengths, groups)
+            numbers = list(KINDS[name].statistics(table, self.manifest).values())
+            if _has_nan(table) or not np.isfinite(numbers).all():
                 raise InputError(f"knowledge of shard {shard} of {self.manifest.dump!r} is NaN or infinite: it is not written")
+            tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
         files: dict[str, FileRecord] = {}
         statistics: dict[str, float] = {}
         for name, (table, rows_in_groups) in tables.items():
             files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
             if name in KINDS:
-                statistics.update(KINDS[name].statistics(published, self.manifest))
+                statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
         record = CommitRecord(
             dump=self.manifest.dump,
             shard=shard,
@@ -212,3 +213,12 @@ class DumpWriter:
             tables.append(kind.table(keys.slice(start, count), part, self.manifest))
             start += count
         return pa.concat_tables(tables), rows_in_groups
+
+    def _packed(self, kind: Kind, table: pa.Table, rows_in_groups: list[int]) -> pa.Table:
+        """What to store of a table, by row group too."""
+        parts = [kind.stored_schema(self.manifest).empty_table()]
+        start = 0
+        for count in rows_in_groups:
+            parts.append(kind.pack(table.slice(start, count), self.manifest))
+            start += count
+        return pa.concat_tables(parts)

@@ -83,7 +83,7 @@ def _bytes(manifest: Manifest, arrays: Arrays, lengths: list[int]) -> int:
         }
     )
     file = io.BytesIO()
-    table = KINDS["positions"].table(keys, arrays, manifest)
+    table = KINDS["positions"].pack(KINDS["positions"].table(keys, arrays, manifest), manifest)
     write_table(table, file, [len(table)])
     group = pq.read_metadata(io.BytesIO(file.getvalue())).row_group(0)
     return sum(group.column(column).total_compressed_size for column in range(group.num_columns))

@@ -117,3 +117,24 @@ def write_store(folder: Path, dump: str = "small", shards: int = 2, vocabulary: 
     for shard in range(shards):
         commit(writer, shard, random_sequences(shard, size, vocabulary, k))
     return folder
+
+
+def drawn_sequences(seed: int, count: int, vocabulary: int = 11, k: int = 3) -> list[Arrays]:
+    """`random_sequences` of a calibrated dump with two draws: the first token outside the candidates, and the last, once each."""
+    found = random_sequences(seed, count, vocabulary, k)
+    for arrays in found:
+        outside = np.array([np.setdiff1d(np.arange(vocabulary), ids) for ids in arrays["candidate_ids"]])
+        arrays["tail_ids"] = outside[:, [0, -1]].astype(np.uint32)
+        arrays["tail_counts"] = np.ones((len(outside), 2), np.uint16)
+        arrays["tail_logsumexp"] = arrays["tail_logprob"] / 2
+    return found
+
+
+def write_drawn_store(folder: Path) -> Path:
+    """A store with one small dump that has draws and a calibration."""
+    selection = {"name": "top-k", "k": 3, "tail_draws": 2}
+    manifest = make_manifest(selection=selection, calibration={"temperature": 2.0, "sha256": "00"})
+    writer = DumpWriter.open(folder, manifest, tokens_table(words(11), words(11)))
+    for shard in range(2):
+        commit(writer, shard, drawn_sequences(shard, 3))
+    return folder

@@ -71,6 +71,25 @@ def no_damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a kind's table stands on disk, where that is not as it is used.
+
+    Attributes:
+        since: the first format version that packs it.
+        schema: the stored columns, from those of the table.
+        pack: the table, to the one to store.
+        unpack: the reverse, exactly, given the columns; ValueError where what is stored stands for no table.
+        view: `unpack` as SQL, given the columns; `{rows}` stands for the stored table.
+    """
+
+    since: int
+    schema: Callable[[pa.Schema], pa.Schema]
+    pack: Callable[[pa.Table, Manifest], pa.Table]
+    unpack: Callable[[pa.Table, pa.Schema, Manifest], pa.Table]
+    view: Callable[[pa.Schema, Manifest], str]
+
+
+@dataclass(frozen=True)
 class Kind:
     """One kind of knowledge.
 
@@ -87,7 +106,8 @@ class Kind:
         relations: SQL of the relations it offers, by name; one that is just the table is added by itself. `{rows}` stands for
             the table, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the
             text of each token id.
-        encode: the extractor's arrays, one entry per row, to the table to store; None when each array is a column as it is.
+        encode: the extractor's arrays, one entry per row, to the table; None when each array is a column as it is.
+        packing: how it is stored; None as it is.
     """
 
     name: str
@@ -99,9 +119,33 @@ class Kind:
     damage: Callable[[pa.Table, Manifest], Iterator[str]] = no_damage
     relations: dict[str, str] = field(default_factory=dict)
     encode: Callable[[pa.Table, Arrays, Manifest], pa.Table] | None = None
+    packing: Packing | None = None
 
     def table(self, keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
-        """The table to store, from its key columns and the extractor's arrays."""
+        """The table, from its key columns and the extractor's arrays."""
         if self.encode is None:
             return encode_columns(keys, arrays, self.schema(manifest))
         return self.encode(keys, arrays, manifest)
+
+    def _packing(self, manifest: Manifest) -> Packing | None:
+        return self.packing if self.packing and manifest.version >= self.packing.since else None
+
+    def stored_schema(self, manifest: Manifest) -> pa.Schema:
+        """The columns of its Parquet files."""
+        packing = self._packing(manifest)
+        return packing.schema(self.schema(manifest)) if packing else self.schema(manifest)
+
+    def pack(self, table: pa.Table, manifest: Manifest) -> pa.Table:
+        """What to store of a table."""
+        packing = self._packing(manifest)
+        return packing.pack(table, manifest) if packing else table
+
+    def unpack(self, stored: pa.Table, manifest: Manifest) -> pa.Table:
+        """The table, or a slice of it, that was stored. ValueError: what is stored stands for none."""
+        packing = self._packing(manifest)
+        return packing.unpack(stored, self.schema(manifest), manifest) if packing else stored
+
+    def view(self, manifest: Manifest) -> str | None:
+        """SQL of the table over `{rows}`, the stored one; None where they are the same."""
+        packing = self._packing(manifest)
+        return packing.view(self.schema(manifest), manifest) if packing else None

@@ -17,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from knowledge_store.kinds.kind import Arrays, Kind, list_offsets
+from knowledge_store.kinds import packed_positions
+from knowledge_store.kinds.kind import Arrays, Kind, Packing, list_offsets
 from knowledge_store.manifest import Manifest
 
 SCHEMA = pa.schema(
@@ -36,6 +37,7 @@ DRAWS = {"tail_ids": pa.list_(pa.field("element", pa.uint32())), "tail_counts": 
 TEMPERED = {"tail_logsumexp": pa.float32()}
 
 NO_MASS = -np.inf
+MOST_STEPS = 2**28
 
 RELATIONS = {
     "positions": """
@@ -58,8 +60,13 @@ def schema(manifest: Manifest) -> pa.Schema:
 
 
 def quantise(logprobs: np.ndarray, step: float) -> np.ndarray:
-    """Round log-probabilities (nats) to multiples of `step`, as float32; −inf stays, −0 becomes 0."""
-    return (np.round(logprobs.astype(np.float64) / step) * step + 0.0).astype(np.float32)
+    """Round log-probabilities (nats) to multiples of `step`, as float32; −inf stays, −0 becomes 0.
+
+    What is more than MOST_STEPS below 0, such as the logit that masks a token, is that: whatever the step, its exp is 0.
+    """
+    steps = np.round(logprobs.astype(np.float64) / step)
+    limited = np.where(np.isneginf(steps), steps, np.maximum(steps, -MOST_STEPS))
+    return (limited * step + 0.0).astype(np.float32)
 
 
 def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
@@ -276,4 +283,11 @@ POSITIONS = Kind(
     statistics=statistics,
     damage=damage,
     relations=RELATIONS,
+    packing=Packing(
+        since=3,
+        schema=packed_positions.packed_schema,
+        pack=packed_positions.pack,
+        unpack=packed_positions.unpack,
+        view=packed_positions.view,
+    ),
 )
