@@ -120,7 +120,7 @@ def write_store(folder: Path, dump: str = "small", shards: int = 2, vocabulary: 
 
 
 def drawn_sequences(seed: int, count: int, vocabulary: int = 11, k: int = 3) -> list[Arrays]:
-    """`random_sequences` of a calibrated dump with two draws: the first token outside the candidates, and the last, once each."""
+    """`random_sequences` of a calibrated dump with two draws: the first token outside the candidates and the last."""
     found = random_sequences(seed, count, vocabulary, k)
     for arrays in found:
         outside = np.array([np.setdiff1d(np.arange(vocabulary), ids) for ids in arrays["candidate_ids"]])
@@ -136,5 +136,6 @@ def write_drawn_store(folder: Path) -> Path:
     manifest = make_manifest(selection=selection, calibration={"temperature": 2.0, "sha256": "00"})
     writer = DumpWriter.open(folder, manifest, tokens_table(words(11), words(11)))
     for shard in range(2):
-        commit(writer, shard, drawn_sequences(shard, 3))
+        if not writer.committed(shard):
+            commit(writer, shard, drawn_sequences(shard, 3))
     return folder

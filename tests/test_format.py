@@ -32,19 +32,21 @@ required group field_id=-1 schema {
   optional int32 field_id=-1 position;
   optional int32 field_id=-1 token_id (Int(bitWidth=32, isSigned=false));
   optional boolean field_id=-1 is_target;
-  optional float field_id=-1 token_logprob;
-  optional group field_id=-1 candidate_ids (List) {
+  optional int32 field_id=-1 token_steps;
+  optional binary field_id=-1 candidate_ids;
+  optional group field_id=-1 gap_steps (List) {
     repeated group field_id=-1 list {
-      optional int32 field_id=-1 element (Int(bitWidth=32, isSigned=false));
+      optional int32 field_id=-1 element;
     }
   }
-  optional group field_id=-1 candidate_logprobs (List) {
-    repeated group field_id=-1 list {
-      optional float field_id=-1 element;
-    }
-  }
-  optional float field_id=-1 tail_logprob;
+  optional int32 field_id=-1 first_steps;
+  optional int32 field_id=-1 tail_steps;
 }"""
+
+
+def logical(path: Path, **changes) -> pa.Table:
+    """The table that a file of positions stands for."""
+    return KINDS["positions"].unpack(pq.read_table(path), make_manifest(**changes))
 
 
 def parquet_schema(path: Path) -> str:
@@ -136,7 +138,7 @@ def test_json_files(tmp_path):
         stated = record.pop("sha256")
         canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         assert hashlib.sha256(canonical.encode()).hexdigest() == stated
-        assert (record["format"], record["version"]) == ("knowledge-store", 2)
+        assert (record["format"], record["version"]) == ("knowledge-store", 3)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest) == {
         *("format", "version", "sha256", "dump", "kinds", "teacher", "tokenizer", "corpus", "selection"),
@@ -185,7 +187,26 @@ def test_decoded_values_by_hand(tmp_path):
     probabilities = np.array([0.25, 0.5, 0.0625, 0.125, 0.0625])
     writer = small_dump(tmp_path / "store", vocabulary=5, k=2, shards=1)
     commit(writer, 0, [knowledge_of(np.array([4, 3]), np.log(np.stack([probabilities, probabilities])), 2)])
-    stored = pq.read_table(writer.folder / "positions/00000.parquet").to_pylist()
+    [none, one] = pq.read_table(writer.folder / "positions/00000.parquet").to_pylist()
+    assert none == {
+        "sequence_id": 0,
+        "position": 0,
+        "token_id": 4,
+        "is_target": False,
+        **dict.fromkeys(["token_steps", "candidate_ids", "gap_steps", "first_steps", "tail_steps"]),
+    }
+    assert one == {
+        "sequence_id": 0,
+        "position": 1,
+        "token_id": 3,
+        "is_target": True,
+        "token_steps": 17,  # ln(1/8) = −2.079 is nearest to −2.125
+        "candidate_ids": b"\x00\x01\x00\x00",
+        "gap_steps": [5],  # from −0.75 to −1.375
+        "first_steps": 0,  # ln((1 + exp(−5/8)) / (1 − exp(−11/8))) · 8 = 5.60, and it is 6
+        "tail_steps": 11,
+    }
+    stored = logical(writer.folder / "positions/00000.parquet", vocabulary=5, k=2).to_pylist()
     assert stored == [
         {
             "sequence_id": 0,
@@ -226,7 +247,7 @@ def test_position_t_is_the_prediction_of_token_t(tmp_path):
     logits = random.normal(0, 3, (12, vocabulary))  # row t is a model's output after tokens 0 … t
     writer = small_dump(tmp_path / "store", vocabulary=vocabulary, k=k, shards=1)
     commit(writer, 0, [knowledge_of(tokens, logits, k)])
-    rows = pq.read_table(writer.folder / "positions/00000.parquet").to_pylist()
+    rows = logical(writer.folder / "positions/00000.parquet", vocabulary=vocabulary, k=k).to_pylist()
     read = KnowledgeStore.open(tmp_path / "store")[0]
     for t in range(1, 12):
         weights = np.exp(logits[t - 1])
@@ -276,6 +297,11 @@ def test_encode_and_decode(vocabulary, k, length, step, seed, data):
     kind = KINDS["positions"]
     table = kind.table(keys, arrays, manifest)
     assert list(kind.damage(table, manifest)) == []
+    packed = kind.pack(table, manifest)
+    assert packed.schema.equals(kind.stored_schema(manifest))
+    assert kind.unpack(packed, manifest).equals(table)
+    assert kind.unpack(packed.slice(length // 2), manifest).equals(table.slice(length // 2))
+    assert plain_sql(packed, kind.view(manifest), table.schema).equals(table)
 
     stored = [np.array(row, np.float64) for row in table["candidate_logprobs"].to_pylist() if row is not None]
     half = step / 2 + 1e-6 * max(1, np.abs(logprobs).max())
@@ -309,46 +335,73 @@ def test_more_values_than_an_arrow_list_holds_are_refused():
         list_offsets(np.full(3, 2**30))
 
 
-def test_plain_duckdb_reads_a_shard(tmp_path):
-    store = write_store(tmp_path / "store")
-    own = KnowledgeStore.open(store)
-    answer = duckdb.sql(f"SELECT * FROM read_parquet('{store}/small/positions/*.parquet') ORDER BY sequence_id, position")
-    ours = own.sql("SELECT * EXCLUDE (dump, token_text) FROM positions ORDER BY sequence_id, position")
-    assert answer.to_arrow_table().to_pylist() == ours.to_pylist()
-    ranks = duckdb.sql(
-        f"""SELECT sequence_id, position, generate_subscripts(candidate_ids, 1) AS rank, unnest(candidate_ids) AS token_id,
-                   unnest(candidate_logprobs) AS logprob
-            FROM '{store}/small/positions/*.parquet' ORDER BY ALL"""
-    )
-    ours = own.sql("SELECT sequence_id, position, rank, token_id, logprob FROM candidates ORDER BY ALL")
-    assert ranks.to_arrow_table().to_pylist() == ours.to_pylist()
-
-
-def test_a_pandas_like_reader_needs_nothing_of_ours(tmp_path):
-    """Column by column, from plain lists, as any other Parquet library hands them out."""
-    store = write_store(tmp_path / "store", shards=1)
-    rows = pq.read_table(store / "small/positions/00000.parquet").to_pydict()
-    ids = pq.read_table(store / "small/sequences/00000.parquet").to_pydict()
-    assert rows["sequence_id"] == [each for each, n in zip(ids["sequence_id"], ids["length"], strict=True) for _ in range(n)]
-    for position, candidates, logprobs, tail in zip(
-        rows["position"], rows["candidate_ids"], rows["candidate_logprobs"], rows["tail_logprob"], strict=True
-    ):
-        assert (candidates is None) == (logprobs is None) == (tail is None) == (position == 0)
-        if candidates is not None:
-            assert len(candidates) == len(logprobs) == 3
-            assert abs(np.exp([*logprobs, tail]).sum() - 1) < 0.125
+def plain_sql(stored: pa.Table, view: str, schema: pa.Schema) -> pa.Table:
+    """What a DuckDB of its own makes of a stored table."""
+    with duckdb.connect(config={"threads": 1}) as connection:
+        connection.register("stored", stored)
+        return connection.sql(view.format(rows="stored")).to_arrow_table().cast(schema)
 
 
 def test_the_sql_that_the_format_s_text_prints(tmp_path):
-    """Whoever reads FORMAT.md pastes it into DuckDB."""
+    """Whoever reads FORMAT.md pastes it into DuckDB, and has what the store itself says."""
     store = write_store(tmp_path / "store")
-    text = (ROOT / "knowledge_store/FORMAT.md").read_text()
-    queries = re.findall(r"^ +SELECT (?:.+\n)+", text, re.MULTILINE)
-    assert len(queries) == 2
-    answers = [duckdb.sql(query.replace("STORE/DUMP", f"{store}/small")).to_arrow_table() for query in queries]
-    for row in answers[0].to_pylist():
-        assert row["tail"] is None or sum(row["probabilities"]) + row["tail"] == pytest.approx(1)
-    assert answers[1].num_rows == KnowledgeStore.open(store).sql("SELECT count(*) AS n FROM candidates")["n"][0].as_py()
+    own = KnowledgeStore.open(store)
+    text = (ROOT / "knowledge_store/FORMAT.md").read_text().replace("STORE/DUMP", f"{store}/small")
+    [view] = re.findall(r"^ +CREATE VIEW (?:.+\n)+", text, re.MULTILINE)
+    probabilities, candidates = re.findall(r"^ +SELECT (?:.+\n)+", text.replace(view, ""), re.MULTILINE)
+    with duckdb.connect() as connection:
+        connection.execute(view)
+        positions = connection.sql("SELECT * FROM positions ORDER BY sequence_id, position").to_arrow_table()
+        ours = own.sql("SELECT * EXCLUDE (dump, token_text) FROM positions ORDER BY sequence_id, position")
+        assert positions.to_pylist() == ours.to_pylist()
+        ranks = connection.sql(f"{candidates} ORDER BY ALL").to_arrow_table()
+        ours = own.sql("SELECT sequence_id, position, rank, token_id, logprob FROM candidates ORDER BY ALL")
+        assert ranks.to_pylist() == ours.to_pylist()
+        for row in connection.sql(probabilities).to_arrow_table().to_pylist():
+            assert row["tail"] is None or sum(row["probabilities"]) + row["tail"] == pytest.approx(1)
+
+
+def test_a_masked_token_lies_as_far_below_as_can_be(tmp_path):
+    """A logit of −10³⁸ has probability 0, as a candidate too, and fits whole numbers of 32 bits."""
+    logits = np.array([[0.0, -1e38, -3e38]])
+    writer = small_dump(tmp_path / "store", vocabulary=3, k=2, shards=1)
+    commit(writer, 0, [knowledge_of(np.array([0, 2]), np.repeat(logits, 2, axis=0), 2)])
+    assert not verify(tmp_path / "store").damage
+    [row] = KnowledgeStore.open(tmp_path / "store").sql("SELECT * FROM positions WHERE is_target").to_pylist()
+    assert (row["candidate_ids"], row["candidate_logprobs"]) == ([0, 1], [0.0, -(2.0**25)])
+    assert row["token_logprob"] == -(2.0**25)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "complaint"),
+    [
+        ("candidate_ids", b"\x00\x01\x00", "not of 2 bytes each"),
+        ("candidate_ids", b"\x00\x01", "do not pair up"),
+        ("gap_steps", [1], "do not pair up"),
+        ("gap_steps", None, "do not pair up"),
+        ("first_steps", None, "first_steps is null although"),
+        ("token_steps", None, "token_steps is null although"),
+    ],
+)
+def test_what_cannot_be_unpacked(tmp_path, column, value, complaint):
+    store = write_store(tmp_path / "store", shards=1)
+    manifest = KnowledgeStore.open(store).manifest()
+    stored = pq.read_table(store / "small/positions/00000.parquet")
+    rows = stored.to_pylist()
+    place = next(index for index, row in enumerate(rows) if row["token_steps"] is not None)
+    rows[place][column] = value
+    with pytest.raises(ValueError, match=complaint):
+        KINDS["positions"].unpack(pa.Table.from_pylist(rows, schema=stored.schema), manifest)
+
+
+def test_no_id_outside_the_vocabulary_s_bytes_is_packed():
+    arrays = random_sequences(0, 1)[0]
+    arrays["candidate_ids"][1, 0] = 65_536
+    length = len(arrays["token_id"])
+    keys = pa.table({"sequence_id": np.zeros(length, np.int64), "position": np.arange(length, dtype=np.int32)})
+    table = KINDS["positions"].table(keys, arrays, make_manifest())
+    with pytest.raises(InputError, match="65536, is not below the vocabulary size, 11"):
+        KINDS["positions"].pack(table, make_manifest())
 
 
 def test_ids_and_hashes():

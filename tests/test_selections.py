@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command, story_rows, write_jsonl
-from stores import DOCUMENTS, commit, log_softmax, make_manifest, random_sequences, words, write_store
+from stores import DOCUMENTS, commit, log_softmax, make_manifest, random_sequences, words, write_drawn_store, write_store
 
 from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.calibration import Calibration, write_calibration
@@ -317,3 +317,23 @@ def test_a_store_of_version_1_reads_as_ever(tmp_path):
     assert old.info()[0].selection == "top-k 3"
     assert old.manifest().differences(new.manifest()) == []  # and so a dump of version 1 can be gone on with
     assert DOCUMENTS == 100
+
+
+def test_a_store_of_version_2_reads_as_ever(tmp_path):
+    """With draws and a calibration: the same rows as a store made now, unpacked; and it is gone on with as it was begun."""
+    shutil.copytree(FIXTURES / "store-v2", tmp_path / "old")
+    write_drawn_store(tmp_path / "new")
+    assert not verify(tmp_path / "old").damage and not verify(tmp_path / "new").damage
+    old, new = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new"))
+    for relation in ("positions", "candidates", "sequences"):
+        assert old.sql(f"SELECT * FROM {relation}").equals(new.sql(f"SELECT * FROM {relation}"))
+    for ordinal in range(len(old)):
+        for name, array in old[ordinal].items():
+            assert np.array_equal(array, new[ordinal][name])
+    before = {path: (tmp_path / "old/small" / path).read_bytes() for path in ("positions/00001.parquet", "commits/00001.json")}
+    for path in before:
+        (tmp_path / "old/small" / path).unlink()
+    write_drawn_store(tmp_path / "old")
+    assert not verify(tmp_path / "old").damage
+    stored = tmp_path / "old/small/positions/00001.parquet"
+    assert stored.read_bytes() == before["positions/00001.parquet"]

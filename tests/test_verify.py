@@ -345,8 +345,8 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path, change):
 def test_values_that_are_not_rounded(tmp_path):
     store = tmp_path / "store"
     commit(DumpWriter.open(store, make_manifest(shards=1), tokens_table(words(11), words(11))), 0, random_sequences(0, 4))
-    table = pq.read_table(store / "small/positions/00000.parquet")
     manifest = KnowledgeStore.open(store).manifest()
+    table = KINDS["positions"].unpack(pq.read_table(store / "small/positions/00000.parquet"), manifest)
     assert list(KINDS["positions"].damage(table, manifest)) == []
     column = pa.array([None if each is None else each - 0.01 for each in table["token_logprob"].to_pylist()], pa.float32())
     shifted = table.set_column(table.schema.get_field_index("token_logprob"), "token_logprob", column)

@@ -1,7 +1,7 @@
 """How the table of positions stands on disk: whole steps, and what one column tells of another left out.
 
-`positions.schema` is the table that everything else works with. `pack` makes the stored one of it, `unpack` the reverse, exactly,
-and VIEW is `unpack` in SQL. A log-probability is stored as steps: how many quantisation steps it lies below 0.
+`positions.schema` is the table that everything else works with. `pack` makes the stored one of it, `unpack` the reverse,
+exactly, and VIEW is `unpack` in SQL. A log-probability is stored as steps: how many quantisation steps it lies below 0.
 
     token_steps      null where the token is a candidate with the same log-probability
     candidate_ids    side by side, the most significant byte first, in as many bytes each as the vocabulary needs
@@ -48,7 +48,8 @@ FROM (SELECT *, list_transform(below, lambda n: n + start) AS steps
                                  THEN list_prepend(0, list_transform(gap_steps, lambda n, i: list_sum(gap_steps[:i])))
                                  WHEN candidate_ids IS NOT NULL THEN [] END AS below,
                          list_transform(range(octet_length(candidate_ids) // {bytes}),
-                             lambda i: CAST('0x' || hex(candidate_ids)[{digits} * i + 1:{digits} * i + {digits}] AS UINTEGER)) AS ids
+                                        lambda i: CAST('0x' || hex(candidate_ids)[{digits} * i + 1:{digits} * i + {digits}]
+                                                       AS UINTEGER)) AS ids
                   FROM {rows})))"""
 
 
