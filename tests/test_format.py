@@ -364,8 +364,10 @@ def test_the_sql_that_the_format_s_text_prints(tmp_path):
 def test_a_masked_token_lies_as_far_below_as_can_be(tmp_path):
     """A logit of −10³⁸ has probability 0, as a candidate too, and fits whole numbers of 32 bits."""
     logits = np.array([[0.0, -1e38, -3e38]])
+    knowledge = knowledge_of(np.array([0, 2]), np.repeat(logits, 2, axis=0), 2)
+    knowledge["tail_logprob"][1] = -3e38  # a log-sum-exp gives this, the helper's sum of exponentials −∞
     writer = small_dump(tmp_path / "store", vocabulary=3, k=2, shards=1)
-    commit(writer, 0, [knowledge_of(np.array([0, 2]), np.repeat(logits, 2, axis=0), 2)])
+    commit(writer, 0, [knowledge])
     assert not verify(tmp_path / "store").damage
     [row] = KnowledgeStore.open(tmp_path / "store").sql("SELECT * FROM positions WHERE is_target").to_pylist()
     assert (row["candidate_ids"], row["candidate_logprobs"]) == ([0, 1], [0.0, -(2.0**25)])
