@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.kinds import KINDS
 
 IGNORED = -100  # the label that every library's cross-entropy leaves out
 
@@ -270,7 +271,11 @@ def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()
     manifest = store.manifest(dump)
     sequences = store.sequences(dump)
     summary = next(summary for summary in store.info() if summary.dump == dump)
-    left_out = sum(summary.column_bytes.get(f"positions.{column}", 0) for column in unused)
+    left_out = 0
+    if "positions" in manifest.kinds:
+        kind = KINDS["positions"]
+        needed = kind.stored_columns(set(kind.schema(manifest).names) - set(unused), manifest)
+        left_out = sum(summary.column_bytes[f"positions.{name}"] for name in set(kind.stored_schema(manifest).names) - needed)
     return {
         "name": dump,
         "store": str(store.path),

@@ -13,6 +13,7 @@ from stores import make_manifest, write_store
 
 from knowledge_store import DamageError, KnowledgeStore, StoreError
 from knowledge_store.commits import read_commit
+from knowledge_store.layout import FORMAT_VERSION
 from knowledge_store.manifest import read_manifest
 from knowledge_store.records import read_record, seal, unseal
 
@@ -179,8 +180,8 @@ def test_a_newer_format_is_refused(tmp_path):
     store = write_store(tmp_path / "store", shards=1)
     for path in (store / "store.json", store / "small/manifest.json", store / "small/commits/00000.json"):
         before = path.read_bytes()
-        altered(path, ["version"], 3)
-        with pytest.raises(StoreError, match=r"format version 3.*install a newer") as raised:
+        altered(path, ["version"], FORMAT_VERSION + 1)
+        with pytest.raises(StoreError, match=rf"format version {FORMAT_VERSION + 1}.*install a newer") as raised:
             KnowledgeStore.open(store)
         assert str(path) in str(raised.value)
         path.write_bytes(before)

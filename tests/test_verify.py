@@ -122,7 +122,9 @@ def test_two_shards_files_swapped(store, table):
 
 def test_the_command_names_the_file_and_exits_with_1(store):
     answer = run_command("knowledge_store", "verify", store)
-    assert (answer.returncode, answer.stdout) == (0, f"Sound: 1 dumps, 2 shards, {verify(store).positions} positions, 7.6 kB\n")
+    found = verify(store)
+    sound = f"Sound: 1 dumps, 2 shards, {found.positions} positions, {found.bytes / 1000:.1f} kB\n"
+    assert (answer.returncode, answer.stdout) == (0, sound)
     path = store / "small/positions/00001.parquet"
     flip(path, 40)
     answer = run_command("knowledge_store", "verify", store)

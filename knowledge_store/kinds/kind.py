@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +80,7 @@ class Packing:
         pack: the table, to the one to store.
         unpack: the reverse, exactly, given the columns; ValueError where what is stored stands for no table.
         view: `unpack` as SQL, given the columns; `{rows}` stands for the stored table.
+        sources: the stored columns that a column is made of; one that is not named is stored as it is.
     """
 
     since: int
@@ -87,6 +88,7 @@ class Packing:
     pack: Callable[[pa.Table, Manifest], pa.Table]
     unpack: Callable[[pa.Table, pa.Schema, Manifest], pa.Table]
     view: Callable[[pa.Schema, Manifest], str]
+    sources: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,12 @@ class Kind:
         """The columns of its Parquet files."""
         packing = self._packing(manifest)
         return packing.schema(self.schema(manifest)) if packing else self.schema(manifest)
+
+    def stored_columns(self, columns: Collection[str], manifest: Manifest) -> frozenset[str]:
+        """The columns of its Parquet files that some of the table's are made of."""
+        packing = self._packing(manifest)
+        sources = packing.sources if packing else {}
+        return frozenset(stored for column in columns for stored in sources.get(column, (column,)))
 
     def pack(self, table: pa.Table, manifest: Manifest) -> pa.Table:
         """What to store of a table."""

@@ -30,6 +30,13 @@ PACKED = {
     "tail_steps": pa.int32(),
 }
 
+_RANKED = ("gap_steps", "first_steps", "tail_steps")
+SOURCES = {
+    "token_logprob": ("token_id", "token_steps", "candidate_ids", *_RANKED),
+    "candidate_logprobs": _RANKED,
+    "tail_logprob": ("first_steps", "tail_steps"),
+}
+
 # Where the tail holds nearly everything, a rounded tail says little of what is left.
 LEAST_REST = 0.01
 
@@ -47,9 +54,8 @@ FROM (SELECT *, list_transform(below, lambda n: n + start) AS steps
             FROM (SELECT *, CASE WHEN first_steps IS NOT NULL
                                  THEN list_prepend(0, list_transform(gap_steps, lambda n, i: list_sum(gap_steps[:i])))
                                  WHEN candidate_ids IS NOT NULL THEN [] END AS below,
-                         list_transform(range(octet_length(candidate_ids) // {bytes}),
-                                        lambda i: CAST('0x' || hex(candidate_ids)[{digits} * i + 1:{digits} * i + {digits}]
-                                                       AS UINTEGER)) AS ids
+                         list_transform(range(octet_length(candidate_ids) // {bytes}), lambda i: CAST(
+                             CAST(candidate_ids[{bytes} * i + 1:{bytes} * i + {bytes}] AS BIT) AS UINTEGER)) AS ids
                   FROM {rows})))"""
 
 
@@ -74,7 +80,7 @@ def view(logical: pa.Schema, manifest: Manifest) -> str:
     size = id_bytes(manifest)
     more = "".join(f", {column.name}" for column in _more(logical))
     step = repr(float(manifest.quantisation_step))
-    return VIEW.format(step=step, rest=LEAST_REST, bytes=size, digits=2 * size, more=more, rows="{rows}")
+    return VIEW.format(step=step, rest=LEAST_REST, bytes=size, more=more, rows="{rows}")
 
 
 def _expected_start(below: np.ndarray, firsts: np.ndarray, tail: np.ndarray, step: float) -> np.ndarray:

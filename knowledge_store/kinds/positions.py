@@ -289,5 +289,6 @@ POSITIONS = Kind(
         pack=packed_positions.pack,
         unpack=packed_positions.unpack,
         view=packed_positions.view,
+        sources=packed_positions.SOURCES,
     ),
 )
