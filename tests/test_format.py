@@ -32,15 +32,15 @@ required group field_id=-1 schema {
   optional int32 field_id=-1 position;
   optional int32 field_id=-1 token_id (Int(bitWidth=32, isSigned=false));
   optional boolean field_id=-1 is_target;
-  optional int32 field_id=-1 token_steps;
+  optional float field_id=-1 token_steps;
   optional binary field_id=-1 candidate_ids;
   optional group field_id=-1 gap_steps (List) {
     repeated group field_id=-1 list {
-      optional int32 field_id=-1 element;
+      optional float field_id=-1 element;
     }
   }
-  optional int32 field_id=-1 first_steps;
-  optional int32 field_id=-1 tail_steps;
+  optional float field_id=-1 first_steps;
+  optional float field_id=-1 tail_steps;
 }"""
 
 
@@ -200,11 +200,11 @@ def test_decoded_values_by_hand(tmp_path):
         "position": 1,
         "token_id": 3,
         "is_target": True,
-        "token_steps": 17,  # ln(1/8) = −2.079 is nearest to −2.125
+        "token_steps": 2**23 + 17,  # ln(1/8) = −2.079 is nearest to −2.125
         "candidate_ids": b"\x00\x01\x00\x00",
-        "gap_steps": [5],  # from −0.75 to −1.375
-        "first_steps": 0,  # ln((1 + exp(−5/8)) / (1 − exp(−11/8))) · 8 = 5.60, and it is 6
-        "tail_steps": 11,
+        "gap_steps": [2**23 + 5],  # from −0.75 to −1.375
+        "first_steps": 2**23,  # ln((1 + exp(−5/8)) / (1 − exp(−11/8))) · 8 = 5.60, and it is 6
+        "tail_steps": 2**23 + 11,
     }
     stored = logical(writer.folder / "positions/00000.parquet", vocabulary=5, k=2).to_pylist()
     assert stored == [
@@ -362,7 +362,7 @@ def test_the_sql_that_the_format_s_text_prints(tmp_path):
 
 
 def test_a_masked_token_lies_as_far_below_as_can_be(tmp_path):
-    """A logit of −10³⁸ has probability 0, as a candidate too, and fits whole numbers of 32 bits."""
+    """A logit of −10³⁸ has probability 0, as a candidate too, and its steps fit a float."""
     logits = np.array([[0.0, -1e38, -3e38]])
     knowledge = knowledge_of(np.array([0, 2]), np.repeat(logits, 2, axis=0), 2)
     knowledge["tail_logprob"][1] = -3e38  # a log-sum-exp gives this, the helper's sum of exponentials −∞
@@ -370,8 +370,8 @@ def test_a_masked_token_lies_as_far_below_as_can_be(tmp_path):
     commit(writer, 0, [knowledge])
     assert not verify(tmp_path / "store").damage
     [row] = KnowledgeStore.open(tmp_path / "store").sql("SELECT * FROM positions WHERE is_target").to_pylist()
-    assert (row["candidate_ids"], row["candidate_logprobs"]) == ([0, 1], [0.0, -(2.0**25)])
-    assert row["token_logprob"] == -(2.0**25)
+    assert (row["candidate_ids"], row["candidate_logprobs"]) == ([0, 1], [0.0, -(2.0**19)])
+    assert row["token_logprob"] == -(2.0**19)
 
 
 @pytest.mark.parametrize(
@@ -379,8 +379,11 @@ def test_a_masked_token_lies_as_far_below_as_can_be(tmp_path):
     [
         ("candidate_ids", b"\x00\x01\x00", "not of 2 bytes each"),
         ("candidate_ids", b"\x00\x01", "do not pair up"),
-        ("gap_steps", [1], "do not pair up"),
+        ("gap_steps", [2**23], "do not pair up"),
         ("gap_steps", None, "do not pair up"),
+        ("tail_steps", 2.0**22 + 0.5, "no whole numbers"),
+        ("tail_steps", 2.0**25, "no whole numbers"),
+        ("token_steps", float("nan"), "no whole numbers"),
         ("first_steps", None, "first_steps is null although"),
         ("token_steps", None, "token_steps is null although"),
     ],

@@ -1,7 +1,9 @@
 """How the table of positions stands on disk: whole steps, and what one column tells of another left out.
 
 `positions.schema` is the table that everything else works with. `pack` makes the stored one of it, `unpack` the reverse,
-exactly, and VIEW is `unpack` in SQL. A log-probability is stored as steps: how many quantisation steps it lies below 0.
+exactly, and VIEW is `unpack` in SQL. A log-probability is stored as steps: how many quantisation steps it lies below 0. Steps
+stand as float32, counted from 2²³: there a float's lowest byte counts, and the others hardly ever change. Split byte by byte
+that is as small as integers get, and many more readers know this encoding of floats than that of integers.
 
     token_steps      null where the token is a candidate with the same log-probability
     candidate_ids    side by side, the most significant byte first, in as many bytes each as the vocabulary needs
@@ -23,11 +25,11 @@ from knowledge_store.kinds.kind import list_offsets
 from knowledge_store.manifest import Manifest
 
 PACKED = {
-    "token_steps": pa.int32(),
+    "token_steps": pa.float32(),
     "candidate_ids": pa.binary(),
-    "gap_steps": pa.list_(pa.field("element", pa.int32())),
-    "first_steps": pa.int32(),
-    "tail_steps": pa.int32(),
+    "gap_steps": pa.list_(pa.field("element", pa.float32())),
+    "first_steps": pa.float32(),
+    "tail_steps": pa.float32(),
 }
 
 _RANKED = ("gap_steps", "first_steps", "tail_steps")
@@ -36,6 +38,8 @@ SOURCES = {
     "candidate_logprobs": _RANKED,
     "tail_logprob": ("first_steps", "tail_steps"),
 }
+
+ZERO = 2**23  # what no steps are stored as
 
 # Where the tail holds nearly everything, a rounded tail says little of what is left.
 LEAST_REST = 0.01
@@ -56,7 +60,11 @@ FROM (SELECT *, list_transform(below, lambda n: n + start) AS steps
                                  WHEN candidate_ids IS NOT NULL THEN [] END AS below,
                          list_transform(range(octet_length(candidate_ids) // {bytes}), lambda i: CAST(
                              CAST(candidate_ids[{bytes} * i + 1:{bytes} * i + {bytes}] AS BIT) AS UINTEGER)) AS ids
-                  FROM {rows})))"""
+                  FROM (SELECT * REPLACE (list_transform(gap_steps, lambda n: CAST(n AS INTEGER) - {zero}) AS gap_steps,
+                                          CAST(token_steps AS INTEGER) - {zero} AS token_steps,
+                                          CAST(first_steps AS INTEGER) - {zero} AS first_steps,
+                                          CAST(tail_steps AS INTEGER) - {zero} AS tail_steps)
+                        FROM {rows}))))"""
 
 
 def id_bytes(manifest: Manifest) -> int:
@@ -80,7 +88,7 @@ def view(logical: pa.Schema, manifest: Manifest) -> str:
     size = id_bytes(manifest)
     more = "".join(f", {column.name}" for column in _more(logical))
     step = repr(float(manifest.quantisation_step))
-    return VIEW.format(step=step, rest=LEAST_REST, bytes=size, more=more, rows="{rows}")
+    return VIEW.format(step=step, rest=LEAST_REST, zero=ZERO, bytes=size, more=more, rows="{rows}")
 
 
 def _expected_start(below: np.ndarray, firsts: np.ndarray, tail: np.ndarray, step: float) -> np.ndarray:
@@ -113,6 +121,20 @@ def _logprobs(steps: np.ndarray, step: float) -> np.ndarray:
 def _probability(steps: np.ndarray, there: np.ndarray, step: float) -> np.ndarray:
     """exp of minus `steps` where it is there, else 0, float64."""
     return np.where(there, np.exp(-step * np.where(there, steps, 0)), 0.0)
+
+
+def _stored(steps: np.ndarray, absent: np.ndarray | None = None) -> pa.Array:
+    """Steps as they are stored, null where absent."""
+    return pa.array((steps + ZERO).astype(np.float32), mask=absent)
+
+
+def _counted(column: pa.ChunkedArray) -> np.ndarray:
+    """Stored steps, int64, 0 for null. ValueError: they are no whole numbers."""
+    found = column.fill_null(ZERO).to_numpy()
+    whole = np.clip(np.nan_to_num(found), ZERO // 2, 2 * ZERO).astype(np.int64)
+    if not np.array_equal(whole, found):
+        raise ValueError("steps are no whole numbers")
+    return whole - ZERO
 
 
 def _filled(column: pa.ChunkedArray, fill: float) -> np.ndarray:
@@ -150,13 +172,13 @@ def pack(table: pa.Table, manifest: Manifest) -> pa.Table:
     told[rows[(ids == table["token_id"].to_numpy()[rows]) & (steps == token_steps[rows])]] = True
 
     columns = {
-        "token_steps": pa.array(token_steps, pa.int32(), mask=~kept | told),
+        "token_steps": _stored(token_steps, ~kept | told),
         "candidate_ids": _packed_ids(ids, counts, kept, size),
         "gap_steps": pa.ListArray.from_arrays(
-            list_offsets(counts - some), pa.array(np.diff(steps, prepend=0)[later], pa.int32()), mask=pa.array(~kept)
+            list_offsets(counts - some), _stored(np.diff(steps, prepend=0)[later]), mask=pa.array(~kept)
         ),
-        "first_steps": pa.array(first_steps, pa.int32(), mask=~some),
-        "tail_steps": pa.array(tail_steps, pa.int32(), mask=no_tail),
+        "first_steps": _stored(first_steps, ~some),
+        "tail_steps": _stored(tail_steps, no_tail),
     }
     wanted = packed_schema(table.schema)
     return pa.table([columns[each.name] if each.name in columns else table[each.name] for each in wanted], schema=wanted)
@@ -210,15 +232,15 @@ def unpack(table: pa.Table, logical: pa.Schema, manifest: Manifest) -> pa.Table:
     later = np.ones(len(ids), bool)
     later[firsts] = False
     gaps = np.zeros(len(ids), np.int64)
-    gaps[later] = pc.list_flatten(table["gap_steps"]).to_numpy()
+    gaps[later] = _counted(pc.list_flatten(table["gap_steps"]))
     total = np.cumsum(gaps)
     below = total - np.repeat(total[firsts], counts[some])
-    tail_steps = _filled(table["tail_steps"], 0)
-    off = _filled(table["first_steps"], 0)[some]
+    tail_steps = _counted(table["tail_steps"])
+    off = _counted(table["first_steps"])[some]
     start = _expected_start(below, firsts, _probability(tail_steps, has_tail, step)[some], step) + ((off >> 1) ^ -(off & 1))
     logprobs = _logprobs(below + np.repeat(start, counts[some]), step)
 
-    token_logprob = _logprobs(_filled(table["token_steps"], 0), step)
+    token_logprob = _logprobs(_counted(table["token_steps"]), step)
     rows = np.repeat(np.arange(len(table)), counts)
     untold = kept & ~has_token
     own = np.flatnonzero((ids == table["token_id"].to_numpy()[rows]) & untold[rows])

@@ -37,7 +37,7 @@ DRAWS = {"tail_ids": pa.list_(pa.field("element", pa.uint32())), "tail_counts": 
 TEMPERED = {"tail_logsumexp": pa.float32()}
 
 NO_MASS = -np.inf
-MOST_STEPS = 2**28
+MOST_STEPS = 2**22
 
 RELATIONS = {
     "positions": """
