@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from knowledge_store import DumpWriter, Manifest
 from knowledge_store.kinds import Arrays
@@ -139,3 +140,14 @@ def write_drawn_store(folder: Path) -> Path:
         if not writer.committed(shard):
             commit(writer, shard, drawn_sequences(shard, 3))
     return folder
+
+
+def assert_close(found: pa.Table, expected: pa.Table, most: float = 1e-6) -> None:
+    """The same tables, but for the last digits of log-probabilities: another machine's exp and ln may round differently."""
+    for name in expected.column_names:
+        if not name.endswith(("_logprob", "_logprobs")):
+            assert found[name].equals(expected[name]), name
+            continue
+        for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
+            assert (one is None) == (other is None)
+            np.testing.assert_allclose([] if one is None else one, [] if other is None else other, rtol=1e-6, atol=most)

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import run_command, story_rows, write_jsonl
-from stores import DOCUMENTS, commit, log_softmax, make_manifest, random_sequences, words, write_drawn_store, write_store
+from stores import (
+    DOCUMENTS,
+    assert_close,
+    commit,
+    log_softmax,
+    make_manifest,
+    random_sequences,
+    words,
+    write_drawn_store,
+    write_store,
+)
 
 from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.calibration import Calibration, write_calibration
@@ -101,7 +111,7 @@ def test_the_columns(store):
     ]
     assert summaries["sampled"].mean_top_k_mass is None
     assert 0.5 < summaries["nucleus"].mean_top_k_mass < 1  # twelve do not always reach it
-    assert summaries["sampled"].mean_nll == pytest.approx(summaries["plain"].mean_nll, abs=1e-6)
+    assert summaries["sampled"].mean_nll == pytest.approx(summaries["plain"].mean_nll, abs=1e-3)
     answer = run_command("knowledge_store", "info", store)
     assert answer.returncode == 0
     assert "random-sampling, 9 draws" in answer.stdout
@@ -306,14 +316,24 @@ def test_a_selection_survives_its_record(options):
     assert Selection.from_record(selection.to_record()) == selection
 
 
+def assert_the_same_but_for_rounding(old: KnowledgeStore, new: KnowledgeStore) -> None:
+    """Every relation and sequence; log-probabilities may be a step apart, as versions before 3 rounded each by itself."""
+    assert_close(old.sql("SELECT * FROM positions"), new.sql("SELECT * FROM positions"), 0.125)
+    assert_close(old.sql("SELECT * FROM sequences"), new.sql("SELECT * FROM sequences"))
+    for ordinal in range(len(old)):
+        for name, array in old[ordinal].items():
+            np.testing.assert_allclose(array, new[ordinal][name], rtol=0, atol=0.2 if "logprob" in name else 0)
+    values = old.sql("SELECT unnest(candidate_logprobs) AS value FROM positions")["value"].to_numpy()
+    assert np.array_equal(values * 8, np.round(values * 8))
+
+
 def test_a_store_of_version_1_reads_as_ever(tmp_path):
     """Made by this project when its format had that version: same rows as a store made now, and nothing is written."""
     shutil.copytree(FIXTURES / "store-v1", tmp_path / "old")
     write_store(tmp_path / "new", shards=2, size=3)
     assert not verify(tmp_path / "old").damage
     old, new = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new"))
-    assert old.sql("SELECT * FROM positions").equals(new.sql("SELECT * FROM positions"))
-    assert old.sql("SELECT * FROM sequences").equals(new.sql("SELECT * FROM sequences"))
+    assert_the_same_but_for_rounding(old, new)
     assert old.info()[0].selection == "top-k 3"
     assert old.manifest().differences(new.manifest()) == []  # and so a dump of version 1 can be gone on with
     assert DOCUMENTS == 100
@@ -325,11 +345,7 @@ def test_a_store_of_version_2_reads_as_ever(tmp_path):
     write_drawn_store(tmp_path / "new")
     assert not verify(tmp_path / "old").damage and not verify(tmp_path / "new").damage
     old, new = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new"))
-    for relation in ("positions", "candidates", "sequences"):
-        assert old.sql(f"SELECT * FROM {relation}").equals(new.sql(f"SELECT * FROM {relation}"))
-    for ordinal in range(len(old)):
-        for name, array in old[ordinal].items():
-            assert np.array_equal(array, new[ordinal][name])
+    assert_the_same_but_for_rounding(old, new)
     before = {path: (tmp_path / "old/small" / path).read_bytes() for path in ("positions/00001.parquet", "commits/00001.json")}
     for path in before:
         (tmp_path / "old/small" / path).unlink()

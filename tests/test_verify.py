@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_command
-from stores import commit, joined, make_manifest, random_sequences, sequence_row, words, write_store
+from conftest import ROOT, run_command
+from stores import joined, make_manifest, random_sequences, sequence_row, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, StoreError, verify
 from knowledge_store.kinds import KINDS
+from knowledge_store.manifest import read_manifest
 from knowledge_store.sequences import tokens_table
 
 FILES = [
@@ -308,9 +309,6 @@ def other_order(arrays, rows):
     ("change", "complaint"),
     [
         (swap_first_candidates, "not sorted"),
-        (one("candidate_logprobs", -9.0, 2), "do not sum to one"),
-        (one("tail_logprob", -20.0), "do not sum to one"),
-        (one("tail_logprob", -np.inf), "the tail is empty although"),
         (one("token_logprob", 0.5), "above zero"),
         (one("candidate_ids", 11, 0), "not below the vocabulary size"),
         (drop_knowledge_of_a_target, "a target has no candidates"),
@@ -344,12 +342,28 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path, change):
     assert [path for path in (tmp_path / "store").glob("small/*/*") if path.is_file()] == []
 
 
-def test_values_that_are_not_rounded(tmp_path):
-    store = tmp_path / "store"
-    commit(DumpWriter.open(store, make_manifest(shards=1), tokens_table(words(11), words(11))), 0, random_sequences(0, 4))
-    manifest = KnowledgeStore.open(store).manifest()
-    table = KINDS["positions"].unpack(pq.read_table(store / "small/positions/00000.parquet"), manifest)
+@pytest.mark.parametrize(
+    "change", [one("candidate_logprobs", -9.0, 2), one("tail_logprob", -20.0), one("tail_logprob", -np.inf)]
+)
+def test_predictions_that_do_not_sum_to_one_are_not_written(tmp_path, change):
+    with pytest.raises(InputError, match="do not sum to one"):
+        broken_rule(change)(tmp_path / "store")
+    assert [path for path in (tmp_path / "store").glob("small/*/*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "complaint"),
+    [
+        ("token_logprob", -0.01, "a log-probability is not a multiple of 0.125"),
+        ("tail_logprob", -3, "candidates and tail do not sum to one"),
+        ("tail_logprob", -np.inf, "the tail is empty although"),
+    ],
+)
+def test_values_that_no_writer_of_version_2_makes(name, change, complaint):
+    store = ROOT / "tests/fixtures/store-v2"
+    manifest = read_manifest(store / "small")
+    table = pq.read_table(store / "small/positions/00000.parquet")
     assert list(KINDS["positions"].damage(table, manifest)) == []
-    column = pa.array([None if each is None else each - 0.01 for each in table["token_logprob"].to_pylist()], pa.float32())
-    shifted = table.set_column(table.schema.get_field_index("token_logprob"), "token_logprob", column)
-    assert "a log-probability is not a multiple of 0.125" in list(KINDS["positions"].damage(shifted, manifest))
+    column = pa.array([None if each is None else each + change for each in table[name].to_pylist()], pa.float32())
+    shifted = table.set_column(table.schema.get_field_index(name), name, column)
+    assert any(complaint in sentence for sentence in KINDS["positions"].damage(shifted, manifest))

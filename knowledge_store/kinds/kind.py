@@ -65,6 +65,15 @@ def no_statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
     return {}
 
 
+def padded_lists(column: pa.ChunkedArray, fill: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of up to K values as (N, K), and their lengths (N,); null counts as empty."""
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    width = int(lengths.max(initial=0))
+    padded: np.ndarray = np.full((len(column), width), fill, dtype=dtype)
+    padded[np.arange(width) < lengths[:, None]] = pc.list_flatten(column).to_numpy()
+    return padded, lengths
+
+
 def no_damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     """For kinds with no invariants beyond their keys and schema."""
     return iter(())

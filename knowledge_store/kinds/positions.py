@@ -1,8 +1,9 @@
 """The first kind of knowledge: what the teacher predicted at each position, as its likeliest tokens and the tail they leave.
 
 Position t describes the prediction *of* token t, made from the tokens before it. Log-probabilities are natural logs over the
-full vocabulary at temperature 1, rounded to the manifest's step. The tail is stored as its own rounded value: derived from
-rounded candidates instead, it would carry twenty times the error.
+full vocabulary at temperature 1, rounded in the manifest's steps as `packed_positions` says (since format version 3; before,
+each by itself to a multiple of the step). The tail is a rounded value of its own: derived from rounded candidates instead, it
+would carry twenty times the error.
 
 A selection with draws adds `tail_ids` and `tail_counts`: which tokens outside the candidates were drawn, and how often each. A
 calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
@@ -15,10 +16,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from knowledge_store.errors import InputError
 from knowledge_store.kinds import packed_positions
-from knowledge_store.kinds.kind import Arrays, Kind, Packing, list_offsets
+from knowledge_store.kinds.kind import Arrays, Kind, Packing, list_offsets, padded_lists
 from knowledge_store.manifest import Manifest
 
 SCHEMA = pa.schema(
@@ -37,7 +38,9 @@ DRAWS = {"tail_ids": pa.list_(pa.field("element", pa.uint32())), "tail_counts": 
 TEMPERED = {"tail_logsumexp": pa.float32()}
 
 NO_MASS = -np.inf
-MOST_STEPS = 2**22
+PACKED_SINCE = 3
+MOST_STEPS = packed_positions.MOST_STEPS
+MOST_EXCESS = 1e-3  # nats by which a teacher's float32 candidates and tail may miss one together
 
 RELATIONS = {
     "positions": """
@@ -62,7 +65,7 @@ def schema(manifest: Manifest) -> pa.Schema:
 def quantise(logprobs: np.ndarray, step: float) -> np.ndarray:
     """Round log-probabilities (nats) to multiples of `step`, as float32; −inf stays, −0 becomes 0.
 
-    What is more than MOST_STEPS below 0, such as the logit that masks a token, is that: whatever the step, its exp is 0.
+    What lies more than MOST_STEPS below 0, such as a token whose logit is masked, is put there: its exp is 0 all the same.
     """
     steps = np.round(logprobs.astype(np.float64) / step)
     limited = np.where(np.isneginf(steps), steps, np.maximum(steps, -MOST_STEPS))
@@ -78,6 +81,9 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
             token_logprob (N,), candidate_ids (N, K), candidate_logprobs (N, K) (−inf: no candidate), tail_logprob (N,); with
             draws tail_ids (N, M) and tail_counts (N, M) (0: none); at a temperature tail_logsumexp (N,).
         manifest: of the dump; gives the quantisation step and the columns.
+
+    Raises:
+        InputError: candidates and tail do not sum to one.
     """
     kept = arrays["has_knowledge"]
     step = manifest.quantisation_step
@@ -89,15 +95,24 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         offsets = list_offsets(there.sum(axis=1))
         return {name: pa.ListArray.from_arrays(offsets, pa.array(each[there]), mask=absent) for name, each in values.items()}
 
-    logprobs = arrays["candidate_logprobs"]
+    logprobs, tail = arrays["candidate_logprobs"], arrays["tail_logprob"]
+    there, token_logprob = logprobs != NO_MASS, quantise(arrays["token_logprob"], step)
+    if manifest.version >= PACKED_SINCE:
+        if manifest.rule.candidates and (np.abs(np.log(_total_mass(logprobs[kept], tail[kept]))) > MOST_EXCESS).any():
+            raise InputError("candidates and tail of a position do not sum to one: the extractor is wrong; nothing is written")
+        logprobs, tail = packed_positions.rounded(logprobs, tail, step)
+        among = (arrays["candidate_ids"] == arrays["token_id"][:, None]) & there
+        token_logprob = np.where(among.any(axis=1), np.where(among, logprobs, 0).sum(axis=1), token_logprob)
+    else:
+        logprobs, tail = quantise(logprobs, step), quantise(tail, step)
     # Where nothing is a candidate there is no tail either: the draws are from the whole distribution.
     no_tail = ~kept if manifest.rule.candidates else np.ones_like(kept)
     columns = {
-        **lists(logprobs != NO_MASS, candidate_ids=arrays["candidate_ids"], candidate_logprobs=quantise(logprobs, step)),
+        **lists(there, candidate_ids=arrays["candidate_ids"], candidate_logprobs=logprobs),
         "token_id": pa.array(arrays["token_id"], pa.uint32()),
         "is_target": pa.array(arrays["is_target"]),
-        "token_logprob": pa.array(quantise(arrays["token_logprob"], step), mask=~kept),
-        "tail_logprob": pa.array(quantise(arrays["tail_logprob"], step), mask=no_tail),
+        "token_logprob": pa.array(token_logprob, mask=~kept),
+        "tail_logprob": pa.array(tail, mask=no_tail),
     }
     if manifest.rule.draws:
         counts = arrays["tail_counts"]
@@ -109,15 +124,6 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         [keys[each.name] if each.name in keys.column_names else columns[each.name].cast(each.type) for each in wanted],
         schema=wanted,
     )
-
-
-def _padded_lists(column: pa.ChunkedArray, fill: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of up to K values as (N, K), and their lengths (N,); null counts as empty."""
-    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
-    width = int(lengths.max(initial=0))
-    padded: np.ndarray = np.full((len(column), width), fill, dtype=dtype)
-    padded[np.arange(width) < lengths[:, None]] = pc.list_flatten(column).to_numpy()
-    return padded, lengths
 
 
 def _total_mass(candidate_logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
@@ -135,14 +141,14 @@ def decode(table: pa.Table) -> Arrays:
         dump tail_logsumexp float32 (N,).
     """
     kept = table["candidate_ids"].is_valid().to_numpy()
-    candidate_ids, _ = _padded_lists(table["candidate_ids"], 0, np.int64)
-    candidate_logprobs, _ = _padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
+    candidate_ids, _ = padded_lists(table["candidate_ids"], 0, np.int64)
+    candidate_logprobs, _ = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     tail_logprob = table["tail_logprob"].fill_null(0).to_numpy()
     excess = np.log(_total_mass(candidate_logprobs, tail_logprob))
     more = {}
     if "tail_ids" in table.column_names:
-        more["tail_ids"], _ = _padded_lists(table["tail_ids"], 0, np.int64)
-        more["tail_counts"], _ = _padded_lists(table["tail_counts"], 0, np.int64)
+        more["tail_ids"], _ = padded_lists(table["tail_ids"], 0, np.int64)
+        more["tail_counts"], _ = padded_lists(table["tail_counts"], 0, np.int64)
     if "tail_logsumexp" in table.column_names:
         more["tail_logsumexp"] = table["tail_logsumexp"].fill_null(0).to_numpy()
     return {
@@ -195,8 +201,8 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     if (table["is_target"].to_numpy() & ~kept).any():
         yield "a target has no candidates"
 
-    ids, id_counts = _padded_lists(table["candidate_ids"], -1, np.int64)
-    logprobs, logprob_counts = _padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
+    ids, id_counts = padded_lists(table["candidate_ids"], -1, np.int64)
+    logprobs, logprob_counts = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     width = min(rule.candidates, vocabulary)
     least = min(width, 1) if rule.name == "top-p" else width
     counts = id_counts[kept]
@@ -229,10 +235,11 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     values = np.concatenate([logprobs[filled], token_logprob, tail[np.isfinite(tail)]])
     if (values > 0).any():
         yield "a log-probability is above zero"
-    if (quantise(values, step) != values).any():
+    packed = manifest.version >= PACKED_SINCE  # in steps by itself, and normal
+    if not packed and (quantise(values, step) != values).any():
         yield f"a log-probability is not a multiple of {step}"
-    # Rounding moves each probability by a factor of at most exp(step / 2); 1e-4 is room for the teacher's float32.
-    if (np.abs(np.log(_total_mass(logprobs, tail))) > step / 2 + 1e-4).any():
+    # Rounding each by itself moves a probability by a factor of at most exp(step / 2); 1e-4 is room for float32.
+    if (np.abs(np.log(_total_mass(logprobs, tail))) > (0 if packed else step / 2) + 1e-4).any():
         yield "candidates and tail do not sum to one within the rounding"
     among = ids == token_id[:, None]
     if (np.where(among, logprobs, 0).sum(axis=1)[among.any(axis=1)] != token_logprob[among.any(axis=1)]).any():
@@ -256,8 +263,8 @@ def _draws_damage(
     table: pa.Table, kept: np.ndarray, candidates: np.ndarray, whole: np.ndarray, manifest: Manifest
 ) -> Iterator[str]:
     """What is wrong with the draws; candidates (N, K) of the N kept positions, fillers below 0; `whole` as above."""
-    drawn, id_counts = _padded_lists(table["tail_ids"], -1, np.int64)
-    counts, count_counts = _padded_lists(table["tail_counts"], 0, np.int64)
+    drawn, id_counts = padded_lists(table["tail_ids"], -1, np.int64)
+    counts, count_counts = padded_lists(table["tail_counts"], 0, np.int64)
     if not np.array_equal(id_counts, count_counts):
         yield "tail_ids and tail_counts do not pair up"
         return
@@ -284,7 +291,7 @@ POSITIONS = Kind(
     damage=damage,
     relations=RELATIONS,
     packing=Packing(
-        since=3,
+        since=PACKED_SINCE,
         schema=packed_positions.packed_schema,
         pack=packed_positions.pack,
         unpack=packed_positions.unpack,
