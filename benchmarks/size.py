@@ -7,7 +7,8 @@ is kept unrounded in `--work`, so that a second run asks nothing. From that one 
 Bytes are of every file but the index, which is derived, and the vocabulary, the same for every dump of a tokenizer and told
 apart.
 
-* KL: from the unrounded candidates and tail to what a reader makes of the stored ones, in nats, mean over positions.
+* KL: from the unrounded candidates and tail to what a reader makes of the stored ones, in nats, mean over positions; beside it
+  that of rounding each log-probability by itself, as format versions 1 and 2 did.
 * What each idea saves: the positions as they are stored, but for that one idea, written in the same way.
 * What was tried and left out: the same, with one idea more.
 * The floor: the bits that an adaptive model spends on the same numbers, each told from those before it (prediction by partial
@@ -20,6 +21,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,7 +38,8 @@ from measurement import RESULTS, keep
 import knowledge_store.parquet
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.kinds.kind import list_offsets
+from knowledge_store.kinds.packed_positions import ZERO, id_bytes, packed_ids
+from knowledge_store.kinds.positions import quantise
 from knowledge_store.layout import TOKENS_FILE, table_path
 from knowledge_store.parquet import write_table
 from knowledge_store.progress import progress_bar
@@ -141,9 +144,9 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
     )
 
 
-def mean_kl(store: Path, knowledge: list[list[Arrays]], k: int) -> float:
-    """Mean over positions of KL(unrounded ‖ stored), candidates and tail, in nats."""
-    total = count = 0.0
+def mean_kl(store: Path, knowledge: list[list[Arrays]], k: int, step: float) -> tuple[float, float]:
+    """Mean over positions of KL(unrounded ‖ rounded), candidates and tail, in nats: as stored, and each rounded by itself."""
+    total, alone, count = 0.0, 0.0, 0
     opened = KnowledgeStore.open(store, cache_size=0)
     ordinal = 0
     for sequences in knowledge:
@@ -160,10 +163,13 @@ def mean_kl(store: Path, knowledge: list[list[Arrays]], k: int) -> float:
                 return both - np.logaddexp.reduce(both, axis=1, keepdims=True)
 
             p, q = normal(unrounded), normal(stored)
+            by_itself = np.round(p / step) * step
+            by_itself -= np.logaddexp.reduce(by_itself, axis=1, keepdims=True)
             with np.errstate(invalid="ignore"):
                 total += float(np.where(np.isneginf(p), 0, np.exp(p) * (p - q)).sum())
+                alone += float(np.where(np.isneginf(p), 0, np.exp(p) * (p - by_itself)).sum())
             count += int(here.sum())
-    return total / count
+    return total / count, alone / count
 
 
 # What each idea saves
@@ -180,15 +186,14 @@ def logical_tables(store: Path, manifest: Manifest) -> Iterator[tuple[pa.Table, 
                 yield kind.unpack(stored, manifest), stored
 
 
-def steps_of(column: pa.ChunkedArray, step: float) -> pa.Array:
-    """Log-probabilities as whole steps below 0, null where they are −inf or null; lists of them as lists."""
+def below_zero(column: pa.ChunkedArray, step: float) -> pa.Array:
+    """Log-probabilities as the nearest whole steps below 0, stored as steps are; null stays null, and −∞ is ∞ steps."""
     column = column.combine_chunks()
     if pa.types.is_list(column.type):
-        return pa.ListArray.from_arrays(
-            column.offsets, steps_of(pa.chunked_array([column.values]), step), mask=column.is_null()
-        )
-    values = column.fill_null(-np.inf).to_numpy()
-    return pa.array(np.round(np.where(np.isneginf(values), 0, values) / -step).astype(np.int32), mask=np.isneginf(values))
+        values = below_zero(pa.chunked_array([column.values]), step)
+        return pa.ListArray.from_arrays(column.offsets, values, mask=column.is_null())
+    there = column.is_valid().to_numpy(zero_copy_only=False)
+    return pa.array((np.round(column.fill_null(0).to_numpy() / -step) + ZERO).astype(np.float32), mask=~there)
 
 
 def changed(stored: pa.Table, columns: dict[str, pa.Array], without: tuple[str, ...] = ()) -> pa.Table:
@@ -203,31 +208,41 @@ def changed(stored: pa.Table, columns: dict[str, pa.Array], without: tuple[str, 
     return stored
 
 
+def plain(table: pa.Table, step: float) -> pa.Table:
+    """The columns as they are used, each log-probability rounded by itself, as format versions 1 and 2 kept them."""
+    columns: dict[str, pa.Array] = {}
+    for name in ("token_logprob", "candidate_logprobs", "tail_logprob"):
+        column = table[name].combine_chunks()
+        values = column.values if pa.types.is_list(column.type) else column
+        multiples = pa.array(
+            quantise(values.fill_null(0).to_numpy(), step), mask=values.is_null().to_numpy(zero_copy_only=False)
+        )
+        lists = pa.types.is_list(column.type)
+        columns[name] = pa.ListArray.from_arrays(column.offsets, multiples, mask=column.is_null()) if lists else multiples
+    return changed(table, columns)
+
+
 def undone(idea: str, table: pa.Table, stored: pa.Table, manifest: Manifest) -> pa.Table:
     """The stored table without one of its ideas."""
     step = manifest.quantisation_step
-    if idea == "candidates by their gaps":
-        every = steps_of(table["candidate_logprobs"], step)
-        return changed(stored, {"candidate_steps": every}, ("gap_steps", "first_steps"))
-    if idea == "the first candidate from tail and gaps":
-        return changed(stored, {"first_steps": pc.list_element(steps_of(table["candidate_logprobs"], step), 0)})
+    if idea == "gaps between candidates, the first for nothing":
+        return changed(stored, {"candidate_steps": below_zero(table["candidate_logprobs"], step)}, ("gap_steps",))
+    if idea == "log-odds of the tail":
+        return changed(stored, {"tail_steps": below_zero(table["tail_logprob"], step)})
     if idea == "a token that is a candidate says nothing":
-        return changed(stored, {"token_steps": steps_of(table["token_logprob"], step)})
+        return changed(stored, {"token_steps": below_zero(table["token_logprob"], step)})
     if idea == "ids side by side in a byte string":
         return changed(stored, {"candidate_ids": table["candidate_ids"]})
-    if idea == "steps split by byte":  # under other names they go into dictionaries, as floats do
-        return stored.rename_columns([name.replace("_steps", "_count") for name in stored.column_names])
-    assert idea == "the tail in steps"
-    return changed(stored, {"tail_logprob": table["tail_logprob"]}, ("tail_steps",))
+    assert idea == "steps split by byte"  # under other names they go into dictionaries, as floats do
+    return stored.rename_columns([name.replace("_steps", "_count") for name in stored.column_names])
 
 
 UNDONE = (
-    "candidates by their gaps",
-    "the first candidate from tail and gaps",
+    "gaps between candidates, the first for nothing",
+    "log-odds of the tail",
     "a token that is a candidate says nothing",
     "ids side by side in a byte string",
     "steps split by byte",
-    "the tail in steps",
 )
 
 
@@ -238,16 +253,6 @@ def by_frequency(ids: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     numbers = np.empty(len(order), np.uint32)
     numbers[order] = np.arange(len(order), dtype=np.uint32)
     return numbers
-
-
-def packed_bytes(ids: pa.ListArray, size: int) -> pa.Array:
-    """Lists of ids as byte strings of `size` bytes an id."""
-    octets = np.ascontiguousarray(ids.values.to_numpy().astype(">u4").view(np.uint8).reshape(-1, 4)[:, 4 - size :])
-    counts = pc.list_value_length(ids).fill_null(0).to_numpy().astype(np.int64)
-    valid = np.packbits(ids.is_valid().to_numpy(False), bitorder="little")
-    return pa.Array.from_buffers(
-        pa.binary(), len(ids), [pa.py_buffer(valid), list_offsets(counts * size).buffers()[1], pa.py_buffer(octets)]
-    )
 
 
 def table_bytes(groups: list[pa.Table]) -> int:
@@ -268,7 +273,9 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
         return round((table_bytes(groups) - own) / dump.positions, 3)
 
     kept = {idea: saved([undone(idea, *pair, manifest) for pair in pairs]) for idea in UNDONE}
-    kept["all of them: the columns as they are used"] = saved(tables)
+    kept["all of them: each log-probability rounded by itself, columns as they are used"] = saved(
+        [plain(table, manifest.quantisation_step) for table in tables]
+    )
 
     left_out: dict[str, float] = {}
     lists = [table["candidate_ids"].combine_chunks() for table in tables]
@@ -283,15 +290,16 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
 
     every = np.concatenate([ids.values.to_numpy() for ids in lists])
     numbers = by_frequency(every, np.concatenate([table["token_id"].to_numpy() for table in tables]))
-    size = next(size for size in (2, 3, 4) if manifest.vocabulary_size <= 256**size)
     renumbered = []
     for one, table, ids in zip(stored, tables, lists, strict=True):
         again = pa.ListArray.from_arrays(ids.offsets, pa.array(numbers[ids.values.to_numpy()]), mask=ids.is_null())
         tokens = pa.array(numbers[table["token_id"].to_numpy()])
-        renumbered.append(changed(one, {"candidate_ids": packed_bytes(again, size), "token_id": tokens}))
+        counts = pc.list_value_length(ids).fill_null(0).to_numpy().astype(np.int64)
+        octets = packed_ids(again.values.to_numpy(), counts, ids.is_valid().to_numpy(zero_copy_only=False), id_bytes(manifest))
+        renumbered.append(changed(one, {"candidate_ids": octets, "token_id": tokens}))
     mapping = io.BytesIO()
     write_table(pa.table({"token_id": np.argsort(numbers).astype(np.uint32)}), mapping, [len(numbers)])
-    # The table of numbers, once for a dump, is part of the price.
+    left_out["ids numbered by frequency, the table of numbers not counted"] = -saved(renumbered)
     left_out["ids numbered by frequency"] = round(-saved(renumbered) - len(mapping.getvalue()) / dump.positions, 3)
     larger = [pa.concat_tables(stored[at : at + 4]).combine_chunks() for at in range(0, len(stored), 4)]
     left_out["row groups four times as large"] = -saved(larger)
@@ -349,7 +357,7 @@ def hashed(*columns: np.ndarray | int) -> np.ndarray:
 
 def floor(store: Path, dump: Dump) -> dict[str, float]:
     """Bytes a position of partial matching, for each column that is stored."""
-    manifest, step = dump.manifest, dump.manifest.quantisation_step
+    manifest = dump.manifest
     pairs = list(logical_tables(store, manifest))
     table = pa.concat_tables([pair[0] for pair in pairs]).combine_chunks()
     stored = pa.concat_tables([pair[1] for pair in pairs]).combine_chunks()
@@ -359,10 +367,8 @@ def floor(store: Path, dump: Dump) -> dict[str, float]:
     here = table["candidate_ids"].is_valid().to_numpy()
     k = manifest.rule.candidates
     ids = pc.list_flatten(table["candidate_ids"]).to_numpy().astype(np.int64).reshape(-1, k)
-    steps = steps_of(table["candidate_logprobs"], step).flatten().to_numpy().astype(np.int64).reshape(-1, k)
-    gaps = np.diff(steps, axis=1)
-    first = stored["first_steps"].drop_null().to_numpy().astype(np.int64)
-    tail = stored["tail_steps"].fill_null(-1).to_numpy()[here].astype(np.int64)
+    gaps = pc.list_flatten(stored["gap_steps"]).to_numpy().astype(np.int64).reshape(-1, k - 1) - ZERO
+    tail = stored["tail_steps"].to_numpy(zero_copy_only=False)[here].astype(np.int64) - ZERO
     vocabulary, previous, older = manifest.vocabulary_size, before[here], before_that[here]
     bits: dict[str, float] = {
         "token_id": matching_bits(tokens, [hashed(before, before_that), hashed(before), np.zeros_like(tokens)], vocabulary)
@@ -374,12 +380,11 @@ def floor(store: Path, dump: Dump) -> dict[str, float]:
         bits["candidate_ids"] += matching_bits(ids[:, rank], contexts, vocabulary)
     for rank in range(k - 1):
         upper = gaps[:, rank - 1] if rank else np.zeros(len(gaps), np.int64)
-        contexts = [hashed(upper, np.minimum(tail, 40)), hashed(upper), np.zeros(len(gaps), np.int64)]
+        contexts = [hashed(upper, tail // 4), hashed(upper), np.zeros(len(gaps), np.int64)]
         bits["gap_steps"] += matching_bits(gaps[:, rank], contexts, 1 << 10)
-    bits["first_steps"] = matching_bits(first, [hashed(tail), np.zeros_like(first)], 1 << 10)
     bits["tail_steps"] = matching_bits(tail, [hashed(ids[:, 0]), np.zeros_like(tail)], 1 << 10)
     unknown = stored["token_steps"].is_valid().to_numpy()
-    surprise = stored["token_steps"].drop_null().to_numpy().astype(np.int64)
+    surprise = stored["token_steps"].drop_null().to_numpy().astype(np.int64) - ZERO
     bits["token_steps"] = matching_bits(surprise, [hashed(tail[unknown[here]]), np.zeros_like(surprise)], 1 << 10)
     # That the token is no candidate costs nothing: the ids say it, except where it is one in another place.
     return {name: round(each / 8 / dump.positions, 3) for name, each in bits.items()}
@@ -416,15 +421,17 @@ def measure(config: DumpConfig, work: Path) -> dict[str, Any]:
         "teacher": manifest.teacher["name"].rsplit("/", 1)[-1],
         "vocabulary_size": manifest.vocabulary_size,
     }
-    per_k: dict[str, dict[str, float]] = {}
+    per_k: dict[str, dict[str, float | None]] = {}
     for k in KEPT:
         dump = write(store, config, manifest, shards, knowledge, tokens, k, False)
         here = records(knowledge, k, manifest.vocabulary_size)
-        others = {name: round(layout(here), 2) for name, layout in LAYOUTS.items()}
-        per_k[str(k)] = {"knowledge-store": round(dump.per_position, 2), **others}
+        others = {name: layout(here) for name, layout in LAYOUTS.items()}
+        known = {name: None if math.isnan(size) else round(size, 2) for name, size in others.items()}
+        per_k[str(k)] = {"knowledge-store": round(dump.per_position, 2), **known}
     drawn = write(store, config, manifest, shards, knowledge, tokens, KEPT[0], True)
     dump = write(store, config, manifest, shards, knowledge, tokens, KEPT[0], False)
     columns = sorted(dump.column_bytes.items(), key=lambda item: -item[1])
+    kls = mean_kl(store, knowledge, KEPT[0], manifest.quantisation_step)
     return {
         **found,
         "positions": dump.positions,
@@ -433,7 +440,7 @@ def measure(config: DumpConfig, work: Path) -> dict[str, Any]:
         "bytes_per_position_with_draws": round(drawn.per_position, 3),
         "vocabulary_bytes": dump.vocabulary_bytes,
         "index_bytes": dump.index_bytes,
-        "mean_kl": mean_kl(store, knowledge, KEPT[0]),
+        **dict(zip(("mean_kl", "mean_kl_each_by_itself"), kls, strict=True)),
         "dense_bytes": dump.dense_bytes,
         "ratio": round(dump.dense_bytes / (dump.bytes - dump.vocabulary_bytes)),
         "ratio_with_vocabulary": round(dump.dense_bytes / dump.bytes),
@@ -485,14 +492,16 @@ def show(found: dict[str, Any]) -> None:
     print(
         f"  bytes a position {found['bytes_per_position']:.3f}, with {DRAWS} draws {found['bytes_per_position_with_draws']:.3f}"
     )
-    print(f"  mean KL {found['mean_kl']:.2e} nats; ratio {found['ratio']:,}, vocabulary too {found['ratio_with_vocabulary']:,}")
+    print(f"  mean KL {found['mean_kl']:.2e} nats; each by itself {found['mean_kl_each_by_itself']:.2e}")
+    print(f"  ratio {found['ratio']:,}, with the vocabulary {found['ratio_with_vocabulary']:,}")
     print(f"  floor {sum(found['floor'].values()):.2f}: {found['floor']}")
     for title in ("saved_by", "left_out"):
         for idea, saved in found[title].items():
             print(f"  {title.replace('_', ' '):<9} {saved:>7.3f}  {idea}")
     print(f"  {'bytes a position at k':<44}" + "".join(f"{k:>8}" for k in KEPT))
     for name in found["per_k"][str(KEPT[0])]:
-        print(f"  {name:<44}" + "".join(f"{found['per_k'][str(k)][name]:>8.1f}" for k in KEPT))
+        sizes = [found["per_k"][str(k)][name] for k in KEPT]
+        print(f"  {name:<44}" + "".join("       –" if size is None else f"{size:>8.1f}" for size in sizes))
 
 
 def main() -> None:

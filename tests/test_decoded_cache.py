@@ -207,7 +207,7 @@ if "kill" in sys.argv:
 for seed in range(int(sys.argv[2])):
     for batch in KnowledgeStore.open(sys.argv[1]).batches(batch_size=3, seed=seed):
         for row, sequence in enumerate(batch["sequence_id"].tolist()):
-            print(sequence, batch["candidate_ids"][row].sum(), batch["token_logprob"][row].sum())
+            print(sequence, batch["candidate_ids"][row].sum(), batch["token_logprob"][row].tolist())
 """
 
 
@@ -243,7 +243,7 @@ def test_readers_at_once_with_the_cache_deleted_under_them(cache, tmp_path):
     assert [each.returncode for each in readers] == [0, 0, 0]
     outputs = [each.communicate()[0] for each in readers]
     expected = [
-        f"{sequence} {batch['candidate_ids'][row].sum()} {batch['token_logprob'][row].sum()}"
+        f"{sequence} {batch['candidate_ids'][row].sum()} {batch['token_logprob'][row].tolist()}"
         for seed in range(8)
         for batch in KnowledgeStore.open(folder, cache_size=0).batches(batch_size=3, seed=seed)
         for row, sequence in enumerate(batch["sequence_id"].tolist())

@@ -143,8 +143,8 @@ def test_another_vocabulary_is_refused_by_name(store, config, teacher_folder):
         check_student(store, "train", small, AutoTokenizer.from_pretrained(teacher_folder))
 
 
-# As they stand on disk: the first candidate is told by its gaps and the tail.
-CANDIDATES = {"candidate_ids", "gap_steps", "first_steps", "tail_steps"}
+# As they stand on disk: candidates are told by their gaps and the tail.
+CANDIDATES = {"candidate_ids", "gap_steps", "tail_steps"}
 DRAWS = {"tail_ids", "tail_counts"}
 
 

