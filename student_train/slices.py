@@ -27,7 +27,7 @@ from student_train.losses import Batch, Targets, predicting, targets_of
 from student_train.models import head_at
 
 # Of the logits of one slice. Each slice adds to the whole gradient of the head's weight, which must not take long beside its
-# product: with 64 positions of a vocabulary of 262,144 it took a quarter of a CPU's time, with 256 little.
+# product: at a vocabulary of 262,144 a step with slices of 64 positions took 1.2 times as long as one with 256.
 SLICE_BYTES = 256 * 2**20
 ACCELERATOR_SLICE_BYTES = 512 * 2**20
 
