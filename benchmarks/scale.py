@@ -357,7 +357,10 @@ def measure_positions(folder: Path, positions: int, repeats: int) -> dict[str, A
     store = folder / "positions"
     many_positions(store, positions)
     measured("open", store)
-    found: dict[str, Any] = {"positions": measured("info", store)["answer"]["positions"]}
+    found: dict[str, Any] = {
+        "positions": measured("info", store)["answer"]["positions"],
+        "index_bytes": (store / INDEX_FILE).stat().st_size,
+    }
     cores = [count for count in (1, 2) if count <= len(os.sched_getaffinity(0))]
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for _ in range(repeats):
