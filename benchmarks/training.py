@@ -282,7 +282,7 @@ def main() -> None:
     found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for repeat in range(options.repeats):
         for vocabulary in options.vocabularies:
-            # Another order in each repeat, so that none always comes after the same.
+            # Each repeat begins with another method.
             turn = repeat % len(METHODS)
             for method in (*METHODS[turn:], *METHODS[:turn]):
                 one = in_own_process(method, vocabulary, options)

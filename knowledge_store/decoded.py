@@ -39,7 +39,7 @@ from knowledge_store.manifest import Manifest
 from knowledge_store.publication import make_folder, remove_folder, remove_leftovers, replace_bytes
 
 CACHE_SIZE = 10_000_000_000
-HEADERS = 4096  # kept in memory, a few kB each
+HEADERS = 1024  # kept in memory, a few kB each, or 160 kB where sequences have 16 tokens
 OPEN_FILES = 64
 USED_FILE = "used"  # how many bytes the folder holds: written under a lock by whoever adds to it
 
@@ -121,20 +121,29 @@ def _read_group(path: str) -> _Group | None:
         return None
     if len(text) != length or not length or zlib.crc32(text) != checksum:
         return None
-    header = json.loads(text)
-    if header["name"] != Path(path).name:
+    try:
+        header = json.loads(text)
+        if header["name"] != Path(path).name:
+            return None
+        fields = []
+        for name, dtype, stored, shape in header["fields"]:
+            kept = np.dtype(stored)
+            fields.append((name, np.dtype(dtype), kept, tuple(shape), kept.itemsize * int(np.prod(shape, dtype=np.int64))))
+        row_bytes = sum(field[-1] for field in fields)
+        return _Group(8 + length, header["starts"], header["checksums"], fields, row_bytes)
+    except (KeyError, TypeError, ValueError):  # another program's
         return None
-    fields = []
-    for name, dtype, stored, shape in header["fields"]:
-        kept = np.dtype(stored)
-        fields.append((name, np.dtype(dtype), kept, tuple(shape), kept.itemsize * int(np.prod(shape, dtype=np.int64))))
-    row_bytes = sum(field[-1] for field in fields)
-    return _Group(8 + length, header["starts"], header["checksums"], fields, row_bytes)
 
 
 def _decoders() -> bytes:
-    """The source of everything that decodes."""
-    return b"".join(path.read_bytes() for folder in kinds_package.__path__ for path in sorted(Path(folder).glob("*.py")))
+    """The code of everything that decodes, this file's layout included."""
+    folders = [Path(folder) for folder in kinds_package.__path__]
+    return b"".join(path.read_bytes() for path in [Path(__file__), *(each for folder in folders for each in _sources(folder))])
+
+
+def _sources(folder: Path) -> list[Path]:
+    """Python files, or compiled ones where there are no others."""
+    return sorted(folder.glob("*.py")) or sorted(folder.glob("*.pyc"))
 
 
 class DecodedCache:
@@ -146,7 +155,10 @@ class DecodedCache:
     """
 
     def __init__(self, manifest: Manifest, size: int):
-        self.root = user_cache("decoded")
+        try:
+            self.root = user_cache("decoded")
+        except RuntimeError:  # whoever runs this has no home
+            self.root, size = Path(os.devnull), 0
         self.folder = self.root / hashlib.sha256(manifest.to_bytes() + _decoders()).hexdigest()[:32]
         self._size = size
         self._groups: dict[str, _Group] = {}

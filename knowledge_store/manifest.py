@@ -47,7 +47,7 @@ class Manifest:
         tokenizer: vocabulary_sha256, size, bos_token_id, eos_token_id, pad_token_id.
         corpus: files, each with its name, bytes and SHA-256.
         selection: the rule that picks what is kept, e.g. {"name": "top-k", "k": 5}; see `Selection`.
-        quantisation_step: log-probabilities are multiples of this many nats.
+        quantisation_step: nats; what log-probabilities are rounded in, as the format version says.
         plan: max_length, batch_size, shard_size, part_characters, keep_context.
         derived: documents, bad_rows, columns (the corpus's own, name to type), shards (where each begins, and how many
             characters it holds), tokens (the file record of tokens.parquet).

@@ -162,17 +162,18 @@ class DumpWriter:
         ids = np.array([row["sequence_id"] for row in sequences], dtype=np.int64)
         groups = row_groups(lengths)
         tables = {SEQUENCES: (sequences_table(sequences, self.manifest), [len(sequences)])}
+        statistics: dict[str, float] = {}
         for name in self.manifest.kinds:
             table, rows_in_groups = self._knowledge(KINDS[name], knowledge[name], ids, lengths, groups)
-            numbers = list(KINDS[name].statistics(table, self.manifest).values())
-            if _has_nan(table) or not np.isfinite(numbers).all():
+            numbers = KINDS[name].statistics(table, self.manifest)
+            if _has_nan(table) or not np.isfinite(list(numbers.values())).all():
                 raise InputError(f"knowledge of shard {shard} of {self.manifest.dump!r} is NaN or infinite: it is not written")
             tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
+            statistics.update(numbers)
         files: dict[str, FileRecord] = {}
-        statistics: dict[str, float] = {}
         for name, (table, rows_in_groups) in tables.items():
             files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
-            if name in KINDS:
+            if name in KINDS and published is not table:  # another writer's
                 statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
         record = CommitRecord(
             dump=self.manifest.dump,

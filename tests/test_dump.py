@@ -73,10 +73,10 @@ def check_against_reference(store: KnowledgeStore, teacher, left: bool, toleranc
             ids, before = row["candidate_ids"], expected[row["position"] - 1]
             order = np.argsort(-before)
             k = len(ids)
-            own = 2 * tolerance if row["token_id"] in ids else tolerance
+            own = 3 * tolerance if row["token_id"] in ids else tolerance
             assert row["token_logprob"] == pytest.approx(before[row["token_id"]], abs=own)
-            # Half a step by its gap, half by what the first candidate is put at.
-            np.testing.assert_allclose(row["candidate_logprobs"], before[ids], atol=2 * tolerance, rtol=0)
+            # Half a step each by its own gap, by the other gaps through their sum, and by the tail's log-odds.
+            np.testing.assert_allclose(row["candidate_logprobs"], before[ids], atol=3 * tolerance, rtol=0)
             np.testing.assert_allclose(before[ids], before[order[:k]], atol=tie, rtol=0)
             clear = np.diff(before[order[: k + 1]]) < -tie
             if clear.all():

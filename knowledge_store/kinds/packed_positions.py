@@ -162,7 +162,7 @@ def pack(table: pa.Table, manifest: Manifest) -> pa.Table:
     token_id = table["token_id"].to_numpy()
     ids = pc.list_flatten(table["candidate_ids"]).to_numpy()
     if len(ids) and ids.max() >= 256**size:
-        raise InputError(f"a token id, {ids.max()}, is not below the vocabulary size, {manifest.vocabulary_size}")
+        raise InputError(f"a token id, {ids.max()}, is far above the vocabulary size, {manifest.vocabulary_size}")
 
     tail = table["tail_logprob"].fill_null(-np.inf).to_numpy()
     below, tail_steps = np.zeros(padded.shape), np.zeros(len(table))
@@ -229,6 +229,8 @@ def unpack(table: pa.Table, logical: pa.Schema, manifest: Manifest) -> pa.Table:
     gap_counts = pc.list_value_length(table["gap_steps"]).fill_null(0).to_numpy()
     if not np.array_equal(has_gaps, kept) or not np.array_equal(gap_counts, counts - some):
         raise ValueError("gap_steps and candidate_ids do not pair up")
+    if pc.list_flatten(table["gap_steps"]).null_count:
+        raise ValueError("gap_steps has a null among its values")
     if not np.array_equal(has_tail, some):
         raise ValueError("tail_steps is null although there are candidates, or the reverse")
 
@@ -237,8 +239,11 @@ def unpack(table: pa.Table, logical: pa.Schema, manifest: Manifest) -> pa.Table:
     gaps[:, 1:][there[:, 1:]] = _counted(pc.list_flatten(table["gap_steps"]))
     below = np.where(there, np.cumsum(gaps, axis=1), np.inf)
     candidates, tail = np.zeros(below.shape, np.float32), np.zeros(len(table), np.float32)
+    tail_steps = _counted(table["tail_steps"])
+    if (tail_steps < 0).any():
+        raise ValueError("tail_steps is below 0")
     if some.any():
-        candidates[some], tail[some] = logprobs_of(below[some], _counted(table["tail_steps"])[some], step)
+        candidates[some], tail[some] = logprobs_of(below[some], tail_steps[some], step)
     logprobs = candidates[there]
 
     token_logprob = (0.0 - step * _counted(table["token_steps"])).astype(np.float32)

@@ -100,7 +100,8 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     if manifest.version >= PACKED_SINCE:
         if manifest.rule.candidates and (np.abs(np.log(_total_mass(logprobs[kept], tail[kept]))) > MOST_EXCESS).any():
             raise InputError("candidates and tail of a position do not sum to one: the extractor is wrong; nothing is written")
-        logprobs, tail = packed_positions.rounded(logprobs, tail, step)
+        logprobs, tail = logprobs.astype(np.float32), tail.astype(np.float32)
+        logprobs[kept], tail[kept] = packed_positions.rounded(logprobs[kept], tail[kept], step)
         among = (arrays["candidate_ids"] == arrays["token_id"][:, None]) & there
         token_logprob = np.where(among.any(axis=1), np.where(among, logprobs, 0).sum(axis=1), token_logprob)
     else:
