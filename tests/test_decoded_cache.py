@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from itertools import pairwise
 from pathlib import Path
 
@@ -279,3 +281,24 @@ def test_any_arrays_come_back_as_they_were(cache, lengths, fields, seed):
             assert array.dtype == arrays[key].dtype and array.shape == arrays[key][start:end].shape
             assert np.array_equal(array, arrays[key][start:end]) and array.flags.writeable
     assert kept.read(name, 4, 0) is None and kept.read(name[:-1] + "x", 3, 0) is None
+
+
+def test_whoever_has_no_home_reads_without_a_cache(tmp_path, monkeypatch):
+    """Ordinary in containers: no HOME, and a user that no file of users knows."""
+    folder = write_store(tmp_path / "store")
+
+    def no_home(name: str) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("knowledge_store.decoded.user_cache", no_home)
+    assert_same(epoch(folder), epoch(folder, cache_size=0))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_header_of_another_program_is_not_read(cache, tmp_path):
+    folder = write_store(tmp_path / "store")
+    expected = epoch(folder)
+    for path in files(cache):
+        text = json.dumps({"name": path.name, "something": "else"}).encode()
+        path.write_bytes(len(text).to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little") + text)
+    assert_same(epoch(folder), expected)
