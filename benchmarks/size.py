@@ -208,7 +208,7 @@ def changed(stored: pa.Table, columns: dict[str, pa.Array], without: tuple[str, 
     return stored
 
 
-def plain(table: pa.Table, step: float) -> pa.Table:
+def as_used(table: pa.Table, step: float) -> pa.Table:
     """The columns as they are used, each log-probability rounded by itself, as format versions 1 and 2 kept them."""
     columns: dict[str, pa.Array] = {}
     for name in ("token_logprob", "candidate_logprobs", "tail_logprob"):
@@ -274,7 +274,7 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
 
     kept = {idea: saved([undone(idea, *pair, manifest) for pair in pairs]) for idea in UNDONE}
     kept["all of them: each log-probability rounded by itself, columns as they are used"] = saved(
-        [plain(table, manifest.quantisation_step) for table in tables]
+        [as_used(table, manifest.quantisation_step) for table in tables]
     )
 
     left_out: dict[str, float] = {}
