@@ -42,9 +42,9 @@ def check_store(path: Path) -> None:
 class KnowledgeStore:
     """A store as it stood when it was opened: shards committed later are seen by opening it again.
 
-    Make one with `KnowledgeStore.open`. A copy, and one that was pickled, sees the same shards through files of its own, as another
-    process needs them. Reading never writes to the store, except that a missing or outdated index is made
-    anew where the folder can be written.
+    Make one with `KnowledgeStore.open`. A copy, and one that was pickled, sees the same shards through files of its
+    own, as another process needs. Reading never writes to the store, except that a missing or outdated index is made anew where
+    the folder can be written.
     """
 
     def __init__(self, path: Path, manifests: list[Manifest], index: Index, cache_size: int = CACHE_SIZE):

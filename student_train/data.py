@@ -106,7 +106,7 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # A forked worker must not share open files with its parent; shards that were committed meanwhile must not change the order.
+        # A forked worker must not share open files with its parent, and must not see shards that were committed meanwhile.
         store = copy.copy(self.store) if info else self.store
         taken = 0  # batches of this rank before this epoch, over all workers
         epoch, consumed = self.epoch, self.consumed

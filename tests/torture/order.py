@@ -1,4 +1,4 @@
-"""Order and resume: any ranks, workers, interruptions and resumes read one order; a run killed anywhere ends as one left alone."""
+"""Order and resume: all ranks, workers and interruptions read one order; a run killed anywhere ends as one left alone."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ from student_train.data import DistillationDataset
 
 WORLDS = (1, 2, 3, 8)
 SIZES = (1, 7, 5)  # of the store's shards: none divides another
+TRAINING = {"steps": 9, "batch_size": 3, "save_steps": 2, "eval_fraction": 0.2, "evaluations": 3}
 TOLERANCE = 1e-6  # nats, between losses of a run that was killed and one that was not
 
 
@@ -141,8 +142,8 @@ def check_order(store: KnowledgeStore, seed: int, examples: int) -> int:
             tried["histories"] += 1
 
     Seeded.store = store
-    quiet = settings(max_examples=examples, stateful_step_count=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(Seeded, settings=quiet)
+    limits: dict[str, Any] = {"max_examples": examples, "stateful_step_count": 20, "deadline": None, "database": None}
+    run_state_machine_as_test(Seeded, settings=settings(**limits, suppress_health_check=list(HealthCheck)))
     return tried["histories"]
 
 
@@ -151,6 +152,12 @@ def check_order(store: KnowledgeStore, seed: int, examples: int) -> int:
 
 def training_settings(folder: Path) -> dict[str, Any]:
     """A store made by a tiny teacher, a tiny student, and how to train it."""
+    finished = Running(_make_models, folder, folder=folder / "log").wait()
+    assert finished.returncode == 0, finished.stderr
+    return {"store": str(folder / "store"), "student": str(folder / "student"), "dump": "train", "learning_rate": 1e-3}
+
+
+def _make_models(folder: Path) -> None:
     from teacher_dump import DumpConfig, dump
     from teacher_dump.teacher import load_teacher
 
@@ -158,8 +165,7 @@ def training_settings(folder: Path) -> dict[str, Any]:
     corpus = write_jsonl(folder / "rows.jsonl", story_rows(17))
     config = DumpConfig(str(teacher), (corpus,), folder / "store", "train", max_length=32, batch_size=4, shard_size=8)
     dump(config, teacher=load_teacher(str(teacher), device="cpu"))
-    student = save_teacher(folder / "student", layers=1, seed=1)
-    return {"store": str(folder / "store"), "student": str(student), "dump": "train", "learning_rate": 1e-3}
+    save_teacher(folder / "student", layers=1, seed=1)
 
 
 def train_until(settings: dict[str, Any], moment: int | None, number: int) -> None:
@@ -232,7 +238,7 @@ def killed_training(
     counts: Counter[str] = Counter()
     for life in count():
         number = chance.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
-        moment = chance.randrange(1, moments + 1) if life < kills else None
+        moment = chance.randrange(1, moments // 3) if life < kills else None  # the next life goes on, with fewer moments left
         arguments = settings | {"output": str(output)}
         finished = Running(train_until, arguments, moment, number, folder=folder / "log").wait()
         assert finished.returncode in (0, -number), finished.stderr
@@ -266,7 +272,7 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
     while number == 0 or time.monotonic() - began < 20 * minutes:
         totals["histories"] += check_order(store, seed + number, 50)
         number += 1
-    settings = training_settings(folder) | {"steps": 9, "batch_size": 3, "save_steps": 2, "eval_fraction": 0.2, "evaluations": 3}
+    settings = training_settings(folder) | TRAINING
     moments, expected = undisturbed_training(settings, folder)
     number = 0
     while number == 0 or time.monotonic() - began < 60 * minutes:

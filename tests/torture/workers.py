@@ -1,4 +1,4 @@
-"""Many workers on one store: killed, started again as other ranks, with clocks a year off, racing for a name, read all the while.
+"""Many workers on one store: killed, started again as other ranks, with clocks a year off, racing for a name, read meanwhile.
 
 The workers go through their shards as `teacher_dump.dump` does and publish with the real writer; their knowledge is made with
 numpy, so that none has to load a model. Machines differ in what they say (as GPUs do in the last digits, but more), so that a
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -69,11 +70,16 @@ def plan(shards: int, teacher: str = "one", prefix: str = "w") -> tuple[Manifest
     return manifest, tokens_table(texts, texts)
 
 
+def pause(seconds: float) -> None:
+    """Sleep. (`time.sleep` fails in a process under libfaketime.)"""
+    select.select([], [], [], max(seconds, 0))
+
+
 def work(
     store: str, rank: int, world_size: int, shards: int, machine: int, begin: float, teacher: str = "one", prefix: str = "w"
 ) -> None:
     """Commit the shards of one rank that no worker has committed. Prints how it ended."""
-    time.sleep(max(0.0, begin - time.monotonic()))
+    pause(begin - time.monotonic())
     manifest, tokens = plan(shards, teacher, prefix)
     try:
         writer = DumpWriter.open(Path(store), manifest, tokens)
@@ -91,7 +97,7 @@ def read(store: str, passes: str, stop: str, cache: str) -> None:
     seen: frozenset[int] = frozenset()
     while not Path(stop).exists():
         if not Path(store, "store.json").exists():
-            time.sleep(0.001)
+            pause(0.001)
             continue
         opened = KnowledgeStore.open(store)
         if "d" in opened.dumps:
@@ -262,7 +268,7 @@ def disturbed_dump(chance: random.Random, folder: Path, kills: int, shards: int 
                 counts["kills"] += 1
             else:
                 counts["ended by themselves"] += 1
-                if counts["ended by themselves"] > 4 * WORKERS:
+                if counts["ended by themselves"] > 2 * WORKERS:
                     break  # the dump is complete: nobody is left to kill
             workers[victim] = worker()
             now = published(store) if store.exists() else {}
@@ -284,11 +290,15 @@ def disturbed_dump(chance: random.Random, folder: Path, kills: int, shards: int 
     return counts
 
 
-def race_for_a_name(chance: random.Random, folder: Path, racers: int = 4, shards: int = 4) -> Counter[str]:
-    """Dumps of one name started at once: those made alike share the work; of others one wins, and the rest are told."""
+def race_for_a_name(difference: str, folder: Path, racers: int = 4, shards: int = 4) -> Counter[str]:
+    """Dumps of one name started at once: those made alike share the work; of others one wins, and the rest are told.
+
+    Args:
+        difference: between every other one: nothing, teacher, or vocabulary.
+    """
     store = folder / "store"
-    difference = chance.choice(["nothing", "teacher", "vocabulary"])
-    own = [{"nothing": ("one", "w"), "teacher": (str(n % 2), "w"), "vocabulary": ("one", "wv"[n % 2])}[difference] for n in range(racers)]
+    own = [("one", "w")] * racers
+    own[1::2] = [{"nothing": ("one", "w"), "teacher": ("two", "w"), "vocabulary": ("one", "v")}[difference]] * (racers // 2)
     begin = time.monotonic() + 0.2
     processes = [
         start(work, str(store), 0, 1, shards, 0, begin, teacher, prefix, folder=folder / "log") for teacher, prefix in own
@@ -343,11 +353,12 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
         own.mkdir(parents=True)
         try:
             if number % 4 == 2:
-                totals += race_for_a_name(chance, own)
+                totals += race_for_a_name(chance.choice(["nothing", "teacher", "vocabulary"]), own)
             elif number % 4 == 3:
                 totals += removed_and_made_anew(chance, own)
             else:
-                totals += disturbed_dump(chance, own, kills=chance.randrange(10, 40), shards=chance.choice([SHARDS, 4 * SHARDS]))
+                shards = chance.choice([SHARDS, 4 * SHARDS])
+                totals += disturbed_dump(chance, own, kills=chance.randrange(10, 40), shards=shards)
         except AssertionError as error:
             raise AssertionError(f"workers, seed {seed}, round {number} (its files: {own}): {error}") from error
         number += 1
