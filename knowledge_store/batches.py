@@ -109,6 +109,6 @@ def check_sequences(dump: str, found: int, expected: int | None) -> None:
     """
     if expected not in (None, found):
         raise InputError(
-            f"dump {dump!r} had {expected:,} sequences when this order was begun, and has {found:,} now, which have another order:"
+            f"dump {dump!r} had {expected:,} sequences when this order was begun, and has {found:,} now, in another order:"
             " begin anew, without a state"
         )

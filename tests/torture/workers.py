@@ -66,6 +66,7 @@ def plan(shards: int, teacher: str = "one", prefix: str = "w") -> tuple[Manifest
     """The dump "d" of one teacher, and a vocabulary that begins every word with `prefix`."""
     manifest = make_manifest("d", VOCABULARY, K, shards)
     manifest.teacher["files"] = {"model.safetensors": teacher}
+    manifest.tokenizer["vocabulary_sha256"] = prefix
     texts = [word.replace("w", prefix) for word in words(VOCABULARY) if word]
     return manifest, tokens_table(texts, texts)
 
