@@ -171,7 +171,7 @@ def _make_models(folder: Path) -> None:
 def train_until(settings: dict[str, Any], moment: int | None, number: int) -> None:
     """Train, and send this process a signal at its moment: a step it begins or something it does to a file of the run's folder.
 
-    Prints how many such moments there were, when it lives to see its end.
+    Prints how many such moments there were and whether the run is finished, when it lives to see its end.
     """
     import torch
 
@@ -200,8 +200,8 @@ def train_until(settings: dict[str, Any], moment: int | None, number: int) -> No
 
     sys.addaudithook(watch)
     with patch.object(DistillationTrainer, "get_batch_samples", drawing):
-        train(TrainConfig(**settings))
-    print(passed)
+        result = train(TrainConfig(**settings))
+    print(json.dumps([passed, result.finished]))
 
 
 def outcome(output: Path) -> tuple[dict[int, dict[str, float]], dict[str, Any]]:
@@ -222,7 +222,7 @@ def undisturbed_training(settings: dict[str, Any], folder: Path) -> tuple[int, A
     alone = folder / "alone"
     finished = Running(train_until, settings | {"output": str(alone)}, None, signal.SIGKILL, folder=folder / "log").wait()
     assert finished.returncode == 0, finished.stderr
-    return int(finished.stdout), outcome(alone)
+    return json.loads(finished.stdout)[0], outcome(alone)
 
 
 def killed_training(
@@ -242,9 +242,9 @@ def killed_training(
         arguments = settings | {"output": str(output)}
         finished = Running(train_until, arguments, moment, number, folder=folder / "log").wait()
         assert finished.returncode in (0, -number), finished.stderr
-        counts["kills" if finished.returncode else "lives"] += 1
-        if finished.returncode == 0 and json.loads((output / "history.json").read_text())["finished"]:
+        if finished.returncode == 0 and json.loads(finished.stdout)[1]:
             break
+        counts["kills" if finished.returncode else "stops"] += 1
     measured, weights = outcome(output)
     measured_alone, weights_alone = expected
     assert measured.keys() == measured_alone.keys(), sorted(measured.keys() ^ measured_alone.keys())
@@ -263,7 +263,7 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
     """A third of the time for the order, the rest for killed runs.
 
     Returns:
-        counts; `faults` are kills of training and histories with deaths and other ranks.
+        counts; `faults` are kills and stops of training, and histories with deaths and other ranks.
     """
     began = time.monotonic()
     totals: Counter[str] = Counter()
@@ -283,5 +283,5 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
             raise AssertionError(f"order, seed {seed}, training {number} (its files: {own}): {error}") from error
         totals["trainings"] += 1
         number += 1
-    faults = totals["kills"] + totals["histories"]
+    faults = totals["kills"] + totals["stops"] + totals["histories"]
     return {**totals, "faults": faults, "survived": faults, "silent": 0}
