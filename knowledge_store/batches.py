@@ -1,4 +1,4 @@
-"""Batches for training: the same global order for any number of ranks, resumable from three integers."""
+"""Batches for training: the same global order for any number of ranks, resumable from a few integers."""
 
 from __future__ import annotations
 
@@ -46,9 +46,11 @@ class Batches:
         consumed: int,
         ordinals: np.ndarray | None,
         shuffle: bool,
+        sequences: int | None = None,
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or consumed < 0:
             raise InputError(f"no such batches: batch size {batch_size}, rank {rank} of {world_size}, {consumed} consumed")
+        check_sequences(reader.manifest.dump, len(reader), sequences)
         chosen = np.arange(len(reader)) if ordinals is None else np.asarray(ordinals, dtype=np.int64)
         if ((chosen < 0) | (chosen >= len(reader))).any():
             raise InputError(f"some of the ordinals are not those of a sequence: the dump has {len(reader)}, counted from 0")
@@ -69,9 +71,14 @@ class Batches:
     @property
     def state(self) -> dict[str, int]:
         """Where all ranks stand after the batches yielded so far; `store.batches(…, **state)` goes on from there, with any
-        number of ranks."""
+        number of ranks. `sequences` is how many the dump has: one that has grown is read in another order, and refused."""
         consumed = self._start + self._taken * self._world_size * self._batch_size
-        return {"seed": self._seed, "epoch": self._epoch, "consumed": min(consumed, len(self._order))}
+        return {
+            "seed": self._seed,
+            "epoch": self._epoch,
+            "consumed": min(consumed, len(self._order)),
+            "sequences": len(self._reader),
+        }
 
     def __getitem__(self, step: int) -> Arrays:
         if not 0 <= step < len(self):
@@ -87,3 +94,21 @@ class Batches:
             batch = self[step]
             self._taken = step + 1
             yield batch
+
+
+def check_sequences(dump: str, found: int, expected: int | None) -> None:
+    """Refuse to go on in the order of a dump that has grown since: sequences would be lost and others repeated.
+
+    Args:
+        dump: its name.
+        found: how many sequences it has.
+        expected: how many it had when the order was begun; None when it begins now.
+
+    Raises:
+        InputError: they differ.
+    """
+    if expected not in (None, found):
+        raise InputError(
+            f"dump {dump!r} had {expected:,} sequences when this order was begun, and has {found:,} now, in another order:"
+            " begin anew, without a state"
+        )

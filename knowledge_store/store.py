@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -41,8 +42,9 @@ def check_store(path: Path) -> None:
 class KnowledgeStore:
     """A store as it stood when it was opened: shards committed later are seen by opening it again.
 
-    Make one with `KnowledgeStore.open`. Reading never writes to the store, except that a missing or outdated index is made
-    anew where the folder can be written.
+    Make one with `KnowledgeStore.open`. A copy, and one that was pickled, sees the same shards through files of its
+    own, as another process needs. Reading never writes to the store, except that a missing or outdated index is made anew where
+    the folder can be written.
     """
 
     def __init__(self, path: Path, manifests: list[Manifest], index: Index, cache_size: int = CACHE_SIZE):
@@ -51,6 +53,9 @@ class KnowledgeStore:
         self._manifests = {manifest.dump: manifest for manifest in manifests}
         self._index = index
         self._readers: dict[str, DumpReader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}}
 
     @classmethod
     def open(cls, path: str | Path, *, rebuild_index: bool = False, cache_size: int = CACHE_SIZE) -> KnowledgeStore:
@@ -142,6 +147,7 @@ class KnowledgeStore:
         ordinals: np.ndarray | None = None,
         shuffle: bool = True,
         kinds: tuple[str, ...] | None = None,
+        sequences: int | None = None,
     ) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).
 
@@ -154,9 +160,10 @@ class KnowledgeStore:
             ordinals: read only these sequences.
             shuffle: False reads them in order.
             kinds: which kinds of knowledge; None means all the dump has.
+            sequences: how many the dump had when the order was begun (see `Batches.state`).
 
         Raises:
-            InputError: no such dump, rank or kind; or nothing to read.
+            InputError: no such dump, rank or kind; nothing to read; or the dump has grown since the order was begun.
         """
         reader = self._reader(dump)
         if not len(reader):
@@ -165,7 +172,7 @@ class KnowledgeStore:
         for kind in wanted:
             if kind not in reader.manifest.kinds:
                 raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
-        return Batches(reader, wanted, batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle)
+        return Batches(reader, wanted, batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, sequences)
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together."""

@@ -196,7 +196,9 @@ def verify(path: Path, shard_done: Callable[[int], None] = lambda count: None) -
         if commits.parent.name.startswith(TEMPORARY_PREFIX):
             found.notes.append(f"{commits.parent} is a leftover of a dump that was removed")
             continue
-        if any(commit_shard(record.name) is not None for record in commits.iterdir()):
+        if (commits.parent / MANIFEST_FILE).exists():
+            found.notes.append(f"{commits.parent} was begun meanwhile, and is not checked")
+        elif any(commit_shard(record.name) is not None for record in commits.iterdir()):
             found.damage.append(f"{commits.parent / MANIFEST_FILE} is missing")
         else:
             found.notes.append(f"{commits.parent} was cut off before its manifest")

@@ -6,6 +6,7 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from knowledge_store.layout import (
 )
 from knowledge_store.manifest import Manifest, read_manifest
 from knowledge_store.parquet import FileRecord, publish_table
-from knowledge_store.publication import TEMPORARY_PREFIX, make_folder, publish_bytes, remove_leftovers
+from knowledge_store.publication import TEMPORARY_PREFIX, fsync_folder, make_folder, publish_bytes, remove_leftovers
 from knowledge_store.records import seal
 from knowledge_store.sequences import TOKENS_ENCODING, sequences_table
 from knowledge_store.store import check_store
@@ -80,6 +81,7 @@ class DumpWriter:
     def __init__(self, store: Path, manifest: Manifest):
         self.folder = store / manifest.dump
         self.manifest = manifest
+        self._standing = (self.folder / MANIFEST_FILE).read_bytes()
 
     @classmethod
     def open(cls, store: Path, manifest: Manifest, tokens: pa.Table) -> DumpWriter:
@@ -106,8 +108,8 @@ class DumpWriter:
             record, found_tokens = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)], TOKENS_ENCODING)
             if not found_tokens.equals(tokens):
                 raise MismatchError(
-                    f"{folder / TOKENS_FILE} was left by an unfinished run with another vocabulary: delete {folder},"
-                    " or give this dump another --name"
+                    f"{folder / TOKENS_FILE} is from a run with another vocabulary, which is either beginning just now or was"
+                    f" cut off: give this dump another --name, or, when nobody writes {folder} any more, remove that folder"
                 )
             complete = replace(manifest, derived={**manifest.derived, "tokens": record.as_dict()})
             publish_bytes(folder / MANIFEST_FILE, complete.to_bytes())
@@ -124,7 +126,27 @@ class DumpWriter:
             make_folder(table)
         for each in (store, folder, *tables):
             remove_leftovers(each)
+        # Another worker may have made these folders, and have been killed before it flushed their names.
+        for each in (store, folder):
+            fsync_folder(each)
+        with contextlib.suppress(PermissionError):  # a store may lie in a folder that cannot be listed
+            fsync_folder(store.parent)
         return cls(store, found)
+
+    def _check_standing(self) -> None:
+        """Make sure that the dump is still the one that was opened: files of one dump must not end up in another.
+
+        Raises:
+            StoreError: it was removed, or removed and made anew from something else.
+        """
+        try:
+            unchanged = (self.folder / MANIFEST_FILE).read_bytes() == self._standing
+        except FileNotFoundError:
+            raise StoreError(f"{self.folder} was removed while it was being written") from None
+        except OSError as error:
+            raise StoreError(f"cannot read {self.folder / MANIFEST_FILE}: {error.strerror}") from None
+        if not unchanged:
+            raise StoreError(f"{self.folder} was removed, and made anew from something else, while it was being written")
 
     def committed(self, shard: int) -> bool:
         """Whether a shard's commit record is there."""
@@ -156,7 +178,7 @@ class DumpWriter:
         Raises:
             InputError: the knowledge is not made of finite numbers; nothing is written.
             DamageError: a file of an unfinished run does not belong there; names it.
-            StoreError: a file cannot be written; names it.
+            StoreError: a file cannot be written (names it), or the dump was removed.
         """
         lengths = np.array([row["length"] for row in sequences], dtype=np.int64)
         ids = np.array([row["sequence_id"] for row in sequences], dtype=np.int64)
@@ -172,6 +194,7 @@ class DumpWriter:
             statistics.update(numbers)
         files: dict[str, FileRecord] = {}
         for name, (table, rows_in_groups) in tables.items():
+            self._check_standing()
             files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
             if name in KINDS and published is not table:  # another writer's
                 statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
@@ -186,6 +209,7 @@ class DumpWriter:
             made_by={**made_by, "committed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
         )
         path = commit_path(self.folder, shard)
+        self._check_standing()
         if publish_bytes(path, record.to_bytes()):
             return record
         return read_commit(path)

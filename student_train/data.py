@@ -7,6 +7,7 @@ is lost, repeated or reordered for any number of workers, and none is read twice
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from knowledge_store import KnowledgeStore
+from knowledge_store.batches import check_sequences
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS
 
@@ -43,6 +45,7 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         shuffle: False reads in the dump's order.
         endless: go on with the next epoch instead of stopping. Such a dataset has no length.
         kinds: read only these kinds of knowledge; None for all that the dump holds.
+        sequences: how many the dump had when the order was begun, which must not have changed; `state_after` gives it too.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         shuffle: bool = True,
         endless: bool = False,
         kinds: tuple[str, ...] | None = None,
+        sequences: int | None = None,
     ) -> None:
         super().__init__()
         self.store = store
@@ -75,6 +79,7 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         self.endless = endless
         self.kinds = kinds
         self.committed = store.sequences(self.dump).num_rows
+        check_sequences(self.dump, self.committed, sequences)
         self.sequences = self.committed if ordinals is None else len(ordinals)
         if not self.sequences:
             raise InputError(f"there is no sequence to read in the dump {self.dump}")
@@ -90,18 +95,19 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         return self._batches_left(self.consumed)
 
     def state_after(self, batches: int) -> dict[str, int]:
-        """Where to begin again after each rank took `batches` batches from here: seed, epoch and consumed."""
+        """Where to begin again after each rank took `batches` batches from here: seed, epoch, consumed and sequences."""
         epoch, consumed = self.epoch, self.consumed
         while batches >= self._batches_left(consumed):
             batches -= self._batches_left(consumed)
             epoch, consumed = epoch + 1, 0
-        return {"seed": self.seed, "epoch": epoch, "consumed": consumed + batches * self.batch_size * self.world_size}
+        consumed += batches * self.batch_size * self.world_size
+        return {"seed": self.seed, "epoch": epoch, "consumed": consumed, "sequences": self.committed}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        # A forked worker must not share open files with its parent.
-        store = self._reopened() if info else self.store
+        # A forked worker must not share open files with its parent, and must not see shards that were committed meanwhile.
+        store = copy.copy(self.store) if info else self.store
         taken = 0  # batches of this rank before this epoch, over all workers
         epoch, consumed = self.epoch, self.consumed
         while True:
@@ -126,21 +132,6 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
                 return
             taken += left
             epoch, consumed = epoch + 1, 0
-
-    def _reopened(self) -> KnowledgeStore:
-        store = KnowledgeStore.open(self.store.path, cache_size=self.store.cache_size)
-        if store.sequences(self.dump).num_rows != self.committed:
-            raise InputError(f"the dump {self.dump} grew while it was read: start again")
-        return store
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Started afresh, a worker opens the store for itself.
-        return {**self.__dict__, "store": (self.store.path, self.store.cache_size)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        path, cache_size = state["store"]
-        self.store = KnowledgeStore.open(path, cache_size=cache_size)
 
     def _batches_left(self, consumed: int) -> int:
         return max(0, -(-(self.sequences - consumed) // (self.batch_size * self.world_size)))

@@ -21,6 +21,7 @@ from typing import Any
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.publication import TEMPORARY_PREFIX
 from student_train.configuration import TrainConfig
 
 RUN_FILE = "run.json"
@@ -70,7 +71,8 @@ def check_output(output: Path, identity: dict[str, Any]) -> None:
     """Refuse an output that is something else, or a run of another configuration."""
     if output.is_file():
         raise InputError(f"{output} is a file: choose another --output")
-    if not output.is_dir() or not any(output.iterdir()):
+    # A run that was killed while it wrote its first file leaves that under a temporary name, and nothing else.
+    if not output.is_dir() or all(path.name.startswith(TEMPORARY_PREFIX) for path in output.iterdir()):
         return
     try:
         before = json.loads((output / RUN_FILE).read_text())["identity"]
@@ -100,7 +102,7 @@ def last_checkpoint(output: Path) -> tuple[int, Path, float] | None:
 
 
 def prepare_output(output: Path, checkpoint: tuple[int, Path, float] | None) -> None:
-    """Make the folder, and remove checkpoints that were never completed."""
+    """Make the folder, and remove checkpoints that were never completed and files that were never finished."""
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,6 +110,8 @@ def prepare_output(output: Path, checkpoint: tuple[int, Path, float] | None) -> 
     for folder in output.glob("checkpoint-*"):
         if not (folder / COMPLETE_FILE).exists():
             shutil.rmtree(folder)
+    for path in output.glob(f"{TEMPORARY_PREFIX}*"):
+        path.unlink()
 
 
 def read_history(output: Path) -> dict[str, Any]:
@@ -120,7 +124,7 @@ def read_history(output: Path) -> dict[str, Any]:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file in one go: a reader sees the old one or the new one."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     temporary.write_text(_json_text(record, "\n") + "\n")
     temporary.replace(path)
 

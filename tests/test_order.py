@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from torture import order
 
 from knowledge_store.order import batch_items, shuffled, step_count
 
@@ -72,3 +73,8 @@ def test_ranks_share_the_items_in_order(items, world, batch, consumed):
     ]
     assert taken == list(range(items))[consumed:]
     assert (steps - 1) * world * batch < max(left, 0) <= steps * world * batch or steps == 0
+
+
+def test_epochs_of_ranks_and_workers_that_die_and_go_on(tmp_path):
+    """A search for a history of training, deaths and other ranks that loses, repeats or reorders a sequence."""
+    assert order.check_order(order.small_store(tmp_path / "store"), seed=0, examples=12) >= 12

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import typer
 from conftest import ROOT, make_tokenizer, save_teacher
 from safetensors.torch import load_file
+from torture import order
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -206,6 +208,21 @@ def test_killed_and_started_again(settings, tmp_path):
     assert "Going on with" in again.stderr and "is finished: 150 steps" in again.stdout
     train(TrainConfig(**settings | {"output": str(tmp_path / "whole")}))
     assert_close(weights(tmp_path / "run"), weights(tmp_path / "whole"), 0)
+
+
+def test_killed_at_one_moment_after_another(settings, tmp_path):
+    """At steps, and while files of the run are written: the losses and the weights of a run left alone, each step's once."""
+    settings |= order.TRAINING | {"steps": 6}
+    moments, expected = order.undisturbed_training(settings, tmp_path)
+    counts = order.killed_training(random.Random(5), settings, tmp_path, moments, expected, kills=6)
+    assert counts["kills"] > 2
+
+
+def test_killed_while_it_wrote_its_first_file(settings, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".tmp-run.json-1").write_text("{")
+    assert train(TrainConfig(**settings | {"steps": 1})).finished
+    assert not list((tmp_path / "run").glob(".tmp-*"))
 
 
 RANK = """
