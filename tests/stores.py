@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,19 @@ def write_drawn_store(folder: Path) -> Path:
         if not writer.committed(shard):
             commit(writer, shard, drawn_sequences(shard, 3))
     return folder
+
+
+def contents(store: Path) -> dict[str, object]:
+    """Every file of a store but the index: bytes, or for a commit record all that does not say who made it and when."""
+    found: dict[str, object] = {}
+    for path in sorted(store.rglob("*")):
+        if path.is_dir() or path.name == "index.duckdb":
+            continue
+        name = str(path.relative_to(store))
+        if path.parent.name == "commits":
+            found[name] = {
+                key: value for key, value in json.loads(path.read_text()).items() if key not in ("made_by", "sha256")
+            }
+        else:
+            found[name] = path.read_bytes()
+    return found
