@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from torture import kills, tracing
+from torture import kills
 
 
 def test_killed_at_calls_of_chance(memory_folder):
-    reason = tracing.unavailable(memory_folder)
+    reason = kills.unavailable(memory_folder)
     if reason is not None:
         pytest.skip(reason)
     counts = kills.run(seed=1, minutes=4, folder=memory_folder, trials=6)

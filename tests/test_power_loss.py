@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from torture import journal_disk, power_loss
+from torture import power_loss
 
 
 def test_power_cuts_at_flushes_of_chance(memory_folder):
-    reason = journal_disk.unavailable(memory_folder)
+    reason = power_loss.unavailable(memory_folder)
     if reason is not None:
         pytest.skip(reason)
     counts = power_loss.run(seed=1, minutes=4, folder=memory_folder, cuts=2)

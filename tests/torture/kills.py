@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torture.small_dump import QUICK, check_complete, check_standing, committed, published, write_dump
-from torture.tracing import CHANGING, Site, inject, on_paths, sites, store_paths
+from torture.tracing import CHANGING, Site, inject, on_paths, sites, store_paths, unavailable
 from torture.workers import Host
+
+__all__ = ["run", "unavailable"]
 
 WORK = "torture.small_dump:work"
 CHAIN = 4  # kills in a row, at most

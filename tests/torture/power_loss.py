@@ -13,9 +13,11 @@ from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-from torture.journal_disk import MARK, ROOT, Disk, Journal, after_power_cut, lay_out, mounted
+from torture.journal_disk import MARK, ROOT, Disk, Journal, after_power_cut, lay_out, mounted, unavailable
 from torture.small_dump import check_complete, check_standing, write_dump
 from torture.workers import Host
+
+__all__ = ["run", "unavailable"]
 
 WORK = "torture.small_dump:work"
 CUTS_BETWEEN = 10  # cuts of a dump that was killed and gone on with, at moments of chance
