@@ -7,6 +7,7 @@ record and checked before Parquet parses it. Everything is read through pyarrow:
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from knowledge_store.errors import DamageError, StoreError
+from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
 from knowledge_store.publication import publish
 
 MAGIC = b"PAR1"
@@ -134,17 +135,25 @@ def publish_table(
     return record, found
 
 
+def _unreadable(path: Path, error: Exception) -> KnowledgeStoreError:
+    """What to say of a file that could not be read: what the system refuses is not the file's damage."""
+    if isinstance(error, OSError) and error.errno:
+        return StoreError(f"cannot read {path}: {os.strerror(error.errno)}")
+    return DamageError(f"{path} is damaged: {error}")
+
+
 def read_file(path: Path) -> pa.Table:
     """All of a file whose footer can be trusted; pages are checked as they are read.
 
     Raises:
         DamageError: a page does not match its checksum.
+        StoreError: it cannot be read.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return file.read(use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        raise DamageError(f"{path} is damaged: {error}") from None
+        raise _unreadable(path, error) from None
 
 
 def describe(path: Path) -> FileRecord:
@@ -152,6 +161,7 @@ def describe(path: Path) -> FileRecord:
 
     Raises:
         DamageError: it is missing or no Parquet file.
+        StoreError: it cannot be read.
     """
     try:
         with open(path, "rb") as file:
@@ -162,7 +172,7 @@ def describe(path: Path) -> FileRecord:
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
     except (OSError, pa.ArrowException) as error:
-        raise DamageError(f"{path} is damaged: {error}") from None
+        raise _unreadable(path, error) from None
     column_bytes: dict[str, int] = {}
     for group in range(metadata.num_row_groups):
         for column in range(metadata.num_columns):

@@ -15,7 +15,8 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,27 +34,48 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder (its parent exists or is created too) so that it survives a power cut."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
+@contextmanager
+def disk_errors(doing: str, path: Path) -> Iterator[None]:
+    """Say what the disk refuses, and of which file, as "cannot DOING PATH: why" (StoreError)."""
     try:
-        folder.mkdir(exist_ok=True)
-    except FileExistsError:
-        raise StoreError(f"{folder} is a file, where a folder of the store should be") from None
+        yield
     except OSError as error:
-        raise StoreError(f"cannot create the folder {folder}: {error.strerror}") from None
-    fsync_folder(folder.parent)
+        raise StoreError(f"cannot {doing} {error.filename or path}: {error.strerror or error}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder (its parent exists or is created too), or find it there: either way it survives a power cut.
+
+    Raises:
+        StoreError: there is a file of that name, or the disk refuses.
+    """
+    with disk_errors("create the folder", folder):
+        if not folder.is_dir():
+            if not folder.parent.is_dir():
+                make_folder(folder.parent)
+            try:
+                folder.mkdir(exist_ok=True)
+            except FileExistsError:
+                raise StoreError(f"{folder} is a file, where a folder of the store should be") from None
+        # Also where it was found: whoever made it may have died before its name was flushed.
+        try:
+            fsync_folder(folder.parent)
+        except PermissionError:  # the parent of a store may belong to others, and be unreadable: all disks are flushed instead
+            os.sync()
 
 
 def _open_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
     while True:
         path = folder / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:12]}"
         file = open(path, "xb")  # noqa: SIM115 — the caller closes it
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:  # else somebody tidied it away before it was locked
-            return path, file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:  # else somebody tidied it away before it was locked
+                return path, file
+        except OSError:
+            path.unlink(missing_ok=True)
+            file.close()
+            raise
         file.close()
 
 
@@ -142,12 +164,15 @@ def remove_leftovers(folder: Path) -> int:
         how many there were.
     """
     removed = 0
-    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-            removed += 1
-            continue
+    leftovers: list[Path] = []
+    with suppress(OSError):  # a folder that cannot be listed now is tidied by a later run
+        leftovers.extend(folder.glob(f"{TEMPORARY_PREFIX}*"))
+    for path in leftovers:
         try:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+                removed += 1
+                continue
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)

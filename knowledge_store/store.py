@@ -15,7 +15,7 @@ from knowledge_store.index import Index, refresh
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
 from knowledge_store.manifest import Manifest, check_version, read_manifest
-from knowledge_store.publication import remove_folder
+from knowledge_store.publication import disk_errors, remove_folder
 from knowledge_store.query import read_tokens, run_query
 from knowledge_store.reader import DumpReader, read_sequences, shard_files
 from knowledge_store.records import read_record
@@ -27,15 +27,16 @@ def check_store(path: Path) -> None:
     """Make sure `path` is a store this version can read.
 
     Raises:
-        StoreError: it does not exist, is a file, is some other folder, or has a newer format version.
+        StoreError: it does not exist, is a file, is some other folder, has a newer format version, or cannot be read.
         DamageError: its store.json is altered.
     """
-    if not path.exists():
-        raise StoreError(f"there is no store at {path}: `teacher-dump run --store {path}` makes one")
-    if not path.is_dir():
-        raise StoreError(f"{path} is a file, not a store: a store is a folder")
-    if not (path / STORE_FILE).exists():
-        raise StoreError(f"{path} is not a knowledge store: it has no {STORE_FILE}")
+    with disk_errors("read", path):
+        if not path.exists():
+            raise StoreError(f"there is no store at {path}: `teacher-dump run --store {path}` makes one")
+        if not path.is_dir():
+            raise StoreError(f"{path} is a file, not a store: a store is a folder")
+        if not (path / STORE_FILE).exists():
+            raise StoreError(f"{path} is not a knowledge store: it has no {STORE_FILE}")
     check_version(read_record(path / STORE_FILE), path / STORE_FILE)
 
 

@@ -6,7 +6,6 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,14 @@ from knowledge_store.layout import (
 )
 from knowledge_store.manifest import Manifest, read_manifest
 from knowledge_store.parquet import FileRecord, publish_table
-from knowledge_store.publication import TEMPORARY_PREFIX, fsync_folder, make_folder, publish_bytes, remove_leftovers
+from knowledge_store.publication import (
+    TEMPORARY_PREFIX,
+    disk_errors,
+    fsync_folder,
+    make_folder,
+    publish_bytes,
+    remove_leftovers,
+)
 from knowledge_store.records import seal
 from knowledge_store.sequences import TOKENS_ENCODING, sequences_table
 from knowledge_store.store import check_store
@@ -45,13 +51,15 @@ def create_store(path: Path) -> None:
     """Make `path` a store, unless it is one.
 
     Raises:
-        StoreError: it is a file, or a folder with something else in it.
+        StoreError: it is a file, or a folder with something else in it, or the disk refuses.
     """
-    # Listed before store.json is looked for: another writer may be making the same store, and makes that file first.
-    others = path.is_dir() and any(not each.name.startswith(TEMPORARY_PREFIX) for each in path.iterdir())
-    if others and not (path / STORE_FILE).exists():
-        raise StoreError(f"{path} is a folder with something else in it: name a new or empty folder, or a store")
-    if not path.exists() or (path.is_dir() and not (path / STORE_FILE).exists()):
+    with disk_errors("read", path):
+        # Listed before store.json is looked for: another writer may be making the same store, and makes that file first.
+        others = path.is_dir() and any(not each.name.startswith(TEMPORARY_PREFIX) for each in path.iterdir())
+        if others and not (path / STORE_FILE).exists():
+            raise StoreError(f"{path} is a folder with something else in it: name a new or empty folder, or a store")
+        possible = not path.exists() or path.is_dir()
+    if possible:
         make_folder(path)
         publish_bytes(path / STORE_FILE, seal({"format": FORMAT_NAME, "version": FORMAT_VERSION}))
     check_store(path)
@@ -81,7 +89,9 @@ class DumpWriter:
     def __init__(self, store: Path, manifest: Manifest):
         self.folder = store / manifest.dump
         self.manifest = manifest
-        self._standing = (self.folder / MANIFEST_FILE).read_bytes()
+        with disk_errors("read", self.folder / MANIFEST_FILE):
+            self._standing = (self.folder / MANIFEST_FILE).read_bytes()
+        self._lasting: set[str] = set()  # names of commit records that are known to survive a power cut
 
     @classmethod
     def open(cls, store: Path, manifest: Manifest, tokens: pa.Table) -> DumpWriter:
@@ -104,7 +114,9 @@ class DumpWriter:
         create_store(store)
         folder = store / manifest.dump
         make_folder(folder)
-        if not (folder / MANIFEST_FILE).exists():
+        with disk_errors("read", folder):
+            standing = (folder / MANIFEST_FILE).exists()
+        if not standing:
             record, found_tokens = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)], TOKENS_ENCODING)
             if not found_tokens.equals(tokens):
                 raise MismatchError(
@@ -126,11 +138,6 @@ class DumpWriter:
             make_folder(table)
         for each in (store, folder, *tables):
             remove_leftovers(each)
-        # Another worker may have made these folders, and have been killed before it flushed their names.
-        for each in (store, folder):
-            fsync_folder(each)
-        with contextlib.suppress(PermissionError):  # a store may lie in a folder that cannot be listed
-            fsync_folder(store.parent)
         return cls(store, found)
 
     def _check_standing(self) -> None:
@@ -149,8 +156,20 @@ class DumpWriter:
             raise StoreError(f"{self.folder} was removed, and made anew from something else, while it was being written")
 
     def committed(self, shard: int) -> bool:
-        """Whether a shard's commit record is there."""
-        return commit_path(self.folder, shard).exists()
+        """Whether a shard's commit record is there, to stay.
+
+        Raises:
+            StoreError: the disk refuses.
+        """
+        path = commit_path(self.folder, shard)
+        with disk_errors("read", path):
+            if not path.exists():
+                return False
+            if path.name not in self._lasting:  # whoever published it may have died before its name was flushed
+                found = {each.name for each in path.parent.iterdir()}
+                fsync_folder(path.parent)
+                self._lasting = found
+        return True
 
     def commit(
         self,

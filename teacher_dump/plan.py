@@ -13,6 +13,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.layout import MANIFEST_FILE
 from knowledge_store.manifest import Manifest, read_manifest
 from knowledge_store.progress import progress_bar
+from knowledge_store.publication import disk_errors
 from teacher_dump.configuration import QUANTISATION_STEP, DumpConfig
 from teacher_dump.corpus import (
     SUFFIXES_READ_THROUGH,
@@ -89,7 +90,9 @@ def make_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
     check_options(config, teacher)
     manifest = identity_manifest(config, teacher)
     folder = config.store / config.dump_name
-    if (folder / MANIFEST_FILE).is_file():
+    with disk_errors("read", folder):
+        begun = (folder / MANIFEST_FILE).is_file()
+    if begun:
         standing = read_manifest(folder)
         if standing.differences(manifest):
             return manifest  # the writer refuses it, and says what differs

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from knowledge_store.console import note
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.progress import Advance, progress_bar
-from knowledge_store.publication import TEMPORARY_PREFIX
+from knowledge_store.publication import TEMPORARY_PREFIX, disk_errors
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.store import check_store
 from knowledge_store.writer import DumpWriter
@@ -84,14 +84,17 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
             raise InputError(f"no extractor is known for knowledge of kind {kind!r}")
     # What can be seen at once is seen before a large teacher is loaded.
     check_files(config.corpus)
-    _check_store(config.store)
+    with disk_errors("read", config.store):
+        _check_store(config.store)
     if config.calibration is not None:
         read_calibration(config.calibration).to_manifest()
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
     planned = make_manifest(config, teacher)
     reader, first = ShardReader(config, planned, tokenizer), None
-    if rank < len(planned.derived.get("shards", ())) and not (config.store / planned.dump).exists():
+    with disk_errors("read", config.store):
+        begun = (config.store / planned.dump).exists()
+    if rank < len(planned.derived.get("shards", ())) and not begun:
         first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
     writer = DumpWriter.open(config.store, planned, tokens_table(*teacher.tokens()))
     manifest = writer.manifest
@@ -187,12 +190,16 @@ def _dump_shards(
             tally.committed(record, positions)
             meter.show()
 
+    def settle_if_done() -> None:
+        if publishing is not None and publishing[0].done():
+            settle()
+
     with ThreadPoolExecutor(1, "reader") as executor, ThreadPoolExecutor(1, "writer") as publisher:
         try:
             for shard in _read_ahead(executor, reader, pending, first):
                 if writer.committed(shard.shard):
                     continue  # another worker was quicker
-                knowledge = _ask(config, teacher, shard, writer.manifest.temperature, meter)
+                knowledge = _ask(config, teacher, shard, writer.manifest.temperature, meter, settle_if_done)
                 settle()
                 future = publisher.submit(publish_shard, writer, shard, knowledge, made_by)
                 publishing = future, shard.positions
@@ -218,9 +225,17 @@ def _read_ahead(
 
 
 def _ask(
-    config: DumpConfig, teacher: Teacher, shard: ShardInput, temperature: float | None, meter: _Meter
+    config: DumpConfig,
+    teacher: Teacher,
+    shard: ShardInput,
+    temperature: float | None,
+    meter: _Meter,
+    after_batch: Callable[[], None],
 ) -> dict[str, list[Arrays]]:
-    """The teacher's knowledge of every sequence of a shard, in the shard's order, for each kind."""
+    """The teacher's knowledge of every sequence of a shard, in the shard's order, for each kind.
+
+    `after_batch` is called after each batch: what the writer met ends the dump there, not when the shard is done.
+    """
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in config.kinds}
     for indices in length_batches(lengths, config.batch_size * config.max_length):
@@ -231,6 +246,7 @@ def _ask(
                 knowledge[kind][index] = arrays
         positions = sum(len(sequence.token_ids) for sequence in sequences)
         meter.batch(shard.characters * positions / shard.positions, batch.get("positions", []), positions)
+        after_batch()
     return knowledge
 
 

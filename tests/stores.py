@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,19 @@ def assert_close(found: pa.Table, expected: pa.Table, most: float = 1e-6) -> Non
         for one, other in zip(found[name].to_pylist(), expected[name].to_pylist(), strict=True):
             assert (one is None) == (other is None)
             np.testing.assert_allclose([] if one is None else one, [] if other is None else other, rtol=1e-6, atol=most)
+
+
+def contents(store: Path) -> dict[str, object]:
+    """Every file of a store but the index: bytes, or for a commit record all that does not say who made it and when."""
+    found: dict[str, object] = {}
+    for path in sorted(store.rglob("*")):
+        if path.is_dir() or path.name == "index.duckdb":
+            continue
+        name = str(path.relative_to(store))
+        if path.parent.name == "commits":
+            found[name] = {
+                key: value for key, value in json.loads(path.read_text()).items() if key not in ("made_by", "sha256")
+            }
+        else:
+            found[name] = path.read_bytes()
+    return found

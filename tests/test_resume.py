@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import save_teacher, story_rows, write_jsonl
 from processes import Command
+from stores import contents
 
 from knowledge_store import KnowledgeStore, publication
 from knowledge_store.errors import InputError, MismatchError, StoreError
@@ -51,22 +51,6 @@ def uninterrupted(tmp_path_factory, corpus, teacher_folder, loaded_teacher) -> d
     )
     assert dump(whole, teacher=loaded_teacher).shards == SHARDS
     return contents(store)
-
-
-def contents(store: Path) -> dict[str, object]:
-    """Every file of a store but the index: bytes, or for a commit record all that does not say who made it and when."""
-    found: dict[str, object] = {}
-    for path in sorted(store.rglob("*")):
-        if path.is_dir() or path.name == "index.duckdb":
-            continue
-        name = str(path.relative_to(store))
-        if path.parent.name == "commits":
-            found[name] = {
-                key: value for key, value in json.loads(path.read_text()).items() if key not in ("made_by", "sha256")
-            }
-        else:
-            found[name] = path.read_bytes()
-    return found
 
 
 def arguments(config: DumpConfig, **more: object) -> list[object]:

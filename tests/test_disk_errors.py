@@ -1,0 +1,68 @@
+"""A disk that refuses is one line that names a file, and costs nothing that was committed (`make torture` tries every call)."""
+
+from __future__ import annotations
+
+import resource
+import threading
+import time
+
+import pyarrow as pa
+import pytest
+from conftest import story_rows, write_jsonl
+from torture import disk_errors, journal_disk
+
+from knowledge_store import DumpWriter, StoreError
+from knowledge_store.parquet import describe, read_file, write_table
+from teacher_dump import DumpConfig, dump
+
+
+def test_a_disk_that_refuses_calls_of_chance(memory_folder):
+    reason = disk_errors.unavailable(memory_folder)
+    if reason is not None:
+        pytest.skip(reason)
+    counts = disk_errors.run(seed=1, minutes=4, folder=memory_folder, trials=3)
+    assert counts["calls"] == 3
+    assert counts["refused"] > 0
+    assert counts["survived"] == counts["faults"]
+    assert counts["silent"] == 0
+    reason = journal_disk.unavailable(memory_folder)
+    if reason is not None:
+        pytest.skip(f"but for short writes and full disks: {reason}")
+    assert counts["short_writes"] == counts["full_disks"] == 3
+
+
+def test_a_writer_that_dies_stops_the_dump_at_the_next_batch(tmp_path, loaded_teacher, monkeypatch):
+    died, asked = threading.Event(), []
+    predict = type(loaded_teacher).predict
+
+    def dies(*arguments):
+        died.set()
+        raise MemoryError("the writer's")
+
+    def asks(teacher, *arguments):
+        asked.append(died.is_set())
+        time.sleep(0.1 * died.is_set())
+        return predict(teacher, *arguments)
+
+    monkeypatch.setattr(DumpWriter, "commit", dies)
+    monkeypatch.setattr(type(loaded_teacher), "predict", asks)
+    corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(32))
+    with pytest.raises(MemoryError, match="the writer's"):
+        dump(DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=48, batch_size=1, shard_size=16), teacher=loaded_teacher)
+    assert sum(asked) < 8  # the second shard has more batches than that
+    assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
+
+
+@pytest.mark.parametrize("read", [describe, read_file])
+def test_what_cannot_be_opened_is_not_called_damaged(tmp_path, read):
+    path = tmp_path / "a.parquet"
+    with open(path, "wb") as file:
+        write_table(pa.table({"a": [1, 2]}), file, [2])
+    read(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(StoreError, match=r"cannot read .*a\.parquet: Too many open files"):
+            read(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

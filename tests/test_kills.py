@@ -1,0 +1,17 @@
+"""A dump that is killed at any call loses nothing that was acknowledged (`make torture` tries every call)."""
+
+from __future__ import annotations
+
+import pytest
+from torture import kills
+
+
+def test_killed_at_calls_of_chance(memory_folder):
+    reason = kills.unavailable(memory_folder)
+    if reason is not None:
+        pytest.skip(reason)
+    counts = kills.run(seed=1, minutes=4, folder=memory_folder, trials=6)
+    assert counts["kills"] > 0
+    assert counts["twins"] > 0
+    assert counts["survived"] == counts["faults"] == 6
+    assert counts["silent"] == 0

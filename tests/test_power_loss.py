@@ -1,0 +1,16 @@
+"""What was acknowledged outlives a power cut (`make torture` cuts at every flush)."""
+
+from __future__ import annotations
+
+import pytest
+from torture import power_loss
+
+
+def test_power_cuts_at_flushes_of_chance(memory_folder):
+    reason = power_loss.unavailable(memory_folder)
+    if reason is not None:
+        pytest.skip(reason)
+    counts = power_loss.run(seed=1, minutes=4, folder=memory_folder, cuts=2)
+    assert counts["killed_before"] > 0
+    assert counts["survived"] == counts["faults"] > 5
+    assert counts["silent"] == 0
