@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from knowledge_store.batches import Batches
 from knowledge_store.decoded import CACHE_SIZE
-from knowledge_store.errors import InputError, StoreError
+from knowledge_store.errors import DamageError, InputError, StoreError
 from knowledge_store.index import Index, refresh
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
@@ -35,7 +35,10 @@ def check_store(path: Path) -> None:
         raise StoreError(f"{path} is a file, not a store: a store is a folder")
     if not (path / STORE_FILE).exists():
         raise StoreError(f"{path} is not a knowledge store: it has no {STORE_FILE}")
-    check_version(read_record(path / STORE_FILE), path / STORE_FILE)
+    record = read_record(path / STORE_FILE)
+    check_version(record, path / STORE_FILE)
+    if record.keys() != {"format", "version"}:
+        raise DamageError(f"{path / STORE_FILE} is damaged: it is some other file of a store")
 
 
 class KnowledgeStore:

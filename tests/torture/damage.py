@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
@@ -316,6 +316,7 @@ def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
 def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sound]:
     """The stores to damage: one of this version, and the ones of before, whose files have no digests."""
     folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr("knowledge_store.checked_file._computed", OrderedDict())  # of blocks of that size
     stores = [make_store(folder / "new", monkeypatch)]
     for name in ("store-v1", "store-v2"):
         stores.append(Path(shutil.copytree(FIXTURES / name, folder / name)))
