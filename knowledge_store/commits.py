@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import DamageError
-from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION
-from knowledge_store.manifest import check_version
-from knowledge_store.parquet import FILE_SHAPE, FileRecord
+from knowledge_store.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, SEQUENCES, commit_path, table_path
+from knowledge_store.manifest import Manifest, check_version
+from knowledge_store.parquet import FILE_SHAPE, FileRecord, check_whole
 from knowledge_store.records import check_shape, read_record, seal
 
 _SHAPE = {
@@ -67,3 +67,36 @@ def read_commit(path: Path) -> CommitRecord:
     found = {field.name: record[field.name] for field in fields(CommitRecord)}
     files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
     return CommitRecord(**{**found, "files": files})
+
+
+def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]:
+    """What is damaged of a committed shard.
+
+    Args:
+        folder: the dump's.
+        manifest: of the dump.
+        shard: one that has a commit record.
+
+    Returns:
+        a sentence for the name of each table whose file is missing or not what its record says, or for COMMITS alone where the
+        record cannot be used; nothing for a sound shard.
+
+    Raises:
+        StoreError: a file cannot be read, or is of a newer format version.
+    """
+    path = commit_path(folder, shard)
+    try:
+        record = read_commit(path)
+        if (record.dump, record.shard) != (manifest.dump, shard):
+            raise DamageError(f"{path} does not belong here: it records shard {record.shard} of {record.dump!r}")
+        if set(record.files) != {SEQUENCES, *manifest.kinds}:
+            raise DamageError(f"{path} does not list the files of its tables")
+    except DamageError as error:
+        return {COMMITS: str(error)}
+    found = {}
+    for table, file in record.files.items():
+        try:
+            check_whole(table_path(folder, table, shard), file)
+        except DamageError as error:
+            found[table] = str(error)
+    return found

@@ -117,11 +117,67 @@ def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
 
 def publish_bytes(path: Path, data: bytes) -> bool:
     """`publish` for contents that are at hand."""
-    return publish(path, lambda file: _write_all(file, data))
+    return publish(path, lambda file: write_bytes(file, data))
 
 
-def _write_all(file: BinaryIO, data: bytes) -> None:
+def write_bytes(file: BinaryIO, data: bytes) -> None:
+    """Write contents that are at hand."""
     file.write(data)
+
+
+@contextmanager
+def prepared(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
+    """Write a file that is to take the place of a damaged one, and flush it to the disk.
+
+    Yields:
+        its temporary name, for `put_in_place`; what still has that name afterwards is removed.
+
+    Raises:
+        StoreError: the disk is full or otherwise refuses; the message names the file.
+    """
+    try:
+        temporary, file = _open_temporary(path.parent, path.name)
+        with file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Let a prepared file take the place of one that is damaged or gone.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    try:
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in here with the same folder.
+
+    Raises:
+        StoreError: the file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            raise StoreError(f"cannot lock {folder}: {error.strerror}") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def replace_bytes(path: Path, data: bytes) -> None:

@@ -1,7 +1,7 @@
 """SQL over a store: one SELECT statement, and nothing it could write to or read besides the store.
 
 DuckDB runs in memory, with no access to files or the network, its configuration locked, in a read-only transaction. It sees
-the shards as Arrow datasets over an explicit list of committed files, read by pyarrow, which verifies page checksums.
+the shards as Arrow datasets over an explicit list of committed files, of which every byte is checked when it is read.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from knowledge_store.errors import DamageError, QueryError
+from knowledge_store.checked_file import CheckedFile, open_files
+from knowledge_store.errors import KnowledgeStoreError, QueryError
 from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import SEQUENCES, TOKENS_FILE
 from knowledge_store.manifest import Manifest
-from knowledge_store.parquet import check_footer, dataset, describe, read_file
-from knowledge_store.reader import ShardFile, shard_files
+from knowledge_store.parquet import dataset, open_parquet, read_row_groups
+from knowledge_store.reader import OPEN_FILES, shard_files
 from knowledge_store.sequences import SEQUENCE_COLUMNS, sequences_schema
 from knowledge_store.summary import dumps_table, shards_table
 
@@ -46,8 +47,8 @@ def read_tokens(store: Path, manifest: Manifest) -> pa.Table:
     """
     path = store / manifest.dump / TOKENS_FILE
     record = manifest.derived["tokens"]
-    check_footer(path, record["bytes"], record["footer_sha256"])
-    return read_file(path)
+    file = open_parquet(path, record["bytes"], record["sha256"], record["footer_sha256"])
+    return pa.concat_tables(read_row_groups(file, path))
 
 
 # Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.
@@ -71,7 +72,8 @@ class _Catalogue:
         self._manifests = manifests
         self._connection = connection
         self._tables: set[str] = set()
-        self.opened: list[ShardFile] = []
+        self.errors: list[KnowledgeStoreError] = []
+        self._open_files = open_files(OPEN_FILES)
         connection.execute(f"CREATE SCHEMA {TABLES}")
 
     def _table(self, name: str, make_rows: Callable[[], pa.Table | ds.Dataset]) -> str:
@@ -84,12 +86,13 @@ class _Catalogue:
         return f"{TABLES}.{_identifier(name)}"
 
     def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> ds.Dataset:
-        """A dump's table; footers are checked now, pages as they are read."""
-        files = shard_files(self._store, self._index, manifest.dump, table)
-        for file in files:
-            check_footer(file.path, file.bytes, file.footer_sha256)
-        self.opened += files
-        return dataset([file.path for file in files], schema)
+        """A dump's table; every byte is checked when it is read, and what is wrong is noted: DuckDB says only that reading
+        failed."""
+        files = [
+            CheckedFile(file.path, file.bytes, file.sha256, file.footer_sha256, self._open_files, self.errors)
+            for file in shard_files(self._store, self._index, manifest.dump, table)
+        ]
+        return dataset(files, schema)
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""
@@ -174,17 +177,6 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _check_opened(files: list[ShardFile]) -> None:
-    """Find the damaged one among files that could not be read.
-
-    Raises:
-        DamageError: naming it.
-    """
-    for file in files:
-        if describe(file.path).sha256 != file.sha256:
-            raise DamageError(f"{file.path} is damaged: its contents are not those that were published")
-
-
 def _with_own_names(answer: pa.Table) -> pa.Table:
     """The answer with no two columns of one name: a second `dump` becomes `dump_1`, as where DuckDB makes a table of it."""
     taken = set(answer.column_names)
@@ -218,13 +210,15 @@ def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) ->
         connection.execute("SET lock_configuration = true")
         connection.execute("BEGIN TRANSACTION READ ONLY")
         try:
-            return _with_own_names(connection.sql(sql).to_arrow_table())
+            answer = connection.sql(sql).to_arrow_table()
         except RuntimeError as error:
             if "interrupted" in str(error).lower():  # how DuckDB passes Ctrl-C on
                 raise KeyboardInterrupt from None
             raise
         except duckdb.Error as error:
-            # "reading the Arrow source failed": rare enough to look for the reason in every file.
-            if isinstance(error, (duckdb.InvalidInputException, duckdb.IOException)) and " failed" in str(error):
-                _check_opened(catalogue.opened)
+            for reason in catalogue.errors:
+                raise reason from None
             raise QueryError(f"this SQL was not run: {_first_line(error)}") from None
+        for reason in catalogue.errors:
+            raise reason
+        return _with_own_names(answer)

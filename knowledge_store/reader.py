@@ -43,8 +43,8 @@ class ShardFile:
     rows: int
 
     def open(self) -> pq.ParquetFile:
-        """Open it; the footer is checked first (DamageError)."""
-        return open_parquet(self.path, self.bytes, self.footer_sha256)
+        """Open it; every byte is checked when it is read (DamageError)."""
+        return open_parquet(self.path, self.bytes, self.sha256, self.footer_sha256)
 
 
 def shard_files(store: Path, index: Index, dump: str, table: str) -> list[ShardFile]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from knowledge_store.batches import Batches
 from knowledge_store.decoded import CACHE_SIZE
-from knowledge_store.errors import InputError, StoreError
+from knowledge_store.errors import DamageError, InputError, StoreError
 from knowledge_store.index import Index, refresh
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
@@ -37,7 +37,20 @@ def check_store(path: Path) -> None:
             raise StoreError(f"{path} is a file, not a store: a store is a folder")
         if not (path / STORE_FILE).exists():
             raise StoreError(f"{path} is not a knowledge store: it has no {STORE_FILE}")
-    check_version(read_record(path / STORE_FILE), path / STORE_FILE)
+    check_store_file(path / STORE_FILE)
+
+
+def check_store_file(path: Path) -> None:
+    """Make sure that a store's store.json is one, of a version this one can read.
+
+    Raises:
+        StoreError: it has a newer format version, or cannot be read.
+        DamageError: it is altered, missing, or some other file of a store.
+    """
+    record = read_record(path)
+    check_version(record, path)
+    if record.keys() != {"format", "version"}:
+        raise DamageError(f"{path} is damaged: it is some other file of a store")
 
 
 class KnowledgeStore:

@@ -7,7 +7,9 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 from __future__ import annotations
 
 import datetime
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from knowledge_store.commits import CommitRecord, read_commit
-from knowledge_store.errors import InputError, MismatchError, StoreError
+from knowledge_store.commits import CommitRecord, read_commit, shard_damage
+from knowledge_store.errors import DamageError, InputError, MismatchError, StoreError
 from knowledge_store.kinds import KINDS, Arrays, Kind
 from knowledge_store.layout import (
     COMMITS,
@@ -31,18 +33,22 @@ from knowledge_store.layout import (
     table_path,
 )
 from knowledge_store.manifest import Manifest, read_manifest
-from knowledge_store.parquet import FileRecord, publish_table
+from knowledge_store.parquet import FileRecord, check_whole, describe, publish_table, read_file, write_table
 from knowledge_store.publication import (
     TEMPORARY_PREFIX,
+    alone,
     disk_errors,
     fsync_folder,
     make_folder,
+    prepared,
     publish_bytes,
+    put_in_place,
     remove_leftovers,
+    write_bytes,
 )
 from knowledge_store.records import seal
 from knowledge_store.sequences import TOKENS_ENCODING, sequences_table
-from knowledge_store.store import check_store
+from knowledge_store.store import check_store, check_store_file
 
 ROW_GROUP_POSITIONS = 32_768
 
@@ -65,6 +71,26 @@ def create_store(path: Path) -> None:
     check_store(path)
 
 
+def repair_store_file(path: Path) -> bool:
+    """Write a store's damaged or missing store.json anew: nothing but the format's name and version is in it.
+
+    Returns:
+        whether it was damaged.
+
+    Raises:
+        StoreError: it cannot be read or written.
+    """
+    place = path / STORE_FILE
+    try:
+        check_store_file(place)
+        return False
+    except DamageError:
+        data = seal({"format": FORMAT_NAME, "version": FORMAT_VERSION})
+        with prepared(place, partial(write_bytes, data=data)) as temporary:
+            put_in_place(temporary, place)
+        return True
+
+
 def row_groups(lengths: np.ndarray) -> list[int]:
     """How many sequences go into each row group: whole sequences, about ROW_GROUP_POSITIONS positions."""
     groups, count, positions = [], 0, 0
@@ -81,6 +107,19 @@ def _has_nan(table: pa.Table) -> bool:
     """Whether some number of a table is NaN, which means nothing in any kind of knowledge."""
     columns = [pc.list_flatten(column) if pa.types.is_list(column.type) else column for column in table.columns]
     return any(pc.any(pc.is_nan(column)).as_py() for column in columns if pa.types.is_floating(column.type))
+
+
+def _same_rows(path: Path, table: pa.Table) -> pa.Table:
+    """A sound file as a table, which has the sequences and tokens of `table` (MismatchError). Its knowledge may be another
+    device's, and differ in the last digits."""
+    found = read_file(path)
+    keys = [name for name in ("sequence_id", "position", "token_id", "is_target", "token_hash") if name in table.column_names]
+    if not found.schema.equals(table.schema) or not found.select(keys).equals(table.select(keys)):
+        raise MismatchError(
+            f"{path} is sound, and what was made now has other tokens: mend the shard where the dump was made, with the same"
+            " version of the tokenizer"
+        )
+    return found
 
 
 class DumpWriter:
@@ -171,6 +210,43 @@ class DumpWriter:
                 self._lasting = found
         return True
 
+    def repair_tokens(self, tokens: pa.Table) -> bool:
+        """Put a damaged tokens.parquet in order.
+
+        The manifest is replaced after it where the file's bytes are not what they were, as another version of pyarrow makes
+        them; what identifies the dump stays.
+
+        Returns:
+            whether it was damaged.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        path, manifest_path = self.folder / TOKENS_FILE, self.folder / MANIFEST_FILE
+        with alone(self.folder), ExitStack() as stack:
+            self.manifest = read_manifest(self.folder)
+            record = FileRecord.from_dict(self.manifest.derived["tokens"])
+            try:
+                check_whole(path, record)
+                return False
+            except DamageError:
+                pass
+            write = partial(write_table, tokens, row_groups=[len(tokens)], encoding=TOKENS_ENCODING)
+            ready = [(stack.enter_context(prepared(path, write)), path)]
+            found = describe(ready[0][0])
+            if found != record:
+                self.manifest = replace(self.manifest, derived={**self.manifest.derived, "tokens": found.as_dict()})
+                write = partial(write_bytes, data=self.manifest.to_bytes())
+                ready.append((stack.enter_context(prepared(manifest_path, write)), manifest_path))
+            for temporary, place in ready:
+                put_in_place(temporary, place)
+            self._standing = manifest_path.read_bytes()
+            return True
+
+    def damaged(self, shard: int) -> list[str]:
+        """What is damaged of a committed shard, one sentence for each file; of one that is not committed, nothing."""
+        return list(shard_damage(self.folder, self.manifest, shard).values()) if self.committed(shard) else []
+
     def commit(
         self,
         shard: int,
@@ -199,6 +275,103 @@ class DumpWriter:
             DamageError: a file of an unfinished run does not belong there; names it.
             StoreError: a file cannot be written (names it), or the dump was removed.
         """
+        tables, statistics = self._tables(shard, sequences, knowledge)
+        files: dict[str, FileRecord] = {}
+        for name, (table, rows_in_groups) in tables.items():
+            self._check_standing()
+            files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
+            if name in KINDS and published is not table:  # another writer's
+                statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
+        record = self._record(shard, first_document, documents, files, statistics, skipped, made_by)
+        path = commit_path(self.folder, shard)
+        self._check_standing()
+        if publish_bytes(path, record.to_bytes()):
+            return record
+        return read_commit(path)
+
+    def repair(
+        self,
+        shard: int,
+        first_document: int,
+        documents: int,
+        sequences: list[dict[str, Any]],
+        knowledge: dict[str, Arrays],
+        skipped: list[dict[str, Any]],
+        made_by: dict[str, Any],
+    ) -> CommitRecord:
+        """Put what is damaged of a committed shard in order. What is sound of it stays as it is.
+
+        Everything new is written and flushed first. Then files take their places, one by one, and a new commit record last;
+        none is needed where they are what the old one says, byte for byte. Cut off in between, the shard is still damaged.
+
+        Args:
+            as for `commit`.
+
+        Returns:
+            the record that stands in the store.
+
+        Raises:
+            MismatchError: a sound file of the shard has other rows than these.
+            InputError, StoreError: as for `commit`.
+        """
+        tables, statistics = self._tables(shard, sequences, knowledge)
+        path = commit_path(self.folder, shard)
+        with alone(path.parent), ExitStack() as stack:
+            damage = shard_damage(self.folder, self.manifest, shard)
+            if not damage:
+                return read_commit(path)  # another process was quicker
+            standing = None if COMMITS in damage else read_commit(path)
+            files: dict[str, FileRecord] = {}
+            ready: list[tuple[Path, Path]] = []
+            for name, (table, rows_in_groups) in tables.items():
+                place = table_path(self.folder, name, shard)
+                if standing is not None and name not in damage:
+                    files[name], sound = standing.files[name], _same_rows(place, table)
+                    if name in KINDS:
+                        statistics.update(KINDS[name].statistics(KINDS[name].unpack(sound, self.manifest), self.manifest))
+                else:
+                    write = partial(write_table, table, row_groups=rows_in_groups)
+                    temporary = stack.enter_context(prepared(place, write))
+                    files[name] = describe(temporary)
+                    ready.append((temporary, place))
+            if standing is None or files != standing.files:
+                standing = self._record(shard, first_document, documents, files, statistics, skipped, made_by)
+                write = partial(write_bytes, data=standing.to_bytes())
+                ready.append((stack.enter_context(prepared(path, write)), path))
+            for temporary, place in ready:
+                put_in_place(temporary, place)
+            return standing
+
+    def _record(
+        self,
+        shard: int,
+        first_document: int,
+        documents: int,
+        files: dict[str, FileRecord],
+        statistics: dict[str, float],
+        skipped: list[dict[str, Any]],
+        made_by: dict[str, Any],
+    ) -> CommitRecord:
+        """The record of a shard that is committed now."""
+        return CommitRecord(
+            dump=self.manifest.dump,
+            shard=shard,
+            first_document=first_document,
+            documents=documents,
+            files=files,
+            statistics=statistics,
+            skipped=skipped,
+            made_by={**made_by, "committed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
+        )
+
+    def _tables(
+        self, shard: int, sequences: list[dict[str, Any]], knowledge: dict[str, Arrays]
+    ) -> tuple[dict[str, tuple[pa.Table, list[int]]], dict[str, float]]:
+        """The tables of a shard as they are stored, with how many rows go into each row group, and the shard's statistics.
+
+        Raises:
+            InputError: the knowledge is not made of finite numbers.
+        """
         lengths = np.array([row["length"] for row in sequences], dtype=np.int64)
         ids = np.array([row["sequence_id"] for row in sequences], dtype=np.int64)
         groups = row_groups(lengths)
@@ -211,27 +384,7 @@ class DumpWriter:
                 raise InputError(f"knowledge of shard {shard} of {self.manifest.dump!r} is NaN or infinite: it is not written")
             tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
             statistics.update(numbers)
-        files: dict[str, FileRecord] = {}
-        for name, (table, rows_in_groups) in tables.items():
-            self._check_standing()
-            files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
-            if name in KINDS and published is not table:  # another writer's
-                statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
-        record = CommitRecord(
-            dump=self.manifest.dump,
-            shard=shard,
-            first_document=first_document,
-            documents=documents,
-            files=files,
-            statistics=statistics,
-            skipped=skipped,
-            made_by={**made_by, "committed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
-        )
-        path = commit_path(self.folder, shard)
-        self._check_standing()
-        if publish_bytes(path, record.to_bytes()):
-            return record
-        return read_commit(path)
+        return tables, statistics
 
     def _knowledge(
         self, kind: Kind, arrays: Arrays, ids: np.ndarray, lengths: np.ndarray, groups: list[int]

@@ -95,6 +95,9 @@ def run(
     calibration: CalibrationOption = None,
     rank: Annotated[int, typer.Option("--rank", help="This worker's number, from 0.")] = 0,
     world_size: Annotated[int, typer.Option("--world-size", help="How many workers share the dump.")] = 1,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Dump instead the shards that are damaged, each again, and put the rest in order.")
+    ] = False,
 ) -> None:
     """Dump a teacher's knowledge of a corpus. The same command again goes on where it stopped.
 
@@ -111,11 +114,12 @@ def run(
             dtype, device, shard_size, gguf_file, keep_context, skip_bad_rows, calibration,
         )  # fmt: skip
         signal.signal(signal.SIGTERM, _interrupt)
-        report = dump(config, rank, world_size)
-        standing = f", {report.shards_standing} were there" if report.shards_standing else ""
+        report = dump(config, rank, world_size, repair=repair)
+        standing = f", {report.shards_standing} were there" if report.shards_standing and not repair else ""
         speed = f" at {report.positions / report.seconds:,.0f} positions/s" if report.positions else ""
+        done = "repaired" if repair else "dumped"
         note(
-            f"{report.dump}: {report.shards} of {report.shards_planned} shards dumped{standing};"
+            f"{report.dump}: {report.shards} of {report.shards_planned} shards {done}{standing};"
             f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
         )
         if report.skipped_rows:

@@ -23,13 +23,15 @@ import torch
 from knowledge_store.calibration import read_calibration
 from knowledge_store.commits import CommitRecord
 from knowledge_store.console import note
-from knowledge_store.errors import InputError
+from knowledge_store.errors import DamageError, InputError
 from knowledge_store.kinds import Arrays
+from knowledge_store.layout import MANIFEST_FILE, STORE_FILE, TOKENS_FILE
+from knowledge_store.manifest import read_manifest
 from knowledge_store.progress import Advance, progress_bar
 from knowledge_store.publication import TEMPORARY_PREFIX, disk_errors
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.store import check_store
-from knowledge_store.writer import DumpWriter
+from knowledge_store.writer import DumpWriter, repair_store_file
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus import check_files
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
@@ -61,7 +63,9 @@ class DumpReport:
     skipped_rows: int
 
 
-def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teacher | None = None) -> DumpReport:
+def dump(
+    config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teacher | None = None, repair: bool = False
+) -> DumpReport:
     """Dump the shards of one rank that are not committed yet: shards rank, rank + world_size, …
 
     Any rank and world size may be used at any time, also other ones than before: what a shard contains does not depend on them.
@@ -70,6 +74,8 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
         config: what to dump.
         rank, world_size: this worker's number among all.
         teacher: already loaded as `config` says; loaded here when None.
+        repair: dump instead the shards of this rank that are committed and damaged, and put tokens.parquet and store.json in
+            order.
 
     Raises:
         InputError: something given cannot be used.
@@ -84,6 +90,10 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
             raise InputError(f"no extractor is known for knowledge of kind {kind!r}")
     # What can be seen at once is seen before a large teacher is loaded.
     check_files(config.corpus)
+    if repair:
+        _check_dump(config)
+        if repair_store_file(config.store):
+            note(f"{config.store / STORE_FILE} was damaged, and is written anew")
     with disk_errors("read", config.store):
         _check_store(config.store)
     if config.calibration is not None:
@@ -96,15 +106,18 @@ def dump(config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teache
         begun = (config.store / planned.dump).exists()
     if rank < len(planned.derived.get("shards", ())) and not begun:
         first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
-    writer = DumpWriter.open(config.store, planned, tokens_table(*teacher.tokens()))
+    tokens = tokens_table(*teacher.tokens())
+    writer = DumpWriter.open(config.store, planned, tokens)
+    if repair and writer.repair_tokens(tokens):
+        note(f"{writer.folder / TOKENS_FILE} was damaged, and is written anew")
     manifest = writer.manifest
     mine = range(rank, manifest.shard_count, world_size)
-    pending = [shard for shard in mine if not writer.committed(shard)]
+    pending = _damaged(writer, mine) if repair else [shard for shard in mine if not writer.committed(shard)]
     started = time.monotonic()
     total = sum(manifest.derived["shards"][shard]["characters"] for shard in pending)
     tally = _Tally()
     with progress_bar(f"dumping {manifest.dump}", total) as advance:
-        _dump_shards(config, teacher, reader, first, writer, pending, _Meter(advance, tally), tally)
+        _dump_shards(config, teacher, reader, first, writer, pending, repair, _Meter(advance, tally), tally)
     return DumpReport(
         dump=manifest.dump,
         shards=tally.shards,
@@ -120,6 +133,36 @@ def _check_store(path: Path) -> None:
     """Make sure that `path` is a store or can become one (StoreError). A store that another worker is just making counts."""
     if path.exists() and not (path.is_dir() and all(each.name.startswith(TEMPORARY_PREFIX) for each in path.iterdir())):
         check_store(path)
+
+
+def _check_dump(config: DumpConfig) -> None:
+    """Make sure that there is a dump to repair.
+
+    Raises:
+        InputError: there is none of that name.
+        DamageError: its manifest is damaged, without which nothing tells how the dump was made.
+    """
+    folder = config.store / config.dump_name
+    if not (folder / MANIFEST_FILE).exists():
+        raise InputError(f"there is no dump {config.dump_name!r} in {config.store} to repair")
+    try:
+        read_manifest(folder)
+    except DamageError as error:
+        raise DamageError(f"{error}. It cannot be made again: put back a copy of it, or dump under another --name") from None
+
+
+def _damaged(writer: DumpWriter, shards: range) -> list[int]:
+    """Those of some shards that are committed and damaged; says what is damaged of each."""
+    found = []
+    with progress_bar(f"checking {writer.manifest.dump}", len(shards), "shards") as advance:
+        for shard in shards:
+            damage = writer.damaged(shard)
+            for sentence in damage:
+                note(f"Damage: {sentence}")
+            if damage:
+                found.append(shard)
+            advance(1)
+    return found
 
 
 @dataclass
@@ -175,6 +218,7 @@ def _dump_shards(
     first: ShardInput | None,
     writer: DumpWriter,
     pending: list[int],
+    repair: bool,
     meter: _Meter,
     tally: _Tally,
 ) -> None:
@@ -197,11 +241,11 @@ def _dump_shards(
     with ThreadPoolExecutor(1, "reader") as executor, ThreadPoolExecutor(1, "writer") as publisher:
         try:
             for shard in _read_ahead(executor, reader, pending, first):
-                if writer.committed(shard.shard):
+                if not repair and writer.committed(shard.shard):
                     continue  # another worker was quicker
                 knowledge = _ask(config, teacher, shard, writer.manifest.temperature, meter, settle_if_done)
                 settle()
-                future = publisher.submit(publish_shard, writer, shard, knowledge, made_by)
+                future = publisher.submit(publish_shard, writer, shard, knowledge, made_by, repair)
                 publishing = future, shard.positions
             settle()
         except KeyboardInterrupt:
@@ -295,9 +339,14 @@ def _enough_memory(config: DumpConfig, sequences: list[TokenSequence]) -> Iterat
 
 
 def publish_shard(
-    writer: DumpWriter, shard: ShardInput, knowledge: dict[str, list[Arrays]], made_by: dict[str, Any]
+    writer: DumpWriter,
+    shard: ShardInput,
+    knowledge: dict[str, list[Arrays]],
+    made_by: dict[str, Any],
+    repair: bool = False,
 ) -> CommitRecord:
-    """Commit a shard: its sequences, and for each kind what was taken of each of them, in order (see `DumpWriter.commit`)."""
+    """Commit or repair a shard: its sequences, and for each kind what was taken of each of them, in order (see
+    `DumpWriter.commit`)."""
     names = [file["name"] for file in writer.manifest.corpus["files"]]
     rows = []
     for sequence in shard.sequences:
@@ -319,7 +368,8 @@ def publish_shard(
             }
         )
     arrays = {kind: joined(each) for kind, each in knowledge.items()}
-    return writer.commit(shard.shard, shard.first_document, shard.documents, rows, arrays, shard.skipped, made_by)
+    publish = writer.repair if repair else writer.commit
+    return publish(shard.shard, shard.first_document, shard.documents, rows, arrays, shard.skipped, made_by)
 
 
 def joined(knowledge: list[Arrays]) -> Arrays:

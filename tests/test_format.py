@@ -74,7 +74,7 @@ def test_physical_schema_of_positions(tmp_path):
     path = store / "small/positions/00001.parquet"
     assert parquet_schema(path) == POSITIONS_SCHEMA
     metadata = pq.read_metadata(path)
-    assert metadata.metadata is None  # neither a serialised Arrow schema nor anything of pandas
+    assert set(metadata.metadata) == {b"knowledge-store.blocks"}  # neither a serialised Arrow schema nor anything of pandas
     for group in range(metadata.num_row_groups):
         columns = [metadata.row_group(group).column(column) for column in range(metadata.num_columns)]
         assert {column.compression for column in columns} == {"ZSTD"}

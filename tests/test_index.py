@@ -14,6 +14,7 @@ import duckdb
 import pytest
 from conftest import ROOT
 from stores import commit, make_manifest, random_sequences, words, write_store
+from torture.indexes import READERS, try_harms
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore
 from knowledge_store.commits import read_commit
@@ -187,3 +188,10 @@ def test_an_index_from_elsewhere_cannot_read_other_files(store, tmp_path):
         connection.execute(f"CREATE VIEW shards AS SELECT * FROM read_csv('{secret}')")
         connection.execute(f"CREATE VIEW files AS SELECT * FROM read_csv('{secret}')")
     assert answers(store) == before
+
+
+def test_no_harm_is_met(tmp_path):
+    counts = try_harms(9, None, 20, tmp_path, seconds=0.5)
+    assert counts["silent"] == 0
+    assert counts["faults"] == counts["survived"] > 20
+    assert counts["openings beside a rebuild"] >= READERS

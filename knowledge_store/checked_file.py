@@ -1,0 +1,220 @@
+"""Files that are read so that no byte reaches a Parquet reader before it is checked.
+
+Parquet's own page checksums cover the contents of pages alone: a flipped bit in a page's header can turn one encoding into
+another, and every value of the page into a wrong one. So a writer keeps a digest of each block of the file, whatever is in it,
+in the footer, whose hash stands in the commit record; and a reader that is asked for some bytes reads the blocks they lie in
+and hashes those. Nothing is believed because of a time stamp or because it was checked before: disks decay without telling.
+
+A file without digests, written before there were any, is read and hashed whole when it is first used, which gives its
+digests. They are remembered under the file's SHA-256, so they cannot belong to other contents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
+
+MAGIC = b"PAR1"
+BLOCK_BYTES = 16 * 1024
+DIGEST_BYTES = 8
+DIGESTS_KEY = b"knowledge-store.blocks"  # in the footer's key-value metadata
+
+REMEMBERED_FILES = 16_384  # whose digests were computed, half a thousandth of their bytes
+
+
+def _digest(block: bytes | memoryview) -> bytes:
+    return hashlib.sha256(block).digest()[:DIGEST_BYTES]
+
+
+class DigestingFile:
+    """A file to write to that keeps the digest of each block of what is written."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._rest = bytearray()
+        self._digests = bytearray()
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        """Write it all."""
+        self._file.write(data)
+        self._rest += data
+        whole = len(self._rest) // BLOCK_BYTES * BLOCK_BYTES
+        with memoryview(self._rest) as written:
+            for start in range(0, whole, BLOCK_BYTES):
+                self._digests += _digest(written[start : start + BLOCK_BYTES])
+        del self._rest[:whole]
+        return len(data)
+
+    def flush(self) -> None:
+        """Hand on what is written."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write no more. Whoever opened the file closes it."""
+        self.closed = True
+
+    def digests(self) -> bytes:
+        """One digest after the other, in hexadecimal, of all that is written so far; the last block may be shorter."""
+        last = _digest(bytes(self._rest)) if self._rest else b""
+        return (self._digests + last).hex().encode()
+
+
+class _Descriptor:
+    """An open file that is closed when nobody holds it."""
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.number)
+
+
+_computed: OrderedDict[str, bytes] = OrderedDict()
+
+
+def open_files(count: int) -> Callable[[Path], _Descriptor]:
+    """Opens files, and keeps the `count` last ones open."""
+    return lru_cache(count)(_Descriptor)
+
+
+class CheckedFile:
+    """A published Parquet file, to be read by pyarrow (as a `pa.PythonFile`). It is opened when it is first read.
+
+    Args:
+        path, size, sha256, footer_sha256: where it is, and its record.
+        opened: opens it; None keeps it open as long as this object lives.
+        errors: what is raised is added here too, for a caller whom the exception cannot reach.
+    """
+
+    closed = False
+
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        sha256: str,
+        footer_sha256: str,
+        opened: Callable[[Path], _Descriptor] | None = None,
+        errors: list[KnowledgeStoreError] | None = None,
+    ):
+        self.path = path
+        self._size, self._sha256, self._footer_sha256 = size, sha256, footer_sha256
+        self._opened = opened or open_files(1)
+        self._errors = errors
+        self._place = 0
+        self._footer = b""
+        self._digests = b""
+
+    def _open(self) -> None:
+        """Check size and footer, and find the digests of what stands before it."""
+        found = os.fstat(self._opened(self.path).number).st_size
+        if found != self._size:
+            raise DamageError(f"{self.path} is damaged: it has {found:,} bytes and was published with {self._size:,}")
+        end = self._read(max(self._size - 8, 0), self._size)
+        length = int.from_bytes(end[:4], "little") + 8
+        if end[4:] != MAGIC or length > self._size:
+            raise DamageError(f"{self.path} is damaged: it does not end as a Parquet file does")
+        footer = self._read(self._size - length, self._size)
+        if hashlib.sha256(footer).hexdigest() != self._footer_sha256:
+            raise DamageError(f"{self.path} is damaged: its footer is not the one that was published")
+        metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer)).metadata or {}
+        if DIGESTS_KEY in metadata:
+            self._digests = bytes.fromhex(metadata[DIGESTS_KEY].decode())
+        elif self._sha256 in _computed:
+            self._digests = _computed[self._sha256]
+        else:
+            self._digests = _computed[self._sha256] = self._compute(self._size - length)
+            while len(_computed) > REMEMBERED_FILES:
+                _computed.popitem(last=False)
+        self._footer = footer
+
+    def _compute(self, before: int) -> bytes:
+        """The digests of the first `before` bytes of a file that has none."""
+        whole = hashlib.sha256()
+        digests = bytearray()
+        for start in range(0, self._size, BLOCK_BYTES):
+            block = self._read(start, min(start + BLOCK_BYTES, self._size))
+            whole.update(block)
+            if start < before:
+                digests += _digest(block[: before - start])
+        if whole.hexdigest() != self._sha256:
+            raise DamageError(f"{self.path} is damaged: its contents are not those that were published")
+        return bytes(digests)
+
+    def _read(self, start: int, end: int) -> bytes:
+        """Bytes as they stand in the file."""
+        parts = []
+        descriptor = self._opened(self.path)
+        while start < end:
+            part = os.pread(descriptor.number, end - start, start)
+            if not part:
+                raise DamageError(f"{self.path} is damaged: it ends before its {self._size:,} bytes")
+            parts.append(part)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _checked(self, start: int, end: int) -> memoryview:
+        """Bytes of the file, checked."""
+        before = self._size - len(self._footer)
+        if start >= before:
+            return memoryview(self._footer)[start - before : end - before]
+        first, last = start // BLOCK_BYTES, -(-min(end, before) // BLOCK_BYTES)
+        begin = first * BLOCK_BYTES
+        data = memoryview(self._read(begin, min(last * BLOCK_BYTES, before)))
+        for block in range(first, last):
+            at = block * BLOCK_BYTES - begin
+            expected = self._digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
+            if _digest(data[at : at + BLOCK_BYTES]) != expected:
+                raise DamageError(f"{self.path} is damaged: its contents are not those that were published")
+        if end > before:
+            data = memoryview(bytes(data) + self._footer)
+        return data[start - begin : end - begin]
+
+    def read(self, count: int = -1) -> memoryview:
+        """The next `count` bytes, fewer at the end of the file.
+
+        Raises:
+            DamageError: they are not those that were published.
+            StoreError: they cannot be read.
+        """
+        end = self._size if count < 0 else min(self._place + count, self._size)
+        try:
+            if not self._footer:
+                self._open()
+            data = self._checked(self._place, end)
+        except FileNotFoundError:
+            raise self._noted(DamageError(f"{self.path} is missing")) from None
+        except OSError as error:
+            raise self._noted(StoreError(f"cannot read {self.path}: {error.strerror}")) from None
+        except DamageError as error:
+            raise self._noted(error) from None
+        self._place = end
+        return data
+
+    def _noted(self, error: KnowledgeStoreError) -> KnowledgeStoreError:
+        if self._errors is not None:
+            # Another one of the same words: this one's traceback will lead to whoever holds this file.
+            self._errors.append(type(error)(str(error)))
+        return error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place in the file."""
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._place
+
+    def close(self) -> None:
+        """It is closed when nobody holds it."""

@@ -1,0 +1,124 @@
+"""A few of the faults of torture/damage.py, and what a random fault would seldom hit."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from stores import write_store
+from torture.damage import FIXTURES, page_places, try_faults
+
+from knowledge_store import DamageError, KnowledgeStore, verify
+from knowledge_store.checked_file import BLOCK_BYTES, DIGEST_BYTES, DIGESTS_KEY, CheckedFile
+from knowledge_store.parquet import describe
+
+
+def test_no_fault_is_silent(tmp_path):
+    counts = try_faults(20, range(12), tmp_path, step=1997)
+    assert counts["silent"] == 0
+    assert counts["faults"] == counts["survived"] > 100
+    assert counts["refused by name"] > 100
+    assert counts["readings"] > 15
+
+
+def checked(path: Path) -> CheckedFile:
+    record = describe(path)
+    return CheckedFile(path, record.bytes, record.sha256, record.footer_sha256)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    return write_store(tmp_path_factory.mktemp("damage") / "store", vocabulary=3000, k=40, size=99)
+
+
+def test_digests_are_those_of_the_format(sound):
+    """What FORMAT.md says of them, computed by hand."""
+    path = sound / "small/positions/00000.parquet"
+    data = path.read_bytes()
+    before = data[: -8 - int.from_bytes(data[-8:-4], "little")]
+    assert len(before) > 2 * BLOCK_BYTES  # a short one at the end, too
+    expected = [
+        hashlib.sha256(before[at : at + BLOCK_BYTES]).hexdigest()[: 2 * DIGEST_BYTES]
+        for at in range(0, len(before), BLOCK_BYTES)
+    ]
+    assert pq.read_metadata(path).metadata == {DIGESTS_KEY: "".join(expected).encode()}
+
+
+@pytest.mark.parametrize("store", ["new", "old"])
+def test_any_stretch_of_a_file(sound, store):
+    path = sound / "small/positions/00000.parquet" if store == "new" else FIXTURES / "store-v2/small/positions/00000.parquet"
+    data = path.read_bytes()
+    file = checked(path)
+    random = np.random.default_rng(0)
+    for start in [0, 1, BLOCK_BYTES - 1, len(data) - 9, len(data), *random.integers(0, len(data), 40).tolist()]:
+        for count in (0, 1, 8, BLOCK_BYTES, BLOCK_BYTES + 1, len(data)):
+            file.seek(start)
+            assert bytes(file.read(count)) == data[start : start + count]
+            assert file.tell() == min(start + count, len(data))
+    file.seek(-8, 2)
+    assert bytes(file.read()) == data[-8:]
+
+
+def test_a_page_header_that_still_parses(sound, tmp_path):
+    """Page checksums do not cover headers: the bit that names the encoding turns every value of a page into another."""
+    store = Path(shutil.copytree(sound, tmp_path / "store"))
+    path = store / "small/positions/00001.parquet"
+    whole = path.read_bytes()
+    believed = 0
+    for place in page_places(whole):
+        for bit in range(0, 8 * 24, 5):
+            harmed = bytearray(whole)
+            harmed[place + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(harmed)
+            with pytest.raises(DamageError, match="contents are not those"):
+                checked_as(path, whole).read()
+            if believed == 0 and bit > 40:
+                believed += pyarrow_believes(path, whole)
+    assert believed  # else this test shows nothing
+    path.write_bytes(whole)
+
+
+def checked_as(path: Path, whole: bytes) -> CheckedFile:
+    footer = whole[-8 - int.from_bytes(whole[-8:-4], "little") :]
+    return CheckedFile(path, len(whole), hashlib.sha256(whole).hexdigest(), hashlib.sha256(footer).hexdigest())
+
+
+def pyarrow_believes(path: Path, whole: bytes) -> bool:
+    """Whether pyarrow, checking pages, reads something else from the file as it is, and no error."""
+    try:
+        return not pq.ParquetFile(path, page_checksum_verification=True).read().equals(pq.read_table(pa.BufferReader(whole)))
+    except (OSError, ValueError):
+        return False
+
+
+def test_damage_while_a_store_is_open(sound, tmp_path):
+    """What was checked once is checked again when it is read again."""
+    store = Path(shutil.copytree(sound, tmp_path / "store"))
+    opened = KnowledgeStore.open(store, cache_size=0)
+    path = store / "small/positions/00001.parquet"
+    assert opened[0]["input_ids"].shape
+    opened.sql("SELECT sum(tail_logprob) FROM positions")
+    data = bytearray(path.read_bytes())
+    data[page_places(bytes(data))[-1] + 3] ^= 4
+    with open(path, "r+b") as file:
+        file.write(data)
+    for read in (
+        lambda: opened[150],
+        lambda: list(opened.batches(batch_size=64)),
+        lambda: opened.sql("SELECT * FROM positions"),
+    ):
+        with pytest.raises(DamageError, match=r"positions/00001\.parquet is damaged"):
+            read()
+
+
+def test_a_store_json_of_something_else(sound, tmp_path):
+    store = Path(shutil.copytree(sound, tmp_path / "store"))
+    shutil.copyfile(store / "small/manifest.json", store / "store.json")
+    assert any("store.json" in sentence for sentence in verify(store).damage)
+    with pytest.raises(DamageError, match=r"store\.json"):
+        KnowledgeStore.open(store)

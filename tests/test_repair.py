@@ -1,0 +1,242 @@
+"""`--repair` makes the damaged shards again and leaves sound ones alone; wherever it is cut off, it can be done again."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import story_rows, write_jsonl
+from processes import Command
+from stores import commit, joined, make_manifest, random_sequences, sequence_row, words, write_store
+from test_resume import arguments, contents
+
+from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, publication, verify
+from knowledge_store.sequences import tokens_table
+from teacher_dump import DumpConfig, dump
+
+TABLES = {"positions": "parquet", "sequences": "parquet", "commits": "json"}
+
+
+@pytest.fixture(scope="module")
+def dumped(tmp_path_factory, teacher_folder, loaded_teacher) -> DumpConfig:
+    """A dump of three shards, which nobody may change."""
+    folder = tmp_path_factory.mktemp("repair")
+    corpus = write_jsonl(folder / "c.jsonl", story_rows(6))
+    config = DumpConfig(str(teacher_folder), (corpus,), folder / "store", "d", max_length=40, batch_size=4, shard_size=2)
+    dump(config, teacher=loaded_teacher)
+    return config
+
+
+@pytest.fixture
+def config(dumped, tmp_path) -> DumpConfig:
+    """A copy to damage."""
+    return replace(dumped, store=Path(shutil.copytree(dumped.store, tmp_path / "store")))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+
+
+def identities(store: Path) -> dict[str, tuple[int, int]]:
+    """Which file, and written when, stands under each name."""
+    return {str(path.relative_to(store)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in store.rglob("*.*")}
+
+
+def test_only_the_damaged_shards_are_dumped_again(config, dumped, loaded_teacher):
+    (config.store / "d/positions/00000.parquet").unlink()
+    flip(config.store / "d/sequences/00002.parquet")
+    before = identities(config.store)
+    report = dump(config, teacher=loaded_teacher, repair=True)
+    assert report.shards == 2
+    assert verify(config.store).damage == []
+    assert contents(config.store) == contents(dumped.store)
+    after = identities(config.store)
+    changed = {name for name in after if after[name] != before.get(name)}
+    # Made again byte for byte, they are what their records say: those stay too.
+    assert changed - {"index.duckdb"} == {"d/positions/00000.parquet", "d/sequences/00002.parquet"}
+    assert dump(config, teacher=loaded_teacher, repair=True).shards == 0
+
+
+def test_ranks_share_the_damaged_shards(config, dumped, loaded_teacher):
+    for shard in range(3):
+        flip(config.store / f"d/commits/{shard:05d}.json")
+    assert dump(config, 1, 2, teacher=loaded_teacher, repair=True).shards == 1
+    assert len(verify(config.store).damage) == 2
+    assert dump(config, 0, 2, teacher=loaded_teacher, repair=True).shards == 2
+    assert contents(config.store) == contents(dumped.store)
+
+
+def test_a_missing_shard_is_not_a_damaged_one(config, loaded_teacher):
+    (config.store / "d/commits/00001.json").unlink()
+    assert dump(config, teacher=loaded_teacher, repair=True).shards == 0
+    assert dump(config, teacher=loaded_teacher).shards == 1
+
+
+def test_vocabulary_and_store_file(config, dumped, loaded_teacher):
+    flip(config.store / "d/tokens.parquet")
+    flip(config.store / "store.json")
+    assert dump(config, teacher=loaded_teacher, repair=True).shards == 0
+    assert verify(config.store).damage == []
+    assert contents(config.store) == contents(dumped.store)
+
+
+def test_a_vocabulary_that_another_version_writes_otherwise(config, loaded_teacher, monkeypatch):
+    flip(config.store / "d/tokens.parquet")
+    monkeypatch.setattr("knowledge_store.parquet.COMPRESSION_LEVEL", 1)
+    dump(config, teacher=loaded_teacher, repair=True)
+    assert verify(config.store).damage == []
+    assert dump(config, teacher=loaded_teacher).shards_standing == 3  # the same dump still
+
+
+def test_what_cannot_be_repaired_is_said_at_once(config, loaded_teacher):
+    with pytest.raises(InputError, match="no dump 'other'"):
+        dump(replace(config, name="other"), repair=True)
+    flip(config.store / "d/manifest.json")
+    with pytest.raises(DamageError, match=r"manifest\.json is damaged.*put back a copy"):
+        dump(config, repair=True)
+
+
+def test_the_command(config, dumped, tmp_path):
+    flip(config.store / "d/positions/00001.parquet")
+    finished = Command(*arguments(config), "--repair", folder=tmp_path / "log").wait()
+    assert finished.returncode == 0, finished.stderr
+    assert f"Damage: {config.store}/d/positions/00001.parquet is damaged" in finished.stderr
+    assert "d: 1 of 3 shards repaired;" in finished.stderr
+    assert contents(config.store) == contents(dumped.store)
+
+
+# With shards of numpy
+
+
+def repair(store: Path, shard: int, change=lambda arrays: None) -> None:
+    """Repair a shard of `write_store`, its knowledge changed before."""
+    tokens = tokens_table(words(11), words(11))
+    writer = DumpWriter.open(store, make_manifest(), tokens)
+    knowledge = random_sequences(shard, 4)
+    arrays = joined(knowledge)
+    change(arrays)
+    rows = [sequence_row(100 * shard + index, each) for index, each in enumerate(knowledge)]
+    writer.repair(shard, 100 * shard, 100, rows, {"positions": arrays}, [], {"host": "elsewhere"})
+
+
+def other_digits(arrays) -> None:
+    """As another device may round: one log-probability, of a token that is no candidate, is a step lower."""
+    among = (arrays["candidate_ids"] == arrays["token_id"][:, None]).any(axis=1)
+    [place, *_] = (arrays["has_knowledge"] & ~among).nonzero()[0]
+    arrays["token_logprob"][place] -= 0.125
+
+
+def other_tokens(arrays) -> None:
+    arrays["token_id"][:] = 0
+
+
+@pytest.mark.parametrize("damaged", TABLES)
+def test_other_digits_get_a_record_of_their_own(tmp_path, damaged):
+    store = write_store(tmp_path / "store")
+    flip(store / f"small/{damaged}/00001.{TABLES[damaged]}")
+    before = identities(store)
+    repair(store, 1, other_digits)
+    assert verify(store).damage == []
+    after = identities(store)
+    changed = {name for name in after if after[name] != before[name]}
+    sound_positions = damaged == "sequences"  # are kept, whatever a repair makes of them
+    assert ("small/positions/00001.parquet" in changed) == (not sound_positions)
+    assert ("small/commits/00001.json" in changed) == (not sound_positions)
+    assert not [name for name in changed if "00000" in name]
+    assert len(KnowledgeStore.open(store).sql("SELECT * FROM positions")) > 0
+
+
+def test_other_tokens_beside_sound_files_are_refused(tmp_path):
+    store = write_store(tmp_path / "store")
+    flip(store / "small/sequences/00001.parquet")
+    with pytest.raises(MismatchError, match=r"positions/00001\.parquet is sound"):
+        repair(store, 1, other_tokens)
+    assert len(verify(store).damage) == 1
+    assert not list(store.rglob(".tmp-*"))
+
+
+def test_a_sound_shard_is_left_alone(tmp_path):
+    store = write_store(tmp_path / "store")
+    before = identities(store)
+    repair(store, 1, other_digits)
+    assert identities(store) == before
+
+
+class Cut(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("damaged", [["positions"], ["sequences"], ["commits"], ["positions", "sequences", "commits"]])
+def test_cut_off_anywhere(tmp_path, monkeypatch, damaged):
+    """At each rename and each flush: what is left is damage that is named, or the repaired shard; and it can be done again."""
+    sound = write_store(tmp_path / "sound")
+    states = set()
+    for call in range(40):
+        store = Path(shutil.copytree(sound, tmp_path / f"{call}"))
+        for table in damaged:
+            flip(store / f"small/{table}/00001.{TABLES[table]}")
+        calls = 0
+
+        def counted(function):
+            def wrapper(*arguments):
+                nonlocal calls
+                calls += 1
+                if calls == call + 1:  # noqa: B023
+                    raise Cut
+                return function(*arguments)
+
+            return wrapper
+
+        with monkeypatch.context() as patch:
+            patch.setattr(publication.os, "fsync", counted(publication.os.fsync))
+            patch.setattr(Path, "replace", counted(Path.replace))
+            try:
+                repair(store, 1, other_digits)
+                done = True
+            except Cut:
+                done = False
+        sentences = verify(store).damage
+        states.add(bool(sentences))
+        assert all("00001" in each for each in sentences)
+        assert sentences or KnowledgeStore.open(store).info()[0].complete
+        if done:
+            assert not sentences
+            break
+        repair(store, 1)
+        assert verify(store).damage == []
+        assert not list(store.rglob(".tmp-*"))
+    else:
+        raise AssertionError("it never came to its end")
+    assert states == {True, False}
+
+
+def test_a_full_disk_changes_nothing(tmp_path, monkeypatch):
+    store = write_store(tmp_path / "store")
+    flip(store / "small/positions/00001.parquet")
+    before = identities(store)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publication.os, "fsync", full)
+        with pytest.raises(StoreError, match=r"cannot write .*positions/00001\.parquet: No space left"):
+            repair(store, 1)
+    assert identities(store) == before
+
+
+def test_a_store_open_meanwhile_answers_from_before_or_says_so(tmp_path):
+    store = write_store(tmp_path / "store")
+    opened = KnowledgeStore.open(store, cache_size=0)
+    expected = opened[7]["candidate_logprobs"].tolist()
+    flip(store / "small/positions/00001.parquet")
+    repair(store, 1, other_digits)
+    assert opened[7]["candidate_logprobs"].tolist() == expected
+    with pytest.raises(DamageError, match="positions/00001"):
+        opened.sql("SELECT * FROM positions")
+    assert len(KnowledgeStore.open(store).sql("SELECT * FROM positions")) > 0
+    commit(DumpWriter.open(store, make_manifest(), tokens_table(words(11), words(11))), 0, random_sequences(0, 4))

@@ -1,0 +1,353 @@
+"""Damage of every sort to every sort of file, and what each way of reading says of it.
+
+Stores are made by numpy. One fault at a time is made, what could meet it is read, two ways drawn at random, and the file is put
+back. An answer must be the one of the sound store, or an error that names the file. A fault is a function of seed and number
+alone, so a failure is repeated with `try_faults(seed, [number], folder)`.
+
+Before that, every STEPth bit of every Parquet and JSON file is flipped once and given to what all readers read through.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from stores import commit, drawn_sequences, make_manifest, random_sequences, words
+
+from knowledge_store import DamageError, DumpWriter, KnowledgeStore, StoreError, verify
+from knowledge_store.checked_file import CheckedFile
+from knowledge_store.records import unseal
+from knowledge_store.sequences import tokens_table
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+VOCABULARY = 211
+ORDER = "ORDER BY dump, sequence_id"
+QUERIES = {
+    "positions": [
+        f'SELECT * EXCLUDE (token_text) FROM positions {ORDER}, "position"',
+        "SELECT dump, sum(tail_logprob), count(*) FROM positions GROUP BY 1 ORDER BY 1",
+        f'SELECT * EXCLUDE (token_text) FROM candidates {ORDER}, "position", rank',
+    ],
+    "sequences": [f"SELECT * FROM sequences {ORDER}", "SELECT sum(length), count(*) FROM sequences"],
+    "tokens": ["SELECT * FROM tokens ORDER BY dump, token_id", f'SELECT token_text FROM positions {ORDER}, "position"'],
+    "index": ["SELECT * FROM shards ORDER BY dump, shard", "SELECT * FROM dumps ORDER BY dump"],
+}
+
+Change = Callable[[bytearray, random.Random, list[int]], None]
+
+
+def flip(data: bytearray, chance: random.Random, places: list[int]) -> None:
+    """One bit, near a page's header every other time."""
+    near = chance.choice(places) + chance.randrange(64) if places and chance.random() < 0.5 else chance.randrange(len(data))
+    data[min(near, len(data) - 1)] ^= 1 << chance.randrange(8)
+
+
+def flips(data: bytearray, chance: random.Random, places: list[int]) -> None:
+    """A few bits."""
+    for _ in range(chance.randint(2, 6)):
+        flip(data, chance, places)
+
+
+def overwritten(data: bytearray, chance: random.Random, places: list[int]) -> None:
+    """A stretch of zeros or of noise, as of a lost sector."""
+    start, length = chance.randrange(len(data)), chance.choice([1, 8, 64, 512])
+    end = min(start + length, len(data))
+    data[start:end] = bytes(end - start) if chance.random() < 0.5 else chance.randbytes(end - start)
+
+
+def cut(data: bytearray, chance: random.Random, places: list[int]) -> None:
+    """The end is lost."""
+    del data[chance.randrange(len(data)) :]
+
+
+def longer(data: bytearray, chance: random.Random, places: list[int]) -> None:
+    """Something is added at the end or put in."""
+    place = chance.choice([len(data), chance.randrange(len(data))])
+    data[place:place] = chance.randbytes(chance.randint(1, 40))
+
+
+def pages_swapped(data: bytearray, chance: random.Random, places: list[int]) -> None:
+    """Two pages of a Parquet file, or two stretches of any other, change places."""
+    starts = sorted(set(places)) if len(places) > 2 else sorted(chance.sample(range(len(data)), min(4, len(data))))
+    if len(starts) < 3:
+        return flip(data, chance, places)
+    a, b = sorted(chance.sample(range(len(starts) - 1), 2)) if len(starts) > 2 else (0, 1)
+    pieces = [bytes(data[start:end]) for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
+    pieces[a], pieces[b] = pieces[b], pieces[a]
+    data[starts[0] :] = b"".join(pieces)
+    return None
+
+
+CHANGES: dict[str, tuple[int, Change]] = {
+    "flip": (70, flip),
+    "flips": (8, flips),
+    "overwritten": (6, overwritten),
+    "cut": (4, cut),
+    "longer": (2, longer),
+    "pages swapped": (6, pages_swapped),
+}
+STEP = 7
+SWAPPED = 4  # files, beside the weights above
+
+
+def make_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two dumps, one with draws and a calibration, in shards of several row groups, and small blocks."""
+    monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 20)
+    monkeypatch.setattr("knowledge_store.checked_file.BLOCK_BYTES", 512)
+    selection = {"name": "top-k", "k": 3, "tail_draws": 2}
+    drawn = make_manifest("drawn", VOCABULARY, selection=selection, calibration={"temperature": 2.0, "sha256": "00"})
+    for manifest, sequences in ((drawn, drawn_sequences), (make_manifest("plain", VOCABULARY), random_sequences)):
+        texts = words(VOCABULARY)
+        writer = DumpWriter.open(folder, manifest, tokens_table(texts, texts))
+        for shard in range(2):
+            commit(writer, shard, sequences(shard, 3, VOCABULARY, 3))
+    return folder
+
+
+def page_places(data: bytes) -> list[int]:
+    """Where column chunks of a Parquet file begin, which is where the header of a page stands."""
+    metadata = pq.read_metadata(pa.BufferReader(data))
+    chunks = [metadata.row_group(g).column(c) for g in range(metadata.num_row_groups) for c in range(metadata.num_columns)]
+    places = {place for each in chunks for place in (each.dictionary_page_offset, each.data_page_offset) if place}
+    return sorted(places)
+
+
+@dataclass
+class Sound:
+    """A store as it should be: its files, and all that is read from it."""
+
+    path: Path
+    files: dict[Path, bytes]
+    places: dict[Path, list[int]]
+    answers: dict[str, Any]
+    opened: KnowledgeStore
+
+
+def read_items(store: KnowledgeStore) -> Any:
+    """Each sequence by itself."""
+    return [
+        {name: array.tobytes() for name, array in store[dump, item].items()}
+        for dump in store.dumps
+        for item in range(len(store.sequences(dump)))
+    ]
+
+
+def read_batches(store: KnowledgeStore) -> Any:
+    """An epoch of each dump."""
+    return [
+        {name: (array.shape, array.tobytes()) for name, array in batch.items()}
+        for dump in store.dumps
+        for batch in store.batches(dump, batch_size=5, seed=1)
+    ]
+
+
+def fresh(sound: Sound) -> KnowledgeStore:
+    """The store opened again as far as Parquet files go: what they do not hold is as it was."""
+    opened = sound.opened
+    return KnowledgeStore(opened.path, list(opened._manifests.values()), opened._index, cache_size=0)
+
+
+def take_stock(path: Path) -> Sound:
+    """Read everything of a sound store."""
+    opened = KnowledgeStore.open(path, cache_size=0)
+    files = {each: each.read_bytes() for each in sorted(path.rglob("*")) if each.is_file()}
+    places = {each: page_places(data) for each, data in files.items() if each.suffix == ".parquet"}
+    answers: dict[str, Any] = {"items": read_items(opened), "batches": read_batches(opened)}
+    for queries in QUERIES.values():
+        answers |= {query: opened.sql(query) for query in queries}
+    assert not verify(path).damage
+    return Sound(path, files, places, answers, opened)
+
+
+def sort_of(path: Path) -> str:
+    """What a file is."""
+    if path.suffix == ".parquet":
+        return "tokens" if path.name == "tokens.parquet" else path.parent.name
+    return "commits" if path.parent.name == "commits" else path.name
+
+
+def fault_of(seed: int, number: int, sound: Sound) -> tuple[str, dict[Path, bytes], random.Random]:
+    """A fault: what it is called, and the files as they stand after it."""
+    chance = random.Random(f"{seed} {number}")
+    by_sort: dict[str, list[Path]] = {}
+    for path in sound.files:
+        by_sort.setdefault(sort_of(path), []).append(path)
+    # Knowledge is most of any store: as many faults as to all the others.
+    sort = chance.choice([*sorted(by_sort), *["positions"] * 4, *["sequences"] * 2])
+    names = [*CHANGES, "files swapped"]
+    name = chance.choices(names, [*(weight for weight, _ in CHANGES.values()), SWAPPED])[0]
+    path = chance.choice(by_sort[sort])
+    others = [other for other in by_sort[sort] if sound.files[other] != sound.files[path]]
+    if name == "files swapped" and others:
+        other = chance.choice(others)
+        return f"{name}: {sort}", {path: sound.files[other], other: sound.files[path]}, chance
+    name = "flip" if name == "files swapped" else name
+    data = bytearray(sound.files[path])
+    CHANGES[name][1](data, chance, sound.places.get(path, []))
+    return f"{name}: {sort}", {path: bytes(data)}, chance
+
+
+def readings(sound: Sound, sort: str, chance: random.Random) -> list[tuple[str, Callable[[], Any]]]:
+    """All that could meet a fault in such a file. A store is opened anew for each; now and then from the very beginning."""
+    whole = sort in ("commits", "manifest.json", "store.json", "index.duckdb") or chance.random() < 0.05
+
+    def opened() -> KnowledgeStore:
+        return KnowledgeStore.open(sound.path, cache_size=0) if whole else fresh(sound)
+
+    chosen = [*QUERIES["index"], QUERIES["positions"][1]] if whole else QUERIES.get(sort, [])
+    found: list[tuple[str, Callable[[], Any]]] = [(query, lambda query=query: opened().sql(query)) for query in chosen]
+    if sort in ("positions", "sequences") or whole:
+        found += [("items", lambda: read_items(opened())), ("batches", lambda: read_batches(opened()))]
+    return chance.sample(found, min(2, len(found)))
+
+
+def flip_in_turn(sound: Sound, first: int, step: int) -> Counter[str]:
+    """Flip every `step`th bit of each Parquet and JSON file, one at a time, and read the file as all readers do."""
+    counts: Counter[str] = Counter()
+    records = {each.path: each for dump in sound.opened.dumps for each in file_records(sound, dump)}
+    for path, data in sound.files.items():
+        if path.name == "index.duckdb":
+            continue
+        sealed = None if path.suffix == ".parquet" else unseal(data, path)
+        for bit in range(first % step, 8 * len(data), step):
+            harmed = bytearray(data)
+            harmed[bit // 8] ^= 1 << bit % 8
+            counts["faults"] += 1
+            counts["bits in turn"] += 1
+            try:
+                if sealed is None:
+                    path.write_bytes(harmed)
+                    read = CheckedFile(path, *records[path].must_be).read()
+                    right = bytes(read) == data
+                else:
+                    right = unseal(bytes(harmed), path) == sealed
+                assert right, f"SILENT: bit {bit} of {path}"
+                counts["right answers"] += 1
+            except DamageError as error:
+                assert str(path) in str(error)
+                counts["refused by name"] += 1
+            counts["survived"] += 1
+        path.write_bytes(data)
+    return counts
+
+
+@dataclass
+class Record:
+    """A Parquet file and what CheckedFile is to be told of it."""
+
+    path: Path
+    must_be: tuple[int, str, str]
+
+
+def file_records(sound: Sound, dump: str) -> list[Record]:
+    """The Parquet files of a dump."""
+    tokens = sound.opened.manifest(dump).derived["tokens"]
+    names = ("bytes", "sha256", "footer_sha256")
+    found = [Record(sound.path / dump / "tokens.parquet", tuple(tokens[name] for name in names))]
+    for path in sorted((sound.path / dump / "commits").glob("*.json")):
+        for table, file in json.loads(path.read_bytes())["files"].items():
+            place = sound.path / dump / table / f"{path.stem}.parquet"
+            found.append(Record(place, tuple(file[name] for name in names)))
+    return found
+
+
+def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
+    """Make one fault, read, and put everything back. AssertionError: an answer was neither right nor refused by name."""
+    name, files, chance = fault_of(seed, number, sound)
+    counts = Counter({"faults": 1, name.split(":")[0]: 1, f"in {name.split(': ')[1]}": 1})
+    sort = sort_of(next(iter(files)))
+    told = f"fault {number} of seed {seed} ({name}, {', '.join(map(str, files))})"
+    meanwhile = None
+    if sort in ("positions", "sequences", "tokens") and chance.random() < 0.25:
+        meanwhile = fresh(sound)  # files that are open while they are damaged
+        meanwhile[meanwhile.dumps[0], 0]
+    stamps = {path: path.stat() for path in files}
+    keep_time = chance.random() < 0.5
+    try:
+        for path, data in files.items():
+            path.write_bytes(data)
+            if keep_time:  # as a disk that decays does
+                os.utime(path, ns=(stamps[path].st_atime_ns, stamps[path].st_mtime_ns))
+        reads = readings(sound, sort, chance)
+        if meanwhile is not None:
+            reads += [("items", lambda: read_items(meanwhile)), ("batches", lambda: read_batches(meanwhile))]
+        for reading, read in reads:
+            counts["readings"] += 1
+            try:
+                answer, expected = read(), sound.answers[reading]
+                right = answer.equals(expected) if isinstance(expected, pa.Table) else answer == expected
+                assert right, f"SILENT: {told} gave another answer to {reading}"
+                counts["right answers"] += 1
+            except (DamageError, StoreError) as error:
+                named = any(str(path) in str(error) for path in files)
+                assert named, f"{told} is blamed on something else by {reading}: {error}"
+                counts["refused by name"] += 1
+        if sort == "index.duckdb":
+            if path.exists() and path.read_bytes() != data:
+                counts["index rebuilt"] += 1
+        elif chance.random() < 0.3:
+            damage = verify(sound.path).damage
+            same = all(data.split() == sound.files[path].split() for path, data in files.items())
+            assert same or any(str(path) in sentence for path in files for sentence in damage), f"verify misses {told}"
+            counts["verified"] += 1
+    finally:
+        for path in files:
+            path.write_bytes(sound.files[path])
+            os.utime(path, ns=(stamps[path].st_atime_ns, stamps[path].st_mtime_ns))
+        index = sound.path / "index.duckdb"
+        if index.read_bytes() != sound.files[index]:
+            index.write_bytes(sound.files[index])
+    counts["survived"] += 1
+    return counts
+
+
+def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sound]:
+    """The stores to damage: one of this version, and the ones of before, whose files have no digests."""
+    folder.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr("knowledge_store.checked_file._computed", OrderedDict())  # of blocks of that size
+    stores = [make_store(folder / "new", monkeypatch)]
+    for name in ("store-v1", "store-v2"):
+        stores.append(Path(shutil.copytree(FIXTURES / name, folder / name)))
+    return [take_stock(store) for store in stores]
+
+
+def try_faults(seed: int, numbers: Iterable[int], folder: Path, step: int | None = None) -> dict[str, int]:
+    """Make the faults of these numbers, one after the other; the store of this version gets three in four.
+
+    Args:
+        step: flip every `step`th bit of the stores first, one at a time; None for none.
+    """
+    counts: Counter[str] = Counter({"silent": 0})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        sounds = prepare(folder, monkeypatch)
+        for sound in sounds if step else []:
+            counts.update(flip_in_turn(sound, seed, step))
+        for number in numbers:
+            sound = sounds[0] if number % 4 else sounds[1 + number // 4 % 2]
+            counts.update(try_fault(seed, number, sound))
+    return dict(counts)
+
+
+def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
+    """Bits in turn, then faults drawn at random until the time is over."""
+    end = time.monotonic() + 60 * minutes
+
+    def numbers() -> Iterable[int]:
+        for number in count():
+            if time.monotonic() > end:
+                return
+            yield number
+
+    return try_faults(seed, numbers(), folder, step=STEP)
