@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import decimal
-import json
+import io
 import math
+import shutil
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow as pa
 import typer
-from rich.cells import cell_len
 from rich.text import Text
 
+from knowledge_store.answers import Format, aligned, visible
 from knowledge_store.console import command_errors, messages, note, output
-from knowledge_store.errors import InputError, QueryError
+from knowledge_store.errors import InputError
+from knowledge_store.isolation import asked
 from knowledge_store.progress import progress_bar
 from knowledge_store.quantities import amount, byte_size
+from knowledge_store.query import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.store import KnowledgeStore
 from knowledge_store.summary import DumpSummary
 from knowledge_store.verification import verify as verify_store
@@ -35,18 +34,9 @@ app = typer.Typer(
 )
 
 DAMAGED = 1
-SHOWN_ROWS = 200
 SHOWN_SHARE = 0.005
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
-
-
-class Format(StrEnum):
-    """How an answer is printed."""
-
-    table = "table"
-    csv = "csv"
-    json = "json"
 
 
 @app.command()
@@ -103,82 +93,23 @@ def sql(
     store: StoreArgument,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="One SELECT statement.")],
     format: Annotated[Format, typer.Option(help="json is one array of row objects.")] = Format.table,
+    memory_limit: Annotated[float, typer.Option(help="For the query and its answer, in GiB.")] = MEMORY_LIMIT / 2**30,
+    timeout: Annotated[float, typer.Option(help="In seconds, after which the query is interrupted.")] = TIMEOUT,
 ) -> None:
     """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
+
+    It may come from anybody: it runs in a process of its own, can write nothing, read nothing but the store, and not outlive
+    its limits.
 
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
     with command_errors():
-        _print_answer(KnowledgeStore.open(store).sql(query), format)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: −∞, ∞ and NaN become null, whole decimals numbers, and what JSON lacks text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, decimal.Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def _rows(answer: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows as Python values.
-
-    Raises:
-        QueryError: Python has no such value (a date after the year 9999, say).
-    """
-    try:
-        rows: list[dict[str, Any]] = answer.to_pylist()
-    except (OverflowError, ValueError) as error:
-        raise QueryError(f"the answer has a value that cannot be shown ({error}): cast it to VARCHAR") from None
-    return rows
-
-
-def _print_answer(answer: pa.Table, format: Format) -> None:
-    if format is Format.json:
-        separator = "["
-        for batch in answer.to_batches(max_chunksize=10_000):
-            for row in _rows(batch):
-                sys.stdout.write(f"{separator}{json.dumps(_plain(row), ensure_ascii=False)}")
-                separator = ",\n"
-        sys.stdout.write("[]\n" if separator == "[" else "]\n")
-    elif format is Format.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(answer.column_names)
-        for batch in answer.to_batches(max_chunksize=10_000):
-            writer.writerows([_plain(value) for value in row.values()] for row in _rows(batch))
-    else:
-        rows = [[_visible(_cell(value)) for value in row.values()] for row in _rows(answer.slice(0, SHOWN_ROWS))]
-        _print_columns(answer.column_names, rows)
-        if len(answer) > SHOWN_ROWS:
-            note(f"{SHOWN_ROWS} of {len(answer):,} rows shown: --format csv or json gives all")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.7g}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_cell(each) for each in value) + "]"
-    return str(_plain(value))
-
-
-def _visible(text: str) -> str:
-    """Text that stays on its line: control characters are spelled out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def _print_columns(names: list[str], rows: list[list[str]]) -> None:
-    """Rows under their names, each column as wide as it needs to be: a terminal folds long lines, a pipe keeps them."""
-    widths = [max(cell_len(line[column]) for line in [names, *rows]) for column in range(len(names))]
-    for number, line in enumerate([names, *rows]):
-        cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True))
-        output.print(Text("  ".join(cells).rstrip(), style="" if number else "bold"))
+        limit = int(memory_limit * 2**30) if math.isfinite(memory_limit) else 0
+        with asked(store, query, format.value, limit, timeout, note) as answer:
+            text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
+            if format is Format.table and (names := text.readline()):
+                output.print(Text(names.rstrip("\n"), style="bold"))
+            shutil.copyfileobj(text, sys.stdout)
 
 
 @app.command()
@@ -264,7 +195,7 @@ def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
 
     def shown(token: int) -> str:
         text = texts[token] if token < len(texts) else None
-        return f"<{token}>" if text is None else _visible(text.replace(" ", "␣"))
+        return f"<{token}>" if text is None else visible(text.replace(" ", "␣"))
 
     rows = []
     for position, token in enumerate(knowledge["input_ids"]):
@@ -278,7 +209,8 @@ def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
             logprob = candidates.get(token, knowledge["token_logprob"][position])
             row[2:] = [f"{math.exp(logprob):.1%}", "  ".join([*words, others])]
         rows.append(row)
-    _print_columns(["position", "token", "probability", "what the teacher expected"], rows)
+    for number, line in enumerate(aligned(["position", "token", "probability", "what the teacher expected"], rows)):
+        output.print(Text(line, style="" if number else "bold"))
 
 
 def _drawn(knowledge: dict[str, Any], position: int, shown: Callable[[int], str]) -> str:
