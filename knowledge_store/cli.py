@@ -104,8 +104,7 @@ def sql(
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
     with command_errors():
-        limit = int(memory_limit * 2**30) if math.isfinite(memory_limit) else 0
-        with asked(store, query, format.value, limit, timeout, note) as answer:
+        with asked(store, query, format.value, memory_limit * 2**30, timeout, note) as answer:
             text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
             if format is Format.table and (names := text.readline()):
                 output.print(Text(names.rstrip("\n"), style="bold"))

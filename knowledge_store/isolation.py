@@ -36,17 +36,16 @@ import pyarrow as pa
 from knowledge_store import errors
 from knowledge_store.answers import Format, write_answer
 from knowledge_store.quantities import binary_size
-from knowledge_store.query import MEMORY_LIMIT, TIMEOUT, Query, check_limits, connect, interrupted
+from knowledge_store.query import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, Query, check_limits, connect, interrupted
 
 ARROW = "arrow"
 DUCKDB_SHARE = 0.8
 LONGEST = 1e8  # seconds; timers take no more
-LARGEST = 2**50  # bytes; limits take no more
 
 
 @contextmanager
 def asked(
-    store: Path, sql: str, form: str, memory_limit: int, timeout: float, remark: Callable[[str], None]
+    store: Path, sql: str, form: str, memory_limit: float, timeout: float, remark: Callable[[str], None]
 ) -> Iterator[IO[bytes]]:
     """Ask a store in a process of its own, which ends with this context.
 
@@ -66,7 +65,7 @@ def asked(
         KnowledgeStoreError: as `KnowledgeStore.open` and `KnowledgeStore.sql`, when all there is of the answer was read.
     """
     check_limits(memory_limit, timeout)
-    limits = {"memory_limit": min(memory_limit, LARGEST), "timeout": min(timeout, LONGEST)}
+    limits = {"memory_limit": int(min(memory_limit, LARGEST_MEMORY)), "timeout": min(timeout, LONGEST)}
     request = json.dumps({"store": str(store), "sql": sql, "form": form, **limits})
     program = f"import sys; sys.path[:] = {sys.path!r}; from knowledge_store.isolation import main; main()"
     pipe = subprocess.PIPE
@@ -83,7 +82,7 @@ def asked(
             child.kill()
 
 
-def _check_end(code: int, report: str, memory_limit: int, timeout: float, remark: Callable[[str], None]) -> None:
+def _check_end(code: int, report: str, memory_limit: float, timeout: float, remark: Callable[[str], None]) -> None:
     if code == -signal.SIGALRM:
         raise interrupted(timeout)
     if code < 0:
@@ -101,11 +100,10 @@ def _check_end(code: int, report: str, memory_limit: int, timeout: float, remark
 def isolated_answer(store: Path, sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT) -> pa.Table:
     """`run_query` in a process of its own, which opens the store anew (see `asked`)."""
     with asked(store, sql, ARROW, memory_limit, timeout, lambda _: None) as answer:
-        try:
-            with pa.ipc.open_stream(answer) as reader:
-                return reader.read_all()
-        except pa.ArrowInvalid:  # it ends in the middle: how the child ended says why
-            answer.read()
+        # Where the stream ends too soon, how the child ended says why.
+        with suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(answer) as reader:
+            table: pa.Table = reader.read_all()
+            return table
     raise errors.QueryError("this SQL was not answered in full")
 
 
@@ -144,7 +142,7 @@ def _answer(request: dict[str, Any], outlet: IO[bytes]) -> str | None:
     store = KnowledgeStore.open(request["store"], cache_size=0)
     os.environ.pop("HOME", None)  # DuckDB's messages would name it
     memory_limit = request["memory_limit"]
-    with connect(int(DUCKDB_SHARE * memory_limit)) as connection:
+    with connect(DUCKDB_SHARE * memory_limit) as connection:
         _limit(memory_limit, request["timeout"])
         query = Query(connection, *store.parts, request["sql"], memory_limit)
         schema, batches = query.answer()

@@ -34,6 +34,7 @@ from knowledge_store.summary import dumps_table, shards_table
 MEMORY_LIMIT = 2 * 2**30
 TIMEOUT = 60.0
 LEAST_MEMORY = 32 * 2**20
+LARGEST_MEMORY = 2**50  # limits take no more
 BATCH_ROWS = 16 * 2048  # DuckDB works on 2048 rows at a time
 
 CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
@@ -155,13 +156,14 @@ class _Catalogue:
         self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS {union}")
 
 
-def connect(memory_limit: int) -> duckdb.DuckDBPyConnection:
+def connect(memory_limit: float) -> duckdb.DuckDBPyConnection:
     """An empty database in memory, out of which no query can reach.
 
     Args:
         memory_limit: in bytes, for what DuckDB keeps while it answers.
     """
-    connection = duckdb.connect(":memory:", config={**CONFIGURATION, "memory_limit": f"{memory_limit}B"})
+    limit = int(min(memory_limit, LARGEST_MEMORY))
+    connection = duckdb.connect(":memory:", config={**CONFIGURATION, "memory_limit": f"{limit}B"})
     # Not before: a database that is opened without access to files may still read its own, and takes ":memory:" for its name.
     connection.execute("SET enable_external_access = false")
     return connection
@@ -306,7 +308,7 @@ class Query:
             raise QueryError(f"this SQL was not run: {_first_line(error)}") from None
 
 
-def check_limits(memory_limit: int, timeout: float) -> None:
+def check_limits(memory_limit: float, timeout: float) -> None:
     """Make sure that limits are such.
 
     Raises:

@@ -215,12 +215,30 @@ HARMLESS = {
     "many columns": "SELECT " + ", ".join(str(number) for number in range(2000)),
 }
 
-BOMBS = {
-    "cross join": "SELECT count(*) FROM range(1000000) a, range(1000000) b, range(1000000) c WHERE a.range + b.range = c.range - 1",
-    "cross join of the store": "SELECT count(*) FROM positions a, positions b, positions c, positions d, positions e, positions f",
+# Many rows: DuckDB looks at its limits between them.
+ROW_BOMBS = {
+    "cross join": "SELECT count(*) FROM range(1000000) a, range(1000000) b, range(1000000) c WHERE a.range + b.range = c.range",
+    "cross join of the store": "SELECT count(a.dump) FROM positions a, positions b, positions c, positions d, positions e",
     "endless recursion": "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT max(n) FROM t",
     "doubling recursion": "WITH RECURSIVE t(s) AS (SELECT 'x' UNION ALL SELECT s || s FROM t) SELECT max(length(s)) FROM t",
-    "branching recursion": "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + m FROM t, range(10) r(m)) SELECT count(*) FROM t",
+    "branching recursion": "WITH RECURSIVE t AS (SELECT 1 AS n UNION ALL SELECT n + m FROM t, range(9) r(m)) FROM t",
+    "string gathered": "SELECT string_agg(repeat('x', 1000000), '') FROM range(100000000)",
+    "list gathered": "SELECT list(range) FROM range(100000000000)",
+    "endless rows": "SELECT * FROM range(100000000000000)",
+    "endless rows, repeated": "SELECT * FROM repeat('x', 10000000000000)",
+    "endless wide rows": "SELECT repeat('x', 10000) FROM range(100000000000000)",
+    "series of series": "SELECT * FROM generate_series(1, 1000000000) a, generate_series(1, 1000000000) b",
+    "endless groups": "SELECT range % 1000000007, count(*) FROM range(100000000000) GROUP BY 1",
+    "endless order": "SELECT * FROM range(10000000000) ORDER BY hash(range)",
+    "endless distinct": "SELECT count(DISTINCT range::VARCHAR) FROM range(10000000000)",
+    "endless window": "SELECT sum(range) OVER (ORDER BY hash(range)) FROM range(10000000000)",
+    "large histogram": "SELECT histogram(range) FROM range(10000000000)",
+    "sleep": "SELECT sleep_ms(100000000)",
+    "sleep as elsewhere": "SELECT pg_sleep(100000)",
+}
+
+# Long expressions, or deep ones: DuckDB looks at nothing until they are done.
+EXPRESSION_BOMBS = {
     "long string": "SELECT repeat('x', 2000000000)",
     "long string, hidden": "SELECT length(repeat('x', 1000000000 + (random() * 5)::BIGINT))",
     "padded string": "SELECT lpad('x', 2147483647, 'y')",
@@ -228,7 +246,6 @@ BOMBS = {
     "formatted string": "SELECT format('{{:>2000000000}}', 'x')",
     "string replaced": "SELECT replace(repeat('a', 60000), 'a', repeat('b', 60000))",
     "string hashed": "SELECT sha256(repeat('x', 1500000000))",
-    "string gathered": "SELECT string_agg(repeat('x', 1000000), '') FROM range(100000000)",
     "string of strings": "SELECT repeat(repeat('x', 1000000), 4000)",
     "strings compared": "SELECT levenshtein(repeat('a', 400000), repeat('b', 400000))",
     "strings compared, with memory": "SELECT damerau_levenshtein(repeat('a', 100000), repeat('b', 100000))",
@@ -241,25 +258,13 @@ BOMBS = {
         "SELECT list_transform(range(10000000), lambda x: list_sum(list_transform(range(10000), lambda y: y * x)))"
     ),
     "list resized": "SELECT array_resize([1], 1000000000)",
-    "list gathered": "SELECT list(range) FROM range(100000000000)",
     "list unrolled": "SELECT count(*) FROM (SELECT unnest(range(1000000000)))",
-    "endless rows": "SELECT * FROM range(100000000000000)",
-    "endless rows, repeated": "SELECT * FROM repeat('x', 10000000000000)",
-    "endless wide rows": "SELECT repeat('x', 10000) FROM range(100000000000000)",
-    "series of series": "SELECT * FROM generate_series(1, 1000000000) a, generate_series(1, 1000000000) b",
-    "endless groups": "SELECT range % 1000000007, count(*) FROM range(100000000000) GROUP BY 1",
-    "endless order": "SELECT * FROM range(10000000000) ORDER BY hash(range)",
-    "endless distinct": "SELECT count(DISTINCT range::VARCHAR) FROM range(10000000000)",
-    "endless window": "SELECT sum(range) OVER (ORDER BY hash(range)) FROM range(10000000000)",
-    "large histogram": "SELECT histogram(range) FROM range(10000000000)",
     "pattern": "SELECT regexp_replace(repeat('a', 50000000), '(a|aa)+$', 'b', 'g')",
     "pattern of counts": "SELECT regexp_matches(repeat('a', 100000), '((a{{0,100}}){{0,100}}){{0,100}}b')",
     "pattern splits": "SELECT regexp_split_to_array(repeat('a ', 100000000), ' ')",
     "dates": "SELECT strptime(repeat('1', 100000000), repeat('%Y', 1000000))",
     "JSON": "SELECT json_extract(repeat('[', 100000000), '$')",
     "JSON, nested": "SELECT (repeat('[', 1000000) || repeat(']', 1000000))::JSON",
-    "sleep": "SELECT sleep_ms(100000000)",
-    "sleep as elsewhere": "SELECT pg_sleep(100000)",
     "pivot of many": "PIVOT (FROM range(100000000)) ON range",
     "deeper brackets": "SELECT " + "(" * 200000 + "1" + ")" * 200000,
     "deep sum": "SELECT " + "1+" * 100000 + "1",
@@ -272,6 +277,8 @@ BOMBS = {
     "bits": "SELECT bit_count(repeat('1', 1000000000)::BIT)",
     "large numbers": "SELECT list_product(list_transform(range(100000000), lambda x: x::DOUBLE))",
 }
+
+BOMBS = {**ROW_BOMBS, **EXPRESSION_BOMBS}
 
 
 def lay_bait(outside: Path) -> None:
