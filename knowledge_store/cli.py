@@ -103,12 +103,11 @@ def sql(
 
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
-    with command_errors():
-        with asked(store, query, format.value, memory_limit * 2**30, timeout, note) as answer:
-            text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
-            if format is Format.table and (names := text.readline()):
-                output.print(Text(names.rstrip("\n"), style="bold"))
-            shutil.copyfileobj(text, sys.stdout)
+    with command_errors(), asked(store, query, format.value, memory_limit * 2**30, timeout, note) as answer:
+        text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
+        if format is Format.table and (names := text.readline()):
+            output.print(Text(names.rstrip("\n"), style="bold"))
+        shutil.copyfileobj(text, sys.stdout)
 
 
 @app.command()

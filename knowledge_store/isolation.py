@@ -99,11 +99,11 @@ def _check_end(code: int, report: str, memory_limit: float, timeout: float, rema
 
 def isolated_answer(store: Path, sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT) -> pa.Table:
     """`run_query` in a process of its own, which opens the store anew (see `asked`)."""
-    with asked(store, sql, ARROW, memory_limit, timeout, lambda _: None) as answer:
-        # Where the stream ends too soon, how the child ended says why.
-        with suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(answer) as reader:
-            table: pa.Table = reader.read_all()
-            return table
+    child = asked(store, sql, ARROW, memory_limit, timeout, lambda _: None)
+    # Where the stream ends too soon, how the child ended says why.
+    with child as answer, suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(answer) as reader:
+        table: pa.Table = reader.read_all()
+        return table
     raise errors.QueryError("this SQL was not answered in full")
 
 
