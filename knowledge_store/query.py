@@ -184,10 +184,11 @@ def _check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         statements = connection.extract_statements(sql)
     except (duckdb.Error, UnicodeEncodeError) as error:
         raise QueryError(f"this SQL does not parse: {_first_line(error)}") from None
-    if len(statements) != 1:
+    several = len(statements) > 1 and ";" not in sql.strip().rstrip(";")  # how DuckDB 1.4 has a PIVOT, in its parts
+    if len(statements) != 1 and not several:
         raise QueryError(f"give one SELECT statement: this has {len(statements)}")
     try:
-        kind = statements[0].type.name
+        kind = "MULTI" if several else statements[0].type.name
     except ValueError:  # DuckDB's Python knows fewer kinds than DuckDB (UPDATE EXTENSIONS)
         kind = "another"
     if kind != "SELECT" and not (kind == "MULTI" and _first_word(sql) in READING):
@@ -281,7 +282,9 @@ class Query:
             DamageError: a file it reads is not what was published.
         """
         with self._errors():
-            reader = self._connection.sql(self._sql).to_arrow_reader(BATCH_ROWS)
+            rows = self._connection.sql(self._sql)
+            # What DuckDB 1.4 calls otherwise.
+            reader = getattr(rows, "to_arrow_reader" if hasattr(rows, "to_arrow_reader") else "fetch_record_batch")(BATCH_ROWS)
         names = _own_names(reader.schema.names)
         schema = pa.schema([field.with_name(name) for field, name in zip(reader.schema, names, strict=True)])
         return schema, self._batches(reader, schema)
