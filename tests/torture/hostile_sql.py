@@ -18,6 +18,7 @@ from knowledge_store import KnowledgeStore, KnowledgeStoreError
 
 MEMORY_LIMIT = 256 * 2**20
 TIMEOUT = 1.0
+BY_A_LIMIT = ("was interrupted", "more memory than")
 GRACE = 60.0  # seconds that a process may take to start and to end on a machine that has other things to do
 OWN_MEMORY = 256 * 2**20  # of the process that answers, before it saw the query
 
@@ -110,7 +111,7 @@ class Stand:
             assert answer.nbytes <= MEMORY_LIMIT, f"{text!r} was answered with {answer.nbytes:,} bytes"
         except KnowledgeStoreError as error:
             assert "\n" not in str(error), f"{text!r} took several lines to refuse"
-            ended = "interrupted" if "interrupted" in str(error) or "memory" in str(error) else "refused"
+            ended = "interrupted" if any(words in str(error) for words in BY_A_LIMIT) else "refused"
             assert WORDS not in str(error), f"{text!r} saw outside: {error}"
         except (OverflowError, ValueError):  # Python has no such value: nothing was seen
             ended = "answered"
