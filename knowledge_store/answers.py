@@ -8,12 +8,14 @@ import json
 import math
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import pyarrow as pa
 from rich.cells import cell_len
 
 from knowledge_store.errors import QueryError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SHOWN_ROWS = 200
 COUNTED_ROWS = 1_000_000

@@ -8,9 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import typer
 from rich.text import Text
 
@@ -18,12 +17,13 @@ from knowledge_store.answers import Format, aligned, visible
 from knowledge_store.console import command_errors, messages, note, output
 from knowledge_store.errors import InputError
 from knowledge_store.isolation import asked
+from knowledge_store.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.progress import progress_bar
 from knowledge_store.quantities import amount, byte_size
-from knowledge_store.query import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.store import KnowledgeStore
-from knowledge_store.summary import DumpSummary
-from knowledge_store.verification import verify as verify_store
+
+if TYPE_CHECKING:
+    from knowledge_store.store import KnowledgeStore
+    from knowledge_store.summary import DumpSummary
 
 app = typer.Typer(
     help="Ask, check and keep a store of a teacher's knowledge.",
@@ -39,6 +39,13 @@ SHOWN_SHARE = 0.005
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
 
 
+def _open(store: Path, **options: Any) -> KnowledgeStore:
+    """The store, and with it the libraries that reading it takes: `sql` leaves both to its child."""
+    from knowledge_store.store import KnowledgeStore
+
+    return KnowledgeStore.open(store, **options)
+
+
 @app.command()
 def info(store: StoreArgument) -> None:
     """Show what a store holds: dumps, sizes, ratio to dense logits, mass of the candidates.
@@ -46,7 +53,7 @@ def info(store: StoreArgument) -> None:
     Example: `knowledge-store info knowledge/`
     """
     with command_errors():
-        summaries = KnowledgeStore.open(store).info()
+        summaries = _open(store).info()
         if not summaries:
             note(f"{store} holds no dump yet")
         for summary in summaries:
@@ -116,6 +123,8 @@ def verify(store: StoreArgument) -> None:
 
     Example: `knowledge-store verify knowledge/`
     """
+    from knowledge_store.verification import verify as verify_store
+
     with command_errors():
         planned = sum(1 for _ in store.glob("*/commits/*.json"))
         with progress_bar("verifying", max(planned, 1), "shards") as advance:
@@ -138,7 +147,7 @@ def reindex(store: StoreArgument) -> None:
     Example: `knowledge-store reindex knowledge/`
     """
     with command_errors():
-        opened = KnowledgeStore.open(store, rebuild_index=True)
+        opened = _open(store, rebuild_index=True)
         shards = sum(summary.shards for summary in opened.info())
         output.print(f"Indexed {shards:,} shards of {len(opened.dumps)} dumps", markup=False)
 
@@ -154,7 +163,7 @@ def remove(
     Example: `knowledge-store remove knowledge/ smollm2-books`
     """
     with command_errors():
-        opened = KnowledgeStore.open(store)
+        opened = _open(store)
         name = opened.dump(dump)
         summary = next(each for each in opened.info() if each.dump == name)
         question = f"Remove {name}: {summary.positions:,} positions, {byte_size(summary.bytes)}, for good?"
@@ -176,12 +185,12 @@ def sequence(
     Example: `knowledge-store sequence knowledge/ 65536`
     """
     with command_errors():
-        opened = KnowledgeStore.open(store)
+        opened = _open(store)
         name = opened.dump(dump)
         if "positions" not in opened.manifest(name).kinds:
             raise InputError(f"dump {name!r} holds no knowledge of kind 'positions', and this shows no other")
         ids = opened.sequences(name)["sequence_id"].to_numpy()
-        ordinal = int(np.searchsorted(ids, sequence_id))
+        ordinal = int(ids.searchsorted(sequence_id))
         if ordinal == len(ids) or ids[ordinal] != sequence_id:
             raise InputError(f"dump {name!r} has no sequence {sequence_id}: `SELECT sequence_id FROM sequences` lists them")
         _print_sequence(opened, name, ordinal)

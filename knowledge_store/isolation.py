@@ -13,6 +13,8 @@ read, run and put into words by a child, a new Python that has nothing of its pa
 
 macOS has RLIMIT_DATA and does not heed it: there, memory is limited by DuckDB's own limit alone; all else holds.
 
+The parent loads neither pyarrow nor DuckDB for that: while the child does, it would only take longer to begin.
+
 The child writes the answer to its standard output, and last of all one line of JSON to its standard error: how it ended.
 """
 
@@ -29,14 +31,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import pyarrow as pa
+from typing import IO, TYPE_CHECKING, Any
 
 from knowledge_store import errors
 from knowledge_store.answers import Format, write_answer
+from knowledge_store.limits import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.quantities import binary_size
-from knowledge_store.query import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, Query, check_limits, connect, interrupted
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ARROW = "arrow"
 DUCKDB_SHARE = 0.8
@@ -99,6 +102,8 @@ def _check_end(code: int, report: str, memory_limit: float, timeout: float, rema
 
 def isolated_answer(store: Path, sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT) -> pa.Table:
     """`run_query` in a process of its own, which opens the store anew (see `asked`)."""
+    import pyarrow as pa
+
     child = asked(store, sql, ARROW, memory_limit, timeout, lambda _: None)
     # Where the stream ends too soon, how the child ended says why.
     with child as answer, suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(answer) as reader:
@@ -137,6 +142,9 @@ def _limit(memory_limit: int, timeout: float) -> None:
 
 def _answer(request: dict[str, Any], outlet: IO[bytes]) -> str | None:
     """Do what was asked. Returns the remark."""
+    import pyarrow as pa
+
+    from knowledge_store.query import Query, connect
     from knowledge_store.store import KnowledgeStore
 
     store = KnowledgeStore.open(request["store"], cache_size=0)

@@ -20,10 +20,11 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from knowledge_store.errors import DamageError, InputError, QueryError
+from knowledge_store.errors import DamageError, QueryError
 from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import SEQUENCES, TOKENS_FILE
+from knowledge_store.limits import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.manifest import Manifest
 from knowledge_store.parquet import check_footer, dataset, describe, read_file
 from knowledge_store.quantities import binary_size
@@ -31,10 +32,6 @@ from knowledge_store.reader import ShardFile, shard_files
 from knowledge_store.sequences import SEQUENCE_COLUMNS, sequences_schema
 from knowledge_store.summary import dumps_table, shards_table
 
-MEMORY_LIMIT = 2 * 2**30
-TIMEOUT = 60.0
-LEAST_MEMORY = 32 * 2**20
-LARGEST_MEMORY = 2**50  # limits take no more
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
 
 CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
@@ -313,23 +310,6 @@ class Query:
             if isinstance(error, reading) and " failed" in str(error):
                 _check_opened(self._catalogue.opened)
             raise QueryError(f"this SQL was not run: {_first_line(error)}") from None
-
-
-def check_limits(memory_limit: float, timeout: float) -> None:
-    """Make sure that limits are such.
-
-    Raises:
-        InputError: one is too small, or no number.
-    """
-    if not memory_limit >= LEAST_MEMORY:
-        raise InputError(f"a memory limit is at least {binary_size(LEAST_MEMORY)}, and this is {binary_size(memory_limit)}")
-    if not timeout > 0:
-        raise InputError(f"a time limit is more than 0 seconds, and this is {timeout:g}")
-
-
-def interrupted(timeout: float) -> QueryError:
-    """What to say of a query that had its time."""
-    return QueryError(f"this SQL was interrupted: it had not been answered after {timeout:g} s, its limit of time")
 
 
 def run_query(

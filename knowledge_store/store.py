@@ -14,9 +14,10 @@ from knowledge_store.index import Index, refresh
 from knowledge_store.isolation import isolated_answer
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
+from knowledge_store.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.manifest import Manifest, check_version, read_manifest
 from knowledge_store.publication import remove_folder
-from knowledge_store.query import MEMORY_LIMIT, TIMEOUT, read_tokens, run_query
+from knowledge_store.query import read_tokens, run_query
 from knowledge_store.reader import DumpReader, read_sequences, shard_files
 from knowledge_store.records import read_record
 from knowledge_store.sequences import sequences_schema
