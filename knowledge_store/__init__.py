@@ -3,22 +3,47 @@
 Knows numpy, pyarrow and duckdb; never imports torch or transformers.
 """
 
-from knowledge_store.batches import Batches
-from knowledge_store.calibration import Calibration, read_calibration, write_calibration
-from knowledge_store.errors import (
-    DamageError,
-    InputError,
-    KnowledgeStoreError,
-    MismatchError,
-    QueryError,
-    StoreError,
-)
-from knowledge_store.kinds import KINDS, Kind
-from knowledge_store.manifest import Manifest
-from knowledge_store.store import KnowledgeStore
-from knowledge_store.summary import DumpSummary
-from knowledge_store.verification import Verification, verify
-from knowledge_store.writer import DumpWriter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from knowledge_store.batches import Batches
+    from knowledge_store.calibration import Calibration, read_calibration, write_calibration
+    from knowledge_store.errors import (
+        DamageError,
+        InputError,
+        KnowledgeStoreError,
+        MismatchError,
+        QueryError,
+        StoreError,
+    )
+    from knowledge_store.kinds import KINDS, Kind
+    from knowledge_store.manifest import Manifest
+    from knowledge_store.store import KnowledgeStore
+    from knowledge_store.summary import DumpSummary
+    from knowledge_store.verification import Verification, verify
+    from knowledge_store.writer import DumpWriter
+
+# Where each name is. It is loaded when it is first asked for: the command need not wait for libraries that its child loads.
+_MODULES = {
+    "batches": ("Batches",),
+    "calibration": ("Calibration", "read_calibration", "write_calibration"),
+    "errors": ("DamageError", "InputError", "KnowledgeStoreError", "MismatchError", "QueryError", "StoreError"),
+    "kinds": ("KINDS", "Kind"),
+    "manifest": ("Manifest",),
+    "store": ("KnowledgeStore",),
+    "summary": ("DumpSummary",),
+    "verification": ("Verification", "verify"),
+    "writer": ("DumpWriter",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "KINDS",

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import csv
-import decimal
-import json
+import io
 import math
+import shutil
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import pyarrow as pa
 import typer
-from rich.cells import cell_len
 from rich.text import Text
 
+from knowledge_store.answers import Format, aligned, visible
 from knowledge_store.console import command_errors, messages, note, output
-from knowledge_store.errors import InputError, QueryError
+from knowledge_store.errors import InputError
+from knowledge_store.isolation import asked
+from knowledge_store.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.progress import progress_bar
 from knowledge_store.quantities import amount, byte_size
-from knowledge_store.store import KnowledgeStore
-from knowledge_store.summary import DumpSummary
-from knowledge_store.verification import verify as verify_store
+
+if TYPE_CHECKING:
+    from knowledge_store.store import KnowledgeStore
+    from knowledge_store.summary import DumpSummary
 
 app = typer.Typer(
     help="Ask, check and keep a store of a teacher's knowledge.",
@@ -35,18 +34,16 @@ app = typer.Typer(
 )
 
 DAMAGED = 1
-SHOWN_ROWS = 200
 SHOWN_SHARE = 0.005
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
 
 
-class Format(StrEnum):
-    """How an answer is printed."""
+def _open(store: Path, **options: Any) -> KnowledgeStore:
+    """The store, and with it the libraries that reading it takes: `sql` leaves both to its child."""
+    from knowledge_store.store import KnowledgeStore
 
-    table = "table"
-    csv = "csv"
-    json = "json"
+    return KnowledgeStore.open(store, **options)
 
 
 @app.command()
@@ -56,7 +53,7 @@ def info(store: StoreArgument) -> None:
     Example: `knowledge-store info knowledge/`
     """
     with command_errors():
-        summaries = KnowledgeStore.open(store).info()
+        summaries = _open(store).info()
         if not summaries:
             note(f"{store} holds no dump yet")
         for summary in summaries:
@@ -103,82 +100,21 @@ def sql(
     store: StoreArgument,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="One SELECT statement.")],
     format: Annotated[Format, typer.Option(help="json is one array of row objects.")] = Format.table,
+    memory_limit: Annotated[float, typer.Option(help="For the query and its answer, in GiB.")] = MEMORY_LIMIT / 2**30,
+    timeout: Annotated[float, typer.Option(help="In seconds, after which the query is interrupted.")] = TIMEOUT,
 ) -> None:
     """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
+    It may come from anybody: it runs in a process of its own, can write nothing, read nothing but the store, and not outlive
+    its limits.
+
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
-    with command_errors():
-        _print_answer(KnowledgeStore.open(store).sql(query), format)
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: −∞, ∞ and NaN become null, whole decimals numbers, and what JSON lacks text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, decimal.Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def _rows(answer: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
-    """Rows as Python values.
-
-    Raises:
-        QueryError: Python has no such value (a date after the year 9999, say).
-    """
-    try:
-        rows: list[dict[str, Any]] = answer.to_pylist()
-    except (OverflowError, ValueError) as error:
-        raise QueryError(f"the answer has a value that cannot be shown ({error}): cast it to VARCHAR") from None
-    return rows
-
-
-def _print_answer(answer: pa.Table, format: Format) -> None:
-    if format is Format.json:
-        separator = "["
-        for batch in answer.to_batches(max_chunksize=10_000):
-            for row in _rows(batch):
-                sys.stdout.write(f"{separator}{json.dumps(_plain(row), ensure_ascii=False)}")
-                separator = ",\n"
-        sys.stdout.write("[]\n" if separator == "[" else "]\n")
-    elif format is Format.csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(answer.column_names)
-        for batch in answer.to_batches(max_chunksize=10_000):
-            writer.writerows([_plain(value) for value in row.values()] for row in _rows(batch))
-    else:
-        rows = [[_visible(_cell(value)) for value in row.values()] for row in _rows(answer.slice(0, SHOWN_ROWS))]
-        _print_columns(answer.column_names, rows)
-        if len(answer) > SHOWN_ROWS:
-            note(f"{SHOWN_ROWS} of {len(answer):,} rows shown: --format csv or json gives all")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.7g}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_cell(each) for each in value) + "]"
-    return str(_plain(value))
-
-
-def _visible(text: str) -> str:
-    """Text that stays on its line: control characters are spelled out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
-
-
-def _print_columns(names: list[str], rows: list[list[str]]) -> None:
-    """Rows under their names, each column as wide as it needs to be: a terminal folds long lines, a pipe keeps them."""
-    widths = [max(cell_len(line[column]) for line in [names, *rows]) for column in range(len(names))]
-    for number, line in enumerate([names, *rows]):
-        cells = (cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True))
-        output.print(Text("  ".join(cells).rstrip(), style="" if number else "bold"))
+    with command_errors(), asked(store, query, format.value, memory_limit * 2**30, timeout, note) as answer:
+        text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
+        if format is Format.table and (names := text.readline()):
+            output.print(Text(names.rstrip("\n"), style="bold"))
+        shutil.copyfileobj(text, sys.stdout)
 
 
 @app.command()
@@ -187,6 +123,8 @@ def verify(store: StoreArgument) -> None:
 
     Example: `knowledge-store verify knowledge/`
     """
+    from knowledge_store.verification import verify as verify_store
+
     with command_errors():
         planned = sum(1 for _ in store.glob("*/commits/*.json"))
         with progress_bar("verifying", max(planned, 1), "shards") as advance:
@@ -209,7 +147,7 @@ def reindex(store: StoreArgument) -> None:
     Example: `knowledge-store reindex knowledge/`
     """
     with command_errors():
-        opened = KnowledgeStore.open(store, rebuild_index=True)
+        opened = _open(store, rebuild_index=True)
         shards = sum(summary.shards for summary in opened.info())
         output.print(f"Indexed {shards:,} shards of {len(opened.dumps)} dumps", markup=False)
 
@@ -225,7 +163,7 @@ def remove(
     Example: `knowledge-store remove knowledge/ smollm2-books`
     """
     with command_errors():
-        opened = KnowledgeStore.open(store)
+        opened = _open(store)
         name = opened.dump(dump)
         summary = next(each for each in opened.info() if each.dump == name)
         question = f"Remove {name}: {summary.positions:,} positions, {byte_size(summary.bytes)}, for good?"
@@ -247,12 +185,12 @@ def sequence(
     Example: `knowledge-store sequence knowledge/ 65536`
     """
     with command_errors():
-        opened = KnowledgeStore.open(store)
+        opened = _open(store)
         name = opened.dump(dump)
         if "positions" not in opened.manifest(name).kinds:
             raise InputError(f"dump {name!r} holds no knowledge of kind 'positions', and this shows no other")
         ids = opened.sequences(name)["sequence_id"].to_numpy()
-        ordinal = int(np.searchsorted(ids, sequence_id))
+        ordinal = int(ids.searchsorted(sequence_id))
         if ordinal == len(ids) or ids[ordinal] != sequence_id:
             raise InputError(f"dump {name!r} has no sequence {sequence_id}: `SELECT sequence_id FROM sequences` lists them")
         _print_sequence(opened, name, ordinal)
@@ -264,7 +202,7 @@ def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
 
     def shown(token: int) -> str:
         text = texts[token] if token < len(texts) else None
-        return f"<{token}>" if text is None else _visible(text.replace(" ", "␣"))
+        return f"<{token}>" if text is None else visible(text.replace(" ", "␣"))
 
     rows = []
     for position, token in enumerate(knowledge["input_ids"]):
@@ -278,7 +216,8 @@ def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
             logprob = candidates.get(token, knowledge["token_logprob"][position])
             row[2:] = [f"{math.exp(logprob):.1%}", "  ".join([*words, others])]
         rows.append(row)
-    _print_columns(["position", "token", "probability", "what the teacher expected"], rows)
+    for number, line in enumerate(aligned(["position", "token", "probability", "what the teacher expected"], rows)):
+        output.print(Text(line, style="" if number else "bold"))
 
 
 def _drawn(knowledge: dict[str, Any], position: int, shown: Callable[[int], str]) -> str:

@@ -18,3 +18,12 @@ def amount(count: float) -> str:
         if count >= size:
             return f"{count:,.0f} ({count / size:.1f} {letter})"
     return f"{count:,.0f}"
+
+
+def binary_size(count: float) -> str:
+    """Bytes in binary units, as limits of memory are given: `2 GiB`."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:,.4g} {unit}"
+        count /= 1024
+    return f"{count:,.4g} GiB"

@@ -2,11 +2,18 @@
 
 DuckDB runs in memory, with no access to files or the network, its configuration locked, in a read-only transaction. It sees
 the shards as Arrow datasets over an explicit list of committed files, of which every byte is checked when it is read.
+
+Its own limits of memory and time, which `run_query` sets, hold for what it does row by row. They do not hold for one long
+expression (`repeat('x', 2000000000)`): `isolation` has an answer to that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from pathlib import Path
 
 import duckdb
@@ -18,20 +25,24 @@ from knowledge_store.errors import KnowledgeStoreError, QueryError
 from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import SEQUENCES, TOKENS_FILE
+from knowledge_store.limits import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.manifest import Manifest
 from knowledge_store.parquet import dataset, open_parquet, read_row_groups
+from knowledge_store.quantities import binary_size
 from knowledge_store.reader import OPEN_FILES, shard_files
 from knowledge_store.sequences import SEQUENCE_COLUMNS, sequences_schema
 from knowledge_store.summary import dumps_table, shards_table
 
+BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
+
 CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
-    "enable_external_access": "false",
     # DuckDB lets queries read its folder for temporary files, whatever else is forbidden: let there be none.
     "temp_directory": "",
     "python_enable_replacements": "false",
     "autoinstall_known_extensions": "false",
     "autoload_known_extensions": "false",
     "allow_community_extensions": "false",
+    "allow_persistent_secrets": "false",
     "python_scan_all_frames": "false",
     # DuckDB does not know how many rows an Arrow dataset has, and would as soon keep ten million positions in memory to look up
     # sequences in them: it keeps the right-hand side of a join as it is written.
@@ -145,7 +156,24 @@ class _Catalogue:
         self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS {union}")
 
 
-def _check_statement(sql: str) -> None:
+def connect(memory_limit: float) -> duckdb.DuckDBPyConnection:
+    """An empty database in memory, out of which no query can reach.
+
+    Args:
+        memory_limit: in bytes, for what DuckDB keeps while it answers.
+    """
+    limit = int(min(memory_limit, LARGEST_MEMORY))
+    connection = duckdb.connect(":memory:", config={**CONFIGURATION, "memory_limit": f"{limit}B"})
+    # Not before: a database that is opened without access to files may still read its own, and takes ":memory:" for its name.
+    connection.execute("SET enable_external_access = false")
+    return connection
+
+
+# How a statement that only reads begins. `PIVOT` is several to DuckDB, which finds the new columns before it answers.
+READING = {"select", "with", "from", "table", "values", "pivot", "unpivot", "show", "describe", "desc", "summarize", "("}
+
+
+def _check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
     """Refuse anything but one statement that only reads.
 
     Raises:
@@ -153,19 +181,30 @@ def _check_statement(sql: str) -> None:
     """
     try:
         sql.encode()  # DuckDB's own refusal of half a character is no duckdb.Error
-        statements = duckdb.extract_statements(sql)
+        statements = connection.extract_statements(sql)
     except (duckdb.Error, UnicodeEncodeError) as error:
         raise QueryError(f"this SQL does not parse: {_first_line(error)}") from None
-    if len(statements) != 1:
+    several = len(statements) > 1 and ";" not in sql.strip().rstrip(";")  # how DuckDB 1.4 has a PIVOT, in its parts
+    if len(statements) != 1 and not several:
         raise QueryError(f"give one SELECT statement: this has {len(statements)}")
-    kind = statements[0].type.name
-    if kind != "SELECT":
+    try:
+        kind = "MULTI" if several else statements[0].type.name
+    except ValueError:  # DuckDB's Python knows fewer kinds than DuckDB (UPDATE EXTENSIONS)
+        kind = "another"
+    if kind != "SELECT" and not (kind == "MULTI" and _first_word(sql) in READING):
         raise QueryError(f"only a SELECT statement is answered, and this is {kind}: a store is never changed through SQL")
+
+
+def _first_word(sql: str) -> str:
+    """The first word or sign of a statement that parses, in small letters; comments do not count."""
+    starts = (start for start, kind in duckdb.tokenize(sql) if kind != duckdb.token_type.comment)
+    found = re.match(r"\w+|.", sql.encode()[next(starts) :].decode())
+    return found[0].lower() if found else ""
 
 
 def _mentioned(connection: duckdb.DuckDBPyConnection, sql: str, relations: set[str]) -> set[str]:
     """The relations that a query needs: shards are opened only for a query about what is in them."""
-    if sql.split()[0].lower() == "show":
+    if _first_word(sql) == "show":
         return relations
     try:
         return relations & {name.lower() for name in connection.get_table_names(sql)}
@@ -174,32 +213,46 @@ def _mentioned(connection: duckdb.DuckDBPyConnection, sql: str, relations: set[s
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _with_own_names(answer: pa.Table) -> pa.Table:
-    """The answer with no two columns of one name: a second `dump` becomes `dump_1`, as where DuckDB makes a table of it."""
-    taken = set(answer.column_names)
-    names: list[str] = []
-    for name in answer.column_names:
+def _own_names(names: list[str]) -> list[str]:
+    """Names of which no two are the same: a second `dump` becomes `dump_1`, as where DuckDB makes a table of it."""
+    taken = set(names)
+    owned: list[str] = []
+    for name in names:
         own, number = name, 0
-        while own in names or (number and own in taken):
+        while own in owned or (number and own in taken):
             number += 1
             own = f"{name}_{number}"
-        names.append(own)
-    return answer.rename_columns(names)
+        owned.append(own)
+    return owned
 
 
-def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) -> pa.Table:
-    """Answer one SELECT statement.
+class Query:
+    """One SELECT statement over a store, made ready to be answered.
+
+    Args:
+        connection: from `connect`; the tables are given to it.
+        memory_limit: in bytes, for the answer.
 
     Raises:
-        QueryError: it is refused, or DuckDB cannot run it.
-        DamageError: a file it reads is not what was published.
+        QueryError: it is refused.
+        DamageError: a file it needs has not the footer that was published.
     """
-    _check_statement(sql)
-    with duckdb.connect(":memory:", config=CONFIGURATION) as connection:
-        catalogue = _Catalogue(store, index, manifests, connection)
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        store: Path,
+        index: Index,
+        manifests: list[Manifest],
+        sql: str,
+        memory_limit: int,
+    ):
+        _check_statement(connection, sql)
+        self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
+        self._catalogue = catalogue = _Catalogue(store, index, manifests, connection)
         relations = catalogue.relations()
         facts = {"dumps": lambda: dumps_table(store, index, manifests), "shards": lambda: shards_table(index)}
         for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
@@ -209,16 +262,79 @@ def run_query(store: Path, index: Index, manifests: list[Manifest], sql: str) ->
                 catalogue.create(relation, relations[relation])
         connection.execute("SET lock_configuration = true")
         connection.execute("BEGIN TRANSACTION READ ONLY")
+
+    def answer(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Its columns, no two of one name, and its rows, as they are found.
+
+        Raises:
+            QueryError: DuckDB cannot run it, or, from the iterator, the answer is larger than the limit.
+            DamageError: a file it reads is not what was published.
+        """
+        with self._errors():
+            rows = self._connection.sql(self._sql)
+            # What DuckDB 1.4 calls otherwise.
+            reader = getattr(rows, "to_arrow_reader" if hasattr(rows, "to_arrow_reader") else "fetch_record_batch")(BATCH_ROWS)
+        names = _own_names(reader.schema.names)
+        schema = pa.schema([field.with_name(name) for field, name in zip(reader.schema, names, strict=True)])
+        return schema, self._batches(reader, schema)
+
+    def _batches(self, reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        size = 0
+        with self._errors():
+            for batch in reader:
+                size += batch.nbytes
+                if size > self._memory_limit:
+                    limit = binary_size(self._memory_limit)
+                    raise QueryError(f"this SQL was cut off: its answer takes more memory than the limit of {limit}")
+                yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            answer = connection.sql(sql).to_arrow_table()
-        except RuntimeError as error:
-            if "interrupted" in str(error).lower():  # how DuckDB passes Ctrl-C on
-                raise KeyboardInterrupt from None
-            raise
-        except duckdb.Error as error:
-            for reason in catalogue.errors:
+            yield
+        except (duckdb.Error, OSError, pa.ArrowException, MemoryError) as error:
+            # Of what goes wrong while rows come, Arrow hands on no more than DuckDB's words.
+            for reason in self._catalogue.errors:
                 raise reason from None
+            if isinstance(error, MemoryError) or "Out of Memory" in str(error):
+                limit = binary_size(self._memory_limit)
+                raise QueryError(f"this SQL needs more memory than its limit of {limit}: {_first_line(error)}") from None
             raise QueryError(f"this SQL was not run: {_first_line(error)}") from None
-        for reason in catalogue.errors:
+        for reason in self._catalogue.errors:
             raise reason
-        return _with_own_names(answer)
+
+
+def run_query(
+    store: Path, index: Index, manifests: list[Manifest], sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT
+) -> pa.Table:
+    """Answer one SELECT statement, in this process.
+
+    Args:
+        memory_limit: in bytes, for what DuckDB keeps while it answers, and for the answer.
+        timeout: in seconds, after which DuckDB is asked to stop.
+
+    Raises:
+        InputError: a limit is none.
+        QueryError: it is refused, DuckDB cannot run it, or it needs more than its limits.
+        DamageError: a file it reads is not what was published.
+    """
+    check_limits(memory_limit, timeout)
+    with connect(memory_limit) as connection:
+        query = Query(connection, store, index, manifests, sql, memory_limit)
+
+        def collect() -> pa.Table:
+            schema, batches = query.answer()
+            return pa.Table.from_batches(batches, schema)
+
+        # On a thread of its own, so that this one hears Ctrl-C and the clock.
+        with ThreadPoolExecutor(1) as worker:
+            found = worker.submit(collect)
+            try:
+                wait([found], min(timeout, threading.TIMEOUT_MAX))
+                if not found.done():
+                    raise interrupted(timeout)
+                return found.result()
+            finally:
+                while not found.done():  # again and again: DuckDB forgets what comes just before it begins
+                    connection.interrupt()
+                    wait([found], 0.1)

@@ -12,8 +12,10 @@ from knowledge_store.batches import Batches
 from knowledge_store.decoded import CACHE_SIZE
 from knowledge_store.errors import DamageError, InputError, StoreError
 from knowledge_store.index import Index, refresh
+from knowledge_store.isolation import isolated_answer
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
+from knowledge_store.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.manifest import Manifest, check_version, read_manifest
 from knowledge_store.publication import disk_errors, remove_folder
 from knowledge_store.query import read_tokens, run_query
@@ -133,14 +135,35 @@ class KnowledgeStore:
         """The facts of each dump, from manifests and the index alone."""
         return [summarise(self.path, self._index, manifest) for manifest in self._manifests.values()]
 
-    def sql(self, query: str) -> pa.Table:
+    @property
+    def parts(self) -> tuple[Path, Index, list[Manifest]]:
+        """What a `Query` needs to know of it."""
+        return self.path, self._index, list(self._manifests.values())
+
+    def sql(
+        self, query: str, *, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT, isolated: bool = False
+    ) -> pa.Table:
         """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
+        It can write nothing and read nothing but the store, whoever wrote it. Ctrl-C ends it.
+
+        Args:
+            query: the statement.
+            memory_limit: in bytes, for what the query keeps in memory, and for its answer.
+            timeout: in seconds.
+            isolated: for a query that somebody else wrote: answer it in a process of its own, which the system holds to the
+                limits (see `isolation`) and which opens the store anew. It takes a third of a second to start. Otherwise
+                DuckDB watches the limits, and a single long expression can go past them.
+
         Raises:
-            QueryError: it is not one SELECT statement, would read or write anything else, or DuckDB cannot run it.
+            InputError: a limit is too small.
+            QueryError: it is not one SELECT statement, would read or write anything else, needs more than its limits, or
+                DuckDB cannot run it.
             DamageError: a file it reads is not what was published.
         """
-        return run_query(self.path, self._index, list(self._manifests.values()), query)
+        if isolated:
+            return isolated_answer(self.path, query, memory_limit, timeout)
+        return run_query(*self.parts, query, memory_limit, timeout)
 
     def _reader(self, dump: str | None) -> DumpReader:
         name = self.dump(dump)

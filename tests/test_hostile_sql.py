@@ -1,0 +1,242 @@
+"""Hostile SQL: nothing outside the store is read, nothing is written, and limits of memory and time hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_command
+from hostile_sql import BOMBS, EXPRESSION_BOMBS, HARMLESS, REFUSED, ROW_BOMBS
+from stores import write_store
+from torture.hostile_sql import Stand, run
+
+from knowledge_store import DamageError, InputError, KnowledgeStore, QueryError
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory: pytest.TempPathFactory) -> Stand:
+    return Stand(tmp_path_factory.mktemp("hostile"))
+
+
+@pytest.fixture(scope="module")
+def store(stand: Stand) -> KnowledgeStore:
+    return KnowledgeStore.open(stand.outside / "store")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(stand, monkeypatch, name):
+    monkeypatch.chdir(stand.outside)
+    assert stand.attempt(REFUSED[name], timeout=20) == "refused"
+    stand.check(name)
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless(stand, monkeypatch, name):
+    monkeypatch.chdir(stand.outside)
+    stand.attempt(HARMLESS[name], timeout=20)
+    stand.check(name)
+
+
+@pytest.mark.parametrize("name", ROW_BOMBS)
+def test_bombs_of_rows(stand, name):
+    assert stand.attempt(ROW_BOMBS[name], timeout=0.2) == "interrupted"
+    stand.check(name)
+
+
+@pytest.mark.parametrize("name", EXPRESSION_BOMBS)
+def test_bombs_of_expressions(stand, name):
+    stand.attempt(EXPRESSION_BOMBS[name], isolated=True, timeout=0.2)
+    stand.check(name)
+
+
+@pytest.mark.parametrize("name", ["read_text", "bare Parquet file", "EXPLAIN ANALYZE COPY", "INSERT in WITH", "two statements"])
+def test_refused_in_a_process_of_its_own(stand, monkeypatch, name):
+    monkeypatch.chdir(stand.outside)
+    assert stand.attempt(REFUSED[name], isolated=True, timeout=20) == "refused"
+    stand.check(name)
+
+
+def test_combinations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torture.hostile_sql.BOMBS", {"long list": BOMBS["long list"]})
+    monkeypatch.setattr("torture.hostile_sql.REFUSED", dict(list(REFUSED.items())[::3]))
+    counts = run(seed=5, minutes=0.02, folder=tmp_path)
+    assert counts["attempts"] == counts["survived"] > 70
+    assert counts["silent"] == 0
+
+
+QUERIES = [
+    "SELECT * FROM positions ORDER BY ALL",
+    "SELECT * FROM candidates ORDER BY ALL",
+    "SELECT * FROM sequences",
+    "SELECT * FROM shards JOIN dumps USING (dump)",
+    "SHOW TABLES",
+    "SELECT a.dump, b.dump FROM dumps a, dumps b",
+    "SELECT NULL, [1, NULL], {'a': 1}, MAP {'a': 1}, 'x'::BLOB, 1.5::DECIMAL(9, 2), 'a'::ENUM('a', 'b'), uuid() = uuid()",
+    "SELECT 1 AS a WHERE false",
+    "PIVOT positions ON is_target USING count(*) GROUP BY dump",
+]
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_an_answer_is_the_same_in_a_process_of_its_own(store, query):
+    assert store.sql(query, isolated=True).equals(store.sql(query))
+
+
+def test_pivot(store):
+    targets = store.sql("SELECT is_target FROM positions")["is_target"].to_pylist()
+    pivot = "PIVOT (SELECT is_target FROM positions) ON is_target USING count(*)"
+    for query in (pivot, f"/* x */ WITH p AS ({pivot}) FROM p"):
+        assert store.sql(query).to_pylist() == [{"false": targets.count(False), "true": targets.count(True)}]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_time(store, isolated):
+    started = time.monotonic()
+    with pytest.raises(QueryError, match=r"interrupted: it had not been answered after 0\.3 s, its limit of time"):
+        store.sql(BOMBS["cross join"], timeout=0.3, isolated=isolated)
+    assert time.monotonic() - started < 30
+    assert store.sql("SELECT 1 AS one").to_pylist() == [{"one": 1}]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_memory(store, isolated):
+    for query in (BOMBS["list gathered"], BOMBS["string gathered"]):
+        with pytest.raises(QueryError, match="memory") as raised:
+            store.sql(query, memory_limit=64 * MIB, isolated=isolated)
+        assert "64 MiB" in str(raised.value)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_answers_too_large(store, isolated):
+    with pytest.raises(QueryError, match="cut off: its answer takes more memory than the limit of 64 MiB"):
+        store.sql(BOMBS["endless rows"], memory_limit=64 * MIB, isolated=isolated)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_limits_that_are_none(store, isolated):
+    for wrong in ({"memory_limit": 0}, {"memory_limit": -1}, {"timeout": 0}, {"timeout": -1}, {"timeout": float("nan")}):
+        with pytest.raises(InputError, match="limit"):
+            store.sql("SELECT 1", isolated=isolated, **wrong)
+    large = {"memory_limit": 2**80, "timeout": 1e300}
+    assert store.sql("SELECT 1 AS one", isolated=isolated, **large).to_pylist() == [{"one": 1}]
+
+
+def test_damage_is_named_from_a_process_of_its_own(tmp_path):
+    folder = write_store(tmp_path / "store")
+    path = folder / "small/positions/00001.parquet"
+    opened = KnowledgeStore.open(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamageError, match=r"positions/00001\.parquet is damaged"):
+        opened.sql("SELECT count(token_id) FROM positions", isolated=True)
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return run_command("knowledge_store", "sql", *arguments)
+
+
+def test_the_command_interrupts_and_says_so(stand):
+    answer = command(stand.outside / "store", BOMBS["strings compared"], "--timeout", "0.3")
+    assert (answer.returncode, answer.stdout) == (2, "")
+    assert answer.stderr == "Error: this SQL was interrupted: it had not been answered after 0.3 s, its limit of time\n"
+
+
+def test_the_command_streams_and_stops(stand):
+    query = "SELECT repeat('x', 500) FROM range(100000000000)"
+    answer = command(stand.outside / "store", query, "--format", "csv", "--memory-limit", "0.05")
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("Error: this SQL was cut off: its answer takes more memory than the limit of 51.2 MiB")
+    rows = answer.stdout.splitlines()[1:]
+    assert len(rows) > 1000
+    assert set(rows) == {"x" * 500}
+
+
+def test_the_command_counts_so_far_and_no_further(stand):
+    answer = command(stand.outside / "store", "SELECT * FROM range(100000000000)")
+    assert answer.returncode == 0
+    assert len(answer.stdout.splitlines()) == 201
+    assert answer.stderr == "200 of more than 1,000,000 rows shown: --format csv or json gives all\n"
+
+
+def test_one_large_cell_is_put_into_words_within_the_limit(stand):
+    answer = command(stand.outside / "store", "SELECT range(20000000)", "--format", "json", "--memory-limit", "0.25")
+    assert answer.returncode == 2
+    assert answer.stderr.count("\n") == 1
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1024 * (600 if sys.platform == "linux" else 2**20)
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for task in Path(f"/proc/{pid}/task").iterdir() for each in (task / "children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_query_ends_with_its_command(stand, number):
+    arguments = [sys.executable, "-m", "knowledge_store.cli", "sql", str(stand.outside / "store"), BOMBS["strings compared"]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: children(process.pid))
+        [child] = children(process.pid)
+        ticks = lambda: int(Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[11])  # noqa: E731
+        wait_until(lambda: ticks() > 100)  # a second of work: it has begun
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == (130 if number == signal.SIGINT else -number)
+        assert said == ("Interrupted.\n" if number == signal.SIGINT else "")
+    wait_until(lambda: not alive(child))
+
+
+def test_ctrl_c_ends_a_query_of_a_program(stand):
+    program = f"""
+import signal, threading, time, os
+from knowledge_store import KnowledgeStore
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+store = KnowledgeStore.open({str(stand.outside / "store")!r})
+try:
+    store.sql({BOMBS["cross join"]!r})
+except KeyboardInterrupt:
+    print("stopped", store.sql("SELECT 1 AS one").to_pylist())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (answer.returncode, answer.stdout) == (0, "stopped [{'one': 1}]\n")
+
+
+def test_a_slow_reader_is_waited_for(stand):
+    """Half of the answer is read after the query's time would have been over."""
+    arguments = [sys.executable, "-m", "knowledge_store.cli", "sql", str(stand.outside / "store")]
+    arguments += ["SELECT range AS n FROM range(100000)", "--format", "json", "--timeout", "1.5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        begun = process.stdout.read(10)
+        time.sleep(2)
+        rest = process.stdout.read()
+        assert process.stderr.read() == b""
+    assert json.loads(begun + rest)[-1] == {"n": 99_999}
