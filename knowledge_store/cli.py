@@ -18,7 +18,7 @@ import typer
 from rich.cells import cell_len
 from rich.text import Text
 
-from knowledge_store.console import command_errors, messages, note, output
+from knowledge_store.console import command_errors, messages, note, output, visible
 from knowledge_store.errors import InputError, QueryError
 from knowledge_store.progress import progress_bar
 from knowledge_store.quantities import amount, byte_size
@@ -91,11 +91,11 @@ def _print_summary(summary: DumpSummary) -> None:
     state = "complete" if summary.complete else "incomplete: run the same `teacher-dump run` again to go on"
     output.print(f"[bold]{summary.dump}[/bold]  {shards}, {state}")
     for label, value in lines:
-        output.print(f"  {label:<23} {value}", markup=False)
+        output.print(f"  {label:<23} {visible(value)}", markup=False)
     shown = {name: size for name, size in summary.column_bytes.items() if size >= SHOWN_SHARE * summary.bytes}
     shown["the rest: footers, records, small columns"] = summary.bytes - sum(shown.values())
     for name, size in sorted(shown.items(), key=lambda item: -item[1]):
-        output.print(f"    {size / max(summary.positions, 1):6.2f} bytes a position  {name}", markup=False)
+        output.print(f"    {size / max(summary.positions, 1):6.2f} bytes a position  {visible(name)}", markup=False)
 
 
 @app.command()
@@ -152,7 +152,7 @@ def _print_answer(answer: pa.Table, format: Format) -> None:
         for batch in answer.to_batches(max_chunksize=10_000):
             writer.writerows([_plain(value) for value in row.values()] for row in _rows(batch))
     else:
-        rows = [[_visible(_cell(value)) for value in row.values()] for row in _rows(answer.slice(0, SHOWN_ROWS))]
+        rows = [[visible(_cell(value)) for value in row.values()] for row in _rows(answer.slice(0, SHOWN_ROWS))]
         _print_columns(answer.column_names, rows)
         if len(answer) > SHOWN_ROWS:
             note(f"{SHOWN_ROWS} of {len(answer):,} rows shown: --format csv or json gives all")
@@ -166,11 +166,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_cell(each) for each in value) + "]"
     return str(_plain(value))
-
-
-def _visible(text: str) -> str:
-    """Text that stays on its line: control characters are spelled out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def _print_columns(names: list[str], rows: list[list[str]]) -> None:
@@ -194,7 +189,7 @@ def verify(store: StoreArgument) -> None:
         for sentence in found.notes:
             note(f"Note: {sentence}")
         for sentence in found.damage:
-            messages.print(f"Damage: {sentence}", style="red", markup=False)
+            messages.print(f"Damage: {visible(sentence)}", style="red", markup=False)
         checked = f"{found.dumps} dumps, {found.shards} shards, {found.positions:,} positions, {byte_size(found.bytes)}"
         if found.damage:
             note(f"{len(found.damage)} damaged; sound: {checked}")
@@ -264,7 +259,7 @@ def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
 
     def shown(token: int) -> str:
         text = texts[token] if token < len(texts) else None
-        return f"<{token}>" if text is None else _visible(text.replace(" ", "␣"))
+        return f"<{token}>" if text is None else visible(text.replace(" ", "␣"))
 
     rows = []
     for position, token in enumerate(knowledge["input_ids"]):

@@ -7,6 +7,7 @@ record and checked before Parquet parses it. Everything is read through pyarrow:
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import DamageError, StoreError
+from knowledge_store.pages import check_file, check_row_group
 from knowledge_store.publication import publish
 
 MAGIC = b"PAR1"
@@ -27,7 +29,10 @@ COMPRESSION_LEVEL = 19
 COUNTING = "DELTA_BINARY_PACKED"
 TEXT = "DELTA_LENGTH_BYTE_ARRAY"
 STATISTICS = {"sequence_id", "document", "length", "targets"}
+MOST_FOOTER_BYTES = 64 * 2**20
+MOST_FILE_BYTES = 2**48
 
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 FILE_SHAPE = {"bytes": int, "sha256": str, "footer_sha256": str, "rows": int, "column_bytes": {...: int}}
 
@@ -42,6 +47,9 @@ class FileRecord:
         footer_sha256: hash of its footer (metadata, length and magic).
         rows: how many rows it holds.
         column_bytes: compressed bytes of each top-level column.
+
+    Raises (on construction):
+        ValueError: a size or a hash is none. Hashes become names of files in the user's cache.
     """
 
     bytes: int
@@ -49,6 +57,12 @@ class FileRecord:
     footer_sha256: str
     rows: int
     column_bytes: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if not (_SHA256.fullmatch(self.sha256) and _SHA256.fullmatch(self.footer_sha256)):
+            raise ValueError("a file's SHA-256 is not 64 hexadecimal digits")
+        if not all(0 <= each <= MOST_FILE_BYTES for each in (self.bytes, self.rows, *self.column_bytes.values())):
+            raise ValueError("a file's size or number of rows is not possible")
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -138,13 +152,25 @@ def read_file(path: Path) -> pa.Table:
     """All of a file whose footer can be trusted; pages are checked as they are read.
 
     Raises:
-        DamageError: a page does not match its checksum.
+        DamageError: a page does not match its checksum, or the file claims to hold what it cannot.
+    """
+    with open_trusted(path) as file:
+        tables = list(read_row_groups(file, path))
+        return pa.concat_tables(tables) if tables else file.schema_arrow.empty_table()
+
+
+def open_trusted(path: Path) -> pq.ParquetFile:
+    """Open a file whose footer can be trusted to be the one that was published; not that it was made in good faith.
+
+    Raises:
+        DamageError: the file claims to hold what it cannot.
     """
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read(use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        check_file(file.metadata, path.stat().st_size)
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DamageError(f"{path} is damaged: {error}") from None
+    return file
 
 
 def describe(path: Path) -> FileRecord:
@@ -154,14 +180,17 @@ def describe(path: Path) -> FileRecord:
         DamageError: it is missing or no Parquet file.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise DamageError(f"{path} is not a file")
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
         footer_sha256 = hashlib.sha256(read_footer(path)).hexdigest()
         metadata = pq.read_metadata(path)
+        check_file(metadata, size)
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     column_bytes: dict[str, int] = {}
     for group in range(metadata.num_row_groups):
@@ -183,7 +212,7 @@ def read_footer(path: Path) -> bytes:
         file.seek(max(size - 8, 0))
         end = file.read(8)
         length = int.from_bytes(end[:4], "little") + 8
-        if end[4:] != MAGIC or length > size:
+        if end[4:] != MAGIC or length > min(size, MOST_FOOTER_BYTES):
             raise DamageError(f"{path} is damaged: it does not end as a Parquet file does")
         file.seek(size - length)
         return file.read(length)
@@ -197,6 +226,8 @@ def check_footer(path: Path, size: int, footer_sha256: str) -> None:
     """
     try:
         found = path.stat().st_size
+        if not path.is_file():  # to open a pipe would be to wait for it
+            raise DamageError(f"{path} is damaged: it is not a file")
         if found != size:
             raise DamageError(f"{path} is damaged: it has {found:,} bytes and was published with {size:,}")
         if hashlib.sha256(read_footer(path)).hexdigest() != footer_sha256:
@@ -211,10 +242,10 @@ def open_parquet(path: Path, size: int, footer_sha256: str) -> pq.ParquetFile:
     """Open a file whose footer is checked now and whose pages are checked as they are read.
 
     Raises:
-        DamageError: its size or footer differ from what was published.
+        DamageError: its size or footer differ from what was published, or it claims to hold what it cannot.
     """
     check_footer(path, size, footer_sha256)
-    return pq.ParquetFile(path, page_checksum_verification=True)
+    return open_trusted(path)
 
 
 def read_row_groups(file: pq.ParquetFile, path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
@@ -231,11 +262,12 @@ def read_row_group(file: pq.ParquetFile, path: Path, group: int, columns: list[s
     """One row group of an open file.
 
     Raises:
-        DamageError: a page does not match its checksum.
+        DamageError: a page does not match its checksum, or claims to hold what it cannot.
     """
     try:
+        check_row_group(file, path, group, columns)
         return file.read_row_group(group, columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, MemoryError, ValueError, pa.ArrowException) as error:
         raise DamageError(f"{path} is damaged: {error}") from None
 
 

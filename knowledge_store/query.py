@@ -20,7 +20,7 @@ from knowledge_store.layout import SEQUENCES, TOKENS_FILE
 from knowledge_store.manifest import Manifest
 from knowledge_store.parquet import check_footer, dataset, describe, read_file
 from knowledge_store.reader import ShardFile, shard_files
-from knowledge_store.sequences import SEQUENCE_COLUMNS, sequences_schema
+from knowledge_store.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.summary import dumps_table, shards_table
 
 CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
@@ -42,12 +42,15 @@ def read_tokens(store: Path, manifest: Manifest) -> pa.Table:
     """A dump's `tokens` table (schema TOKENS_SCHEMA).
 
     Raises:
-        DamageError: the file is not the one the manifest names.
+        DamageError: the file is not the one the manifest names, or holds something else.
     """
     path = store / manifest.dump / TOKENS_FILE
     record = manifest.derived["tokens"]
     check_footer(path, record["bytes"], record["footer_sha256"])
-    return read_file(path)
+    tokens = read_file(path)
+    if not tokens.schema.equals(TOKENS_SCHEMA):
+        raise DamageError(f"{path} is damaged: it does not have the columns of its table")
+    return tokens
 
 
 # Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.

@@ -107,8 +107,9 @@ class KnowledgeStore:
     def sequences(self, dump: str | None = None) -> pa.Table:
         """A dump's `sequences` table, in the order of ordinals."""
         manifest = self.manifest(dump)
-        table = read_sequences(shard_files(self.path, self._index, manifest.dump, SEQUENCES))
-        return sequences_schema(manifest).empty_table() if table is None else table
+        schema = sequences_schema(manifest)
+        table = read_sequences(shard_files(self.path, self._index, manifest.dump, SEQUENCES), schema)
+        return schema.empty_table() if table is None else table
 
     def info(self) -> list[DumpSummary]:
         """The facts of each dump, from manifests and the index alone."""

@@ -28,6 +28,9 @@ from knowledge_store.publication import TEMPORARY_PREFIX
 from knowledge_store.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
 from knowledge_store.store import check_store
 
+# How a file of good hashes and bad contents fails in the code that looks into it.
+_UNSOUND = (OSError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError, pa.ArrowException)
+
 
 @dataclass
 class Verification:
@@ -67,7 +70,7 @@ def _check_files(files: dict[str, tuple[Path, FileRecord, pa.Schema]], found: Ve
             tables[name] = _check_file(path, record, schema)
         except (DamageError, StoreError) as error:
             found.damage.append(str(error))
-        except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+        except _UNSOUND as error:
             found.damage.append(f"{path} is damaged: {error}")
     return tables
 
@@ -75,6 +78,8 @@ def _check_files(files: dict[str, tuple[Path, FileRecord, pa.Schema]], found: Ve
 def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: Path) -> None:
     """The rows of a kind are those of its sequences: all of them, in order, positions counted from 0."""
     ids, lengths = sequences["sequence_id"].to_numpy(), sequences["length"].to_numpy()
+    if min(lengths, default=1) < 1 or (per == "position" and lengths.sum(dtype=np.int64) != len(knowledge)):
+        raise DamageError(f"{path} does not have the rows of its sequences")
     expected = np.repeat(ids, lengths) if per == "position" else ids
     if not np.array_equal(knowledge["sequence_id"].to_numpy(), expected):
         raise DamageError(f"{path} does not have the rows of its sequences")
@@ -158,12 +163,12 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
             _check_shard(folder, manifest, commit, found)
         except (DamageError, StoreError) as error:
             found.damage.append(str(error))
-        except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+        except _UNSOUND as error:
             found.damage.append(f"shard {shard} of {folder} is damaged: {error}")
         shard_done(1)
     for table in (SEQUENCES, *manifest.kinds):
         for path in sorted((folder / table).glob("*.parquet")):
-            if not path.stem.isdigit() or int(path.stem) not in committed:
+            if not path.stem.isdecimal() or int(path.stem) not in committed:
                 found.notes.append(f"{path} is not committed: a run was cut off before its commit record")
     missing = manifest.shard_count - len(committed)
     if missing:

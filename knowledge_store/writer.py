@@ -164,8 +164,7 @@ class DumpWriter:
         tables = {SEQUENCES: (sequences_table(sequences, self.manifest), [len(sequences)])}
         for name in self.manifest.kinds:
             table, rows_in_groups = self._knowledge(KINDS[name], knowledge[name], ids, lengths, groups)
-            numbers = list(KINDS[name].statistics(table, self.manifest).values())
-            if _has_nan(table) or not np.isfinite(numbers).all():
+            if _has_nan(table) or not self._has_finite_statistics(KINDS[name], table):
                 raise InputError(f"knowledge of shard {shard} of {self.manifest.dump!r} is NaN or infinite: it is not written")
             tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
         files: dict[str, FileRecord] = {}
@@ -213,6 +212,12 @@ class DumpWriter:
             tables.append(kind.table(keys.slice(start, count), part, self.manifest))
             start += count
         return pa.concat_tables(tables), rows_in_groups
+
+    def _has_finite_statistics(self, kind: Kind, table: pa.Table) -> bool:
+        try:
+            return bool(np.isfinite(list(kind.statistics(table, self.manifest).values())).all())
+        except ValueError:  # what it is made of is infinite
+            return False
 
     def _packed(self, kind: Kind, table: pa.Table, rows_in_groups: list[int]) -> pa.Table:
         """What to store of a table, by row group too."""

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from knowledge_store.console import silence
 from knowledge_store.errors import InputError
+from knowledge_store.weights import check_weights
 
 
 def quieten() -> None:
@@ -161,8 +162,10 @@ def _check_place(model: str, gguf_file: str | None) -> None:
     if gguf_file:
         if not (folder / gguf_file).is_file():
             raise InputError(f"there is no file {gguf_file} in {model}")
-    elif not (folder / "config.json").is_file():
+        return
+    if not (folder / "config.json").is_file():
         raise InputError(f"{model} is not a model folder: it has no config.json")
+    check_weights(folder)
 
 
 def _first_line(error: Exception) -> str:

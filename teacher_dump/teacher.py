@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from knowledge_store.console import note, silence
 from knowledge_store.errors import InputError
 from knowledge_store.records import json_sha256
+from knowledge_store.weights import check_weights
 from teacher_dump.fingerprints import file_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -234,6 +235,7 @@ def _model_files(folder: Path, gguf_file: str | None) -> list[Path]:
         raise InputError(f"{folder} has no weights that can be used{hint}")
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json")
+    check_weights(folder)
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in tokenizer):
         raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")

@@ -116,7 +116,10 @@ def _padded_lists(column: pa.ChunkedArray, fill: float, dtype: type) -> tuple[np
     lengths = pc.list_value_length(column).fill_null(0).to_numpy()
     width = int(lengths.max(initial=0))
     padded: np.ndarray = np.full((len(column), width), fill, dtype=dtype)
-    padded[np.arange(width) < lengths[:, None]] = pc.list_flatten(column).to_numpy()
+    values = pc.list_flatten(column)
+    if values.null_count:
+        raise ValueError("a list has a null among its values")
+    padded[np.arange(width) < lengths[:, None]] = values.to_numpy()
     return padded, lengths
 
 
@@ -133,12 +136,21 @@ def decode(table: pa.Table) -> Arrays:
         int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
         candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and tail_counts int64 (N, M); in a calibrated
         dump tail_logsumexp float32 (N,).
+
+    Raises:
+        ValueError: what cannot be missing is, or log-probabilities are none.
     """
+    for name in ("token_id", "is_target"):
+        if table[name].null_count:
+            raise ValueError(f"{name} is null")
     kept = table["candidate_ids"].is_valid().to_numpy()
     candidate_ids, _ = _padded_lists(table["candidate_ids"], 0, np.int64)
     candidate_logprobs, _ = _padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     tail_logprob = table["tail_logprob"].fill_null(0).to_numpy()
-    excess = np.log(_total_mass(candidate_logprobs, tail_logprob))
+    with np.errstate(all="ignore"):
+        excess = np.log(_total_mass(candidate_logprobs, tail_logprob))
+    if not np.isfinite(excess).all():
+        raise ValueError("candidates and tail are no probabilities")
     more = {}
     if "tail_ids" in table.column_names:
         more["tail_ids"], _ = _padded_lists(table["tail_ids"], 0, np.int64)
