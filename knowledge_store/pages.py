@@ -2,7 +2,7 @@
 
 A footer states rows, values and sizes; the header in front of each page states them once more, and is what a reader allocates
 by. Neither is covered by page checksums, and a stranger's file may state anything. So both are read here first: they must
-agree, every page must carry a checksum, and what a column chunk stands for is bounded, by a constant or by the bytes that are there.
+agree, every page must carry a checksum, and what a column chunk stands for is bounded, by a constant or by its bytes.
 Headers are Thrift, compact protocol (github.com/apache/thrift, doc/specs/thrift-compact-protocol.md), with the fields of
 parquet-format's parquet.thrift.
 """
@@ -100,7 +100,7 @@ def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
 
 
 def _page(data: bytes, start: int) -> Page:
-    """The page whose header `data` begins with, at `start` in the file. IndexError: the header goes on; ValueError: it is none."""
+    """The page whose header `data` begins with, at `start` in the file. IndexError: it is cut off; ValueError: it is none."""
     fields, end = _struct(data, 0)
     if end > len(data):
         raise IndexError
@@ -110,10 +110,11 @@ def _page(data: bytes, start: int) -> Page:
     if kind not in (_DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2) or not isinstance(own, dict):
         raise ValueError("a page is of no known kind")
     encoding = own.get(4 if kind == _DATA_PAGE_V2 else 2, -1)
-    compressed, uncompressed, values, checksum = fields.get(3), fields.get(2), own.get(1, 0), fields.get(4)
+    checksum = fields.get(4)
+    compressed, uncompressed, values = (fields.get(3, ""), fields.get(2, ""), own.get(1, 0))
     if any(type(each) is not int for each in (compressed, uncompressed, values, encoding, checksum or 0)):
         raise ValueError("a page header lacks a number")
-    if min(compressed, uncompressed, values) < 0:  # type: ignore[type-var]
+    if min(compressed, uncompressed, values) < 0:
         raise ValueError("a page header states less than nothing")
     return Page(kind, start + end, compressed, uncompressed, values, encoding, None if checksum is None else checksum % 2**32)
 

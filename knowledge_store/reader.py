@@ -178,6 +178,33 @@ class DumpReader:
         start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
         return {name: array[start:end].copy() for name, array in arrays.items()}
 
+    def kept(self, ordinal: int, kind: str) -> tuple[pa.Table, int]:
+        """A sequence's rows of a kind per position as they were kept (rounded, not normalised), and its `token_hash`.
+
+        Raises:
+            InputError: there is no such sequence.
+            DamageError: what was read is not what was published.
+        """
+        place, within = self._place(ordinal)
+        group = int(self._row_groups(kind, place).group[within])
+        path = self._files[kind][place].path
+        stored = read_row_group(self._open(kind, place), path, group)
+        start, end = self._first_rows(kind, place)[within : within + 2] - self._row_groups(kind, place).rows[group]
+        try:
+            rows = KINDS[kind].unpack(stored.slice(start, end - start), self.manifest)
+        except ValueError as error:
+            raise DamageError(f"{path} is damaged: {error}") from None
+        hashes = read_sequences([self._sequence_files[place]], self._sequences_schema, ["token_hash"])
+        assert hashes is not None
+        return rows, hashes["token_hash"][within].as_py()
+
+    def _place(self, ordinal: int) -> tuple[int, int]:
+        """The shard that a sequence is in, and its number there (InputError: there is none)."""
+        if not 0 <= ordinal < len(self):
+            raise InputError(f"dump {self.manifest.dump!r} has no sequence {ordinal}: it has {len(self)}, counted from 0")
+        place = bisect_right(self._first_ordinal, ordinal) - 1
+        return place, ordinal - self._first_ordinal[place]
+
     def sequence(self, ordinal: int, kinds: tuple[str, ...]) -> tuple[int, dict[str, Arrays]]:
         """One sequence: its id, and for each kind its decoded arrays (all its rows), which belong to the caller.
 
@@ -185,10 +212,7 @@ class DumpReader:
             InputError: there is no such sequence.
             DamageError: what was read is not what was published.
         """
-        if not 0 <= ordinal < len(self):
-            raise InputError(f"dump {self.manifest.dump!r} has no sequence {ordinal}: it has {len(self)}, counted from 0")
-        place = bisect_right(self._first_ordinal, ordinal) - 1
-        within = ordinal - self._first_ordinal[place]
+        place, within = self._place(ordinal)
         ids, _ = self._shard(place)
         return int(ids[within]), {kind: self._knowledge(kind, place, within) for kind in kinds}
 

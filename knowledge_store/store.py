@@ -195,6 +195,22 @@ class KnowledgeStore:
                 found.update({name: array[0] for name, array in arrays.items()})
         return found
 
+    def kept(self, ordinal: int, dump: str | None = None) -> tuple[pa.Table, int]:
+        """A sequence's positions as they were kept (rounded, not normalised), and the hash of its token ids in `sequences`.
+
+        Raises:
+            InputError: there is no such dump or sequence, or the dump holds no positions.
+            DamageError: what was read is not what was published.
+        """
+        reader = self._reader(dump)
+        if "positions" not in reader.manifest.kinds:
+            raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind 'positions'")
+        return reader.kept(ordinal, "positions")
+
+    def sequence_count(self, dump: str | None = None) -> int:
+        """How many sequences a dump holds."""
+        return len(self._reader(dump))
+
     def remove(self, dump: str) -> None:
         """Remove a dump: it disappears at once, then its files are deleted.
 

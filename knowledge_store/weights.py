@@ -15,6 +15,17 @@ from knowledge_store.errors import InputError
 MOST_BYTES = 64 * 2**20  # of an index or a configuration
 
 
+def check_gguf(path: Path) -> None:
+    """Make sure that a file is a GGUF file by the magic number it begins with (InputError)."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise InputError(f"{path} cannot be loaded: it is not a GGUF file")
+
+
 def check_weights(folder: Path) -> None:
     """Make sure that what a model's folder would be loaded from is safetensors files in that folder.
 
