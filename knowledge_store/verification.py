@@ -23,7 +23,7 @@ from knowledge_store.layout import (
     table_path,
 )
 from knowledge_store.manifest import Manifest, read_manifest
-from knowledge_store.parquet import FileRecord, describe, read_file
+from knowledge_store.parquet import FileRecord, describe, read_file, row_group_ends
 from knowledge_store.publication import TEMPORARY_PREFIX
 from knowledge_store.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
 from knowledge_store.store import check_store
@@ -83,6 +83,9 @@ def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: P
     expected = np.repeat(ids, lengths) if per == "position" else ids
     if not np.array_equal(knowledge["sequence_id"].to_numpy(), expected):
         raise DamageError(f"{path} does not have the rows of its sequences")
+    ends = np.cumsum(lengths) if per == "position" else np.arange(1, len(ids) + 1)
+    if not np.isin(row_group_ends(path), [0, *ends]).all():
+        raise DamageError(f"{path} does not have whole sequences in its row groups")
     if per == "position":
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         if not np.array_equal(knowledge["position"].to_numpy(), np.arange(len(knowledge)) - starts):

@@ -434,9 +434,10 @@ def _differences(found: list[dict[str, np.ndarray]]) -> dict[str, Differences]:
             continue
         steps = np.concatenate([each.get(f"{name} steps", np.zeros(0)).ravel() for each in found])
         steps = steps[~np.isnan(steps)]
-        shares = [float((steps == each).mean()) if len(steps) else 0.0 for each in (0, 1, 2)]
+        same, one, two = (float((steps == each).mean()) if len(steps) else 0.0 for each in (0, 1, 2))
+        more = float((steps > 2).mean()) if len(steps) else 0.0
         quantiles = tuple(float(each) for each in np.quantile(off, QUANTILES, method="higher"))
-        differences[name] = Differences(len(off), (*shares, float((steps > 2).mean()) if len(steps) else 0.0), quantiles)
+        differences[name] = Differences(len(off), (same, one, two, more), quantiles)
     return differences
 
 

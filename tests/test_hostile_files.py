@@ -22,7 +22,7 @@ from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore,
 from knowledge_store.errors import MOST_CHARACTERS, KnowledgeStoreError
 from knowledge_store.index import refresh
 from knowledge_store.pages import chunk_pages
-from knowledge_store.parquet import describe, publish_table, read_file
+from knowledge_store.parquet import describe, read_file
 from knowledge_store.records import MOST_BYTES, MOST_DEPTH, read_record, seal, unseal
 from knowledge_store.sequences import tokens_table
 
@@ -88,7 +88,7 @@ def test_records_too_large_to_hold(tmp_path):
 def test_pipes_and_devices_are_no_files(tmp_path):
     """To open a pipe is to wait until somebody writes to it."""
     store = write_store(tmp_path / "store", shards=1)
-    for name in ("small/manifest.json", "small/commits/00000.json", "store.json"):
+    for name in ("small/manifest.json", "small/commits/00000.json"):
         path = store / name
         path.rename(tmp_path / "kept")
         os.mkfifo(path)
@@ -281,10 +281,10 @@ def test_tables_of_other_columns_are_refused(tmp_path):
 
 
 def test_a_long_list_among_short_ones(tmp_path):
-    """Decoding pads: a million draws at one position of 30,000 would take a quarter of a terabyte."""
+    """Decoding pads: a million draws at one position of some thousand would take ten gigabytes."""
     manifest = make_manifest(shards=1, selection={"name": "top-k", "k": 3, "tail_draws": 2}, plan={"max_length": 30_000})
     writer = DumpWriter.open(tmp_path / "store", manifest, tokens_table(words(11), words(11)))
-    [knowledge] = [joined(drawn_sequences(0, 6000))]
+    knowledge = joined(drawn_sequences(0, 300))
     commit(writer, 0, [{name: array for name, array in knowledge.items() if name != "tail_logsumexp"}])
     path = tmp_path / "store/small/positions/00000.parquet"
     table = pq.read_table(path)
@@ -302,7 +302,7 @@ def test_a_long_list_among_short_ones(tmp_path):
     [
         ("many_rows", "states 5,000,000 values"),
         ("many_row_groups", "2,000 row groups for 0 rows"),
-        ("compressed_zeros", "values in"),
+        ("compressed_zeros", "states 300,000,0[0-9]+ bytes, compressed to"),
         ("counted_zeros", "values in"),
         ("prefixed_text", "encoded as no writer"),
         ("repeated_text", "stands for"),
@@ -318,15 +318,15 @@ def test_bombs_are_refused_by_what_they_are(tmp_path, bomb, message):
 
 def test_a_large_honest_row_group_is_read(tmp_path):
     """Bounds on what a file may stand for are no bounds on what a teacher knows: much of one token, and very long lists."""
-    rows = 200_000
+    rows = 60_000
     lists = pa.ListArray.from_arrays(
-        pa.array(np.arange(0, 50 * rows + 1, 50), pa.int32()),
-        pa.array(np.random.default_rng(0).integers(0, 50_000, 50 * rows), pa.uint32()),
+        pa.array(np.arange(0, 100 * rows + 1, 100), pa.int32()),
+        pa.array(np.random.default_rng(0).integers(0, 50_000, 100 * rows), pa.uint32()),
     )
     table = pa.table({"token_id": pa.array(np.zeros(rows, np.uint32)), "ids": lists, "text": ["same"] * rows})
     path = tmp_path / "table.parquet"
-    record, _ = publish_table(path, table, [rows], {"token_id": "PLAIN", "ids.list.element": "PLAIN"})
-    assert record.rows == rows and read_file(path).equals(table)
+    path.write_bytes(hostile_files.written(table, row_group_size=rows))
+    assert read_file(path).equals(table)
 
 
 def test_every_error_has_an_end():
