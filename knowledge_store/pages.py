@@ -3,8 +3,10 @@
 A footer states rows, values and sizes; the header in front of each page states them once more, and is what a reader allocates
 by. Neither is covered by page checksums, and a stranger's file may state anything. So both are read here first: they must
 agree, every page must carry a checksum, and what a column chunk stands for is bounded, by a constant or by its bytes.
-Headers are Thrift, compact protocol (github.com/apache/thrift, doc/specs/thrift-compact-protocol.md), with the fields of
-parquet-format's parquet.thrift.
+
+Both are Thrift, compact protocol (github.com/apache/thrift, doc/specs/thrift-compact-protocol.md), with the fields of
+parquet-format's parquet.thrift, and are parsed here: pyarrow ends the process where the metadata of a column chunk that Python
+asks it for is unsound (its size statistics, say), and only what of a footer is needed here is ever made.
 """
 
 from __future__ import annotations
@@ -27,13 +29,25 @@ VALUES_PER_BYTE = 16
 BYTES_PER_BYTE = 64
 
 MOST_COLUMNS = 4096
-HEADER_BYTES = 256  # most headers take less than 60
+MOST_ROW_GROUPS = 2**16
+MOST_CHUNKS = 2**20
+MOST_DEPTH = 12
+HEADER_BYTES = 256  # most headers of pages take less than 60
 
 _DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = range(4)
 _DELTA_BYTE_ARRAY = 7  # each value names a part of the one before: a bomb by design, and nothing here writes it
+_BYTE_ARRAY = 6
+_CODECS = {0: "UNCOMPRESSED", 1: "SNAPPY", 2: "GZIP", 3: "LZO", 4: "BROTLI", 5: "LZ4", 6: "ZSTD", 7: "LZ4_RAW"}
+
+# Which fields of a struct are wanted, and of which struct they are; all others are skipped.
+_Fields = dict[int, Any]
+_COUNT: _Fields = {1: None, 2: None, 4: None}
+_PAGE: _Fields = {1: None, 2: None, 3: None, 4: None, 5: _COUNT, 7: _COUNT, 8: _COUNT}
+_CHUNK: _Fields = {1: None, 3: {1: None, 3: None, 4: None, 5: None, 6: None, 7: None, 9: None, 11: None}}
+_FOOTER: _Fields = {3: None, 4: {1: _CHUNK, 3: None}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Page:
     """A page as its header states it.
 
@@ -55,23 +69,96 @@ class Page:
     checksum: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A column chunk as the footer states it.
+
+    Attributes:
+        column: the name of its top-level column; path: the whole path.
+        physical: number of its physical type; codec: of its compression, both in parquet.thrift.
+        values: how many, nulls included.
+        compressed, uncompressed: bytes, headers included.
+        start: where it begins in the file.
+    """
+
+    column: str
+    path: str
+    physical: int
+    codec: int
+    values: int
+    compressed: int
+    uncompressed: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A row group as the footer states it: how many rows, and its column chunks."""
+
+    rows: int
+    chunks: list[Chunk]
+
+
+# --- Thrift -----------------------------------------------------------------------------------------------------------------
+
+
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
+    byte = data[at]
+    if byte < 0x80:
+        return byte, at + 1
+    value, shift = byte & 0x7F, 7
     while True:
-        byte = data[at]
         at += 1
+        byte = data[at]
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value, at
+            return value, at + 1
         shift += 7
         if shift > 63:
-            raise ValueError("a page header has a number of too many bytes")
+            raise ValueError("a number has too many bytes")
 
 
-def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """A Thrift struct: its integers and structs by field number; texts are skipped, and nothing else is in a page header."""
-    if depth > 3:
-        raise ValueError("a page header is nested too deeply")
+def _list(data: bytes, at: int) -> tuple[int, int, int]:
+    """The head of a list: kind of its elements, how many, and where they begin."""
+    head = data[at]
+    at += 1
+    size = head >> 4
+    if size == 15:
+        size, at = _varint(data, at)
+    if size > len(data) - at:
+        raise IndexError
+    return head & 0x0F, size, at
+
+
+def _skip(data: bytes, at: int, kind: int, depth: int, element: bool = False) -> int:
+    """Where a value ends."""
+    if kind in (1, 2):
+        return at + 1 if element else at
+    if kind == 3:
+        return at + 1
+    if kind in (4, 5, 6):
+        while data[at] >= 0x80:
+            at += 1
+        return at + 1
+    if kind == 7:
+        return at + 8
+    if kind == 8:
+        length, at = _varint(data, at)
+        return at + length
+    if kind == 9:
+        inner, size, at = _list(data, at)
+        for _ in range(size):
+            at = _skip(data, at, inner, depth + 1, element=True)
+        return at
+    if kind == 12:
+        return _struct(data, at, {}, depth + 1)[1]
+    raise ValueError("a field is of an unknown type")
+
+
+def _struct(data: bytes, at: int, wanted: _Fields, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """A struct: its wanted fields by number, and where it ends. IndexError: it is cut off; ValueError: it is none."""
+    if depth > MOST_DEPTH:
+        raise ValueError("it is nested too deeply")
     fields: dict[int, Any] = {}
     number = 0
     while True:
@@ -79,44 +166,125 @@ def _struct(data: bytes, at: int, depth: int = 0) -> tuple[dict[int, Any], int]:
         at += 1
         if not head:
             return fields, at
+        kind = head & 0x0F
         if head >> 4:
             number += head >> 4
         else:
             raw, at = _varint(data, at)
             number = (raw >> 1) ^ -(raw & 1)
-        kind = head & 0x0F
-        if kind in (1, 2):
-            fields[number] = kind == 1
+        if number not in wanted:
+            at = _skip(data, at, kind, depth)
+        elif number in fields:
+            raise ValueError("a field stands twice")  # which of them counts, parsers disagree about
         elif kind in (4, 5, 6):
             raw, at = _varint(data, at)
             fields[number] = (raw >> 1) ^ -(raw & 1)
         elif kind == 8:
             length, at = _varint(data, at)
+            fields[number] = data[at : at + length]
             at += length
-        elif kind == 12:
-            fields[number], at = _struct(data, at, depth + 1)
+        elif kind == 12 and wanted[number] is not None:
+            fields[number], at = _struct(data, at, wanted[number], depth + 1)
+        elif kind == 9:
+            inner, size, at = _list(data, at)
+            if size > MOST_ROW_GROUPS:
+                raise ValueError(f"it lists {size:,} row groups or columns")
+            values: list[Any] = []
+            for _ in range(size):
+                start = at
+                if inner == 12 and wanted[number] is not None:
+                    value, at = _struct(data, at, wanted[number], depth + 1)
+                    values.append(value)
+                else:
+                    at = _skip(data, at, inner, depth + 1, element=True)
+                    values.append(data[start:at])
+            fields[number] = values
         else:
-            raise ValueError("a page header has a field of an unknown type")
+            at = _skip(data, at, kind, depth)
+
+
+def _numbers(fields: dict[int, Any], *wanted: int) -> list[int]:
+    """Some fields of a struct. ValueError: one is not there, or is no number that fits 63 bits."""
+    found = [fields.get(number) for number in wanted]
+    if not all(type(each) is int and 0 <= each < 2**63 for each in found):
+        raise ValueError("a number is missing, or is below 0")
+    return found  # type: ignore[return-value]
+
+
+# --- footers ----------------------------------------------------------------------------------------------------------------
+
+
+def parse_footer(footer: bytes, size: int) -> list[RowGroup]:
+    """The row groups that a footer states, once they are possible for a file of `size` bytes.
+
+    Args:
+        footer: the end of the file: metadata, their length, and the magic number.
+        size: of the file.
+
+    Raises:
+        ValueError: they are not; says what.
+    """
+    try:
+        fields, _ = _struct(footer[:-8], 0, _FOOTER)
+        [rows] = _numbers(fields, 3)
+        groups = fields.get(4, [])
+        if rows > 4 * (MOST_VALUES + size):
+            raise ValueError(f"it states {rows:,} rows, more than its {size:,} bytes can stand for")
+        if len(groups) > rows + 1:
+            raise ValueError(f"it states {len(groups):,} row groups for {rows:,} rows")
+        found = []
+        chunks = 0
+        for group in groups:
+            columns = group.get(1, []) if isinstance(group, dict) else None
+            if not isinstance(columns, list):
+                raise ValueError("a row group has no columns")
+            chunks += len(columns)
+            if len(columns) > MOST_COLUMNS or chunks > MOST_CHUNKS:
+                raise ValueError(f"it states {chunks:,} columns in its row groups")
+            found.append(RowGroup(_numbers(group, 3)[0], [_chunk(column) for column in columns]))
+    except (IndexError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"its footer is none ({type(error).__name__})") from None
+    if sum(group.rows for group in found) != rows:
+        raise ValueError(f"its row groups do not hold the {rows:,} rows it states")
+    return found
+
+
+def _chunk(fields: dict[int, Any]) -> Chunk:
+    stated = fields.get(3)
+    if not isinstance(stated, dict) or fields.get(1):
+        raise ValueError("a column lies in another file, or nowhere")
+    names = []
+    for raw in stated.get(3, []):
+        length, at = _varint(raw, 0)
+        names.append(raw[at : at + length].decode())
+    physical, codec, values, uncompressed, compressed, start = _numbers(stated, 1, 4, 5, 6, 7, 9)
+    dictionary = stated.get(11)
+    if type(dictionary) is int and dictionary > 0 and (dictionary < start or not start):
+        start = dictionary
+    return Chunk(names[0] if names else "", ".".join(names), physical, codec, values, compressed, uncompressed, start)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------------
 
 
 def _page(data: bytes, start: int) -> Page:
     """The page whose header `data` begins with, at `start` in the file. IndexError: it is cut off; ValueError: it is none."""
-    fields, end = _struct(data, 0)
+    fields, end = _struct(data, 0, _PAGE)
     if end > len(data):
         raise IndexError
-    kind = fields.get(1)
-    place = {_DATA_PAGE: 5, _DICTIONARY_PAGE: 7, _DATA_PAGE_V2: 8}.get(kind)  # type: ignore[arg-type]
-    own = fields.get(place, {}) if place else {}
-    if kind not in (_DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2) or not isinstance(own, dict):
+    kind, uncompressed, compressed = _numbers(fields, 1, 2, 3)
+    if kind > _DATA_PAGE_V2:
         raise ValueError("a page is of no known kind")
-    encoding = own.get(4 if kind == _DATA_PAGE_V2 else 2, -1)
+    values, encoding = 0, -1
+    if kind != _INDEX_PAGE:
+        own = fields.get({_DATA_PAGE: 5, _DICTIONARY_PAGE: 7, _DATA_PAGE_V2: 8}[kind])
+        if not isinstance(own, dict):
+            raise ValueError("a page has the header of another kind")
+        values, encoding = _numbers(own, 1, 4 if kind == _DATA_PAGE_V2 else 2)
     checksum = fields.get(4)
-    compressed, uncompressed, values = (fields.get(3, ""), fields.get(2, ""), own.get(1, 0))
-    if any(type(each) is not int for each in (compressed, uncompressed, values, encoding, checksum or 0)):
-        raise ValueError("a page header lacks a number")
-    if min(compressed, uncompressed, values) < 0:
-        raise ValueError("a page header states less than nothing")
-    return Page(kind, start + end, compressed, uncompressed, values, encoding, None if checksum is None else checksum % 2**32)
+    return Page(
+        kind, start + end, compressed, uncompressed, values, encoding, checksum % 2**32 if type(checksum) is int else None
+    )
 
 
 def chunk_pages(descriptor: int, start: int, size: int) -> Iterator[Page]:
@@ -142,69 +310,43 @@ def chunk_pages(descriptor: int, start: int, size: int) -> Iterator[Page]:
         yield page
 
 
-def check_file(metadata: pq.FileMetaData, size: int) -> None:
-    """Make sure that what a footer states is possible for a file of so many bytes.
-
-    Raises:
-        ValueError: it is not; says what.
-    """
-    rows = [metadata.row_group(group).num_rows for group in range(min(metadata.num_row_groups, metadata.num_rows + 1))]
-    if len(rows) < metadata.num_row_groups:
-        raise ValueError(f"it states {metadata.num_row_groups:,} row groups for {metadata.num_rows:,} rows")
-    if min(rows, default=0) < 0 or sum(rows) != metadata.num_rows:
-        raise ValueError(f"its row groups do not hold the {metadata.num_rows:,} rows it states")
-    if metadata.num_rows > 4 * (MOST_VALUES + size):
-        raise ValueError(f"it states {metadata.num_rows:,} rows, more than its {size:,} bytes can stand for")
-    if metadata.num_columns > MOST_COLUMNS:
-        raise ValueError(f"it states {metadata.num_columns:,} columns")
-
-
-def check_row_group(file: pq.ParquetFile, path: Path, group: int, columns: Collection[str] | None = None) -> None:
+def check_row_group(path: Path, group: int, stated: RowGroup, columns: Collection[str] | None = None) -> None:
     """Make sure that the pages of a row group are what its footer states, and stand for no more than their bytes can.
 
     Args:
-        file: open; path: its own.
-        group: number of the row group.
+        path: of the file.
+        group: number of the row group, stated: by the footer.
         columns: the columns that are to be read; None for all.
 
     Raises:
         ValueError: they do not; says what.
         OSError: the file cannot be read.
     """
-    metadata = file.metadata.row_group(group)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        for index in range(metadata.num_columns):
-            chunk = metadata.column(index)
-            name = chunk.path_in_schema.split(".")[0]
-            if columns is None or name in columns:
+        for chunk in stated.chunks:
+            if columns is None or chunk.column in columns:
                 texts = _check_chunk(chunk, descriptor)
-                if texts is not None and texts * chunk.num_values > MOST_BYTES:
-                    _check_texts(path, group, name, max(MOST_BYTES, BYTES_PER_BYTE * chunk.total_compressed_size))
+                if texts * chunk.values > MOST_BYTES:
+                    _check_texts(path, group, chunk.column, max(MOST_BYTES, BYTES_PER_BYTE * chunk.compressed))
     finally:
         os.close(descriptor)
 
 
-def _check_chunk(chunk: pq.ColumnChunkMetaData, descriptor: int) -> int | None:
-    """Check one column chunk. Returns the bytes of its dictionary of texts, None without one."""
-    name, values = chunk.path_in_schema, chunk.num_values
-    size, stated = chunk.total_compressed_size, chunk.total_uncompressed_size
-    if chunk.compression not in ("ZSTD", "UNCOMPRESSED"):
-        raise ValueError(f"column {name} is compressed with {chunk.compression}, and a store's files with Zstandard")
-    if size < 0 or not 0 <= values <= max(MOST_VALUES, VALUES_PER_BYTE * size):
-        raise ValueError(f"column {name} states {values:,} values in {size:,} bytes")
-    if not 0 <= stated <= max(MOST_BYTES, BYTES_PER_BYTE * size):
-        raise ValueError(f"column {name} states {stated:,} bytes, compressed to {size:,}")
-    if not values:
-        return None  # no page is read, and of a chunk without rows no place is stated
-    start = chunk.data_page_offset
-    if chunk.has_dictionary_page and 0 < chunk.dictionary_page_offset < start:
-        start = chunk.dictionary_page_offset
-    if start < 0:
-        raise ValueError(f"column {name} begins before its file does")
-    texts = None
-    found = uncompressed = 0
-    for page in chunk_pages(descriptor, start, size):
+def _check_chunk(chunk: Chunk, descriptor: int) -> int:
+    """Check one column chunk. Returns the bytes of its dictionary of texts, 0 without one."""
+    name, size = chunk.path, chunk.compressed
+    if chunk.codec not in (0, 6):
+        codec = _CODECS.get(chunk.codec, "what is not known")
+        raise ValueError(f"column {name} is compressed with {codec}, and a store's files with Zstandard")
+    if chunk.values > max(MOST_VALUES, VALUES_PER_BYTE * size):
+        raise ValueError(f"column {name} states {chunk.values:,} values in {size:,} bytes")
+    if chunk.uncompressed > max(MOST_BYTES, BYTES_PER_BYTE * size):
+        raise ValueError(f"column {name} states {chunk.uncompressed:,} bytes, compressed to {size:,}")
+    texts = found = uncompressed = 0
+    if not chunk.values:
+        return texts  # no page is read, and of a chunk without rows no place is stated
+    for page in chunk_pages(descriptor, chunk.start, size):
         if page.checksum is None:
             raise ValueError(f"a page of column {name} has no checksum")
         if page.encoding == _DELTA_BYTE_ARRAY:
@@ -212,9 +354,9 @@ def _check_chunk(chunk: pq.ColumnChunkMetaData, descriptor: int) -> int | None:
         uncompressed += page.uncompressed
         if page.kind in (_DATA_PAGE, _DATA_PAGE_V2):
             found += page.values
-        elif page.kind == _DICTIONARY_PAGE and chunk.physical_type == "BYTE_ARRAY":
+        elif page.kind == _DICTIONARY_PAGE and chunk.physical == _BYTE_ARRAY:
             texts = page.uncompressed
-    if found != values or uncompressed > stated:
+    if found != chunk.values or uncompressed > chunk.uncompressed:
         raise ValueError(f"the pages of column {name} are not what its footer states")
     return texts
 

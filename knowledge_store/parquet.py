@@ -19,7 +19,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import DamageError, StoreError
-from knowledge_store.pages import check_file, check_row_group
+from knowledge_store.pages import RowGroup, check_row_group, parse_footer
 from knowledge_store.publication import publish
 
 MAGIC = b"PAR1"
@@ -156,22 +156,30 @@ def read_file(path: Path) -> pa.Table:
         DamageError: a page does not match its checksum, or the file claims to hold what it cannot.
     """
     with open_trusted(path) as file:
-        tables = list(read_row_groups(file, path))
+        tables = list(read_row_groups(file))
         return pa.concat_tables(tables) if tables else file.schema_arrow.empty_table()
 
 
-def open_trusted(path: Path) -> pq.ParquetFile:
+class TableFile(pq.ParquetFile):
+    """An open Parquet file, pages checked as they are read, and what its footer states of its row groups."""
+
+    def __init__(self, path: Path):
+        footer, size = read_footer(path)
+        self.path = path
+        self.stated: list[RowGroup] = parse_footer(footer, size)
+        super().__init__(path, page_checksum_verification=True)
+
+
+def open_trusted(path: Path) -> TableFile:
     """Open a file whose footer can be trusted to be the one that was published; not that it was made in good faith.
 
     Raises:
         DamageError: the file claims to hold what it cannot.
     """
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        check_file(file.metadata, path.stat().st_size)
+        return TableFile(path)
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DamageError(f"{path} is damaged: {error}") from None
-    return file
 
 
 def describe(path: Path) -> FileRecord:
@@ -185,25 +193,26 @@ def describe(path: Path) -> FileRecord:
             raise DamageError(f"{path} is not a file")
         with open(path, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            size = file.tell()
-        footer_sha256 = hashlib.sha256(read_footer(path)).hexdigest()
-        metadata = pq.read_metadata(path)
-        check_file(metadata, size)
+        footer, size = read_footer(path)
+        groups = parse_footer(footer, size)
+        pq.read_metadata(path)
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     column_bytes: dict[str, int] = {}
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            name = chunk.path_in_schema.split(".")[0]
-            column_bytes[name] = column_bytes.get(name, 0) + chunk.total_compressed_size
-    return FileRecord(size, sha256, footer_sha256, metadata.num_rows, column_bytes)
+    for group in groups:
+        for chunk in group.chunks:
+            column_bytes[chunk.column] = column_bytes.get(chunk.column, 0) + chunk.compressed
+    rows = sum(group.rows for group in groups)
+    try:
+        return FileRecord(size, sha256, hashlib.sha256(footer).hexdigest(), rows, column_bytes)
+    except ValueError as error:
+        raise DamageError(f"{path} is damaged: {error}") from None
 
 
-def read_footer(path: Path) -> bytes:
-    """The bytes of a Parquet file's footer: metadata, its length, and the magic number at the end.
+def read_footer(path: Path) -> tuple[bytes, int]:
+    """The bytes of a Parquet file's footer (metadata, its length, and the magic number at the end), and the file's size.
 
     Raises:
         DamageError: the file is too short, or does not end as Parquet does.
@@ -216,7 +225,7 @@ def read_footer(path: Path) -> bytes:
         if end[4:] != MAGIC or length > min(size, MOST_FOOTER_BYTES):
             raise DamageError(f"{path} is damaged: it does not end as a Parquet file does")
         file.seek(size - length)
-        return file.read(length)
+        return file.read(length), size
 
 
 def check_footer(path: Path, size: int, footer_sha256: str) -> None:
@@ -231,7 +240,7 @@ def check_footer(path: Path, size: int, footer_sha256: str) -> None:
             raise DamageError(f"{path} is damaged: it is not a file")
         if found != size:
             raise DamageError(f"{path} is damaged: it has {found:,} bytes and was published with {size:,}")
-        if hashlib.sha256(read_footer(path)).hexdigest() != footer_sha256:
+        if hashlib.sha256(read_footer(path)[0]).hexdigest() != footer_sha256:
             raise DamageError(f"{path} is damaged: its footer is not the one that was published")
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
@@ -239,7 +248,7 @@ def check_footer(path: Path, size: int, footer_sha256: str) -> None:
         raise StoreError(f"cannot read {path}: {error.strerror}") from None
 
 
-def open_parquet(path: Path, size: int, footer_sha256: str) -> pq.ParquetFile:
+def open_parquet(path: Path, size: int, footer_sha256: str) -> TableFile:
     """Open a file whose footer is checked now and whose pages are checked as they are read.
 
     Raises:
@@ -252,30 +261,30 @@ def open_parquet(path: Path, size: int, footer_sha256: str) -> pq.ParquetFile:
 def row_group_ends(path: Path) -> np.ndarray:
     """How many rows a file has up to the end of each row group, int64, of a file whose footer can be trusted (DamageError)."""
     with open_trusted(path) as file:
-        return np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)], dtype=np.int64)
+        return np.cumsum([group.rows for group in file.stated], dtype=np.int64)
 
 
-def read_row_groups(file: pq.ParquetFile, path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+def read_row_groups(file: TableFile, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The row groups of an open file, one at a time.
 
     Raises:
         DamageError: a page does not match its checksum.
     """
     for group in range(file.num_row_groups):
-        yield read_row_group(file, path, group, columns)
+        yield read_row_group(file, group, columns)
 
 
-def read_row_group(file: pq.ParquetFile, path: Path, group: int, columns: list[str] | None = None) -> pa.Table:
+def read_row_group(file: TableFile, group: int, columns: list[str] | None = None) -> pa.Table:
     """One row group of an open file.
 
     Raises:
         DamageError: a page does not match its checksum, or claims to hold what it cannot.
     """
     try:
-        check_row_group(file, path, group, columns)
+        check_row_group(file.path, group, file.stated[group], columns)
         return file.read_row_group(group, columns=columns, use_threads=False)
     except (OSError, MemoryError, ValueError, pa.ArrowException) as error:
-        raise DamageError(f"{path} is damaged: {error}") from None
+        raise DamageError(f"{file.path} is damaged: {error}") from None
 
 
 def dataset(paths: list[Path], schema: pa.Schema) -> ds.Dataset:

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from knowledge_store.decoded import DecodedCache
 from knowledge_store.errors import DamageError, InputError
@@ -24,7 +23,7 @@ from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, table_path
 from knowledge_store.manifest import Manifest
-from knowledge_store.parquet import open_parquet, read_row_group, read_row_groups
+from knowledge_store.parquet import TableFile, open_parquet, read_row_group, read_row_groups
 from knowledge_store.sequences import sequences_schema
 
 MEMORY_BYTES = 512 * 2**20
@@ -44,7 +43,7 @@ class ShardFile:
     footer_sha256: str
     rows: int
 
-    def open(self, schema: pa.Schema) -> pq.ParquetFile:
+    def open(self, schema: pa.Schema) -> TableFile:
         """Open it; the footer is checked first, then that it has the columns and rows of its table (DamageError)."""
         file = open_parquet(self.path, self.bytes, self.footer_sha256)
         if not file.schema_arrow.equals(schema) or file.metadata.num_rows != self.rows:
@@ -61,7 +60,7 @@ def shard_files(store: Path, index: Index, dump: str, table: str) -> list[ShardF
 
 def read_sequences(files: list[ShardFile], schema: pa.Schema, columns: list[str] | None = None) -> pa.Table | None:
     """The `sequences` rows of the given files in order, or None when there are none."""
-    tables = [group for file in files for group in read_row_groups(file.open(schema), file.path, columns)]
+    tables = [group for file in files for group in read_row_groups(file.open(schema), columns)]
     return pa.concat_tables(tables) if tables else None
 
 
@@ -126,7 +125,7 @@ class DumpReader:
             raise DamageError(f"{file.path} is damaged: a sequence has no id or no length")
         return table["sequence_id"].to_numpy(), np.cumsum(np.concatenate([[0], table["length"].to_numpy()]))
 
-    def _open_table(self, kind: str, place: int) -> pq.ParquetFile:
+    def _open_table(self, kind: str, place: int) -> TableFile:
         return self._files[kind][place].open(KINDS[kind].stored_schema(self.manifest))
 
     def _first_rows(self, kind: str, place: int) -> np.ndarray:
@@ -135,8 +134,7 @@ class DumpReader:
         return first_row if KINDS[kind].per == "position" else np.arange(len(first_row))
 
     def _read_row_groups(self, kind: str, place: int) -> RowGroups:
-        metadata = self._open(kind, place).metadata
-        rows = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))])
+        rows = np.cumsum([0, *(group.rows for group in self._open(kind, place).stated)])
         first_row = self._first_rows(kind, place)
         if first_row[-1] != rows[-1] or not np.isin(rows, first_row).all():
             raise DamageError(f"{self._files[kind][place].path} is damaged: its row groups do not hold its shard's sequences")
@@ -145,7 +143,7 @@ class DumpReader:
 
     def _decode(self, kind: str, place: int, group: int) -> Arrays:
         """A row group's arrays, kept in memory and on disk."""
-        table = read_row_group(self._open(kind, place), self._files[kind][place].path, group)
+        table = read_row_group(self._open(kind, place), group)
         try:
             unpacked = KINDS[kind].unpack(table, self.manifest)
             _check_padding(unpacked)
@@ -188,7 +186,7 @@ class DumpReader:
         place, within = self._place(ordinal)
         group = int(self._row_groups(kind, place).group[within])
         path = self._files[kind][place].path
-        stored = read_row_group(self._open(kind, place), path, group)
+        stored = read_row_group(self._open(kind, place), group)
         start, end = self._first_rows(kind, place)[within : within + 2] - self._row_groups(kind, place).rows[group]
         try:
             rows = KINDS[kind].unpack(stored.slice(start, end - start), self.manifest)

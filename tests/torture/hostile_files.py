@@ -34,8 +34,8 @@ from knowledge_store.index import FILES, Index, refresh
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import SEQUENCES, TOKENS_FILE
 from knowledge_store.manifest import read_manifest
-from knowledge_store.pages import chunk_pages
-from knowledge_store.parquet import describe, open_parquet, read_file, read_row_groups
+from knowledge_store.pages import chunk_pages, parse_footer
+from knowledge_store.parquet import describe, open_parquet, read_file, read_footer, read_row_groups
 from knowledge_store.reader import DumpReader, read_sequences, shard_files
 from knowledge_store.records import canonical_json, seal, unseal
 from knowledge_store.sequences import sequences_schema
@@ -301,7 +301,7 @@ class _World:
                 KINDS[name].stored_schema(manifest)
                 KINDS[name].view(manifest)
         for file in shard_files(self.store, self.index, "small", "positions")[:1]:
-            for table in read_row_groups(file.open(KINDS["positions"].stored_schema(self.manifest)), file.path):
+            for table in read_row_groups(file.open(KINDS["positions"].stored_schema(self.manifest))):
                 try:
                     KINDS["positions"].unpack(table, manifest)
                 except (ValueError, LookupError):
@@ -376,19 +376,16 @@ class _World:
         """A page's bytes altered, its checksum put right."""
         path = self.folder / "page.parquet"
         path.write_bytes(base)
-        metadata = pq.read_metadata(path)
-        group = metadata.row_group(int(self.random.integers(metadata.num_row_groups)))
-        chunk = group.column(int(self.random.integers(group.num_columns)))
-        start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+        chunk = self.pick(self.pick(parse_footer(*read_footer(path))).chunks)
         with open(path, "rb") as file:
-            pages = list(chunk_pages(file.fileno(), start, chunk.total_compressed_size))
+            pages = list(chunk_pages(file.fileno(), chunk.start, chunk.compressed))
         page = self.pick(pages)
         body = bytearray(base[page.start : page.start + page.compressed])
         if not body:
             return base
         for _ in range(int(self.random.integers(1, 4))):
             body[int(self.random.integers(len(body)))] = self.pick([0, 1, 0x7F, 0x80, 0xFF, int(self.random.integers(256))])
-        header_start = max(at for at in [start, *(each.start + each.compressed for each in pages)] if at < page.start)
+        header_start = max(at for at in [chunk.start, *(each.start + each.compressed for each in pages)] if at < page.start)
         header = base[header_start : page.start]
         if page.checksum is not None:
             header = header.replace(_zigzag(page.checksum), _zigzag(zlib.crc32(bytes(body))), 1)
