@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -30,6 +31,7 @@ BLOCK_BYTES = 16 * 1024
 DIGEST_BYTES = 8
 DIGESTS_KEY = b"knowledge-store.blocks"  # in the footer's key-value metadata
 
+MOST_FOOTER_BYTES = 64 * 2**20
 REMEMBERED_FILES = 16_384  # whose digests were computed, half a thousandth of their bytes
 
 
@@ -71,11 +73,51 @@ class DigestingFile:
         return (self._digests + last).hex().encode()
 
 
+def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
+    """Open a file, as `open` takes it for its `opener`. To open a pipe would be to wait for it.
+
+    Raises:
+        DamageError: it is a pipe, a folder or a device.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamageError(f"{path} is damaged: it is not a file")
+    return descriptor
+
+
+def _pread(path: Path, descriptor: int, start: int, end: int, size: int) -> bytes:
+    """Bytes as they stand in a file (DamageError: it ends before)."""
+    parts = []
+    while start < end:
+        part = os.pread(descriptor, end - start, start)
+        if not part:
+            raise DamageError(f"{path} is damaged: it ends before its {size:,} bytes")
+        parts.append(part)
+        start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_footer(path: Path, descriptor: int, size: int) -> bytes:
+    """The bytes of an open Parquet file's footer: metadata, its length, and the magic number at the end.
+
+    Raises:
+        DamageError: the file is too short, or does not end as Parquet does.
+        OSError: it cannot be read.
+    """
+    end = _pread(path, descriptor, max(size - 8, 0), size, size)
+    length = int.from_bytes(end[:4], "little") + 8
+    if end[4:] != MAGIC or length > min(size, MOST_FOOTER_BYTES):
+        raise DamageError(f"{path} is damaged: it does not end as a Parquet file does")
+    return _pread(path, descriptor, size - length, size, size)
+
+
 class _Descriptor:
     """An open file that is closed when nobody holds it."""
 
     def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY)
+        self.number = open_regular(path)
         weakref.finalize(self, os.close, self.number)
 
 
@@ -108,7 +150,7 @@ class CheckedFile:
         errors: list[KnowledgeStoreError] | None = None,
     ):
         self.path = path
-        self._size, self._sha256, self._footer_sha256 = size, sha256, footer_sha256
+        self.size, self._sha256, self._footer_sha256 = size, sha256, footer_sha256
         self._opened = opened or open_files(1)
         self._errors = errors
         self._place = 0
@@ -118,13 +160,10 @@ class CheckedFile:
     def _open(self) -> None:
         """Check size and footer, and find the digests of what stands before it."""
         found = os.fstat(self._opened(self.path).number).st_size
-        if found != self._size:
-            raise DamageError(f"{self.path} is damaged: it has {found:,} bytes and was published with {self._size:,}")
-        end = self._read(max(self._size - 8, 0), self._size)
-        length = int.from_bytes(end[:4], "little") + 8
-        if end[4:] != MAGIC or length > self._size:
-            raise DamageError(f"{self.path} is damaged: it does not end as a Parquet file does")
-        footer = self._read(self._size - length, self._size)
+        if found != self.size:
+            raise DamageError(f"{self.path} is damaged: it has {found:,} bytes and was published with {self.size:,}")
+        footer = read_footer(self.path, self._opened(self.path).number, self.size)
+        length = len(footer)
         if hashlib.sha256(footer).hexdigest() != self._footer_sha256:
             raise DamageError(f"{self.path} is damaged: its footer is not the one that was published")
         metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer)).metadata or {}
@@ -133,7 +172,7 @@ class CheckedFile:
         elif self._sha256 in _computed:
             self._digests = _computed[self._sha256]
         else:
-            self._digests = _computed[self._sha256] = self._compute(self._size - length)
+            self._digests = _computed[self._sha256] = self._compute(self.size - length)
             while len(_computed) > REMEMBERED_FILES:
                 _computed.popitem(last=False)
         self._footer = footer
@@ -142,8 +181,8 @@ class CheckedFile:
         """The digests of the first `before` bytes of a file that has none."""
         whole = hashlib.sha256()
         digests = bytearray()
-        for start in range(0, self._size, BLOCK_BYTES):
-            block = self._read(start, min(start + BLOCK_BYTES, self._size))
+        for start in range(0, self.size, BLOCK_BYTES):
+            block = self._read(start, min(start + BLOCK_BYTES, self.size))
             whole.update(block)
             if start < before:
                 digests += _digest(block[: before - start])
@@ -153,19 +192,11 @@ class CheckedFile:
 
     def _read(self, start: int, end: int) -> bytes:
         """Bytes as they stand in the file."""
-        parts = []
-        descriptor = self._opened(self.path)
-        while start < end:
-            part = os.pread(descriptor.number, end - start, start)
-            if not part:
-                raise DamageError(f"{self.path} is damaged: it ends before its {self._size:,} bytes")
-            parts.append(part)
-            start += len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return _pread(self.path, self._opened(self.path).number, start, end, self.size)
 
     def _checked(self, start: int, end: int) -> memoryview:
         """Bytes of the file, checked."""
-        before = self._size - len(self._footer)
+        before = self.size - len(self._footer)
         if start >= before:
             return memoryview(self._footer)[start - before : end - before]
         first, last = start // BLOCK_BYTES, -(-min(end, before) // BLOCK_BYTES)
@@ -187,19 +218,30 @@ class CheckedFile:
             DamageError: they are not those that were published.
             StoreError: they cannot be read.
         """
-        end = self._size if count < 0 else min(self._place + count, self._size)
+        end = self.size if count < 0 else min(self._place + count, self.size)
+        data = self.read_at(self._place, end)
+        self._place = end
+        return data
+
+    def footer(self) -> bytes:
+        """The footer: metadata, its length, and the magic number at the end (DamageError, StoreError: as of `read`)."""
+        self.read_at(self.size, self.size)
+        return self._footer
+
+    def read_at(self, start: int, end: int) -> memoryview:
+        """The bytes from one place in the file to another (DamageError, StoreError: as of `read`)."""
         try:
             if not self._footer:
                 self._open()
-            data = self._checked(self._place, end)
+            return self._checked(start, min(end, self.size))
         except FileNotFoundError:
             raise self._noted(DamageError(f"{self.path} is missing")) from None
         except OSError as error:
             raise self._noted(StoreError(f"cannot read {self.path}: {error.strerror}")) from None
+        except (ValueError, pa.ArrowException) as error:
+            raise self._noted(DamageError(f"{self.path} is damaged: {error}")) from None
         except DamageError as error:
             raise self._noted(error) from None
-        self._place = end
-        return data
 
     def _noted(self, error: KnowledgeStoreError) -> KnowledgeStoreError:
         if self._errors is not None:
@@ -209,7 +251,7 @@ class CheckedFile:
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a place in the file."""
-        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.size}[whence]
         return self._place
 
     def tell(self) -> int:

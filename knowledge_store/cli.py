@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from knowledge_store.answers import Format, aligned, visible
-from knowledge_store.console import command_errors, messages, note, output
+from knowledge_store.answers import Format, aligned
+from knowledge_store.console import command_errors, messages, note, output, visible
 from knowledge_store.errors import InputError
 from knowledge_store.isolation import asked
 from knowledge_store.limits import MEMORY_LIMIT, TIMEOUT
@@ -88,11 +88,11 @@ def _print_summary(summary: DumpSummary) -> None:
     state = "complete" if summary.complete else "incomplete: run the same `teacher-dump run` again to go on"
     output.print(f"[bold]{summary.dump}[/bold]  {shards}, {state}")
     for label, value in lines:
-        output.print(f"  {label:<23} {value}", markup=False)
+        output.print(f"  {label:<23} {visible(value)}", markup=False)
     shown = {name: size for name, size in summary.column_bytes.items() if size >= SHOWN_SHARE * summary.bytes}
     shown["the rest: footers, records, small columns"] = summary.bytes - sum(shown.values())
     for name, size in sorted(shown.items(), key=lambda item: -item[1]):
-        output.print(f"    {size / max(summary.positions, 1):6.2f} bytes a position  {name}", markup=False)
+        output.print(f"    {size / max(summary.positions, 1):6.2f} bytes a position  {visible(name)}", markup=False)
 
 
 @app.command()
@@ -132,7 +132,7 @@ def verify(store: StoreArgument) -> None:
         for sentence in found.notes:
             note(f"Note: {sentence}")
         for sentence in found.damage:
-            messages.print(f"Damage: {sentence}", style="red", markup=False)
+            messages.print(f"Damage: {visible(sentence)}", style="red", markup=False)
         checked = f"{found.dumps} dumps, {found.shards} shards, {found.positions:,} positions, {byte_size(found.bytes)}"
         if found.damage:
             note(f"{len(found.damage)} damaged; sound: {checked}")

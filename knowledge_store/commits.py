@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from knowledge_store.errors import DamageError
 from knowledge_store.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, SEQUENCES, commit_path, table_path
 from knowledge_store.manifest import Manifest, check_version
+from knowledge_store.pages import MOST_COLUMNS
 from knowledge_store.parquet import FILE_SHAPE, FileRecord, check_whole
 from knowledge_store.records import check_shape, read_record, seal
 
@@ -22,6 +24,10 @@ _SHAPE = {
     "skipped": [dict],
     "made_by": {"committed_at": str},
 }
+
+_STATISTIC = re.compile("[A-Za-z][A-Za-z0-9_]{0,99}")  # they become columns of the relation `shards`
+MOST_STATISTICS = 256
+MOST_COUNT = 2**53  # whole numbers that a float holds
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,23 @@ class CommitRecord:
         return seal({"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)})
 
 
+def _check_limits(record: dict[str, Any]) -> None:
+    """ValueError: a number of a commit record is one that nothing can be made of, or a statistic has no name for a column."""
+    statistics = record["statistics"]
+    if len(statistics) > MOST_STATISTICS or not all(map(_STATISTIC.fullmatch, statistics)):
+        raise ValueError("its statistics are too many, or have names that are none")
+    if not all(abs(value) <= MOST_COUNT for value in statistics.values()):
+        raise ValueError("one of its statistics is not possible")
+    # The index is made of these.
+    texts = [*record["files"], record["made_by"]["committed_at"]]
+    if max(map(len, texts)) > 200 or len(record["files"]) > 64:
+        raise ValueError("it names files that are none")
+    if sum(len(file["column_bytes"]) for file in record["files"].values()) > MOST_COLUMNS:
+        raise ValueError("its files have too many columns")
+    if not all(0 <= record[name] <= MOST_COUNT for name in ("shard", "first_document", "documents")):
+        raise ValueError("it records documents that are not possible")
+
+
 def read_commit(path: Path) -> CommitRecord:
     """Read a commit record.
 
@@ -62,10 +85,11 @@ def read_commit(path: Path) -> CommitRecord:
     check_version(record, path)
     try:
         check_shape(record, _SHAPE, "a commit record")
+        _check_limits(record)
+        files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     found = {field.name: record[field.name] for field in fields(CommitRecord)}
-    files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
     return CommitRecord(**{**found, "files": files})
 
 

@@ -21,9 +21,14 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 
+def visible(text: str) -> str:
+    """Text that stays on its line, and tells a terminal nothing: control characters are spelled out."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
 def note(text: str) -> None:
-    """Say something to the person at the terminal (standard error, plain text)."""
-    messages.print(text, markup=False)
+    """Say something to the person at the terminal (standard error, plain text, one line)."""
+    messages.print(visible(text), markup=False)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import pyarrow as pa
 from knowledge_store.commits import CommitRecord, read_commit
 from knowledge_store.errors import DamageError
 from knowledge_store.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, SEQUENCES, commit_path, commit_shard
+from knowledge_store.pages import MOST_COLUMNS
 from knowledge_store.publication import replace_bytes
 
 SHARDS = pa.schema(
@@ -53,6 +54,8 @@ FILES = pa.schema(
 )
 
 STATISTIC = "statistic "
+MOST_ROWS = 10_000_000
+MOST_TEXT = 1000
 INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 2"
 
 Standing = dict[tuple[str, int], tuple[int, int]]
@@ -130,7 +133,7 @@ def _load(path: Path) -> Index | None:
     try:
         # A store may come from anywhere: nothing in its index can make DuckDB look elsewhere.
         with duckdb.connect(str(path), read_only=True, config={"enable_external_access": "false"}) as connection:
-            if connection.sql("SELECT value FROM about").fetchall() != [(INDEX_SCHEMA,)]:
+            if connection.sql("SELECT value FROM about").fetchall() != [(INDEX_SCHEMA,)] or not _sound(connection):
                 return None
             shards = connection.sql("SELECT * FROM shards ORDER BY dump, shard").to_arrow_table()
             files = connection.sql('SELECT * FROM files ORDER BY dump, shard, "table"').to_arrow_table()
@@ -138,6 +141,26 @@ def _load(path: Path) -> Index | None:
             return Index(shards.select(schema.names).cast(schema), files.cast(FILES))
     except (duckdb.Error, pa.ArrowException, ValueError, KeyError):
         return None  # damaged, or of another DuckDB: it is rebuilt
+
+
+def _sound(connection: duckdb.DuckDBPyConnection) -> bool:
+    """Whether an index holds tables alone, of no more rows and text than commit records could have given it: it comes with a
+    store, and a view or a compressed constant could stand for more than any memory holds. Hashes become names of files."""
+    if connection.sql("SELECT count(*) FROM duckdb_views() WHERE NOT internal").fetchall() != [(0,)]:
+        return False
+    [[shards, longest, columns]] = connection.sql(
+        "SELECT count(*), max(greatest(strlen(dump), strlen(committed_at))), max(cardinality(column_bytes)) FROM shards"
+    ).fetchall()
+    [[files, named, hashed]] = connection.sql(
+        'SELECT count(*), max(greatest(strlen(dump), strlen("table"))), bool_and('
+        "regexp_full_match(sha256, '[0-9a-f]{64}') AND regexp_full_match(footer_sha256, '[0-9a-f]{64}')) FROM files"
+    ).fetchall()
+    return bool(
+        max(shards, files) <= MOST_ROWS
+        and max(longest or 0, named or 0) <= MOST_TEXT
+        and (columns or 0) <= MOST_COLUMNS
+        and hashed is not False
+    )
 
 
 def _save(index: Index, path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
-from knowledge_store.parquet import FILE_SHAPE
+from knowledge_store.parquet import FILE_SHAPE, FileRecord
 from knowledge_store.records import check_shape, read_record, seal
 from knowledge_store.selection import Selection
 
@@ -33,6 +33,20 @@ _SHAPE = {
     "plan": {"max_length": int},
     "derived": {"documents": int, "columns": {...: str}, "shards": list, "tokens": FILE_SHAPE},
 }
+
+# What a manifest may leave out, but others read where it is there.
+_OPTIONAL: dict[str, dict[str, Any]] = {
+    "teacher": {"files": {...: str}, "dtype": str, "model_type": str, "parameters": int},
+    "tokenizer": {"vocabulary_sha256": str, "size": int, "chat_template_sha256": str},
+    "corpus": {"files": [{"name": str, "sha256": str}]},
+    "plan": {"batch_size": int, "shard_size": int, "part_characters": int},
+    "derived": {"bad_rows": int},
+}
+
+# Beyond these nothing can be computed with (steps), or token ids and lengths do not fit their columns.
+LEAST_STEP, MOST_STEP = 2.0**-24, 2.0**10
+MOST_VOCABULARY = 2**32
+MOST_LENGTH = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,23 @@ def check_version(record: dict[str, Any], path: Path) -> None:
         )
 
 
+def _check_limits(record: dict[str, Any]) -> None:
+    """ValueError: a number of a manifest is one that nothing can be made of, or its lists name what they may not."""
+    if not LEAST_STEP <= record["quantisation_step"] <= MOST_STEP:
+        raise ValueError(f"its quantisation step is not between {LEAST_STEP} and {MOST_STEP}")
+    if not 1 <= record["teacher"]["vocabulary_size"] <= MOST_VOCABULARY:
+        raise ValueError(f"its vocabulary size is not between 1 and {MOST_VOCABULARY:,}")
+    if not 1 <= record["plan"]["max_length"] <= MOST_LENGTH:
+        raise ValueError(f"its maximum length is not between 1 and {MOST_LENGTH:,}")
+    if record["derived"]["documents"] < 0:
+        raise ValueError("its number of documents is below 0")
+    if not record["kinds"] or len(set(record["kinds"])) < len(record["kinds"]):
+        raise ValueError("it lists no kind of knowledge, or one twice")
+    shards = record["derived"]["shards"]
+    if not all(type(shard) is dict and type(shard.get("document")) is int for shard in shards):
+        raise ValueError("its list of shards does not say where each begins")
+
+
 def read_manifest(dump_folder: Path) -> Manifest:
     """Read a dump's manifest.
 
@@ -153,8 +184,13 @@ def read_manifest(dump_folder: Path) -> Manifest:
     check_version(record, path)
     try:
         check_shape(record, _SHAPE, "a manifest")
+        for part, shapes in _OPTIONAL.items():
+            there = {name: shape for name, shape in shapes.items() if name in record[part]}
+            check_shape(record[part], there, f"a manifest.{part}")
         if record["quantisation_step"] <= 0:
             raise ValueError("its quantisation step is not above zero")
+        _check_limits(record)
+        FileRecord.from_dict(record["derived"]["tokens"])
         Selection.from_record(record["selection"])
         record.setdefault("calibration", {})  # version 1 had none
         check_shape(record["calibration"], {"temperature": int | float, "sha256": str} if record["calibration"] else {})

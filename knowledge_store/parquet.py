@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from knowledge_store.checked_file import DIGESTS_KEY, MAGIC, CheckedFile, DigestingFile
+from knowledge_store.checked_file import DIGESTS_KEY, CheckedFile, DigestingFile, open_regular, read_footer
 from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
+from knowledge_store.pages import RowGroup, check_row_group, parse_footer
 from knowledge_store.publication import publish
 
 COMPRESSION = "zstd"
@@ -29,7 +32,9 @@ COMPRESSION_LEVEL = 19
 COUNTING = "DELTA_BINARY_PACKED"
 TEXT = "DELTA_LENGTH_BYTE_ARRAY"
 STATISTICS = {"sequence_id", "document", "length", "targets"}
+MOST_FILE_BYTES = 2**48
 
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 FILE_SHAPE = {"bytes": int, "sha256": str, "footer_sha256": str, "rows": int, "column_bytes": {...: int}}
 
@@ -44,6 +49,9 @@ class FileRecord:
         footer_sha256: hash of its footer (metadata, length and magic).
         rows: how many rows it holds.
         column_bytes: compressed bytes of each top-level column.
+
+    Raises (on construction):
+        ValueError: a size or a hash is none. Hashes become names of files in the user's cache.
     """
 
     bytes: int
@@ -51,6 +59,12 @@ class FileRecord:
     footer_sha256: str
     rows: int
     column_bytes: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if not (_SHA256.fullmatch(self.sha256) and _SHA256.fullmatch(self.footer_sha256)):
+            raise ValueError("a file's SHA-256 is not 64 hexadecimal digits")
+        if not all(0 <= each <= MOST_FILE_BYTES for each in (self.bytes, self.rows, *self.column_bytes.values())):
+            raise ValueError("a file's size or number of rows is not possible")
 
     def as_dict(self) -> dict[str, Any]:
         """The record as plain JSON values."""
@@ -129,7 +143,7 @@ def publish_table(
     record = describe(path)
     if ours:
         return record, table
-    found = read_file(path)
+    found = read_file(path, record)
     if len(found) != len(table) or not found.schema.equals(table.schema):
         raise DamageError(
             f"{path} was left by an unfinished run, and does not have the rows that belong there:"
@@ -145,61 +159,41 @@ def _unreadable(path: Path, error: Exception) -> KnowledgeStoreError:
     return DamageError(f"{path} is damaged: {error}")
 
 
-def read_file(path: Path) -> pa.Table:
-    """All of a file that `describe` has found to be the published one, or that nobody has published yet.
+def read_file(path: Path, record: FileRecord) -> pa.Table:
+    """All of a file.
 
     Raises:
-        DamageError: a page does not match its checksum.
+        DamageError: it is not what its record says, or claims to hold what it cannot.
         StoreError: it cannot be read.
     """
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read(use_threads=False).replace_schema_metadata(None)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
-
-
-def _read_footer(path: Path) -> bytes:
-    """The bytes of a Parquet file's footer: metadata, its length, and the magic number at the end.
-
-    Raises:
-        DamageError: the file is too short, or does not end as Parquet does.
-    """
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(size - 8, 0))
-        end = file.read(8)
-        length = int.from_bytes(end[:4], "little") + 8
-        if end[4:] != MAGIC or length > size:
-            raise DamageError(f"{path} is damaged: it does not end as a Parquet file does")
-        file.seek(size - length)
-        return file.read(length)
+    file = open_parquet(path, record.bytes, record.sha256, record.footer_sha256)
+    tables = list(read_row_groups(file))
+    return pa.concat_tables(tables) if tables else file.schema_arrow.empty_table().replace_schema_metadata(None)
 
 
 def describe(path: Path) -> FileRecord:
     """Hash a Parquet file and read its footer.
 
     Raises:
-        DamageError: it is missing or no Parquet file.
+        DamageError: it is missing or no Parquet file, or claims to hold what it cannot.
         StoreError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
-        footer_sha256 = hashlib.sha256(_read_footer(path)).hexdigest()
-        metadata = pq.read_metadata(path)
+            footer = read_footer(path, file.fileno(), size)
+        groups = parse_footer(footer, size)
+        column_bytes: dict[str, int] = {}
+        for group in groups:
+            for chunk in group.chunks:
+                column_bytes[chunk.column] = column_bytes.get(chunk.column, 0) + chunk.compressed
+        rows = sum(group.rows for group in groups)
+        return FileRecord(size, sha256, hashlib.sha256(footer).hexdigest(), rows, column_bytes)
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
-    column_bytes: dict[str, int] = {}
-    for group in range(metadata.num_row_groups):
-        for column in range(metadata.num_columns):
-            chunk = metadata.row_group(group).column(column)
-            name = chunk.path_in_schema.split(".")[0]
-            column_bytes[name] = column_bytes.get(name, 0) + chunk.total_compressed_size
-    return FileRecord(size, sha256, footer_sha256, metadata.num_rows, column_bytes)
 
 
 def check_whole(path: Path, record: FileRecord) -> None:
@@ -210,7 +204,7 @@ def check_whole(path: Path, record: FileRecord) -> None:
         StoreError: it cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             intact = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
@@ -220,37 +214,56 @@ def check_whole(path: Path, record: FileRecord) -> None:
         raise DamageError(f"{path} is damaged: its contents are not those that were published")
 
 
-def open_parquet(path: Path, size: int, sha256: str, footer_sha256: str) -> pq.ParquetFile:
+class TableFile(pq.ParquetFile):
+    """An open Parquet file of which every byte is checked when it is read, and what its footer states of its row groups."""
+
+    def __init__(self, file: CheckedFile):
+        self.checked = file
+        self.stated: list[RowGroup] = parse_footer(file.footer(), file.size)
+        super().__init__(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
+
+
+def open_parquet(path: Path, size: int, sha256: str, footer_sha256: str) -> TableFile:
     """Open a file of which every byte is checked when it is read.
 
     Raises:
-        DamageError: its size or footer differ from what was published, or it is missing.
+        DamageError: its size or footer differ from what was published, it is missing, or claims to hold what it cannot.
         StoreError: it cannot be read.
     """
-    file = CheckedFile(path, size, sha256, footer_sha256)
-    return pq.ParquetFile(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
+    try:
+        return TableFile(CheckedFile(path, size, sha256, footer_sha256))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from None
 
 
-def read_row_groups(file: pq.ParquetFile, path: Path, columns: list[str] | None = None) -> Iterator[pa.Table]:
+def row_group_ends(path: Path, record: FileRecord) -> np.ndarray:
+    """How many rows a file has up to the end of each row group, int64 (DamageError, StoreError: as of `open_parquet`)."""
+    file = open_parquet(path, record.bytes, record.sha256, record.footer_sha256)
+    return np.cumsum([group.rows for group in file.stated], dtype=np.int64)
+
+
+def read_row_groups(file: TableFile, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The row groups of an open file, one at a time.
 
     Raises:
-        DamageError: a page does not match its checksum.
+        DamageError, StoreError: as of `read_row_group`.
     """
     for group in range(file.num_row_groups):
-        yield read_row_group(file, path, group, columns)
+        yield read_row_group(file, group, columns)
 
 
-def read_row_group(file: pq.ParquetFile, path: Path, group: int, columns: list[str] | None = None) -> pa.Table:
+def read_row_group(file: TableFile, group: int, columns: list[str] | None = None) -> pa.Table:
     """One row group of an open file.
 
     Raises:
-        DamageError: a page does not match its checksum.
+        DamageError: its bytes are not those that were published, or claim to hold what they cannot.
+        StoreError: it cannot be read.
     """
     try:
+        check_row_group(file.checked, group, file.stated[group], columns)
         return file.read_row_group(group, columns=columns, use_threads=False).replace_schema_metadata(None)
-    except (OSError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
+    except (OSError, MemoryError, ValueError, pa.ArrowException) as error:
+        raise _unreadable(file.checked.path, error) from None
 
 
 def dataset(files: list[CheckedFile], schema: pa.Schema) -> ds.Dataset:

@@ -21,16 +21,16 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from knowledge_store.checked_file import CheckedFile, open_files
-from knowledge_store.errors import KnowledgeStoreError, QueryError
+from knowledge_store.errors import DamageError, KnowledgeStoreError, QueryError
 from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import SEQUENCES, TOKENS_FILE
 from knowledge_store.limits import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.manifest import Manifest
-from knowledge_store.parquet import dataset, open_parquet, read_row_groups
+from knowledge_store.parquet import FileRecord, dataset, read_file
 from knowledge_store.quantities import binary_size
 from knowledge_store.reader import OPEN_FILES, shard_files
-from knowledge_store.sequences import SEQUENCE_COLUMNS, sequences_schema
+from knowledge_store.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.summary import dumps_table, shards_table
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
@@ -54,12 +54,13 @@ def read_tokens(store: Path, manifest: Manifest) -> pa.Table:
     """A dump's `tokens` table (schema TOKENS_SCHEMA).
 
     Raises:
-        DamageError: the file is not the one the manifest names.
+        DamageError: the file is not the one the manifest names, or holds something else.
     """
     path = store / manifest.dump / TOKENS_FILE
-    record = manifest.derived["tokens"]
-    file = open_parquet(path, record["bytes"], record["sha256"], record["footer_sha256"])
-    return pa.concat_tables(read_row_groups(file, path))
+    tokens = read_file(path, FileRecord.from_dict(manifest.derived["tokens"]))
+    if not tokens.schema.equals(TOKENS_SCHEMA):
+        raise DamageError(f"{path} is damaged: it does not have the columns of its table")
+    return tokens
 
 
 # Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.

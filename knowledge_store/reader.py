@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from knowledge_store.decoded import DecodedCache
 from knowledge_store.errors import DamageError, InputError
@@ -24,10 +23,12 @@ from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, table_path
 from knowledge_store.manifest import Manifest
-from knowledge_store.parquet import open_parquet, read_row_group, read_row_groups
+from knowledge_store.parquet import TableFile, open_parquet, read_row_group, read_row_groups
+from knowledge_store.sequences import sequences_schema
 
 MEMORY_BYTES = 512 * 2**20
 OPEN_FILES = 64
+MOST_PADDED = 2**27  # values of a padded row group, 1 GiB
 SHARDS = 4096  # whose sequences are kept in mind, 16 bytes each and 4 for each kind
 
 
@@ -42,9 +43,12 @@ class ShardFile:
     footer_sha256: str
     rows: int
 
-    def open(self) -> pq.ParquetFile:
-        """Open it; every byte is checked when it is read (DamageError)."""
-        return open_parquet(self.path, self.bytes, self.sha256, self.footer_sha256)
+    def open(self, schema: pa.Schema) -> TableFile:
+        """Open it. Every byte is checked when it is read; here, that it has the columns and rows of its table (DamageError)."""
+        file = open_parquet(self.path, self.bytes, self.sha256, self.footer_sha256)
+        if not file.schema_arrow.equals(schema) or file.metadata.num_rows != self.rows:
+            raise DamageError(f"{self.path} is damaged: it does not have the columns and rows of its table")
+        return file
 
 
 def shard_files(store: Path, index: Index, dump: str, table: str) -> list[ShardFile]:
@@ -54,10 +58,20 @@ def shard_files(store: Path, index: Index, dump: str, table: str) -> list[ShardF
     return [ShardFile(table_path(store / dump, table, shard), shard, *record) for shard, *record in rows]
 
 
-def read_sequences(files: list[ShardFile], columns: list[str] | None = None) -> pa.Table | None:
+def read_sequences(files: list[ShardFile], schema: pa.Schema, columns: list[str] | None = None) -> pa.Table | None:
     """The `sequences` rows of the given files in order, or None when there are none."""
-    tables = [group for file in files for group in read_row_groups(file.open(), file.path, columns)]
-    return pa.concat_tables(tables, promote_options="permissive") if tables else None
+    tables = [group for file in files for group in read_row_groups(file.open(schema), columns)]
+    return pa.concat_tables(tables) if tables else None
+
+
+def _check_padding(table: pa.Table) -> None:
+    """ValueError: decoding pads lists to the longest, and a long one among many short ones would take all memory there is."""
+    for column in table.columns:
+        if pa.types.is_list(column.type):
+            longest = pc.max(pc.list_value_length(column)).as_py() or 0
+            values = sum(len(chunk.flatten()) for chunk in column.chunks)
+            if longest * len(column) > max(MOST_PADDED, 4 * values):
+                raise ValueError(f"a list of {longest:,} values stands among lists of few")
 
 
 @dataclass(frozen=True)
@@ -88,6 +102,7 @@ class DumpReader:
         sequence_files = shard_files(store, index, manifest.dump, SEQUENCES)
         self._files = {kind: shard_files(store, index, manifest.dump, kind) for kind in manifest.kinds}
         self._sequence_files = sequence_files
+        self._sequences_schema = sequences_schema(manifest)
         self._first_ordinal = list(accumulate((file.rows for file in sequence_files), initial=0))
         self._decoded: OrderedDict[tuple[str, int, int], Arrays] = OrderedDict()
         self._decoded_bytes = 0
@@ -102,13 +117,16 @@ class DumpReader:
 
     def _read_shard(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequence ids, and the first row of each sequence (one more entry than sequences), of the shard at `place`."""
-        table = read_sequences([self._sequence_files[place]], ["sequence_id", "length"])
+        file = self._sequence_files[place]
+        table = read_sequences([file], self._sequences_schema, ["sequence_id", "length"])
         if table is None:
-            raise DamageError(f"{self._sequence_files[place].path} is damaged: it has no rows")
+            raise DamageError(f"{file.path} is damaged: it has no rows")
+        if any(column.null_count for column in table.columns) or pc.min(table["length"]).as_py() < 1:
+            raise DamageError(f"{file.path} is damaged: a sequence has no id or no length")
         return table["sequence_id"].to_numpy(), np.cumsum(np.concatenate([[0], table["length"].to_numpy()]))
 
-    def _open_table(self, kind: str, place: int) -> pq.ParquetFile:
-        return self._files[kind][place].open()
+    def _open_table(self, kind: str, place: int) -> TableFile:
+        return self._files[kind][place].open(KINDS[kind].stored_schema(self.manifest))
 
     def _first_rows(self, kind: str, place: int) -> np.ndarray:
         """First row of each sequence in the table of a kind, and the end."""
@@ -116,18 +134,21 @@ class DumpReader:
         return first_row if KINDS[kind].per == "position" else np.arange(len(first_row))
 
     def _read_row_groups(self, kind: str, place: int) -> RowGroups:
-        metadata = self._open(kind, place).metadata
-        rows = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))])
+        rows = np.cumsum([0, *(group.rows for group in self._open(kind, place).stated)])
         first_row = self._first_rows(kind, place)
+        if first_row[-1] != rows[-1] or not np.isin(rows, first_row).all():
+            raise DamageError(f"{self._files[kind][place].path} is damaged: its row groups do not hold its shard's sequences")
         group = np.searchsorted(rows, first_row[:-1], side="right") - 1
         return RowGroups(rows, np.searchsorted(first_row, rows), group.astype(np.int32))
 
     def _decode(self, kind: str, place: int, group: int) -> Arrays:
         """A row group's arrays, kept in memory and on disk."""
-        table = read_row_group(self._open(kind, place), self._files[kind][place].path, group)
+        table = read_row_group(self._open(kind, place), group)
         try:
-            arrays = KINDS[kind].decode(KINDS[kind].unpack(table, self.manifest))
-        except ValueError as error:
+            unpacked = KINDS[kind].unpack(table, self.manifest)
+            _check_padding(unpacked)
+            arrays = KINDS[kind].decode(unpacked)
+        except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, pa.ArrowException) as error:
             raise DamageError(f"{self._files[kind][place].path} is damaged: {error}") from None
         groups = self._row_groups(kind, place)
         starts = self._first_rows(kind, place)[groups.first[group] : groups.first[group + 1] + 1] - groups.rows[group]
@@ -155,6 +176,33 @@ class DumpReader:
         start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
         return {name: array[start:end].copy() for name, array in arrays.items()}
 
+    def kept(self, ordinal: int, kind: str) -> tuple[pa.Table, int]:
+        """A sequence's rows of a kind per position as they were kept (rounded, not normalised), and its `token_hash`.
+
+        Raises:
+            InputError: there is no such sequence.
+            DamageError: what was read is not what was published.
+        """
+        place, within = self._place(ordinal)
+        group = int(self._row_groups(kind, place).group[within])
+        path = self._files[kind][place].path
+        stored = read_row_group(self._open(kind, place), group)
+        start, end = self._first_rows(kind, place)[within : within + 2] - self._row_groups(kind, place).rows[group]
+        try:
+            rows = KINDS[kind].unpack(stored.slice(start, end - start), self.manifest)
+        except ValueError as error:
+            raise DamageError(f"{path} is damaged: {error}") from None
+        hashes = read_sequences([self._sequence_files[place]], self._sequences_schema, ["token_hash"])
+        assert hashes is not None
+        return rows, hashes["token_hash"][within].as_py()
+
+    def _place(self, ordinal: int) -> tuple[int, int]:
+        """The shard that a sequence is in, and its number there (InputError: there is none)."""
+        if not 0 <= ordinal < len(self):
+            raise InputError(f"dump {self.manifest.dump!r} has no sequence {ordinal}: it has {len(self)}, counted from 0")
+        place = bisect_right(self._first_ordinal, ordinal) - 1
+        return place, ordinal - self._first_ordinal[place]
+
     def sequence(self, ordinal: int, kinds: tuple[str, ...]) -> tuple[int, dict[str, Arrays]]:
         """One sequence: its id, and for each kind its decoded arrays (all its rows), which belong to the caller.
 
@@ -162,10 +210,7 @@ class DumpReader:
             InputError: there is no such sequence.
             DamageError: what was read is not what was published.
         """
-        if not 0 <= ordinal < len(self):
-            raise InputError(f"dump {self.manifest.dump!r} has no sequence {ordinal}: it has {len(self)}, counted from 0")
-        place = bisect_right(self._first_ordinal, ordinal) - 1
-        within = ordinal - self._first_ordinal[place]
+        place, within = self._place(ordinal)
         ids, _ = self._shard(place)
         return int(ids[within]), {kind: self._knowledge(kind, place, within) for kind in kinds}
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
-from knowledge_store.errors import DamageError, StoreError
+from knowledge_store.errors import DamageError, InputError, StoreError
 
 SEAL = "sha256"
+MOST_BYTES = 64 * 2**20  # half a million shards in a manifest; in Python's objects, some twenty times as much
+MOST_DEPTH = 32
 
 
 def canonical_json(value: Any) -> bytes:
@@ -30,9 +33,19 @@ def json_sha256(value: Any) -> str:
 
 
 def seal(record: dict[str, Any]) -> bytes:
-    """The bytes of a sealed JSON file that holds `record`, readable by people."""
+    """The bytes of a sealed JSON file that holds `record`, readable by people.
+
+    Raises:
+        InputError: nobody would read so large a file.
+    """
     sealed = {**record, SEAL: json_sha256(record)}
-    return (json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    data = (json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    if len(data) > MOST_BYTES:
+        raise InputError(
+            f"a record of {len(data):,} bytes would be written, and {MOST_BYTES:,} are read at most:"
+            " give another --shard-size (a manifest lists the shards, a shard's record the rows left out)"
+        )
+    return data
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -46,6 +59,21 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _check_depth(value: Any) -> None:
+    """ValueError: a JSON value is nested more deeply than anything that a store holds."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if type(each) is dict else each)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+
+
 def unseal(data: bytes, path: Path) -> dict[str, Any]:
     """Parse a sealed JSON file and check its seal.
 
@@ -56,6 +84,7 @@ def unseal(data: bytes, path: Path) -> dict[str, Any]:
         record = json.loads(data, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
+        _check_depth(record)
         seal_found = record.pop(SEAL, None)
         intact = seal_found == json_sha256(record)
     except (ValueError, RecursionError) as error:
@@ -104,10 +133,18 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         DamageError: it is missing or altered.
-        StoreError: it cannot be read.
+        StoreError: it cannot be read, or is no file (a pipe, a device).
     """
     try:
-        return unseal(path.read_bytes(), path)
+        # Opening a pipe would wait for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise StoreError(f"cannot read {path}: it is not a file")
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise DamageError(f"{path} is damaged: it has more than {MOST_BYTES:,} bytes")
+        return unseal(data, path)
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
     except OSError as error:

@@ -128,8 +128,9 @@ class KnowledgeStore:
     def sequences(self, dump: str | None = None) -> pa.Table:
         """A dump's `sequences` table, in the order of ordinals."""
         manifest = self.manifest(dump)
-        table = read_sequences(shard_files(self.path, self._index, manifest.dump, SEQUENCES))
-        return sequences_schema(manifest).empty_table() if table is None else table
+        schema = sequences_schema(manifest)
+        table = read_sequences(shard_files(self.path, self._index, manifest.dump, SEQUENCES), schema)
+        return schema.empty_table() if table is None else table
 
     def info(self) -> list[DumpSummary]:
         """The facts of each dump, from manifests and the index alone."""
@@ -237,6 +238,22 @@ class KnowledgeStore:
             else:
                 found.update({name: array[0] for name, array in arrays.items()})
         return found
+
+    def kept(self, ordinal: int, dump: str | None = None) -> tuple[pa.Table, int]:
+        """A sequence's positions as they were kept (rounded, not normalised), and the hash of its token ids in `sequences`.
+
+        Raises:
+            InputError: there is no such dump or sequence, or the dump holds no positions.
+            DamageError: what was read is not what was published.
+        """
+        reader = self._reader(dump)
+        if "positions" not in reader.manifest.kinds:
+            raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind 'positions'")
+        return reader.kept(ordinal, "positions")
+
+    def sequence_count(self, dump: str | None = None) -> int:
+        """How many sequences a dump holds."""
+        return len(self._reader(dump))
 
     def remove(self, dump: str) -> None:
         """Remove a dump: it disappears at once, then its files are deleted.

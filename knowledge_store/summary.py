@@ -138,7 +138,7 @@ def summarise(store: Path, index: Index, manifest: Manifest) -> DumpSummary:
         bytes=_sum(shards["bytes"]) + _sum(shards["record_bytes"]) + own,
         tokens_bytes=manifest.derived["tokens"]["bytes"],
         column_bytes=_column_bytes(shards),
-        dense_bytes=predictions * manifest.vocabulary_size * DENSE_BYTES_PER_LOGPROB,
+        dense_bytes=min(predictions * manifest.vocabulary_size * DENSE_BYTES_PER_LOGPROB, 2**63 - 1),
     )
 
 

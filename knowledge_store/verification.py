@@ -23,10 +23,13 @@ from knowledge_store.layout import (
     table_path,
 )
 from knowledge_store.manifest import Manifest, read_manifest
-from knowledge_store.parquet import FileRecord, describe, read_file
+from knowledge_store.parquet import FileRecord, describe, read_file, row_group_ends
 from knowledge_store.publication import TEMPORARY_PREFIX
 from knowledge_store.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
 from knowledge_store.store import check_store
+
+# How a file of good hashes and bad contents fails in the code that looks into it.
+_UNSOUND = (OSError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError, pa.ArrowException)
 
 
 @dataclass
@@ -53,7 +56,7 @@ def _check_file(path: Path, record: FileRecord, schema: pa.Schema) -> pa.Table:
         raise DamageError(f"{path} is damaged: its contents are not those that were published")
     if found != record:
         raise DamageError(f"{path} does not match its commit record")
-    table = read_file(path)
+    table = read_file(path, record)
     if not table.schema.equals(schema):
         raise DamageError(f"{path} does not have the columns of its table")
     return table
@@ -67,17 +70,22 @@ def _check_files(files: dict[str, tuple[Path, FileRecord, pa.Schema]], found: Ve
             tables[name] = _check_file(path, record, schema)
         except (DamageError, StoreError) as error:
             found.damage.append(str(error))
-        except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+        except _UNSOUND as error:
             found.damage.append(f"{path} is damaged: {error}")
     return tables
 
 
-def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: Path) -> None:
+def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: Path, record: FileRecord) -> None:
     """The rows of a kind are those of its sequences: all of them, in order, positions counted from 0."""
     ids, lengths = sequences["sequence_id"].to_numpy(), sequences["length"].to_numpy()
+    if min(lengths, default=1) < 1 or (per == "position" and lengths.sum(dtype=np.int64) != len(knowledge)):
+        raise DamageError(f"{path} does not have the rows of its sequences")
     expected = np.repeat(ids, lengths) if per == "position" else ids
     if not np.array_equal(knowledge["sequence_id"].to_numpy(), expected):
         raise DamageError(f"{path} does not have the rows of its sequences")
+    ends = np.cumsum(lengths) if per == "position" else np.arange(1, len(ids) + 1)
+    if not np.isin(row_group_ends(path, record), [0, *ends]).all():
+        raise DamageError(f"{path} does not have whole sequences in its row groups")
     if per == "position":
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
         if not np.array_equal(knowledge["position"].to_numpy(), np.arange(len(knowledge)) - starts):
@@ -114,12 +122,12 @@ def _check_shard(folder: Path, manifest: Manifest, commit: CommitRecord, found: 
     statistics: dict[str, float] = {}
     for name in manifest.kinds:
         kind = KINDS[name]
-        path = files[name][0]
+        path, record, _ = files[name]
         try:
             table = kind.unpack(tables[name], manifest)
         except ValueError as error:
             raise DamageError(f"{path}: {error}") from None
-        _check_alignment(sequences, table, kind.per, path)
+        _check_alignment(sequences, table, kind.per, path, record)
         if name == "positions":
             _check_tokens(sequences, table, path)
             positions = len(table)
@@ -158,12 +166,12 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
             _check_shard(folder, manifest, commit, found)
         except (DamageError, StoreError) as error:
             found.damage.append(str(error))
-        except (OSError, pa.ArrowException, ValueError, TypeError) as error:
+        except _UNSOUND as error:
             found.damage.append(f"shard {shard} of {folder} is damaged: {error}")
         shard_done(1)
     for table in (SEQUENCES, *manifest.kinds):
         for path in sorted((folder / table).glob("*.parquet")):
-            if not path.stem.isdigit() or int(path.stem) not in committed:
+            if not path.stem.isdecimal() or int(path.stem) not in committed:
                 found.notes.append(f"{path} is not committed: a run was cut off before its commit record")
     missing = manifest.shard_count - len(committed)
     if missing:

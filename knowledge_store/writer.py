@@ -109,10 +109,10 @@ def _has_nan(table: pa.Table) -> bool:
     return any(pc.any(pc.is_nan(column)).as_py() for column in columns if pa.types.is_floating(column.type))
 
 
-def _same_rows(path: Path, table: pa.Table) -> pa.Table:
+def _same_rows(path: Path, record: FileRecord, table: pa.Table) -> pa.Table:
     """A sound file as a table, which has the sequences and tokens of `table` (MismatchError). Its knowledge may be another
     device's, and differ in the last digits."""
-    found = read_file(path)
+    found = read_file(path, record)
     keys = [name for name in ("sequence_id", "position", "token_id", "is_target", "token_hash") if name in table.column_names]
     if not found.schema.equals(table.schema) or not found.select(keys).equals(table.select(keys)):
         raise MismatchError(
@@ -326,7 +326,7 @@ class DumpWriter:
             for name, (table, rows_in_groups) in tables.items():
                 place = table_path(self.folder, name, shard)
                 if standing is not None and name not in damage:
-                    files[name], sound = standing.files[name], _same_rows(place, table)
+                    files[name], sound = standing.files[name], _same_rows(place, standing.files[name], table)
                     if name in KINDS:
                         statistics.update(KINDS[name].statistics(KINDS[name].unpack(sound, self.manifest), self.manifest))
                 else:
@@ -379,7 +379,7 @@ class DumpWriter:
         statistics: dict[str, float] = {}
         for name in self.manifest.kinds:
             table, rows_in_groups = self._knowledge(KINDS[name], knowledge[name], ids, lengths, groups)
-            numbers = KINDS[name].statistics(table, self.manifest)
+            numbers = self._statistics(KINDS[name], table)
             if _has_nan(table) or not np.isfinite(list(numbers.values())).all():
                 raise InputError(f"knowledge of shard {shard} of {self.manifest.dump!r} is NaN or infinite: it is not written")
             tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
@@ -410,6 +410,13 @@ class DumpWriter:
             tables.append(kind.table(keys.slice(start, count), part, self.manifest))
             start += count
         return pa.concat_tables(tables), rows_in_groups
+
+    def _statistics(self, kind: Kind, table: pa.Table) -> dict[str, float]:
+        """A table's statistics; not a number, where what it is made of is infinite."""
+        try:
+            return kind.statistics(table, self.manifest)
+        except ValueError:
+            return {"": np.nan}
 
     def _packed(self, kind: Kind, table: pa.Table, rows_in_groups: list[int]) -> pa.Table:
         """What to store of a table, by row group too."""

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from knowledge_store.console import silence
 from knowledge_store.errors import InputError
+from knowledge_store.weights import check_gguf, check_weights
 
 
 def quieten() -> None:
@@ -55,6 +56,8 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
     """
     quieten()
     _check_place(model, gguf_file)
+    if Path(model).is_dir() and not gguf_file:
+        check_weights(Path(model))
     try:
         with silence():
             loaded, report = AutoModelForCausalLM.from_pretrained(
@@ -161,6 +164,7 @@ def _check_place(model: str, gguf_file: str | None) -> None:
     if gguf_file:
         if not (folder / gguf_file).is_file():
             raise InputError(f"there is no file {gguf_file} in {model}")
+        check_gguf(folder / gguf_file)
     elif not (folder / "config.json").is_file():
         raise InputError(f"{model} is not a model folder: it has no config.json")
 

@@ -6,14 +6,17 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from teacher_dump.agreement import Agreement, check
     from teacher_dump.calibration import TemperatureFit, calibrate
     from teacher_dump.configuration import DumpConfig
     from teacher_dump.forecast import Estimate, estimate
     from teacher_dump.teacher_pass import DumpReport, dump
 
-__all__ = ["DumpConfig", "DumpReport", "Estimate", "TemperatureFit", "calibrate", "dump", "estimate"]
+__all__ = ["Agreement", "DumpConfig", "DumpReport", "Estimate", "TemperatureFit", "calibrate", "check", "dump", "estimate"]
 
 _MODULES = {
+    "Agreement": "teacher_dump.agreement",
+    "check": "teacher_dump.agreement",
     "DumpConfig": "teacher_dump.configuration",
     "DumpReport": "teacher_dump.teacher_pass",
     "dump": "teacher_dump.teacher_pass",

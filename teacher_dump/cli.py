@@ -1,4 +1,4 @@
-"""The command `teacher-dump`: a thin layer over `dump` and `estimate`."""
+"""The command `teacher-dump`: a thin layer over `dump`, `estimate`, `calibrate` and `check`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from knowledge_store.console import BAD_INPUT, command_errors, note, output
 from knowledge_store.progress import duration
 from knowledge_store.quantities import amount, byte_size
 from teacher_dump.configuration import DumpConfig
+
+NOT_THE_SAME = 1
 
 app = typer.Typer(
     help="Run a teacher once over a corpus and keep its knowledge in a store.",
@@ -216,6 +218,41 @@ def calibrate(
             note(f"Warning: {doubt}")
         if fit.skipped_rows:
             note(f"{fit.skipped_rows} rows were left out")
+
+
+@app.command()
+def check(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")],
+    teacher: TeacherOption,
+    dump: Annotated[str | None, typer.Option("--dump", help="Which dump, when there are several.")] = None,
+    sample: Annotated[int, typer.Option("--sample", help="How many sequences to ask again, drawn at random.")] = 200,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which ones.")] = 0,
+    batch_size: BatchSizeOption = 16,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    gguf_file: GgufOption = None,
+) -> None:
+    """Ask the teacher again about some of a dump, and tell numeric noise from damage and from another teacher or tokenizer.
+
+    Needs no corpus. Exit code 1 when the verdict is anything but `agrees`.
+
+    Example: `teacher-dump check knowledge/ --teacher HuggingFaceTB/SmolLM2-135M --sample 200`
+    """
+    _exists_or_exit()
+    with command_errors():
+        from teacher_dump.agreement import AGREES, describe
+        from teacher_dump.agreement import check as ask_again
+
+        found = ask_again(
+            store, teacher, dump=dump, sample=sample, seed=seed, batch_size=batch_size, dtype=dtype, device=device,
+            gguf_file=gguf_file,
+        )  # fmt: skip
+        for line in describe(found):
+            output.print(line, markup=False)
+        for sentence in found.notes:
+            note(f"Note: {sentence}")
+        if found.verdict != AGREES:
+            raise typer.Exit(NOT_THE_SAME)
 
 
 def _spread_files(arguments: list[str]) -> list[str]:

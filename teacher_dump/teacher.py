@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from knowledge_store.console import note, silence
 from knowledge_store.errors import InputError
 from knowledge_store.records import json_sha256
+from knowledge_store.weights import check_gguf, check_weights
 from teacher_dump.fingerprints import file_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -226,14 +227,15 @@ def _model_files(folder: Path, gguf_file: str | None) -> list[Path]:
     if gguf_file is not None:
         if not (folder / gguf_file).is_file():
             raise InputError(f"there is no GGUF file {folder / gguf_file}")
+        check_gguf(folder / gguf_file)
         return [folder / gguf_file]
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        ggufs = ", ".join(sorted(path.name for path in folder.glob("*.gguf")))
-        hint = f": it has {ggufs}; pass --gguf-file" if ggufs else ": weights must be safetensors or GGUF files"
-        raise InputError(f"{folder} has no weights that can be used{hint}")
-    if not (folder / "config.json").is_file():
+    ggufs = ", ".join(sorted(path.name for path in folder.glob("*.gguf")))
+    if not weights and ggufs:
+        raise InputError(f"{folder} has no weights that can be used: it has {ggufs}; pass --gguf-file")
+    if weights and not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json")
+    check_weights(folder)
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in tokenizer):
         raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")

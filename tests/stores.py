@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from knowledge_store import DumpWriter, Manifest
 from knowledge_store.kinds import Arrays
+from knowledge_store.parquet import describe, read_file
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
 
 MADE_BY = {"host": "here", "device": "cpu"}
@@ -168,3 +169,8 @@ def contents(store: Path) -> dict[str, object]:
         else:
             found[name] = path.read_bytes()
     return found
+
+
+def read_whole(path: Path) -> pa.Table:
+    """A Parquet file of a store, whatever its record says of it."""
+    return read_file(path, describe(path))

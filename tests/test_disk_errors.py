@@ -9,10 +9,11 @@ import time
 import pyarrow as pa
 import pytest
 from conftest import story_rows, write_jsonl
+from stores import read_whole
 from torture import disk_errors, journal_disk
 
 from knowledge_store import DumpWriter, StoreError
-from knowledge_store.parquet import describe, read_file, write_table
+from knowledge_store.parquet import describe, write_table
 from teacher_dump import DumpConfig, dump
 
 
@@ -53,7 +54,7 @@ def test_a_writer_that_dies_stops_the_dump_at_the_next_batch(tmp_path, loaded_te
     assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
 
 
-@pytest.mark.parametrize("read", [describe, read_file])
+@pytest.mark.parametrize("read", [describe, read_whole])
 def test_what_cannot_be_opened_is_not_called_damaged(tmp_path, read):
     path = tmp_path / "a.parquet"
     with open(path, "wb") as file:

@@ -24,7 +24,9 @@ from stores import (
 
 from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.calibration import Calibration, write_calibration
-from knowledge_store.errors import InputError, MismatchError
+from knowledge_store.errors import InputError, MismatchError, StoreError
+from knowledge_store.manifest import check_version
+from knowledge_store.records import read_record
 from knowledge_store.selection import Selection
 from knowledge_store.sequences import tokens_table
 from teacher_dump import DumpConfig, dump
@@ -353,3 +355,39 @@ def test_a_store_of_version_2_reads_as_ever(tmp_path):
     assert not verify(tmp_path / "old").damage
     stored = tmp_path / "old/small/positions/00001.parquet"
     assert stored.read_bytes() == before["positions/00001.parquet"]
+
+
+def test_a_store_of_version_3_reads_as_ever(tmp_path):
+    """Packed, with draws and a calibration: the same rows as a store made now, and as the one of version 2, unpacked."""
+    shutil.copytree(FIXTURES / "store-v3", tmp_path / "old")
+    shutil.copytree(FIXTURES / "store-v2", tmp_path / "before")
+    write_drawn_store(tmp_path / "new")
+    assert not verify(tmp_path / "old").damage
+    old, new, before = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new", "before"))
+    assert (old.manifest().version, before.manifest().version) == (3, 2)
+    for relation in ("positions", "candidates", "sequences"):
+        rows = old.sql(f"SELECT * FROM {relation}")
+        assert len(rows) and rows.equals(new.sql(f"SELECT * FROM {relation}"))
+        assert rows.equals(before.sql(f"SELECT * FROM {relation}"))
+    for ordinal in range(len(old)):
+        for name, array in old[ordinal].items():
+            assert np.array_equal(array, new[ordinal][name])
+    assert old.manifest().differences(new.manifest()) == []
+
+
+@pytest.mark.parametrize("known", [1, 2])
+def test_an_older_reader_refuses_newer_stores_by_name(tmp_path, monkeypatch, known):
+    """What the version check of each older reader makes of every newer store: the file and both versions are named."""
+    monkeypatch.setattr("knowledge_store.manifest.FORMAT_VERSION", known)
+    for version in (1, 2, 3):
+        store = shutil.copytree(FIXTURES / f"store-v{version}", tmp_path / str(version))
+        if version <= known:
+            assert len(KnowledgeStore.open(store))
+            continue
+        for path in (store / "store.json", store / "small/manifest.json"):
+            refusal = f"format version {version}, and this is knowledge-store for version {known}"
+            with pytest.raises(StoreError, match=refusal) as raised:
+                check_version(read_record(path), path)
+            assert str(path) in str(raised.value)
+        with pytest.raises(StoreError, match="install a newer knowledge-store"):
+            KnowledgeStore.open(store)

@@ -107,5 +107,5 @@ def test_sources_that_are_none(tmp_path):
             initialise(str(source), [0], tmp_path / "student")
     broken = save_teacher(tmp_path / "broken")
     (broken / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="cannot load a causal language model"):
+    with pytest.raises(InputError, match="no weights that can be used"):
         initialise(str(broken), [0], tmp_path / "student")

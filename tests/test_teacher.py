@@ -13,6 +13,7 @@ import transformers
 from conftest import TEXT, make_model, make_tokenizer, save_teacher
 
 from knowledge_store.errors import InputError
+from student_train.models import load_model
 from teacher_dump import teacher as teacher_module
 from teacher_dump.teacher import find_device, load_teacher
 
@@ -163,6 +164,45 @@ def test_pickled_weights_are_never_loaded(folder):
     torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
     assert "weights must be safetensors or GGUF" in refusal(folder)
     assert not (folder / "sprung").exists()
+
+
+def test_an_index_or_configuration_cannot_name_a_pickle(folder):
+    """transformers opens what these name, whatever it was told of safetensors."""
+    index = folder / "model.safetensors.index.json"
+    for name, message in (
+        ("pytorch_model.bin", "'pytorch_model.bin': weights must be safetensors or GGUF"),
+        ("../elsewhere.safetensors", "which is no file of"),
+        ("absent.safetensors", "which is no file of"),
+        (5, "weights must be safetensors or GGUF"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        assert message in refusal(folder)
+        with pytest.raises(InputError, match="names weights in"):
+            load_model(str(folder))
+    for text in ("[]", "{", "[" * 100_000, '{"weight_map": 3}'):
+        index.write_text(text)
+        assert str(index) in refusal(folder)
+    index.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("pytorch_model.bin", "../elsewhere.safetensors", "adapter_model.bin"):
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        assert "names weights in" in refusal(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    assert "is an adapter to a model that lies elsewhere" in refusal(folder)
+
+
+def test_a_pickle_is_refused_under_every_name(folder):
+    torch.save({"model.norm.weight": torch.ones(1)}, folder / "weights.bin")
+    assert "is not a GGUF file" in refusal(folder, gguf_file="weights.bin")
+    with pytest.raises(InputError, match="is not a GGUF file"):
+        load_model(str(folder), "weights.bin")
+    (folder / "weights.bin").rename(folder / "model.safetensors")  # a pickle that is called otherwise is not opened as one
+    assert "cannot be loaded" in refusal(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "pytorch_model.bin is a pickle, which can run code, and is never loaded" in refusal(folder)
+    with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle"):
+        load_model(str(folder))
 
 
 def test_remote_code_is_never_run(folder):

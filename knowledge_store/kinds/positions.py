@@ -140,12 +140,21 @@ def decode(table: pa.Table) -> Arrays:
         int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
         candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and tail_counts int64 (N, M); in a calibrated
         dump tail_logsumexp float32 (N,).
+
+    Raises:
+        ValueError: what cannot be missing is, or log-probabilities are none.
     """
+    for name in ("token_id", "is_target"):
+        if table[name].null_count:
+            raise ValueError(f"{name} is null")
     kept = table["candidate_ids"].is_valid().to_numpy()
     candidate_ids, _ = padded_lists(table["candidate_ids"], 0, np.int64)
     candidate_logprobs, _ = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     tail_logprob = table["tail_logprob"].fill_null(0).to_numpy()
-    excess = np.log(_total_mass(candidate_logprobs, tail_logprob))
+    with np.errstate(all="ignore"):
+        excess = np.log(_total_mass(candidate_logprobs, tail_logprob))
+    if not np.isfinite(excess).all():
+        raise ValueError("candidates and tail are no probabilities")
     more = {}
     if "tail_ids" in table.column_names:
         more["tail_ids"], _ = padded_lists(table["tail_ids"], 0, np.int64)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import typer
-from stores import DOCUMENTS, commit, contents, make_manifest, random_sequences, words
+from stores import DOCUMENTS, commit, contents, make_manifest, random_sequences, read_whole, words
 
 from knowledge_store import DumpWriter, KnowledgeStore, parquet, verify
 from knowledge_store.console import command_errors
@@ -54,7 +54,7 @@ def leftovers(store: Path) -> list[Path]:
 
 def rows(store: Path, shard: int) -> list[pa.Table]:
     """The tables of a shard as they are stored, whatever their bytes."""
-    return [parquet.read_file(table_path(store / DUMP, table, shard)) for table in (SEQUENCES, "positions")]
+    return [read_whole(table_path(store / DUMP, table, shard)) for table in (SEQUENCES, "positions")]
 
 
 def check_standing(store: Path, acknowledged: set[int], whole: Path) -> set[int]:

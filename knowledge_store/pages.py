@@ -1,0 +1,372 @@
+"""What a Parquet file claims to hold, checked before anything is made of it: a few bytes may stand for terabytes.
+
+A footer states rows, values and sizes; the header in front of each page states them once more, and is what a reader allocates
+by. Neither is covered by page checksums, and a stranger's file may state anything. So both are read here first: they must
+agree, every page must carry a checksum, and what a column chunk stands for is bounded, by a constant or by its bytes.
+
+Both are Thrift, compact protocol (github.com/apache/thrift, doc/specs/thrift-compact-protocol.md), with the fields of
+parquet-format's parquet.thrift, and are parsed here: pyarrow ends the process where the metadata of a column chunk that Python
+asks it for is unsound (its size statistics, say), and only what of a footer is needed here is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from knowledge_store.checked_file import CheckedFile
+
+# What a column chunk may stand for whatever its size: its rows' worth of a constant takes hardly a byte.
+MOST_VALUES = 2**22
+MOST_BYTES = 2**28
+# And for each byte of it: no real text or number is smaller.
+VALUES_PER_BYTE = 16
+BYTES_PER_BYTE = 64
+
+MOST_COLUMNS = 4096
+MOST_ROW_GROUPS = 2**16
+MOST_CHUNKS = 2**20
+MOST_DEPTH = 12
+HEADER_BYTES = 256  # most headers of pages take less than 60
+
+_DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = range(4)
+_DELTA_BYTE_ARRAY = 7  # each value names a part of the one before: a bomb by design, and nothing here writes it
+_BYTE_ARRAY = 6
+_CODECS = {0: "UNCOMPRESSED", 1: "SNAPPY", 2: "GZIP", 3: "LZO", 4: "BROTLI", 5: "LZ4", 6: "ZSTD", 7: "LZ4_RAW"}
+
+# Which fields of a struct are wanted, and of which struct they are; all others are skipped.
+_Fields = dict[int, Any]
+_COUNT: _Fields = {1: None, 2: None, 4: None}
+_PAGE: _Fields = {1: None, 2: None, 3: None, 4: None, 5: _COUNT, 7: _COUNT, 8: _COUNT}
+_CHUNK: _Fields = {1: None, 3: {1: None, 3: None, 4: None, 5: None, 6: None, 7: None, 9: None, 11: None}}
+_FOOTER: _Fields = {3: None, 4: {1: _CHUNK, 3: None}}
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page as its header states it.
+
+    Attributes:
+        kind: 0 data, 1 index, 2 dictionary, 3 data (version 2).
+        start, compressed: where its bytes begin in the file, and how many.
+        uncompressed: bytes.
+        values: how many, nulls included; 0 of an index page.
+        encoding: its number in parquet.thrift; −1 of an index page.
+        checksum: CRC-32 of its bytes, None without one.
+    """
+
+    kind: int
+    start: int
+    compressed: int
+    uncompressed: int
+    values: int
+    encoding: int
+    checksum: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A column chunk as the footer states it.
+
+    Attributes:
+        column: the name of its top-level column; path: the whole path.
+        physical: number of its physical type; codec: of its compression, both in parquet.thrift.
+        values: how many, nulls included.
+        compressed, uncompressed: bytes, headers included.
+        start: where it begins in the file.
+    """
+
+    column: str
+    path: str
+    physical: int
+    codec: int
+    values: int
+    compressed: int
+    uncompressed: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowGroup:
+    """A row group as the footer states it: how many rows, and its column chunks."""
+
+    rows: int
+    chunks: list[Chunk]
+
+
+# --- Thrift -----------------------------------------------------------------------------------------------------------------
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    byte = data[at]
+    if byte < 0x80:
+        return byte, at + 1
+    value, shift = byte & 0x7F, 7
+    while True:
+        at += 1
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at + 1
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number has too many bytes")
+
+
+def _list(data: bytes, at: int) -> tuple[int, int, int]:
+    """The head of a list: kind of its elements, how many, and where they begin."""
+    head = data[at]
+    at += 1
+    size = head >> 4
+    if size == 15:
+        size, at = _varint(data, at)
+    if size > len(data) - at:
+        raise IndexError
+    return head & 0x0F, size, at
+
+
+def _skip(data: bytes, at: int, kind: int, depth: int, element: bool = False) -> int:
+    """Where a value ends."""
+    if kind in (1, 2):
+        return at + 1 if element else at
+    if kind == 3:
+        return at + 1
+    if kind in (4, 5, 6):
+        while data[at] >= 0x80:
+            at += 1
+        return at + 1
+    if kind == 7:
+        return at + 8
+    if kind == 8:
+        length, at = _varint(data, at)
+        return at + length
+    if kind == 9:
+        inner, size, at = _list(data, at)
+        for _ in range(size):
+            at = _skip(data, at, inner, depth + 1, element=True)
+        return at
+    if kind == 12:
+        return _struct(data, at, {}, depth + 1)[1]
+    raise ValueError("a field is of an unknown type")
+
+
+def _struct(data: bytes, at: int, wanted: _Fields, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """A struct: its wanted fields by number, and where it ends. IndexError: it is cut off; ValueError: it is none."""
+    if depth > MOST_DEPTH:
+        raise ValueError("it is nested too deeply")
+    fields: dict[int, Any] = {}
+    number = 0
+    while True:
+        head = data[at]
+        at += 1
+        if not head:
+            return fields, at
+        kind = head & 0x0F
+        if head >> 4:
+            number += head >> 4
+        else:
+            raw, at = _varint(data, at)
+            number = (raw >> 1) ^ -(raw & 1)
+        if number not in wanted:
+            at = _skip(data, at, kind, depth)
+        elif number in fields:
+            raise ValueError("a field stands twice")  # which of them counts, parsers disagree about
+        elif kind in (4, 5, 6):
+            raw, at = _varint(data, at)
+            fields[number] = (raw >> 1) ^ -(raw & 1)
+        elif kind == 8:
+            length, at = _varint(data, at)
+            fields[number] = data[at : at + length]
+            at += length
+        elif kind == 12 and wanted[number] is not None:
+            fields[number], at = _struct(data, at, wanted[number], depth + 1)
+        elif kind == 9:
+            inner, size, at = _list(data, at)
+            if size > MOST_ROW_GROUPS:
+                raise ValueError(f"it lists {size:,} row groups or columns")
+            values: list[Any] = []
+            for _ in range(size):
+                start = at
+                if inner == 12 and wanted[number] is not None:
+                    value, at = _struct(data, at, wanted[number], depth + 1)
+                    values.append(value)
+                else:
+                    at = _skip(data, at, inner, depth + 1, element=True)
+                    values.append(data[start:at])
+            fields[number] = values
+        else:
+            at = _skip(data, at, kind, depth)
+
+
+def _numbers(fields: dict[int, Any], *wanted: int) -> list[int]:
+    """Some fields of a struct. ValueError: one is not there, or is no number that fits 63 bits."""
+    found = [fields.get(number) for number in wanted]
+    if not all(type(each) is int and 0 <= each < 2**63 for each in found):
+        raise ValueError("a number is missing, or is below 0")
+    return found  # type: ignore[return-value]
+
+
+# --- footers ----------------------------------------------------------------------------------------------------------------
+
+
+def parse_footer(footer: bytes, size: int) -> list[RowGroup]:
+    """The row groups that a footer states, once they are possible for a file of `size` bytes.
+
+    Args:
+        footer: the end of the file: metadata, their length, and the magic number.
+        size: of the file.
+
+    Raises:
+        ValueError: they are not; says what.
+    """
+    try:
+        fields, _ = _struct(footer[:-8], 0, _FOOTER)
+        [rows] = _numbers(fields, 3)
+        groups = fields.get(4, [])
+        if rows > 4 * (MOST_VALUES + size):
+            raise ValueError(f"it states {rows:,} rows, more than its {size:,} bytes can stand for")
+        if len(groups) > rows + 1:
+            raise ValueError(f"it states {len(groups):,} row groups for {rows:,} rows")
+        found = []
+        chunks = 0
+        for group in groups:
+            columns = group.get(1, []) if isinstance(group, dict) else None
+            if not isinstance(columns, list):
+                raise ValueError("a row group has no columns")
+            chunks += len(columns)
+            if len(columns) > MOST_COLUMNS or chunks > MOST_CHUNKS:
+                raise ValueError(f"it states {chunks:,} columns in its row groups")
+            found.append(RowGroup(_numbers(group, 3)[0], [_chunk(column) for column in columns]))
+    except (IndexError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"its footer is none ({type(error).__name__})") from None
+    if sum(group.rows for group in found) != rows:
+        raise ValueError(f"its row groups do not hold the {rows:,} rows it states")
+    return found
+
+
+def _chunk(fields: dict[int, Any]) -> Chunk:
+    stated = fields.get(3)
+    if not isinstance(stated, dict) or fields.get(1):
+        raise ValueError("a column lies in another file, or nowhere")
+    names = []
+    for raw in stated.get(3, []):
+        length, at = _varint(raw, 0)
+        names.append(raw[at : at + length].decode())
+    physical, codec, values, uncompressed, compressed, start = _numbers(stated, 1, 4, 5, 6, 7, 9)
+    dictionary = stated.get(11)
+    if type(dictionary) is int and dictionary > 0 and (dictionary < start or not start):
+        start = dictionary
+    return Chunk(names[0] if names else "", ".".join(names), physical, codec, values, compressed, uncompressed, start)
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------------
+
+
+def _page(data: bytes, start: int) -> Page:
+    """The page whose header `data` begins with, at `start` in the file. IndexError: it is cut off; ValueError: it is none."""
+    fields, end = _struct(data, 0, _PAGE)
+    if end > len(data):
+        raise IndexError
+    kind, uncompressed, compressed = _numbers(fields, 1, 2, 3)
+    if kind > _DATA_PAGE_V2:
+        raise ValueError("a page is of no known kind")
+    values, encoding = 0, -1
+    if kind != _INDEX_PAGE:
+        own = fields.get({_DATA_PAGE: 5, _DICTIONARY_PAGE: 7, _DATA_PAGE_V2: 8}[kind])
+        if not isinstance(own, dict):
+            raise ValueError("a page has the header of another kind")
+        values, encoding = _numbers(own, 1, 4 if kind == _DATA_PAGE_V2 else 2)
+    checksum = fields.get(4)
+    return Page(
+        kind, start + end, compressed, uncompressed, values, encoding, checksum % 2**32 if type(checksum) is int else None
+    )
+
+
+def chunk_pages(file: CheckedFile, start: int, size: int) -> Iterator[Page]:
+    """The pages of a column chunk, from its place and compressed size.
+
+    Raises:
+        ValueError: they are not that.
+        DamageError, StoreError: the file is not what was published, or cannot be read.
+    """
+    end = start + size
+    while start < end:
+        for most in (HEADER_BYTES, 2**20):  # a header holds the least and greatest value, which may be long
+            try:
+                page = _page(bytes(file.read_at(start, min(start + most, end))), start)
+                break
+            except IndexError:
+                continue
+        else:
+            raise ValueError("a page header is cut off")
+        start = page.start + page.compressed
+        if start > end:
+            raise ValueError("a page is longer than its column")
+        yield page
+
+
+def check_row_group(file: CheckedFile, group: int, stated: RowGroup, columns: Collection[str] | None = None) -> None:
+    """Make sure that the pages of a row group are what its footer states, and stand for no more than their bytes can.
+
+    Args:
+        file: a Parquet file.
+        group: number of the row group, stated: by the footer.
+        columns: the columns that are to be read; None for all.
+
+    Raises:
+        ValueError: they do not; says what.
+        DamageError, StoreError: the file is not what was published, or cannot be read.
+    """
+    for chunk in stated.chunks:
+        if columns is None or chunk.column in columns:
+            texts = _check_chunk(chunk, file)
+            if texts * chunk.values > MOST_BYTES:
+                _check_texts(file, group, chunk.column, max(MOST_BYTES, BYTES_PER_BYTE * chunk.compressed))
+
+
+def _check_chunk(chunk: Chunk, file: CheckedFile) -> int:
+    """Check one column chunk. Returns the bytes of its dictionary of texts, 0 without one."""
+    name, size = chunk.path, chunk.compressed
+    if chunk.codec not in (0, 6):
+        codec = _CODECS.get(chunk.codec, "what is not known")
+        raise ValueError(f"column {name} is compressed with {codec}, and a store's files with Zstandard")
+    if chunk.values > max(MOST_VALUES, VALUES_PER_BYTE * size):
+        raise ValueError(f"column {name} states {chunk.values:,} values in {size:,} bytes")
+    if chunk.uncompressed > max(MOST_BYTES, BYTES_PER_BYTE * size):
+        raise ValueError(f"column {name} states {chunk.uncompressed:,} bytes, compressed to {size:,}")
+    texts = found = uncompressed = 0
+    if not chunk.values:
+        return texts  # no page is read, and of a chunk without rows no place is stated
+    for page in chunk_pages(file, chunk.start, size):
+        if page.checksum is None:
+            raise ValueError(f"a page of column {name} has no checksum")
+        if page.encoding == _DELTA_BYTE_ARRAY:
+            raise ValueError(f"column {name} is encoded as no writer of a store does")
+        uncompressed += page.uncompressed
+        if page.kind in (_DATA_PAGE, _DATA_PAGE_V2):
+            found += page.values
+        elif page.kind == _DICTIONARY_PAGE and chunk.physical == _BYTE_ARRAY:
+            texts = page.uncompressed
+    if found != chunk.values or uncompressed > chunk.uncompressed:
+        raise ValueError(f"the pages of column {name} are not what its footer states")
+    return texts
+
+
+def _check_texts(file: CheckedFile, group: int, column: str, most: int) -> None:
+    """Make sure that the texts of a column, each of which its pages may name any number of times, are not too many bytes."""
+    source = pa.PythonFile(file, mode="r")
+    with pq.ParquetFile(source, page_checksum_verification=True, read_dictionary=[column]) as texts:
+        table = texts.read_row_group(group, columns=[column], use_threads=False)
+    total = 0
+    for chunk in table[column].chunks:
+        if not isinstance(chunk, pa.DictionaryArray):
+            return  # within a list, say, which no text of a store is
+        lengths = pc.binary_length(chunk.dictionary).take(chunk.indices)
+        total += pc.sum(pc.cast(lengths, pa.int64())).as_py() or 0
+    if total > most:
+        raise ValueError(f"column {column} stands for {total:,} bytes of text")

@@ -1,0 +1,559 @@
+"""`check`: a teacher is asked again about some sequences of a dump, and its answers are held against what was kept.
+
+Token ids are in the store, so the corpus is not needed. What was kept is a rounded value, what is asked now is not, so for each
+value the *difference* is |kept − asked| less half a quantisation step: what rounding cannot explain, in nats. It is 0 for most
+values where the teacher is the same, and grows with whatever makes it answer otherwise. Below a step noise shows all the same:
+it carries a share of mean |noise| / step of the values over the edge between two steps.
+
+    numeric noise    batching, device, dtype: small everywhere, and no single value is far off
+    damage           most sequences agree, some have values far off, or token ids that do not match their hash
+    another teacher  values are off in most sequences
+
+Candidates are compared by id, so that two that are nearly as likely may change places; the tail is that of the candidates that
+were kept. That these are the likeliest is compared too: by how many nats another token is ahead of the last of them. Draws are
+made at points that the sequence alone decides, so each must lie, in the running sum of the tail's probabilities, where its
+token lies; how far beside it, as a share of the tail, is its difference: noise moves a few draws, by little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from knowledge_store import KnowledgeStore, Manifest
+from knowledge_store.errors import DamageError, InputError
+from knowledge_store.kinds.positions import MOST_STEPS
+from knowledge_store.progress import progress_bar
+from knowledge_store.sequences import token_hash
+from teacher_dump.plan import length_batches
+from teacher_dump.sampling import independent_points, precise, systematic_points
+from teacher_dump.teacher import Teacher, describe_tokenizer, load_teacher
+
+AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER = "agrees", "damage", "another teacher", "another tokenizer"
+SHOWN = 5
+QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
+SHARE_OFF = 0.5  # of the sequences: beyond it the teacher is another one, unless its weights are the dump's own
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What numeric noise can do, in nats.
+
+    Attributes:
+        typical: of a sequence, mean over its values. single: of any one value.
+    """
+
+    typical: float
+    single: float
+
+
+# Rounding to float32 at every step of a model moves its log-probabilities by some 1e-6 to 1e-4, rounding to bfloat16 or
+# float16 by some 0.01 to 0.1, and that of an unlikely token now and then by several tenths.
+FLOAT32 = Limits(0.01, 0.03)
+SHORT = Limits(0.25, 1.5)
+
+
+@dataclass(frozen=True)
+class Differences:
+    """How far one quantity is off, over all its values.
+
+    Attributes:
+        values: how many.
+        steps: shares of the values that are the same step, one off, two off, and more.
+        quantiles: of the difference (nats; of draws a share of the tail), at QUANTILES.
+    """
+
+    values: int
+    steps: tuple[float, float, float, float]
+    quantiles: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a teacher agrees with a dump.
+
+    Attributes:
+        dump, sequences, positions: what was compared; positions with knowledge.
+        verdict: one of AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER.
+        reasons: what it rests on, one sentence each.
+        notes: what else a person should know.
+        limits: what counts as numeric noise here.
+        differences: of `token`, `candidates`, `tail`, and where there are any `tail at T`, `selection`, `draws`.
+        noise: mean |difference| of a value in the median sequence, from the share of values that moved a step (nats).
+        changed_top_1: share of the positions whose likeliest token is another one; None without candidates.
+        moved_draws: share of the draws that now fall on another token; None without draws.
+        sequences_off: how many have a value beyond `limits.single`, cannot be read, or have other tokens than they had.
+    """
+
+    dump: str
+    sequences: int
+    positions: int
+    verdict: str
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
+    limits: Limits
+    differences: dict[str, Differences] = field(default_factory=dict)
+    noise: float = 0.0
+    changed_top_1: float | None = None
+    moved_draws: float | None = None
+    sequences_off: int = 0
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """One sequence as it was kept: L tokens, N of them with knowledge, at `places`.
+
+    Attributes:
+        number: its sequence_id.
+        token_ids: int64 (L,). places: int64 (N,).
+        columns: token_logprob (N,), candidate_ids and candidate_logprobs (N, K) (−1 and −inf: none), tail_logprob (N,) (NaN in
+            random sampling), and where there are any tail_logsumexp (N,), drawn (N, draws): the token of each point, −1: none.
+    """
+
+    number: int
+    token_ids: np.ndarray
+    places: np.ndarray
+    columns: dict[str, np.ndarray]
+
+
+def check(
+    store: str | Path,
+    teacher: str | Teacher,
+    *,
+    dump: str | None = None,
+    sample: int = 200,
+    seed: int = 0,
+    batch_size: int = 16,
+    dtype: str = "auto",
+    device: str = "auto",
+    gguf_file: str | None = None,
+) -> Agreement:
+    """Ask a teacher again about sequences of a dump, drawn at random, and say how far it agrees with what was kept.
+
+    Args:
+        store: the store's folder.
+        teacher: a local folder, a hub id, or a loaded teacher.
+        dump: which dump; None when there is only one.
+        sample: how many sequences; all of a smaller dump.
+        seed: which ones.
+        batch_size: a forward pass has room for this many sequences of the dump's maximum length.
+        dtype, device, gguf_file: see `load_teacher`.
+
+    Raises:
+        InputError: something given cannot be used.
+        StoreError, DamageError: there is no such store, or a manifest or commit record is altered.
+    """
+    for name, value in (("sample", sample), ("batch-size", batch_size)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}; it must be at least 1")
+    opened = KnowledgeStore.open(store, cache_size=0)
+    manifest = opened.manifest(dump)
+    if "positions" not in manifest.kinds:
+        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind 'positions', and no other can be checked")
+    count = opened.sequence_count(manifest.dump)
+    if not count:
+        raise InputError(f"dump {manifest.dump!r} of {store} has no committed sequence yet")
+    asked = teacher if isinstance(teacher, Teacher) else load_teacher(teacher, gguf_file, dtype, device)
+    limits = _limits(manifest, asked)
+    same_weights, notes = _same_weights(manifest, asked)
+    tokenizer = _other_tokenizer(opened, manifest, asked, notes)
+    refusal = _other_model(manifest, asked)
+    if refusal:
+        verdict = OTHER_TOKENIZER if tokenizer else OTHER_TEACHER
+        return Agreement(manifest.dump, 0, 0, verdict, (*tokenizer, refusal), tuple(notes), limits)
+
+    ordinals = np.sort(np.random.default_rng(seed).choice(count, min(sample, count), replace=False))
+    kept, unreadable = _read(opened, manifest, ordinals.tolist())
+    found = _ask(manifest, asked, kept, batch_size)
+    return _judge(manifest, kept, found, unreadable, tokenizer, same_weights, notes, limits, len(ordinals))
+
+
+# --- what can be told without asking --------------------------------------------------------------------------------------
+
+
+def _limits(manifest: Manifest, teacher: Teacher) -> Limits:
+    dtypes = {manifest.teacher.get("dtype", "float32"), teacher.description["dtype"]}
+    return FLOAT32 if dtypes <= {"float32", "float64"} else SHORT
+
+
+def _weights(description: dict[str, Any]) -> list[str]:
+    """Hashes of the files of weights, whatever their names."""
+    files = description.get("files", {})
+    return sorted(sha256 for name, sha256 in files.items() if name.endswith((".safetensors", ".gguf")))
+
+
+def _same_weights(manifest: Manifest, teacher: Teacher) -> tuple[bool, list[str]]:
+    same = bool(_weights(manifest.teacher)) and _weights(manifest.teacher) == _weights(teacher.description)
+    notes = [] if same else ["the teacher's files of weights are not those that the manifest names"]
+    kept, now = manifest.teacher.get("dtype"), teacher.description["dtype"]
+    if kept != now:
+        notes.append(f"the dump was made in {kept}, and the teacher is asked in {now} now")
+    return same, notes
+
+
+def _other_tokenizer(store: KnowledgeStore, manifest: Manifest, teacher: Teacher, notes: list[str]) -> list[str]:
+    """Why the teacher's tokenizer is not the dump's, one sentence; none when it is, or only knows more."""
+    kept = manifest.tokenizer.get("vocabulary_sha256")
+    if kept is None or kept == describe_tokenizer(teacher.tokenizer)["vocabulary_sha256"]:
+        return []
+    theirs = store.tokens(manifest.dump)["token"].to_pylist()
+    names = dict(zip(range(len(theirs)), theirs, strict=True))
+    mine = {token: name for name, token in teacher.tokenizer.get_vocab().items()}
+    others = [token for token, name in names.items() if name is not None and mine.get(token) != name]
+    if not others:
+        notes.append("the teacher's tokenizer knows tokens that the dump's did not; all others are the same")
+        return []
+    token = others[0]
+    return [
+        f"{len(others):,} of the dump's {len(names):,} tokens are others in the teacher's tokenizer:"
+        f" {token} was {names[token]!r} and is {mine.get(token)!r}"
+    ]
+
+
+def _other_model(manifest: Manifest, teacher: Teacher) -> str | None:
+    """Why the teacher cannot even be asked."""
+    if teacher.vocabulary_size != manifest.vocabulary_size:
+        return (
+            f"the dump's teacher has a vocabulary of {manifest.vocabulary_size:,} tokens,"
+            f" and this one has {teacher.vocabulary_size:,}"
+        )
+    positions = teacher.description["max_positions"]
+    if positions is not None and positions < manifest.plan["max_length"]:
+        longest = manifest.plan["max_length"]
+        return f"the dump has sequences of up to {longest:,} tokens, and this teacher knows {positions:,} positions"
+    return None
+
+
+# --- what was kept ----------------------------------------------------------------------------------------------------------
+
+
+def _read(store: KnowledgeStore, manifest: Manifest, ordinals: list[int]) -> tuple[list[_Kept], list[str]]:
+    """The sequences that can be read, and a sentence for each that cannot."""
+    kept, damage = [], []
+    for ordinal in ordinals:
+        try:
+            rows, stated = store.kept(ordinal, manifest.dump)
+            sequence = _sequence(rows, manifest)
+        except DamageError as error:
+            damage.append(str(error))
+            continue
+        if token_hash(sequence.token_ids) != stated:
+            damage.append(f"sequence {sequence.number}: its token ids do not match the hash that was kept of them")
+        elif sequence.token_ids.max() >= manifest.vocabulary_size:
+            damage.append(f"sequence {sequence.number}: a token id is not below the vocabulary size")
+        else:
+            kept.append(sequence)
+    return kept, damage
+
+
+def _padded(column: pa.ChunkedArray, fill: float, dtype: type) -> np.ndarray:
+    """Lists of up to K values as (N, K); null counts as empty."""
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    padded: np.ndarray = np.full((len(column), int(lengths.max(initial=0))), fill, dtype)
+    padded[np.arange(padded.shape[1]) < lengths[:, None]] = pc.list_flatten(column).to_numpy()
+    return padded
+
+
+def _sequence(rows: pa.Table, manifest: Manifest) -> _Kept:
+    """DamageError: the rows are none that a selection keeps."""
+    places = np.flatnonzero(rows["candidate_ids"].is_valid().to_numpy())
+    number = rows["sequence_id"][0].as_py()
+    some = rows.take(places)
+    columns = {
+        "token_logprob": some["token_logprob"].to_numpy().astype(np.float64),
+        "candidate_ids": _padded(some["candidate_ids"], -1, np.int64),
+        "candidate_logprobs": _padded(some["candidate_logprobs"], -np.inf, np.float64),
+        "tail_logprob": some["tail_logprob"].fill_null(np.nan).to_numpy().astype(np.float64),
+    }
+    if "tail_logsumexp" in rows.column_names:
+        columns["tail_logsumexp"] = some["tail_logsumexp"].to_numpy().astype(np.float64)
+    if manifest.rule.draws:
+        ids, counts = _padded(some["tail_ids"], 0, np.int64), _padded(some["tail_counts"], 0, np.int64)
+        drawn = np.full((len(places), manifest.rule.draws), -1, np.int64)
+        totals = counts.sum(axis=1)
+        if not np.isin(totals, (0, manifest.rule.draws)).all():
+            raise DamageError(f"sequence {number}: a position does not have {manifest.rule.draws} draws")
+        drawn[totals > 0] = np.repeat(ids.ravel(), counts.ravel()).reshape(-1, manifest.rule.draws)
+        columns["drawn"] = drawn
+    if any((columns[name] >= manifest.vocabulary_size).any() for name in ("candidate_ids", "drawn") if name in columns):
+        raise DamageError(f"sequence {number}: a token id is not below the vocabulary size")
+    if (places == 0).any():
+        raise DamageError(f"sequence {number}: its first position, which nothing predicts, has candidates")
+    return _Kept(number, rows["token_id"].to_numpy().astype(np.int64), places, columns)
+
+
+# --- what is said now -------------------------------------------------------------------------------------------------------
+
+
+def _ask(manifest: Manifest, teacher: Teacher, kept: list[_Kept], batch_size: int) -> list[dict[str, np.ndarray]]:
+    """For each sequence what `_compare` finds of its N positions."""
+    lengths = [len(sequence.token_ids) for sequence in kept]
+    found: list[dict[str, np.ndarray]] = [{} for _ in kept]
+    with progress_bar("asking the teacher again", max(sum(lengths), 1), "positions") as advance:
+        for indices in length_batches(lengths, batch_size * manifest.plan["max_length"]):
+            sequences = [kept[index] for index in indices]
+            try:
+                answers = _ask_batch(manifest, teacher, sequences)
+            except torch.OutOfMemoryError:
+                raise InputError(
+                    f"the teacher ran out of memory on {len(sequences)} sequences:"
+                    f" give a smaller --batch-size (now {batch_size})"
+                ) from None
+            for index, answer in zip(indices, answers, strict=True):
+                found[index] = answer
+            advance(sum(lengths[index] for index in indices))
+    return found
+
+
+def _ask_batch(manifest: Manifest, teacher: Teacher, sequences: list[_Kept]) -> list[dict[str, np.ndarray]]:
+    lengths = [len(sequence.token_ids) for sequence in sequences]
+    token_ids = np.zeros((len(sequences), max(lengths)), np.int64)
+    for row, sequence in enumerate(sequences):
+        token_ids[row, : lengths[row]] = sequence.token_ids
+    mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+    counts = [len(sequence.places) for sequence in sequences]
+    rows = np.repeat(np.arange(len(sequences)), counts)
+    places = np.concatenate([sequence.places for sequence in sequences])
+    columns = _stacked([sequence.columns for sequence in sequences])
+    columns["token_id"] = token_ids[rows, places]
+    if manifest.rule.draws:
+        points = systematic_points if manifest.rule.candidates else independent_points
+        drawn_at = [points(each.number, length, manifest.rule.draws) for each, length in zip(sequences, lengths, strict=True)]
+        at = [each[sequence.places] for each, sequence in zip(drawn_at, sequences, strict=True)]
+        columns["points"] = np.sort(np.concatenate(at), axis=1)
+    prediction = teacher.predict(token_ids, mask)
+    device = teacher.device
+    parts = []
+    for part, logits in prediction.logit_slices(torch.from_numpy(rows).to(device), torch.from_numpy(places - 1).to(device)):
+        own = {name: torch.from_numpy(values[part]).to(precise(logits[:0]).device) for name, values in columns.items()}
+        parts.append(_compare(precise(logits), own, manifest))
+    together = _stacked(parts) if parts else {}
+    ends = np.cumsum(counts)
+    return [
+        {name: values[end - size : end] for name, values in together.items()} for end, size in zip(ends, counts, strict=True)
+    ]
+
+
+def _stacked(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Arrays (n, …) one after the other; those of fewer candidates are filled up with none."""
+    stacked = {}
+    for name in parts[0]:
+        arrays = [part[name] for part in parts]
+        if arrays[0].ndim == 2:
+            fill = -1 if arrays[0].dtype.kind == "i" else -np.inf if name == "candidate_logprobs" else np.nan
+            width = max(array.shape[1] for array in arrays)
+            arrays = [
+                np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill) if array.shape[1] < width else array
+                for array in arrays
+            ]
+        stacked[name] = np.concatenate(arrays)
+    return stacked
+
+
+def _compare(logits: Tensor, kept: dict[str, Tensor], manifest: Manifest) -> dict[str, np.ndarray]:
+    """Hold kept values against logits, float64 (n, V).
+
+    Returns:
+        for each quantity, "NAME off" (nats, or for draws a share of the tail; NaN where there is no value) and, of rounded
+        ones, "NAME steps" (how many steps it moved), (n,) or (n, K) each; "changed" (n,) and "moved" (n, draws), 1 or 0.
+    """
+    if not logits.isfinite().all():
+        raise InputError("the teacher's logits are NaN or infinite: check its weights, or ask it with --dtype float32")
+    step, rule = manifest.quantisation_step, manifest.rule
+    logprobs = torch.log_softmax(logits, dim=1)
+    found: dict[str, Tensor] = {}
+
+    def rounded(name: str, kept_values: Tensor, values: Tensor, there: Tensor) -> None:
+        values = torch.where(values.isneginf(), values, values.clamp(min=-MOST_STEPS * step))
+        both = kept_values.isneginf() & values.isneginf()
+        off = torch.where(both, 0.0, (kept_values - values).abs() - step / 2).clamp(min=0).nan_to_num(nan=torch.inf)
+        steps = torch.where(both, 0.0, (torch.round(values / step) - torch.round(kept_values / step)).abs())
+        found[f"{name} off"] = torch.where(there, off, torch.nan)
+        found[f"{name} steps"] = torch.where(there, steps.nan_to_num(nan=torch.inf), torch.nan)
+
+    everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    rounded("token", kept["token_logprob"], logprobs.gather(1, kept["token_id"][:, None])[:, 0], everywhere)
+    ids = kept["candidate_ids"]
+    there = ids >= 0
+    outside = logprobs
+    tail = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    if rule.candidates:
+        mine = logprobs.gather(1, ids.clamp(min=0))
+        rounded("candidates", kept["candidate_logprobs"], mine, there)
+        columns = logits.shape[1]
+        chosen = torch.zeros((len(logits), columns + 1), dtype=torch.bool, device=logits.device)
+        chosen.scatter_(1, torch.where(there, ids, columns), True)
+        outside = logprobs.masked_fill(chosen[:, :columns], -torch.inf)
+        tail = torch.logsumexp(outside, dim=1)
+        rounded("tail", kept["tail_logprob"], tail, everywhere)
+        best = outside.amax(dim=1)
+        last = mine.masked_fill(~there, torch.inf).amin(dim=1)
+        # Both may be off, in opposite directions.
+        found["selection off"] = ((best - last) / 2).clamp(min=0)
+        if rule.name == "top-p":
+            mass = torch.exp(mine).masked_fill(~there, 0)
+            total, final = mass.sum(dim=1), torch.exp(last)
+            full = there.sum(dim=1) >= min(rule.candidates, columns)
+            too_few = torch.where(full, 0.0, rule.p - total)
+            found["selection off"] = found["selection off"].maximum(too_few).maximum(total - final - rule.p)
+        found["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double() if ids.shape[1] else torch.ones_like(best)
+    if "tail_logsumexp" in kept and manifest.temperature:
+        tempered = torch.logsumexp(outside / manifest.temperature, dim=1)
+        rounded(f"tail at T={manifest.temperature:g}", kept["tail_logsumexp"], tempered, everywhere)
+    if rule.draws:
+        drawn = kept["drawn"]
+        weights = torch.exp(outside - torch.where(tail.isneginf(), 0.0, tail)[:, None])
+        ends = weights.cumsum(dim=1)
+        end = ends.gather(1, drawn.clamp(min=0))
+        begin = end - weights.gather(1, drawn.clamp(min=0))
+        beside = torch.maximum(begin - kept["points"], kept["points"] - end).clamp(min=0)
+        found["draws off"] = torch.where(drawn >= 0, beside, torch.nan)
+        found["moved"] = torch.where(drawn >= 0, (beside > 0).double(), torch.nan)
+        nothing = (drawn[:, 0] < 0) & ~tail.isneginf()  # a tail, and no draws from it
+        found["draws off"][nothing] = torch.inf
+    return {name: values.cpu().numpy() for name, values in found.items()}
+
+
+# --- what follows -----------------------------------------------------------------------------------------------------------
+
+
+def _differences(found: list[dict[str, np.ndarray]]) -> dict[str, Differences]:
+    names = [name.removesuffix(" off") for name in (found[0] if found else ()) if name.endswith(" off")]
+    differences = {}
+    for name in names:
+        off = np.concatenate([each[f"{name} off"].ravel() for each in found])
+        off = off[~np.isnan(off)]
+        if not len(off):
+            continue
+        steps = np.concatenate([each.get(f"{name} steps", np.zeros(0)).ravel() for each in found])
+        steps = steps[~np.isnan(steps)]
+        same, one, two = (float((steps == each).mean()) if len(steps) else 0.0 for each in (0, 1, 2))
+        more = float((steps > 2).mean()) if len(steps) else 0.0
+        quantiles = tuple(float(each) for each in np.quantile(off, QUANTILES, method="higher"))
+        differences[name] = Differences(len(off), (same, one, two, more), quantiles)
+    return differences
+
+
+def _noise(found: dict[str, np.ndarray], step: float) -> float:
+    """Mean |difference| of a sequence's rounded values, from how many steps they moved (nats)."""
+    steps = np.concatenate([values.ravel() for name, values in found.items() if name.endswith(" steps")] or [np.zeros(0)])
+    steps = steps[~np.isnan(steps)]
+    return float(step * steps.mean()) if len(steps) else 0.0
+
+
+def _farthest(sequence: _Kept, found: dict[str, np.ndarray]) -> tuple[float, str]:
+    """The largest difference of a sequence, and a sentence about it."""
+    most, words = 0.0, ""
+    for name, values in found.items():
+        if not name.endswith(" off") or not values.size:
+            continue
+        flat = np.where(np.isnan(values), 0, values).reshape(len(values), -1).max(axis=1, initial=0)
+        at = int(flat.argmax())
+        if flat[at] > most:
+            quantity = name.removesuffix(" off")
+            unit = "of the tail" if quantity == "draws" else "nats"
+            most = float(flat[at])
+            words = f"sequence {sequence.number}, position {sequence.places[at]}: {quantity} off by {most:.3g} {unit}"
+    return most, words
+
+
+def _share(found: list[dict[str, np.ndarray]], name: str) -> float | None:
+    values = [each[name].ravel() for each in found if name in each]
+    joined = np.concatenate(values) if values else np.zeros(0)
+    joined = joined[~np.isnan(joined)]
+    return float(joined.mean()) if len(joined) else None
+
+
+def _judge(
+    manifest: Manifest,
+    kept: list[_Kept],
+    found: list[dict[str, np.ndarray]],
+    unreadable: list[str],
+    tokenizer: list[str],
+    same_weights: bool,
+    notes: list[str],
+    limits: Limits,
+    sample: int,
+) -> Agreement:
+    noises = [_noise(each, manifest.quantisation_step) for each in found]
+    noise = float(np.median(noises)) if noises else 0.0
+    farthest = [_farthest(sequence, each) for sequence, each in zip(kept, found, strict=True)]
+    off = sorted((each for each in farthest if each[0] > limits.single), key=lambda each: -each[0])
+    # Damage that shows by itself says nothing of the teacher.
+    mostly = bool(kept) and len(off) > SHARE_OFF * len(kept)
+    seen = [*unreadable, *(words for _, words in off)]
+    listed = [*seen[:SHOWN], *([f"and {len(seen) - SHOWN} more sequences"] if len(seen) > SHOWN else [])]
+    everywhere = noise > limits.typical or mostly
+    if tokenizer:
+        verdict, reasons = OTHER_TOKENIZER, tokenizer
+    elif everywhere and not same_weights:
+        verdict, reasons = (
+            OTHER_TEACHER,
+            [
+                f"the median sequence is off by {noise:.3g} nats a value (noise: up to {limits.typical}), and {len(off)} of"
+                f" {len(kept)} have a value off by more than {limits.single}",
+                *unreadable[:SHOWN],
+            ],
+        )
+    elif everywhere or seen:
+        verdict, reasons = DAMAGE, listed or [f"the median sequence is off by {noise:.3g} nats a value"]
+        if everywhere:
+            reasons = [
+                "the teacher's weights are those that the manifest names, and most sequences are off all the same: values were"
+                " altered, or this machine computes wrongly",
+                *reasons,
+            ]
+    else:
+        verdict, reasons = AGREES, [f"the median sequence is off by {noise:.3g} nats a value, and no value by {limits.single}"]
+        if not same_weights and limits is SHORT:
+            notes = [*notes, "a teacher that differs by less than a short dtype's noise passes too: --dtype float32 tells more"]
+    return Agreement(
+        dump=manifest.dump,
+        sequences=sample,
+        positions=sum(len(sequence.places) for sequence in kept),
+        verdict=verdict,
+        reasons=tuple(reasons),
+        notes=tuple(notes),
+        limits=limits,
+        differences=_differences([each for each in found if each]),
+        noise=noise,
+        changed_top_1=_share(found, "changed"),
+        moved_draws=_share(found, "moved"),
+        sequences_off=len(seen),
+    )
+
+
+def describe(agreement: Agreement) -> list[str]:
+    """What a person is told: the distribution of differences, rates, and the verdict with what it rests on."""
+    lines = [f"{agreement.dump}: {agreement.sequences} sequences asked again, {agreement.positions:,} positions with knowledge"]
+    if agreement.differences:
+        heads = "".join(f"{name:>9}" for name in ("median", "90 %", "99 %", "99.9 %", "most"))
+        lines.append(f"{'beyond rounding':<16}{'values':>10}{'same step':>11}{'1 off':>8}{'2 off':>8}{'more':>8}{heads}")
+    for name, each in agreement.differences.items():
+        # Draws and the order of candidates are not rounded.
+        steps = [f"{share:.2%}" for share in each.steps] if sum(each.steps) else ["–"] * 4
+        quantiles = "".join(f"{value:>9.2g}" for value in each.quantiles)
+        lines.append(f"{name:<16}{each.values:>10,}{steps[0]:>11}{steps[1]:>8}{steps[2]:>8}{steps[3]:>8}{quantiles}")
+    if agreement.differences:
+        lines.append("In nats, less the half step that rounding explains; draws as a share of the tail.")
+    if agreement.changed_top_1 is not None:
+        lines.append(f"likeliest token changed: {agreement.changed_top_1:.3%} of positions")
+    if agreement.moved_draws is not None:
+        lines.append(f"draws that fall on another token: {agreement.moved_draws:.3%}")
+    limits = agreement.limits
+    dtype = "float32" if limits is FLOAT32 else "a dtype of 16 bits"
+    lines.append(
+        f"Noise ({dtype}): a sequence off by up to {limits.typical} nats a value"
+        f" on average, no value by more than {limits.single}. Damage: some sequences beyond that."
+        f" Another teacher: more than {SHARE_OFF:.0%} of them."
+    )
+    lines.append(f"Verdict: {agreement.verdict}")
+    lines += [f"  {reason}" for reason in agreement.reasons]
+    return lines

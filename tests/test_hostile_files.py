@@ -1,0 +1,350 @@
+"""A store from a stranger: whatever its files claim, reading them ends with an answer or one line, and takes little memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import run_command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stores import commit, drawn_sequences, joined, make_manifest, read_whole, words, write_drawn_store, write_store
+from test_records import JSON, altered
+from torture import hostile_files
+
+from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, StoreError, verify
+from knowledge_store.errors import MOST_CHARACTERS, KnowledgeStoreError
+from knowledge_store.index import refresh
+from knowledge_store.pages import chunk_pages
+from knowledge_store.parquet import describe
+from knowledge_store.records import MOST_BYTES, MOST_DEPTH, read_record, seal, unseal
+from knowledge_store.sequences import tokens_table
+
+
+def test_two_thousand_hostile_files(tmp_path):
+    """A short run of the long loop: bombs of every sort, spoilt records and spoilt Parquet files, hashes put right."""
+    counts = hostile_files.run(seed=1, minutes=0.12, folder=tmp_path)
+    assert counts["faults"] == counts["survived"] > 500
+    assert counts["silent"] == 0
+    assert min(counts[sort] for sort in ("json", "parquet")) > 100 and counts["bombs"] >= 9
+    assert counts["refused"] > counts["faults"] / 3  # else what is tried is hardly hostile
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_a_record_or_damage(data):
+    try:
+        assert isinstance(unseal(data, Path("record.json")), dict)
+    except DamageError as error:
+        assert str(error).startswith("record.json is damaged")
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_any_bytes_are_pages_or_refused(tmp_path_factory, data, size):
+    path = tmp_path_factory.getbasetemp() / "pages"
+    path.write_bytes(data)
+    with open(path, "rb") as file:
+        try:
+            pages = list(chunk_pages(file.fileno(), 0, size))
+        except ValueError:
+            return
+    assert all(page.start + page.compressed <= size for page in pages)
+
+
+def nested(depth: int) -> dict:
+    value: dict = {"sure": 1}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def test_deep_records_are_refused_and_shallow_ones_read(tmp_path):
+    for depth in (MOST_DEPTH - 1, MOST_DEPTH, 300):
+        data = seal(nested(depth))
+        if depth < MOST_DEPTH:
+            assert unseal(data, tmp_path) == nested(depth)
+        else:
+            with pytest.raises(DamageError, match=f"nested more than {MOST_DEPTH} deep"):
+                unseal(data, tmp_path)
+
+
+def test_records_too_large_to_hold(tmp_path):
+    path = tmp_path / "manifest.json"
+    with open(path, "wb") as file:
+        file.truncate(2**40)  # a hole: a terabyte on no disk
+    with pytest.raises(DamageError, match=f"more than {MOST_BYTES:,} bytes"):
+        read_record(path)
+    with pytest.raises(InputError, match="--shard-size"):
+        seal({"skipped": ["x" * 1000] * (MOST_BYTES // 1000)})
+
+
+def test_pipes_and_devices_are_no_files(tmp_path):
+    """To open a pipe is to wait until somebody writes to it."""
+    store = write_store(tmp_path / "store", shards=1)
+    for name in ("small/manifest.json", "small/commits/00000.json"):
+        path = store / name
+        path.rename(tmp_path / "kept")
+        os.mkfifo(path)
+        with pytest.raises(StoreError, match="it is not a file"):
+            KnowledgeStore.open(store, rebuild_index=True)
+        assert verify(store).damage
+        path.unlink()
+        path.symlink_to("/dev/zero")
+        with pytest.raises(StoreError, match="it is not a file"):
+            KnowledgeStore.open(store, rebuild_index=True)
+        path.unlink()
+        (tmp_path / "kept").rename(path)
+    for name in ("small/tokens.parquet", "small/positions/00000.parquet"):
+        path = store / name
+        path.unlink()
+        os.mkfifo(path)
+        assert any(f"{path} is not a file" in sentence for sentence in verify(store).damage)
+        with pytest.raises(DamageError):
+            KnowledgeStore.open(store).sql("SELECT token_text FROM positions")
+
+
+def test_no_record_names_a_file_outside(tmp_path, monkeypatch):
+    """The hash of a shard names its file in the user's cache, so a path in its place would be written to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = write_store(tmp_path / "store", shards=1)
+    path = store / "small/commits/00000.json"
+    for value in ("../../../../escaped", "/tmp/escaped", "0" * 63, "G" * 64):
+        altered(path, ["files", "positions", "sha256"], value)
+        with pytest.raises(DamageError, match="SHA-256 is not 64 hexadecimal digits"):
+            KnowledgeStore.open(store, rebuild_index=True)
+    altered(path, ["files", "positions", "sha256"], "0" * 64)
+    altered(path, ["files", "../../../outside"], json.loads(path.read_text())["files"]["positions"])
+    opened = KnowledgeStore.open(store)  # a table that no kind has is never opened
+    assert opened[0] and opened.sql("SELECT count(*) FROM positions")
+    assert "does not list the files" in verify(store).damage[0]
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+def test_an_index_that_came_with_a_store_is_not_believed(tmp_path, monkeypatch):
+    """Fresh by its records' sizes and times, and made to lie: names of files elsewhere, and views without end."""
+    import duckdb
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store = write_store(tmp_path / "store", shards=1)
+    sound = refresh(store, ["small"])
+    for lie in (
+        "UPDATE files SET sha256 = '../../../../escaped'",
+        "UPDATE files SET footer_sha256 = ''",
+        "CREATE VIEW more AS SELECT 1",
+        "ALTER TABLE shards RENAME TO old; CREATE VIEW shards AS SELECT * FROM old, range(1000000000000)",
+        "UPDATE shards SET committed_at = repeat('x', 1000000)",
+    ):
+        with duckdb.connect(str(store / "index.duckdb")) as connection:
+            connection.execute(lie)
+        assert refresh(store, ["small"]).files.equals(sound.files)
+        assert len(KnowledgeStore.open(store)[0]["input_ids"]) > 1
+    assert not list(tmp_path.rglob("*escaped*"))
+
+
+WRONG = [
+    (["kinds"], ["positions", "positions"], "lists no kind of knowledge, or one twice"),
+    (["kinds"], [], "lists no kind of knowledge, or one twice"),
+    (["teacher", "vocabulary_size"], 2**40, "vocabulary size"),
+    (["teacher", "vocabulary_size"], 0, "vocabulary size"),
+    (["teacher", "files"], 5, "files is not an object"),
+    (["quantisation_step"], 1e-300, "quantisation step"),
+    (["plan", "max_length"], 2**40, "maximum length"),
+    (["derived", "shards"], [{}], "where each begins"),
+    (["derived", "shards"], [[]], "where each begins"),
+    (["derived", "tokens", "bytes"], -1, "size or number of rows"),
+    (["derived", "tokens", "sha256"], "x", "64 hexadecimal"),
+]
+
+
+@pytest.mark.parametrize(("place", "value", "message"), WRONG)
+def test_manifests_that_nothing_can_be_made_of(tmp_path, place, value, message):
+    store = write_store(tmp_path / "store", shards=1)
+    if place == ["teacher", "files"]:
+        altered(store / "small/manifest.json", ["teacher", "files"], {})
+    altered(store / "small/manifest.json", place, value)
+    with pytest.raises(DamageError, match=message):
+        KnowledgeStore.open(store)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (["statistics"], {"SELECT": 1, "a b": 2}),
+        (["statistics"], {f"s{n}": 1 for n in range(1000)}),
+        (["statistics", "predictions"], 1e300),
+        (["documents"], -5),
+        (["files", "positions", "bytes"], 2**62),
+        (["files", "positions", "column_bytes"], {str(n): 1 for n in range(5000)}),
+        (["made_by", "committed_at"], "x" * 1000),
+    ],
+)
+def test_commit_records_that_nothing_can_be_made_of(tmp_path, place, value):
+    store = write_store(tmp_path / "store", shards=1)
+    altered(store / "small/commits/00000.json", place, value)
+    with pytest.raises(DamageError):
+        KnowledgeStore.open(store)
+
+
+def test_the_commands_end_with_one_line(tmp_path):
+    store = write_store(tmp_path / "store", shards=1)
+    altered(store / "small/manifest.json", ["selection"], {"name": "\x1b[2J" + "x" * 100_000})
+    for verb, code in (("info", 2), ("verify", 1)):
+        result = run_command("knowledge_store", verb, store)
+        assert result.returncode == code
+        assert "Traceback" not in result.stderr and "\x1b" not in result.stderr + result.stdout
+        assert "is damaged: its selection" in result.stderr
+        assert all(len(line) < MOST_CHARACTERS + 200 for line in result.stderr.splitlines())
+
+
+def test_what_a_store_calls_itself_cannot_command_a_terminal(tmp_path):
+    store = write_store(tmp_path / "store", shards=1)
+    altered(store / "small/manifest.json", ["teacher", "name"], "\x1b]0;owned\x07\x1b[2J")
+    result = run_command("knowledge_store", "info", store)
+    assert result.returncode == 0 and "\x1b" not in result.stdout and "\\x1b[2J" in result.stdout
+
+
+def resealed(store: Path, table: str, data: bytes) -> Path:
+    """Put bytes in the place of a table, and make its commit record say that they were published."""
+    path = store / f"small/{table}/00000.parquet"
+    path.write_bytes(data)
+    record = describe(path)
+    altered(store / "small/commits/00000.json", ["files", table], record.as_dict())
+    return path
+
+
+def test_a_page_without_a_checksum_is_refused(tmp_path):
+    """A header that states none would have the page read unchecked."""
+    store = write_store(tmp_path / "store", shards=1)
+    table = pq.read_table(store / "small/positions/00000.parquet")
+    path = resealed(store, "positions", hostile_files.written(table, write_page_checksum=False))
+    with pytest.raises(DamageError, match="has no checksum"):
+        KnowledgeStore.open(store)[0]
+    assert any(str(path) in sentence for sentence in verify(store).damage)
+
+
+@pytest.mark.parametrize("codec", ["snappy", "gzip"])
+def test_other_compressions_are_refused(tmp_path, codec):
+    store = write_store(tmp_path / "store", shards=1)
+    table = pq.read_table(store / "small/positions/00000.parquet")
+    resealed(store, "positions", hostile_files.written(table, compression=codec))
+    with pytest.raises(DamageError, match="compressed with"):
+        KnowledgeStore.open(store)[0]
+
+
+def test_row_groups_and_lengths_that_do_not_fit(tmp_path):
+    store = write_store(tmp_path / "store", shards=1)
+    positions = pq.read_table(store / "small/positions/00000.parquet")
+    sequences = pq.read_table(store / "small/sequences/00000.parquet")
+    sound = {name: (store / f"small/{name}/00000.parquet").read_bytes() for name in ("positions", "sequences")}
+    lengths = sequences["length"].to_numpy()
+
+    def with_lengths(changed: np.ndarray) -> bytes:
+        at = sequences.schema.get_field_index("length")
+        return hostile_files.written(sequences.set_column(at, "length", pa.array(changed, pa.int32())))
+
+    for name, data in (
+        ("positions", hostile_files.written(positions, row_group_size=1)),
+        ("positions", hostile_files.written(positions.slice(1))),
+        ("sequences", with_lengths(lengths * 1000)),
+        ("sequences", with_lengths(-lengths)),
+        ("sequences", with_lengths(np.full(len(lengths), 2**31 - 1, np.int32))),
+        ("sequences", hostile_files.written(sequences.drop_columns(["length"]))),
+    ):
+        resealed(store, name, data)
+        with pytest.raises(DamageError, match=r"\.parquet is damaged"):
+            KnowledgeStore.open(store, cache_size=0)[0]
+        assert verify(store).damage
+        resealed(store, name, sound[name])
+    assert not verify(store).damage
+
+
+def test_tables_of_other_columns_are_refused(tmp_path):
+    store = write_drawn_store(tmp_path / "store")
+    sound = pq.read_table(store / "small/positions/00000.parquet")
+    for table in (
+        sound.drop_columns(["tail_steps"]),
+        sound.rename_columns(["x", *sound.column_names[1:]]),
+        sound.set_column(2, "token_id", sound["token_id"].cast(pa.int64())),
+        sound.select(sound.column_names[::-1]),
+    ):
+        resealed(store, "positions", hostile_files.written(table))
+        with pytest.raises(DamageError, match="does not have the columns and rows of its table"):
+            KnowledgeStore.open(store, cache_size=0)[0]
+        assert "does not have the columns of its table" in verify(store).damage[0]
+
+
+def test_a_long_list_among_short_ones(tmp_path):
+    """Decoding pads: a million draws at one position of some thousand would take ten gigabytes."""
+    manifest = make_manifest(shards=1, selection={"name": "top-k", "k": 3, "tail_draws": 2}, plan={"max_length": 30_000})
+    writer = DumpWriter.open(tmp_path / "store", manifest, tokens_table(words(11), words(11)))
+    knowledge = joined(drawn_sequences(0, 300))
+    commit(writer, 0, [{name: array for name, array in knowledge.items() if name != "tail_logsumexp"}])
+    path = tmp_path / "store/small/positions/00000.parquet"
+    table = pq.read_table(path)
+    offsets = np.full(len(table) + 1, 1_000_000, np.int32)
+    offsets[0] = 0
+    drawn = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.arange(1_000_000, dtype=np.uint32)))
+    table = table.set_column(table.schema.get_field_index("tail_ids"), table.schema.field("tail_ids"), drawn)
+    resealed(tmp_path / "store", "positions", hostile_files.written(table, row_group_size=len(table)))
+    with pytest.raises(DamageError, match="a list of 1,000,000 values stands among lists of few"):
+        KnowledgeStore.open(tmp_path / "store", cache_size=0)[0]
+
+
+@pytest.mark.parametrize(
+    ("bomb", "message"),
+    [
+        ("many_rows", "states 5,000,000 values"),
+        ("many_row_groups", "2,000 row groups for 0 rows"),
+        ("compressed_zeros", "states 300,000,0[0-9]+ bytes, compressed to"),
+        ("counted_zeros", "values in"),
+        ("prefixed_text", "encoded as no writer"),
+        ("repeated_text", "stands for"),
+    ],
+)
+def test_bombs_are_refused_by_what_they_are(tmp_path, bomb, message):
+    world = hostile_files._World(tmp_path, np.random.default_rng(0))
+    path = tmp_path / "bomb.parquet"
+    path.write_bytes(getattr(hostile_files, bomb)(world))
+    with pytest.raises(DamageError, match=message):
+        read_whole(path)
+
+
+def test_a_large_honest_row_group_is_read(tmp_path):
+    """Bounds on what a file may stand for are no bounds on what a teacher knows: much of one token, and very long lists."""
+    rows = 60_000
+    lists = pa.ListArray.from_arrays(
+        pa.array(np.arange(0, 100 * rows + 1, 100), pa.int32()),
+        pa.array(np.random.default_rng(0).integers(0, 50_000, 100 * rows), pa.uint32()),
+    )
+    table = pa.table({"token_id": pa.array(np.zeros(rows, np.uint32)), "ids": lists, "text": ["same"] * rows})
+    path = tmp_path / "table.parquet"
+    path.write_bytes(hostile_files.written(table, row_group_size=rows))
+    assert read_whole(path).equals(table)
+
+
+def test_every_error_has_an_end():
+    assert len(str(KnowledgeStoreError("x" * 10**6))) == MOST_CHARACTERS + 1
+
+
+def test_nothing_that_reads_runs_code():
+    """No pickle, eval or exec in the packages (but the mention of a pickle that is removed)."""
+    root = Path(__file__).parent.parent
+    words = ("import pickle", "torch.load(", " eval(", "=eval(", "exec(", "marshal")
+    for package in ("knowledge_store", "teacher_dump", "student_train"):
+        for path in (root / package).rglob("*.py"):
+            for line in path.read_text().splitlines():
+                code = line.split("#")[0]
+                assert not any(word in code for word in words), path
+
+
+def test_a_store_copied_whole_still_reads(tmp_path):
+    """What is refused is what a stranger made, not what was moved."""
+    shutil.copytree(write_drawn_store(tmp_path / "store"), tmp_path / "copy")
+    assert not verify(tmp_path / "copy").damage and KnowledgeStore.open(tmp_path / "copy")[0]
