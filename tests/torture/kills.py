@@ -41,10 +41,10 @@ def run(seed: int, minutes: float, folder: Path, trials: int | None = None) -> d
     with Host(folder, "torture.small_dump") as host:
         dump = _Trials(host, folder)
         counts["calls"] = len(dump.calls)
+        calls = chance.sample(dump.calls, len(dump.calls))
         planned: list[tuple[Callable[[Counter[str], Site], None], Site]] = [
-            (trial, site) for site in dump.calls for trial in (dump.killed, dump.twin)
+            (trial, site) for site in calls for trial in (dump.killed, dump.twin)
         ]
-        chance.shuffle(planned)
         for trial, site in planned[:trials]:
             if time.monotonic() > deadline:
                 break
