@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import DamageError
-from knowledge_store.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, SEQUENCES, commit_path, table_path
+from knowledge_store.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE, SEQUENCES, commit_path, table_path
 from knowledge_store.manifest import Manifest, check_version
 from knowledge_store.pages import MOST_COLUMNS
 from knowledge_store.parquet import FILE_SHAPE, FileRecord, check_whole
-from knowledge_store.records import check_shape, read_record, seal
+from knowledge_store.records import check_shape, is_sha256, read_record, seal
 
 _SHAPE = {
     "dump": str,
@@ -36,6 +36,7 @@ class CommitRecord:
 
     Attributes:
         dump, shard: which one.
+        identity: `identity_sha256` of the manifest it was made by; None in records of before there was such a thing.
         first_document, documents: the part of the plan it covers.
         files: for each table (`sequences` and each kind), the record of its Parquet file.
         statistics: named counts and means over the shard, for the index (see each kind's `statistics`).
@@ -45,6 +46,7 @@ class CommitRecord:
 
     dump: str
     shard: int
+    identity: str | None
     first_document: int
     documents: int
     files: dict[str, FileRecord]
@@ -85,12 +87,30 @@ def read_commit(path: Path) -> CommitRecord:
     check_version(record, path)
     try:
         check_shape(record, _SHAPE, "a commit record")
+        if not is_sha256(record.get("identity", "0" * 64)):
+            raise ValueError("its dump's identity is none")
         _check_limits(record)
         files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
+    record.setdefault("identity", None)
     found = {field.name: record[field.name] for field in fields(CommitRecord)}
     return CommitRecord(**{**found, "files": files})
+
+
+def misplaced(commit: CommitRecord, dump: str, identity: str, shard: int, path: Path) -> str | None:
+    """Why a commit record is not the one of a shard of a dump, or None if it is.
+
+    Args:
+        commit: as it was read from `path`.
+        dump, identity: the dump's name, and `identity_sha256` of its manifest.
+        shard: whose record it is to be.
+    """
+    if (commit.dump, commit.shard) != (dump, shard):
+        return f"{path} is damaged: it is the record of shard {commit.shard} of {commit.dump!r}"
+    if commit.identity not in (None, identity):
+        return f"{path} does not belong to {path.parent.parent / MANIFEST_FILE}: one of them is from another dump of that name"
+    return None
 
 
 def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]:
@@ -111,8 +131,9 @@ def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]
     path = commit_path(folder, shard)
     try:
         record = read_commit(path)
-        if (record.dump, record.shard) != (manifest.dump, shard):
-            raise DamageError(f"{path} does not belong here: it records shard {record.shard} of {record.dump!r}")
+        complaint = misplaced(record, manifest.dump, manifest.identity_sha256, shard, path)
+        if complaint:
+            raise DamageError(complaint)
         if set(record.files) != {SEQUENCES, *manifest.kinds}:
             raise DamageError(f"{path} does not list the files of its tables")
     except DamageError as error:

@@ -18,9 +18,10 @@ from pathlib import Path
 import duckdb
 import pyarrow as pa
 
-from knowledge_store.commits import CommitRecord, read_commit
+from knowledge_store.commits import CommitRecord, misplaced, read_commit
 from knowledge_store.errors import DamageError
 from knowledge_store.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, SEQUENCES, commit_path, commit_shard
+from knowledge_store.manifest import Manifest
 from knowledge_store.pages import MOST_COLUMNS
 from knowledge_store.publication import replace_bytes
 
@@ -28,6 +29,7 @@ SHARDS = pa.schema(
     [
         ("dump", pa.string()),
         ("shard", pa.int64()),
+        ("identity", pa.string()),
         ("record_bytes", pa.int64()),
         ("record_mtime_ns", pa.int64()),
         ("first_document", pa.int64()),
@@ -56,7 +58,7 @@ FILES = pa.schema(
 STATISTIC = "statistic "
 MOST_ROWS = 10_000_000
 MOST_TEXT = 1000
-INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 2"
+INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 3"
 
 Standing = dict[tuple[str, int], tuple[int, int]]
 
@@ -98,6 +100,7 @@ def _shard_row(commit: CommitRecord, standing: tuple[int, int]) -> dict[str, obj
     return {
         "dump": commit.dump,
         "shard": commit.shard,
+        "identity": commit.identity,
         "record_bytes": standing[0],
         "record_mtime_ns": standing[1],
         "first_document": commit.first_document,
@@ -149,7 +152,8 @@ def _sound(connection: duckdb.DuckDBPyConnection) -> bool:
     if connection.sql("SELECT count(*) FROM duckdb_views() WHERE NOT internal").fetchall() != [(0,)]:
         return False
     [[shards, longest, columns]] = connection.sql(
-        "SELECT count(*), max(greatest(strlen(dump), strlen(committed_at))), max(cardinality(column_bytes)) FROM shards"
+        "SELECT count(*), max(greatest(strlen(dump), strlen(identity), strlen(committed_at))), max(cardinality(column_bytes))"
+        " FROM shards"
     ).fetchall()
     [[files, named, hashed]] = connection.sql(
         'SELECT count(*), max(greatest(strlen(dump), strlen("table"))), bool_and('
@@ -176,33 +180,37 @@ def _save(index: Index, path: Path) -> None:
         replace_bytes(path, made.read_bytes())
 
 
-def refresh(store: Path, dumps: list[str], *, rebuild: bool = False) -> Index:
-    """The index of `dumps`, brought up to date with the commit records that stand in the store.
+def refresh(store: Path, manifests: list[Manifest], *, rebuild: bool = False) -> Index:
+    """The index of some dumps, brought up to date with the commit records that stand in the store.
 
     Args:
         store: the store's folder. When it cannot be written, the index lives in memory only.
-        dumps: names of the dumps.
+        manifests: of the dumps.
         rebuild: ignore the index there is and read every commit record.
 
     Raises:
-        DamageError: a commit record is altered.
+        DamageError: a commit record is altered, or of another dump.
     """
     path = store / INDEX_FILE
-    standing = standing_records(store, dumps)
+    identities = {each.dump: each.identity_sha256 for each in manifests}
+    standing = standing_records(store, list(identities))
     known = None if rebuild else _load(path)
     indexed: Standing = {}
     if known is not None:
         columns = (known.shards[name].to_pylist() for name in ("dump", "shard", "record_bytes", "record_mtime_ns"))
         indexed = {(dump, shard): (size, mtime) for dump, shard, size, mtime in zip(*columns, strict=True)}
-        if indexed == standing:
+        if indexed == standing and _of_these_dumps(known.shards, identities):
             return known
+        if not _of_these_dumps(known.shards, identities):  # a manifest is not what it was: which record is wrong, they say
+            known, indexed = None, {}
     shard_rows, file_rows = [], []
     for (dump, shard), status in sorted(standing.items()):
         if indexed.get((dump, shard)) != status:
             path_of_record = commit_path(store / dump, shard)
             commit = read_commit(path_of_record)
-            if (commit.dump, commit.shard) != (dump, shard):
-                raise DamageError(f"{path_of_record} is the record of shard {commit.shard} of {commit.dump!r}")
+            complaint = misplaced(commit, dump, identities[dump], shard, path_of_record)
+            if complaint:
+                raise DamageError(complaint)
             shard_rows.append(_shard_row(commit, status))
             file_rows.extend(_file_rows(commit))
     shards = pa.Table.from_pylist(shard_rows, schema=_shards_schema(chain.from_iterable(shard_rows)))
@@ -216,6 +224,15 @@ def refresh(store: Path, dumps: list[str], *, rebuild: bool = False) -> Index:
     with contextlib.suppress(duckdb.Error, OSError):  # a store that cannot be written is read all the same
         _save(index, path)
     return index
+
+
+def _of_these_dumps(shards: pa.Table, identities: dict[str, str]) -> bool:
+    """Whether an index's shards are of dumps as their manifests have them now. (Of dumps that are gone, it does not matter.)"""
+    pairs = shards.select(["dump", "identity"]).group_by(["dump", "identity"]).aggregate([])
+    return all(
+        identity is None or identities.get(dump, identity) == identity
+        for dump, identity in zip(pairs["dump"].to_pylist(), pairs["identity"].to_pylist(), strict=True)
+    )
 
 
 def _keep(table: pa.Table, keys: set[tuple[str, int]]) -> pa.Table:

@@ -16,7 +16,7 @@ from typing import Any
 from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
 from knowledge_store.parquet import FILE_SHAPE, FileRecord
-from knowledge_store.records import check_shape, read_record, seal
+from knowledge_store.records import check_shape, json_sha256, read_record, seal
 from knowledge_store.selection import Selection
 
 # Told to people, never compared: a model or corpus may be moved or renamed between runs.
@@ -106,6 +106,11 @@ class Manifest:
         record = asdict(self)
         del record["derived"], record["dump"], record["version"]
         return {name: value for name, value in _flatten("", record) if not _NOT_COMPARED.fullmatch(name)}
+
+    @cached_property
+    def identity_sha256(self) -> str:
+        """SHA-256 of the identity, which binds commit records to their dump: two dumps of one name may be different."""
+        return json_sha256(self.identity())
 
     def differences(self, other: Manifest) -> list[str]:
         """What in `other` differs from this manifest, one short sentence each; empty when they are the same dump."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from knowledge_store.checked_file import DIGESTS_KEY, CheckedFile, DigestingFile
 from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
 from knowledge_store.pages import RowGroup, check_row_group, parse_footer
 from knowledge_store.publication import publish
+from knowledge_store.records import is_sha256
 
 COMPRESSION = "zstd"
 # Slow to write (some 90,000 positions a second on one core, on a thread beside the teacher), as fast as any to read. Against
@@ -33,8 +33,6 @@ COUNTING = "DELTA_BINARY_PACKED"
 TEXT = "DELTA_LENGTH_BYTE_ARRAY"
 STATISTICS = {"sequence_id", "document", "length", "targets"}
 MOST_FILE_BYTES = 2**48
-
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 FILE_SHAPE = {"bytes": int, "sha256": str, "footer_sha256": str, "rows": int, "column_bytes": {...: int}}
 
@@ -61,7 +59,7 @@ class FileRecord:
     column_bytes: dict[str, int]
 
     def __post_init__(self) -> None:
-        if not (_SHA256.fullmatch(self.sha256) and _SHA256.fullmatch(self.footer_sha256)):
+        if not (is_sha256(self.sha256) and is_sha256(self.footer_sha256)):
             raise ValueError("a file's SHA-256 is not 64 hexadecimal digits")
         if not all(0 <= each <= MOST_FILE_BYTES for each in (self.bytes, self.rows, *self.column_bytes.values())):
             raise ValueError("a file's size or number of rows is not possible")

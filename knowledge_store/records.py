@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from knowledge_store.errors import DamageError, InputError, StoreError
 
 SEAL = "sha256"
+_SHA256 = re.compile("[0-9a-f]{64}")
 MOST_BYTES = 64 * 2**20  # half a million shards in a manifest; in Python's objects, some twenty times as much
 MOST_DEPTH = 32
 
@@ -30,6 +32,11 @@ def canonical_json(value: Any) -> bytes:
 def json_sha256(value: Any) -> str:
     """SHA-256 (hexadecimal) of a JSON value in canonical form."""
     return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def is_sha256(text: Any) -> bool:
+    """Whether a value is a SHA-256 as a store writes it."""
+    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
 
 
 def seal(record: dict[str, Any]) -> bytes:

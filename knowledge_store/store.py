@@ -94,7 +94,7 @@ class KnowledgeStore:
             for kind in manifest.kinds:
                 if kind not in KINDS:
                     raise StoreError(f"dump {manifest.dump!r} of {path} holds knowledge of kind {kind!r}, unknown here")
-        index = refresh(path, [each.dump for each in manifests], rebuild=rebuild_index)
+        index = refresh(path, manifests, rebuild=rebuild_index)
         return cls(path, manifests, index, cache_size)
 
     @property
@@ -266,4 +266,4 @@ class KnowledgeStore:
         remove_folder(self.path / name)
         del self._manifests[name]
         self._readers.pop(name, None)
-        self._index = refresh(self.path, list(self._manifests))
+        self._index = refresh(self.path, list(self._manifests.values()))

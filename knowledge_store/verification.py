@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from knowledge_store.commits import CommitRecord, read_commit
+from knowledge_store.commits import CommitRecord, misplaced, read_commit
 from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import (
@@ -161,8 +161,11 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
         committed.add(shard)
         try:
             commit = read_commit(path)
-            if (commit.dump, commit.shard) != (manifest.dump, shard) or shard >= manifest.shard_count:
-                raise DamageError(f"{path} does not belong here: it records shard {commit.shard} of {commit.dump!r}")
+            complaint = misplaced(commit, manifest.dump, manifest.identity_sha256, shard, path)
+            if complaint is None and shard >= manifest.shard_count:
+                complaint = f"{path} does not belong here: the dump has {manifest.shard_count} shards"
+            if complaint:
+                raise DamageError(complaint)
             _check_shard(folder, manifest, commit, found)
         except (DamageError, StoreError) as error:
             found.damage.append(str(error))

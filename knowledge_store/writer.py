@@ -356,6 +356,7 @@ class DumpWriter:
         return CommitRecord(
             dump=self.manifest.dump,
             shard=shard,
+            identity=self.manifest.identity_sha256,
             first_document=first_document,
             documents=documents,
             files=files,

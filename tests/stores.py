@@ -113,12 +113,21 @@ def commit(writer: DumpWriter, shard: int, knowledge: list[Arrays], **more: Any)
     writer.commit(shard, first, DOCUMENTS, rows, {"positions": joined(knowledge)}, [], MADE_BY)
 
 
-def write_store(folder: Path, dump: str = "small", shards: int = 2, vocabulary: int = 11, k: int = 3, size: int = 4) -> Path:
+def write_store(
+    folder: Path,
+    dump: str = "small",
+    shards: int = 2,
+    vocabulary: int = 11,
+    k: int = 3,
+    size: int = 4,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
     """A store with one complete dump of random knowledge."""
-    manifest = make_manifest(dump, vocabulary, k, shards)
+    manifest = make_manifest(dump, vocabulary, k, shards, **changes)
     writer = DumpWriter.open(folder, manifest, tokens_table(words(vocabulary), words(vocabulary)))
     for shard in range(shards):
-        commit(writer, shard, random_sequences(shard, size, vocabulary, k))
+        commit(writer, shard, random_sequences(seed + shard, size, vocabulary, k))
     return folder
 
 

@@ -23,7 +23,7 @@ def test_no_fault_is_silent(tmp_path):
     assert counts["silent"] == 0
     assert counts["faults"] == counts["survived"] > 100
     assert counts["refused by name"] > 100
-    assert counts["readings"] > 15
+    assert counts["readings"] >= 12
 
 
 def checked(path: Path) -> CheckedFile:
@@ -69,17 +69,19 @@ def test_a_page_header_that_still_parses(sound, tmp_path):
     store = Path(shutil.copytree(sound, tmp_path / "store"))
     path = store / "small/positions/00001.parquet"
     whole = path.read_bytes()
-    believed = 0
-    for place in page_places(whole):
-        for bit in range(0, 8 * 24, 5):
-            harmed = bytearray(whole)
-            harmed[place + bit // 8] ^= 1 << bit % 8
-            path.write_bytes(harmed)
-            with pytest.raises(DamageError, match="contents are not those"):
-                checked_as(path, whole).read()
-            if believed == 0 and bit > 40:
-                believed += pyarrow_believes(path, whole)
-    assert believed  # else this test shows nothing
+    flips = [(place, bit) for place in reversed(page_places(whole)) for bit in range(8 * 24)]
+    for place, bit in flips:
+        harmed = bytearray(whole)
+        harmed[place + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(harmed)
+        with pytest.raises(DamageError, match="contents are not those"):
+            checked_as(path, whole).read()
+        if pyarrow_believes(path, whole):
+            break
+    else:
+        pytest.fail("pyarrow believed none of them: this test shows nothing")
+    with pytest.raises(DamageError, match=r"positions/00001\.parquet is damaged"):
+        KnowledgeStore.open(store).sql("SELECT * FROM positions")
     path.write_bytes(whole)
 
 
@@ -122,3 +124,44 @@ def test_a_store_json_of_something_else(sound, tmp_path):
     assert any("store.json" in sentence for sentence in verify(store).damage)
     with pytest.raises(DamageError, match=r"store\.json"):
         KnowledgeStore.open(store)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory) -> Path:
+    """A dump of the name of `sound`'s, of as many shards, made from another text."""
+    corpus = {"files": [{"name": "numbers.jsonl", "bytes": 2, "sha256": "01"}]}
+    return write_store(tmp_path_factory.mktemp("damage") / "stranger", vocabulary=3000, k=40, size=99, seed=5, corpus=corpus)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["indexed before", "not indexed"])
+@pytest.mark.parametrize("table", [None, "positions", "manifest"])
+def test_files_of_another_store(sound, stranger, tmp_path, known, table):
+    """A whole shard with its record, a table alone, or the manifest: of a dump with the same name."""
+    store = Path(shutil.copytree(sound, tmp_path / "store"))
+    if not known:
+        (store / "index.duckdb").unlink(missing_ok=True)
+    names = {
+        None: ["positions/00001.parquet", "sequences/00001.parquet", "commits/00001.json"],
+        "positions": ["positions/00001.parquet"],
+        "manifest": ["manifest.json", "tokens.parquet"],
+    }[table]
+    for name in names:
+        shutil.copyfile(stranger / "small" / name, store / "small" / name)
+    for read in (
+        lambda: KnowledgeStore.open(store)[150],
+        lambda: list(KnowledgeStore.open(store).batches(batch_size=64)),
+        lambda: KnowledgeStore.open(store).sql("SELECT sum(tail_logprob) FROM positions"),
+    ):
+        with pytest.raises(DamageError, match=r"small/(commits|positions)/0000[01]\.(json|parquet) (is damaged|does not)"):
+            read()
+    assert verify(store).damage
+
+
+def test_shards_of_one_plan_may_come_from_two_stores(sound, tmp_path):
+    """Dumped in two places from the same manifest, and copied together."""
+    store = Path(shutil.copytree(sound, tmp_path / "store"))
+    twin = write_store(tmp_path / "twin", vocabulary=3000, k=40, size=99)
+    for name in ("positions/00001.parquet", "sequences/00001.parquet", "commits/00001.json"):
+        shutil.copyfile(twin / "small" / name, store / "small" / name)
+    assert not verify(store).damage
+    assert len(KnowledgeStore.open(store)) == len(KnowledgeStore.open(sound))

@@ -21,6 +21,7 @@ from torture import hostile_files
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, StoreError, verify
 from knowledge_store.errors import MOST_CHARACTERS, KnowledgeStoreError
 from knowledge_store.index import refresh
+from knowledge_store.manifest import read_manifest
 from knowledge_store.pages import chunk_pages
 from knowledge_store.parquet import describe
 from knowledge_store.records import MOST_BYTES, MOST_DEPTH, read_record, seal, unseal
@@ -133,7 +134,7 @@ def test_an_index_that_came_with_a_store_is_not_believed(tmp_path, monkeypatch):
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store = write_store(tmp_path / "store", shards=1)
-    sound = refresh(store, ["small"])
+    sound = refresh(store, [read_manifest(store / "small")])
     for lie in (
         "UPDATE files SET sha256 = '../../../../escaped'",
         "UPDATE files SET footer_sha256 = ''",
@@ -143,7 +144,7 @@ def test_an_index_that_came_with_a_store_is_not_believed(tmp_path, monkeypatch):
     ):
         with duckdb.connect(str(store / "index.duckdb")) as connection:
             connection.execute(lie)
-        assert refresh(store, ["small"]).files.equals(sound.files)
+        assert refresh(store, [read_manifest(store / "small")]).files.equals(sound.files)
         assert len(KnowledgeStore.open(store)[0]["input_ids"]) > 1
     assert not list(tmp_path.rglob("*escaped*"))
 

@@ -15,8 +15,8 @@ import random
 import shutil
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -102,17 +102,18 @@ STEP = 7
 SWAPPED = 4  # files, beside the weights above
 
 
-def make_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two dumps, one with draws and a calibration, in shards of several row groups, and small blocks."""
+def make_store(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Path:
+    """Two dumps, one with draws and a calibration, in shards of several row groups, and small blocks; of a corpus `seed`."""
     monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 20)
     monkeypatch.setattr("knowledge_store.checked_file.BLOCK_BYTES", 512)
     selection = {"name": "top-k", "k": 3, "tail_draws": 2}
     drawn = make_manifest("drawn", VOCABULARY, selection=selection, calibration={"temperature": 2.0, "sha256": "00"})
     for manifest, sequences in ((drawn, drawn_sequences), (make_manifest("plain", VOCABULARY), random_sequences)):
         texts = words(VOCABULARY)
+        manifest = replace(manifest, corpus={"files": [{"name": "numbers.jsonl", "bytes": 1, "sha256": f"{seed:02}"}]})
         writer = DumpWriter.open(folder, manifest, tokens_table(texts, texts))
         for shard in range(2):
-            commit(writer, shard, sequences(shard, 3, VOCABULARY, 3))
+            commit(writer, shard, sequences(seed + shard, 3, VOCABULARY, 3))
     return folder
 
 
@@ -133,6 +134,7 @@ class Sound:
     places: dict[Path, list[int]]
     answers: dict[str, Any]
     opened: KnowledgeStore
+    stranger: dict[Path, bytes]  # files of another store, under the names of this one's
 
 
 def read_items(store: KnowledgeStore) -> Any:
@@ -168,7 +170,7 @@ def take_stock(path: Path) -> Sound:
     for queries in QUERIES.values():
         answers |= {query: opened.sql(query) for query in queries}
     assert not verify(path).damage
-    return Sound(path, files, places, answers, opened)
+    return Sound(path, files, places, answers, opened, {})
 
 
 def sort_of(path: Path) -> str:
@@ -189,6 +191,8 @@ def fault_of(seed: int, number: int, sound: Sound) -> tuple[str, dict[Path, byte
     names = [*CHANGES, "files swapped"]
     name = chance.choices(names, [*(weight for weight, _ in CHANGES.values()), SWAPPED])[0]
     path = chance.choice(by_sort[sort])
+    if name == "files swapped" and sound.stranger and sort not in ("store.json", "index.duckdb") and chance.random() < 0.5:
+        return f"files of another store: {sort}", strange(path, sort, sound, chance), chance
     others = [other for other in by_sort[sort] if sound.files[other] != sound.files[path]]
     if name == "files swapped" and others:
         other = chance.choice(others)
@@ -199,9 +203,23 @@ def fault_of(seed: int, number: int, sound: Sound) -> tuple[str, dict[Path, byte
     return f"{name}: {sort}", {path: bytes(data)}, chance
 
 
-def readings(sound: Sound, sort: str, chance: random.Random) -> list[tuple[str, Callable[[], Any]]]:
+def strange(path: Path, sort: str, sound: Sound, chance: random.Random) -> dict[Path, bytes]:
+    """A file of another store that has its name here, by itself or with the others of its shard or dump."""
+    together = [path]
+    if chance.random() < 0.7:
+        dump = sound.path / path.relative_to(sound.path).parts[0]
+        if path.parent == dump:
+            together = [dump / "manifest.json", dump / "tokens.parquet"]
+        else:
+            together = [each for each in sound.files if each.parent.parent == dump and each.stem == path.stem]
+    return {each: sound.stranger[each] for each in sorted(together, key=lambda each: each != path)}
+
+
+def readings(sound: Sound, files: Collection[Path], chance: random.Random) -> list[tuple[str, Callable[[], Any]]]:
     """All that could meet a fault in such a file. A store is opened anew for each; now and then from the very beginning."""
-    whole = sort in ("commits", "manifest.json", "store.json", "index.duckdb") or chance.random() < 0.05
+    sort = sort_of(next(iter(files)))
+    from_records = any(sort_of(each) in ("commits", "manifest.json", "store.json", "index.duckdb") for each in files)
+    whole = from_records or chance.random() < 0.05
 
     def opened() -> KnowledgeStore:
         return KnowledgeStore.open(sound.path, cache_size=0) if whole else fresh(sound)
@@ -270,7 +288,7 @@ def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
     sort = sort_of(next(iter(files)))
     told = f"fault {number} of seed {seed} ({name}, {', '.join(map(str, files))})"
     meanwhile = None
-    if sort in ("positions", "sequences", "tokens") and chance.random() < 0.25:
+    if len(files) == 1 and sort in ("positions", "sequences", "tokens") and chance.random() < 0.25:
         meanwhile = fresh(sound)  # files that are open while they are damaged
         meanwhile[meanwhile.dumps[0], 0]
     stamps = {path: path.stat() for path in files}
@@ -280,7 +298,7 @@ def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
             path.write_bytes(data)
             if keep_time:  # as a disk that decays does
                 os.utime(path, ns=(stamps[path].st_atime_ns, stamps[path].st_mtime_ns))
-        reads = readings(sound, sort, chance)
+        reads = readings(sound, files, chance)
         if meanwhile is not None:
             reads += [("items", lambda: read_items(meanwhile)), ("batches", lambda: read_batches(meanwhile))]
         for reading, read in reads:
@@ -320,7 +338,16 @@ def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sound]:
     stores = [make_store(folder / "new", monkeypatch)]
     for name in ("store-v1", "store-v2"):
         stores.append(Path(shutil.copytree(FIXTURES / name, folder / name)))
-    return [take_stock(store) for store in stores]
+    other = make_store(folder / "stranger", monkeypatch, seed=50)
+    sounds = [take_stock(store) for store in stores]
+    sounds[0].stranger.update(
+        {
+            path: (other / path.relative_to(stores[0])).read_bytes()
+            for path in sounds[0].files
+            if path.name not in ("store.json", "index.duckdb")
+        }
+    )
+    return sounds
 
 
 def try_faults(seed: int, numbers: Iterable[int], folder: Path, step: int | None = None) -> dict[str, int]:

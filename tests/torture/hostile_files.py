@@ -159,7 +159,7 @@ class _World:
         self.store = write_drawn_store(folder / "store")
         self.dump = self.store / "small"
         self.manifest = read_manifest(self.dump)
-        self.index = refresh(self.store, ["small"])
+        self.index = refresh(self.store, [read_manifest(self.store / "small")])
         figures = {"nll": 1.0, "ece_10": 0.1, "ece_15": 0.1, "brier": 0.5}
         self.calibration = folder / "calibration.json"
         calibration = Calibration(
