@@ -156,9 +156,22 @@ def test_json_files(tmp_path):
     }
     commit_record = json.loads((folder / "commits/00000.json").read_text())
     assert set(commit_record) == {
-        *("format", "version", "sha256", "dump", "shard", "first_document", "documents", "files", "statistics"),
-        *("skipped", "made_by"),
+        *("format", "version", "sha256", "dump", "shard", "identity", "first_document", "documents", "files"),
+        *("statistics", "skipped", "made_by"),
     }
+    identity = {
+        "kinds[0]": "positions",
+        "teacher.vocabulary_size": 11,
+        "tokenizer.size": 11,
+        "corpus.files[0].bytes": 1,
+        "corpus.files[0].sha256": "00",
+        "selection.name": "top-k",
+        "selection.k": 3,
+        "quantisation_step": 0.125,
+        "plan.max_length": 64,
+    }
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    assert commit_record["identity"] == hashlib.sha256(canonical.encode()).hexdigest()
     for table in ("sequences", "positions"):
         path = folder / table / "00000.parquet"
         data, stated = path.read_bytes(), commit_record["files"][table]

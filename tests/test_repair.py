@@ -223,6 +223,7 @@ def test_a_full_disk_changes_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
+        patch.setattr("knowledge_store.publication.fsync_folder", lambda folder: None)
         patch.setattr(publication.os, "fsync", full)
         with pytest.raises(StoreError, match=r"cannot write .*positions/00001\.parquet: No space left"):
             repair(store, 1)

@@ -71,8 +71,8 @@ STRANGE = [
 ]
 
 
-def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
-    """Read hostile files until the minutes are over.
+def run(seed: int, minutes: float, folder: Path, trials: int | None = None) -> dict[str, int]:
+    """Read hostile files until the minutes are over, or so many were read.
 
     Returns:
         faults: cases; survived: ended with an answer or with an error of the project's own; silent: a record that was altered
@@ -85,7 +85,7 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "counts.json"
     result.unlink(missing_ok=True)
-    process = multiprocessing.get_context("spawn").Process(target=_cases, args=(seed, minutes, folder, result))
+    process = multiprocessing.get_context("spawn").Process(target=_cases, args=(seed, minutes, folder, result, trials))
     process.start()
     process.join(60 * minutes + 120)
     stuck = process.is_alive()
@@ -101,7 +101,7 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
     return counts
 
 
-def _cases(seed: int, minutes: float, folder: Path, result: Path) -> None:
+def _cases(seed: int, minutes: float, folder: Path, result: Path, trials: int | None) -> None:
     faulthandler.enable()
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
@@ -123,7 +123,7 @@ def _cases(seed: int, minutes: float, folder: Path, result: Path) -> None:
             counts[sort] += 1
             counts[tried(case)] += 1
             counts["survived"] += 1
-            if time.monotonic() > until:
+            if time.monotonic() > until or counts["faults"] == trials:
                 break
     except BaseException as error:
         import traceback
