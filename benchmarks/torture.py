@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,13 @@ def run_loop(loop: str, seed: int, minutes: float, folder: Path) -> dict[str, An
     return {**found, "broken": complaint or "its process ended without a word"}
 
 
+def in_words(counts: dict[str, int]) -> str:
+    """Counts in a line, what matters first."""
+    first = ("faults", "survived", "silent")
+    names = [*first, *sorted(counts.keys() - set(first))]
+    return ", ".join(f"{counts[name]:,} {name}" for name in names)
+
+
 def main() -> None:
     """Run the loops, print a line as each ends, and keep the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,11 +134,12 @@ def main() -> None:
             executor.submit(run_loop, loop, seed + list(LOOPS).index(loop), unit * LOOPS[loop], folder): loop for loop in chosen
         }
         found = {}
-        for future, loop in running.items():
+        for future in as_completed(running):
+            loop = running[future]
             found[loop] = future.result()
             counts = found[loop].get("counts")
-            told = ", ".join(f"{count:,} {name}" for name, count in counts.items()) if counts else found[loop]["broken"]
-            print(f"{loop:<14} {duration(found[loop]['seconds'])}  {'' if counts else 'BROKEN: '}{told}", flush=True)
+            told = in_words(counts) if counts else f"BROKEN: {found[loop]['broken']}"
+            print(f"{loop:<14} {duration(found[loop]['seconds']):>10}  {told}", flush=True)
     counts = [each["counts"] for each in found.values() if "counts" in each]
     total = {name: sum(each[name] for each in counts) for name in ("faults", "survived", "silent")}
     minutes = round((time.monotonic() - began) / 60, 1)

@@ -136,6 +136,7 @@ def verify(store: StoreArgument) -> None:
         checked = f"{found.dumps} dumps, {found.shards} shards, {found.positions:,} positions, {byte_size(found.bytes)}"
         if found.damage:
             note(f"{len(found.damage)} damaged; sound: {checked}")
+            note("Damaged shards are made anew by the command that made the dump, with --repair: teacher-dump run … --repair")
             raise typer.Exit(DAMAGED)
         output.print(f"Sound: {checked}", markup=False)
 

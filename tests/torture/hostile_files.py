@@ -39,7 +39,7 @@ from knowledge_store.manifest import read_manifest
 from knowledge_store.pages import chunk_pages, parse_footer
 from knowledge_store.parquet import describe, open_parquet, read_row_groups
 from knowledge_store.reader import DumpReader, read_sequences, shard_files
-from knowledge_store.records import canonical_json, seal, unseal
+from knowledge_store.records import SEAL, canonical_json, json_sha256, unseal
 from knowledge_store.sequences import sequences_schema
 
 MEMORY_BYTES = 2 * 2**30  # of addresses, beyond those of libraries and reserves
@@ -190,7 +190,7 @@ class _World:
             for table, data in self.bombs().items():
                 yield "bombs", lambda table=table, data=data: self.explode(table[0], data)
             for _ in range(60):
-                for _ in range(100):
+                for _ in range(200):
                     yield "json", self.record_case()
                 for _ in range(60):
                     yield "parquet", self.parquet_case()
@@ -236,7 +236,7 @@ class _World:
         for _ in range(int(self.random.integers(1, 3))):
             self.spoil(record)
         try:
-            data = seal(record)
+            data = sealed(record)
         except ValueError:
             return lambda: None
         if kind == 1:
@@ -330,7 +330,7 @@ class _World:
             return [store.sql("SELECT * FROM shards"), store.sql("SELECT * FROM dumps"), next(iter(store.batches()))]
 
         try:
-            data = seal(record)
+            data = sealed(record)
         except ValueError:
             return lambda: None
         return lambda: self.with_file(path, data, case)
@@ -472,6 +472,11 @@ def most_memory(forget: bool = False) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+def sealed(record: dict[str, Any]) -> bytes:
+    """`seal` without white space, which Python writes many times faster."""
+    return json.dumps({**record, SEAL: json_sha256(record)}, ensure_ascii=False, allow_nan=False).encode()
 
 
 def with_own_digests(data: bytes) -> bytes:
