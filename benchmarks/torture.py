@@ -32,16 +32,16 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 # Loops, and their shares of the time. Damage goes twice, with a seed of its own each time: there is most to try.
 LOOPS = {
-    "damage": 6.0,
-    "damage again": 6.0,
-    "hostile_files": 6.0,
-    "workers": 3.5,
-    "hostile_sql": 3.0,
-    "disk_errors": 2.5,
-    "order": 2.5,
-    "kills": 2.0,
-    "power_loss": 2.0,
-    "indexes": 1.5,
+    "damage": 7.0,
+    "damage again": 7.0,
+    "hostile_files": 6.5,
+    "kills": 4.0,
+    "disk_errors": 3.0,
+    "workers": 2.5,
+    "hostile_sql": 2.0,
+    "order": 2.0,
+    "power_loss": 1.8,
+    "indexes": 1.2,
 }
 AT_ONCE = 2
 RESERVED = 1.5  # minutes: a loop ends what it is at when its time is over
