@@ -103,14 +103,15 @@ def random_sequences(seed: int, count: int, vocabulary: int = 11, k: int = 3, lo
     return [knowledge_of(random.integers(0, vocabulary, n), random.normal(0, 2, (n, vocabulary)), k) for n in lengths.tolist()]
 
 
-def commit(writer: DumpWriter, shard: int, knowledge: list[Arrays], **more: Any) -> None:
-    """Commit sequences as the documents of a shard; `more` has corpus columns: lists, one value for each sequence."""
+def commit(writer: DumpWriter, shard: int, knowledge: list[Arrays], repair: bool = False, **more: Any) -> None:
+    """Commit sequences as the documents of a shard, or repair it with them; `more` has corpus columns, a value per sequence."""
     first = DOCUMENTS * shard
     rows = [
         sequence_row(first + index, arrays, **{name: values[index] for name, values in more.items()})
         for index, arrays in enumerate(knowledge)
     ]
-    writer.commit(shard, first, DOCUMENTS, rows, {"positions": joined(knowledge)}, [], MADE_BY)
+    publish = writer.repair if repair else writer.commit
+    publish(shard, first, DOCUMENTS, rows, {"positions": joined(knowledge)}, [], MADE_BY)
 
 
 def write_store(

@@ -13,5 +13,6 @@ def test_killed_at_calls_of_chance(memory_folder):
     counts = kills.run(seed=1, minutes=4, folder=memory_folder, trials=6)
     assert counts["kills"] > 0
     assert counts["twins"] > 0
+    assert counts["repairs_killed"] > 0
     assert counts["survived"] == counts["faults"] == 6
     assert counts["silent"] == 0

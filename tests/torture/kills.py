@@ -7,15 +7,26 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from torture.host import Host
-from torture.small_dump import QUICK, check_complete, check_standing, committed, published, write_dump
+from torture.small_dump import (
+    QUICK,
+    check_complete,
+    check_half_repaired,
+    check_standing,
+    committed,
+    harm,
+    published,
+    write_dump,
+)
 from torture.tracing import CHANGING, Site, inject, on_paths, sites, store_paths, unavailable
 
 __all__ = ["run", "unavailable"]
 
 WORK = "torture.small_dump:work"
+REPAIR = "torture.small_dump:repair_work"
 CHAIN = 4  # kills in a row, at most
 
 
@@ -30,21 +41,24 @@ def run(seed: int, minutes: float, folder: Path, trials: int | None = None) -> d
 
     Returns:
         `faults` that were injected: `kills`, and `twins` that dumped while the worker stood still between two calls; those
-        `survived`; `silent` losses; `calls` of the dump; `runs_killed_again`: kills of a run that went on after one.
+        `survived`; `silent` losses; `calls` of the dump and `repair_calls` of a repair; `repairs_killed` among the kills, and
+        `runs_killed_again`: kills of a run that went on after one.
 
     Raises:
         AssertionError: something acknowledged was lost, something published was replaced, or the re-run is not the whole dump.
     """
     deadline = time.monotonic() + 60 * minutes
     chance = random.Random(seed)
-    counts = Counter(faults=0, survived=0, silent=0, kills=0, twins=0, runs_killed_again=0)
+    counts = Counter(faults=0, survived=0, silent=0, kills=0, twins=0, repairs_killed=0, runs_killed_again=0)
     with Host(folder, "torture.small_dump") as host:
         dump = _Trials(host, folder)
-        counts["calls"] = len(dump.calls)
-        calls = chance.sample(dump.calls, len(dump.calls))
-        planned: list[tuple[Callable[[Counter[str], Site], None], Site]] = [
-            (trial, site) for site in calls for trial in (dump.killed, dump.twin)
-        ]
+        counts.update(calls=len(dump.calls), repair_calls=len(dump.repair_calls))
+        repairs = iter(chance.sample(dump.repair_calls, len(dump.repair_calls)))
+        planned: list[tuple[Callable[[Counter[str], Site], None], Site]] = []
+        for site in chance.sample(dump.calls, len(dump.calls)):
+            planned += [(dump.killed, site), (dump.twin, site)]
+            planned += [(dump.repair_killed, each) for each in islice(repairs, 1)]
+        planned += [(dump.repair_killed, each) for each in repairs]
         for trial, site in planned[:trials]:
             if time.monotonic() > deadline:
                 break
@@ -74,6 +88,12 @@ class _Trials:
         outcome = host.run(WORK, str(self.store), strace=on_paths(self.paths, CHANGING))
         check_complete(self.store, self.whole)
         self.calls = sites(outcome)
+        harm(self.store)
+        self.repair_paths = store_paths(host, self.store, REPAIR, str(self.store))
+        harm(self.store)
+        outcome = host.run(REPAIR, str(self.store), strace=on_paths(self.repair_paths, CHANGING))
+        check_complete(self.store, self.whole)
+        self.repair_calls = sites(outcome)
 
     def _anew(self) -> None:
         shutil.rmtree(self.store.parent, ignore_errors=True)
@@ -100,6 +120,22 @@ class _Trials:
         self._finish()
         check_complete(self.store, self.whole)
         self._untouched(before)
+        counts["survived"] = counts["faults"]
+
+    def repair_killed(self, counts: Counter[str], site: Site) -> None:
+        """A damaged dump, whose repair is killed once, and done again."""
+        self._anew()
+        shutil.copytree(self.whole, self.store)
+        harm(self.store)
+        strace = on_paths(self.repair_paths, CHANGING) + inject(site, "signal=SIGKILL")
+        outcome = self.host.run(REPAIR, str(self.store), strace=strace)
+        assert outcome.returncode in (0, -9), outcome.message
+        check_half_repaired(self.store, outcome.acknowledged, self.whole)
+        if outcome.returncode:
+            counts.update(faults=1, kills=1, repairs_killed=1)
+        outcome = self.host.run(REPAIR, str(self.store), prefix="e")
+        assert outcome.returncode == 0, outcome.message
+        check_complete(self.store, self.whole)
         counts["survived"] = counts["faults"]
 
     def twin(self, counts: Counter[str], site: Site) -> None:

@@ -40,6 +40,38 @@ def write_dump(store: Path, acknowledge: Callable[[int], None] = lambda shard: N
         acknowledge(shard)
 
 
+def harm(store: Path) -> None:
+    """Damage a file of each sort, each in a shard of its own."""
+    for name in ("commits/00000.json", "positions/00001.parquet", "sequences/00002.parquet"):
+        path = store / DUMP / name
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 4
+        path.write_bytes(data)
+
+
+def repair_dump(store: Path, acknowledge: Callable[[int], None] = lambda shard: None) -> None:
+    """Repair what is damaged of the small dump, as `--repair` does, and acknowledge each shard that is sound then."""
+    writer = DumpWriter.open(store, make_manifest(DUMP, shards=SHARDS), tokens_table(words(11), words(11)))
+    for shard in range(SHARDS):
+        if writer.damaged(shard):
+            commit(writer, shard, random_sequences(shard, SIZES[shard], longest=64), repair=True)
+        acknowledge(shard)
+
+
+def check_half_repaired(store: Path, acknowledged: set[int], whole: Path) -> None:
+    """Make sure that what is left of a repair that was cut off is found to be damaged, or as in the `whole` dump.
+
+    Raises:
+        AssertionError: it is neither.
+    """
+    damage = verify(store).damage
+    for shard in range(SHARDS):
+        if any(f"/{shard:05d}." in sentence for sentence in damage):
+            assert shard not in acknowledged, f"shard {shard} was acknowledged, and is damaged: {damage}"
+        else:
+            assert all(mine.equals(theirs) for mine, theirs in zip(rows(store, shard), rows(whole, shard), strict=True))
+
+
 def committed(store: Path) -> set[int]:
     """The shards with a commit record."""
     folder = store / DUMP / COMMITS
@@ -111,8 +143,17 @@ def published(store: Path) -> dict[str, tuple[Any, ...]]:
 
 def work(acknowledge: Callable[[int], None], store: str, level: int | None = None) -> None:
     """`write_dump` as a command does it: what the disk refuses is one line, and exit code 2."""
+    _as_command(lambda: write_dump(Path(store), acknowledge, level))
+
+
+def repair_work(acknowledge: Callable[[int], None], store: str) -> None:
+    """`repair_dump` as a command does it."""
+    _as_command(lambda: repair_dump(Path(store), acknowledge))
+
+
+def _as_command(doing: Callable[[], None]) -> None:
     try:
         with command_errors():
-            write_dump(Path(store), acknowledge, level)
+            doing()
     except typer.Exit as ended:
         raise SystemExit(ended.exit_code) from None
