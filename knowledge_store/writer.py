@@ -226,11 +226,8 @@ class DumpWriter:
         with alone(self.folder), ExitStack() as stack:
             self.manifest = read_manifest(self.folder)
             record = FileRecord.from_dict(self.manifest.derived["tokens"])
-            try:
-                check_whole(path, record)
+            if not self.tokens_damage():
                 return False
-            except DamageError:
-                pass
             write = partial(write_table, tokens, row_groups=[len(tokens)], encoding=TOKENS_ENCODING)
             ready = [(stack.enter_context(prepared(path, write)), path)]
             found = describe(ready[0][0])
@@ -242,6 +239,14 @@ class DumpWriter:
                 put_in_place(temporary, place)
             self._standing = manifest_path.read_bytes()
             return True
+
+    def tokens_damage(self) -> str | None:
+        """What is damaged of tokens.parquet, in a sentence, if anything is (StoreError: it cannot be read)."""
+        try:
+            check_whole(self.folder / TOKENS_FILE, FileRecord.from_dict(self.manifest.derived["tokens"]))
+        except DamageError as error:
+            return str(error)
+        return None
 
     def damaged(self, shard: int) -> list[str]:
         """What is damaged of a committed shard, one sentence for each file; of one that is not committed, nothing."""

@@ -26,7 +26,7 @@ from knowledge_store.console import note
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.layout import MANIFEST_FILE, STORE_FILE, TOKENS_FILE
-from knowledge_store.manifest import read_manifest
+from knowledge_store.manifest import Manifest, read_manifest
 from knowledge_store.progress import Advance, progress_bar
 from knowledge_store.publication import TEMPORARY_PREFIX, disk_errors
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
@@ -90,10 +90,15 @@ def dump(
             raise InputError(f"no extractor is known for knowledge of kind {kind!r}")
     # What can be seen at once is seen before a large teacher is loaded.
     check_files(config.corpus)
+    pending: list[int] = []
     if repair:
-        _check_dump(config)
+        standing = _manifest_to_repair(config)
         if repair_store_file(config.store):
             note(f"{config.store / STORE_FILE} was damaged, and is written anew")
+        writer = DumpWriter(config.store, standing)
+        pending = _damaged(writer, range(rank, standing.shard_count, world_size))
+        if not pending and not writer.tokens_damage():
+            return DumpReport(standing.dump, 0, 0, standing.shard_count, 0, 0.0, 0)  # no teacher is asked for nothing
     with disk_errors("read", config.store):
         _check_store(config.store)
     if config.calibration is not None:
@@ -112,7 +117,8 @@ def dump(
         note(f"{writer.folder / TOKENS_FILE} was damaged, and is written anew")
     manifest = writer.manifest
     mine = range(rank, manifest.shard_count, world_size)
-    pending = _damaged(writer, mine) if repair else [shard for shard in mine if not writer.committed(shard)]
+    if not repair:
+        pending = [shard for shard in mine if not writer.committed(shard)]
     started = time.monotonic()
     total = sum(manifest.derived["shards"][shard]["characters"] for shard in pending)
     tally = _Tally()
@@ -135,8 +141,8 @@ def _check_store(path: Path) -> None:
         check_store(path)
 
 
-def _check_dump(config: DumpConfig) -> None:
-    """Make sure that there is a dump to repair.
+def _manifest_to_repair(config: DumpConfig) -> Manifest:
+    """The manifest of the dump to repair.
 
     Raises:
         InputError: there is none of that name.
@@ -146,7 +152,7 @@ def _check_dump(config: DumpConfig) -> None:
     if not (folder / MANIFEST_FILE).exists():
         raise InputError(f"there is no dump {config.dump_name!r} in {config.store} to repair")
     try:
-        read_manifest(folder)
+        return read_manifest(folder)
     except DamageError as error:
         raise DamageError(f"{error}. It cannot be made again: put back a copy of it, or dump under another --name") from None
 
