@@ -92,7 +92,7 @@ class Agreement:
         notes: what else a person should know.
         limits: what counts as numeric noise here.
         differences: of `token`, `candidates`, `tail`, and where there are any `tail at T`, `selection`, `draws`.
-        noise: mean |difference| of a value in the median sequence, from the share of values that moved a step (nats).
+        noise: mean |difference| of a value in the median sequence, from how many steps they moved (nats).
         changed_top_1: share of the positions whose likeliest token is another one; None without candidates.
         moved_draws: share of the draws that now fall on another token; None without draws.
         sequences_off: how many have a value beyond `limits.single`, cannot be read, or have other tokens than they had.
@@ -209,16 +209,15 @@ def _other_tokenizer(store: KnowledgeStore, manifest: Manifest, teacher: Teacher
     if kept is None or kept == describe_tokenizer(teacher.tokenizer)["vocabulary_sha256"]:
         return []
     theirs = store.tokens(manifest.dump)["token"].to_pylist()
-    names = dict(zip(range(len(theirs)), theirs, strict=True))
     mine = {token: name for name, token in teacher.tokenizer.get_vocab().items()}
-    others = [token for token, name in names.items() if name is not None and mine.get(token) != name]
+    others = [token for token, name in enumerate(theirs) if name is not None and mine.get(token) != name]
     if not others:
         notes.append("the teacher's tokenizer knows tokens that the dump's did not; all others are the same")
         return []
     token = others[0]
     return [
-        f"{len(others):,} of the dump's {len(names):,} tokens are others in the teacher's tokenizer:"
-        f" {token} was {names[token]!r} and is {mine.get(token)!r}"
+        f"{len(others):,} of the dump's {len(theirs):,} tokens are others in the teacher's tokenizer:"
+        f" {token} was {theirs[token]!r} and is {mine.get(token)!r}"
     ]
 
 
