@@ -1,15 +1,18 @@
 """`check`: a teacher is asked again about some sequences of a dump, and its answers are held against what was kept.
 
-Token ids are in the store, so the corpus is not needed. What was kept is a rounded value, what is asked now is not, so for each
-value the *difference* is |kept − asked| less half a quantisation step: what rounding cannot explain, in nats. It is 0 for most
-values where the teacher is the same, and grows with whatever makes it answer otherwise. Below a step noise shows all the same:
-it carries a share of mean |noise| / step of the values over the edge between two steps.
+Token ids are in the store, so the corpus is not needed. What was kept is rounded, what is asked now is not. Held against each
+other are the values that the format rounds each by itself (`positions.exact_steps`). Since format version 3 these are how far
+each candidate is below the first, the tail's log-odds, and the log-probability of a token that is no candidate; all else
+follows, as probabilities sum to one. Before, they are the log-probabilities themselves. The *difference* of a value is
+|kept − asked| less half a quantisation step: what rounding cannot explain, in nats. It is 0 for most values where the teacher
+is the same, and grows with whatever makes it answer otherwise. Below a step noise shows all the same: it carries a share of
+mean |noise| / step of the values over the edge between two steps.
 
     numeric noise    batching, device, dtype: small everywhere, and no single value is far off
-    damage           most sequences agree, some have values far off, or token ids that do not match their hash
+    damage           most sequences agree, some have values far off, or are no knowledge that a selection keeps
     another teacher  values are off in most sequences
 
-Candidates are compared by id, so that two that are nearly as likely may change places; the tail is that of the candidates that
+Candidates are compared by id, so that two that are nearly as likely may change places; the first and the tail are those that
 were kept. That these are the likeliest is compared too: by how many nats another token is ahead of the last of them. Draws are
 made at points that the sequence alone decides, so each must lie, in the running sum of the tail's probabilities, where its
 token lies; how far beside it, as a share of the tail, is its difference: noise moves a few draws, by little.
@@ -23,13 +26,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import DamageError, InputError
-from knowledge_store.kinds.positions import MOST_STEPS
+from knowledge_store.kinds import Arrays
+from knowledge_store.kinds.kind import padded_lists
+from knowledge_store.kinds.positions import damage, exact_steps
 from knowledge_store.progress import progress_bar
 from knowledge_store.sequences import token_hash
 from teacher_dump.plan import length_batches
@@ -37,6 +41,7 @@ from teacher_dump.sampling import independent_points, precise, systematic_points
 from teacher_dump.teacher import Teacher, describe_tokenizer, load_teacher
 
 AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER = "agrees", "damage", "another teacher", "another tokenizer"
+ROUNDED = {"token_logprob": "token", "candidate_logprobs": "candidates", "tail_logprob": "tail"}
 SHOWN = 5
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
 SHARE_OFF = 0.5  # of the sequences: beyond it the teacher is another one, unless its weights are the dump's own
@@ -44,7 +49,7 @@ SHARE_OFF = 0.5  # of the sequences: beyond it the teacher is another one, unles
 
 @dataclass(frozen=True)
 class Limits:
-    """What numeric noise can do, in nats.
+    """What numeric noise can do to rounded values, in nats.
 
     Attributes:
         typical: of a sequence, mean over its values. single: of any one value.
@@ -55,7 +60,8 @@ class Limits:
 
 
 # Rounding to float32 at every step of a model moves its log-probabilities by some 1e-6 to 1e-4, rounding to bfloat16 or
-# float16 by some 0.01 to 0.1, and that of an unlikely token now and then by several tenths.
+# float16 by some 0.01 to 0.1, and that of an unlikely token now and then by several tenths. What lies between two of them, as
+# a gap or log-odds does, moves by up to the sum.
 FLOAT32 = Limits(0.01, 0.03)
 SHORT = Limits(0.25, 1.5)
 
@@ -86,7 +92,7 @@ class Agreement:
         notes: what else a person should know.
         limits: what counts as numeric noise here.
         differences: of `token`, `candidates`, `tail`, and where there are any `tail at T`, `selection`, `draws`.
-        noise: mean |difference| of a value in the median sequence, from the share of values that moved a step (nats).
+        noise: mean |difference| of a value in the median sequence, from how many steps they moved (nats).
         changed_top_1: share of the positions whose likeliest token is another one; None without candidates.
         moved_draws: share of the draws that now fall on another token; None without draws.
         sequences_off: how many have a value beyond `limits.single`, cannot be read, or have other tokens than they had.
@@ -113,14 +119,13 @@ class _Kept:
     Attributes:
         number: its sequence_id.
         token_ids: int64 (L,). places: int64 (N,).
-        columns: token_logprob (N,), candidate_ids and candidate_logprobs (N, K) (−1 and −inf: none), tail_logprob (N,) (NaN in
-            random sampling), and where there are any tail_logsumexp (N,), drawn (N, draws): the token of each point, −1: none.
+        rows: the N rows of `positions`, sound in themselves.
     """
 
     number: int
     token_ids: np.ndarray
     places: np.ndarray
-    columns: dict[str, np.ndarray]
+    rows: pa.Table
 
 
 def check(
@@ -204,16 +209,15 @@ def _other_tokenizer(store: KnowledgeStore, manifest: Manifest, teacher: Teacher
     if kept is None or kept == describe_tokenizer(teacher.tokenizer)["vocabulary_sha256"]:
         return []
     theirs = store.tokens(manifest.dump)["token"].to_pylist()
-    names = dict(zip(range(len(theirs)), theirs, strict=True))
     mine = {token: name for name, token in teacher.tokenizer.get_vocab().items()}
-    others = [token for token, name in names.items() if name is not None and mine.get(token) != name]
+    others = [token for token, name in enumerate(theirs) if name is not None and mine.get(token) != name]
     if not others:
         notes.append("the teacher's tokenizer knows tokens that the dump's did not; all others are the same")
         return []
     token = others[0]
     return [
-        f"{len(others):,} of the dump's {len(names):,} tokens are others in the teacher's tokenizer:"
-        f" {token} was {names[token]!r} and is {mine.get(token)!r}"
+        f"{len(others):,} of the dump's {len(theirs):,} tokens are others in the teacher's tokenizer:"
+        f" {token} was {theirs[token]!r} and is {mine.get(token)!r}"
     ]
 
 
@@ -236,66 +240,55 @@ def _other_model(manifest: Manifest, teacher: Teacher) -> str | None:
 
 def _read(store: KnowledgeStore, manifest: Manifest, ordinals: list[int]) -> tuple[list[_Kept], list[str]]:
     """The sequences that can be read, and a sentence for each that cannot."""
-    kept, damage = [], []
+    kept, unreadable = [], []
     for ordinal in ordinals:
         try:
             rows, stated = store.kept(ordinal, manifest.dump)
-            sequence = _sequence(rows, manifest)
         except DamageError as error:
-            damage.append(str(error))
+            unreadable.append(str(error))
             continue
-        if token_hash(sequence.token_ids) != stated:
-            damage.append(f"sequence {sequence.number}: its token ids do not match the hash that was kept of them")
-        elif sequence.token_ids.max() >= manifest.vocabulary_size:
-            damage.append(f"sequence {sequence.number}: a token id is not below the vocabulary size")
-        else:
-            kept.append(sequence)
-    return kept, damage
+        number, token_ids = rows["sequence_id"][0].as_py(), rows["token_id"].to_numpy().astype(np.int64)
+        complaint = next(damage(rows, manifest), None)
+        if token_hash(token_ids) != stated:
+            complaint = "its token ids do not match the hash that was kept of them"
+        if complaint:
+            unreadable.append(f"sequence {number}: {complaint}")
+            continue
+        known = rows["candidate_ids"].is_valid()
+        kept.append(_Kept(number, token_ids, np.flatnonzero(known.to_numpy()), rows.filter(known)))
+    return kept, unreadable
 
 
-def _padded(column: pa.ChunkedArray, fill: float, dtype: type) -> np.ndarray:
-    """Lists of up to K values as (N, K); null counts as empty."""
-    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
-    padded: np.ndarray = np.full((len(column), int(lengths.max(initial=0))), fill, dtype)
-    padded[np.arange(padded.shape[1]) < lengths[:, None]] = pc.list_flatten(column).to_numpy()
-    return padded
+def _arrays(rows: pa.Table, draws: int) -> Arrays:
+    """What was kept of N positions.
 
-
-def _sequence(rows: pa.Table, manifest: Manifest) -> _Kept:
-    """DamageError: the rows are none that a selection keeps."""
-    places = np.flatnonzero(rows["candidate_ids"].is_valid().to_numpy())
-    number = rows["sequence_id"][0].as_py()
-    some = rows.take(places)
-    columns = {
-        "token_logprob": some["token_logprob"].to_numpy().astype(np.float64),
-        "candidate_ids": _padded(some["candidate_ids"], -1, np.int64),
-        "candidate_logprobs": _padded(some["candidate_logprobs"], -np.inf, np.float64),
-        "tail_logprob": some["tail_logprob"].fill_null(np.nan).to_numpy().astype(np.float64),
+    Returns:
+        token_id (N,), candidate_ids (N, K) (−1: none) and, float64, token_logprob (N,), candidate_logprobs (N, K) (−inf: none),
+        tail_logprob (N,) (NaN in random sampling); where there are any tail_logsumexp (N,), drawn (N, draws): the token of each
+        point, −1 where there is no tail. Ids are int64.
+    """
+    found = {
+        "token_id": rows["token_id"].to_numpy().astype(np.int64),
+        "candidate_ids": padded_lists(rows["candidate_ids"], -1, np.int64)[0],
+        "candidate_logprobs": padded_lists(rows["candidate_logprobs"], -np.inf, np.float64)[0],
     }
-    if "tail_logsumexp" in rows.column_names:
-        columns["tail_logsumexp"] = some["tail_logsumexp"].to_numpy().astype(np.float64)
-    if manifest.rule.draws:
-        ids, counts = _padded(some["tail_ids"], 0, np.int64), _padded(some["tail_counts"], 0, np.int64)
-        drawn = np.full((len(places), manifest.rule.draws), -1, np.int64)
-        totals = counts.sum(axis=1)
-        if not np.isin(totals, (0, manifest.rule.draws)).all():
-            raise DamageError(f"sequence {number}: a position does not have {manifest.rule.draws} draws")
-        drawn[totals > 0] = np.repeat(ids.ravel(), counts.ravel()).reshape(-1, manifest.rule.draws)
-        columns["drawn"] = drawn
-    if any((columns[name] >= manifest.vocabulary_size).any() for name in ("candidate_ids", "drawn") if name in columns):
-        raise DamageError(f"sequence {number}: a token id is not below the vocabulary size")
-    if (places == 0).any():
-        raise DamageError(f"sequence {number}: its first position, which nothing predicts, has candidates")
-    return _Kept(number, rows["token_id"].to_numpy().astype(np.int64), places, columns)
+    for name in ("token_logprob", "tail_logprob", "tail_logsumexp"):
+        if name in rows.column_names:
+            found[name] = rows[name].fill_null(np.nan).to_numpy().astype(np.float64)
+    if draws:
+        (ids, _), (counts, _) = (padded_lists(rows[name], 0, np.int64) for name in ("tail_ids", "tail_counts"))
+        found["drawn"] = np.full((len(rows), draws), -1, np.int64)
+        found["drawn"][counts.any(axis=1)] = np.repeat(ids.ravel(), counts.ravel()).reshape(-1, draws)
+    return found
 
 
 # --- what is said now -------------------------------------------------------------------------------------------------------
 
 
-def _ask(manifest: Manifest, teacher: Teacher, kept: list[_Kept], batch_size: int) -> list[dict[str, np.ndarray]]:
+def _ask(manifest: Manifest, teacher: Teacher, kept: list[_Kept], batch_size: int) -> list[Arrays]:
     """For each sequence what `_compare` finds of its N positions."""
     lengths = [len(sequence.token_ids) for sequence in kept]
-    found: list[dict[str, np.ndarray]] = [{} for _ in kept]
+    found: list[Arrays] = [{} for _ in kept]
     with progress_bar("asking the teacher again", max(sum(lengths), 1), "positions") as advance:
         for indices in length_batches(lengths, batch_size * manifest.plan["max_length"]):
             sequences = [kept[index] for index in indices]
@@ -312,7 +305,7 @@ def _ask(manifest: Manifest, teacher: Teacher, kept: list[_Kept], batch_size: in
     return found
 
 
-def _ask_batch(manifest: Manifest, teacher: Teacher, sequences: list[_Kept]) -> list[dict[str, np.ndarray]]:
+def _ask_batch(manifest: Manifest, teacher: Teacher, sequences: list[_Kept]) -> list[Arrays]:
     lengths = [len(sequence.token_ids) for sequence in sequences]
     token_ids = np.zeros((len(sequences), max(lengths)), np.int64)
     for row, sequence in enumerate(sequences):
@@ -321,134 +314,111 @@ def _ask_batch(manifest: Manifest, teacher: Teacher, sequences: list[_Kept]) -> 
     counts = [len(sequence.places) for sequence in sequences]
     rows = np.repeat(np.arange(len(sequences)), counts)
     places = np.concatenate([sequence.places for sequence in sequences])
-    columns = _stacked([sequence.columns for sequence in sequences])
-    columns["token_id"] = token_ids[rows, places]
+    kept = _arrays(pa.concat_tables([sequence.rows for sequence in sequences]), manifest.rule.draws)
     if manifest.rule.draws:
         points = systematic_points if manifest.rule.candidates else independent_points
-        drawn_at = [points(each.number, length, manifest.rule.draws) for each, length in zip(sequences, lengths, strict=True)]
-        at = [each[sequence.places] for each, sequence in zip(drawn_at, sequences, strict=True)]
-        columns["points"] = np.sort(np.concatenate(at), axis=1)
+        drawn_at = [points(each.number, len(each.token_ids), manifest.rule.draws)[each.places] for each in sequences]
+        kept["points"] = np.sort(np.concatenate(drawn_at), axis=1)
     prediction = teacher.predict(token_ids, mask)
-    device = teacher.device
-    parts = []
-    for part, logits in prediction.logit_slices(torch.from_numpy(rows).to(device), torch.from_numpy(places - 1).to(device)):
-        own = {name: torch.from_numpy(values[part]).to(precise(logits[:0]).device) for name, values in columns.items()}
-        parts.append(_compare(precise(logits), own, manifest))
-    together = _stacked(parts) if parts else {}
+    at, before = (torch.from_numpy(each).to(teacher.device) for each in (rows, places - 1))
+    parts = [
+        _compare(precise(logits), {name: values[part] for name, values in kept.items()}, manifest)
+        for part, logits in prediction.logit_slices(at, before)
+    ]
+    together = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
     ends = np.cumsum(counts)
     return [
         {name: values[end - size : end] for name, values in together.items()} for end, size in zip(ends, counts, strict=True)
     ]
 
 
-def _stacked(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Arrays (n, …) one after the other; those of fewer candidates are filled up with none."""
-    stacked = {}
-    for name in parts[0]:
-        arrays = [part[name] for part in parts]
-        if arrays[0].ndim == 2:
-            fill = -1 if arrays[0].dtype.kind == "i" else -np.inf if name == "candidate_logprobs" else np.nan
-            width = max(array.shape[1] for array in arrays)
-            arrays = [
-                np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=fill) if array.shape[1] < width else array
-                for array in arrays
-            ]
-        stacked[name] = np.concatenate(arrays)
-    return stacked
-
-
-def _compare(logits: Tensor, kept: dict[str, Tensor], manifest: Manifest) -> dict[str, np.ndarray]:
+def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
     """Hold kept values against logits, float64 (n, V).
+
+    Args:
+        kept: what `_arrays` gives of n positions, and `points` (n, draws) where there are draws.
 
     Returns:
         for each quantity, "NAME off" (nats, or for draws a share of the tail; NaN where there is no value) and, of rounded
-        ones, "NAME steps" (how many steps it moved), (n,) or (n, K) each; "changed" (n,) and "moved" (n, draws), 1 or 0.
+        ones, "NAME steps" (how many steps it moved), (n,) or (n, K) each; "changed" (n,), 1 or 0.
     """
     if not logits.isfinite().all():
         raise InputError("the teacher's logits are NaN or infinite: check its weights, or ask it with --dtype float32")
     step, rule = manifest.quantisation_step, manifest.rule
-    logprobs = torch.log_softmax(logits, dim=1)
+
+    def on_device(name: str) -> Tensor:
+        return torch.from_numpy(kept[name]).to(logits.device)
+
     found: dict[str, Tensor] = {}
-
-    def rounded(name: str, kept_values: Tensor, values: Tensor, there: Tensor) -> None:
-        values = torch.where(values.isneginf(), values, values.clamp(min=-MOST_STEPS * step))
-        both = kept_values.isneginf() & values.isneginf()
-        off = torch.where(both, 0.0, (kept_values - values).abs() - step / 2).clamp(min=0).nan_to_num(nan=torch.inf)
-        steps = torch.where(both, 0.0, (torch.round(values / step) - torch.round(kept_values / step)).abs())
-        found[f"{name} off"] = torch.where(there, off, torch.nan)
-        found[f"{name} steps"] = torch.where(there, steps.nan_to_num(nan=torch.inf), torch.nan)
-
-    everywhere = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    rounded("token", kept["token_logprob"], logprobs.gather(1, kept["token_id"][:, None])[:, 0], everywhere)
-    ids = kept["candidate_ids"]
-    there = ids >= 0
-    outside = logprobs
-    tail = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    outside = logprobs = torch.log_softmax(logits, dim=1)
+    said = {"token_logprob": logprobs.gather(1, on_device("token_id")[:, None])[:, 0]}
     if rule.candidates:
-        mine = logprobs.gather(1, ids.clamp(min=0))
-        rounded("candidates", kept["candidate_logprobs"], mine, there)
-        columns = logits.shape[1]
-        chosen = torch.zeros((len(logits), columns + 1), dtype=torch.bool, device=logits.device)
-        chosen.scatter_(1, torch.where(there, ids, columns), True)
-        outside = logprobs.masked_fill(chosen[:, :columns], -torch.inf)
-        tail = torch.logsumexp(outside, dim=1)
-        rounded("tail", kept["tail_logprob"], tail, everywhere)
-        best = outside.amax(dim=1)
-        last = mine.masked_fill(~there, torch.inf).amin(dim=1)
+        ids = on_device("candidate_ids")
+        there = ids >= 0
+        ids = torch.where(there, ids, ids[:, :1])
+        mine = logprobs.gather(1, ids)
+        outside = logprobs.scatter(1, ids, -torch.inf)
+        said["candidate_logprobs"] = mine.masked_fill(~there, -torch.inf)
+        said["tail_logprob"] = torch.logsumexp(outside, dim=1)
+        best, last = outside.amax(dim=1), mine.amin(dim=1)
         # Both may be off, in opposite directions.
         found["selection off"] = ((best - last) / 2).clamp(min=0)
         if rule.name == "top-p":
-            mass = torch.exp(mine).masked_fill(~there, 0)
-            total, final = mass.sum(dim=1), torch.exp(last)
-            full = there.sum(dim=1) >= min(rule.candidates, columns)
+            total = torch.exp(said["candidate_logprobs"]).sum(dim=1)
+            full = there.sum(dim=1) >= min(rule.candidates, logits.shape[1])
             too_few = torch.where(full, 0.0, rule.p - total)
-            found["selection off"] = found["selection off"].maximum(too_few).maximum(total - final - rule.p)
-        found["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double() if ids.shape[1] else torch.ones_like(best)
-    if "tail_logsumexp" in kept and manifest.temperature:
-        tempered = torch.logsumexp(outside / manifest.temperature, dim=1)
-        rounded(f"tail at T={manifest.temperature:g}", kept["tail_logsumexp"], tempered, everywhere)
+            found["selection off"] = found["selection off"].maximum(too_few).maximum(total - torch.exp(last) - rule.p)
+        found["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double()
+    if manifest.temperature:
+        said["tail_logsumexp"] = torch.logsumexp(outside / manifest.temperature, dim=1)
     if rule.draws:
-        drawn = kept["drawn"]
-        weights = torch.exp(outside - torch.where(tail.isneginf(), 0.0, tail)[:, None])
-        ends = weights.cumsum(dim=1)
-        end = ends.gather(1, drawn.clamp(min=0))
+        drawn, points = on_device("drawn"), on_device("points")
+        weights = torch.softmax(outside, dim=1)
+        end = weights.cumsum(dim=1).gather(1, drawn.clamp(min=0))
         begin = end - weights.gather(1, drawn.clamp(min=0))
-        beside = torch.maximum(begin - kept["points"], kept["points"] - end).clamp(min=0)
+        beside = torch.maximum(begin - points, points - end).clamp(min=0)
         found["draws off"] = torch.where(drawn >= 0, beside, torch.nan)
-        found["moved"] = torch.where(drawn >= 0, (beside > 0).double(), torch.nan)
-        nothing = (drawn[:, 0] < 0) & ~tail.isneginf()  # a tail, and no draws from it
-        found["draws off"][nothing] = torch.inf
-    return {name: values.cpu().numpy() for name, values in found.items()}
+
+    compared = {}
+    now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in said.items()}}, manifest)
+    for column, was in exact_steps(kept, manifest).items():
+        name = f"tail at T={manifest.temperature:g}" if column == "tail_logsumexp" else ROUNDED[column]
+        with np.errstate(invalid="ignore"):  # a tail that is empty, then and now
+            apart, moved = np.abs(was - now[column]), np.abs(np.round(was) - np.round(now[column]))
+        same = was == now[column]
+        compared[f"{name} off"] = np.where(same, 0, np.maximum(apart - 0.5, 0) * step)
+        compared[f"{name} steps"] = np.where(same, 0, moved)
+    return {**compared, **{name: values.cpu().numpy() for name, values in found.items()}}
 
 
 # --- what follows -----------------------------------------------------------------------------------------------------------
 
 
-def _differences(found: list[dict[str, np.ndarray]]) -> dict[str, Differences]:
+def _values(found: list[Arrays], ending: str) -> np.ndarray:
+    """All values there are of the quantities whose name ends like this, one after the other."""
+    values = [each.ravel() for arrays in found for name, each in arrays.items() if name.endswith(ending)]
+    joined = np.concatenate([np.zeros(0), *values])
+    return joined[~np.isnan(joined)]
+
+
+def _mean(values: np.ndarray) -> float | None:
+    return float(values.mean()) if len(values) else None
+
+
+def _differences(found: list[Arrays]) -> dict[str, Differences]:
     names = [name.removesuffix(" off") for name in (found[0] if found else ()) if name.endswith(" off")]
     differences = {}
     for name in names:
-        off = np.concatenate([each[f"{name} off"].ravel() for each in found])
-        off = off[~np.isnan(off)]
+        off, steps = (_values(found, f"{name} {ending}") for ending in ("off", "steps"))
         if not len(off):
             continue
-        steps = np.concatenate([each.get(f"{name} steps", np.zeros(0)).ravel() for each in found])
-        steps = steps[~np.isnan(steps)]
-        same, one, two = (float((steps == each).mean()) if len(steps) else 0.0 for each in (0, 1, 2))
-        more = float((steps > 2).mean()) if len(steps) else 0.0
+        same, one, two, more = (_mean(each) or 0.0 for each in (steps == 0, steps == 1, steps == 2, steps > 2))
         quantiles = tuple(float(each) for each in np.quantile(off, QUANTILES, method="higher"))
         differences[name] = Differences(len(off), (same, one, two, more), quantiles)
     return differences
 
 
-def _noise(found: dict[str, np.ndarray], step: float) -> float:
-    """Mean |difference| of a sequence's rounded values, from how many steps they moved (nats)."""
-    steps = np.concatenate([values.ravel() for name, values in found.items() if name.endswith(" steps")] or [np.zeros(0)])
-    steps = steps[~np.isnan(steps)]
-    return float(step * steps.mean()) if len(steps) else 0.0
-
-
-def _farthest(sequence: _Kept, found: dict[str, np.ndarray]) -> tuple[float, str]:
+def _farthest(sequence: _Kept, found: Arrays) -> tuple[float, str]:
     """The largest difference of a sequence, and a sentence about it."""
     most, words = 0.0, ""
     for name, values in found.items():
@@ -464,17 +434,10 @@ def _farthest(sequence: _Kept, found: dict[str, np.ndarray]) -> tuple[float, str
     return most, words
 
 
-def _share(found: list[dict[str, np.ndarray]], name: str) -> float | None:
-    values = [each[name].ravel() for each in found if name in each]
-    joined = np.concatenate(values) if values else np.zeros(0)
-    joined = joined[~np.isnan(joined)]
-    return float(joined.mean()) if len(joined) else None
-
-
 def _judge(
     manifest: Manifest,
     kept: list[_Kept],
-    found: list[dict[str, np.ndarray]],
+    found: list[Arrays],
     unreadable: list[str],
     tokenizer: list[str],
     same_weights: bool,
@@ -482,8 +445,9 @@ def _judge(
     limits: Limits,
     sample: int,
 ) -> Agreement:
-    noises = [_noise(each, manifest.quantisation_step) for each in found]
-    noise = float(np.median(noises)) if noises else 0.0
+    # Of a sequence, how many steps its values moved on average.
+    moved = [_mean(_values([each], " steps")) or 0.0 for each in found]
+    noise = manifest.quantisation_step * float(np.median(moved)) if moved else 0.0
     farthest = [_farthest(sequence, each) for sequence, each in zip(kept, found, strict=True)]
     off = sorted((each for each in farthest if each[0] > limits.single), key=lambda each: -each[0])
     # Damage that shows by itself says nothing of the teacher.
@@ -524,8 +488,8 @@ def _judge(
         limits=limits,
         differences=_differences([each for each in found if each]),
         noise=noise,
-        changed_top_1=_share(found, "changed"),
-        moved_draws=_share(found, "moved"),
+        changed_top_1=_mean(_values(found, "changed")),
+        moved_draws=_mean(_values(found, "draws off") > 0),
         sequences_off=len(seen),
     )
 
@@ -543,6 +507,10 @@ def describe(agreement: Agreement) -> list[str]:
         lines.append(f"{name:<16}{each.values:>10,}{steps[0]:>11}{steps[1]:>8}{steps[2]:>8}{steps[3]:>8}{quantiles}")
     if agreement.differences:
         lines.append("In nats, less the half step that rounding explains; draws as a share of the tail.")
+        lines.append(
+            "What is rounded since format version 3: how far candidates are below the first, the tail's log-odds, and the"
+            " log-probability of a token that is no candidate; before, every log-probability."
+        )
     if agreement.changed_top_1 is not None:
         lines.append(f"likeliest token changed: {agreement.changed_top_1:.3%} of positions")
     if agreement.moved_draws is not None:

@@ -110,22 +110,34 @@ def logprobs_of(below: np.ndarray, tail_steps: np.ndarray, step: float) -> tuple
     return candidates.astype(np.float32), (np.minimum(odds, 0) - both).astype(np.float32)
 
 
-def steps_of(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest steps to log-probabilities, which need not sum to one exactly: the arguments of `logprobs_of`.
+def exact_steps(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """What `steps_of` rounds, each by itself, to the nearest whole number.
 
     Args:
-        candidates: nats, (N, K), likeliest first; −∞ for no candidate, but not for the first.
+        candidates: nats, (N, K), −∞ for no candidate, but not for the first; what is kept is likeliest first.
         tail: nats, (N,); −∞ where it is empty.
+
+    Returns:
+        the arguments of `logprobs_of` before they are rounded, within the bounds of what is kept.
     """
     wide = candidates.astype(np.float64)
     first = wide[:, :1]
-    below = np.round((first - wide) / step)
+    below = (first - wide) / step
     odds = tail.astype(np.float64) - first[:, 0] - np.log(_sum_of_exp(wide - first))
-    tail_steps = np.maximum(np.round((MOST_ODDS - odds) / step), 0)
+    tail_steps = np.maximum((MOST_ODDS - odds) / step, 0)
     return (
         np.where(np.isposinf(below), below, np.minimum(below, MOST_STEPS)),
         np.where(np.isposinf(tail_steps), tail_steps, np.minimum(tail_steps, MOST_STEPS)),
     )
+
+
+def steps_of(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest steps to log-probabilities, which need not sum to one exactly: the arguments of `logprobs_of`.
+
+    Arguments as those of `exact_steps`.
+    """
+    below, tail_steps = exact_steps(candidates, tail, step)
+    return np.round(below), np.round(tail_steps)
 
 
 def rounded(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:

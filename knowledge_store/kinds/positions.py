@@ -62,14 +62,48 @@ def schema(manifest: Manifest) -> pa.Schema:
     return pa.schema([*SCHEMA, *more.items()])
 
 
+def _in_steps(logprobs: np.ndarray, step: float) -> np.ndarray:
+    """Log-probabilities (nats) in steps, what lies more than MOST_STEPS below 0 put there; −inf stays."""
+    steps = logprobs.astype(np.float64) / step
+    return np.where(np.isneginf(steps), steps, np.maximum(steps, -MOST_STEPS))
+
+
 def quantise(logprobs: np.ndarray, step: float) -> np.ndarray:
     """Round log-probabilities (nats) to multiples of `step`, as float32; −inf stays, −0 becomes 0.
 
     What lies more than MOST_STEPS below 0, such as a token whose logit is masked, is put there: its exp is 0 all the same.
     """
-    steps = np.round(logprobs.astype(np.float64) / step)
-    limited = np.where(np.isneginf(steps), steps, np.maximum(steps, -MOST_STEPS))
-    return (limited * step + 0.0).astype(np.float32)
+    return (np.round(_in_steps(logprobs, step)) * step + 0.0).astype(np.float32)
+
+
+def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
+    """What `encode` rounds to whole steps, each value by itself: those of what is kept lie within half a step of these.
+
+    Args:
+        arrays: of N positions with knowledge, what a teacher says or what was kept of it, as those of `encode`.
+        manifest: of the dump; gives step, selection, and the version that says what is rounded.
+
+    Returns:
+        float64, in steps, by the name of the array: token_logprob (N,); where there are candidates candidate_logprobs (N, K)
+        and tail_logprob (N,); at a temperature tail_logsumexp (N,). NaN where nothing is kept. Since version 3 candidates
+        count from the first, which is NaN, the tail is its log-odds, and a token that is a candidate is NaN.
+    """
+    step = manifest.quantisation_step
+    found = {"token_logprob": _in_steps(arrays["token_logprob"], step)}
+    if manifest.rule.candidates:
+        ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
+        there = logprobs != NO_MASS
+        if manifest.version >= PACKED_SINCE:
+            steps, tail_steps = packed_positions.exact_steps(logprobs, tail, step)
+            among = ((ids == arrays["token_id"][:, None]) & there).any(axis=1)
+            found["token_logprob"][among] = np.nan
+            there[:, 0] = False
+        else:
+            steps, tail_steps = _in_steps(logprobs, step), _in_steps(tail, step)
+        found |= {"candidate_logprobs": np.where(there, steps, np.nan), "tail_logprob": tail_steps}
+    if manifest.temperature:
+        found["tail_logsumexp"] = _in_steps(arrays["tail_logsumexp"], step)
+    return found
 
 
 def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
