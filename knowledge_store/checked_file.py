@@ -25,13 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
+from knowledge_store.pages import Footer, parse_footer
 
 MAGIC = b"PAR1"
 BLOCK_BYTES = 16 * 1024
 DIGEST_BYTES = 8
 DIGESTS_KEY = b"knowledge-store.blocks"  # in the footer's key-value metadata
 
-MOST_FOOTER_BYTES = 64 * 2**20
+MOST_FOOTER_BYTES = 8 * 2**20
 REMEMBERED_FILES = 16_384  # whose digests were computed, half a thousandth of their bytes
 
 
@@ -134,6 +135,7 @@ class CheckedFile:
 
     Args:
         path, size, sha256, footer_sha256: where it is, and its record.
+        schema, rows: what it must hold, for a reader that does not look; None for any.
         opened: opens it; None keeps it open as long as this object lives.
         errors: what is raised is added here too, for a caller whom the exception cannot reach.
     """
@@ -146,16 +148,20 @@ class CheckedFile:
         size: int,
         sha256: str,
         footer_sha256: str,
+        schema: pa.Schema | None = None,
+        rows: int | None = None,
         opened: Callable[[Path], _Descriptor] | None = None,
         errors: list[KnowledgeStoreError] | None = None,
     ):
         self.path = path
         self.size, self._sha256, self._footer_sha256 = size, sha256, footer_sha256
+        self._schema, self._rows = schema, rows
         self._opened = opened or open_files(1)
         self._errors = errors
         self._place = 0
         self._footer = b""
         self._digests = b""
+        self._stated = Footer([], {})
 
     def _open(self) -> None:
         """Check size and footer, and find the digests of what stands before it."""
@@ -166,9 +172,14 @@ class CheckedFile:
         length = len(footer)
         if hashlib.sha256(footer).hexdigest() != self._footer_sha256:
             raise DamageError(f"{self.path} is damaged: its footer is not the one that was published")
-        metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer)).metadata or {}
-        if DIGESTS_KEY in metadata:
-            self._digests = bytes.fromhex(metadata[DIGESTS_KEY].decode())
+        self._stated = parse_footer(footer, self.size)
+        if self._schema is not None:
+            # Where a file lacks a column, Arrow's datasets would make one of nulls.
+            schema = pq.read_schema(pa.BufferReader(MAGIC + footer))
+            if not schema.equals(self._schema) or sum(group.rows for group in self._stated.groups) != self._rows:
+                raise DamageError(f"{self.path} is damaged: it does not have the columns and rows of its table")
+        if DIGESTS_KEY in self._stated.metadata:
+            self._digests = bytes.fromhex(self._stated.metadata[DIGESTS_KEY].decode())
         elif self._sha256 in _computed:
             self._digests = _computed[self._sha256]
         else:
@@ -223,10 +234,10 @@ class CheckedFile:
         self._place = end
         return data
 
-    def footer(self) -> bytes:
-        """The footer: metadata, its length, and the magic number at the end (DamageError, StoreError: as of `read`)."""
+    def stated(self) -> Footer:
+        """What its footer states (DamageError, StoreError: as of `read`)."""
         self.read_at(self.size, self.size)
-        return self._footer
+        return self._stated
 
     def read_at(self, start: int, end: int) -> memoryview:
         """The bytes from one place in the file to another (DamageError, StoreError: as of `read`)."""
@@ -236,9 +247,9 @@ class CheckedFile:
             return self._checked(start, min(end, self.size))
         except FileNotFoundError:
             raise self._noted(DamageError(f"{self.path} is missing")) from None
-        except OSError as error:
-            raise self._noted(StoreError(f"cannot read {self.path}: {error.strerror}")) from None
-        except (ValueError, pa.ArrowException) as error:
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno:
+                raise self._noted(StoreError(f"cannot read {self.path}: {error.strerror}")) from None
             raise self._noted(DamageError(f"{self.path} is damaged: {error}")) from None
         except DamageError as error:
             raise self._noted(error) from None

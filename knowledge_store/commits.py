@@ -98,18 +98,23 @@ def read_commit(path: Path) -> CommitRecord:
     return CommitRecord(**{**found, "files": files})
 
 
-def misplaced(commit: CommitRecord, dump: str, identity: str, shard: int, path: Path) -> str | None:
+def misplaced(commit: CommitRecord, manifest: Manifest, shard: int, path: Path) -> str | None:
     """Why a commit record is not the one of a shard of a dump, or None if it is.
 
     Args:
         commit: as it was read from `path`.
-        dump, identity: the dump's name, and `identity_sha256` of its manifest.
+        manifest: of the dump.
         shard: whose record it is to be.
     """
-    if (commit.dump, commit.shard) != (dump, shard):
+    manifest_path = path.parent.parent / MANIFEST_FILE
+    if (commit.dump, commit.shard) != (manifest.dump, shard):
         return f"{path} is damaged: it is the record of shard {commit.shard} of {commit.dump!r}"
-    if commit.identity not in (None, identity):
-        return f"{path} does not belong to {path.parent.parent / MANIFEST_FILE}: one of them is from another dump of that name"
+    # Dumps of before format version 3 may have records that do not say what they were made from.
+    unbound = commit.identity is None and manifest.version < 3
+    if not unbound and commit.identity != manifest.identity_sha256:
+        return f"{path} does not belong to {manifest_path}: one of them is from another dump of that name"
+    if shard >= manifest.shard_count:
+        return f"{path} does not belong to {manifest_path}, which plans {manifest.shard_count} shards: delete it"
     return None
 
 
@@ -131,7 +136,7 @@ def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]
     path = commit_path(folder, shard)
     try:
         record = read_commit(path)
-        complaint = misplaced(record, manifest.dump, manifest.identity_sha256, shard, path)
+        complaint = misplaced(record, manifest, shard, path)
         if complaint:
             raise DamageError(complaint)
         if set(record.files) != {SEQUENCES, *manifest.kinds}:

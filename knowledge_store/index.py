@@ -192,23 +192,23 @@ def refresh(store: Path, manifests: list[Manifest], *, rebuild: bool = False) ->
         DamageError: a commit record is altered, or of another dump.
     """
     path = store / INDEX_FILE
-    identities = {each.dump: each.identity_sha256 for each in manifests}
-    standing = standing_records(store, list(identities))
+    by_name = {each.dump: each for each in manifests}
+    standing = standing_records(store, list(by_name))
     known = None if rebuild else _load(path)
     indexed: Standing = {}
     if known is not None:
         columns = (known.shards[name].to_pylist() for name in ("dump", "shard", "record_bytes", "record_mtime_ns"))
         indexed = {(dump, shard): (size, mtime) for dump, shard, size, mtime in zip(*columns, strict=True)}
-        if indexed == standing and _of_these_dumps(known.shards, identities):
+        if indexed == standing and _of_these_dumps(known.shards, by_name):
             return known
-        if not _of_these_dumps(known.shards, identities):  # a manifest is not what it was: which record is wrong, they say
+        if not _of_these_dumps(known.shards, by_name):  # a manifest is not what it was: which record is wrong, they say
             known, indexed = None, {}
     shard_rows, file_rows = [], []
     for (dump, shard), status in sorted(standing.items()):
         if indexed.get((dump, shard)) != status:
             path_of_record = commit_path(store / dump, shard)
             commit = read_commit(path_of_record)
-            complaint = misplaced(commit, dump, identities[dump], shard, path_of_record)
+            complaint = misplaced(commit, by_name[dump], shard, path_of_record)
             if complaint:
                 raise DamageError(complaint)
             shard_rows.append(_shard_row(commit, status))
@@ -226,13 +226,15 @@ def refresh(store: Path, manifests: list[Manifest], *, rebuild: bool = False) ->
     return index
 
 
-def _of_these_dumps(shards: pa.Table, identities: dict[str, str]) -> bool:
+def _of_these_dumps(shards: pa.Table, manifests: dict[str, Manifest]) -> bool:
     """Whether an index's shards are of dumps as their manifests have them now. (Of dumps that are gone, it does not matter.)"""
     pairs = shards.select(["dump", "identity"]).group_by(["dump", "identity"]).aggregate([])
-    return all(
-        identity is None or identities.get(dump, identity) == identity
-        for dump, identity in zip(pairs["dump"].to_pylist(), pairs["identity"].to_pylist(), strict=True)
-    )
+    for dump, identity in zip(pairs["dump"].to_pylist(), pairs["identity"].to_pylist(), strict=True):
+        if (manifest := manifests.get(dump)) is None or (identity is None and manifest.version < 3):
+            continue
+        if identity != manifest.identity_sha256:
+            return False
+    return True
 
 
 def _keep(table: pa.Table, keys: set[tuple[str, int]]) -> pa.Table:

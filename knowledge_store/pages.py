@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from knowledge_store.checked_file import CheckedFile
+if TYPE_CHECKING:
+    from knowledge_store.checked_file import CheckedFile
 
 # What a column chunk may stand for whatever its size: its rows' worth of a constant takes hardly a byte.
 MOST_VALUES = 2**22
@@ -29,22 +30,23 @@ VALUES_PER_BYTE = 16
 BYTES_PER_BYTE = 64
 
 MOST_COLUMNS = 4096
-MOST_ROW_GROUPS = 2**16
-MOST_CHUNKS = 2**20
+MOST_ROW_GROUPS = 2**14
+MOST_CHUNKS = 2**16  # of more than a hundred million positions
 MOST_DEPTH = 12
 HEADER_BYTES = 256  # most headers of pages take less than 60
 
 _DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = range(4)
 _DELTA_BYTE_ARRAY = 7  # each value names a part of the one before: a bomb by design, and nothing here writes it
-_BYTE_ARRAY = 6
+_INT64, _BYTE_ARRAY = 2, 6
 _CODECS = {0: "UNCOMPRESSED", 1: "SNAPPY", 2: "GZIP", 3: "LZO", 4: "BROTLI", 5: "LZ4", 6: "ZSTD", 7: "LZ4_RAW"}
 
 # Which fields of a struct are wanted, and of which struct they are; all others are skipped.
 _Fields = dict[int, Any]
 _COUNT: _Fields = {1: None, 2: None, 4: None}
 _PAGE: _Fields = {1: None, 2: None, 3: None, 4: None, 5: _COUNT, 7: _COUNT, 8: _COUNT}
-_CHUNK: _Fields = {1: None, 3: {1: None, 3: None, 4: None, 5: None, 6: None, 7: None, 9: None, 11: None}}
-_FOOTER: _Fields = {3: None, 4: {1: _CHUNK, 3: None}}
+_STATISTICS: _Fields = {1: None, 2: None, 5: None, 6: None}
+_CHUNK: _Fields = {1: None, 3: {1: None, 3: None, 4: None, 5: None, 6: None, 7: None, 9: None, 11: None, 12: _STATISTICS}}
+_FOOTER: _Fields = {3: None, 4: {1: _CHUNK, 3: None}, 5: {1: None, 2: None}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,7 @@ class Chunk:
         values: how many, nulls included.
         compressed, uncompressed: bytes, headers included.
         start: where it begins in the file.
+        bounds: its least and greatest values, as they stand in its statistics; empty without.
     """
 
     column: str
@@ -89,6 +92,7 @@ class Chunk:
     compressed: int
     uncompressed: int
     start: int
+    bounds: frozenset[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,14 @@ class RowGroup:
 
     rows: int
     chunks: list[Chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What of a footer is needed: the row groups, and the file's key-value metadata."""
+
+    groups: list[RowGroup]
+    metadata: dict[bytes, bytes]
 
 
 # --- Thrift -----------------------------------------------------------------------------------------------------------------
@@ -155,10 +167,17 @@ def _skip(data: bytes, at: int, kind: int, depth: int, element: bool = False) ->
     raise ValueError("a field is of an unknown type")
 
 
-def _struct(data: bytes, at: int, wanted: _Fields, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """A struct: its wanted fields by number, and where it ends. IndexError: it is cut off; ValueError: it is none."""
+def _struct(data: bytes, at: int, wanted: _Fields, depth: int = 0, left: list[int] | None = None) -> tuple[dict[int, Any], int]:
+    """A struct: its wanted fields by number, and where it ends. IndexError: it is cut off; ValueError: it is none.
+
+    `left` counts down how many structs may still be made.
+    """
     if depth > MOST_DEPTH:
         raise ValueError("it is nested too deeply")
+    if left is not None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise ValueError("it states more row groups and columns than any shard has")
     fields: dict[int, Any] = {}
     number = 0
     while True:
@@ -184,7 +203,7 @@ def _struct(data: bytes, at: int, wanted: _Fields, depth: int = 0) -> tuple[dict
             fields[number] = data[at : at + length]
             at += length
         elif kind == 12 and wanted[number] is not None:
-            fields[number], at = _struct(data, at, wanted[number], depth + 1)
+            fields[number], at = _struct(data, at, wanted[number], depth + 1, left)
         elif kind == 9:
             inner, size, at = _list(data, at)
             if size > MOST_ROW_GROUPS:
@@ -193,7 +212,7 @@ def _struct(data: bytes, at: int, wanted: _Fields, depth: int = 0) -> tuple[dict
             for _ in range(size):
                 start = at
                 if inner == 12 and wanted[number] is not None:
-                    value, at = _struct(data, at, wanted[number], depth + 1)
+                    value, at = _struct(data, at, wanted[number], depth + 1, left)
                     values.append(value)
                 else:
                     at = _skip(data, at, inner, depth + 1, element=True)
@@ -214,18 +233,18 @@ def _numbers(fields: dict[int, Any], *wanted: int) -> list[int]:
 # --- footers ----------------------------------------------------------------------------------------------------------------
 
 
-def parse_footer(footer: bytes, size: int) -> list[RowGroup]:
-    """The row groups that a footer states, once they are possible for a file of `size` bytes.
+def parse_footer(footer: bytes, size: int) -> Footer:
+    """What a footer states, once it is possible for a file of `size` bytes.
 
     Args:
         footer: the end of the file: metadata, their length, and the magic number.
         size: of the file.
 
     Raises:
-        ValueError: they are not; says what.
+        ValueError: it is not; says what.
     """
     try:
-        fields, _ = _struct(footer[:-8], 0, _FOOTER)
+        fields, _ = _struct(footer[:-8], 0, _FOOTER, left=[MOST_ROW_GROUPS + 3 * MOST_CHUNKS])
         [rows] = _numbers(fields, 3)
         groups = fields.get(4, [])
         if rows > 4 * (MOST_VALUES + size):
@@ -242,11 +261,12 @@ def parse_footer(footer: bytes, size: int) -> list[RowGroup]:
             if len(columns) > MOST_COLUMNS or chunks > MOST_CHUNKS:
                 raise ValueError(f"it states {chunks:,} columns in its row groups")
             found.append(RowGroup(_numbers(group, 3)[0], [_chunk(column) for column in columns]))
-    except (IndexError, UnicodeDecodeError, AttributeError) as error:
+        metadata = {each[1]: each.get(2, b"") for each in fields.get(5, [])}
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"its footer is none ({type(error).__name__})") from None
     if sum(group.rows for group in found) != rows:
         raise ValueError(f"its row groups do not hold the {rows:,} rows it states")
-    return found
+    return Footer(found, metadata)
 
 
 def _chunk(fields: dict[int, Any]) -> Chunk:
@@ -261,7 +281,34 @@ def _chunk(fields: dict[int, Any]) -> Chunk:
     dictionary = stated.get(11)
     if type(dictionary) is int and dictionary > 0 and (dictionary < start or not start):
         start = dictionary
-    return Chunk(names[0] if names else "", ".".join(names), physical, codec, values, compressed, uncompressed, start)
+    bounds = frozenset(each for each in (stated.get(12) or {}).values() if isinstance(each, bytes))
+    name, path = names[0] if names else "", ".".join(names)
+    return Chunk(name, path, physical, codec, values, compressed, uncompressed, start, bounds)
+
+
+def check_statistics(table: pa.Table, groups: list[RowGroup]) -> None:
+    """Make sure that the statistics of a file are those of its rows: SQL leaves out row groups by them.
+
+    Args:
+        table: all rows of the file.
+        groups: as its footer states them.
+
+    Raises:
+        ValueError: they are not; says of which column.
+    """
+    start = 0
+    for group in groups:
+        for chunk in group.chunks:
+            if chunk.column not in table.column_names:
+                raise ValueError(f"a row group states a column {chunk.column!r}")
+            if not chunk.bounds:
+                continue
+            column = table[chunk.column].slice(start, group.rows)
+            bounds = pc.min_max(column).as_py().values() if pa.types.is_integer(column.type) and len(column) else ()
+            width = 8 if chunk.physical == _INT64 else 4
+            if chunk.bounds != {bound.to_bytes(width, "little", signed=bound < 0) for bound in bounds if bound is not None}:
+                raise ValueError(f"its statistics of column {chunk.column} are not those of its rows")
+        start += group.rows
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------------

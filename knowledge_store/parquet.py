@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from knowledge_store.checked_file import DIGESTS_KEY, CheckedFile, DigestingFile, open_regular, read_footer
 from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
-from knowledge_store.pages import RowGroup, check_row_group, parse_footer
+from knowledge_store.pages import RowGroup, check_row_group, check_statistics, parse_footer
 from knowledge_store.publication import publish
 from knowledge_store.records import is_sha256
 
@@ -31,6 +31,7 @@ COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 19
 COUNTING = "DELTA_BINARY_PACKED"
 TEXT = "DELTA_LENGTH_BYTE_ARRAY"
+IDENTIFYING = ("sequence_id", "position", "token_id", "is_target", "token_hash")
 STATISTICS = {"sequence_id", "document", "length", "targets"}
 MOST_FILE_BYTES = 2**48
 
@@ -134,20 +135,31 @@ def publish_table(
         the record of what is there, and what is there as a table: another writer's may differ in its last digits.
 
     Raises:
-        DamageError: the file that has that name has other rows or columns.
+        DamageError: the file that has that name is damaged, or has other rows or columns.
         StoreError: the disk refuses.
     """
-    ours = publish(path, lambda file: write_table(table, file, row_groups, encoding))
-    record = describe(path)
-    if ours:
-        return record, table
-    found = read_file(path, record)
-    if len(found) != len(table) or not found.schema.equals(table.schema):
+    if publish(path, lambda file: write_table(table, file, row_groups, encoding)):
+        return describe(path), table
+    # Nothing vouches for that file yet but itself, and from now on its record will: whatever can be checked is.
+    try:
+        record = describe(path)
+        file = open_parquet(path, record.bytes, record.sha256, record.footer_sha256)
+        found = read_file(path, record)
+        if not same_rows(found, table):
+            raise ValueError("it does not have the rows that belong there")
+        check_statistics(found, file.stated)
+    except (DamageError, ValueError) as error:
         raise DamageError(
-            f"{path} was left by an unfinished run, and does not have the rows that belong there:"
-            " delete that file and run the same command again"
-        )
+            f"{path} was left by an unfinished run, and cannot be used ({error}): delete that file and run the same"
+            " command again"
+        ) from None
     return record, found
+
+
+def same_rows(found: pa.Table, table: pa.Table) -> bool:
+    """Whether two tables are of the same sequences and tokens. Their knowledge may be another device's."""
+    keys = [name for name in IDENTIFYING if name in table.column_names]
+    return found.schema.equals(table.schema) and found.select(keys).equals(table.select(keys))
 
 
 def _unreadable(path: Path, error: Exception) -> KnowledgeStoreError:
@@ -181,7 +193,7 @@ def describe(path: Path) -> FileRecord:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
             footer = read_footer(path, file.fileno(), size)
-        groups = parse_footer(footer, size)
+        groups = parse_footer(footer, size).groups
         column_bytes: dict[str, int] = {}
         for group in groups:
             for chunk in group.chunks:
@@ -203,7 +215,8 @@ def check_whole(path: Path, record: FileRecord) -> None:
     """
     try:
         with open(path, "rb", opener=open_regular) as file:
-            intact = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+            sized = os.fstat(file.fileno()).st_size == record.bytes  # a sparse file may be of any size
+            intact = sized and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None
     except OSError as error:
@@ -217,7 +230,7 @@ class TableFile(pq.ParquetFile):
 
     def __init__(self, file: CheckedFile):
         self.checked = file
-        self.stated: list[RowGroup] = parse_footer(file.footer(), file.size)
+        self.stated: list[RowGroup] = file.stated().groups
         super().__init__(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
 
 

@@ -101,7 +101,9 @@ class _Catalogue:
         """A dump's table; every byte is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
         files = [
-            CheckedFile(file.path, file.bytes, file.sha256, file.footer_sha256, self._open_files, self.errors)
+            CheckedFile(
+                file.path, file.bytes, file.sha256, file.footer_sha256, schema, file.rows, self._open_files, self.errors
+            )
             for file in shard_files(self._store, self._index, manifest.dump, table)
         ]
         return dataset(files, schema)

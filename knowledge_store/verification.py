@@ -161,9 +161,7 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
         committed.add(shard)
         try:
             commit = read_commit(path)
-            complaint = misplaced(commit, manifest.dump, manifest.identity_sha256, shard, path)
-            if complaint is None and shard >= manifest.shard_count:
-                complaint = f"{path} does not belong here: the dump has {manifest.shard_count} shards"
+            complaint = misplaced(commit, manifest, shard, path)
             if complaint:
                 raise DamageError(complaint)
             _check_shard(folder, manifest, commit, found)

@@ -33,7 +33,7 @@ from knowledge_store.layout import (
     table_path,
 )
 from knowledge_store.manifest import Manifest, read_manifest
-from knowledge_store.parquet import FileRecord, check_whole, describe, publish_table, read_file, write_table
+from knowledge_store.parquet import FileRecord, check_whole, describe, publish_table, read_file, same_rows, write_table
 from knowledge_store.publication import (
     TEMPORARY_PREFIX,
     alone,
@@ -110,11 +110,9 @@ def _has_nan(table: pa.Table) -> bool:
 
 
 def _same_rows(path: Path, record: FileRecord, table: pa.Table) -> pa.Table:
-    """A sound file as a table, which has the sequences and tokens of `table` (MismatchError). Its knowledge may be another
-    device's, and differ in the last digits."""
+    """A sound file as a table, which has the sequences and tokens of `table` (MismatchError)."""
     found = read_file(path, record)
-    keys = [name for name in ("sequence_id", "position", "token_id", "is_target", "token_hash") if name in table.column_names]
-    if not found.schema.equals(table.schema) or not found.select(keys).equals(table.select(keys)):
+    if not same_rows(found, table):
         raise MismatchError(
             f"{path} is sound, and what was made now has other tokens: mend the shard where the dump was made, with the same"
             " version of the tokenizer"

@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import write_store
+from stores import commit, make_manifest, random_sequences, words, write_store
 from torture.damage import FIXTURES, page_places, try_faults
 
-from knowledge_store import DamageError, KnowledgeStore, verify
+from knowledge_store import DamageError, DumpWriter, KnowledgeStore, verify
 from knowledge_store.checked_file import BLOCK_BYTES, DIGEST_BYTES, DIGESTS_KEY, CheckedFile
-from knowledge_store.parquet import describe
+from knowledge_store.pages import check_statistics
+from knowledge_store.parquet import describe, publish_table, read_file
+from knowledge_store.sequences import tokens_table
 
 
 def test_no_fault_is_silent(tmp_path):
@@ -165,3 +167,77 @@ def test_shards_of_one_plan_may_come_from_two_stores(sound, tmp_path):
         shutil.copyfile(twin / "small" / name, store / "small" / name)
     assert not verify(store).damage
     assert len(KnowledgeStore.open(store)) == len(KnowledgeStore.open(sound))
+
+
+def uncommitted(sound: Path, folder: Path) -> Path:
+    """A store whose worker was killed when shard 1 had its files, and no commit record yet."""
+    store = Path(shutil.copytree(sound, folder / "store"))
+    (store / "small/commits/00001.json").unlink()
+    return store
+
+
+def go_on(store: Path) -> None:
+    writer = DumpWriter.open(store, make_manifest(vocabulary=3000, k=40), tokens_table(words(3000), words(3000)))
+    commit(writer, 1, random_sequences(1, 99, 3000, 40))
+
+
+@pytest.mark.parametrize("table", ["positions", "sequences"])
+def test_what_an_unfinished_run_left_is_not_believed(sound, tmp_path, table):
+    """No record vouches for it yet. Any bit of its footer: it is refused, or it reads as if nothing were."""
+    store = uncommitted(sound, tmp_path)
+    path = store / f"small/{table}/00001.parquet"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little") + 8
+    expected = pq.read_table(path)
+    refused = 0
+    for bit in np.random.default_rng(0).integers(8 * (len(whole) - length), 8 * len(whole), 150).tolist():
+        harmed = bytearray(whole)
+        harmed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(harmed)
+        try:
+            publish_table(path, expected, [len(expected)])
+        except DamageError as error:
+            assert f"{path} was left by an unfinished run" in str(error) and "delete that file" in str(error)
+            refused += 1
+            continue
+        record = describe(path)
+        assert read_file(path, record).equals(expected)
+        check_statistics(expected, CheckedFile(path, record.bytes, record.sha256, record.footer_sha256).stated().groups)
+    assert refused > 75
+
+
+def test_an_unfinished_run_left_statistics_of_other_rows(sound, tmp_path):
+    """SQL leaves out row groups by them, so one bit there would lose sequences."""
+    store = uncommitted(sound, tmp_path)
+    path = store / "small/positions/00001.parquet"
+    whole = path.read_bytes()
+    least = pq.read_metadata(path).row_group(0).column(0).statistics.min
+    place = whole.rindex(least.to_bytes(8, "little"))
+    path.write_bytes(whole[: place + 5] + b"\x01" + whole[place + 6 :])
+    with pytest.raises(DamageError, match="its statistics of column sequence_id are not those of its rows"):
+        go_on(store)
+    path.unlink()
+    go_on(store)
+    assert not verify(store).damage
+
+
+def test_an_unfinished_run_left_other_tokens(sound, stranger, tmp_path):
+    store = uncommitted(sound, tmp_path)
+    shutil.copyfile(stranger / "small/positions/00001.parquet", store / "small/positions/00001.parquet")
+    with pytest.raises(DamageError, match="does not have the rows that belong there"):
+        go_on(store)
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [("store-v2", "store-v3"), ("store-v3", "store-v2")])
+def test_a_shard_of_another_format_version(tmp_path, mine, theirs):
+    store = Path(shutil.copytree(FIXTURES / mine, tmp_path / "store"))
+    for name in ("positions/00000.parquet", "sequences/00000.parquet", "commits/00000.json"):
+        shutil.copyfile(FIXTURES / theirs / "small" / name, store / "small" / name)
+    for read in (
+        lambda opened: opened[0],
+        lambda opened: list(opened.batches(batch_size=2)),
+        lambda opened: opened.sql("SELECT count(*), sum(token_logprob) FROM positions"),
+    ):
+        with pytest.raises(DamageError, match=r"small/(commits/00000\.json|positions/00000\.parquet)"):
+            read(KnowledgeStore.open(store, cache_size=0))
+    assert verify(store).damage

@@ -36,7 +36,7 @@ from knowledge_store.index import FILES, Index, refresh
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import SEQUENCES, TOKENS_FILE
 from knowledge_store.manifest import read_manifest
-from knowledge_store.pages import chunk_pages, parse_footer
+from knowledge_store.pages import chunk_pages
 from knowledge_store.parquet import describe, open_parquet, read_row_groups
 from knowledge_store.reader import DumpReader, read_sequences, shard_files
 from knowledge_store.records import SEAL, canonical_json, json_sha256, unseal
@@ -380,7 +380,7 @@ class _World:
         path.write_bytes(base)
         record = describe(path)
         file = CheckedFile(path, record.bytes, record.sha256, record.footer_sha256)
-        chunk = self.pick(self.pick(parse_footer(file.footer(), record.bytes)).chunks)
+        chunk = self.pick(self.pick(file.stated().groups).chunks)
         pages = list(chunk_pages(file, chunk.start, chunk.compressed))
         page = self.pick(pages)
         body = bytearray(base[page.start : page.start + page.compressed])
