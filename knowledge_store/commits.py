@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import DamageError
-from knowledge_store.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE, SEQUENCES, commit_path, table_path
+from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
 from knowledge_store.manifest import Manifest, check_version
 from knowledge_store.pages import MOST_COLUMNS
-from knowledge_store.parquet import FILE_SHAPE, FileRecord, check_whole
+from knowledge_store.parquet import FILE_SHAPE, FileRecord
 from knowledge_store.records import check_shape, is_sha256, read_record, seal
 
 _SHAPE = {
@@ -116,37 +116,3 @@ def misplaced(commit: CommitRecord, manifest: Manifest, shard: int, path: Path) 
     if shard >= manifest.shard_count:
         return f"{path} does not belong to {manifest_path}, which plans {manifest.shard_count} shards: delete it"
     return None
-
-
-def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]:
-    """What is damaged of a committed shard.
-
-    Args:
-        folder: the dump's.
-        manifest: of the dump.
-        shard: one that has a commit record.
-
-    Returns:
-        a sentence for the name of each table whose file is missing or not what its record says, or for COMMITS alone where the
-        record cannot be used; nothing for a sound shard.
-
-    Raises:
-        StoreError: a file cannot be read, or is of a newer format version.
-    """
-    path = commit_path(folder, shard)
-    try:
-        record = read_commit(path)
-        complaint = misplaced(record, manifest, shard, path)
-        if complaint:
-            raise DamageError(complaint)
-        if set(record.files) != {SEQUENCES, *manifest.kinds}:
-            raise DamageError(f"{path} does not list the files of its tables")
-    except DamageError as error:
-        return {COMMITS: str(error)}
-    found = {}
-    for table, file in record.files.items():
-        try:
-            check_whole(table_path(folder, table, shard), file)
-        except DamageError as error:
-            found[table] = str(error)
-    return found

@@ -23,7 +23,8 @@ from knowledge_store.layout import (
     table_path,
 )
 from knowledge_store.manifest import Manifest, read_manifest
-from knowledge_store.parquet import FileRecord, describe, read_file, row_group_ends
+from knowledge_store.pages import check_statistics
+from knowledge_store.parquet import FileRecord, describe, open_parquet, read_file, row_group_ends
 from knowledge_store.publication import TEMPORARY_PREFIX
 from knowledge_store.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
 from knowledge_store.store import check_store
@@ -51,6 +52,8 @@ class Verification:
 
 
 def _check_file(path: Path, record: FileRecord, schema: pa.Schema) -> pa.Table:
+    if path.is_file() and path.stat().st_size != record.bytes:  # before it is hashed: a sparse file may be of any size
+        raise DamageError(f"{path} is damaged: it has {path.stat().st_size:,} bytes and was published with {record.bytes:,}")
     found = describe(path)
     if found.sha256 != record.sha256:
         raise DamageError(f"{path} is damaged: its contents are not those that were published")
@@ -59,20 +62,8 @@ def _check_file(path: Path, record: FileRecord, schema: pa.Schema) -> pa.Table:
     table = read_file(path, record)
     if not table.schema.equals(schema):
         raise DamageError(f"{path} does not have the columns of its table")
+    check_statistics(table, open_parquet(path, record.bytes, record.sha256, record.footer_sha256).stated)
     return table
-
-
-def _check_files(files: dict[str, tuple[Path, FileRecord, pa.Schema]], found: Verification) -> dict[str, pa.Table]:
-    """The tables of the files that are sound; the others are noted as damage, each by itself."""
-    tables = {}
-    for name, (path, record, schema) in files.items():
-        try:
-            tables[name] = _check_file(path, record, schema)
-        except (DamageError, StoreError) as error:
-            found.damage.append(str(error))
-        except _UNSOUND as error:
-            found.damage.append(f"{path} is damaged: {error}")
-    return tables
 
 
 def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: Path, record: FileRecord) -> None:
@@ -105,41 +96,78 @@ def _check_tokens(sequences: pa.Table, positions: pa.Table, path: Path) -> None:
             raise DamageError(f"{path}: sequence {sequence} does not have {target_count} targets")
 
 
-def _check_shard(folder: Path, manifest: Manifest, commit: CommitRecord, found: Verification) -> None:
-    expected = {SEQUENCES, *manifest.kinds}
-    if set(commit.files) != expected:
-        raise DamageError(f"{commit_path(folder, commit.shard)} does not list the files {sorted(expected)}")
+def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]:
+    """Read all of a shard that has a commit record, and find what is damaged of it.
+
+    Args:
+        folder: the dump's.
+        manifest: of the dump.
+        shard: its number.
+
+    Returns:
+        a sentence for the name of each table whose file is missing, or not what its record says, or not as the format has it;
+        for COMMITS alone where the record cannot be used, or the files, each of them sound, do not belong together. Nothing
+        for a sound shard.
+
+    Raises:
+        StoreError: a file cannot be read, or is of a newer format version.
+    """
+    path = commit_path(folder, shard)
     schemas = {SEQUENCES: sequences_schema(manifest), **{name: KINDS[name].stored_schema(manifest) for name in manifest.kinds}}
-    files = {name: (table_path(folder, name, commit.shard), commit.files[name], schema) for name, schema in schemas.items()}
-    tables = _check_files(files, found)
-    if len(tables) < len(files):
-        return
-    sequences, sequences_path = tables[SEQUENCES], files[SEQUENCES][0]
-    ids = sequences["sequence_id"].to_numpy()
-    if (np.diff(ids) <= 0).any():
-        raise DamageError(f"{sequences_path} does not have its sequences in order")
-    positions = 0
+    try:
+        commit = read_commit(path)
+        complaint = misplaced(commit, manifest, shard, path)
+        if complaint is None and set(commit.files) != schemas.keys():
+            complaint = f"{path} does not list the files {sorted(schemas)}"
+        if complaint:
+            raise DamageError(complaint)
+    except DamageError as error:
+        return {COMMITS: str(error)}
+    tables, found = {}, {}
+    for name, schema in schemas.items():
+        file = table_path(folder, name, shard)
+        try:
+            tables[name] = _check_file(file, commit.files[name], schema)
+        except DamageError as error:
+            found[name] = str(error)
+        except _UNSOUND as error:
+            found[name] = f"{file} is damaged: {error}"
+    if found:
+        return found
+    try:
+        _check_contents(folder, manifest, commit, tables)
+    except DamageError as error:
+        return {COMMITS: str(error)}
+    except _UNSOUND as error:
+        return {COMMITS: f"shard {shard} of {folder} is damaged: {error}"}
+    return {}
+
+
+def _check_contents(folder: Path, manifest: Manifest, commit: CommitRecord, tables: dict[str, pa.Table]) -> None:
+    """The tables of a shard belong together, and its record says of them what is so (DamageError)."""
+    sequences = tables[SEQUENCES]
+    if (np.diff(sequences["sequence_id"].to_numpy()) <= 0).any():
+        raise DamageError(f"{table_path(folder, SEQUENCES, commit.shard)} does not have its sequences in order")
+    longest = max(sequences["length"].to_pylist(), default=0)
+    if longest > manifest.plan["max_length"]:
+        raise DamageError(f"{table_path(folder, SEQUENCES, commit.shard)} has a sequence of {longest:,} tokens")
     statistics: dict[str, float] = {}
     for name in manifest.kinds:
         kind = KINDS[name]
-        path, record, _ = files[name]
+        path = table_path(folder, name, commit.shard)
         try:
             table = kind.unpack(tables[name], manifest)
         except ValueError as error:
             raise DamageError(f"{path}: {error}") from None
-        _check_alignment(sequences, table, kind.per, path, record)
+        _check_alignment(sequences, table, kind.per, path, commit.files[name])
         if name == "positions":
             _check_tokens(sequences, table, path)
-            positions = len(table)
         for complaint in kind.damage(table, manifest):
             raise DamageError(f"{path}: {complaint}")
         statistics.update(kind.statistics(table, manifest))
     stated = commit.statistics
     if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
         raise DamageError(f"{commit_path(folder, commit.shard)} states other statistics than its shard has")
-    found.shards += 1
-    found.positions += positions
-    found.bytes += sum(record.bytes for record in commit.files.values())
 
 
 def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], None]) -> None:
@@ -151,7 +179,12 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
     except (DamageError, StoreError) as error:
         found.damage.append(str(error))
         return
-    _check_files({TOKENS_FILE: (folder / TOKENS_FILE, FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)}, found)
+    try:
+        _check_file(folder / TOKENS_FILE, FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)
+    except (DamageError, StoreError) as error:
+        found.damage.append(str(error))
+    except _UNSOUND as error:
+        found.damage.append(f"{folder / TOKENS_FILE} is damaged: {error}")
     committed: set[int] = set()
     for path in sorted((folder / COMMITS).iterdir()) if (folder / COMMITS).is_dir() else []:
         shard = commit_shard(path.name)
@@ -160,15 +193,15 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
             continue
         committed.add(shard)
         try:
-            commit = read_commit(path)
-            complaint = misplaced(commit, manifest, shard, path)
-            if complaint:
-                raise DamageError(complaint)
-            _check_shard(folder, manifest, commit, found)
-        except (DamageError, StoreError) as error:
-            found.damage.append(str(error))
-        except _UNSOUND as error:
-            found.damage.append(f"shard {shard} of {folder} is damaged: {error}")
+            damage = list(shard_damage(folder, manifest, shard).values())
+        except StoreError as error:
+            damage = [str(error)]
+        found.damage += damage
+        if not damage:
+            files = read_commit(path).files
+            found.shards += 1
+            found.positions += files["positions"].rows if "positions" in files else 0
+            found.bytes += sum(file.bytes for file in files.values())
         shard_done(1)
     for table in (SEQUENCES, *manifest.kinds):
         for path in sorted((folder / table).glob("*.parquet")):

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from knowledge_store.commits import CommitRecord, read_commit, shard_damage
+from knowledge_store.commits import CommitRecord, read_commit
 from knowledge_store.errors import DamageError, InputError, MismatchError, StoreError
 from knowledge_store.kinds import KINDS, Arrays, Kind
 from knowledge_store.layout import (
@@ -30,6 +30,7 @@ from knowledge_store.layout import (
     TOKENS_FILE,
     check_dump_name,
     commit_path,
+    commit_shard,
     table_path,
 )
 from knowledge_store.manifest import Manifest, read_manifest
@@ -49,6 +50,7 @@ from knowledge_store.publication import (
 from knowledge_store.records import seal
 from knowledge_store.sequences import TOKENS_ENCODING, sequences_table
 from knowledge_store.store import check_store, check_store_file
+from knowledge_store.verification import shard_damage
 
 ROW_GROUP_POSITIONS = 32_768
 
@@ -120,6 +122,53 @@ def _same_rows(path: Path, record: FileRecord, table: pa.Table) -> pa.Table:
     return found
 
 
+def _check_records(folder: Path, manifest: Manifest) -> None:
+    """Make sure that a manifest may be published: no shard was committed to that folder that was made from something else.
+
+    Raises:
+        MismatchError: one was, or does not say what it was made from.
+    """
+    shards = [shard for path in (folder / COMMITS).glob("*.json") if (shard := commit_shard(path.name)) is not None]
+    for shard in shards:
+        path = commit_path(folder, shard)
+        try:
+            identity = read_commit(path).identity
+        except DamageError:  # to be repaired
+            continue
+        if identity != manifest.identity_sha256:
+            raise MismatchError(
+                f"{folder} has lost its {MANIFEST_FILE}, and {path} was made from something else than this (or does not say"
+                " from what): put back a copy of that file, or give this dump another --name"
+            )
+
+
+def repair_manifest(store: Path, manifest: Manifest) -> bool:
+    """Take a damaged manifest away, so that `DumpWriter.open` makes it again.
+
+    Args:
+        store: the store's folder.
+        manifest: what the dump was made from, as far as whoever calls knows.
+
+    Returns:
+        whether it was damaged or missing.
+
+    Raises:
+        MismatchError: shards were committed that were made from something else.
+        StoreError: the disk refuses.
+    """
+    folder = store / manifest.dump
+    with alone(folder):
+        try:
+            read_manifest(folder)
+            return False
+        except DamageError:
+            _check_records(folder, manifest)
+        with disk_errors("remove", folder / MANIFEST_FILE):
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)
+            fsync_folder(folder)
+        return True
+
+
 class DumpWriter:
     """Publishes the shards of one dump."""
 
@@ -142,6 +191,7 @@ class DumpWriter:
         Raises:
             InputError: the dump's name cannot be used.
             MismatchError: a dump of that name was made from something else; says what differs.
+            DamageError: a file that an unfinished run left cannot be used, or the manifest is damaged.
             StoreError: `store` cannot be a store, or cannot be written.
         """
         check_dump_name(manifest.dump)
@@ -154,6 +204,7 @@ class DumpWriter:
         with disk_errors("read", folder):
             standing = (folder / MANIFEST_FILE).exists()
         if not standing:
+            _check_records(folder, manifest)
             record, found_tokens = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)], TOKENS_ENCODING)
             if not found_tokens.equals(tokens):
                 raise MismatchError(

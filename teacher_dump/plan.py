@@ -81,8 +81,8 @@ def _calibration(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
     return calibration.to_manifest()
 
 
-def make_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
-    """The manifest of a dump. The corpus is scanned only where no such dump stands yet.
+def make_manifest(config: DumpConfig, teacher: Teacher, anew: bool = False) -> Manifest:
+    """The manifest of a dump. The corpus is scanned only where no such dump stands yet, or `anew`.
 
     Raises:
         InputError: the corpus cannot be used, or an option does not fit the teacher.
@@ -92,7 +92,7 @@ def make_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
     folder = config.store / config.dump_name
     with disk_errors("read", folder):
         begun = (folder / MANIFEST_FILE).is_file()
-    if begun:
+    if begun and not anew:
         standing = read_manifest(folder)
         if standing.differences(manifest):
             return manifest  # the writer refuses it, and says what differs

@@ -25,13 +25,13 @@ from knowledge_store.commits import CommitRecord
 from knowledge_store.console import note
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.kinds import Arrays
-from knowledge_store.layout import MANIFEST_FILE, STORE_FILE, TOKENS_FILE
+from knowledge_store.layout import COMMITS, MANIFEST_FILE, STORE_FILE, TOKENS_FILE
 from knowledge_store.manifest import Manifest, read_manifest
 from knowledge_store.progress import Advance, progress_bar
 from knowledge_store.publication import TEMPORARY_PREFIX, disk_errors
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.store import check_store
-from knowledge_store.writer import DumpWriter, repair_store_file
+from knowledge_store.writer import DumpWriter, repair_manifest, repair_store_file
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus import check_files
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
@@ -80,6 +80,7 @@ def dump(
     Raises:
         InputError: something given cannot be used.
         MismatchError: the dump of that name was made from something else.
+        DamageError: a file that an unfinished run left cannot be used.
         StoreError: the store cannot be written.
         KeyboardInterrupt: Ctrl-C; the shard that was being published is published first.
     """
@@ -91,32 +92,38 @@ def dump(
     # What can be seen at once is seen before a large teacher is loaded.
     check_files(config.corpus)
     pending: list[int] = []
+    standing: Manifest | None = None
     if repair:
         standing = _manifest_to_repair(config)
         if repair_store_file(config.store):
             note(f"{config.store / STORE_FILE} was damaged, and is written anew")
-        writer = DumpWriter(config.store, standing)
-        pending = _damaged(writer, range(rank, standing.shard_count, world_size))
-        if not pending and not writer.tokens_damage():
-            return DumpReport(standing.dump, 0, 0, standing.shard_count, 0, 0.0, 0)  # no teacher is asked for nothing
+        if standing is not None:
+            writer = DumpWriter(config.store, standing)
+            pending = _damaged(writer, range(rank, standing.shard_count, world_size))
+            if not pending and not writer.tokens_damage():
+                return DumpReport(standing.dump, 0, 0, standing.shard_count, 0, 0.0, 0)  # no teacher is asked for nothing
     with disk_errors("read", config.store):
         _check_store(config.store)
     if config.calibration is not None:
         read_calibration(config.calibration).to_manifest()
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
-    planned = make_manifest(config, teacher)
+    planned = make_manifest(config, teacher, anew=repair and standing is None)
     reader, first = ShardReader(config, planned, tokenizer), None
     with disk_errors("read", config.store):
         begun = (config.store / planned.dump).exists()
     if rank < len(planned.derived.get("shards", ())) and not begun:
         first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
     tokens = tokens_table(*teacher.tokens())
+    remade = repair and standing is None and repair_manifest(config.store, planned)
     writer = DumpWriter.open(config.store, planned, tokens)
     if repair and writer.repair_tokens(tokens):
         note(f"{writer.folder / TOKENS_FILE} was damaged, and is written anew")
     manifest = writer.manifest
     mine = range(rank, manifest.shard_count, world_size)
+    if remade:
+        note(f"{writer.folder / MANIFEST_FILE} was damaged, and is written anew")
+        pending = _damaged(writer, mine)
     if not repair:
         pending = [shard for shard in mine if not writer.committed(shard)]
     started = time.monotonic()
@@ -141,20 +148,20 @@ def _check_store(path: Path) -> None:
         check_store(path)
 
 
-def _manifest_to_repair(config: DumpConfig) -> Manifest:
-    """The manifest of the dump to repair.
+def _manifest_to_repair(config: DumpConfig) -> Manifest | None:
+    """The manifest of the dump to repair; None where it is damaged itself, and has to be made again first.
 
     Raises:
-        InputError: there is none of that name.
-        DamageError: its manifest is damaged, without which nothing tells how the dump was made.
+        InputError: there is no dump of that name.
     """
     folder = config.store / config.dump_name
-    if not (folder / MANIFEST_FILE).exists():
+    if not (folder / MANIFEST_FILE).exists() and not any(folder.glob(f"{COMMITS}/*.json")):
         raise InputError(f"there is no dump {config.dump_name!r} in {config.store} to repair")
     try:
         return read_manifest(folder)
     except DamageError as error:
-        raise DamageError(f"{error}. It cannot be made again: put back a copy of it, or dump under another --name") from None
+        note(f"Damage: {error}")
+        return None
 
 
 def _damaged(writer: DumpWriter, shards: range) -> list[int]:

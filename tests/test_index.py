@@ -19,6 +19,7 @@ from torture.indexes import READERS, try_harms
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore
 from knowledge_store.commits import read_commit
 from knowledge_store.index import INDEX_SCHEMA
+from knowledge_store.manifest import read_manifest
 from knowledge_store.sequences import tokens_table
 
 QUERY = "SELECT * EXCLUDE (committed_at) FROM shards ORDER BY dump, shard"
@@ -93,9 +94,15 @@ def test_a_new_commit_is_seen_and_only_it_is_read(tmp_path):
         KnowledgeStore.open(store, rebuild_index=True)
 
 
+def tokens_record(store):
+    return read_manifest(store / "small").derived["tokens"]
+
+
 def test_shards_with_other_statistics(store):
     before = KnowledgeStore.open(store).info()[0]
     last = read_commit(store / "small/commits/00002.json")
+    larger = replace(read_manifest(store / "small"), derived=make_manifest(shards=4).derived | {"tokens": tokens_record(store)})
+    (store / "small/manifest.json").write_bytes(larger.to_bytes())
     other = replace(last, shard=3, statistics={"predictions": 5, "mean_other": 0.5})
     (store / "small/commits/00003.json").write_bytes(other.to_bytes())
     for rebuild in (False, False, True):  # merged into the index, read from it, and made anew
@@ -129,7 +136,7 @@ def test_commits_are_found_whatever_else_lies_there(store):
 def test_shard_numbers_of_more_than_five_digits(tmp_path):
     """Names sort as text; shards sort as numbers."""
     store = tmp_path / "store"
-    writer = DumpWriter.open(store, make_manifest(shards=3), tokens_table(words(11), words(11)))
+    writer = DumpWriter.open(store, make_manifest(shards=100_001), tokens_table(words(11), words(11)))
     for shard in (100_000, 99_999, 7):
         commit(writer, shard, random_sequences(shard, 1))
     opened = KnowledgeStore.open(store)

@@ -6,13 +6,17 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from conftest import story_rows, write_jsonl
 from processes import Command
 from stores import commit, joined, make_manifest, random_sequences, sequence_row, words, write_store
 from test_resume import arguments, contents
+from torture.damage import FIXTURES
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, publication, verify
+from knowledge_store.commits import read_commit
+from knowledge_store.parquet import describe, read_file, write_table
 from knowledge_store.sequences import tokens_table
 from teacher_dump import DumpConfig, dump
 
@@ -95,9 +99,51 @@ def test_a_vocabulary_that_another_version_writes_otherwise(config, loaded_teach
 def test_what_cannot_be_repaired_is_said_at_once(config, loaded_teacher):
     with pytest.raises(InputError, match="no dump 'other'"):
         dump(replace(config, name="other"), repair=True)
-    flip(config.store / "d/manifest.json")
-    with pytest.raises(DamageError, match=r"manifest\.json is damaged.*put back a copy"):
-        dump(config, repair=True)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_manifest_is_made_again_by_what_made_it(config, dumped, loaded_teacher, lost, capfd):
+    """Every shard's record says what it was made from, so a manifest of something else cannot take its place."""
+    path = config.store / "d/manifest.json"
+    flip(path)
+    if lost:
+        path.unlink()
+    flip(config.store / "d/positions/00001.parquet")
+    for repair in (True, False) if lost else (True,):
+        with pytest.raises(MismatchError, match=r"commits/0000\d\.json was made from something else"):
+            dump(replace(config, max_length=39), teacher=loaded_teacher, repair=repair)
+    assert path.exists() != lost
+    assert dump(config, teacher=loaded_teacher, repair=True).shards == 1
+    assert f"{path} was damaged, and is written anew" in capfd.readouterr().err
+    assert verify(config.store).damage == []
+    assert contents(config.store) == contents(dumped.store)
+
+
+def test_a_manifest_that_no_record_vouches_for(tmp_path, config, loaded_teacher):
+    """Records of before format version 3 do not say what they were made from."""
+    store = Path(shutil.copytree(FIXTURES / "store-v2", tmp_path / "old"))
+    flip(store / "small/manifest.json")
+    before = identities(store)
+    with pytest.raises(MismatchError, match="put back a copy of that file"):
+        dump(replace(config, store=store, name="small"), teacher=loaded_teacher, repair=True)
+    assert identities(store) == before
+
+
+def test_files_that_are_sound_and_do_not_belong_together(config, dumped, loaded_teacher):
+    """What `verify` names, a repair makes again: here a shard committed with tokens of another text."""
+    other = config.store / "d"
+    record = read_commit(other / "commits/00001.json")
+    sequences = read_file(other / "sequences/00001.parquet", record.files["sequences"])
+    hashes = pa.array([value + 1 for value in sequences["token_hash"].to_pylist()], pa.uint64())
+    changed = sequences.set_column(sequences.schema.get_field_index("token_hash"), "token_hash", hashes)
+    with open(other / "sequences/00001.parquet", "wb") as file:
+        write_table(changed, file, [len(changed)])
+    files = record.files | {"sequences": describe(other / "sequences/00001.parquet")}
+    (other / "commits/00001.json").write_bytes(replace(record, files=files).to_bytes())
+    [sentence] = verify(config.store).damage
+    assert "do not match its token_hash" in sentence
+    assert dump(config, teacher=loaded_teacher, repair=True).shards == 1
+    assert contents(config.store) == contents(dumped.store)
 
 
 def test_the_command(config, dumped, tmp_path):
