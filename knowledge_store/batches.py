@@ -46,11 +46,11 @@ class Batches:
         consumed: int,
         ordinals: np.ndarray | None,
         shuffle: bool,
-        sequences: int | None = None,
+        snapshot: int | None = None,
     ):
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or consumed < 0:
             raise InputError(f"no such batches: batch size {batch_size}, rank {rank} of {world_size}, {consumed} consumed")
-        check_sequences(reader.manifest.dump, len(reader), sequences)
+        check_snapshot(reader.manifest.dump, reader.snapshot, snapshot)
         chosen = np.arange(len(reader)) if ordinals is None else np.asarray(ordinals, dtype=np.int64)
         if ((chosen < 0) | (chosen >= len(reader))).any():
             raise InputError(f"some of the ordinals are not those of a sequence: the dump has {len(reader)}, counted from 0")
@@ -71,13 +71,14 @@ class Batches:
     @property
     def state(self) -> dict[str, int]:
         """Where all ranks stand after the batches yielded so far; `store.batches(…, **state)` goes on from there, with any
-        number of ranks. `sequences` is how many the dump has: one that has grown is read in another order, and refused."""
+        number of ranks. `snapshot` stands for the dump's sequences: a dump that has others now is read in another order,
+        and refused."""
         consumed = self._start + self._taken * self._world_size * self._batch_size
         return {
             "seed": self._seed,
             "epoch": self._epoch,
             "consumed": min(consumed, len(self._order)),
-            "sequences": len(self._reader),
+            "snapshot": self._reader.snapshot,
         }
 
     def __getitem__(self, step: int) -> Arrays:
@@ -96,19 +97,18 @@ class Batches:
             yield batch
 
 
-def check_sequences(dump: str, found: int, expected: int | None) -> None:
-    """Refuse to go on in the order of a dump that has grown since: sequences would be lost and others repeated.
+def check_snapshot(dump: str, found: int, expected: int | None) -> None:
+    """Refuse to go on in the order of a dump that has other sequences since: some would be lost and others repeated.
 
     Args:
         dump: its name.
-        found: how many sequences it has.
-        expected: how many it had when the order was begun; None when it begins now.
+        found: its `snapshot`.
+        expected: what it was when the order was begun; None when it begins now.
 
     Raises:
         InputError: they differ.
     """
     if expected not in (None, found):
         raise InputError(
-            f"dump {dump!r} had {expected:,} sequences when this order was begun, and has {found:,} now, in another order:"
-            " begin anew, without a state"
+            f"dump {dump!r} has other sequences than when this order was begun (it may have grown): begin anew, without a state"
         )

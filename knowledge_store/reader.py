@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import SEQUENCES, table_path
 from knowledge_store.manifest import Manifest
 from knowledge_store.parquet import TableFile, open_parquet, read_row_group, read_row_groups
+from knowledge_store.records import json_sha256
 from knowledge_store.sequences import sequences_schema
 
 MEMORY_BYTES = 512 * 2**20
@@ -114,6 +115,13 @@ class DumpReader:
 
     def __len__(self) -> int:
         return self._first_ordinal[-1]
+
+    @cached_property
+    def snapshot(self) -> int:
+        """A number that stands for the sequences of this dump, in their order: 48 bits of a hash of what it was made from, its
+        shards, and how many sequences each has."""
+        shards = [[file.shard, file.rows] for file in self._sequence_files]
+        return int(json_sha256([self.manifest.identity_sha256, shards])[:12], 16)
 
     def _read_shard(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequence ids, and the first row of each sequence (one more entry than sequences), of the shard at `place`."""

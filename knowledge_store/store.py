@@ -185,7 +185,7 @@ class KnowledgeStore:
         ordinals: np.ndarray | None = None,
         shuffle: bool = True,
         kinds: tuple[str, ...] | None = None,
-        sequences: int | None = None,
+        snapshot: int | None = None,
     ) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).
 
@@ -198,7 +198,7 @@ class KnowledgeStore:
             ordinals: read only these sequences.
             shuffle: False reads them in order.
             kinds: which kinds of knowledge; None means all the dump has.
-            sequences: how many the dump had when the order was begun (see `Batches.state`).
+            snapshot: of the dump when the order was begun (see `Batches.state`).
 
         Raises:
             InputError: no such dump, rank or kind; nothing to read; or the dump has grown since the order was begun.
@@ -210,7 +210,7 @@ class KnowledgeStore:
         for kind in wanted:
             if kind not in reader.manifest.kinds:
                 raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
-        return Batches(reader, wanted, batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, sequences)
+        return Batches(reader, wanted, batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, snapshot)
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together."""
@@ -250,6 +250,10 @@ class KnowledgeStore:
         if "positions" not in reader.manifest.kinds:
             raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind 'positions'")
         return reader.kept(ordinal, "positions")
+
+    def snapshot(self, dump: str | None = None) -> int:
+        """A number that stands for a dump's sequences in their order: it is another one when shards were added or lost."""
+        return self._reader(dump).snapshot
 
     def sequence_count(self, dump: str | None = None) -> int:
         """How many sequences a dump holds."""

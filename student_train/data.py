@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from knowledge_store import KnowledgeStore
-from knowledge_store.batches import check_sequences
+from knowledge_store.batches import check_snapshot
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS
 
@@ -45,7 +45,7 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         shuffle: False reads in the dump's order.
         endless: go on with the next epoch instead of stopping. Such a dataset has no length.
         kinds: read only these kinds of knowledge; None for all that the dump holds.
-        sequences: how many the dump had when the order was begun, which must not have changed; `state_after` gives it too.
+        snapshot: of the dump when the order was begun, which must be the same still; `state_after` gives it too.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         shuffle: bool = True,
         endless: bool = False,
         kinds: tuple[str, ...] | None = None,
-        sequences: int | None = None,
+        snapshot: int | None = None,
     ) -> None:
         super().__init__()
         self.store = store
@@ -78,9 +78,9 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         self.shuffle = shuffle
         self.endless = endless
         self.kinds = kinds
-        self.committed = store.sequences(self.dump).num_rows
-        check_sequences(self.dump, self.committed, sequences)
-        self.sequences = self.committed if ordinals is None else len(ordinals)
+        self.snapshot = store.snapshot(self.dump)
+        check_snapshot(self.dump, self.snapshot, snapshot)
+        self.sequences = store.sequence_count(self.dump) if ordinals is None else len(ordinals)
         if not self.sequences:
             raise InputError(f"there is no sequence to read in the dump {self.dump}")
 
@@ -95,13 +95,13 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         return self._batches_left(self.consumed)
 
     def state_after(self, batches: int) -> dict[str, int]:
-        """Where to begin again after each rank took `batches` batches from here: seed, epoch, consumed and sequences."""
+        """Where to begin again after each rank took `batches` batches from here: seed, epoch, consumed and snapshot."""
         epoch, consumed = self.epoch, self.consumed
         while batches >= self._batches_left(consumed):
             batches -= self._batches_left(consumed)
             epoch, consumed = epoch + 1, 0
         consumed += batches * self.batch_size * self.world_size
-        return {"seed": self.seed, "epoch": epoch, "consumed": consumed, "sequences": self.committed}
+        return {"seed": self.seed, "epoch": epoch, "consumed": consumed, "snapshot": self.snapshot}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         info = get_worker_info()

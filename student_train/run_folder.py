@@ -53,7 +53,8 @@ def run_identity(
         "number of steps": steps,
         "sequences per step": sequences_per_step,
         "knowledge": hashlib.sha256(knowledge.encode()).hexdigest(),
-        "committed sequences": store.sequences(dump).num_rows,
+        "committed sequences": store.sequence_count(dump),
+        "snapshot of the dump": store.snapshot(dump),
     }
 
 

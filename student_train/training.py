@@ -94,6 +94,14 @@ class TrainResult:
     eval_loss: float | None
 
 
+def _check_ranks(snapshot: int, world_size: int) -> None:
+    """Make sure that every process sees the same sequences: a dump may have grown while they opened it (InputError)."""
+    snapshots: list[int | None] = [None] * world_size
+    torch.distributed.all_gather_object(snapshots, snapshot)
+    if len(set(snapshots)) > 1:
+        raise InputError("the dump grew while the processes of this run opened it, one after the other: start them again")
+
+
 def train(config: TrainConfig) -> TrainResult:
     """Train a student, or go on with a run that was interrupted.
 
@@ -132,7 +140,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     distributed = arguments.world_size > 1
     if distributed:
-        torch.distributed.barrier()  # nobody writes before everybody has looked
+        _check_ranks(store.snapshot(dump), arguments.world_size)  # nobody writes before everybody has looked
     if arguments.process_index == 0:
         prepare_output(output, checkpoint)
         if not (output / RUN_FILE).exists():

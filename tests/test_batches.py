@@ -149,7 +149,7 @@ def test_padding_rows_count_for_nothing(store, ids):
 def test_batches_from_where_an_epoch_ended(store):
     batches = store.batches(batch_size=4)
     list(batches)
-    assert batches.state == {"seed": 0, "epoch": 0, "consumed": 13, "sequences": 13}
+    assert batches.state == {"seed": 0, "epoch": 0, "consumed": 13, "snapshot": store.snapshot()}
     assert list(store.batches(batch_size=4, **batches.state)) == []
     assert len(store.batches(consumed=99)) == 0
     assert list(store.batches(ordinals=np.array([], np.int64))) == []
