@@ -21,7 +21,8 @@ from knowledge_store.sequences import tokens_table
 
 
 def test_no_fault_is_silent(tmp_path):
-    counts = try_faults(20, range(12), tmp_path, step=1997)
+    counts = try_faults(20, range(26), tmp_path, step=1997)
+    assert counts["leftovers"] == 2
     assert counts["silent"] == 0
     assert counts["faults"] == counts["survived"] > 100
     assert counts["refused by name"] > 100

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from stores import commit, drawn_sequences, make_manifest, random_sequences, wor
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, StoreError, verify
 from knowledge_store.checked_file import CheckedFile
+from knowledge_store.kinds import Arrays
+from knowledge_store.manifest import Manifest
 from knowledge_store.records import unseal
 from knowledge_store.sequences import tokens_table
 
@@ -100,20 +102,31 @@ CHANGES: dict[str, tuple[int, Change]] = {
 }
 STEP = 7
 SWAPPED = 4  # files, beside the weights above
+LEFTOVERS = 25  # one fault in so many is to a file without a commit record
+
+
+def shards_of(seed: int) -> list[tuple[Manifest, list[list[Arrays]]]]:
+    """The dumps of a store, and the sequences of their shards: one with draws and a calibration, and a plain one."""
+    corpus = {"files": [{"name": "numbers.jsonl", "bytes": 1, "sha256": f"{seed:02}"}]}
+    selection = {"name": "top-k", "k": 3, "tail_draws": 2}
+    calibration = {"temperature": 2.0, "sha256": "00"}
+    drawn = make_manifest("drawn", VOCABULARY, selection=selection, calibration=calibration, corpus=corpus)
+    plain = make_manifest("plain", VOCABULARY, corpus=corpus)
+    return [
+        (manifest, [sequences(seed + shard, 3, VOCABULARY, 3) for shard in range(2)])
+        for manifest, sequences in ((drawn, drawn_sequences), (plain, random_sequences))
+    ]
 
 
 def make_store(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Path:
     """Two dumps, one with draws and a calibration, in shards of several row groups, and small blocks; of a corpus `seed`."""
     monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 20)
     monkeypatch.setattr("knowledge_store.checked_file.BLOCK_BYTES", 512)
-    selection = {"name": "top-k", "k": 3, "tail_draws": 2}
-    drawn = make_manifest("drawn", VOCABULARY, selection=selection, calibration={"temperature": 2.0, "sha256": "00"})
-    for manifest, sequences in ((drawn, drawn_sequences), (make_manifest("plain", VOCABULARY), random_sequences)):
-        texts = words(VOCABULARY)
-        manifest = replace(manifest, corpus={"files": [{"name": "numbers.jsonl", "bytes": 1, "sha256": f"{seed:02}"}]})
+    texts = words(VOCABULARY)
+    for manifest, shards in shards_of(seed):
         writer = DumpWriter.open(folder, manifest, tokens_table(texts, texts))
-        for shard in range(2):
-            commit(writer, shard, sequences(seed + shard, 3, VOCABULARY, 3))
+        for shard, sequences in enumerate(shards):
+            commit(writer, shard, sequences)
     return folder
 
 
@@ -199,7 +212,8 @@ def fault_of(seed: int, number: int, sound: Sound) -> tuple[str, dict[Path, byte
         return f"{name}: {sort}", {path: sound.files[other], other: sound.files[path]}, chance
     name = "flip" if name == "files swapped" else name
     data = bytearray(sound.files[path])
-    CHANGES[name][1](data, chance, sound.places.get(path, []))
+    while data == sound.files[path]:  # zeros may be written over zeros
+        CHANGES[name][1](data, chance, sound.places.get(path, []))
     return f"{name}: {sort}", {path: bytes(data)}, chance
 
 
@@ -331,6 +345,50 @@ def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
     return counts
 
 
+def try_leftover(seed: int, number: int, sound: Sound) -> Counter[str]:
+    """Damage a file that was left without a commit record, and go on with the dump: nothing vouches for it but itself.
+
+    AssertionError: it was committed, and reads otherwise than it should, or it was refused without its name.
+    """
+    chance = random.Random(f"{seed} {number} leftover")
+    manifest, shards = chance.choice(shards_of(0))
+    folder, shard, table = sound.path / manifest.dump, chance.randrange(2), chance.choice(["positions", "sequences"])
+    path, record = folder / table / f"{shard:05d}.parquet", folder / "commits" / f"{shard:05d}.json"
+    name = chance.choice([each for each in CHANGES if each != "flip"] + ["flip"] * 6)
+    data = bytearray(sound.files[path])
+    while data == sound.files[path]:
+        CHANGES[name][1](data, chance, [len(data) - 600, *sound.places[path]])  # footers as often as pages
+    told = f"leftover {number} of seed {seed} ({name}, {path})"
+    counts = Counter({"faults": 1, "leftovers": 1, f"in {table}": 1})
+    try:
+        record.unlink()
+        path.write_bytes(data)
+        writer = DumpWriter.open(sound.path, manifest, tokens_table(words(VOCABULARY), words(VOCABULARY)))
+        try:
+            commit(writer, shard, shards[shard])
+        except (DamageError, StoreError) as error:
+            assert str(path) in str(error), f"{told} is blamed on something else: {error}"
+            counts["refused by name"] += 1
+        else:
+            opened = KnowledgeStore.open(sound.path, cache_size=0)
+            assert read_items(opened) == sound.answers["items"], f"SILENT: {told} was committed, and has other items"
+            for query in QUERIES[table]:
+                assert opened.sql(query).equals(sound.answers[query]), (
+                    f"SILENT: {told} was committed, and answers {query} otherwise"
+                )
+            counts["right answers"] += 1
+    finally:
+        for each in (path, record, sound.path / "index.duckdb"):
+            each.write_bytes(sound.files[each])
+        for each in sound.path.rglob(".tmp-*"):
+            each.unlink()
+        # The index knows a record by its size and time.
+        sound.opened._index = KnowledgeStore.open(sound.path, rebuild_index=True, cache_size=0)._index
+        sound.files[sound.path / "index.duckdb"] = (sound.path / "index.duckdb").read_bytes()
+    counts["survived"] += 1
+    return counts
+
+
 def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sound]:
     """The stores to damage: one of this version, and the ones of before, whose files have no digests."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -363,7 +421,7 @@ def try_faults(seed: int, numbers: Iterable[int], folder: Path, step: int | None
             counts.update(flip_in_turn(sound, seed, step))
         for number in numbers:
             sound = sounds[0] if number % 4 else sounds[1 + number // 4 % 2]
-            counts.update(try_fault(seed, number, sound))
+            counts.update(try_leftover(seed, number, sounds[0]) if number % LEFTOVERS == 0 else try_fault(seed, number, sound))
     return dict(counts)
 
 
