@@ -145,18 +145,13 @@ class Processes:
         words = said.read_text(errors="replace").strip()
         return None, None if hung else words or f"its process ended without a word ({process.returncode})"
 
-    def end(self) -> int:
-        """End all that run, and begin none any more.
-
-        Returns:
-            how many were ended.
-        """
+    def end(self) -> None:
+        """End all that run, and begin none any more."""
         with self._lock:
             self._over = True
             going = list(self._going)
         for process in going:
             _kill(process)
-        return len(going)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -284,7 +279,6 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=work_folder())).resolve()
     processes, executor = Processes(), ThreadPoolExecutor(AT_ONCE)
     figures: dict[str, Any] = {"broken": []}
-    ended = 0
     try:
         for each in SIGNALS:
             signal.signal(each, stop)
@@ -296,13 +290,13 @@ def main() -> None:
             for each in SIGNALS:
                 signal.signal(each, signal.SIG_IGN)
             executor.shutdown(wait=False, cancel_futures=True)
-            ended = processes.end()
+            processes.end()
             executor.shutdown()
             if not figures["broken"]:
                 shutil.rmtree(folder, ignore_errors=True)
     except Stopped as stopped:
         number = signal.Signals(stopped.args[0])
-        print(f"STOPPED by {number.name} (seed {seed}): {ended} loops were at work and are ended; nothing is kept", flush=True)
+        print(f"STOPPED by {number.name} (seed {seed}): all that was at work is ended, nothing is kept", flush=True)
         sys.exit(128 + number)
     measurement.keep("torture", figures)
     if figures["broken"]:
