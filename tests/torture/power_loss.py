@@ -43,8 +43,9 @@ def _mark(disk: str, shard: int) -> None:
 def run(seed: int, minutes: float, folder: Path, cuts: int | None = None) -> dict[str, int]:
     """Cut the power on the small dump, alone and killed and gone on with, and on its repair.
 
-    First the end of every dump that was killed where a flush was due, since what the second run finds there may yet be lost;
-    then every flush of a dump left alone and of a repair, and moments of killed dumps, in an order of chance; then other kills.
+    First the end of every dump that was killed where a flush was due, since what the second run finds there may yet be lost,
+    and of a repair; then every flush of a dump left alone and of a repair, and moments of killed dumps, in an order of chance;
+    then other kills.
 
     Args:
         seed: of the order, and of what survives that was not flushed.
@@ -83,6 +84,7 @@ def run(seed: int, minutes: float, folder: Path, cuts: int | None = None) -> dic
         # The last shard is acknowledged after the last flush. No later one makes up for it, if a run that finds it trusts it.
         last, *others = flushes[-1], *chance.sample(flushes[:-1], len(flushes) - 1)
         first: list[Callable[[], None]] = [partial(killed, flush + 1) for flush in [last, *others][:cuts]]
+        first.append(partial(cutter.cut_repair, repair, None))
         later: list[Callable[[], None]] = []
         for changes, cut, places in ((journal, cutter.cut, flushes), (repair, cutter.cut_repair, repair_flushes)):
             # Just before each flush, and as soon as it is done.
