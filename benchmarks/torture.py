@@ -51,6 +51,8 @@ LOOPS = {
 AT_ONCE = 2
 RESERVED = 1.5  # minutes: a loop ends what it is at when its time is over
 ENDING = 10.0  # seconds that killed processes may take to be gone
+# What libfaketime (tests/torture/workers.py) leaves of a killed process.
+FAKETIME_FILES = ("/dev/shm/faketime_shm_{}", "/dev/shm/sem.faketime_sem_{}")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOM = 2 * 2**30  # bytes
 
@@ -167,7 +169,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(ENDING)
     with contextlib.suppress(ChildProcessError):
         while time.monotonic() < until:
-            if os.waitpid(-process.pid, os.WNOHANG)[0] == 0:
+            pid, _ = os.waitpid(-process.pid, os.WNOHANG)
+            for name in FAKETIME_FILES if pid else ():
+                Path(name.format(pid)).unlink(missing_ok=True)
+            if pid == 0:
                 time.sleep(0.01)
 
 
