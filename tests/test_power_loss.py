@@ -12,5 +12,6 @@ def test_power_cuts_at_flushes_of_chance(memory_folder):
         pytest.skip(reason)
     counts = power_loss.run(seed=1, minutes=4, folder=memory_folder, cuts=2)
     assert counts["killed_before"] > 0
+    assert counts["repairs_cut"] > 0
     assert counts["survived"] == counts["faults"] > 5
     assert counts["silent"] == 0

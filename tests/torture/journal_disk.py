@@ -170,7 +170,8 @@ def unavailable(folder: Path) -> str | None:
     try:
         with mounted(folder) as (place, _):
             (place / "file").write_bytes(b"7")
-            return None if (place / "file").read_bytes() == b"7" else "FUSE does not work"
+            works = [(each.name, each.read_bytes()) for each in place.iterdir()] == [("file", b"7")]
+            return None if works else "FUSE does not work"
     except (AssertionError, OSError) as error:
         return f"FUSE does not work: {error}"
     finally:
@@ -246,8 +247,9 @@ def serve() -> None:
                 "st_atime": changed,
             }
 
-        def readdir(self, path: str, fh: int) -> list[str]:
-            return [".", "..", *self.disk.folder(self.find(path))]
+        def readdir(self, path: str, fh: int) -> list[tuple[str, None, int]]:
+            # A name alone would be listed with inode number 0, which stands for a removed file: nobody would see it.
+            return [(name, None, 0) for name in (".", "..", *self.disk.folder(self.find(path)))]
 
         def mkdir(self, path: str, mode: int) -> int:
             self.make("folder", path)

@@ -226,19 +226,21 @@ def undisturbed_training(settings: dict[str, Any], folder: Path) -> tuple[int, A
 
 
 def killed_training(
-    chance: random.Random, settings: dict[str, Any], folder: Path, moments: int, expected: Any, kills: int
+    chance: random.Random, settings: dict[str, Any], folder: Path, moments: int, expected: Any, kills: int, end: float
 ) -> Counter[str]:
     """A run killed at one random moment after another, each time gone on with by the same command.
 
     Args:
         moments, expected: of a run left alone.
         kills: how often at most; then it is left alone.
+        end: when to leave it alone at the latest, on the monotonic clock.
     """
     output = folder / "run"
     counts: Counter[str] = Counter()
     for life in count():
         number = chance.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
-        moment = chance.randrange(1, moments // 3) if life < kills else None  # the next life goes on, with fewer moments left
+        harmed = life < kills and (life == 0 or time.monotonic() < end)
+        moment = chance.randrange(1, moments // 3) if harmed else None  # the next life goes on, with fewer moments left
         arguments = settings | {"output": str(output)}
         finished = Running(train_until, arguments, moment, number, folder=folder / "log").wait()
         assert finished.returncode in (0, -number), finished.stderr
@@ -266,19 +268,20 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
         counts; `faults` are kills and stops of training, and histories with deaths and other ranks.
     """
     began = time.monotonic()
+    end = began + 60 * minutes
     totals: Counter[str] = Counter()
     store = small_store(folder / "small")
     number = 0
     while number == 0 or time.monotonic() - began < 20 * minutes:
-        totals["histories"] += check_order(store, seed + number, 50)
+        totals["histories"] += check_order(store, seed + number, 25)
         number += 1
     settings = training_settings(folder) | TRAINING
     moments, expected = undisturbed_training(settings, folder)
     number = 0
-    while number == 0 or time.monotonic() - began < 60 * minutes:
+    while number == 0 or time.monotonic() < end:
         own = folder / f"training{number}"
         try:
-            totals += killed_training(random.Random(f"{seed} {number}"), settings, own, moments, expected, kills=12)
+            totals += killed_training(random.Random(f"{seed} {number}"), settings, own, moments, expected, 12, end)
         except AssertionError as error:
             raise AssertionError(f"order, seed {seed}, training {number} (its files: {own}): {error}") from error
         totals["trainings"] += 1

@@ -41,6 +41,8 @@ CLOCKS = ("+365d", "-365d")
 PATIENCE = 120.0  # seconds for what takes a few
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
+# What libfaketime makes for a process, and leaves behind when that is killed; by the process's id.
+FAKETIME_FILES = ("/dev/shm/faketime_shm_{}", "/dev/shm/sem.faketime_sem_{}")
 
 
 # --- what the processes do ----------------------------------------------------------------------------------------------
@@ -147,7 +149,15 @@ class Elsewhere:
     """A function at work in a process whose clock is off (libfaketime also moves the times of files that it sees)."""
 
     def __init__(self, function: Callable[..., None], arguments: tuple, clock: str):
-        code = f"import json, sys; from torture.workers import {function.__name__} as f; f(*json.loads(sys.argv[1]))"
+        # What libfaketime made is open by then, and not looked for again. It goes first: this may be killed at any time.
+        code = f"""
+import contextlib, json, os, sys
+for name in {FAKETIME_FILES!r}:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name.format(os.getpid()))
+from torture.workers import {function.__name__} as f
+f(*json.loads(sys.argv[1]))
+"""
         environment = {
             **os.environ,
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
@@ -161,6 +171,8 @@ class Elsewhere:
     def wait(self) -> Finished:
         """Wait for its end."""
         out, err = self.process.communicate(timeout=PATIENCE)
+        for name in FAKETIME_FILES:  # it may have been killed before it began
+            Path(name.format(self.process.pid)).unlink(missing_ok=True)
         return Finished(self.process.returncode, out, err)
 
 
