@@ -67,7 +67,7 @@ def _write_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], file: Tex
         count += len(batch)
         if count > COUNTED_ROWS:
             break
-    file.writelines(f"{line}\n" for line in aligned(schema.names, rows))
+    file.writelines(f"{line}\n" for line in aligned([visible(name) for name in schema.names], rows))
     if count == len(rows):
         return None
     there = f"more than {COUNTED_ROWS:,}" if count > COUNTED_ROWS else f"{count:,}"

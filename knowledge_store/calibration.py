@@ -16,7 +16,7 @@ from typing import Any
 
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError
 from knowledge_store.publication import replace_bytes
-from knowledge_store.records import check_shape, json_sha256, read_record, seal
+from knowledge_store.records import MOST_BYTES, check_shape, json_sha256, read_record, seal
 
 FORMAT = "knowledge-store-calibration"
 VERSION = 1
@@ -154,7 +154,7 @@ def read_calibration(path: Path) -> Calibration:
     if not path.is_file():
         raise InputError(f"there is no calibration file {path}")
     # Other files, such as a corpus, are not damaged: they are something else.
-    if FORMAT.encode() not in path.read_bytes() or (record := read_record(path)).get("format") != FORMAT:
+    if FORMAT.encode() not in _beginning(path) or (record := read_record(path)).get("format") != FORMAT:
         raise InputError(f"{path} is not a calibration: `teacher-dump calibrate` and `student-train calibrate` make them")
     version = record.get("version")
     if version != VERSION:
@@ -171,6 +171,15 @@ def read_calibration(path: Path) -> Calibration:
         return Calibration(value=float(record[value]), grid=grid, **fields)
     except (ValueError, InputError) as error:
         raise DamageError(f"{path} is damaged: {error}") from None
+
+
+def _beginning(path: Path) -> bytes:
+    """All of a record's file, and no more of another's. InputError: it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(MOST_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
 def check_calibration(calibration: Calibration, teacher: dict[str, Any], tokenizer: dict[str, Any]) -> None:

@@ -198,6 +198,7 @@ class DumpReader:
         start, end = self._first_rows(kind, place)[within : within + 2] - self._row_groups(kind, place).rows[group]
         try:
             rows = KINDS[kind].unpack(stored.slice(start, end - start), self.manifest)
+            _check_padding(rows)
         except ValueError as error:
             raise DamageError(f"{path} is damaged: {error}") from None
         hashes = read_sequences([self._sequence_files[place]], self._sequences_schema, ["token_hash"])

@@ -13,10 +13,42 @@ from typing import Any
 from knowledge_store.errors import InputError
 
 MOST_BYTES = 64 * 2**20  # of an index or a configuration
+ADAPTER = "adapter_config.json"
 
 
-def check_gguf(path: Path) -> None:
-    """Make sure that a file is a GGUF file by the magic number it begins with (InputError)."""
+def hub_folder(model: str, others: tuple[str, ...] = (), gguf_file: str | None = None) -> Path:
+    """The folder of the hub's cache that a hub id's files lie in, downloaded if need be: its configuration, and its weights in
+    safetensors or the one GGUF file. A model is checked and loaded there, as any folder is, and no pickle comes with it.
+
+    Args:
+        model: a hub id, such as OWNER/NAME.
+        others: names of other files that are wanted, where there are such.
+        gguf_file: name of a GGUF file, instead of safetensors.
+
+    Raises:
+        InputError: there is no such model, or it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
+    wanted = ["config.json", "generation_config.json", ADAPTER, *weights, *others]
+    try:
+        return Path(snapshot_download(model, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises errors of many families
+        raise InputError(f"no model {model} could be had from the hub ({type(error).__name__})") from None
+
+
+def check_gguf(folder: Path, name: str) -> None:
+    """Make sure that a model's folder can be loaded from one GGUF file in it.
+
+    Raises:
+        InputError: there is no such file, it does not begin with GGUF's magic number, or the folder is an adapter to another
+            model.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise InputError(f"there is no GGUF file {path}")
+    _check_adapter(folder)
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -36,8 +68,7 @@ def check_weights(folder: Path) -> None:
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         found = f": {pickles[0]} is a pickle, which can run code, and is never loaded" if pickles else ""
         raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{found}")
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder} is an adapter to a model that lies elsewhere: merge the two, and save that model")
+    _check_adapter(folder)
     named = _read(folder / "config.json").get("transformers_weights")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = _read(index).get("weight_map")
@@ -47,6 +78,11 @@ def check_weights(folder: Path) -> None:
             _check_name(folder, name, index)
     if named is not None:
         _check_name(folder, str(named).removesuffix(".index.json"), folder / "config.json")
+
+
+def _check_adapter(folder: Path) -> None:
+    if (folder / ADAPTER).is_file():
+        raise InputError(f"{folder} is an adapter to a model that lies elsewhere: merge the two, and save that model")
 
 
 def _check_name(folder: Path, name: Any, where: Path) -> None:

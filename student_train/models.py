@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from knowledge_store.console import silence
 from knowledge_store.errors import InputError
-from knowledge_store.weights import check_gguf, check_weights
+from knowledge_store.weights import check_gguf, check_weights, hub_folder
 
 
 def quieten() -> None:
@@ -56,12 +56,15 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
     """
     quieten()
     _check_place(model, gguf_file)
-    if Path(model).is_dir() and not gguf_file:
-        check_weights(Path(model))
+    folder = Path(model) if Path(model).is_dir() else hub_folder(model, gguf_file=gguf_file)
+    if gguf_file:
+        check_gguf(folder, gguf_file)
+    else:
+        check_weights(folder)
     try:
         with silence():
             loaded, report = AutoModelForCausalLM.from_pretrained(
-                model,
+                folder,
                 dtype=torch.float32,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -162,9 +165,7 @@ def _check_place(model: str, gguf_file: str | None) -> None:
             raise InputError(f"there is no model folder {model}")
         return
     if gguf_file:
-        if not (folder / gguf_file).is_file():
-            raise InputError(f"there is no file {gguf_file} in {model}")
-        check_gguf(folder / gguf_file)
+        check_gguf(folder, gguf_file)
     elif not (folder / "config.json").is_file():
         raise InputError(f"{model} is not a model folder: it has no config.json")
 

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.publication import TEMPORARY_PREFIX
+from knowledge_store.weights import check_weights
 from student_train.configuration import TrainConfig
 
 RUN_FILE = "run.json"
@@ -94,12 +96,28 @@ def _label(name: str) -> str:
 
 
 def last_checkpoint(output: Path) -> tuple[int, Path, float] | None:
-    """Step, folder and seconds of the last complete checkpoint."""
+    """Step, folder and seconds of the last complete checkpoint.
+
+    Raises:
+        InputError: it would not be loaded from safetensors files alone.
+    """
     found = []
     for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}"):
-        record = json.loads(path.read_text())
-        found.append((int(record["step"]), path.parent, float(record["seconds"])))
-    return max(found, default=None)
+        # One that cannot be read is not complete.
+        with suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+            record = json.loads(path.read_text())
+            found.append((int(record["step"]), path.parent, float(record["seconds"])))
+    last = max(found, default=None)
+    # Without this file the trainer takes a pickle instead, before safetensors in several files.
+    if last and not (last[1] / "model.safetensors").is_file():
+        pickles = sorted(path.name for path in last[1].glob("*.bin*") if path.name != "training_args.bin")
+        if pickles:
+            raise InputError(
+                f"{last[1]} has {pickles[0]} instead of model.safetensors: a pickle can run code, and is never loaded."
+                " Remove that folder, and the run goes on from what was kept before it"
+            )
+        check_weights(last[1])
+    return last
 
 
 def prepare_output(output: Path, checkpoint: tuple[int, Path, float] | None) -> None:

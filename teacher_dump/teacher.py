@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from knowledge_store.console import note, silence
 from knowledge_store.errors import InputError
 from knowledge_store.records import json_sha256
-from knowledge_store.weights import check_gguf, check_weights
+from knowledge_store.weights import check_gguf, check_weights, hub_folder
 from teacher_dump.fingerprints import file_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -206,16 +206,10 @@ def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
         return folder
     if folder.exists():
         raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
-    from huggingface_hub import snapshot_download
-
-    weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
-    wanted = ["config.json", "generation_config.json", *weights, *TOKENIZER_FILES]
     try:
-        return Path(snapshot_download(teacher, allow_patterns=wanted))
-    except Exception as error:  # the hub's client raises errors of many families
-        raise InputError(
-            f"there is no teacher folder {teacher}, and no model of that id could be had from the hub ({type(error).__name__})"
-        ) from None
+        return hub_folder(teacher, TOKENIZER_FILES, gguf_file)
+    except InputError as error:
+        raise InputError(f"there is no teacher folder {teacher}, and {error}") from None
 
 
 def _model_files(folder: Path, gguf_file: str | None) -> list[Path]:
@@ -225,9 +219,7 @@ def _model_files(folder: Path, gguf_file: str | None) -> list[Path]:
         InputError: weights, configuration or tokenizer are missing, or the weights are of a kind that can run code.
     """
     if gguf_file is not None:
-        if not (folder / gguf_file).is_file():
-            raise InputError(f"there is no GGUF file {folder / gguf_file}")
-        check_gguf(folder / gguf_file)
+        check_gguf(folder, gguf_file)
         return [folder / gguf_file]
     weights = sorted(folder.glob("*.safetensors"))
     ggufs = ", ".join(sorted(path.name for path in folder.glob("*.gguf")))

@@ -111,6 +111,19 @@ def test_a_corpus_is_no_calibration(tmp_path):
         read_calibration(path)
 
 
+def test_no_more_of_a_file_is_read_than_a_calibration_may_have(tmp_path):
+    """A terabyte that no disk holds: reading it would take all memory there is."""
+    path = tmp_path / "c.json"
+    with open(path, "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"c\.json is not a calibration"):
+        read_calibration(path)
+    with open(path, "r+b") as file:
+        file.write(TEMPERATURE.to_bytes())
+    with pytest.raises(DamageError, match="has more than 67,108,864 bytes"):
+        read_calibration(path)
+
+
 def test_a_sealed_file_of_another_kind_is_no_calibration(tmp_path):
     with pytest.raises(InputError, match="is not a calibration"):
         read_calibration(altered(tmp_path / "c.json", format="knowledge-store"))

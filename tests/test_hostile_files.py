@@ -303,6 +303,8 @@ def test_a_long_list_among_short_ones(tmp_path):
     resealed(tmp_path / "store", "positions", hostile_files.written(table, row_group_size=len(table)))
     with pytest.raises(DamageError, match="a list of 1,000,000 values stands among lists of few"):
         KnowledgeStore.open(tmp_path / "store", cache_size=0)[0]
+    with pytest.raises(DamageError, match="a list of 1,000,000 values stands among lists of few"):
+        KnowledgeStore.open(tmp_path / "store", cache_size=0).kept(0)
 
 
 @pytest.mark.parametrize(

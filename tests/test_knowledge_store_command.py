@@ -121,6 +121,11 @@ def test_sql_as_a_table(store):
     assert answer.stderr == "200 of 1,000 rows shown: --format csv or json gives all\n"
 
 
+def test_names_of_columns_cannot_command_a_terminal(store):
+    text = good("sql", store, 'SELECT 1 AS "\x1b[31mred\r\n", 2 AS "é"')
+    assert text == "\\x1b[31mred\\r\\n  é\n1                2\n"
+
+
 @pytest.mark.parametrize("form", ["json", "csv", "table"])
 def test_values_without_a_plain_form(store, form):
     query = """SELECT INTERVAL 1 DAY AS i, MAP {'a': 1.5} AS m, {'x': [1, NULL]} AS s, '\\x00'::BLOB AS b, now() AS t,

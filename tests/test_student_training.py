@@ -27,6 +27,7 @@ from student_train import training
 from student_train.cli import app
 from student_train.configuration import TrainConfig, check_config
 from student_train.losses import LOSSES, Loss
+from student_train.run_folder import last_checkpoint
 from student_train.training import DistillationTrainer, train
 
 Weights = dict[str, torch.Tensor]
@@ -216,6 +217,48 @@ def test_killed_at_one_moment_after_another(settings, tmp_path):
     moments, expected = order.undisturbed_training(settings, tmp_path)
     counts = order.killed_training(random.Random(5), settings, tmp_path, moments, expected, kills=6)
     assert counts["kills"] > 2
+
+
+@pytest.mark.parametrize("record", ["", "[]", "{", '{"step": 9}', '{"step": 1e999, "seconds": 1}', "[" * 100_000, "\udcff"])
+def test_a_checkpoint_whose_record_cannot_be_read_is_not_complete(tmp_path, record):
+    for step, text in ((3, '{"step": 3, "seconds": 1.5}'), (9, record)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+        (tmp_path / f"checkpoint-{step}" / "complete.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert last_checkpoint(tmp_path) == (3, tmp_path / "checkpoint-3", 1.5)
+
+
+def test_a_run_never_goes_on_from_a_pickle(settings, tmp_path, monkeypatch):
+    """What the trainer would load where model.safetensors is missing: a pickle, or what an index names."""
+    draw = DistillationTrainer.get_batch_samples
+
+    def interrupted(self, *arguments):
+        signal.raise_signal(signal.SIGINT)
+        return draw(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "get_batch_samples", interrupted)
+        assert train(TrainConfig(**settings)).step == 1
+    [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
+    whole = checkpoint / "model.safetensors"
+    for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model_fsdp.bin", "adapter_model.bin"):
+        whole.rename(checkpoint / "model-00001-of-00001.safetensors")
+        torch.save(load_file(checkpoint / "model-00001-of-00001.safetensors"), checkpoint / pickle)
+        with pytest.raises(InputError, match=f"checkpoint-1 has {pickle} instead of model.safetensors"):
+            train(TrainConfig(**settings))
+        (checkpoint / pickle).unlink()
+        (checkpoint / "model-00001-of-00001.safetensors").rename(whole)
+    index = checkpoint / "model.safetensors.index.json"
+    shard = whole.rename(checkpoint / "weights")
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "weights"}}))
+    with pytest.raises(InputError, match="no weights that can be used"):
+        train(TrainConfig(**settings))
+    shard.rename(checkpoint / "model-00001-of-00001.safetensors")
+    with pytest.raises(InputError, match="names weights in 'weights'"):
+        train(TrainConfig(**settings))
+    index.unlink()
+    (checkpoint / "model-00001-of-00001.safetensors").rename(whole)
+    assert train(TrainConfig(**settings)).began_at == 1
 
 
 def test_killed_while_it_wrote_its_first_file(settings, tmp_path):

@@ -13,7 +13,7 @@ import transformers
 from conftest import TEXT, make_model, make_tokenizer, save_teacher
 
 from knowledge_store.errors import InputError
-from student_train.models import load_model
+from student_train.models import load_model, load_tokenizer
 from teacher_dump import teacher as teacher_module
 from teacher_dump.teacher import find_device, load_teacher
 
@@ -203,6 +203,49 @@ def test_a_pickle_is_refused_under_every_name(folder):
     assert "pytorch_model.bin is a pickle, which can run code, and is never loaded" in refusal(folder)
     with pytest.raises(InputError, match=r"pytorch_model\.bin is a pickle"):
         load_model(str(folder))
+
+
+def test_a_folder_with_a_gguf_file_is_no_adapter_either(folder):
+    (folder / "model.gguf").write_bytes(b"GGUF")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
+    for load in (load_teacher, load_model, load_tokenizer):
+        with pytest.raises(InputError, match="is an adapter to a model that lies elsewhere"):
+            load(str(folder), "model.gguf")
+
+
+@pytest.fixture
+def cached(folder, tmp_path, monkeypatch) -> Path:
+    """The teacher as the model "somebody/tiny" in a cache of the hub; its files' folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub/models--somebody--tiny"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs/main").write_text("a" * 40)
+    return shutil.copytree(folder, place / "snapshots" / ("a" * 40))
+
+
+def test_a_model_of_the_hub_is_checked_as_a_folder_is(cached):
+    tokens = torch.arange(9)[None]
+    student, teacher = load_model("somebody/tiny"), load_teacher("somebody/tiny", device="cpu")
+    assert torch.equal(student(input_ids=tokens).logits, teacher.model(input_ids=tokens).logits)
+    assert teacher.description["name"] == "somebody/tiny"
+
+    def refused(message: str, *arguments: str) -> None:
+        for load in (load_model, load_teacher):
+            with pytest.raises(InputError, match=message):
+                load(*(arguments or ("somebody/tiny",)))
+
+    refused("no model somebody/large could be had from the hub", "somebody/large")
+    torch.save({"model.norm.weight": torch.ones(32)}, cached / "weights.bin")
+    refused("is not a GGUF file", "somebody/tiny", "weights.bin")
+    index = cached / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.norm.weight": "weights.bin"}}')
+    (cached / "model.safetensors").rename(cached / "other.safetensors")
+    refused("names weights in 'weights.bin'")
+    index.unlink()
+    (cached / "adapter_config.json").write_text("{}")
+    refused("is an adapter to a model that lies elsewhere")
+    (cached / "other.safetensors").unlink()
+    refused(r"weights\.bin is a pickle")
 
 
 def test_remote_code_is_never_run(folder):

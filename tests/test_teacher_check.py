@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import save_teacher, story_rows, write_jsonl
+from conftest import make_model, make_tokenizer, save_teacher, story_rows, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
@@ -33,7 +33,7 @@ from teacher_dump import DumpConfig, dump, teacher_pass
 from teacher_dump.agreement import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, check, describe
 from teacher_dump.extraction import extract_positions
 from teacher_dump.plan import QUANTISATION_STEP, describe_tokenizer
-from teacher_dump.teacher import load_teacher
+from teacher_dump.teacher import Teacher, load_teacher
 
 SELECTIONS = {
     "top-k": {},
@@ -45,16 +45,37 @@ SELECTIONS = {
 
 @pytest.fixture
 def make_dump(tmp_path, teacher_folder, loaded_teacher, monkeypatch):
-    def make(version=FORMAT_VERSION, **options) -> Path:
+    def make(version=FORMAT_VERSION, teacher=loaded_teacher, **options) -> Path:
         monkeypatch.setattr("teacher_dump.plan.Manifest", partial(Manifest, version=version))
         corpus = write_jsonl(tmp_path / "corpus.jsonl", story_rows(9))
         store = tmp_path / f"store{len(list(tmp_path.iterdir()))}"
         config = DumpConfig(str(teacher_folder), (corpus,), store, "d", max_length=40, shard_size=4, **options)
-        dump(config, teacher=loaded_teacher)
+        dump(config, teacher=teacher)
         corpus.unlink()  # it is not needed again
         return store
 
     return make
+
+
+@pytest.fixture(scope="module")
+def teachers(loaded_teacher, teacher_folder) -> dict:
+    """The teacher by its dtype."""
+    return {"float32": loaded_teacher, "bfloat16": load_teacher(str(teacher_folder), dtype="bfloat16", device="cpu")}
+
+
+def spoil_draws(monkeypatch, change) -> None:
+    """Have every dump from here on keep other draws, (N, M) ids by these, in order and counted as before."""
+
+    def extract(batch):
+        found = extract_positions(batch)
+        for arrays in found:
+            ids = change(arrays["tail_ids"].astype(np.int64), batch.prediction.teacher.vocabulary_size)
+            order = np.argsort(ids, axis=1, kind="stable")
+            arrays["tail_ids"] = np.take_along_axis(ids, order, axis=1).astype(np.uint32)
+            arrays["tail_counts"] = np.take_along_axis(arrays["tail_counts"], order, axis=1)
+        return found
+
+    monkeypatch.setitem(teacher_pass.EXTRACTORS, "positions", extract)
 
 
 VERSIONS = [2, FORMAT_VERSION]  # a dump of version 1 is one of version 2
@@ -199,9 +220,13 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("change", CHANGES)
-def test_values_altered_through_the_writer_are_damage(make_dump, loaded_teacher, monkeypatch, change, version):
+ALTERED = [(change, version, "float32", "top-k") for change in CHANGES for version in VERSIONS]
+ALTERED += [("draws", FORMAT_VERSION, "float32", "random-sampling")]
+ALTERED += [("draws", FORMAT_VERSION, "bfloat16", selection) for selection in ("top-k", "top-p", "random-sampling")]
+
+
+@pytest.mark.parametrize(("change", "version", "dtype", "selection"), ALTERED)
+def test_values_altered_through_the_writer_are_damage(make_dump, teachers, monkeypatch, change, version, dtype, selection):
     """One position of one sequence: the file is published as it is, and its hashes are right."""
     spoil, says = CHANGES[change]
     spoilt = []
@@ -215,14 +240,93 @@ def test_values_altered_through_the_writer_are_damage(make_dump, loaded_teacher,
         return found
 
     monkeypatch.setitem(teacher_pass.EXTRACTORS, "positions", extract)
-    store = make_dump(version)
+    store = make_dump(version, teachers[dtype], **SELECTIONS[selection])
     assert spoilt
-    found = check(store, loaded_teacher)
+    found = check(store, teachers[dtype])
     assert found.verdict == DAMAGE and found.sequences_off == len(spoilt)
     numbers = {(5 << 16) + sequence.window for sequence in spoilt}
     assert {int(re.match(r"sequence (\d+)", reason)[1]) for reason in found.reasons} == numbers
     if version == FORMAT_VERSION:  # before, one altered value shows in others too
         assert all(f", position 3: {says}" in reason for reason in found.reasons)
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+@pytest.mark.parametrize("made", ["float32", "bfloat16"])
+def test_draws_that_others_made_are_damage(make_dump, teachers, monkeypatch, made, asked):
+    """All of them, in every dtype; the values beside them are sound. Also where the weights' file is another."""
+    options = {"selection": "random-sampling", "draws": 20}
+    assert check(make_dump(teacher=teachers[made], **options), teachers[asked]).verdict == AGREES
+    spoil_draws(monkeypatch, lambda ids, vocabulary: (ids + 137) % vocabulary)
+    store = make_dump(teacher=teachers[made], **options)
+    found = check(store, teachers[asked])
+    assert found.verdict == DAMAGE and found.reasons[0].startswith("draws are off in most sequences: in the median one its")
+    assert found.draws_off > 0.1 and found.moved_draws > 0.95 and found.noise < found.limits.typical
+    text = "\n".join(describe(found))
+    assert "draws that fall on another token: 9" in text and "Noise in draws: those of a sequence off by up to" in text
+    again = replace(teachers[asked], description={**teachers[asked].description, "files": {"model.safetensors": "ab"}})
+    found = check(store, again)
+    assert found.verdict == DAMAGE and any("draws may also tell of a teacher so near" in each for each in found.notes)
+
+
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory) -> Path:
+    """A teacher of 20,000 tokens."""
+    folder, tokenizer = tmp_path_factory.mktemp("wide"), make_tokenizer()
+    make_model(20_000).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_draws_of_many_tokens_are_damage_though_they_fall_near_by(make_dump, wide_folder, monkeypatch):
+    """Noise moves most of so many, and by as much of the tail as the next token is away: not all of them, as damage does."""
+    teachers = {dtype: load_teacher(str(wide_folder), dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16")}
+    options = {"selection": "random-sampling", "draws": 20}
+    honest = check(make_dump(teacher=teachers["bfloat16"], **options), teachers["float32"], sample=4)
+    assert honest.verdict == AGREES and 0.3 < honest.moved_draws < honest.limits.moved
+    spoil_draws(monkeypatch, lambda ids, vocabulary: (ids + 1) % vocabulary)
+    found = check(make_dump(teacher=teachers["bfloat16"], **options), teachers["float32"], sample=4)
+    assert found.verdict == DAMAGE and found.reasons[0].startswith("draws are off in most sequences")
+    assert found.draws_off < found.limits.draws and found.moved_draws > found.limits.moved
+
+
+def test_sequences_longer_than_the_dump_s_longest_are_never_asked(make_dump, loaded_teacher, monkeypatch):
+    store = make_dump()
+    lengths = KnowledgeStore.open(store).sequences()["length"].to_pylist()
+    opened = KnowledgeStore.open(store).manifest()
+    monkeypatch.setattr(KnowledgeStore, "manifest", lambda *_: replace(opened, plan={**opened.plan, "max_length": 20}))
+    asked = []
+
+    def predict(teacher, token_ids, mask):
+        asked.append(token_ids.shape[1])
+        return original(teacher, token_ids, mask)
+
+    original = Teacher.predict
+    monkeypatch.setattr(Teacher, "predict", predict)
+    found = check(store, loaded_teacher)
+    too_long = sum(length > 20 for length in lengths)
+    assert 0 < too_long < len(lengths) and max(asked) <= 20
+    assert found.verdict == DAMAGE and found.sequences_off == too_long
+    assert found.reasons[0] == "sequence 65536: it has 33 tokens, and the dump's longest have 20"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_is_said_in_one_line(store_folder, loaded_teacher, monkeypatch, error):
+    def predict(*_):
+        raise error
+
+    monkeypatch.setattr(Teacher, "predict", predict)
+    with pytest.raises(InputError, match=r"on \d+ sequences of up to \d+ tokens: give a smaller --batch-size \(now 8"):
+        check(store_folder, loaded_teacher, dump="train", batch_size=8)
+    error = RuntimeError("a kernel failed")
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        check(store_folder, loaded_teacher, dump="train", batch_size=8)
 
 
 def test_what_no_selection_keeps_is_damage(make_dump, loaded_teacher, monkeypatch):
