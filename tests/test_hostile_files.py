@@ -171,7 +171,8 @@ HOSTILE_INDEXES = {
     "many shards": "INSERT INTO shards SELECT shards.* FROM shards, range(200000)",
     "many files": "INSERT INTO files SELECT files.* FROM files, range(200000)",
     "long text": "PRAGMA force_compression = 'zstd'; UPDATE shards SET committed_at = repeat('x', 100000000)",
-    "much text": "INSERT INTO files SELECT files.* REPLACE (repeat('x', 1000) AS \"table\") FROM files, range(60)",
+    "much text": "INSERT INTO files SELECT files.* REPLACE (repeat('x', 1000) AS dump,"
+    " repeat('x', 1000) AS \"table\") FROM files, range(30)",
     "long column names": "UPDATE shards SET column_bytes = map_from_entries(list_transform(range(1000),"
     " lambda n: struct_pack(k := repeat('x', 990) || n, v := n)))",
     "many column names": "UPDATE shards SET column_bytes = map_from_entries(list_transform(range(100000),"
