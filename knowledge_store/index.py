@@ -23,7 +23,7 @@ from knowledge_store.errors import DamageError
 from knowledge_store.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, SEQUENCES, commit_path, commit_shard
 from knowledge_store.manifest import Manifest
 from knowledge_store.pages import MOST_COLUMNS
-from knowledge_store.publication import replace_bytes
+from knowledge_store.publication import disk_errors, replace_bytes
 
 SHARDS = pa.schema(
     [
@@ -56,8 +56,16 @@ FILES = pa.schema(
 )
 
 STATISTIC = "statistic "
-MOST_ROWS = 10_000_000
 MOST_TEXT = 1000
+MOST_FILES = 64  # of one shard, as commit records may name
+TYPES = {
+    pa.string(): "VARCHAR",
+    pa.int64(): "BIGINT",
+    pa.float64(): "DOUBLE",
+    SHARDS.field("column_bytes").type: "MAP(VARCHAR, BIGINT)",
+}
+# How an index is read: as a database beside DuckDB's own, so that no function or type that it may define is found by its name.
+GIVEN = "given.main"
 INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 3"
 
 Standing = dict[tuple[str, int], tuple[int, int]]
@@ -78,15 +86,43 @@ class Index:
 
 
 def standing_records(store: Path, dumps: list[str]) -> Standing:
-    """The commit records that stand in the store: (dump, shard) to (bytes, modification time in ns)."""
+    """The commit records that stand in the store: (dump, shard) to (bytes, modification time in ns).
+
+    Raises:
+        DamageError: there is a name of a commit record, and nothing can be found out about the file.
+        StoreError: a folder of commit records cannot be listed.
+    """
     found: Standing = {}
     for dump in dumps:
-        with contextlib.suppress(FileNotFoundError), os.scandir(store / dump / COMMITS) as entries:
-            for entry in entries:
-                shard = commit_shard(entry.name)
-                if shard is not None:
-                    status = entry.stat()
-                    found[dump, shard] = status.st_size, status.st_mtime_ns
+        folder = store / dump / COMMITS
+        with disk_errors("read", folder):
+            try:
+                entries = os.scandir(folder)
+            except FileNotFoundError:  # nothing is committed yet, or somebody removes the dump
+                if folder.is_symlink():
+                    raise
+                continue
+            with entries:
+                found.update(_standing(dump, entries, folder))
+    return found
+
+
+def _standing(dump: str, entries: Iterable[os.DirEntry[str]], folder: Path) -> Standing:
+    """`standing_records` of one dump; none of a dump that is removed meanwhile."""
+    found: Standing = {}
+    for entry in entries:
+        shard = commit_shard(entry.name)
+        if shard is None:
+            continue
+        try:
+            status = entry.stat()
+        except OSError as error:
+            if os.path.lexists(entry.path):  # a link to nothing, or to itself
+                raise DamageError(f"{entry.path} is damaged: it cannot be read ({error.strerror})") from None
+            if not folder.exists():
+                return {}
+            continue  # removed since its name was read
+        found[dump, shard] = status.st_size, status.st_mtime_ns
     return found
 
 
@@ -129,42 +165,93 @@ def _file_rows(commit: CommitRecord) -> list[dict[str, object]]:
     ]
 
 
-def _load(path: Path) -> Index | None:
-    """The index in a file, or None when there is none that this version can use."""
-    if not path.is_file():
+def _log(path: Path) -> Path:
+    """Where DuckDB keeps what is not in a database yet. No index ever has one."""
+    return path.with_name(f"{path.name}.wal")
+
+
+def _load(path: Path, standing: Standing) -> Index | None:
+    """The index in a file, or None when there is none that this version can use for these commit records.
+
+    A store may come from anywhere. Nothing in its index can make DuckDB look elsewhere, run what is written there, or take much
+    more memory than an index of such commit records does.
+    """
+    if path.is_symlink() or not path.is_file() or os.path.lexists(_log(path)):
         return None
+    room = 2**16 + 4 * min(sum(size for size, _ in standing.values()), 2**28)  # for all its text, in bytes: twice what it is
     try:
-        # A store may come from anywhere: nothing in its index can make DuckDB look elsewhere.
-        with duckdb.connect(str(path), read_only=True, config={"enable_external_access": "false"}) as connection:
-            if connection.sql("SELECT value FROM about").fetchall() != [(INDEX_SCHEMA,)] or not _sound(connection):
+        if path.stat().st_size > 2**22 + room:
+            return None
+        limits: dict[str, str | bool | int | float | list[str]] = {
+            "memory_limit": f"{2**27 + 4 * room}B",
+            "threads": "2",
+            "temp_directory": "",
+        }
+        with duckdb.connect(":memory:", config=limits) as connection:
+            name = str(path.absolute()).replace("'", "''")
+            connection.execute(f"SET allowed_paths = ['{name}', '{name}.wal']")
+            connection.execute("SET enable_external_access = false")
+            connection.execute(f"ATTACH '{name}' AS given (READ_ONLY, TYPE duckdb)")
+            statistics = _statistics(connection, len(standing))
+            if statistics is None or 8 * len(standing) * len(statistics) > room or not _sound(connection, room):
                 return None
-            shards = connection.sql("SELECT * FROM shards ORDER BY dump, shard").to_arrow_table()
-            files = connection.sql('SELECT * FROM files ORDER BY dump, shard, "table"').to_arrow_table()
-            schema = _shards_schema(shards.column_names)
-            return Index(shards.select(schema.names).cast(schema), files.cast(FILES))
-    except (duckdb.Error, pa.ArrowException, ValueError, KeyError):
+            shards = _rows(connection, "shards", _shards_schema(statistics), "dump, shard")
+            return Index(shards, _rows(connection, "files", FILES, 'dump, shard, "table"'))
+    except (duckdb.Error, pa.ArrowException, OSError, ValueError, KeyError, MemoryError):
         return None  # damaged, or of another DuckDB: it is rebuilt
 
 
-def _sound(connection: duckdb.DuckDBPyConnection) -> bool:
-    """Whether an index holds tables alone, of no more rows and text than commit records could have given it: it comes with a
-    store, and a view or a compressed constant could stand for more than any memory holds. Hashes become names of files."""
-    if connection.sql("SELECT count(*) FROM duckdb_views() WHERE NOT internal").fetchall() != [(0,)]:
+def _rows(connection: duckdb.DuckDBPyConnection, table: str, schema: pa.Schema, order: str) -> pa.Table:
+    columns = ", ".join(f'"{name}"' for name in schema.names)
+    return connection.sql(f"SELECT {columns} FROM {GIVEN}.{table} ORDER BY {order}").to_arrow_table().cast(schema)
+
+
+def _statistics(connection: duckdb.DuckDBPyConnection, records: int) -> list[str] | None:
+    """The columns of statistics of an index that holds what `_save` makes of so many commit records at most, and nothing else:
+    no view, and no column that is computed. None for another. Only DuckDB's catalogue is read, and no table."""
+    views = connection.sql("SELECT 1 FROM duckdb_views() WHERE database_name = 'given' LIMIT 1").fetchall()
+    tables = connection.sql(
+        "SELECT schema_name || '.' || table_name, estimated_size FROM duckdb_tables() WHERE database_name = 'given'"
+    ).fetchall()
+    most = {"main.about": 1, "main.shards": records, "main.files": MOST_FILES * records}
+    if views or dict(tables).keys() != most.keys() or any(rows > most[name] for name, rows in tables):
+        return None
+    found = connection.sql(
+        "SELECT table_name, column_name, data_type, column_default FROM duckdb_columns() WHERE database_name = 'given'"
+    ).fetchall()
+    statistics = [
+        name
+        for table, name, _, _ in found
+        if table == "shards" and name.startswith(STATISTIC) and name.removeprefix(STATISTIC).isidentifier()
+    ]
+    expected = {("about", "value", "VARCHAR", None)} | {
+        (table, field.name, TYPES[field.type], None)
+        for table, schema in (("shards", _shards_schema(statistics)), ("files", FILES))
+        for field in schema
+    }
+    return statistics if set(found) == expected else None
+
+
+def _sound(connection: duckdb.DuckDBPyConnection, room: int) -> bool:
+    """Whether the tables of an index are of this version and have no more text than there is room for, and no longer: one that
+    is compressed can stand for more than any memory holds. Hashes become names of files."""
+    if connection.sql(f"SELECT value FROM {GIVEN}.about LIMIT 2").fetchall() != [(INDEX_SCHEMA,)]:
         return False
-    [[shards, longest, columns]] = connection.sql(
-        "SELECT count(*), max(greatest(strlen(dump), strlen(identity), strlen(committed_at))), max(cardinality(column_bytes))"
-        " FROM shards"
-    ).fetchall()
-    [[files, named, hashed]] = connection.sql(
-        'SELECT count(*), max(greatest(strlen(dump), strlen("table"))), bool_and('
-        "regexp_full_match(sha256, '[0-9a-f]{64}') AND regexp_full_match(footer_sha256, '[0-9a-f]{64}')) FROM files"
-    ).fetchall()
-    return bool(
-        max(shards, files) <= MOST_ROWS
-        and max(longest or 0, named or 0) <= MOST_TEXT
-        and (columns or 0) <= MOST_COLUMNS
-        and hashed is not False
-    )
+    texts = {
+        f"{GIVEN}.shards": ("dump", "identity", "committed_at"),
+        f"{GIVEN}.files": ("dump", '"table"', "sha256", "footer_sha256"),
+        f"(SELECT unnest(map_keys(column_bytes)) AS name FROM {GIVEN}.shards)": ("name",),
+    }
+    for rows, names in texts.items():
+        of_each = ", ".join(f"max(strlen({name})), sum(strlen({name}))" for name in names)
+        [found] = connection.sql(f"SELECT {of_each} FROM {rows}").fetchall()
+        room -= sum(size or 0 for size in found[1::2])
+        if room < 0 or max(size or 0 for size in found[::2]) > MOST_TEXT:
+            return False
+    [[columns]] = connection.sql(f"SELECT max(cardinality(column_bytes)) FROM {GIVEN}.shards").fetchall()
+    hashes = " AND ".join(f"regexp_full_match({name}, '[0-9a-f]{{64}}')" for name in ("sha256", "footer_sha256"))
+    [[hashed]] = connection.sql(f"SELECT bool_and({hashes}) FROM {GIVEN}.files").fetchall()
+    return (columns or 0) <= MOST_COLUMNS and hashed is not False
 
 
 def _save(index: Index, path: Path) -> None:
@@ -177,6 +264,8 @@ def _save(index: Index, path: Path) -> None:
                 connection.register("rows", table)
                 connection.execute(f"CREATE TABLE {name} AS SELECT * FROM rows")
                 connection.unregister("rows")
+        with contextlib.suppress(FileNotFoundError):
+            _log(path).unlink()  # of some other database in its place
         replace_bytes(path, made.read_bytes())
 
 
@@ -194,7 +283,7 @@ def refresh(store: Path, manifests: list[Manifest], *, rebuild: bool = False) ->
     path = store / INDEX_FILE
     by_name = {each.dump: each for each in manifests}
     standing = standing_records(store, list(by_name))
-    known = None if rebuild else _load(path)
+    known = None if rebuild else _load(path, standing)
     indexed: Standing = {}
     if known is not None:
         columns = (known.shards[name].to_pylist() for name in ("dump", "shard", "record_bytes", "record_mtime_ns"))

@@ -6,9 +6,11 @@ read, run and put into words by a child, a new Python that has nothing of its pa
 
 * The system refuses it memory beyond its limit (RLIMIT_DATA: what it writes to, beside what it took before it saw the SQL).
   DuckDB is told four fifths of that, so as to say what it lacked while there is room to say it.
+* Before, it opens the store, which may be a stranger's too, and has limits of its own for that: generous ones (OPENING_MEMORY,
+  OPENING_TIME, or the query's where those are larger), since a large store whose index is out of date takes its time.
 * The system ends it when its time is over (SIGALRM, which nothing handles): the clock stands still only while the child waits
   for whoever reads the answer.
-* It can enlarge no file (RLIMIT_FSIZE) and leaves no core.
+* It can enlarge no file (RLIMIT_FSIZE), once the store's index is written, and leaves no core.
 * It is killed when its parent is done with it (an error, Ctrl-C), and ends when its parent is gone.
 
 macOS has RLIMIT_DATA and does not heed it: there, memory is limited by DuckDB's own limit alone; all else holds.
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 ARROW = "arrow"
 DUCKDB_SHARE = 0.8
 LONGEST = 1e8  # seconds; timers take no more
+OPENING_MEMORY = 4 * 2**30
+OPENING_TIME = 300.0
+OPENED = "opened"
 
 
 @contextmanager
@@ -86,6 +91,11 @@ def asked(
 
 
 def _check_end(code: int, report: str, memory_limit: float, timeout: float, remark: Callable[[str], None]) -> None:
+    if code < 0 and OPENED not in report.splitlines():
+        most = f"{max(timeout, OPENING_TIME):g} s and {binary_size(max(memory_limit, OPENING_MEMORY))}"
+        raise errors.StoreError(
+            f"the store could not be opened within {most} (the process ended by {signal.Signals(-code).name})"
+        )
     if code == -signal.SIGALRM:
         raise interrupted(timeout)
     if code < 0:
@@ -129,29 +139,36 @@ class _Outlet(io.RawIOBase):
 
 
 def _limit(memory_limit: int, timeout: float) -> None:
-    """From here on this process has its limits."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    """From here on this process may take so many bytes more, and so many seconds."""
     taken = 0
     if sys.platform == "linux":
         taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_DATA, (taken + memory_limit, taken + memory_limit))
+    allowed = taken + memory_limit
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)  # left as it is: the query may take more than opening does
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed if most == resource.RLIM_INFINITY else min(allowed, most), most))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, timeout)
 
 
-def _answer(request: dict[str, Any], outlet: IO[bytes]) -> str | None:
-    """Do what was asked. Returns the remark."""
+def _answer(request: dict[str, Any], outlet: IO[bytes], report: int) -> str | None:
+    """Do what was asked; before the SQL is looked at, the descriptor `report` is told so. Returns the remark."""
     import pyarrow as pa
 
     from knowledge_store.query import Query, connect
     from knowledge_store.store import KnowledgeStore
 
-    store = KnowledgeStore.open(request["store"], cache_size=0)
+    memory_limit, timeout = request["memory_limit"], request["timeout"]
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(max(memory_limit, OPENING_MEMORY), max(timeout, OPENING_TIME))
+    try:
+        store = KnowledgeStore.open(request["store"], cache_size=0)
+    except MemoryError:
+        raise errors.StoreError(f"{request['store']} needs more memory to be opened than such a store should") from None
     os.environ.pop("HOME", None)  # DuckDB's messages would name it
-    memory_limit = request["memory_limit"]
     with connect(DUCKDB_SHARE * memory_limit) as connection:
-        _limit(memory_limit, request["timeout"])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        _limit(memory_limit, timeout)
+        os.write(report, f"{OPENED}\n".encode())
         query = Query(connection, *store.parts, request["sql"], memory_limit)
         schema, batches = query.answer()
         remark = None
@@ -182,7 +199,7 @@ def main() -> None:
     request = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        ended = {"remark": _answer(request, outlet)}
+        ended = {"remark": _answer(request, outlet, report)}
     except errors.KnowledgeStoreError as error:
         ended = {"error": type(error).__name__, "message": str(error)}
     except Exception as error:  # a stranger's SQL may find ways to fail that nobody thought of: the process is his alone

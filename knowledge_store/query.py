@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,7 +34,11 @@ from knowledge_store.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences
 from knowledge_store.summary import dumps_table, shards_table
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
+LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes
+QUERY_THREAD = "query"
+GRACE = 1.0  # seconds that a query's caller waits for it to stop, when its time is over
 
+NOWHERE = "/nowhere"
 CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
     # DuckDB lets queries read its folder for temporary files, whatever else is forbidden: let there be none.
     "temp_directory": "",
@@ -43,6 +47,9 @@ CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
     "autoload_known_extensions": "false",
     "allow_community_extensions": "false",
     "allow_persistent_secrets": "false",
+    # By themselves these are folders of the user's home, and queries may ask for their names.
+    "secret_directory": NOWHERE,
+    "extension_directory": NOWHERE,
     "python_scan_all_frames": "false",
     # DuckDB does not know how many rows an Arrow dataset has, and would as soon keep ten million positions in memory to look up
     # sequences in them: it keeps the right-hand side of a join as it is written.
@@ -209,6 +216,8 @@ def _mentioned(connection: duckdb.DuckDBPyConnection, sql: str, relations: set[s
     """The relations that a query needs: shards are opened only for a query about what is in them."""
     if _first_word(sql) == "show":
         return relations
+    if len(sql) > LONG_SQL:
+        return {name for name in relations if name in sql.lower()}
     try:
         return relations & {name.lower() for name in connection.get_table_names(sql)}
     except duckdb.Error:  # it cannot be bound while the relations are missing: more of them than it needs will do
@@ -312,6 +321,11 @@ def run_query(
 ) -> pa.Table:
     """Answer one SELECT statement, in this process.
 
+    What DuckDB does row by row ends with its time. What it does not look up from (planning a statement of some thousand parts,
+    one long expression) goes on behind its caller's back, who has his error all the same, GRACE seconds after the time is over
+    at most. But while DuckDB parses, or looks for the names of tables, it keeps Python's lock, and nothing goes on.
+    Only a process of its own holds a stranger's SQL to its time (see `isolation`).
+
     Args:
         memory_limit: in bytes, for what DuckDB keeps while it answers, and for the answer.
         timeout: in seconds, after which DuckDB is asked to stop.
@@ -322,22 +336,30 @@ def run_query(
         DamageError: a file it reads is not what was published.
     """
     check_limits(memory_limit, timeout)
-    with connect(memory_limit) as connection:
-        query = Query(connection, store, index, manifests, sql, memory_limit)
+    connection = connect(memory_limit)
+    found: Future[pa.Table] = Future()
 
-        def collect() -> pa.Table:
-            schema, batches = query.answer()
-            return pa.Table.from_batches(batches, schema)
+    def collect() -> None:
+        try:
+            schema, batches = Query(connection, store, index, manifests, sql, memory_limit).answer()
+            found.set_result(pa.Table.from_batches(batches, schema))
+        except BaseException as error:
+            found.set_exception(error)
 
-        # On a thread of its own, so that this one hears Ctrl-C and the clock.
-        with ThreadPoolExecutor(1) as worker:
-            found = worker.submit(collect)
-            try:
-                wait([found], min(timeout, threading.TIMEOUT_MAX))
-                if not found.done():
-                    raise interrupted(timeout)
-                return found.result()
-            finally:
-                while not found.done():  # again and again: DuckDB forgets what comes just before it begins
-                    connection.interrupt()
-                    wait([found], 0.1)
+    def end() -> None:
+        while not found.done():  # again and again: DuckDB forgets what comes just before it begins
+            connection.interrupt()
+            wait([found], 0.1)
+        connection.close()
+
+    # On a thread of its own, so that this one hears Ctrl-C and the clock. No program waits for such threads when it ends.
+    threading.Thread(target=collect, name=QUERY_THREAD, daemon=True).start()
+    try:
+        wait([found], min(timeout, threading.TIMEOUT_MAX))
+        if not found.done():
+            raise interrupted(timeout)
+        return found.result()
+    finally:
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(GRACE)

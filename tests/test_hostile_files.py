@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +23,7 @@ from torture import hostile_files
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, StoreError, verify
 from knowledge_store.errors import MOST_CHARACTERS, KnowledgeStoreError
-from knowledge_store.index import refresh
+from knowledge_store.index import _load, refresh, standing_records
 from knowledge_store.manifest import read_manifest
 from knowledge_store.pages import chunk_pages
 from knowledge_store.parquet import describe
@@ -137,8 +140,6 @@ def test_no_record_names_a_file_outside(tmp_path, monkeypatch):
 
 def test_an_index_that_came_with_a_store_is_not_believed(tmp_path, monkeypatch):
     """Fresh by its records' sizes and times, and made to lie: names of files elsewhere, and views without end."""
-    import duckdb
-
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     store = write_store(tmp_path / "store", shards=1)
     sound = refresh(store, [read_manifest(store / "small")])
@@ -154,6 +155,59 @@ def test_an_index_that_came_with_a_store_is_not_believed(tmp_path, monkeypatch):
         assert refresh(store, [read_manifest(store / "small")]).files.equals(sound.files)
         assert len(KnowledgeStore.open(store)[0]["input_ids"]) > 1
     assert not list(tmp_path.rglob("*escaped*"))
+
+
+# What each does to a sound index of one shard. The schema of one that is made anew is that of the sound one.
+HOSTILE_INDEXES = {
+    "endless view": "DROP TABLE about; CREATE VIEW about AS SELECT 'x' AS value FROM range(100000000), range(100000000)",
+    "many compressed rows": "INSERT INTO about SELECT value FROM about, range(20000000)",
+    "endless view beside": "CREATE VIEW more AS SELECT 1 AS x FROM range(100000000), range(100000000)",
+    "another column": "ALTER TABLE shards ADD COLUMN x VARCHAR; UPDATE shards SET x = repeat('x', 100000000)",
+    "column with a default": "ALTER TABLE shards ALTER COLUMN bytes SET DEFAULT 5",
+    "virtual column": "DROP TABLE about;"
+    " CREATE TABLE about (v BOOLEAN, value VARCHAR GENERATED ALWAYS AS (repeat('x', 1000)) VIRTUAL);"
+    " INSERT INTO about VALUES (true)",
+    "another type": "ALTER TABLE shards ALTER COLUMN documents SET DATA TYPE VARCHAR",
+    "many shards": "INSERT INTO shards SELECT shards.* FROM shards, range(200000)",
+    "many files": "INSERT INTO files SELECT files.* FROM files, range(200000)",
+    "long text": "PRAGMA force_compression = 'zstd'; UPDATE shards SET committed_at = repeat('x', 100000000)",
+    "much text": "INSERT INTO files SELECT files.* REPLACE (repeat('x', 1000) AS dump,"
+    " repeat('x', 1000) AS \"table\") FROM files, range(30)",
+    "long column names": "UPDATE shards SET column_bytes = map_from_entries(list_transform(range(1000),"
+    " lambda n: struct_pack(k := repeat('x', 990) || n, v := n)))",
+    "many column names": "UPDATE shards SET column_bytes = map_from_entries(list_transform(range(100000),"
+    " lambda n: struct_pack(k := n::VARCHAR, v := n)))",
+    "statistic of no name": 'ALTER TABLE shards ADD COLUMN "statistic a""b" DOUBLE',
+    "functions of its own": "CREATE MACRO strlen(x) AS 1; CREATE MACRO max(x) AS 1; CREATE MACRO sum(x) AS 1;"
+    " CREATE MACRO duckdb_views() AS TABLE SELECT 1 WHERE false; UPDATE shards SET committed_at = repeat('x', 1000000)",
+}
+
+OPEN = """
+import resource, sys
+from knowledge_store import KnowledgeStore
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+opened = KnowledgeStore.open(sys.argv[1], cache_size=0)
+print(len(opened), opened.info()[0].shards, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("sort", HOSTILE_INDEXES)
+def test_hostile_indexes(tmp_path, sort):
+    """Each ends soon, with the right answers, in little memory, and is made anew."""
+    store = write_store(tmp_path / "store", shards=1)
+    expected = KnowledgeStore.open(store)
+    standing, path = standing_records(store, ["small"]), store / "index.duckdb"
+    assert _load(path, standing) is not None
+    with duckdb.connect(str(path), config={"memory_limit": "2GB"}) as connection:
+        connection.execute(HOSTILE_INDEXES[sort])
+    assert _load(path, standing) is None
+    command = [sys.executable, "-c", OPEN, str(store)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=True)
+    sequences, shards, taken = map(int, answer.stdout.split())
+    assert (sequences, shards) == (len(expected), 1)
+    assert taken < 200 * (1024 if sys.platform == "linux" else 2**20)
+    assert _load(path, standing) is not None
 
 
 WRONG = [

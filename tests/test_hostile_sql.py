@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from hostile_sql import BOMBS, EXPRESSION_BOMBS, HARMLESS, REFUSED, ROW_BOMBS
 from stores import write_store
 from torture.hostile_sql import Stand, run
 
-from knowledge_store import DamageError, InputError, KnowledgeStore, QueryError
+from knowledge_store import DamageError, InputError, KnowledgeStore, QueryError, StoreError
+from knowledge_store.isolation import _check_end
+from knowledge_store.query import QUERY_THREAD
 
 MIB = 2**20
 
@@ -105,6 +108,58 @@ def test_time(store, isolated):
         store.sql(BOMBS["cross join"], timeout=0.3, isolated=isolated)
     assert time.monotonic() - started < 30
     assert store.sql("SELECT 1 AS one").to_pylist() == [{"one": 1}]
+
+
+def test_time_of_planning(store):
+    """Many parts of a statement are put together without a look at the clock: the caller has his answer all the same."""
+    started = time.monotonic()
+    with pytest.raises(QueryError, match="interrupted"):
+        store.sql(" UNION ALL ".join(["SELECT 1"] * 2500), timeout=0.1)
+    heard = time.monotonic() - started
+    assert store.sql("SELECT 1 AS one").to_pylist() == [{"one": 1}]
+    for thread in threading.enumerate():
+        if thread.name == QUERY_THREAD:
+            thread.join(120)  # it ends when that is done, and does not go on with the query
+            assert not thread.is_alive()
+    assert heard < time.monotonic() - started - 0.5
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("name", ["secret_directory", "extension_directory"])
+def test_no_setting_names_the_home(store, name, isolated):
+    [row] = store.sql(f"SELECT current_setting('{name}')::VARCHAR AS value", isolated=isolated).to_pylist()
+    assert str(Path.home()) not in row["value"] and not Path(row["value"]).exists()
+    settings = store.sql("SELECT value FROM duckdb_settings()", isolated=isolated)["value"].to_pylist()
+    assert not any(str(Path.home()) in (value or "") for value in settings)
+
+
+SLOW = """
+import resource, time
+from knowledge_store import KnowledgeStore, isolation
+isolation.OPENING_TIME = 0.5
+def slow(*args, **options):
+    assert resource.getrlimit(resource.RLIMIT_DATA)[0] < 2**34
+    time.sleep(60)
+KnowledgeStore.open = slow
+isolation.main()
+"""
+
+
+def test_opening_a_store_has_limits_of_its_own(stand):
+    """They are there before anything of the store is read, and the SQL is not blamed for what it had no part in."""
+    request = {"store": str(stand.outside / "store"), "sql": "SELECT 1", "form": "arrow", "memory_limit": 2**28, "timeout": 0.1}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SLOW]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
+        assert child.stdin and child.stderr
+        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.flush()
+        report = child.stderr.read().decode()
+    assert (child.returncode, report) == (-signal.SIGALRM, "")
+    with pytest.raises(StoreError, match=r"could not be opened within 300 s and 4 GiB"):
+        _check_end(child.returncode, report, 2**28, 0.1, print)
+    with pytest.raises(QueryError, match="interrupted"):
+        _check_end(child.returncode, "opened\n", 2**28, 0.1, print)
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from conftest import ROOT
 from stores import commit, make_manifest, random_sequences, words, write_store
 from torture.indexes import READERS, try_harms
 
-from knowledge_store import DamageError, DumpWriter, KnowledgeStore
+from knowledge_store import DamageError, DumpWriter, KnowledgeStore, StoreError
 from knowledge_store.commits import read_commit
-from knowledge_store.index import INDEX_SCHEMA
+from knowledge_store.index import INDEX_SCHEMA, _load, standing_records
+from knowledge_store.layout import INDEX_FILE
 from knowledge_store.manifest import read_manifest
+from knowledge_store.publication import remove_folder
 from knowledge_store.sequences import tokens_table
 
 QUERY = "SELECT * EXCLUDE (committed_at) FROM shards ORDER BY dump, shard"
@@ -195,6 +198,92 @@ def test_an_index_from_elsewhere_cannot_read_other_files(store, tmp_path):
         connection.execute(f"CREATE VIEW shards AS SELECT * FROM read_csv('{secret}')")
         connection.execute(f"CREATE VIEW files AS SELECT * FROM read_csv('{secret}')")
     assert answers(store) == before
+
+
+@pytest.mark.parametrize("name", ["it's", "a b", "[x]*", "name%20", "ü"])
+def test_an_index_is_used_whatever_its_folder_is_called(tmp_path, name, monkeypatch):
+    store = write_store(tmp_path / name, shards=1)
+    KnowledgeStore.open(store)
+    monkeypatch.chdir(tmp_path)
+    assert _load(Path(name) / INDEX_FILE, standing_records(store, ["small"])) is not None
+
+
+def test_many_open_it_at_once(store):
+    KnowledgeStore.open(store)
+    standing = standing_records(store, ["small"])
+    with ThreadPoolExecutor(4) as threads:
+        assert None not in threads.map(lambda _: _load(store / INDEX_FILE, standing), range(20))
+
+
+def test_a_log_beside_it_is_never_opened(store):
+    before = answers(store)
+    log = store / "index.duckdb.wal"
+    os.mkfifo(log)  # to open it is to wait until somebody writes to it
+    assert _load(store / INDEX_FILE, standing_records(store, ["small"])) is None
+    assert answers(store) == before
+    assert not log.exists()  # with a new index
+
+
+def test_links_among_commit_records(store):
+    """What stands in a folder after a link to nothing stands there all the same."""
+    link = store / "small/commits/00003.json"
+    for target in ("/nonexistent", link.name):
+        link.symlink_to(target)
+        with pytest.raises(DamageError, match=r"00003\.json is damaged: it cannot be read"):
+            KnowledgeStore.open(store)
+        link.unlink()
+
+
+def test_what_is_no_folder_of_commit_records(store, tmp_path):
+    commits = store / "small/commits"
+    commits.rename(tmp_path / "kept")
+    assert KnowledgeStore.open(store).info()[0].shards == 0
+    makers = (
+        commits.touch,
+        lambda: os.mkfifo(commits),
+        lambda: commits.symlink_to("commits"),
+        lambda: commits.symlink_to("no"),
+    )
+    for make in makers:
+        make()
+        with pytest.raises(StoreError, match=f"cannot read {commits}: "):
+            KnowledgeStore.open(store)
+        commits.unlink()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_records_that_are_removed_while_they_are_looked_for(store, monkeypatch, whole):
+    """A dump that is removed has no shards, and a record that is removed is not there; neither is an error."""
+    scandir = os.scandir
+
+    def later(folder):
+        monkeypatch.undo()
+        entries = list(scandir(folder))
+        if whole:
+            remove_folder(store / "small")
+        else:
+            (store / "small/commits/00001.json").unlink()
+        return Listing(entries)
+
+    monkeypatch.setattr("knowledge_store.index.os.scandir", later)
+    found = standing_records(store, ["small"])
+    assert set(found) == (set() if whole else {("small", 0), ("small", 2)})
+
+
+class Listing:
+    """Entries as os.scandir has them: a context, and an iterator."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __iter__(self):
+        return iter(self.entries)
 
 
 def test_no_harm_is_met(tmp_path):

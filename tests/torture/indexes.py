@@ -27,7 +27,7 @@ SHARDS = 6
 QUERY = "SELECT * EXCLUDE (committed_at) FROM shards ORDER BY dump, shard"
 READERS = 10
 HARMS = {"flip": 40, "overwritten": 20, "half written": 15} | dict.fromkeys(
-    ("lost", "stale", "another version", "log beside it", "folder"), 5
+    ("lost", "stale", "another version", "log beside it", "pipe beside it", "pipe", "hostile", "folder"), 5
 )
 
 READ = """
@@ -41,6 +41,15 @@ while time.time() < end or not counts:
     counts += 1
 print(counts)
 """
+
+# What a stranger may have made of a sound index: each must be seen without being run.
+HOSTILE = (
+    "CREATE VIEW more AS SELECT 1",
+    "DROP TABLE about; CREATE VIEW about AS SELECT 'x' AS value FROM range(100000000), range(100000000)",
+    "INSERT INTO about SELECT value FROM about, range(100000)",
+    "ALTER TABLE shards ADD COLUMN x VARCHAR DEFAULT 'x'",
+    "CREATE MACRO strlen(x) AS 1; UPDATE shards SET committed_at = repeat('x', 1000000)",
+)
 
 
 def answers(store: Path) -> Any:
@@ -71,7 +80,7 @@ def harm(path: Path, data: bytes, older: bytes, chance: random.Random) -> str:
         del harmed[chance.randrange(len(data)) :]
     elif sort == "stale":
         harmed[:] = older
-    if sort in ("lost", "folder", "another version"):
+    if sort in ("lost", "folder", "another version", "pipe"):
         path.unlink()
     if sort == "folder":
         path.mkdir()
@@ -80,6 +89,11 @@ def harm(path: Path, data: bytes, older: bytes, chance: random.Random) -> str:
         other_database(path, f"CREATE TABLE about AS SELECT '{value}' AS value", "CREATE TABLE shards AS SELECT 1 AS dump")
     elif sort == "log beside it":
         Path(f"{path}.wal").write_bytes(chance.randbytes(chance.choice([0, 100, 5000])))
+    elif sort in ("pipe", "pipe beside it"):
+        os.mkfifo(path if sort == "pipe" else f"{path}.wal")
+    elif sort == "hostile":
+        with duckdb.connect(str(path)) as connection:
+            connection.execute(chance.choice(HOSTILE))
     elif sort != "lost":
         path.write_bytes(harmed)
     return sort
