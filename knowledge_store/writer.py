@@ -333,7 +333,11 @@ class DumpWriter:
         files: dict[str, FileRecord] = {}
         for name, (table, rows_in_groups) in tables.items():
             self._check_standing()
-            files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
+            try:
+                files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
+            except DamageError:  # of a dump that was removed meanwhile, no file is where it was
+                self._check_standing()
+                raise
             if name in KINDS and published is not table:  # another writer's
                 statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
         record = self._record(shard, first_document, documents, files, statistics, skipped, made_by)

@@ -235,7 +235,7 @@ def test_limit_takes_sequences_from_all_over(teacher_folder, store_folder, tmp_p
         ({"limit": 0}, "--limit"),
         ({"batch_size": 0}, "--batch-size"),
         ({"model": "/no/such/model"}, "no model folder"),
-        ({"gguf_file": "absent.gguf"}, "no file absent.gguf"),
+        ({"gguf_file": "absent.gguf"}, "no GGUF file .*absent.gguf"),
         ({"store": None, "dump": None}, "give either --store, .* or --questions"),
         ({"questions": "q.jsonl"}, "give either --store, .* or --questions"),
         ({"store": None, "questions": "q.jsonl"}, "--dump names a dump of --store"),

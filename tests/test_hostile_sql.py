@@ -112,16 +112,14 @@ def test_time(store, isolated):
 
 def test_time_of_planning(store):
     """Many parts of a statement are put together without a look at the clock: the caller has his answer all the same."""
-    started = time.monotonic()
     with pytest.raises(QueryError, match="interrupted"):
-        store.sql(" UNION ALL ".join(["SELECT 1"] * 2500), timeout=0.1)
-    heard = time.monotonic() - started
+        store.sql(" UNION ALL ".join(["SELECT 1"] * 3000), timeout=0.1)
+    assert any(thread.name == QUERY_THREAD for thread in threading.enumerate())  # it is being planned still
     assert store.sql("SELECT 1 AS one").to_pylist() == [{"one": 1}]
     for thread in threading.enumerate():
         if thread.name == QUERY_THREAD:
             thread.join(120)  # it ends when that is done, and does not go on with the query
             assert not thread.is_alive()
-    assert heard < time.monotonic() - started - 0.5
 
 
 @pytest.mark.parametrize("isolated", [False, True])

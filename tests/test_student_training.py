@@ -215,7 +215,7 @@ def test_killed_at_one_moment_after_another(settings, tmp_path):
     """At steps, and while files of the run are written: the losses and the weights of a run left alone, each step's once."""
     settings |= order.TRAINING | {"steps": 6}
     moments, expected = order.undisturbed_training(settings, tmp_path)
-    counts = order.killed_training(random.Random(5), settings, tmp_path, moments, expected, kills=6)
+    counts = order.killed_training(random.Random(5), settings, tmp_path, moments, expected, kills=6, end=time.monotonic() + 600)
     assert counts["kills"] > 2
 
 
