@@ -196,9 +196,23 @@ def _load(path: Path, standing: Standing) -> Index | None:
             if statistics is None or 8 * len(standing) * len(statistics) > room or not _sound(connection, room):
                 return None
             shards = _rows(connection, "shards", _shards_schema(statistics), "dump, shard")
-            return Index(shards, _rows(connection, "files", FILES, 'dump, shard, "table"'))
+            index = Index(shards, _rows(connection, "files", FILES, 'dump, shard, "table"'))
+            return index if _each_once(index) else None
     except (duckdb.Error, pa.ArrowException, OSError, ValueError, KeyError, MemoryError):
         return None  # damaged, or of another DuckDB: it is rebuilt
+
+
+def _each_once(index: Index) -> bool:
+    """Whether each shard stands once, and each of its files, as many for every shard of a dump."""
+    shards = index.shards.group_by(["dump", "shard"]).aggregate([])
+    files = index.files.group_by(["dump", "shard", "table"]).aggregate([])
+    if len(shards) < len(index.shards) or len(files) < len(index.files):
+        return False
+    of_dumps = index.files.group_by(["dump", "table"]).aggregate([("shard", "count")])
+    counts = index.shards.group_by("dump").aggregate([("shard", "count")])
+    expected = dict(zip(counts["dump"].to_pylist(), counts["shard_count"].to_pylist(), strict=True))
+    rows = zip(of_dumps["dump"].to_pylist(), of_dumps["shard_count"].to_pylist(), strict=True)
+    return set(of_dumps["dump"].to_pylist()) == expected.keys() and all(count == expected.get(dump) for dump, count in rows)
 
 
 def _rows(connection: duckdb.DuckDBPyConnection, table: str, schema: pa.Schema, order: str) -> pa.Table:

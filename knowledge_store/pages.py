@@ -44,7 +44,7 @@ _CODECS = {0: "UNCOMPRESSED", 1: "SNAPPY", 2: "GZIP", 3: "LZO", 4: "BROTLI", 5: 
 _Fields = dict[int, Any]
 _COUNT: _Fields = {1: None, 2: None, 4: None}
 _PAGE: _Fields = {1: None, 2: None, 3: None, 4: None, 5: _COUNT, 7: _COUNT, 8: _COUNT}
-_STATISTICS: _Fields = {1: None, 2: None, 5: None, 6: None}
+_STATISTICS: _Fields = {1: None, 2: None, 3: None, 5: None, 6: None}
 _CHUNK: _Fields = {1: None, 3: {1: None, 3: None, 4: None, 5: None, 6: None, 7: None, 9: None, 11: None, 12: _STATISTICS}}
 _FOOTER: _Fields = {3: None, 4: {1: _CHUNK, 3: None}, 5: {1: None, 2: None}}
 
@@ -82,6 +82,7 @@ class Chunk:
         compressed, uncompressed: bytes, headers included.
         start: where it begins in the file.
         bounds: its least and greatest values, as they stand in its statistics; empty without.
+        nulls: how many of its values are null, as its statistics say; None where they do not.
     """
 
     column: str
@@ -93,6 +94,7 @@ class Chunk:
     uncompressed: int
     start: int
     bounds: frozenset[bytes]
+    nulls: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,9 +283,10 @@ def _chunk(fields: dict[int, Any]) -> Chunk:
     dictionary = stated.get(11)
     if type(dictionary) is int and dictionary > 0 and (dictionary < start or not start):
         start = dictionary
-    bounds = frozenset(each for each in (stated.get(12) or {}).values() if isinstance(each, bytes))
+    statistics = stated.get(12) or {}
+    bounds = frozenset(each for each in statistics.values() if isinstance(each, bytes))
     name, path = names[0] if names else "", ".".join(names)
-    return Chunk(name, path, physical, codec, values, compressed, uncompressed, start, bounds)
+    return Chunk(name, path, physical, codec, values, compressed, uncompressed, start, bounds, statistics.get(3))
 
 
 def check_statistics(table: pa.Table, groups: list[RowGroup]) -> None:
@@ -301,9 +304,12 @@ def check_statistics(table: pa.Table, groups: list[RowGroup]) -> None:
         for chunk in group.chunks:
             if chunk.column not in table.column_names:
                 raise ValueError(f"a row group states a column {chunk.column!r}")
+            column = table[chunk.column].slice(start, group.rows)
+            simple = not pa.types.is_nested(column.type)  # of a list, the null ones among its values are counted
+            if simple and chunk.nulls not in (None, column.null_count):
+                raise ValueError(f"its statistics of column {chunk.column} are not those of its rows")
             if not chunk.bounds:
                 continue
-            column = table[chunk.column].slice(start, group.rows)
             bounds = pc.min_max(column).as_py().values() if pa.types.is_integer(column.type) and len(column) else ()
             width = 8 if chunk.physical == _INT64 else 4
             if chunk.bounds != {bound.to_bytes(width, "little", signed=bound < 0) for bound in bounds if bound is not None}:

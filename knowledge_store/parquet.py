@@ -150,7 +150,7 @@ def publish_table(
         check_statistics(found, file.stated)
     except (DamageError, ValueError) as error:
         raise DamageError(
-            f"{path} was left by an unfinished run, and cannot be used ({error}): delete that file and run the same"
+            f"{path} has no commit record that vouches for it, and cannot be used ({error}): delete that file and run the same"
             " command again"
         ) from None
     return record, found

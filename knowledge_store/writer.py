@@ -7,6 +7,7 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 from __future__ import annotations
 
 import datetime
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -129,17 +130,19 @@ def _check_records(folder: Path, manifest: Manifest) -> None:
         MismatchError: one was, or does not say what it was made from.
     """
     shards = [shard for path in (folder / COMMITS).glob("*.json") if (shard := commit_shard(path.name)) is not None]
+    found = set()
     for shard in shards:
-        path = commit_path(folder, shard)
         try:
-            identity = read_commit(path).identity
+            found.add((read_commit(commit_path(folder, shard)).identity, shard))
         except DamageError:  # to be repaired
             continue
-        if identity != manifest.identity_sha256:
-            raise MismatchError(
-                f"{folder} has lost its {MANIFEST_FILE}, and {path} was made from something else than this (or does not say"
-                " from what): put back a copy of that file, or give this dump another --name"
-            )
+    others = [shard for identity, shard in found if identity != manifest.identity_sha256]
+    if others or (shards and not found):
+        path = commit_path(folder, min(others or shards))
+        raise MismatchError(
+            f"{folder} has lost its {MANIFEST_FILE}, and {path} was made from something else than this, or does not say from"
+            " what: put back a copy of that file, or give this dump another --name"
+        )
 
 
 def repair_manifest(store: Path, manifest: Manifest) -> bool:
@@ -251,7 +254,7 @@ class DumpWriter:
         """
         path = commit_path(self.folder, shard)
         with disk_errors("read", path):
-            if not path.exists():
+            if not os.path.lexists(path):  # a link to nothing is a damaged record
                 return False
             if path.name not in self._lasting:  # whoever published it may have died before its name was flushed
                 found = {each.name for each in path.parent.iterdir()}

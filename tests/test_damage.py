@@ -15,7 +15,7 @@ from torture.damage import FIXTURES, page_places, try_faults
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, verify
 from knowledge_store.checked_file import BLOCK_BYTES, DIGEST_BYTES, DIGESTS_KEY, CheckedFile
-from knowledge_store.pages import check_statistics
+from knowledge_store.pages import check_statistics, parse_footer
 from knowledge_store.parquet import describe, publish_table, read_file
 from knowledge_store.sequences import tokens_table
 
@@ -198,7 +198,7 @@ def test_what_an_unfinished_run_left_is_not_believed(sound, tmp_path, table):
         try:
             publish_table(path, expected, [len(expected)])
         except DamageError as error:
-            assert f"{path} was left by an unfinished run" in str(error) and "delete that file" in str(error)
+            assert f"{path} has no commit record" in str(error) and "delete that file" in str(error)
             refused += 1
             continue
         record = describe(path)
@@ -242,3 +242,26 @@ def test_a_shard_of_another_format_version(tmp_path, mine, theirs):
         with pytest.raises(DamageError, match=r"small/(commits/00000\.json|positions/00000\.parquet)"):
             read(KnowledgeStore.open(store, cache_size=0))
     assert verify(store).damage
+
+
+def test_an_unfinished_run_left_a_count_of_nulls_of_other_rows(tmp_path):
+    """A row group with as many nulls as rows is left out, too. Four rows, one bit."""
+    store = write_store(tmp_path / "store")
+    (store / "small/commits/00001.json").unlink()
+    path = store / "small/sequences/00001.parquet"
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[-8:-4], "little") + 8
+    table, refused = pq.read_table(path), 0
+    for place in range(len(whole) - length, len(whole) - 8):
+        harmed = bytearray(whole)
+        harmed[place] ^= 8  # from 0 to 4 in Thrift's zigzag
+        path.write_bytes(harmed)
+        try:
+            counted = parse_footer(bytes(harmed[-length:]), len(harmed)).groups[0].chunks[0].nulls
+        except ValueError:
+            continue
+        if counted == len(table):
+            refused += 1
+            with pytest.raises(DamageError, match="its statistics of column sequence_id are not those of its rows"):
+                publish_table(path, table, [len(table)])
+    assert refused == 1
