@@ -111,7 +111,7 @@ def _cell(value: Any) -> str:
 
 
 def visible(text: str) -> str:
-    """Text that stays on its line: control characters are spelled out."""
+    """Text that stays on its line, and tells a terminal nothing: control characters are spelled out."""
     return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 

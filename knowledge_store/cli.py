@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from knowledge_store.answers import Format, aligned
-from knowledge_store.console import command_errors, messages, note, output, visible
+from knowledge_store.answers import Format, aligned, visible
+from knowledge_store.console import command_errors, messages, note, output
 from knowledge_store.errors import InputError
 from knowledge_store.isolation import asked
 from knowledge_store.limits import MEMORY_LIMIT, TIMEOUT

@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr
 import typer
 from rich.console import Console
 
+from knowledge_store.answers import visible
 from knowledge_store.errors import KnowledgeStoreError
 
 output = Console(soft_wrap=True, highlight=False)
@@ -19,11 +20,6 @@ messages = Console(stderr=True, soft_wrap=True, highlight=False)
 
 BAD_INPUT = 2
 INTERRUPTED = 130
-
-
-def visible(text: str) -> str:
-    """Text that stays on its line, and tells a terminal nothing: control characters are spelled out."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def note(text: str) -> None:

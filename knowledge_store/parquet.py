@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from knowledge_store.checked_file import DIGESTS_KEY, CheckedFile, DigestingFile, open_regular, read_footer
 from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
 from knowledge_store.pages import RowGroup, check_row_group, check_statistics, parse_footer
-from knowledge_store.publication import publish
+from knowledge_store.publication import disk_errors, publish
 from knowledge_store.records import is_sha256
 
 COMPRESSION = "zstd"
@@ -143,11 +143,9 @@ def publish_table(
     # Nothing vouches for that file yet but itself, and from now on its record will: whatever can be checked is.
     try:
         record = describe(path)
-        file = open_parquet(path, record.bytes, record.sha256, record.footer_sha256)
-        found = read_file(path, record)
+        found = read_with_statistics(path, record)
         if not same_rows(found, table):
             raise ValueError("it does not have the rows that belong there")
-        check_statistics(found, file.stated)
     except (DamageError, ValueError) as error:
         raise DamageError(
             f"{path} has no commit record that vouches for it, and cannot be used ({error}): delete that file and run the same"
@@ -176,7 +174,23 @@ def read_file(path: Path, record: FileRecord) -> pa.Table:
         DamageError: it is not what its record says, or claims to hold what it cannot.
         StoreError: it cannot be read.
     """
+    return _read_all(open_parquet(path, record.bytes, record.sha256, record.footer_sha256))
+
+
+def read_with_statistics(path: Path, record: FileRecord) -> pa.Table:
+    """`read_file`, and the footer's statistics, by which SQL leaves out row groups, are looked at too.
+
+    Raises:
+        DamageError, StoreError: as of `read_file`.
+        ValueError: the statistics are not those of the rows.
+    """
     file = open_parquet(path, record.bytes, record.sha256, record.footer_sha256)
+    table = _read_all(file)
+    check_statistics(table, file.stated)
+    return table
+
+
+def _read_all(file: TableFile) -> pa.Table:
     tables = list(read_row_groups(file))
     return pa.concat_tables(tables) if tables else file.schema_arrow.empty_table().replace_schema_metadata(None)
 
@@ -213,14 +227,13 @@ def check_whole(path: Path, record: FileRecord) -> None:
         DamageError: it is not, or is missing.
         StoreError: it cannot be read.
     """
-    try:
-        with open(path, "rb", opener=open_regular) as file:
-            sized = os.fstat(file.fileno()).st_size == record.bytes  # a sparse file may be of any size
-            intact = sized and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-    except FileNotFoundError:
-        raise DamageError(f"{path} is missing") from None
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {error.strerror}") from None
+    with disk_errors("read", path):
+        try:
+            with open(path, "rb", opener=open_regular) as file:
+                sized = os.fstat(file.fileno()).st_size == record.bytes  # a sparse file may be of any size
+                intact = sized and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+        except FileNotFoundError:
+            raise DamageError(f"{path} is missing") from None
     if not intact:
         raise DamageError(f"{path} is damaged: its contents are not those that were published")
 

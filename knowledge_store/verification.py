@@ -23,8 +23,7 @@ from knowledge_store.layout import (
     table_path,
 )
 from knowledge_store.manifest import Manifest, read_manifest
-from knowledge_store.pages import check_statistics
-from knowledge_store.parquet import FileRecord, describe, open_parquet, read_file, row_group_ends
+from knowledge_store.parquet import FileRecord, describe, read_with_statistics, row_group_ends
 from knowledge_store.publication import TEMPORARY_PREFIX
 from knowledge_store.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
 from knowledge_store.store import check_store
@@ -59,10 +58,9 @@ def _check_file(path: Path, record: FileRecord, schema: pa.Schema) -> pa.Table:
         raise DamageError(f"{path} is damaged: its contents are not those that were published")
     if found != record:
         raise DamageError(f"{path} does not match its commit record")
-    table = read_file(path, record)
+    table = read_with_statistics(path, record)
     if not table.schema.equals(schema):
         raise DamageError(f"{path} does not have the columns of its table")
-    check_statistics(table, open_parquet(path, record.bytes, record.sha256, record.footer_sha256).stated)
     return table
 
 

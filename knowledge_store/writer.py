@@ -237,12 +237,11 @@ class DumpWriter:
         Raises:
             StoreError: it was removed, or removed and made anew from something else.
         """
-        try:
-            unchanged = (self.folder / MANIFEST_FILE).read_bytes() == self._standing
-        except FileNotFoundError:
-            raise StoreError(f"{self.folder} was removed while it was being written") from None
-        except OSError as error:
-            raise StoreError(f"cannot read {self.folder / MANIFEST_FILE}: {error.strerror}") from None
+        with disk_errors("read", self.folder / MANIFEST_FILE):
+            try:
+                unchanged = (self.folder / MANIFEST_FILE).read_bytes() == self._standing
+            except FileNotFoundError:
+                raise StoreError(f"{self.folder} was removed while it was being written") from None
         if not unchanged:
             raise StoreError(f"{self.folder} was removed, and made anew from something else, while it was being written")
 
