@@ -143,7 +143,7 @@ def publish_table(
     # Nothing vouches for that file yet but itself, and from now on its record will: whatever can be checked is.
     try:
         record = describe(path)
-        found = read_with_statistics(path, record)
+        found = read_with_statistics(path, record, table.schema)
         if not same_rows(found, table):
             raise ValueError("it does not have the rows that belong there")
     except (DamageError, ValueError) as error:
@@ -177,15 +177,17 @@ def read_file(path: Path, record: FileRecord) -> pa.Table:
     return _read_all(open_parquet(path, record.bytes, record.sha256, record.footer_sha256))
 
 
-def read_with_statistics(path: Path, record: FileRecord) -> pa.Table:
-    """`read_file`, and the footer's statistics, by which SQL leaves out row groups, are looked at too.
+def read_with_statistics(path: Path, record: FileRecord, schema: pa.Schema) -> pa.Table:
+    """`read_file`, and its columns and the footer's statistics, by which SQL leaves out row groups, are looked at too.
 
     Raises:
-        DamageError, StoreError: as of `read_file`.
+        DamageError, StoreError: as of `read_file`, or it has other columns than `schema`.
         ValueError: the statistics are not those of the rows.
     """
     file = open_parquet(path, record.bytes, record.sha256, record.footer_sha256)
     table = _read_all(file)
+    if not table.schema.equals(schema):
+        raise DamageError(f"{path} does not have the columns of its table")
     check_statistics(table, file.stated)
     return table
 
