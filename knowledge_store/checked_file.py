@@ -15,6 +15,7 @@ import hashlib
 import os
 import stat
 import weakref
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import lru_cache
@@ -25,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
-from knowledge_store.pages import Footer, parse_footer
+from knowledge_store.pages import Chunk, Footer, check_chunk, parse_footer
 
 MAGIC = b"PAR1"
 BLOCK_BYTES = 16 * 1024
@@ -114,6 +115,17 @@ def read_footer(path: Path, descriptor: int, size: int) -> bytes:
     return _pread(path, descriptor, size - length, size, size)
 
 
+def unreadable(path: Path, error: Exception) -> KnowledgeStoreError:
+    """What to say of a file that could not be read: what the system refuses is not the file's damage."""
+    if isinstance(error, KnowledgeStoreError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        return DamageError(f"{path} is missing")
+    if isinstance(error, OSError) and error.errno:
+        return StoreError(f"cannot read {path}: {os.strerror(error.errno)}")
+    return DamageError(f"{path} is damaged: {error}")
+
+
 class _Descriptor:
     """An open file that is closed when nobody holds it."""
 
@@ -135,9 +147,7 @@ class CheckedFile:
 
     Args:
         path, size, sha256, footer_sha256: where it is, and its record.
-        schema, rows: what it must hold, for a reader that does not look; None for any.
         opened: opens it; None keeps it open as long as this object lives.
-        errors: what is raised is added here too, for a caller whom the exception cannot reach.
     """
 
     closed = False
@@ -148,16 +158,11 @@ class CheckedFile:
         size: int,
         sha256: str,
         footer_sha256: str,
-        schema: pa.Schema | None = None,
-        rows: int | None = None,
         opened: Callable[[Path], _Descriptor] | None = None,
-        errors: list[KnowledgeStoreError] | None = None,
     ):
         self.path = path
         self.size, self._sha256, self._footer_sha256 = size, sha256, footer_sha256
-        self._schema, self._rows = schema, rows
         self._opened = opened or open_files(1)
-        self._errors = errors
         self._place = 0
         self._footer = b""
         self._digests = b""
@@ -173,11 +178,6 @@ class CheckedFile:
         if hashlib.sha256(footer).hexdigest() != self._footer_sha256:
             raise DamageError(f"{self.path} is damaged: its footer is not the one that was published")
         self._stated = parse_footer(footer, self.size)
-        if self._schema is not None:
-            # Where a file lacks a column, Arrow's datasets would make one of nulls.
-            schema = pq.read_schema(pa.BufferReader(MAGIC + footer))
-            if not schema.equals(self._schema) or sum(group.rows for group in self._stated.groups) != self._rows:
-                raise DamageError(f"{self.path} is damaged: it does not have the columns and rows of its table")
         if DIGESTS_KEY in self._stated.metadata:
             self._digests = bytes.fromhex(self._stated.metadata[DIGESTS_KEY].decode())
         elif self._sha256 in _computed:
@@ -245,20 +245,8 @@ class CheckedFile:
             if not self._footer:
                 self._open()
             return self._checked(start, min(end, self.size))
-        except FileNotFoundError:
-            raise self._noted(DamageError(f"{self.path} is missing")) from None
-        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-            if isinstance(error, OSError) and error.errno:
-                raise self._noted(StoreError(f"cannot read {self.path}: {error.strerror}")) from None
-            raise self._noted(DamageError(f"{self.path} is damaged: {error}")) from None
-        except DamageError as error:
-            raise self._noted(error) from None
-
-    def _noted(self, error: KnowledgeStoreError) -> KnowledgeStoreError:
-        if self._errors is not None:
-            # Another one of the same words: this one's traceback will lead to whoever holds this file.
-            self._errors.append(type(error)(str(error)))
-        return error
+        except (OSError, ValueError, MemoryError) as error:
+            raise unreadable(self.path, error) from None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a place in the file."""
@@ -271,3 +259,69 @@ class CheckedFile:
 
     def close(self) -> None:
         """It is closed when nobody holds it."""
+
+    def again(self) -> CheckedFile:
+        """The same file, to be read from a place of its own."""
+        return CheckedFile(self.path, self.size, self._sha256, self._footer_sha256, self._opened)
+
+
+class GuardedFile(CheckedFile):
+    """A published Parquet file for a reader that looks at nothing itself, such as Arrow's datasets.
+
+    It has the columns and rows of its table, and what a column chunk claims to hold is checked before any of it is handed out.
+
+    Args:
+        path, size, sha256, footer_sha256, opened: as of `CheckedFile`.
+        schema, rows: what it must hold.
+        errors: what is raised is added here too, for a caller whom the exception cannot reach.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        size: int,
+        sha256: str,
+        footer_sha256: str,
+        opened: Callable[[Path], _Descriptor],
+        schema: pa.Schema,
+        rows: int,
+        errors: list[KnowledgeStoreError],
+    ):
+        super().__init__(path, size, sha256, footer_sha256, opened)
+        self._schema, self._rows, self._errors = schema, rows, errors
+        self._starts: list[int] | None = None
+        self._chunks: list[tuple[int, Chunk]] = []
+
+    def read(self, count: int = -1) -> memoryview:
+        """The next `count` bytes, fewer at the end of the file.
+
+        Raises:
+            DamageError: they are not those that were published, or claim to hold what they cannot.
+            StoreError: they cannot be read.
+        """
+        start = self._place
+        try:
+            data = super().read(count)
+            if self._starts is None:
+                self._starts = self._look()
+            first, last = bisect_left(self._starts, start), bisect_left(self._starts, self._place)
+            for group, chunk in self._chunks[first:last]:
+                check_chunk(self, group, chunk)
+            del self._starts[first:last], self._chunks[first:last]
+            return data
+        except (KnowledgeStoreError, OSError, ValueError, MemoryError, pa.ArrowException) as error:
+            found = unreadable(self.path, error)
+            # Another one of the same words: this one's traceback will lead to whoever holds this file.
+            self._errors.append(type(found)(str(found)))
+            raise found from None
+
+    def _look(self) -> list[int]:
+        """Check columns and rows, and note the column chunks. Returns where each begins, in order."""
+        # Where a file lacks a column, Arrow's datasets would make one of nulls.
+        schema = pq.read_schema(pa.BufferReader(MAGIC + self._footer))
+        groups = self._stated.groups
+        if not schema.equals(self._schema) or sum(group.rows for group in groups) != self._rows:
+            raise DamageError(f"{self.path} is damaged: it does not have the columns and rows of its table")
+        chunks = ((number, chunk) for number, group in enumerate(groups) for chunk in group.chunks)
+        self._chunks = sorted(chunks, key=lambda each: each[1].start)
+        return [chunk.start for _, chunk in self._chunks]

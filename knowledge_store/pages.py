@@ -268,6 +268,8 @@ def parse_footer(footer: bytes, size: int) -> Footer:
         raise ValueError(f"its footer is none ({type(error).__name__})") from None
     if sum(group.rows for group in found) != rows:
         raise ValueError(f"its row groups do not hold the {rows:,} rows it states")
+    if sum(chunk.compressed for group in found for chunk in group.chunks) > size:
+        raise ValueError(f"its columns state more bytes than its {size:,}")
     return Footer(found, metadata)
 
 
@@ -364,26 +366,35 @@ def chunk_pages(file: CheckedFile, start: int, size: int) -> Iterator[Page]:
 
 
 def check_row_group(file: CheckedFile, group: int, stated: RowGroup, columns: Collection[str] | None = None) -> None:
-    """Make sure that the pages of a row group are what its footer states, and stand for no more than their bytes can.
+    """`check_chunk` of the columns of a row group that are to be read; None for all.
+
+    Raises:
+        ValueError, DamageError, StoreError: as of `check_chunk`.
+    """
+    for chunk in stated.chunks:
+        if columns is None or chunk.column in columns:
+            check_chunk(file, group, chunk)
+
+
+def check_chunk(file: CheckedFile, group: int, chunk: Chunk) -> None:
+    """Make sure that the pages of a column chunk are what the footer states, and stand for no more than their bytes can.
 
     Args:
         file: a Parquet file.
-        group: number of the row group, stated: by the footer.
-        columns: the columns that are to be read; None for all.
+        group: number of the row group that the chunk is of.
+        chunk: as the footer states it.
 
     Raises:
         ValueError: they do not; says what.
         DamageError, StoreError: the file is not what was published, or cannot be read.
     """
-    for chunk in stated.chunks:
-        if columns is None or chunk.column in columns:
-            texts = _check_chunk(chunk, file)
-            if texts * chunk.values > MOST_BYTES:
-                _check_texts(file, group, chunk.column, max(MOST_BYTES, BYTES_PER_BYTE * chunk.compressed))
+    texts = _check_pages(chunk, file)
+    if texts * chunk.values > MOST_BYTES:
+        _check_texts(file, group, chunk.column, max(MOST_BYTES, BYTES_PER_BYTE * chunk.compressed))
 
 
-def _check_chunk(chunk: Chunk, file: CheckedFile) -> int:
-    """Check one column chunk. Returns the bytes of its dictionary of texts, 0 without one."""
+def _check_pages(chunk: Chunk, file: CheckedFile) -> int:
+    """Check all but texts. Returns the bytes of the chunk's dictionary of texts, 0 without one."""
     name, size = chunk.path, chunk.compressed
     if chunk.codec not in (0, 6):
         codec = _CODECS.get(chunk.codec, "what is not known")
@@ -412,8 +423,10 @@ def _check_chunk(chunk: Chunk, file: CheckedFile) -> int:
 
 def _check_texts(file: CheckedFile, group: int, column: str, most: int) -> None:
     """Make sure that the texts of a column, each of which its pages may name any number of times, are not too many bytes."""
-    source = pa.PythonFile(file, mode="r")
-    with pq.ParquetFile(source, page_checksum_verification=True, read_dictionary=[column]) as texts:
+    source = pa.PythonFile(file.again(), mode="r")
+    # Whoever reads this file may be a thread of Arrow's pool for reading, and buffering ahead would wait for another of them.
+    options = {"pre_buffer": False, "page_checksum_verification": True}
+    with pq.ParquetFile(source, read_dictionary=[column], **options) as texts:
         table = texts.read_row_group(group, columns=[column], use_threads=False)
     total = 0
     for chunk in table[column].chunks:

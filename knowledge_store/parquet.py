@@ -19,10 +19,18 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from knowledge_store.checked_file import DIGESTS_KEY, CheckedFile, DigestingFile, open_regular, read_footer
-from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
+from knowledge_store.checked_file import (
+    DIGESTS_KEY,
+    CheckedFile,
+    DigestingFile,
+    GuardedFile,
+    open_regular,
+    read_footer,
+    unreadable,
+)
+from knowledge_store.errors import DamageError
 from knowledge_store.pages import RowGroup, check_row_group, check_statistics, parse_footer
-from knowledge_store.publication import disk_errors, publish
+from knowledge_store.publication import publish
 from knowledge_store.records import is_sha256
 
 COMPRESSION = "zstd"
@@ -160,13 +168,6 @@ def same_rows(found: pa.Table, table: pa.Table) -> bool:
     return found.schema.equals(table.schema) and found.select(keys).equals(table.select(keys))
 
 
-def _unreadable(path: Path, error: Exception) -> KnowledgeStoreError:
-    """What to say of a file that could not be read: what the system refuses is not the file's damage."""
-    if isinstance(error, OSError) and error.errno:
-        return StoreError(f"cannot read {path}: {os.strerror(error.errno)}")
-    return DamageError(f"{path} is damaged: {error}")
-
-
 def read_file(path: Path, record: FileRecord) -> pa.Table:
     """All of a file.
 
@@ -216,10 +217,8 @@ def describe(path: Path) -> FileRecord:
                 column_bytes[chunk.column] = column_bytes.get(chunk.column, 0) + chunk.compressed
         rows = sum(group.rows for group in groups)
         return FileRecord(size, sha256, hashlib.sha256(footer).hexdigest(), rows, column_bytes)
-    except FileNotFoundError:
-        raise DamageError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def check_whole(path: Path, record: FileRecord) -> None:
@@ -229,13 +228,12 @@ def check_whole(path: Path, record: FileRecord) -> None:
         DamageError: it is not, or is missing.
         StoreError: it cannot be read.
     """
-    with disk_errors("read", path):
-        try:
-            with open(path, "rb", opener=open_regular) as file:
-                sized = os.fstat(file.fileno()).st_size == record.bytes  # a sparse file may be of any size
-                intact = sized and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-        except FileNotFoundError:
-            raise DamageError(f"{path} is missing") from None
+    try:
+        with open(path, "rb", opener=open_regular) as file:
+            sized = os.fstat(file.fileno()).st_size == record.bytes  # a sparse file may be of any size
+            intact = sized and hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+    except OSError as error:
+        raise unreadable(path, error) from None
     if not intact:
         raise DamageError(f"{path} is damaged: its contents are not those that were published")
 
@@ -259,7 +257,7 @@ def open_parquet(path: Path, size: int, sha256: str, footer_sha256: str) -> Tabl
     try:
         return TableFile(CheckedFile(path, size, sha256, footer_sha256))
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def row_group_ends(path: Path, record: FileRecord) -> np.ndarray:
@@ -289,11 +287,11 @@ def read_row_group(file: TableFile, group: int, columns: list[str] | None = None
         check_row_group(file.checked, group, file.stated[group], columns)
         return file.read_row_group(group, columns=columns, use_threads=False).replace_schema_metadata(None)
     except (OSError, MemoryError, ValueError, pa.ArrowException) as error:
-        raise _unreadable(file.checked.path, error) from None
+        raise unreadable(file.checked.path, error) from None
 
 
-def dataset(files: list[CheckedFile], schema: pa.Schema) -> ds.Dataset:
-    """An Arrow dataset over files of which every byte is checked when it is read."""
+def dataset(files: list[GuardedFile], schema: pa.Schema) -> ds.Dataset:
+    """An Arrow dataset over files of which everything is checked when it is read."""
     file_format = ds.ParquetFileFormat(
         default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     )

@@ -20,7 +20,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from knowledge_store.checked_file import CheckedFile, open_files
+from knowledge_store.checked_file import GuardedFile, open_files
 from knowledge_store.errors import DamageError, KnowledgeStoreError, QueryError
 from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS
@@ -105,11 +105,11 @@ class _Catalogue:
         return f"{TABLES}.{_identifier(name)}"
 
     def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> ds.Dataset:
-        """A dump's table; every byte is checked when it is read, and what is wrong is noted: DuckDB says only that reading
+        """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
         files = [
-            CheckedFile(
-                file.path, file.bytes, file.sha256, file.footer_sha256, schema, file.rows, self._open_files, self.errors
+            GuardedFile(
+                file.path, file.bytes, file.sha256, file.footer_sha256, self._open_files, schema, file.rows, self.errors
             )
             for file in shard_files(self._store, self._index, manifest.dump, table)
         ]

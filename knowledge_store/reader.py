@@ -21,6 +21,7 @@ from knowledge_store.decoded import DecodedCache
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.index import Index
 from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.kinds.kind import check_lists
 from knowledge_store.layout import SEQUENCES, table_path
 from knowledge_store.manifest import Manifest
 from knowledge_store.parquet import TableFile, open_parquet, read_row_group, read_row_groups
@@ -29,7 +30,6 @@ from knowledge_store.sequences import sequences_schema
 
 MEMORY_BYTES = 512 * 2**20
 OPEN_FILES = 64
-MOST_PADDED = 2**27  # values of a padded row group, 1 GiB
 SHARDS = 4096  # whose sequences are kept in mind, 16 bytes each and 4 for each kind
 
 
@@ -63,16 +63,6 @@ def read_sequences(files: list[ShardFile], schema: pa.Schema, columns: list[str]
     """The `sequences` rows of the given files in order, or None when there are none."""
     tables = [group for file in files for group in read_row_groups(file.open(schema), columns)]
     return pa.concat_tables(tables) if tables else None
-
-
-def _check_padding(table: pa.Table) -> None:
-    """ValueError: decoding pads lists to the longest, and a long one among many short ones would take all memory there is."""
-    for column in table.columns:
-        if pa.types.is_list(column.type):
-            longest = pc.max(pc.list_value_length(column)).as_py() or 0
-            values = sum(len(chunk.flatten()) for chunk in column.chunks)
-            if longest * len(column) > max(MOST_PADDED, 4 * values):
-                raise ValueError(f"a list of {longest:,} values stands among lists of few")
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,7 @@ class DumpReader:
         table = read_row_group(self._open(kind, place), group)
         try:
             unpacked = KINDS[kind].unpack(table, self.manifest)
-            _check_padding(unpacked)
+            check_lists(unpacked)
             arrays = KINDS[kind].decode(unpacked)
         except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, pa.ArrowException) as error:
             raise DamageError(f"{self._files[kind][place].path} is damaged: {error}") from None
@@ -198,7 +188,7 @@ class DumpReader:
         start, end = self._first_rows(kind, place)[within : within + 2] - self._row_groups(kind, place).rows[group]
         try:
             rows = KINDS[kind].unpack(stored.slice(start, end - start), self.manifest)
-            _check_padding(rows)
+            check_lists(rows)
         except ValueError as error:
             raise DamageError(f"{path} is damaged: {error}") from None
         hashes = read_sequences([self._sequence_files[place]], self._sequences_schema, ["token_hash"])

@@ -12,6 +12,7 @@ import pyarrow as pa
 from knowledge_store.commits import CommitRecord, misplaced, read_commit
 from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.kinds import KINDS
+from knowledge_store.kinds.kind import check_lists
 from knowledge_store.layout import (
     COMMITS,
     MANIFEST_FILE,
@@ -152,6 +153,7 @@ def _check_contents(folder: Path, manifest: Manifest, commit: CommitRecord, tabl
         path = table_path(folder, name, commit.shard)
         try:
             table = kind.unpack(tables[name], manifest)
+            check_lists(table)
         except ValueError as error:
             raise DamageError(f"{path}: {error}") from None
         _check_alignment(sequences, table, kind.per, path, commit.files[name])

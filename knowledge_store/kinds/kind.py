@@ -15,6 +15,8 @@ from knowledge_store.manifest import Manifest
 
 Arrays = dict[str, np.ndarray]
 
+MOST_PADDED = 2**27  # values of a padded row group, 1 GiB
+
 
 def list_offsets(lengths: np.ndarray) -> pa.Array:
     """Where each list of an Arrow list array begins and ends, from the lists' lengths.
@@ -63,6 +65,23 @@ def decode_columns(table: pa.Table) -> Arrays:
 def no_statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
     """For kinds whose shards need no statistics."""
     return {}
+
+
+def check_lists(table: pa.Table) -> None:
+    """Make sure that `padded_lists` can be made of a table's columns: of one long list among many short ones it would take all
+    memory there is.
+
+    Raises:
+        ValueError: they cannot; says why.
+    """
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if pa.types.is_list(column.type):
+            longest = pc.max(pc.list_value_length(column)).as_py() or 0
+            values = pc.list_flatten(column)
+            if longest * len(column) > max(MOST_PADDED, 4 * len(values)):
+                raise ValueError(f"a list of {longest:,} values stands among lists of few")
+            if values.null_count:
+                raise ValueError(f"{name} has a null among its values")
 
 
 def padded_lists(column: pa.ChunkedArray, fill: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:

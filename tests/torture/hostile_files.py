@@ -29,15 +29,16 @@ from stores import read_whole, write_drawn_store
 
 from knowledge_store import KnowledgeStore, Manifest, read_calibration, verify, write_calibration
 from knowledge_store.calibration import Calibration
-from knowledge_store.checked_file import BLOCK_BYTES, DIGESTS_KEY, CheckedFile, _digest
+from knowledge_store.checked_file import BLOCK_BYTES, DIGESTS_KEY, CheckedFile, GuardedFile, _digest, open_files
 from knowledge_store.commits import read_commit
-from knowledge_store.errors import MOST_CHARACTERS, KnowledgeStoreError
+from knowledge_store.errors import MOST_CHARACTERS, DamageError, KnowledgeStoreError
 from knowledge_store.index import FILES, Index, refresh
 from knowledge_store.kinds import KINDS
 from knowledge_store.layout import SEQUENCES, TOKENS_FILE
 from knowledge_store.manifest import read_manifest
 from knowledge_store.pages import chunk_pages
-from knowledge_store.parquet import describe, open_parquet, read_row_groups
+from knowledge_store.parquet import dataset, describe, open_parquet, read_row_groups
+from knowledge_store.query import BATCH_ROWS, run_query
 from knowledge_store.reader import DumpReader, read_sequences, shard_files
 from knowledge_store.records import SEAL, canonical_json, json_sha256, unseal
 from knowledge_store.sequences import sequences_schema
@@ -187,8 +188,10 @@ class _World:
     def all_cases(self) -> Iterator[tuple[str, Callable[[], object]]]:
         """Cases without end; each cleans up behind itself."""
         while True:
-            for table, data in self.bombs().items():
-                yield "bombs", lambda table=table, data=data: self.explode(table[0], data)
+            for (table, _), data in self.bombs().items():
+                yield "bombs", self.explode(data, self.read_file(table, data))
+                if table != TOKENS_FILE:
+                    yield "bombs", self.explode(data, self.read_table(table, data, "scan"))
             for _ in range(60):
                 for _ in range(200):
                     yield "json", self.record_case()
@@ -203,16 +206,23 @@ class _World:
             self._bombs |= {(table, "text"): text_bomb(self, table) for table in (SEQUENCES, TOKENS_FILE)}
         return self._bombs
 
-    def explode(self, table: str, data: bytes) -> object:
+    def explode(self, data: bytes, read: Callable[[], object]) -> Callable[[], object]:
         """Read all of a bomb; the memory that this takes is little, whatever is refused and whatever is read."""
+
+        def case() -> object:
+            pa.default_memory_pool().release_unused()
+            before = most_memory(forget=True)
+            try:
+                return read()
+            finally:
+                grown = most_memory() - before
+                assert grown < MOST_GROWTH, f"{grown:,} bytes more for a file of {len(data):,}"
+
+        return case
+
+    def read_file(self, table: str, data: bytes) -> Callable[[], object]:
         path = self.tables[table]
-        pa.default_memory_pool().release_unused()
-        before = most_memory(forget=True)
-        try:
-            return self.with_file(path, data, lambda: [read_whole(path)])
-        finally:
-            grown = most_memory() - before
-            assert grown < MOST_GROWTH, f"{grown:,} bytes more for a file of {len(data):,}"
+        return lambda: self.with_file(path, data, lambda: [read_whole(path)])
 
     # --- records ---
 
@@ -372,7 +382,8 @@ class _World:
             data = self.altered_page(name, base)
         else:
             data = self.wrong_table(name)
-        return lambda: self.read_table(name, data)
+        way = self.random.random()
+        return self.read_table(name, data, "sql" if way < 0.05 else "scan" if way < 0.4 else "sequences")
 
     def altered_page(self, name: str, base: bytes) -> bytes:
         """A page's bytes altered, its checksum put right."""
@@ -432,8 +443,11 @@ class _World:
             return pa.array([self.pick(["", "\x1b[2J", "x" * 999]) for _ in range(rows)], kind)
         return None
 
-    def read_table(self, name: str, data: bytes) -> object:
-        """Read a file as the table `name` of the store, with records that say it is what was published."""
+    def read_table(self, name: str, data: bytes, way: str = "sequences") -> Callable[[], object]:
+        """Read a file as the table `name` of the store, with records that say it is what was published.
+
+        `way`: as "sequences", as a "scan" of the dataset that SQL is given, or by "sql" itself, in this very process.
+        """
         path = self.tables[name]
         data = with_own_digests(data)
 
@@ -456,6 +470,10 @@ class _World:
                     row |= {"bytes": len(data), "sha256": sha256, "footer_sha256": footer, "rows": max(0, min(rows, 2**40))}
                 rows_of_index.append(row)
             index = Index(self.index.shards, pa.Table.from_pylist(rows_of_index, schema=FILES))
+            if way == "sql":
+                return run_query(self.store, index, [self.manifest], f"SELECT * FROM {name} WHERE sequence_id > 0")
+            if way == "scan":
+                return self.scan(index, name)
             reader = DumpReader(self.store, index, self.manifest, 0)
             found = [reader.sequence(ordinal, ("positions",)) for ordinal in range(min(len(reader), 4))]
             if name == SEQUENCES:
@@ -463,7 +481,20 @@ class _World:
                 return [found, read_sequences(files, sequences_schema(self.manifest))]
             return [found, reader.kept(0, "positions")]
 
-        return self.with_file(path, data, case)
+        return lambda: self.with_file(path, data, case)
+
+    def scan(self, index: Index, name: str) -> pa.Table:
+        """All rows of a table as DuckDB is given them. What goes wrong there is told apart by the files' own errors."""
+        schema = sequences_schema(self.manifest) if name == SEQUENCES else KINDS[name].stored_schema(self.manifest)
+        errors: list[KnowledgeStoreError] = []
+        files = [
+            GuardedFile(file.path, file.bytes, file.sha256, file.footer_sha256, open_files(8), schema, file.rows, errors)
+            for file in shard_files(self.store, index, "small", name)
+        ]
+        try:
+            return dataset(files, schema).to_table(batch_size=BATCH_ROWS)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise errors[0] if errors else DamageError(str(error)) from None
 
 
 def most_memory(forget: bool = False) -> int:
