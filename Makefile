@@ -14,7 +14,7 @@ demo: .venv/demo .venv/teacher
 test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # TEXT: a .txt file to measure on, such as WikiText-2's test split; without it, the language reference that Python carries.
 bench: .venv/demo .venv/teacher $(GEMMA)

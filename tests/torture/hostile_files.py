@@ -107,7 +107,7 @@ def _cases(seed: int, minutes: float, folder: Path, result: Path, trials: int | 
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     counts: Counter[str] = Counter(dict.fromkeys(("faults", "survived", "refused", "silent", "json", "parquet", "bombs"), 0))
-    world = _World(folder / "work", np.random.default_rng(seed))
+    world = World(folder / "work", np.random.default_rng(seed))
     world.bombs()  # to make one takes what to read one must not
     pa.default_memory_pool().release_unused()
     limit = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES
@@ -149,7 +149,7 @@ def tried(case: Callable[[], object]) -> str:
     return "read"
 
 
-class _World:
+class World:
     """A small sound store, and every way to spoil it."""
 
     def __init__(self, folder: Path, random: np.random.Generator):
@@ -550,7 +550,7 @@ def _rewritten(path: Path, plain: bool = False, **options: Any) -> bytes:
 # --- bombs ------------------------------------------------------------------------------------------------------------------
 
 
-def stored(world: _World, rows: int, **columns: pa.Array) -> pa.Table:
+def stored(world: World, rows: int, **columns: pa.Array) -> pa.Table:
     """A table of positions of `rows` rows, all alike, but for some columns."""
     schema = KINDS["positions"].stored_schema(world.manifest)
     made = [columns[field.name] if field.name in columns else pa.nulls(rows, field.type) for field in schema]
@@ -562,12 +562,12 @@ def stored(world: _World, rows: int, **columns: pa.Array) -> pa.Table:
     return pa.table(made, schema=schema)
 
 
-def many_rows(world: _World) -> bytes:
+def many_rows(world: World) -> bytes:
     """Five million rows of nothing, in one row group."""
     return written(stored(world, 5_000_000), row_group_size=2**26)
 
 
-def many_row_groups(world: _World) -> bytes:
+def many_row_groups(world: World) -> bytes:
     """Two thousand row groups, and nothing in any."""
     file = io.BytesIO()
     table = stored(world, 0)
@@ -577,20 +577,20 @@ def many_row_groups(world: _World) -> bytes:
     return file.getvalue()
 
 
-def compressed_zeros(world: _World) -> bytes:
+def compressed_zeros(world: World) -> bytes:
     """Three hundred megabytes of zeros, in a few kilobytes."""
     zeros = pa.array([bytes(300_000_000)])
     return written(stored(world, 1, candidate_ids=zeros), use_dictionary=False, compression_level=1, write_statistics=False)
 
 
-def counted_zeros(world: _World) -> bytes:
+def counted_zeros(world: World) -> bytes:
     """Ten million times the same entry of a dictionary."""
     values = pa.array(np.zeros(10_000_000, np.uint32))
     lists = pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
     return written(stored(world, 1, tail_ids=lists))
 
 
-def repeated_text(world: _World) -> bytes:
+def repeated_text(world: World) -> bytes:
     """One text of a megabyte, at each of two thousand positions."""
     texts = pa.array([b"\0" * 1_000_000])
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2_000, np.int32)), texts)
@@ -599,7 +599,7 @@ def repeated_text(world: _World) -> bytes:
     return written(table, dictionary_pagesize_limit=2**24)
 
 
-def prefixed_text(world: _World) -> bytes:
+def prefixed_text(world: World) -> bytes:
     """Texts that each repeat the one before: a megabyte for two bytes."""
     texts = pa.array([b"\0" * 1_000_000] * 30)
     return written(
@@ -609,7 +609,7 @@ def prefixed_text(world: _World) -> bytes:
     )
 
 
-def text_bomb(world: _World, name: str) -> bytes:
+def text_bomb(world: World, name: str) -> bytes:
     """A long text again and again in a table of texts."""
     table = pq.read_table(io.BytesIO(world.sound[world.tables[name]]))
     column = "text" if name == TOKENS_FILE else "file"
@@ -620,7 +620,7 @@ def text_bomb(world: _World, name: str) -> bytes:
     return written(wide.set_column(at, column, texts), dictionary_pagesize_limit=2**24)
 
 
-BOMBS: list[Callable[[_World], bytes]] = [
+BOMBS: list[Callable[[World], bytes]] = [
     many_rows,
     many_row_groups,
     compressed_zeros,
