@@ -43,7 +43,7 @@ from measurement import RESULTS, keep
 
 import knowledge_store.parquet
 import knowledge_store.writer
-from knowledge_store import DumpWriter, KnowledgeStore, Manifest
+from knowledge_store import DumpWriter, KnowledgeStore, Manifest, Shard
 from knowledge_store.commits import CommitRecord
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.layout import COMMITS, INDEX_FILE, MANIFEST_FILE, SEQUENCES, commit_path, table_path
@@ -141,7 +141,9 @@ def write_shards(store: Path, shards: int, written: int, sequences: int, length:
     for shard in range(written):
         arrays = knowledge(random, sequences, length)
         rows = sequence_rows(shard * sequences, arrays["token_id"].reshape(sequences, length))
-        record = writer.commit(shard, shard * sequences, sequences, rows, {"positions": arrays}, [], {"device": "numbers"})
+        record = writer.commit(
+            Shard(shard, shard * sequences, sequences, rows, {"positions": arrays}, made_by={"device": "numbers"})
+        )
     return record
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from knowledge_store.store import KnowledgeStore
     from knowledge_store.summary import DumpSummary
     from knowledge_store.verification import Verification, verify
-    from knowledge_store.writer import DumpWriter
+    from knowledge_store.writer import DumpWriter, Shard
 
 # Where each name is. It is loaded when it is first asked for: the command need not wait for libraries that its child loads.
 _MODULES = {
@@ -34,7 +34,7 @@ _MODULES = {
     "store": ("KnowledgeStore",),
     "summary": ("DumpSummary",),
     "verification": ("Verification", "verify"),
-    "writer": ("DumpWriter",),
+    "writer": ("DumpWriter", "Shard"),
 }
 
 
@@ -59,6 +59,7 @@ __all__ = [
     "Manifest",
     "MismatchError",
     "QueryError",
+    "Shard",
     "StoreError",
     "Verification",
     "read_calibration",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import os
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,28 @@ from knowledge_store.store import check_store, check_store_file
 from knowledge_store.verification import shard_damage
 
 ROW_GROUP_POSITIONS = 32_768
+
+
+@dataclass(frozen=True)
+class Shard:
+    """All there is to publish of a shard.
+
+    Attributes:
+        number: in the plan.
+        first_document, documents: what part of the plan it covers.
+        sequences: rows of the `sequences` table, in order.
+        knowledge: for each kind, its arrays over all rows of the shard (see each kind's `encode`).
+        skipped: rows of the corpus that were left out: {"file", "row", "reason"}.
+        made_by: versions, device, host, times.
+    """
+
+    number: int
+    first_document: int
+    documents: int
+    sequences: list[dict[str, Any]]
+    knowledge: dict[str, Arrays]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    made_by: dict[str, Any] = field(default_factory=dict)
 
 
 def create_store(path: Path) -> None:
@@ -303,25 +325,8 @@ class DumpWriter:
         """What is damaged of a committed shard, one sentence for each file; of one that is not committed, nothing."""
         return list(shard_damage(self.folder, self.manifest, shard).values()) if self.committed(shard) else []
 
-    def commit(
-        self,
-        shard: int,
-        first_document: int,
-        documents: int,
-        sequences: list[dict[str, Any]],
-        knowledge: dict[str, Arrays],
-        skipped: list[dict[str, Any]],
-        made_by: dict[str, Any],
-    ) -> CommitRecord:
+    def commit(self, shard: Shard) -> CommitRecord:
         """Publish a shard's files, then its commit record.
-
-        Args:
-            shard: its number in the plan.
-            first_document, documents: what part of the plan it covers.
-            sequences: rows of the `sequences` table, in order.
-            knowledge: for each kind, its arrays over all rows of the shard (see each kind's `encode`).
-            skipped: rows of the corpus that were left out: {"file", "row", "reason"}.
-            made_by: versions, device, host, times.
 
         Returns:
             the record that stands in the store, whoever wrote it.
@@ -331,41 +336,29 @@ class DumpWriter:
             DamageError: a file of an unfinished run does not belong there; names it.
             StoreError: a file cannot be written (names it), or the dump was removed.
         """
-        tables, statistics = self._tables(shard, sequences, knowledge)
+        tables, statistics = self._tables(shard)
         files: dict[str, FileRecord] = {}
         for name, (table, rows_in_groups) in tables.items():
             self._check_standing()
             try:
-                files[name], published = publish_table(table_path(self.folder, name, shard), table, rows_in_groups)
+                files[name], published = publish_table(table_path(self.folder, name, shard.number), table, rows_in_groups)
             except DamageError:  # of a dump that was removed meanwhile, no file is where it was
                 self._check_standing()
                 raise
             if name in KINDS and published is not table:  # another writer's
                 statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
-        record = self._record(shard, first_document, documents, files, statistics, skipped, made_by)
-        path = commit_path(self.folder, shard)
+        record = self._record(shard, files, statistics)
+        path = commit_path(self.folder, shard.number)
         self._check_standing()
         if publish_bytes(path, record.to_bytes()):
             return record
         return read_commit(path)
 
-    def repair(
-        self,
-        shard: int,
-        first_document: int,
-        documents: int,
-        sequences: list[dict[str, Any]],
-        knowledge: dict[str, Arrays],
-        skipped: list[dict[str, Any]],
-        made_by: dict[str, Any],
-    ) -> CommitRecord:
+    def repair(self, shard: Shard) -> CommitRecord:
         """Put what is damaged of a committed shard in order. What is sound of it stays as it is.
 
         Everything new is written and flushed first. Then files take their places, one by one, and a new commit record last;
         none is needed where they are what the old one says, byte for byte. Cut off in between, the shard is still damaged.
-
-        Args:
-            as for `commit`.
 
         Returns:
             the record that stands in the store.
@@ -374,17 +367,17 @@ class DumpWriter:
             MismatchError: a sound file of the shard has other rows than these.
             InputError, StoreError: as for `commit`.
         """
-        tables, statistics = self._tables(shard, sequences, knowledge)
-        path = commit_path(self.folder, shard)
+        tables, statistics = self._tables(shard)
+        path = commit_path(self.folder, shard.number)
         with alone(path.parent), ExitStack() as stack:
-            damage = shard_damage(self.folder, self.manifest, shard)
+            damage = shard_damage(self.folder, self.manifest, shard.number)
             if not damage:
                 return read_commit(path)  # another process was quicker
             standing = None if COMMITS in damage else read_commit(path)
             files: dict[str, FileRecord] = {}
             ready: list[tuple[Path, Path]] = []
             for name, (table, rows_in_groups) in tables.items():
-                place = table_path(self.folder, name, shard)
+                place = table_path(self.folder, name, shard.number)
                 if standing is not None and name not in damage:
                     files[name], sound = standing.files[name], _same_rows(place, standing.files[name], table)
                     if name in KINDS:
@@ -395,54 +388,44 @@ class DumpWriter:
                     files[name] = describe(temporary)
                     ready.append((temporary, place))
             if standing is None or files != standing.files:
-                standing = self._record(shard, first_document, documents, files, statistics, skipped, made_by)
+                standing = self._record(shard, files, statistics)
                 write = partial(write_bytes, data=standing.to_bytes())
                 ready.append((stack.enter_context(prepared(path, write)), path))
             for temporary, place in ready:
                 put_in_place(temporary, place)
             return standing
 
-    def _record(
-        self,
-        shard: int,
-        first_document: int,
-        documents: int,
-        files: dict[str, FileRecord],
-        statistics: dict[str, float],
-        skipped: list[dict[str, Any]],
-        made_by: dict[str, Any],
-    ) -> CommitRecord:
+    def _record(self, shard: Shard, files: dict[str, FileRecord], statistics: dict[str, float]) -> CommitRecord:
         """The record of a shard that is committed now."""
         return CommitRecord(
             dump=self.manifest.dump,
-            shard=shard,
+            shard=shard.number,
             identity=self.manifest.identity_sha256,
-            first_document=first_document,
-            documents=documents,
+            first_document=shard.first_document,
+            documents=shard.documents,
             files=files,
             statistics=statistics,
-            skipped=skipped,
-            made_by={**made_by, "committed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
+            skipped=shard.skipped,
+            made_by={**shard.made_by, "committed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
         )
 
-    def _tables(
-        self, shard: int, sequences: list[dict[str, Any]], knowledge: dict[str, Arrays]
-    ) -> tuple[dict[str, tuple[pa.Table, list[int]]], dict[str, float]]:
+    def _tables(self, shard: Shard) -> tuple[dict[str, tuple[pa.Table, list[int]]], dict[str, float]]:
         """The tables of a shard as they are stored, with how many rows go into each row group, and the shard's statistics.
 
         Raises:
             InputError: the knowledge is not made of finite numbers.
         """
-        lengths = np.array([row["length"] for row in sequences], dtype=np.int64)
-        ids = np.array([row["sequence_id"] for row in sequences], dtype=np.int64)
+        lengths = np.array([row["length"] for row in shard.sequences], dtype=np.int64)
+        ids = np.array([row["sequence_id"] for row in shard.sequences], dtype=np.int64)
         groups = row_groups(lengths)
-        tables = {SEQUENCES: (sequences_table(sequences, self.manifest), [len(sequences)])}
+        tables = {SEQUENCES: (sequences_table(shard.sequences, self.manifest), [len(shard.sequences)])}
         statistics: dict[str, float] = {}
         for name in self.manifest.kinds:
-            table, rows_in_groups = self._knowledge(KINDS[name], knowledge[name], ids, lengths, groups)
+            table, rows_in_groups = self._knowledge(KINDS[name], shard.knowledge[name], ids, lengths, groups)
             numbers = self._statistics(KINDS[name], table)
             if _has_nan(table) or not np.isfinite(list(numbers.values())).all():
-                raise InputError(f"knowledge of shard {shard} of {self.manifest.dump!r} is NaN or infinite: it is not written")
+                what = f"knowledge of shard {shard.number} of {self.manifest.dump!r}"
+                raise InputError(f"{what} is NaN or infinite: it is not written")
             tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
             statistics.update(numbers)
         return tables, statistics

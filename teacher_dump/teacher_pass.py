@@ -31,7 +31,7 @@ from knowledge_store.progress import Advance, progress_bar
 from knowledge_store.publication import TEMPORARY_PREFIX, disk_errors
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.store import check_store
-from knowledge_store.writer import DumpWriter, repair_manifest, repair_store_file
+from knowledge_store.writer import DumpWriter, Shard, repair_manifest, repair_store_file
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus import check_files
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
@@ -382,7 +382,7 @@ def publish_shard(
         )
     arrays = {kind: joined(each) for kind, each in knowledge.items()}
     publish = writer.repair if repair else writer.commit
-    return publish(shard.shard, shard.first_document, shard.documents, rows, arrays, shard.skipped, made_by)
+    return publish(Shard(shard.shard, shard.first_document, shard.documents, rows, arrays, shard.skipped, made_by))
 
 
 def joined(knowledge: list[Arrays]) -> Arrays:

@@ -113,6 +113,12 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+def skip_for(reason: str | None) -> None:
+    """Skip a test for a reason that it cannot run here, if there is one."""
+    if reason is not None:
+        pytest.skip(reason)
+
+
 @pytest.fixture(scope="session")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher that nobody may change."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from knowledge_store import DumpWriter, Manifest
+from knowledge_store import DumpWriter, Manifest, Shard
 from knowledge_store.kinds import Arrays
 from knowledge_store.parquet import describe, read_file
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
@@ -111,7 +111,7 @@ def commit(writer: DumpWriter, shard: int, knowledge: list[Arrays], repair: bool
         for index, arrays in enumerate(knowledge)
     ]
     publish = writer.repair if repair else writer.commit
-    publish(shard, first, DOCUMENTS, rows, {"positions": joined(knowledge)}, [], MADE_BY)
+    publish(Shard(shard, first, DOCUMENTS, rows, {"positions": joined(knowledge)}, made_by=MADE_BY))
 
 
 def write_store(

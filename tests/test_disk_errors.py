@@ -8,7 +8,7 @@ import time
 
 import pyarrow as pa
 import pytest
-from conftest import story_rows, write_jsonl
+from conftest import skip_for, story_rows, write_jsonl
 from stores import read_whole
 from torture import disk_errors, journal_disk
 
@@ -18,17 +18,13 @@ from teacher_dump import DumpConfig, dump
 
 
 def test_a_disk_that_refuses_calls_of_chance(memory_folder):
-    reason = disk_errors.unavailable(memory_folder)
-    if reason is not None:
-        pytest.skip(reason)
+    skip_for(disk_errors.unavailable(memory_folder))
     counts = disk_errors.run(seed=1, minutes=4, folder=memory_folder, trials=3)
     assert counts["calls"] == 3
     assert counts["refused"] > 0
     assert counts["survived"] == counts["faults"]
     assert counts["silent"] == 0
-    reason = journal_disk.unavailable(memory_folder)
-    if reason is not None:
-        pytest.skip(f"but for short writes and full disks: {reason}")
+    skip_for(journal_disk.unavailable(memory_folder))  # of short writes and full disks
     assert counts["short_writes"] == counts["full_disks"] == 3
 
 

@@ -29,7 +29,7 @@ from stores import (
     write_store,
 )
 
-from knowledge_store import DumpWriter, InputError, KnowledgeStore, verify
+from knowledge_store import DumpWriter, InputError, KnowledgeStore, Shard, verify
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import list_offsets
 from knowledge_store.kinds.positions import quantise
@@ -458,7 +458,7 @@ def test_a_shard_without_sequences(tmp_path):
     commit(writer, 0, [])
     commit(writer, 1, random_sequences(1, 2))
     skipped = [{"file": "numbers.jsonl", "row": row, "reason": "no text"} for row in range(201, 205)]
-    record = writer.commit(2, 200, 100, [], {"positions": {}}, skipped, {})
+    record = writer.commit(Shard(2, 200, 100, [], {"positions": {}}, skipped))
     assert (record.files["positions"].rows, record.statistics["predictions"]) == (0, 0)
     found = verify(store)
     assert (found.damage, found.shards) == ([], 3)
@@ -479,7 +479,7 @@ def test_context_without_knowledge_and_with_it(tmp_path):
     kept = {**knowledge_of(tokens, logits, 3, targets), "has_knowledge": np.arange(6) > 0}
     writer = small_dump(tmp_path / "store", shards=1)
     rows = [sequence_row(0, dropped), sequence_row(1, kept)]
-    writer.commit(0, 0, 100, rows, {"positions": joined([dropped, kept])}, [], {})
+    writer.commit(Shard(0, 0, 100, rows, {"positions": joined([dropped, kept])}))
     assert not verify(tmp_path / "store").damage
     opened = KnowledgeStore.open(tmp_path / "store")
     assert opened[0]["has_knowledge"].tolist() == [False, False, False, True, True, True]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from conftest import skip_for
 from torture import kills
 
 
 def test_killed_at_calls_of_chance(memory_folder):
-    reason = kills.unavailable(memory_folder)
-    if reason is not None:
-        pytest.skip(reason)
+    skip_for(kills.unavailable(memory_folder))
     counts = kills.run(seed=1, minutes=4, folder=memory_folder, trials=6)
     assert counts["kills"] > 0
     assert counts["twins"] > 0

@@ -9,7 +9,7 @@ import pytest
 from conftest import run_command
 from stores import joined, make_manifest, random_sequences, sequence_row, words
 
-from knowledge_store import KINDS, DumpWriter, InputError, Kind, KnowledgeStore, StoreError, verify
+from knowledge_store import KINDS, DumpWriter, InputError, Kind, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.sequences import tokens_table
 
 WIDTH = 4
@@ -68,7 +68,7 @@ def folder(tmp_path, monkeypatch):
             knowledge = random_sequences(shard, 5)
             rows = [sequence_row(100 * shard + index, each) for index, each in enumerate(knowledge)]
             arrays = {"positions": joined(knowledge), **toys(shard, knowledge)}
-            writer.commit(shard, 100 * shard, 100, rows, {kind: arrays[kind] for kind in kinds}, [], {})
+            writer.commit(Shard(shard, 100 * shard, 100, rows, {kind: arrays[kind] for kind in kinds}))
     return tmp_path / "store"
 
 

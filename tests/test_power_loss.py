@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from conftest import skip_for
 from torture import power_loss
 
 
 def test_power_cuts_at_flushes_of_chance(memory_folder):
-    reason = power_loss.unavailable(memory_folder)
-    if reason is not None:
-        pytest.skip(reason)
+    skip_for(power_loss.unavailable(memory_folder))
     counts = power_loss.run(seed=1, minutes=4, folder=memory_folder, cuts=2)
     assert counts["killed_before"] > 0
     assert counts["repairs_cut"] > 0

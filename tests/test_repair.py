@@ -14,7 +14,17 @@ from stores import commit, joined, make_manifest, random_sequences, sequence_row
 from test_resume import arguments, contents
 from torture.damage import FIXTURES
 
-from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, publication, verify
+from knowledge_store import (
+    DamageError,
+    DumpWriter,
+    InputError,
+    KnowledgeStore,
+    MismatchError,
+    Shard,
+    StoreError,
+    publication,
+    verify,
+)
 from knowledge_store.commits import read_commit
 from knowledge_store.parquet import describe, read_file, write_table
 from knowledge_store.sequences import tokens_table
@@ -166,7 +176,7 @@ def repair(store: Path, shard: int, change=lambda arrays: None) -> None:
     arrays = joined(knowledge)
     change(arrays)
     rows = [sequence_row(100 * shard + index, each) for index, each in enumerate(knowledge)]
-    writer.repair(shard, 100 * shard, 100, rows, {"positions": arrays}, [], {"host": "elsewhere"})
+    writer.repair(Shard(shard, 100 * shard, 100, rows, {"positions": arrays}, made_by={"host": "elsewhere"}))
 
 
 def other_digits(arrays) -> None:

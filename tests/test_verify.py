@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_command
 from stores import joined, make_manifest, random_sequences, sequence_row, words, write_store
 
-from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, StoreError, verify
+from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.kinds import KINDS
 from knowledge_store.manifest import read_manifest
 from knowledge_store.sequences import tokens_table
@@ -259,7 +259,7 @@ def broken_rule(change) -> str:
         arrays = joined(knowledge)
         change(arrays, rows)
         writer = DumpWriter.open(folder, make_manifest(shards=1), tokens_table(words(11), words(11)))
-        writer.commit(0, 0, 100, rows, {"positions": arrays}, [], {})
+        writer.commit(Shard(0, 0, 100, rows, {"positions": arrays}))
         return verify(folder).damage
 
     return build

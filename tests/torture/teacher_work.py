@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from conftest import make_tokenizer, story_rows, write_jsonl
 
-from knowledge_store import DumpWriter
+from knowledge_store import DumpWriter, Shard
 from knowledge_store.commits import CommitRecord
 from teacher_dump import cli, teacher_pass
 from teacher_dump.teacher import Prediction, Teacher
@@ -51,12 +50,12 @@ def work(acknowledge: Callable[[int], None], corpus: str, store: str) -> None:
     torch.set_num_threads(1)
     commit = DumpWriter.commit
 
-    def acknowledged(writer: DumpWriter, shard: int, *arguments: Any) -> CommitRecord:
-        record = commit(writer, shard, *arguments)
-        acknowledge(shard)
+    def acknowledged(writer: DumpWriter, shard: Shard) -> CommitRecord:
+        record = commit(writer, shard)
+        acknowledge(shard.number)
         return record
 
-    DumpWriter.commit = acknowledged  # type: ignore[method-assign, assignment]
+    DumpWriter.commit = acknowledged  # type: ignore[method-assign]
     teacher_pass.load_teacher = lambda *arguments: TEACHER  # type: ignore[attr-defined, assignment]
     options = {"teacher": "table", "corpus": corpus, "store": store, "name": DUMP, "max-length": 40, "shard-size": SHARD_SIZE}
     sys.argv = ["teacher-dump", "run", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
