@@ -35,6 +35,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import duckdb
 import numpy as np
@@ -158,8 +159,8 @@ def copy_shard(store: Path, record: CommitRecord, shard: int) -> None:
 
 def many_shards(store: Path, shards: int, spare: int) -> CommitRecord:
     """A store of small shards (see above), with `spare` more in its plan; returns the first one's commit record."""
-    knowledge_store.writer.ROW_GROUP_POSITIONS = 32
-    record = write_shards(store, shards + spare, 1, 16, 16)
+    with patch.object(knowledge_store.writer, "ROW_GROUP_POSITIONS", 32):
+        record = write_shards(store, shards + spare, 1, 16, 16)
     for shard in range(1, shards):
         copy_shard(store, record, shard)
     return record
@@ -167,10 +168,10 @@ def many_shards(store: Path, shards: int, spare: int) -> CommitRecord:
 
 def many_positions(store: Path, positions: int) -> None:
     """A store of about that many positions, in shards of up to half a million."""
-    knowledge_store.parquet.COMPRESSION_LEVEL = 1
     length = 512
     shards = -(-positions // 500_000)
-    write_shards(store, shards, shards, -(-positions // (shards * length)), length)
+    with patch.object(knowledge_store.parquet, "COMPRESSION_LEVEL", 1):
+        write_shards(store, shards, shards, -(-positions // (shards * length)), length)
 
 
 # What is measured, each in a process of its own

@@ -291,6 +291,14 @@ class GuardedFile(CheckedFile):
         self._schema, self._rows, self._errors = schema, rows, errors
         self._starts: list[int] | None = None
         self._chunks: list[tuple[int, Chunk]] = []
+        self._at_hand: tuple[int, memoryview] = 0, memoryview(b"")
+
+    def read_at(self, start: int, end: int) -> memoryview:
+        """As of `CheckedFile`; what is about to be handed out need not be read and hashed again."""
+        first, data = self._at_hand
+        if first <= start and end <= first + len(data):
+            return data[start - first : end - first]
+        return super().read_at(start, end)
 
     def read(self, count: int = -1) -> memoryview:
         """The next `count` bytes, fewer at the end of the file.
@@ -305,6 +313,7 @@ class GuardedFile(CheckedFile):
             if self._starts is None:
                 self._starts = self._look()
             first, last = bisect_left(self._starts, start), bisect_left(self._starts, self._place)
+            self._at_hand = start, data
             for group, chunk in self._chunks[first:last]:
                 check_chunk(self, group, chunk)
             del self._starts[first:last], self._chunks[first:last]
@@ -314,6 +323,8 @@ class GuardedFile(CheckedFile):
             # Another one of the same words: this one's traceback will lead to whoever holds this file.
             self._errors.append(type(found)(str(found)))
             raise found from None
+        finally:
+            self._at_hand = 0, memoryview(b"")
 
     def _look(self) -> list[int]:
         """Check columns and rows, and note the column chunks. Returns where each begins, in order."""
