@@ -33,6 +33,7 @@ MOST_COLUMNS = 4096
 MOST_ROW_GROUPS = 2**14
 MOST_CHUNKS = 2**16  # of more than a hundred million positions
 MOST_DEPTH = 12
+MAGIC_BYTES = 4  # that a file begins with
 HEADER_BYTES = 256  # most headers of pages take less than 60
 
 _DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = range(4)
@@ -40,13 +41,17 @@ _DELTA_BYTE_ARRAY = 7  # each value names a part of the one before: a bomb by de
 _INT64, _BYTE_ARRAY = 2, 6
 _CODECS = {0: "UNCOMPRESSED", 1: "SNAPPY", 2: "GZIP", 3: "LZO", 4: "BROTLI", 5: "LZ4", 6: "ZSTD", 7: "LZ4_RAW"}
 
-# Which fields of a struct are wanted, and of which struct they are; all others are skipped.
-_Fields = dict[int, Any]
-_COUNT: _Fields = {1: None, 2: None, 4: None}
-_PAGE: _Fields = {1: None, 2: None, 3: None, 4: None, 5: _COUNT, 7: _COUNT, 8: _COUNT}
-_STATISTICS: _Fields = {1: None, 2: None, 3: None, 5: None, 6: None}
-_CHUNK: _Fields = {1: None, 3: {1: None, 3: None, 4: None, 5: None, 6: None, 7: None, 9: None, 11: None, 12: _STATISTICS}}
-_FOOTER: _Fields = {3: None, 4: {1: _CHUNK, 3: None}, 5: {1: None, 2: None}}
+# Types of Thrift. Which fields of a struct are wanted, and of which type: a list stands for a list, a dict for a struct. All
+# others are skipped, and so would a reader do with a wanted one of another type.
+_I32, _I64, _BINARY, _LIST, _STRUCT = 5, 6, 8, 9, 12
+_Type = Any  # int | list[_Type] | dict[int, _Type]
+_Fields = dict[int, _Type]
+_COUNT: _Fields = {1: _I32, 2: _I32, 4: _I32}
+_PAGE: _Fields = {1: _I32, 2: _I32, 3: _I32, 4: _I32, 5: _COUNT, 7: _COUNT, 8: _COUNT}
+_STATISTICS: _Fields = {1: _BINARY, 2: _BINARY, 3: _I64, 5: _BINARY, 6: _BINARY}
+_COLUMN: _Fields = {1: _I32, 3: [_BINARY], 4: _I32, 5: _I64, 6: _I64, 7: _I64, 9: _I64, 11: _I64, 12: _STATISTICS}
+_CHUNK: _Fields = {1: _BINARY, 3: _COLUMN}
+_FOOTER: _Fields = {3: _I64, 4: [{1: [_CHUNK], 3: _I64}], 5: [{1: _BINARY, 2: _BINARY}]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,37 +202,33 @@ def _struct(data: bytes, at: int, wanted: _Fields, depth: int = 0, left: list[in
             at = _skip(data, at, kind, depth)
         elif number in fields:
             raise ValueError("a field stands twice")  # which of them counts, parsers disagree about
-        elif kind in (4, 5, 6):
-            raw, at = _varint(data, at)
-            fields[number] = (raw >> 1) ^ -(raw & 1)
-        elif kind == 8:
-            length, at = _varint(data, at)
-            fields[number] = data[at : at + length]
-            at += length
-        elif kind == 12 and wanted[number] is not None:
-            fields[number], at = _struct(data, at, wanted[number], depth + 1, left)
-        elif kind == 9:
-            inner, size, at = _list(data, at)
-            if size > MOST_ROW_GROUPS:
-                raise ValueError(f"it lists {size:,} row groups or columns")
-            values: list[Any] = []
-            for _ in range(size):
-                start = at
-                if inner == 12 and wanted[number] is not None:
-                    value, at = _struct(data, at, wanted[number], depth + 1, left)
-                    values.append(value)
-                else:
-                    at = _skip(data, at, inner, depth + 1, element=True)
-                    values.append(data[start:at])
-            fields[number] = values
         else:
-            at = _skip(data, at, kind, depth)
+            fields[number], at = _value(data, at, kind, wanted[number], depth, left)
+
+
+def _value(data: bytes, at: int, kind: int, wanted: _Type, depth: int, left: list[int] | None) -> tuple[Any, int]:
+    """A value of a wanted type, and where it ends. Arguments and errors as of `_struct`."""
+    if isinstance(wanted, dict) and kind == _STRUCT:
+        return _struct(data, at, wanted, depth + 1, left)
+    if isinstance(wanted, list) and kind == _LIST:
+        inner, size, at = _list(data, at)
+        if size > MOST_ROW_GROUPS:
+            raise ValueError(f"it lists {size:,} row groups or columns")
+        values = []
+        for _ in range(size):
+            value, at = _value(data, at, inner, wanted[0], depth, left)
+            values.append(value)
+        return values, at
+    if kind != wanted:
+        raise ValueError("a field is of another type")
+    raw, at = _varint(data, at)
+    return (data[at : at + raw], at + raw) if kind == _BINARY else ((raw >> 1) ^ -(raw & 1), at)
 
 
 def _numbers(fields: dict[int, Any], *wanted: int) -> list[int]:
     """Some fields of a struct. ValueError: one is not there, or is no number that fits 63 bits."""
     found = [fields.get(number) for number in wanted]
-    if not all(type(each) is int and 0 <= each < 2**63 for each in found):
+    if not all(each is not None and 0 <= each < 2**63 for each in found):
         raise ValueError("a number is missing, or is below 0")
     return found  # type: ignore[return-value]
 
@@ -256,9 +257,7 @@ def parse_footer(footer: bytes, size: int) -> Footer:
         found = []
         chunks = 0
         for group in groups:
-            columns = group.get(1, []) if isinstance(group, dict) else None
-            if not isinstance(columns, list):
-                raise ValueError("a row group has no columns")
+            columns = group.get(1, [])
             chunks += len(columns)
             if len(columns) > MOST_COLUMNS or chunks > MOST_CHUNKS:
                 raise ValueError(f"it states {chunks:,} columns in its row groups")
@@ -275,16 +274,15 @@ def parse_footer(footer: bytes, size: int) -> Footer:
 
 def _chunk(fields: dict[int, Any]) -> Chunk:
     stated = fields.get(3)
-    if not isinstance(stated, dict) or fields.get(1):
+    if stated is None or fields.get(1):
         raise ValueError("a column lies in another file, or nowhere")
-    names = []
-    for raw in stated.get(3, []):
-        length, at = _varint(raw, 0)
-        names.append(raw[at : at + length].decode())
+    names = [raw.decode() for raw in stated.get(3, [])]
     physical, codec, values, uncompressed, compressed, start = _numbers(stated, 1, 4, 5, 6, 7, 9)
     dictionary = stated.get(11)
-    if type(dictionary) is int and dictionary > 0 and (dictionary < start or not start):
+    if dictionary is not None and 0 < dictionary < start:
         start = dictionary
+    if values and start < MAGIC_BYTES:  # where a reader would look for pages nobody wrote
+        raise ValueError("a column begins before the first page")
     statistics = stated.get(12) or {}
     bounds = frozenset(each for each in statistics.values() if isinstance(each, bytes))
     name, path = names[0] if names else "", ".".join(names)
@@ -333,13 +331,11 @@ def _page(data: bytes, start: int) -> Page:
     values, encoding = 0, -1
     if kind != _INDEX_PAGE:
         own = fields.get({_DATA_PAGE: 5, _DICTIONARY_PAGE: 7, _DATA_PAGE_V2: 8}[kind])
-        if not isinstance(own, dict):
+        if own is None:
             raise ValueError("a page has the header of another kind")
         values, encoding = _numbers(own, 1, 4 if kind == _DATA_PAGE_V2 else 2)
     checksum = fields.get(4)
-    return Page(
-        kind, start + end, compressed, uncompressed, values, encoding, checksum % 2**32 if type(checksum) is int else None
-    )
+    return Page(kind, start + end, compressed, uncompressed, values, encoding, None if checksum is None else checksum % 2**32)
 
 
 def chunk_pages(file: CheckedFile, start: int, size: int) -> Iterator[Page]:

@@ -360,6 +360,27 @@ def test_a_value_in_a_list_is_never_null(tmp_path):
         assert f"{name} has a null among its values" in verify(store).damage[0]
 
 
+def test_a_column_begins_where_a_reader_begins():
+    """Arrow skips a field of another type than it knows, and reads from the data page where that is before the dictionary."""
+    file = io.BytesIO()
+    pq.write_table(pa.table({"a": np.arange(1000)}), file, compression="none")
+    data = file.getvalue()
+    footer = data[-(int.from_bytes(data[-8:-4], "little") + 8) :]
+    column = pq.read_metadata(pa.BufferReader(data)).row_group(0).column(0)
+    [chunk] = parse_footer(footer, len(data)).groups[0].chunks
+    assert chunk.start == column.dictionary_page_offset == 4
+    page = column.data_page_offset
+    # Fields 9 and 11, numbers of 64 bits: data page and dictionary.
+    places = b"\x26" + bytes([2 * page % 128 | 128, 2 * page >> 7]) + b"\x26\x08"
+    assert footer.count(places) == 1
+    for instead, message in (
+        (b"\x26\x80\x00\x26\x08", "a column begins before the first page"),
+        (places[:3] + b"\x25\x08", "a field is of another type"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_footer(footer.replace(places, instead), len(data))
+
+
 def test_columns_that_lie_over_each_other(tmp_path):
     """Each column would be looked through anew, and a file of some megabytes could have ten thousands of them."""
     footer = io.BytesIO()
