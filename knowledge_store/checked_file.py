@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
-from knowledge_store.pages import Chunk, Footer, check_chunk, parse_footer
+from knowledge_store.pages import Chunk, Footer, check_chunk, check_columns, parse_footer
 
 MAGIC = b"PAR1"
 BLOCK_BYTES = 16 * 1024
@@ -167,13 +167,15 @@ class CheckedFile:
         self._footer = b""
         self._digests = b""
         self._stated = Footer([], {})
+        self.texts: dict[int, int] = {}  # bytes that the column chunks of texts which were checked stand for, by their start
 
     def _open(self) -> None:
         """Check size and footer, and find the digests of what stands before it."""
-        found = os.fstat(self._opened(self.path).number).st_size
+        opened = self._opened(self.path)
+        found = os.fstat(opened.number).st_size
         if found != self.size:
             raise DamageError(f"{self.path} is damaged: it has {found:,} bytes and was published with {self.size:,}")
-        footer = read_footer(self.path, self._opened(self.path).number, self.size)
+        footer = read_footer(self.path, opened.number, self.size)
         length = len(footer)
         if hashlib.sha256(footer).hexdigest() != self._footer_sha256:
             raise DamageError(f"{self.path} is damaged: its footer is not the one that was published")
@@ -203,7 +205,8 @@ class CheckedFile:
 
     def _read(self, start: int, end: int) -> bytes:
         """Bytes as they stand in the file."""
-        return _pread(self.path, self._opened(self.path).number, start, end, self.size)
+        opened = self._opened(self.path)  # held: another thread's files may take its place among those that are kept open
+        return _pread(self.path, opened.number, start, end, self.size)
 
     def _checked(self, start: int, end: int) -> memoryview:
         """Bytes of the file, checked."""
@@ -329,10 +332,11 @@ class GuardedFile(CheckedFile):
     def _look(self) -> list[int]:
         """Check columns and rows, and note the column chunks. Returns where each begins, in order."""
         # Where a file lacks a column, Arrow's datasets would make one of nulls.
-        schema = pq.read_schema(pa.BufferReader(MAGIC + self._footer))
+        schema = pq.read_metadata(pa.BufferReader(MAGIC + self._footer)).schema
         groups = self._stated.groups
-        if not schema.equals(self._schema) or sum(group.rows for group in groups) != self._rows:
+        if not schema.to_arrow_schema().equals(self._schema) or sum(group.rows for group in groups) != self._rows:
             raise DamageError(f"{self.path} is damaged: it does not have the columns and rows of its table")
+        check_columns(self._stated, schema)
         chunks = ((number, chunk) for number, group in enumerate(groups) for chunk in group.chunks)
         self._chunks = sorted(chunks, key=lambda each: each[1].start)
         return [chunk.start for _, chunk in self._chunks]

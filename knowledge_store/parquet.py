@@ -29,7 +29,7 @@ from knowledge_store.checked_file import (
     unreadable,
 )
 from knowledge_store.errors import DamageError
-from knowledge_store.pages import RowGroup, check_row_group, check_statistics, parse_footer
+from knowledge_store.pages import RowGroup, check_columns, check_row_group, check_statistics, parse_footer
 from knowledge_store.publication import publish
 from knowledge_store.records import is_sha256
 
@@ -245,6 +245,7 @@ class TableFile(pq.ParquetFile):
         self.checked = file
         self.stated: list[RowGroup] = file.stated().groups
         super().__init__(pa.PythonFile(file, mode="r"), page_checksum_verification=True)
+        check_columns(file.stated(), self.schema)
 
 
 def open_parquet(path: Path, size: int, sha256: str, footer_sha256: str) -> TableFile:

@@ -584,8 +584,8 @@ def compressed_zeros(world: World) -> bytes:
 
 
 def counted_zeros(world: World) -> bytes:
-    """Ten million times the same entry of a dictionary."""
-    values = pa.array(np.zeros(10_000_000, np.uint32))
+    """Forty million times the same entry of a dictionary."""
+    values = pa.array(np.zeros(40_000_000, np.uint32))
     lists = pa.ListArray.from_arrays(pa.array([0, len(values)], pa.int32()), values)
     return written(stored(world, 1, tail_ids=lists))
 
