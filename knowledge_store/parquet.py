@@ -28,7 +28,7 @@ from knowledge_store.checked_file import (
     read_footer,
     unreadable,
 )
-from knowledge_store.errors import DamageError
+from knowledge_store.errors import DamageError, InputError
 from knowledge_store.pages import RowGroup, check_columns, check_row_group, check_statistics, parse_footer
 from knowledge_store.publication import publish
 from knowledge_store.records import is_sha256
@@ -134,6 +134,29 @@ def write_table(table: pa.Table, file: BinaryIO, row_groups: list[int], encoding
         writer.add_key_value_metadata({DIGESTS_KEY: digesting.digests()})
 
 
+def write_readable(table: pa.Table, file: BinaryIO, row_groups: list[int], encoding: dict[str, str] | None = None) -> None:
+    """`write_table` to a file of the disk, and make sure that readers will not refuse what it stands for.
+
+    Raises:
+        InputError: they would.
+        StoreError: it cannot be read.
+    """
+    write_table(table, file, row_groups, encoding)
+    file.flush()
+    path = Path(file.name)
+    try:
+        record = describe(path)
+        written = open_parquet(path, record.bytes, record.sha256, record.footer_sha256)
+        for number, group in enumerate(written.stated):
+            check_row_group(written.checked, number, group)
+    except (ValueError, DamageError) as error:
+        reason = str(error).removeprefix(f"{path} is damaged: ")
+        raise InputError(
+            f"a shard would be too large to be read again ({reason}):"
+            " give a smaller --shard-size, or keep fewer candidates, draws or columns of the corpus"
+        ) from None
+
+
 def publish_table(
     path: Path, table: pa.Table, row_groups: list[int], encoding: dict[str, str] | None = None
 ) -> tuple[FileRecord, pa.Table]:
@@ -144,9 +167,10 @@ def publish_table(
 
     Raises:
         DamageError: the file that has that name is damaged, or has other rows or columns.
+        InputError: nobody could read it again.
         StoreError: the disk refuses.
     """
-    if publish(path, lambda file: write_table(table, file, row_groups, encoding)):
+    if publish(path, lambda file: write_readable(table, file, row_groups, encoding)):
         return describe(path), table
     # Nothing vouches for that file yet but itself, and from now on its record will: whatever can be checked is.
     try:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from knowledge_store.commits import CommitRecord, read_commit
 from knowledge_store.errors import DamageError, InputError, MismatchError, StoreError
 from knowledge_store.kinds import KINDS, Arrays, Kind
+from knowledge_store.kinds.kind import check_lists
 from knowledge_store.layout import (
     COMMITS,
     FORMAT_NAME,
@@ -35,7 +36,16 @@ from knowledge_store.layout import (
     table_path,
 )
 from knowledge_store.manifest import Manifest, read_manifest
-from knowledge_store.parquet import FileRecord, check_whole, describe, publish_table, read_file, same_rows, write_table
+from knowledge_store.parquet import (
+    FileRecord,
+    check_whole,
+    describe,
+    publish_table,
+    read_file,
+    same_rows,
+    write_readable,
+    write_table,
+)
 from knowledge_store.publication import (
     TEMPORARY_PREFIX,
     alone,
@@ -54,6 +64,7 @@ from knowledge_store.store import check_store, check_store_file
 from knowledge_store.verification import shard_damage
 
 ROW_GROUP_POSITIONS = 32_768
+ROW_GROUP_VALUES = 2**24  # of lists, filled up to the longest: readers take them all into memory
 
 
 @dataclass(frozen=True)
@@ -116,11 +127,13 @@ def repair_store_file(path: Path) -> bool:
         return True
 
 
-def row_groups(lengths: np.ndarray) -> list[int]:
-    """How many sequences go into each row group: whole sequences, about ROW_GROUP_POSITIONS positions."""
+def row_groups(lengths: np.ndarray, values: int = 1) -> list[int]:
+    """How many sequences go into each row group: whole sequences, about ROW_GROUP_POSITIONS positions, or fewer where one has
+    lists of up to so many `values`."""
+    most = min(ROW_GROUP_POSITIONS, ROW_GROUP_VALUES // max(values, 1))
     groups, count, positions = [], 0, 0
     for length in lengths.tolist():
-        if count and positions + length > ROW_GROUP_POSITIONS:
+        if count and positions + length > most:
             groups.append(count)
             count = positions = 0
         count += 1
@@ -383,7 +396,7 @@ class DumpWriter:
                     if name in KINDS:
                         statistics.update(KINDS[name].statistics(KINDS[name].unpack(sound, self.manifest), self.manifest))
                 else:
-                    write = partial(write_table, table, row_groups=rows_in_groups)
+                    write = partial(write_readable, table, row_groups=rows_in_groups)
                     temporary = stack.enter_context(prepared(place, write))
                     files[name] = describe(temporary)
                     ready.append((temporary, place))
@@ -417,7 +430,7 @@ class DumpWriter:
         """
         lengths = np.array([row["length"] for row in shard.sequences], dtype=np.int64)
         ids = np.array([row["sequence_id"] for row in shard.sequences], dtype=np.int64)
-        groups = row_groups(lengths)
+        groups = row_groups(lengths, max(self.manifest.rule.candidates, self.manifest.rule.draws))
         tables = {SEQUENCES: (sequences_table(shard.sequences, self.manifest), [len(shard.sequences)])}
         statistics: dict[str, float] = {}
         for name in self.manifest.kinds:
@@ -452,6 +465,10 @@ class DumpWriter:
         for count in rows_in_groups:
             part = {name: array[start : start + count] for name, array in arrays.items()}
             tables.append(kind.table(keys.slice(start, count), part, self.manifest))
+            try:
+                check_lists(tables[-1])
+            except ValueError as error:
+                raise InputError(f"a row group could not be read again: {error}; give a smaller --max-length") from None
             start += count
         return pa.concat_tables(tables), rows_in_groups
 

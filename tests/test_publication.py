@@ -16,9 +16,10 @@ from conftest import ROOT
 from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, verify
-from knowledge_store.parquet import write_table
+from knowledge_store.parquet import publish_table, read_file, write_table
 from knowledge_store.publication import make_folder, publish, publish_bytes, remove_leftovers
 from knowledge_store.sequences import tokens_table
+from knowledge_store.writer import row_groups
 
 TOKENS = tokens_table(words(11), words(11))
 
@@ -356,3 +357,37 @@ def test_a_published_shard_is_whole(tmp_path):
     table = pq.read_table(store / "small/positions/00000.parquet")
     expected = np.concatenate([each["token_id"] for each in random_sequences(0, 4)])
     assert np.array_equal(table["token_id"].to_numpy(), expected)
+
+
+def test_what_readers_would_refuse_is_not_committed(tmp_path, monkeypatch):
+    """Knowledge that is sound must not be told as damaged once the teacher is gone: its writer hears of it."""
+    manifest = make_manifest(shards=2)
+    writer = DumpWriter.open(tmp_path / "store", manifest, TOKENS)
+    commit(writer, 0, random_sequences(0, 4))
+    before = sorted((tmp_path / "store").rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("knowledge_store.pages.MOST_BYTES", 100)
+        patch.setattr("knowledge_store.pages.BYTES_PER_BYTE", 0)
+        with pytest.raises(InputError, match=r"too large to be read again \(it stands for .*\): give a smaller --shard-size"):
+            commit(writer, 1, random_sequences(1, 4))
+    assert sorted((tmp_path / "store").rglob("*")) == before
+    commit(writer, 1, random_sequences(1, 4))
+    assert not verify(tmp_path / "store").damage
+
+
+def test_many_equal_values_in_few_bytes_are_read(tmp_path):
+    """Draws of a flat teacher are each counted once, five million of them in a few hundred bytes."""
+    rows, draws = 32_768, 160
+    counts = pa.ListArray.from_arrays(np.arange(0, rows * draws + 1, draws, np.int32), np.ones(rows * draws, np.uint16))
+    table = pa.table({"tail_counts": counts})
+    record, _ = publish_table(tmp_path / "counts.parquet", table, [rows])
+    assert record.bytes < 10_000
+    assert read_file(tmp_path / "counts.parquet", record).equals(table)
+
+
+def test_row_groups_are_smaller_where_lists_are_long():
+    lengths = np.full(100, 1000)
+    assert max(row_groups(lengths)) == 32
+    assert max(row_groups(lengths, 512)) == 32
+    assert max(row_groups(lengths, 4096)) == 4
+    assert sum(row_groups(lengths, 10**9)) == len(row_groups(lengths, 10**9)) == 100
