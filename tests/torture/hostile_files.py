@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from stores import read_whole, write_drawn_store
 
@@ -42,6 +43,7 @@ from knowledge_store.query import BATCH_ROWS, run_query
 from knowledge_store.reader import DumpReader, read_sequences, shard_files
 from knowledge_store.records import SEAL, canonical_json, json_sha256, unseal
 from knowledge_store.sequences import sequences_schema
+from torture import thrift
 
 MEMORY_BYTES = 2 * 2**30  # of addresses, beyond those of libraries and reserves
 MOST_GROWTH = 2**29
@@ -372,11 +374,12 @@ class World:
         name = self.pick(list(self.tables))
         base = self.pick(self.bases[name])
         kind = self.random.random()
-        if kind < 0.35:
+        if kind < 0.3:
             data = self.altered(base)
-        elif kind < 0.5:
+        elif kind < 0.6:
             length = int.from_bytes(base[-8:-4], "little")
-            footer = self.altered(base[-8 - length : -8])
+            footer = base[-8 - length : -8]
+            footer = self.altered(footer) if kind < 0.4 else self.altered_tree(footer)
             data = base[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1"
         elif kind < 0.9:
             data = self.altered_page(name, base)
@@ -384,6 +387,35 @@ class World:
             data = self.wrong_table(name)
         way = self.random.random()
         return self.read_table(name, data, "sql" if way < 0.05 else "scan" if way < 0.4 else "sequences")
+
+    def altered_tree(self, footer: bytes) -> bytes:
+        """A footer that is sound Thrift still: values, types, numbers of fields and lists altered."""
+        tree, _ = thrift.parse(footer)
+        for _ in range(int(self.random.integers(1, 3))):
+            values = list(tree.walk())
+            found = self.pick(values)
+            numbers = [each.value for each in values if each.kind in thrift.INTEGERS]
+            if found.kind in thrift.INTEGERS:
+                strange = [0, 1, -1, 4, 2**31 - 1, 2**31, 2**32 + found.value, 2**62, -(2**63), self.pick(numbers)]
+                found.value = self.pick([*strange, found.value + 1, 2 * found.value])
+                found.kind = self.pick([*[found.kind] * 4, *thrift.INTEGERS])
+            elif found.kind == thrift.BINARY:
+                found.value = self.pick(
+                    [b"", found.value[:-1], found.value + b"x", self.random.bytes(len(found.value)), b"token_id"]
+                )
+            elif found.value and isinstance(found.value, list):
+                at = int(self.random.integers(len(found.value)))
+                way = int(self.random.integers(4))
+                if way == 0:
+                    del found.value[at]
+                elif way == 1:
+                    found.value.insert(at, found.value[at])
+                elif found.kind == thrift.STRUCT:
+                    number, value = found.value[at]
+                    found.value[at] = [self.pick([number + 65536, number + 1, int(self.random.integers(1, 20))]), value]
+                else:
+                    found.value.reverse()
+        return thrift.written(tree)
 
     def altered_page(self, name: str, base: bytes) -> bytes:
         """A page's bytes altered, its checksum put right."""
@@ -492,7 +524,7 @@ class World:
             for file in shard_files(self.store, index, "small", name)
         ]
         try:
-            return dataset(files, schema).to_table(batch_size=BATCH_ROWS)
+            return dataset(files, schema).to_table(filter=pc.field("sequence_id") > 0, batch_size=BATCH_ROWS)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise errors[0] if errors else DamageError(str(error)) from None
 
