@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> None:
     """Create a folder (its parent exists or is created too), or find it there: either way it survives a power cut.
 
     Raises:
-        StoreError: there is a file of that name, or the disk refuses.
+        StoreError: there is a file of that name, or a link to nothing, or the disk refuses.
     """
     with disk_errors("create the folder", folder):
         if not folder.is_dir():
@@ -56,7 +56,7 @@ def make_folder(folder: Path) -> None:
             try:
                 folder.mkdir(exist_ok=True)
             except FileExistsError:
-                raise StoreError(f"{folder} is a file, where a folder of the store should be") from None
+                raise StoreError(f"{folder} is not a folder, where one of the store should be") from None
         # Also where it was found: whoever made it may have died before its name was flushed.
         try:
             fsync_folder(folder.parent)

@@ -111,6 +111,14 @@ def test_what_cannot_be_repaired_is_said_at_once(config, loaded_teacher):
         dump(replace(config, name="other"), repair=True)
 
 
+@pytest.mark.parametrize("repair", [True, False])
+def test_commits_that_are_no_folder_are_said_at_once(config, repair):
+    shutil.rmtree(config.store / "d/commits")
+    (config.store / "d/commits").touch()
+    with pytest.raises(DamageError, match="d/commits is damaged: it is not a folder"):
+        dump(replace(config, teacher="a-teacher/that-is-not-here"), repair=repair)
+
+
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_manifest_is_made_again_by_what_made_it(config, dumped, loaded_teacher, lost, capfd):
     """Every shard's record says what it was made from, so a manifest of something else cannot take its place."""
