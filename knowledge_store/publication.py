@@ -167,14 +167,13 @@ def alone(folder: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same folder.
 
     Raises:
-        StoreError: the file system has no locks.
+        StoreError: the folder cannot be opened, or its file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with disk_errors("lock", folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
+        with disk_errors("lock", folder):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise StoreError(f"cannot lock {folder}: {error.strerror}") from error
         yield
     finally:
         os.close(descriptor)

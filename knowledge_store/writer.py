@@ -275,7 +275,9 @@ class DumpWriter:
         """
         path = commit_path(self.folder, shard)
         with disk_errors("read", path):
-            if not os.path.lexists(path):  # a link to nothing is a damaged record
+            try:
+                os.lstat(path)  # a link to nothing is a damaged record
+            except (FileNotFoundError, NotADirectoryError):
                 return False
             if path.name not in self._lasting:  # whoever published it may have died before its name was flushed
                 found = {each.name for each in path.parent.iterdir()}
@@ -310,7 +312,8 @@ class DumpWriter:
                 ready.append((stack.enter_context(prepared(manifest_path, write)), manifest_path))
             for temporary, place in ready:
                 put_in_place(temporary, place)
-            self._standing = manifest_path.read_bytes()
+            with disk_errors("read", manifest_path):
+                self._standing = manifest_path.read_bytes()
             return True
 
     def tokens_damage(self) -> str | None:
