@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import DamageError
-from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
+from knowledge_store.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
 from knowledge_store.manifest import Manifest, check_version
 from knowledge_store.pages import MOST_COLUMNS
 from knowledge_store.parquet import FILE_SHAPE, FileRecord
+from knowledge_store.publication import disk_errors
 from knowledge_store.records import check_shape, is_sha256, read_record, seal
 
 _SHAPE = {
@@ -74,6 +77,26 @@ def _check_limits(record: dict[str, Any]) -> None:
         raise ValueError("its files have too many columns")
     if not all(0 <= record[name] <= MOST_COUNT for name in ("shard", "first_document", "documents")):
         raise ValueError("it records documents that are not possible")
+
+
+def files_in_commits(dump_folder: Path) -> list[Path]:
+    """What lies in a dump's folder of commit records, by name: records, and what an unfinished run left. Nothing where there is
+    no such folder yet.
+
+    Raises:
+        DamageError: something else has its name: a file, or a link to nothing or to itself.
+        StoreError: it cannot be listed.
+    """
+    folder = dump_folder / COMMITS
+    with disk_errors("read", folder):
+        try:
+            return sorted(folder.iterdir())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            if os.path.lexists(folder) and not folder.is_dir():  # else another writer has just made it
+                raise DamageError(f"{folder} is damaged: it is not a folder") from None
+    return []
 
 
 def read_commit(path: Path) -> CommitRecord:

@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> None:
     """Create a folder (its parent exists or is created too), or find it there: either way it survives a power cut.
 
     Raises:
-        StoreError: there is a file of that name, or the disk refuses.
+        StoreError: there is a file of that name, or a link to nothing, or the disk refuses.
     """
     with disk_errors("create the folder", folder):
         if not folder.is_dir():
@@ -56,7 +56,7 @@ def make_folder(folder: Path) -> None:
             try:
                 folder.mkdir(exist_ok=True)
             except FileExistsError:
-                raise StoreError(f"{folder} is a file, where a folder of the store should be") from None
+                raise StoreError(f"{folder} is not a folder, where one of the store should be") from None
         # Also where it was found: whoever made it may have died before its name was flushed.
         try:
             fsync_folder(folder.parent)
@@ -167,14 +167,13 @@ def alone(folder: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same folder.
 
     Raises:
-        StoreError: the file system has no locks.
+        StoreError: the folder cannot be opened, or its file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with disk_errors("lock", folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
+        with disk_errors("lock", folder):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError as error:
-            raise StoreError(f"cannot lock {folder}: {error.strerror}") from error
         yield
     finally:
         os.close(descriptor)

@@ -135,6 +135,11 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
         raise ValueError(f"{name} is not a 64-bit number")
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open without waiting: a pipe would wait for somebody to write to it."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read and check a sealed JSON file.
 
@@ -143,10 +148,8 @@ def read_record(path: Path) -> dict[str, Any]:
         StoreError: it cannot be read, or is no file (a pipe, a device).
     """
     try:
-        # Opening a pipe would wait for somebody to write to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise StoreError(f"cannot read {path}: it is not a file")
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from knowledge_store.commits import CommitRecord, misplaced, read_commit
+from knowledge_store.commits import CommitRecord, files_in_commits, misplaced, read_commit
 from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import check_lists
@@ -182,8 +183,13 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
         found.damage.append(str(error))
     except _UNSOUND as error:
         found.damage.append(f"{folder / TOKENS_FILE} is damaged: {error}")
+    try:
+        recorded = files_in_commits(folder)
+    except (DamageError, StoreError) as error:
+        found.damage.append(str(error))
+        return
     committed: set[int] = set()
-    for path in sorted((folder / COMMITS).iterdir()) if (folder / COMMITS).is_dir() else []:
+    for path in recorded:
         shard = commit_shard(path.name)
         if shard is None:
             found.notes.append(f"{path} is a leftover of an unfinished run")
@@ -229,16 +235,22 @@ def verify(path: Path, shard_done: Callable[[int], None] = lambda count: None) -
     for folder in dumps:
         found.dumps += 1
         _check_dump(folder, found, shard_done)
-    for commits in sorted(path.glob(f"*/{COMMITS}")):
-        if commits.parent in dumps:
+    for folder in sorted(path.glob("*")):
+        if folder in dumps or not os.path.lexists(folder / COMMITS):
             continue
-        if commits.parent.name.startswith(TEMPORARY_PREFIX):
-            found.notes.append(f"{commits.parent} is a leftover of a dump that was removed")
+        if folder.name.startswith(TEMPORARY_PREFIX):
+            found.notes.append(f"{folder} is a leftover of a dump that was removed")
             continue
-        if (commits.parent / MANIFEST_FILE).exists():
-            found.notes.append(f"{commits.parent} was begun meanwhile, and is not checked")
-        elif any(commit_shard(record.name) is not None for record in commits.iterdir()):
-            found.damage.append(f"{commits.parent / MANIFEST_FILE} is missing")
+        if (folder / MANIFEST_FILE).exists():
+            found.notes.append(f"{folder} was begun meanwhile, and is not checked")
+            continue
+        try:
+            recorded = files_in_commits(folder)
+        except (DamageError, StoreError) as error:
+            found.damage.append(str(error))
+            continue
+        if any(commit_shard(record.name) is not None for record in recorded):
+            found.damage.append(f"{folder / MANIFEST_FILE} is missing")
         else:
-            found.notes.append(f"{commits.parent} was cut off before its manifest")
+            found.notes.append(f"{folder} was cut off before its manifest")
     return found

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from knowledge_store.commits import CommitRecord, read_commit
+from knowledge_store.commits import CommitRecord, files_in_commits, read_commit
 from knowledge_store.errors import DamageError, InputError, MismatchError, StoreError
 from knowledge_store.kinds import KINDS, Arrays, Kind
 from knowledge_store.kinds.kind import check_lists
@@ -158,26 +158,48 @@ def _same_rows(path: Path, record: FileRecord, table: pa.Table) -> pa.Table:
     return found
 
 
-def _check_records(folder: Path, manifest: Manifest) -> None:
-    """Make sure that a manifest may be published: no shard was committed to that folder that was made from something else.
+def _vouched(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest that may be published in a folder, where no shard was committed that was made from something else.
+
+    Returns:
+        `manifest`, of the format version that the shards' tables have: the newest one, where several have the same columns.
 
     Raises:
-        MismatchError: one was, or does not say what it was made from.
+        MismatchError: a shard was made from something else, or does not say from what, or not all are of one version.
+        DamageError, StoreError: the commit records cannot be listed, or one is of a newer format version.
     """
-    shards = [shard for path in (folder / COMMITS).glob("*.json") if (shard := commit_shard(path.name)) is not None]
-    found = set()
+    shards = [shard for path in files_in_commits(folder) if (shard := commit_shard(path.name)) is not None]
+    found: dict[int, CommitRecord] = {}
     for shard in shards:
         try:
-            found.add((read_commit(commit_path(folder, shard)).identity, shard))
+            found[shard] = read_commit(commit_path(folder, shard))
         except DamageError:  # to be repaired
             continue
-    others = [shard for identity, shard in found if identity != manifest.identity_sha256]
+    others = [shard for shard, record in found.items() if record.identity != manifest.identity_sha256]
     if others or (shards and not found):
         path = commit_path(folder, min(others or shards))
         raise MismatchError(
             f"{folder} has lost its {MANIFEST_FILE}, and {path} was made from something else than this, or does not say from"
             " what: put back a copy of that file, or give this dump another --name"
         )
+    if not found:
+        return manifest
+    # Not by the version that a record states, which is of the writer: it may have gone on with an older dump.
+    for version in range(FORMAT_VERSION, 0, -1):
+        vouched = replace(manifest, version=version)
+        if all(_has_columns(record, vouched) for record in found.values()):
+            return vouched
+    raise MismatchError(
+        f"{folder} has lost its {MANIFEST_FILE}, and no format version has the columns that all records in {folder / COMMITS}"
+        " state: put back a copy of that file, or give this dump another --name"
+    )
+
+
+def _has_columns(record: CommitRecord, manifest: Manifest) -> bool:
+    """Whether a shard's tables have the columns that they have in a dump of this manifest. (Those without rows name none.)"""
+    stored = {name: set(KINDS[name].stored_schema(manifest).names) for name in manifest.kinds}
+    found = {name: record.files[name].column_bytes.keys() for name in stored if name in record.files}
+    return all(not names or names == stored[name] for name, names in found.items())
 
 
 def repair_manifest(store: Path, manifest: Manifest) -> bool:
@@ -200,7 +222,7 @@ def repair_manifest(store: Path, manifest: Manifest) -> bool:
             read_manifest(folder)
             return False
         except DamageError:
-            _check_records(folder, manifest)
+            _vouched(folder, manifest)
         with disk_errors("remove", folder / MANIFEST_FILE):
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
             fsync_folder(folder)
@@ -242,14 +264,14 @@ class DumpWriter:
         with disk_errors("read", folder):
             standing = (folder / MANIFEST_FILE).exists()
         if not standing:
-            _check_records(folder, manifest)
+            vouched = _vouched(folder, manifest)
             record, found_tokens = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)], TOKENS_ENCODING)
             if not found_tokens.equals(tokens):
                 raise MismatchError(
                     f"{folder / TOKENS_FILE} is from a run with another vocabulary, which is either beginning just now or was"
                     f" cut off: give this dump another --name, or, when nobody writes {folder} any more, remove that folder"
                 )
-            complete = replace(manifest, derived={**manifest.derived, "tokens": record.as_dict()})
+            complete = replace(vouched, derived={**manifest.derived, "tokens": record.as_dict()})
             publish_bytes(folder / MANIFEST_FILE, complete.to_bytes())
         # What stands there decides, whoever wrote it: two writers may start the same dump at once.
         found = read_manifest(folder)
@@ -288,7 +310,9 @@ class DumpWriter:
         """
         path = commit_path(self.folder, shard)
         with disk_errors("read", path):
-            if not os.path.lexists(path):  # a link to nothing is a damaged record
+            try:
+                os.lstat(path)  # a link to nothing is a damaged record
+            except (FileNotFoundError, NotADirectoryError):
                 return False
             if path.name not in self._lasting:  # whoever published it may have died before its name was flushed
                 found = {each.name for each in path.parent.iterdir()}
@@ -323,7 +347,8 @@ class DumpWriter:
                 ready.append((stack.enter_context(prepared(manifest_path, write)), manifest_path))
             for temporary, place in ready:
                 put_in_place(temporary, place)
-            self._standing = manifest_path.read_bytes()
+            with disk_errors("read", manifest_path):
+                self._standing = manifest_path.read_bytes()
             return True
 
     def tokens_damage(self) -> str | None:

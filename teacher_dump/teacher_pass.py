@@ -21,11 +21,11 @@ import numpy as np
 import torch
 
 from knowledge_store.calibration import read_calibration
-from knowledge_store.commits import CommitRecord
+from knowledge_store.commits import CommitRecord, files_in_commits
 from knowledge_store.console import note
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.kinds import Arrays
-from knowledge_store.layout import COMMITS, MANIFEST_FILE, STORE_FILE, TOKENS_FILE
+from knowledge_store.layout import MANIFEST_FILE, STORE_FILE, TOKENS_FILE
 from knowledge_store.manifest import Manifest, read_manifest
 from knowledge_store.progress import Advance, progress_bar
 from knowledge_store.publication import TEMPORARY_PREFIX, disk_errors
@@ -104,6 +104,7 @@ def dump(
                 return DumpReport(standing.dump, 0, 0, standing.shard_count, 0, 0.0, 0)  # no teacher is asked for nothing
     with disk_errors("read", config.store):
         _check_store(config.store)
+    files_in_commits(config.store / config.dump_name)
     if config.calibration is not None:
         read_calibration(config.calibration).to_manifest()
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
@@ -153,9 +154,11 @@ def _manifest_to_repair(config: DumpConfig) -> Manifest | None:
 
     Raises:
         InputError: there is no dump of that name.
+        DamageError: its `commits` is not a folder.
     """
     folder = config.store / config.dump_name
-    if not (folder / MANIFEST_FILE).exists() and not any(folder.glob(f"{COMMITS}/*.json")):
+    records = [path for path in files_in_commits(folder) if path.suffix == ".json"]
+    if not records and not (folder / MANIFEST_FILE).exists():
         raise InputError(f"there is no dump {config.dump_name!r} in {config.store} to repair")
     try:
         return read_manifest(folder)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pytest
 from conftest import skip_for, story_rows, write_jsonl
-from stores import read_whole
+from stores import commit, make_manifest, random_sequences, read_whole, words, write_store
 from torture import disk_errors, journal_disk
 
 from knowledge_store import DumpWriter, StoreError
 from knowledge_store.parquet import describe, write_table
+from knowledge_store.sequences import tokens_table
+from knowledge_store.writer import repair_manifest
 from teacher_dump import DumpConfig, dump
 
 
@@ -50,16 +55,47 @@ def test_a_writer_that_dies_stops_the_dump_at_the_next_batch(tmp_path, loaded_te
     assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
 
 
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """The process has as many files open as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.parametrize("read", [describe, read_whole])
 def test_what_cannot_be_opened_is_not_called_damaged(tmp_path, read):
     path = tmp_path / "a.parquet"
     with open(path, "wb") as file:
         write_table(pa.table({"a": [1, 2]}), file, [2])
     read(path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
-    try:
-        with pytest.raises(StoreError, match=r"cannot read .*a\.parquet: Too many open files"):
-            read(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with no_more_files(), pytest.raises(StoreError, match=r"cannot read .*a\.parquet: Too many open files"):
+        read(path)
+
+
+def test_a_lock_that_cannot_be_opened_is_named(tmp_path):
+    store, tokens = write_store(tmp_path / "store"), tokens_table(words(11), words(11))
+    writer = DumpWriter.open(store, make_manifest(), tokens)
+    knowledge = random_sequences(0, 4)
+    calls = {
+        "small/commits": lambda: commit(writer, 0, knowledge, repair=True),
+        "small": lambda: writer.repair_tokens(tokens),
+        "store/small": lambda: repair_manifest(store, make_manifest()),
+    }
+    for folder, call in calls.items():
+        with no_more_files(), pytest.raises(StoreError, match=f"cannot lock .*{folder}: Too many open files"):
+            call()
+
+
+def test_what_cannot_be_found_out_is_not_called_uncommitted(tmp_path):
+    store = write_store(tmp_path / "store")
+    writer = DumpWriter.open(store, make_manifest(), tokens_table(words(11), words(11)))
+    assert writer.committed(0) and not writer.committed(2)
+    shutil.rmtree(store / "small/commits")
+    assert not writer.committed(0)
+    (store / "small/commits").symlink_to("commits")
+    with pytest.raises(StoreError, match=r"cannot read .*small/commits/00000\.json"):
+        writer.committed(0)

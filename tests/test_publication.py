@@ -262,11 +262,11 @@ def test_files_where_folders_should_be(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StoreError, match="is a file, not a store"):
         DumpWriter.open(tmp_path / "file", make_manifest(), TOKENS)
-    with pytest.raises(StoreError, match="is a file, where a folder of the store should be"):
+    with pytest.raises(StoreError, match="is not a folder, where one of the store should be"):
         DumpWriter.open(tmp_path / "file/store", make_manifest(), TOKENS)
     store = write_store(tmp_path / "store")
     (store / "other").write_text("mine")
-    with pytest.raises(StoreError, match="other is a file"):
+    with pytest.raises(StoreError, match="other is not a folder"):
         DumpWriter.open(store, make_manifest("other"), TOKENS)
     with pytest.raises(StoreError, match="cannot write"):
         publish_bytes(tmp_path / "nowhere/file", b"")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,19 @@ def test_missing_and_unreadable(tmp_path):
         read_record(tmp_path / "nothing.json")
     with pytest.raises(StoreError, match="cannot read"):
         read_record(tmp_path)
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_what_is_no_file_is_closed_again(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    before = open_files()
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(StoreError, match="cannot read"):
+            read_record(path)
+    assert open_files() == before
 
 
 def altered(path: Path, place: list, value: object) -> None:

@@ -28,6 +28,7 @@ from knowledge_store import (
 from knowledge_store.commits import read_commit
 from knowledge_store.parquet import describe, read_file, write_table
 from knowledge_store.sequences import tokens_table
+from knowledge_store.writer import repair_manifest
 from teacher_dump import DumpConfig, dump
 
 TABLES = {"positions": "parquet", "sequences": "parquet", "commits": "json"}
@@ -111,6 +112,14 @@ def test_what_cannot_be_repaired_is_said_at_once(config, loaded_teacher):
         dump(replace(config, name="other"), repair=True)
 
 
+@pytest.mark.parametrize("repair", [True, False])
+def test_commits_that_are_no_folder_are_said_at_once(config, repair):
+    shutil.rmtree(config.store / "d/commits")
+    (config.store / "d/commits").touch()
+    with pytest.raises(DamageError, match="d/commits is damaged: it is not a folder"):
+        dump(replace(config, teacher="a-teacher/that-is-not-here"), repair=repair)
+
+
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_manifest_is_made_again_by_what_made_it(config, dumped, loaded_teacher, lost, capfd):
     """Every shard's record says what it was made from, so a manifest of something else cannot take its place."""
@@ -127,6 +136,35 @@ def test_a_manifest_is_made_again_by_what_made_it(config, dumped, loaded_teacher
     assert f"{path} was damaged, and is written anew" in capfd.readouterr().err
     assert verify(config.store).damage == []
     assert contents(config.store) == contents(dumped.store)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_manifest_is_made_again_of_the_version_its_shards_have(tmp_path, lost):
+    """Of version 2, with records by this code: they say what they were made from, and state the version of their writer."""
+    store, tokens = write_store(tmp_path / "store", version=2), tokens_table(words(11), words(11))
+    expected, before = contents(store), KnowledgeStore.open(store).sql("SELECT * FROM positions")
+    path = store / "small/manifest.json"
+    flip(path)
+    if lost:
+        path.unlink()
+    assert repair_manifest(store, make_manifest())
+    writer = DumpWriter.open(store, make_manifest(), tokens)
+    assert [writer.damaged(shard) for shard in range(2)] == [[], []]
+    assert contents(store) == expected
+    assert KnowledgeStore.open(store).sql("SELECT * FROM positions").equals(before)
+
+
+def test_a_manifest_is_not_made_again_for_shards_of_several_versions(tmp_path):
+    store, newer = write_store(tmp_path / "store", version=2), write_store(tmp_path / "newer")
+    for each in newer.glob("small/*/00001.*"):
+        shutil.copy(each, store / each.relative_to(newer))
+    (store / "small/manifest.json").unlink()
+    before = identities(store)
+    with pytest.raises(MismatchError, match="put back a copy of that file"):
+        repair_manifest(store, make_manifest())
+    with pytest.raises(MismatchError, match="put back a copy of that file"):
+        DumpWriter.open(store, make_manifest(), tokens_table(words(11), words(11)))
+    assert identities(store) == before
 
 
 def test_a_manifest_that_no_record_vouches_for(tmp_path, config, loaded_teacher):

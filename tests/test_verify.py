@@ -135,6 +135,39 @@ def test_the_command_names_the_file_and_exits_with_1(store):
     assert answer.stdout == ""
 
 
+LINKS = {"a file": None, "a link to itself": "commits", "a link to nothing": "nowhere"}
+
+
+def take_the_place_of_commits(dump: Path, what: str) -> None:
+    if LINKS[what] is None:
+        (dump / "commits").touch()
+    else:
+        (dump / "commits").symlink_to(LINKS[what])
+
+
+@pytest.mark.parametrize("what", LINKS)
+def test_commits_that_are_no_folder(store, what):
+    """Nothing of such a dump can be found, so it must not pass for one that was only begun."""
+    shutil.rmtree(store / "small/commits")
+    take_the_place_of_commits(store / "small", what)
+    (store / "index.duckdb").unlink(missing_ok=True)
+    assert verify(store).damage == [f"{store / 'small/commits'} is damaged: it is not a folder"]
+    with pytest.raises(StoreError, match="small/commits"):
+        KnowledgeStore.open(store)
+    with pytest.raises(StoreError, match="small/commits is not a folder"):
+        DumpWriter.open(store, make_manifest(), tokens_table(words(11), words(11)))
+
+
+@pytest.mark.parametrize("what", LINKS)
+def test_commits_that_are_no_folder_beside_no_manifest(store, what):
+    (store / "foo").mkdir()
+    take_the_place_of_commits(store / "foo", what)
+    assert verify(store).damage == [f"{store / 'foo/commits'} is damaged: it is not a folder"]
+    ended = run_command("knowledge_store", "verify", store)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
+    assert len(KnowledgeStore.open(store)) == 8
+
+
 def test_every_damaged_file_is_named_not_only_the_first(store):
     names = ["tokens.parquet", "positions/00000.parquet", "sequences/00000.parquet", "commits/00001.json"]
     for name in names:
