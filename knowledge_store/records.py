@@ -66,7 +66,7 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
     """ValueError: a JSON value is nested more deeply than anything that a store holds."""
     level = [value]
     for _ in range(MOST_DEPTH):
@@ -91,7 +91,7 @@ def unseal(data: bytes, path: Path) -> dict[str, Any]:
         record = json.loads(data, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
         if not isinstance(record, dict):
             raise ValueError("not a JSON object")
-        _check_depth(record)
+        check_depth(record)
         seal_found = record.pop(SEAL, None)
         intact = seal_found == json_sha256(record)
     except (ValueError, RecursionError) as error:
@@ -129,7 +129,7 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
             raise ValueError(f"{name} is not a list")
         for index, item in enumerate(value):
             check_shape(item, shape[0], f"{name}[{index}]")
-    elif not isinstance(value, shape) or isinstance(value, bool):
+    elif not isinstance(value, shape) or (isinstance(value, bool) and shape is not bool):
         raise ValueError(f"{name} has the wrong type")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} is not a 64-bit number")

@@ -108,7 +108,7 @@ def reliability_row(panels: Sequence[Panel], place: str) -> str:
         _reliability(above, below, panel, highest)
         for axes in (above, below):
             axes.yaxis.set_label_coords(-0.22 if columns == 4 else -0.28, 0.5)
-        above.set_title(_clipped(panel.title, 24 if columns == 4 else 19))
+        above.set_title(_clipped(panel.title, 24 if columns == 4 else 19), parse_math=False)
         scaled = "" if panel.temperature is None else f" at T = {panel.temperature:.3g}"
         description = f"Reliability diagram of {panel.title}{scaled}: calibration error {panel.figures['ece_15']:.2%}"
         pictures.append(svg(figure, description, f"{place} {number}"))

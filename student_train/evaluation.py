@@ -11,7 +11,6 @@ compare two models on the same ones is kept.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from student_train.metrics import (
 from student_train.models import head_at, load_model, load_tokenizer
 from student_train.multiple_choice import FIT_QUESTIONS, measure_questions, rounded
 from student_train.questions import Question, check_answer_as, read_questions, tokenise
+from student_train.results import read_object
 from student_train.run_folder import versions, write_json
 
 # Positions looked at in one go: bounds what the metrics need beyond the logits themselves.
@@ -143,11 +143,10 @@ def _checked_path(config: EvaluateConfig, dump: str | None = None) -> Path | Non
     if path and path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
     if path and not config.output and path.exists():
-        try:
-            former = json.loads(path.read_text(encoding="utf-8"))["config"]
-            source = former["questions"] or former["store"]
-        except (OSError, ValueError, TypeError, KeyError):
-            raise InputError(f"{path} is there and is no result of `student-train evaluate`: give --output") from None
+        former = (read_object(path) or {}).get("config")
+        source = (former.get("questions") or former.get("store")) if isinstance(former, dict) else None
+        if not isinstance(source, str):
+            raise InputError(f"{path} is there and is no result of `student-train evaluate`: give --output")
         if Path(source).resolve() != Path(str(config.questions or config.store)).resolve():
             raise InputError(f"{path} holds the results on {source}: give --output for those on another")
     return path

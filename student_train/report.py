@@ -7,21 +7,18 @@ The page is one file with everything in it: no scripts, no links to follow, pict
 from __future__ import annotations
 
 import html
-import json
 import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from knowledge_store.errors import InputError
 from knowledge_store.progress import duration
 from student_train import charts
 from student_train.comparison import Difference, comparable, differences
 from student_train.page import FRAME, STYLE
-
-Record = dict[str, Any]
+from student_train.results import Record, printable, read_evaluation, read_history, read_run
 
 
 @dataclass(frozen=True)
@@ -135,25 +132,13 @@ def _names(folders: list[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> _Run:
     if not folder.is_dir():
         raise InputError(f"there is no run at {folder}")
-    evaluations = {path.stem: _json(path) for path in sorted(folder.glob("evaluations/*.json"))}
-    run = _Run(name, _json(folder / "run.json"), _json(folder / "history.json"), evaluations)
+    evaluations = {printable(path.stem): read_evaluation(path) for path in sorted(folder.glob("evaluations/*.json"))}
+    run = _Run(printable(name), read_run(folder), read_history(folder), evaluations)
     if not (run.run or run.history or run.evaluations):
         raise InputError(
             f"{folder} holds neither a training run nor an evaluation: `student-train evaluate {folder}` makes one"
         )
-    for stem, result in evaluations.items():
-        if not ("questions" in result or ("dump" in result and "student" in result)):
-            raise InputError(f"{folder / 'evaluations' / stem}.json is no result of `student-train evaluate`")
     return run
-
-
-def _json(path: Path) -> Record:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 # ---- the page
@@ -260,9 +245,9 @@ def _on_questions(measured: list[tuple[int, _Run, Record]], name: str) -> list[s
             f" The options of {asked['shared_first_token']:,} questions share their first token, which says nothing of them:"
             " the first token and the options are measured on the others, and the whole sequence is what to judge by."
         )
-        shown = ["sequence", *(confidence for confidence in shown if confidence != "sequence")]
-    elif asked["answer_as"] == "letter":
-        shown.remove("sequence")
+        shown.sort(key=lambda confidence: confidence != "sequence")
+    elif asked["answer_as"] == "letter" and len(shown) > 1:
+        shown = [confidence for confidence in shown if confidence != "sequence"]
         words = " A letter is one token, so the likelihood of the whole sequence is that of the first token over the options."
     groups = [(_CONFIDENCES[confidence], _question_sides(measured, confidence)) for confidence in shown]
     options = _listed_numbers(asked["options"])
@@ -273,7 +258,7 @@ def _on_questions(measured: list[tuple[int, _Run, Record]], name: str) -> list[s
     )
     parts = [
         f"<h2>Questions: {html.escape(name)}</h2>"
-        f"<p>{asked['count']:,} questions of {options} options, answered by {asked['answer_as']}.{words}</p>",
+        f"<p>{asked['count']:,} questions of {options} options, answered by {html.escape(asked['answer_as'])}.{words}</p>",
         _table(groups, _ON_QUESTIONS),
         f'<p class="note">{_INTERVALS.format(units="questions")}{temperature if control else ""}</p>',
         _compared(groups[:1], _ON_QUESTIONS),
@@ -349,7 +334,7 @@ def _compared(groups: Sequence[tuple[str, list[_Side]]], metrics: list[_Metric])
             for side in sides:
                 if side is reference or side.kept is None or reference.kept is None:
                     continue
-                if comparable(side.result, reference.result):
+                if comparable(side.result, reference.result) and _count(side.kept) == _count(reference.kept):
                     rows.append((side, differences(side.kept, reference.kept)))
             if rows:
                 tables.append(_difference_table(reference, rows, metrics))
@@ -360,6 +345,11 @@ def _compared(groups: Sequence[tuple[str, list[_Side]]], metrics: list[_Metric])
         ' where the interval leaves out zero: <b class="better">better</b>, <b class="worse">worse</b>. pp: percentage points.'
     )
     return f"<h3>Is the difference more than chance?</h3><p>{words}</p>{''.join(tables)}"
+
+
+def _count(kept: Record) -> int:
+    """Of how many sequences or questions a result keeps something."""
+    return len(kept["targets"] if "targets" in kept else kept["nll"])
 
 
 def _difference_table(reference: _Side, rows: list[tuple[_Side, dict[str, Difference]]], metrics: list[_Metric]) -> str:

@@ -12,22 +12,23 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.publication import TEMPORARY_PREFIX
+from knowledge_store.records import check_shape
 from knowledge_store.weights import check_weights
 from student_train.configuration import TrainConfig
+from student_train.results import RUN_FILE, printable, read_object
 
-RUN_FILE = "run.json"
-HISTORY_FILE = "history.json"
 COMPLETE_FILE = "complete.json"
 
 # What may change between an interrupted run and the one that goes on with it.
@@ -77,17 +78,17 @@ def check_output(output: Path, identity: dict[str, Any]) -> None:
     # A run that was killed while it wrote its first file leaves that under a temporary name, and nothing else.
     if not output.is_dir() or all(path.name.startswith(TEMPORARY_PREFIX) for path in output.iterdir()):
         return
-    try:
-        before = json.loads((output / RUN_FILE).read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{output} is not empty and holds no training run: choose another --output") from None
+    record = read_object(output / RUN_FILE)
+    if record is None or not isinstance(before := record.get("identity"), dict):
+        raise InputError(f"{output} is not empty and holds no training run: choose another --output")
     differing = [
         f"{_label(name)} was {before.get(name)} and is now {identity.get(name)}"
         for name in identity.keys() | before.keys()
         if before.get(name) != identity.get(name)
     ]
     if differing:
-        raise InputError(f"{output} holds another run ({'; '.join(sorted(differing))}): choose another --output, or remove it")
+        found = printable("; ".join(sorted(differing)))
+        raise InputError(f"{output} holds another run ({found}): choose another --output, or remove it")
 
 
 def _label(name: str) -> str:
@@ -95,32 +96,61 @@ def _label(name: str) -> str:
     return f"--{name.replace('_', '-')}" if name in options else name
 
 
-def last_checkpoint(output: Path) -> tuple[int, Path, float] | None:
-    """Step, folder and seconds of the last complete checkpoint.
+class Checkpoint(NamedTuple):
+    """Where a run can go on.
+
+    Attributes:
+        step: after which it was written.
+        folder: where it is.
+        seconds: that the run had taken.
+        logged_at: the step of the last logged loss before it.
+        unlogged_loss: sum of the losses of the steps since.
+    """
+
+    step: int
+    folder: Path
+    seconds: float
+    logged_at: int
+    unlogged_loss: float
+
+    def write(self) -> None:
+        """Make it complete."""
+        write_json(self.folder / COMPLETE_FILE, {name: getattr(self, name) for name in self._fields if name != "folder"})
+
+
+def _read_checkpoint(path: Path) -> Checkpoint | None:
+    """None: its record cannot be read, so it is not complete."""
+    with suppress(InputError, ValueError):
+        record = {"unlogged_loss": 0.0, **(read_object(path) or {})}
+        check_shape(record, {"step": int, "seconds": int | float, "unlogged_loss": int | float})
+        record.setdefault("logged_at", record["step"])  # earlier versions kept neither of the two
+        check_shape(record, {"logged_at": int})
+        if 0 <= record["logged_at"] <= record["step"] and 0 <= record["seconds"] < math.inf:
+            return Checkpoint(folder=path.parent, **{name: record[name] for name in Checkpoint._fields if name != "folder"})
+    return None
+
+
+def last_checkpoint(output: Path) -> Checkpoint | None:
+    """The last complete checkpoint.
 
     Raises:
         InputError: it would not be loaded from safetensors files alone.
     """
-    found = []
-    for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}"):
-        # One that cannot be read is not complete.
-        with suppress(OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
-            record = json.loads(path.read_text())
-            found.append((int(record["step"]), path.parent, float(record["seconds"])))
-    last = max(found, default=None)
+    found = [_read_checkpoint(path) for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    last = max((each for each in found if each), default=None)
     # Without this file the trainer takes a pickle instead, before safetensors in several files.
-    if last and not (last[1] / "model.safetensors").is_file():
-        pickles = sorted(path.name for path in last[1].glob("*.bin*") if path.name != "training_args.bin")
+    if last and not (last.folder / "model.safetensors").is_file():
+        pickles = sorted(path.name for path in last.folder.glob("*.bin*") if path.name != "training_args.bin")
         if pickles:
             raise InputError(
-                f"{last[1]} has {pickles[0]} instead of model.safetensors: a pickle can run code, and is never loaded."
+                f"{last.folder} has {pickles[0]} instead of model.safetensors: a pickle can run code, and is never loaded."
                 " Remove that folder, and the run goes on from what was kept before it"
             )
-        check_weights(last[1])
+        check_weights(last.folder)
     return last
 
 
-def prepare_output(output: Path, checkpoint: tuple[int, Path, float] | None) -> None:
+def prepare_output(output: Path, checkpoint: Checkpoint | None) -> None:
     """Make the folder, and remove checkpoints that were never completed and files that were never finished."""
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -131,14 +161,6 @@ def prepare_output(output: Path, checkpoint: tuple[int, Path, float] | None) -> 
             shutil.rmtree(folder)
     for path in output.glob(f"{TEMPORARY_PREFIX}*"):
         path.unlink()
-
-
-def read_history(output: Path) -> dict[str, Any]:
-    """A run's history.json; empty before the first log."""
-    try:
-        return dict(json.loads((output / HISTORY_FILE).read_text()))
-    except (OSError, ValueError):
-        return {}
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:

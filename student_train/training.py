@@ -57,14 +57,12 @@ from student_train.losses import (
 )
 from student_train.models import load_model, load_tokenizer, quieten
 from student_train.recalibration import configured
+from student_train.results import HISTORY_FILE, RUN_FILE, read_history
 from student_train.run_folder import (
-    COMPLETE_FILE,
-    HISTORY_FILE,
-    RUN_FILE,
+    Checkpoint,
     check_output,
     last_checkpoint,
     prepare_output,
-    read_history,
     run_identity,
     versions,
     write_json,
@@ -129,10 +127,10 @@ def train(config: TrainConfig) -> TrainResult:
     check_output(output, identity)
     history = read_history(output)
     if history.get("finished"):
-        entries = history.get("entries", [])
-        return TrainResult(output, steps, steps, True, steps, history["seconds"], _last(entries, "eval_loss"))
+        last = _last(history["entries"], "eval_loss")
+        return TrainResult(output, steps, steps, True, steps, history["seconds"], last)
     checkpoint = last_checkpoint(output)
-    began_at = checkpoint[0] if checkpoint else 0
+    began_at = checkpoint.step if checkpoint else 0
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
@@ -182,8 +180,9 @@ def train(config: TrainConfig) -> TrainResult:
             shuffle=False,
             kinds=kinds,
         )
-    seconds = checkpoint[2] if checkpoint else 0.0
-    trainer = DistillationTrainer(student, arguments, config, loss, dataset, evaluation, steps_per_epoch, seconds, recalibrate)
+    trainer = DistillationTrainer(
+        student, arguments, config, loss, dataset, evaluation, steps_per_epoch, checkpoint, recalibrate
+    )
     main = trainer.is_world_process_zero()
     if main and began_at:
         note(f"Going on with {output} from step {began_at:,} of {steps:,}.")
@@ -191,11 +190,11 @@ def train(config: TrainConfig) -> TrainResult:
         title = f"training from step {began_at:,}" if began_at else "training"
         bar = progress_bar(title, steps - began_at, "steps") if main else nullcontext(None)
         with bar as trainer.advance, _stop_on_interrupt(trainer):
-            trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
+            trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     else:
         assert checkpoint is not None  # stopped between its last step and the saving of the model
-        trainer.model.load_state_dict(load_model(str(checkpoint[1])).state_dict())
-        trainer.state = TrainerState.load_from_json(str(checkpoint[1] / "trainer_state.json"))
+        trainer.model.load_state_dict(load_model(str(checkpoint.folder)).state_dict())
+        trainer.state = TrainerState.load_from_json(str(checkpoint.folder / "trainer_state.json"))
 
     step = trainer.state.global_step
     finished = step >= steps
@@ -230,7 +229,7 @@ class DistillationTrainer(Trainer):
         dataset: DistillationDataset,
         evaluation: DistillationDataset | None,
         steps_per_epoch: int,
-        seconds: float = 0.0,
+        checkpoint: Checkpoint | None = None,
         recalibrate: Callable[[Targets], Targets] | None = None,
     ) -> None:
         self.config = config
@@ -241,7 +240,9 @@ class DistillationTrainer(Trainer):
         self.stop_asked = False
         self.stopping = False
         self.positions = 0  # of the current step, over all ranks
-        self._seconds_before = seconds
+        self._seconds_before = checkpoint.seconds if checkpoint else 0.0
+        self.logged_at = checkpoint.logged_at if checkpoint else 0
+        self._unlogged: Tensor | float = checkpoint.unlogged_loss if checkpoint else 0.0
         self._started = time.monotonic()
         has_plain_head(student)  # looked up before anything wraps it
         super().__init__(
@@ -292,6 +293,19 @@ class DistillationTrainer(Trainer):
         self.positions = int(totals[2])
         batches += [padding_batch(batches[0])] * (num_batches - len(batches))
         return batches, {"target": totals[0], "sequence": totals[1]}
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """The library forgets its sum of losses with each session: this one goes into the checkpoints."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._unlogged = self._unlogged + loss.detach().float()
+        return loss
+
+    def unlogged_loss(self) -> float:
+        """The sum of the losses of the steps since `logged_at`; every process must ask for it together."""
+        total = torch.as_tensor(self._unlogged, dtype=torch.float32, device=self.args.device)
+        return float(self.accelerator.reduce(total, reduction="mean"))
 
     def compute_loss(
         self,
@@ -369,7 +383,13 @@ class DistillationTrainer(Trainer):
         return shares + step_loss(self.distillation, outputs, batch, counts, **options) * shares.new_tensor([1, 0, 0])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the seconds spent so far, count epochs by steps, and keep history.json up to date."""
+        """Add the seconds spent so far, count epochs by steps, and keep history.json up to date.
+
+        `loss` is the mean over the steps since it was last logged, in this session or in one before it.
+        """
+        if "loss" in logs:
+            logs["loss"] = self.unlogged_loss() / (self.state.global_step - self.logged_at)
+            self._unlogged, self.logged_at = 0.0, self.state.global_step
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         logs["seconds"] = round(self.seconds, 3)
         super().log(logs, start_time)
@@ -425,9 +445,10 @@ class _Conduct(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.accelerator.wait_for_everyone()  # each rank writes its own random state
+        unlogged_loss = self.trainer.unlogged_loss()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(folder / COMPLETE_FILE, {"step": state.global_step, "seconds": self.trainer.seconds})
+            Checkpoint(state.global_step, folder, self.trainer.seconds, self.trainer.logged_at, unlogged_loss).write()
         self.step_began = time.monotonic()
 
 

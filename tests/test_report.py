@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from knowledge_store.errors import InputError
+from student_train import charts, metrics, results
 from student_train.comparison import comparable, differences
 from student_train.metrics import calibration_gaps, describe_answers, expected_calibration_error, group_sizes, group_sums
 from student_train.report import write_report
@@ -332,3 +336,135 @@ def test_bad_input(tmp_path):
 def test_it_needs_no_torch():
     code = "import sys, student_train.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("run.json", "5", "cannot be read: it is not an object"),
+        ("run.json", '[["a", 1]]', "cannot be read: it is not an object"),
+        ("run.json", DEEP, "cannot be read: it is nested too deep"),
+        ("run.json", '{"a":' * 40 + "1" + "}" * 40, "cannot be read: it is nested more than 32 deep"),
+        ("run.json", '{"a": "\\udc00"}', "cannot be read: its text is not sound Unicode"),
+        ("run.json", '{"config": {"x": 1}}', "no record of a training run: it.config has no 'loss'"),
+        ("run.json", '{"config": [1]}', "no record of a training run: it.config is not an object"),
+        ("history.json", '{"finished": true, "seconds": 1, "entries": [5]}', "no history of a training run: it.entries"),
+        ("history.json", '{"finished": true, "seconds": "x", "entries": []}', "it.seconds has the wrong type"),
+        ("history.json", '{"finished": true, "seconds": Infinity, "entries": []}', "it.seconds is no time"),
+        ("evaluations/a.json", '{"dump": {}, "student": {}}', "no result of `student-train evaluate`: it has no 'parameters'"),
+        ("evaluations/a.json", '{"questions": 7}', "no result of `student-train evaluate`: it has no 'parameters'"),
+        ("evaluations/a.json", '{"parameters": 1, "seconds": 1, "questions": 7}', "it.questions is not an object"),
+    ],
+)
+def test_files_that_cannot_be_trusted_are_refused_in_one_line(tmp_path, name, text, message):
+    folder = write_run(tmp_path / "one")
+    (folder / name).write_text(text)
+    with pytest.raises(InputError) as caught:
+        page(tmp_path, folder)
+    assert str(caught.value).startswith(f"{folder / name} ") and message in str(caught.value)
+
+
+def test_what_is_no_file_is_not_read(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "one")
+    path = folder / "run.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=r"run\.json cannot be read: it is not a file"):
+        page(tmp_path, folder)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"run\.json cannot be read: it is not a file"):
+        page(tmp_path, folder)
+    path.unlink()
+    path.write_text(" " * 1001)
+    monkeypatch.setattr(results, "MOST_BYTES", 1000)
+    with pytest.raises(InputError, match=r"run\.json cannot be read: it has more than 1,000 bytes"):
+        page(tmp_path, folder)
+    path.unlink()
+    (folder / "evaluations" / "a.json").symlink_to("nothing")
+    with pytest.raises(InputError, match=r"a\.json cannot be read: it is a link to nothing"):
+        page(tmp_path, folder)
+
+
+def strings(value: object, place: tuple = ()) -> Iterator[tuple]:
+    """Where there is text in a JSON value."""
+    if isinstance(value, str):
+        yield place
+    elif isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from strings(each, (*place, key))
+
+
+def changed(value: dict, place: tuple, new: object) -> dict:
+    """A copy of a JSON value with one place of it replaced."""
+    copy = json.loads(json.dumps(value))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = new
+    return copy
+
+
+def test_no_text_of_a_file_gets_into_the_page_as_it_is(tmp_path):
+    """Every text in the three files, the names of folders and files, and keys that are free to choose."""
+    hostile = "<script>alert(1)</script>\"'"
+    folder = write_run(tmp_path / "<script>$\\x$", measured=(3.2, 0.8), exam=answered(0.2))
+    for path in (folder / "run.json", *folder.glob("evaluations/*.json")):
+        record = json.loads(path.read_text())
+        if path.name == "run.json":
+            record["config"] |= {"tail": "draws", "calibration": "c.json", hostile: 1}
+            record["sequences"][hostile] = 1
+        record["versions"][hostile] = "1"
+        for place in strings(record):
+            record = changed(record, place, hostile)
+        path.write_text(json.dumps(record))
+    (folder / "evaluations" / "heldout.json").rename(folder / "evaluations" / "<script>.json")
+    text = page(tmp_path, folder, write_run(tmp_path / "two", exam=json.loads((folder / "evaluations/exam.json").read_text())))
+    assert "<script" not in text and "&lt;script&gt;alert" in text
+
+
+def leaves(value: object, place: tuple = ()) -> Iterator[tuple]:
+    """Every place in a JSON value, of a list only its first and the whole."""
+    if place:
+        yield place
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else list(enumerate(value))[:1]:
+            yield from leaves(each, (*place, key))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, where a number is infinite
+@pytest.mark.parametrize("kind", ["run", "history", "text", "questions"])
+def test_a_page_is_made_or_refused_whatever_the_files_hold(tmp_path, monkeypatch, kind):
+    """Each place in each file in turn becomes something else. The pictures, which are slow, are left out."""
+    for name in ("learning_curves", "coverage"):
+        monkeypatch.setattr(charts, name, lambda *_: "")
+    monkeypatch.setattr(charts, "svg", lambda *_: "")
+    monkeypatch.setattr(charts, "reliability_row", lambda *_: "")
+    for function in (metrics.bootstrap, metrics.bootstrap_interval, metrics.bootstrap_calibration_error):
+        monkeypatch.setitem(function.__kwdefaults__, "resamples", 2)
+    base = evaluation(3.2, 0.8)
+    base["post_hoc"] = {"temperature": 1.5, "file": "c.json", "student": base["student"], "per_sequence": base["per_sequence"]}
+    exam = answered(0.2)
+    folder = write_run(tmp_path / "one", measured=(3.2, 0.8), exam=exam)
+    (folder / "evaluations" / "heldout.json").write_text(json.dumps(base))
+    other = write_run(tmp_path / "two", measured=(3.1, 0.5), exam=exam)
+    names = {
+        "run": "run.json",
+        "history": "history.json",
+        "text": "evaluations/heldout.json",
+        "questions": "evaluations/exam.json",
+    }
+    path = folder / names[kind]
+    record = json.loads(path.read_text())
+    refused = 0
+    for place, new in zip(leaves(record), itertools.cycle((None, [], "x", {}, -1, 1e999, True))):
+        path.write_text(json.dumps(changed(record, place, new)))
+        try:
+            page(tmp_path, folder, other)
+        except InputError as error:
+            refused += 1
+            assert str(error).startswith(str(path)) and "\n" not in str(error)
+    assert refused > 4

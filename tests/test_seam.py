@@ -11,7 +11,7 @@ from conftest import save_teacher, story_rows, write_jsonl
 from knowledge_store import KINDS, Kind, KnowledgeStore, verify
 from student_train.configuration import TrainConfig
 from student_train.losses import LOSSES, Loss
-from student_train.run_folder import read_history
+from student_train.results import read_history
 from student_train.training import train
 from teacher_dump import DumpConfig, dump
 from teacher_dump.extraction import EXTRACTORS

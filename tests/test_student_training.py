@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def settings(store_folder, student, tmp_path) -> dict:
         "steps": 6,
         "eval_fraction": 0.0,
     }
+
+
+@pytest.fixture(scope="module")
+def finished(store_folder, student, tmp_path_factory) -> Path:
+    """A run of one step."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    options = {"batch_size": 4, "learning_rate": 1e-3, "steps": 1, "eval_fraction": 0.0}
+    train(TrainConfig(store=str(store_folder), student=str(student), output=str(output), dump="train", **options))
+    return output
 
 
 def weights(output: str | Path) -> Weights:
@@ -171,6 +181,33 @@ def test_interrupted_runs_go_on(settings, tmp_path, monkeypatch, capsys):
     assert drawn == [0, 1, 2, 3, 4, 5]
 
 
+def test_logged_losses_are_means_over_the_same_steps(settings, tmp_path, monkeypatch):
+    """Of a run of 600 steps every third is logged. Ctrl-C between them, and a kill after a checkpoint between them."""
+    settings |= {"steps": 600, "save_steps": 4}
+    draw = DistillationTrainer.get_batch_samples
+
+    def until(step: int, output: Path, *, kill: bool = False) -> dict[int, float]:
+        def drawing(self, *arguments):
+            if self.state.global_step == step and kill:
+                raise MemoryError
+            if self.state.global_step == step - 1 and not kill:
+                signal.raise_signal(signal.SIGINT)
+            return draw(self, *arguments)
+
+        monkeypatch.setattr(DistillationTrainer, "get_batch_samples", drawing)
+        with pytest.raises(MemoryError) if kill else nullcontext():
+            train(TrainConfig(**settings | {"output": str(output)}))
+        entries = json.loads((output / "history.json").read_text())["entries"]
+        return {entry["step"]: entry["loss"] for entry in entries}
+
+    whole = until(13, tmp_path / "whole")
+    assert list(whole) == [3, 6, 9, 12]
+    until(5, tmp_path / "run")
+    until(11, tmp_path / "run", kill=True)
+    assert last_checkpoint(tmp_path / "run").step == 8
+    assert until(13, tmp_path / "run") == whole
+
+
 def test_a_run_stopped_before_its_model_was_saved(settings, tmp_path, monkeypatch):
     train(TrainConfig(**settings | {"output": str(tmp_path / "whole")}))
     with monkeypatch.context() as patch:
@@ -225,7 +262,7 @@ def test_a_checkpoint_whose_record_cannot_be_read_is_not_complete(tmp_path, reco
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
         (tmp_path / f"checkpoint-{step}" / "complete.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert last_checkpoint(tmp_path) == (3, tmp_path / "checkpoint-3", 1.5)
+    assert last_checkpoint(tmp_path) == (3, tmp_path / "checkpoint-3", 1.5, 3, 0.0)
 
 
 def test_a_run_never_goes_on_from_a_pickle(settings, tmp_path, monkeypatch):
@@ -379,6 +416,58 @@ def test_an_output_that_is_something_else(settings, tmp_path):
     with pytest.raises(InputError, match="is a file"):
         train(TrainConfig(**settings | {"output": str(tmp_path / "run" / "thesis.tex")}))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("history.json", "5", r"history\.json cannot be read: it is not an object"),
+        ("history.json", "", r"history\.json cannot be read: "),
+        ("history.json", DEEP, r"history\.json cannot be read: it is nested too deep"),
+        ("history.json", '{"finished": true}', "history.json is no history of a training run: it has no 'seconds'"),
+        ("history.json", '{"finished": 1, "seconds": 1, "entries": []}', "finished has the wrong type"),
+        ("history.json", '{"finished": true, "seconds": 1, "entries": 5}', "entries is not a list"),
+        ("history.json", '{"finished": true, "seconds": 1, "entries": [5]}', r"entries\[0\] is not an object"),
+        (
+            "history.json",
+            '{"finished": true, "seconds": 1, "entries": [{"step": 1, "eval_loss": "x"}]}',
+            "eval_loss has the wr",
+        ),
+        ("history.json", '{"finished": true, "seconds": NaN, "entries": []}', "seconds is no time"),
+        ("run.json", "[5]", r"run\.json cannot be read: it is not an object"),
+        ("run.json", DEEP, r"run\.json cannot be read: it is nested too deep"),
+        ("run.json", '{"identity": []}', "holds no training run"),
+        ("run.json", '{"identity": null}', "holds no training run"),
+        ("run.json", '{"identity": {"a\\nb": "\\u001b[2J"}}', "a�b was �.2J and is now None"),
+    ],
+)
+def test_a_run_folder_that_cannot_be_trusted_is_refused_in_one_line(settings, finished, tmp_path, name, text, message):
+    for path in finished.iterdir():
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / path.name).symlink_to(path)
+    (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / name).write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        train(TrainConfig(**settings | {"steps": 1}))
+    assert str(caught.value).isprintable()
+
+
+def test_a_checkpoint_of_a_version_that_kept_no_losses_is_gone_on_from(settings, tmp_path, monkeypatch):
+    draw = DistillationTrainer.get_batch_samples
+
+    def interrupted(self, *arguments):
+        signal.raise_signal(signal.SIGINT)
+        return draw(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "get_batch_samples", interrupted)
+        train(TrainConfig(**settings))
+    (tmp_path / "run/checkpoint-1/complete.json").write_text('{"step": 1, "seconds": 2.5}')
+    result = train(TrainConfig(**settings))
+    assert result.finished and result.began_at == 1 and result.seconds > 2.5
 
 
 def test_another_configuration_is_refused_by_name(settings):
