@@ -462,7 +462,8 @@ def _means(found: Arrays, name: str) -> np.ndarray:
 
     One that is far off does not speak for all: none counts for more than MOST_COUNTED.
     """
-    moved = found[f"{name} moved"].reshape(len(found[f"{name} moved"]), -1)
+    moved = found[f"{name} moved"]
+    moved = moved if moved.ndim == 2 else moved[:, None]
     there = ~np.isnan(moved)
     sums = np.where(there, moved.clip(-MOST_COUNTED, MOST_COUNTED), 0).sum(axis=1)
     return sums[there.any(axis=1)] / there.sum(axis=1)[there.any(axis=1)]
