@@ -6,11 +6,12 @@ each candidate is below the first, the tail's log-odds, and the log-probability 
 follows, as probabilities sum to one. Before, they are the log-probabilities themselves. The *difference* of a value is
 |kept − asked| less half a quantisation step: what rounding cannot explain, in nats. It is 0 for most values where the teacher
 is the same, and grows with whatever makes it answer otherwise. Below a step noise shows all the same: it carries a share of
-mean |noise| / step of the values over the edge between two steps.
+mean |noise| / step of the values over the edge between two steps, as many up as down. What moves values one way, by however
+little, is no noise: the mean of how far they moved shows it, and noise as large does not, as it cancels out.
 
-    numeric noise    batching, device, dtype: small everywhere, and no single value is far off
-    damage           most sequences agree, some have values far off, or are no knowledge that a selection keeps
-    another teacher  values are off in most sequences
+    numeric noise    batching, device, dtype: small everywhere, no single value is far off, and means are near zero
+    damage           most sequences agree, some have values or means far off, or are no knowledge that a selection keeps
+    another teacher  values are off in most sequences, or their mean over the sample is
 
 Candidates are compared by id, so that two that are nearly as likely may change places; the first and the tail are those that
 were kept. That these are the likeliest is compared too: by how many nats another token is ahead of the last of them. Draws are
@@ -21,7 +22,7 @@ dtype of 16 bits many, the more the larger the vocabulary. Draws that are off wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ from teacher_dump.teacher import Teacher, describe_tokenizer, load_teacher
 
 AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER = "agrees", "damage", "another teacher", "another tokenizer"
 ROUNDED = {"token_logprob": "token", "candidate_logprobs": "candidates", "tail_logprob": "tail"}
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call how many there are
+MOST_COUNTED = 2.0  # nats of one value, in a mean
 SHOWN = 5
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
 SHARE_OFF = 0.5  # of the sequences: beyond it the teacher is another one, unless its weights are the dump's own
@@ -51,24 +54,38 @@ SHARE_OFF = 0.5  # of the sequences: beyond it the teacher is another one, unles
 
 @dataclass(frozen=True)
 class Limits:
-    """What numeric noise can do to rounded values, in nats, and to draws, in shares of the tail.
+    """What numeric noise can do to rounded values, of each quantity by itself, in nats, and to draws, in shares of the tail.
 
     Attributes:
-        typical: of a sequence, mean over its values. single: of any one value.
+        typical: of the median sequence, mean |difference| of its values. single: of any one value.
+        bias, spread: |mean difference| over n positions, of one sequence or of many, is up to bias + spread / √n.
         draws: of a sequence, mean over its draws. draw: of any one draw.
         moved: of a sequence, the share of its draws that fall on another token.
     """
 
     typical: float
     single: float
+    bias: float
+    spread: float
     draws: float
     draw: float
     moved: float
+
+    def mean(self, positions: int) -> float:
+        """How far the mean over so many positions can be off."""
+        return self.bias + self.spread / positions**0.5
 
 
 # Rounding to float32 at every step of a model moves its log-probabilities by some 1e-6 to 1e-4, rounding to bfloat16 or
 # float16 by some 0.01 to 0.1, and that of an unlikely token now and then by several tenths. What lies between two of them, as
 # a gap or log-odds does, moves by up to the sum.
+#
+# Measured on 11 teachers of random weights (llama, qwen2, gpt2, gemma2; 2 to 24 layers; 408 to 50,000 tokens), some 1,100
+# positions each, three of them with every selection. In the median sequence candidates, the noisiest, are off by up to 0.12
+# nats a value in bfloat16 against float32, either way round; by 0.08 in bfloat16 with another attention kernel, as another
+# device may have: so the same dtype has no limits of its own; by 0.01 in bfloat16 with another batch alone and in float16;
+# by 0 in float32. Means cancel out: of all positions up to 0.008 (limit 0.053), of a sequence's up to half its limit. Two
+# more teachers, whose logits reach farther than those of trained ones, are beyond `single` in bfloat16 and told as damaged.
 #
 # Log-probabilities that move by up to e against each other move the running sum by up to tanh(e / 4) of the tail, and by far
 # less as most of it cancels out. Measured on four teachers of 408 to 200,000 tokens, with all selections, in bfloat16 against
@@ -76,8 +93,8 @@ class Limits:
 # fall on another token, of 50,000 tokens' 70 %, of 200,000 tokens' 81 %. In float32, by batch and against float64: below
 # 1e-8 in any sequence, 3e-7 in the worst draw, and up to 0.5 % on another token. Draws that have nothing to do with their
 # points are off by a tenth of the tail and more where tokens are few, and by little where they are many; then all move.
-FLOAT32 = Limits(0.01, 0.03, draws=0.001, draw=0.01, moved=0.05)
-SHORT = Limits(0.25, 1.5, draws=0.02, draw=0.25, moved=0.95)
+FLOAT32 = Limits(0.01, 0.03, bias=0.003, spread=0.15, draws=0.001, draw=0.01, moved=0.05)
+SHORT = Limits(0.25, 1.5, bias=0.03, spread=0.75, draws=0.02, draw=0.25, moved=0.95)
 
 
 @dataclass(frozen=True)
@@ -88,11 +105,16 @@ class Differences:
         values: how many.
         steps: shares of the values that are the same step, one off, two off, and more.
         quantiles: of the difference (nats; of draws a share of the tail), at QUANTILES.
+        typical: mean |difference| of a value in the median sequence, from how many steps they moved (nats).
+        mean: |mean difference| over all positions, likewise (nats). noise: what noise can do to that.
     """
 
     values: int
     steps: tuple[float, float, float, float]
     quantiles: tuple[float, ...]
+    typical: float = 0.0
+    mean: float = 0.0
+    noise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,12 +128,12 @@ class Agreement:
         notes: what else a person should know.
         limits: what counts as numeric noise here.
         differences: of `token`, `candidates`, `tail`, and where there are any `tail at T`, `selection`, `draws`.
-        noise: mean |difference| of a value in the median sequence, from how many steps they moved (nats).
+        noise: the largest `typical` of any quantity (nats).
         draws_off: mean difference of a draw in the median sequence (share of the tail); None without draws.
         changed_top_1: share of the positions whose likeliest token is another one; None without candidates.
         moved_draws: share of the draws that now fall on another token; None without draws.
-        sequences_off: how many have a value beyond `limits.single` or a draw beyond `limits.draw`, cannot be read, or have
-            other tokens than they had.
+        sequences_off: how many have a value beyond `limits.single`, a mean beyond `limits.mean` or a draw beyond `limits.draw`,
+            cannot be read, or have other tokens than they had.
     """
 
     dump: str
@@ -217,6 +239,12 @@ def _same_weights(manifest: Manifest, teacher: Teacher) -> tuple[bool, list[str]
     kept, now = manifest.teacher.get("dtype"), teacher.description["dtype"]
     if kept != now:
         notes.append(f"the dump was made in {kept}, and the teacher is asked in {now} now")
+    config = teacher.model.config.get_text_config()
+    if _limits(manifest, teacher) is SHORT and any((getattr(config, name, None) or 0) > 1 for name in EXPERTS):
+        notes.append(
+            "a mixture of experts sends some tokens to other experts where rounding differs, which moves values by more than"
+            f" any limit here: before believing in damage, ask as the dump did (--dtype {kept}, a device of the same kind)"
+        )
     return same, notes
 
 
@@ -364,7 +392,7 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
 
     Returns:
         for each quantity, "NAME off" (nats, or for draws a share of the tail; NaN where there is no value) and, of rounded
-        ones, "NAME steps" (how many steps it moved), (n,) or (n, K) each; "changed" (n,), 1 or 0.
+        ones, "NAME moved" (from step to step, up or down, in nats), (n,) or (n, K) each; "changed" (n,), 1 or 0.
     """
     if not logits.isfinite().all():
         raise InputError("the teacher's logits are NaN or infinite: check its weights, or ask it with --dtype float32")
@@ -408,10 +436,10 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
     for column, was in exact_steps(kept, manifest).items():
         name = f"tail at T={manifest.temperature:g}" if column == "tail_logsumexp" else ROUNDED[column]
         with np.errstate(invalid="ignore"):  # a tail that is empty, then and now
-            apart, moved = np.abs(was - now[column]), np.abs(np.round(was) - np.round(now[column]))
+            apart, moved = np.abs(was - now[column]), np.round(was) - np.round(now[column])
         same = was == now[column]
         compared[f"{name} off"] = np.where(same, 0, np.maximum(apart - 0.5, 0) * step)
-        compared[f"{name} steps"] = np.where(same, 0, moved)
+        compared[f"{name} moved"] = np.where(same, 0, moved) * step
     return {**compared, **{name: values.cpu().numpy() for name, values in found.items()}}
 
 
@@ -429,21 +457,42 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _differences(found: list[Arrays]) -> dict[str, Differences]:
+def _means(found: Arrays, name: str) -> np.ndarray:
+    """Of one sequence, how far a quantity moved at each position that has it: the mean of its values there, in nats, (n,).
+
+    One that is far off does not speak for all: none counts for more than MOST_COUNTED.
+    """
+    moved = found[f"{name} moved"]
+    moved = moved if moved.ndim == 2 else moved[:, None]
+    there = ~np.isnan(moved)
+    sums = np.where(there, moved.clip(-MOST_COUNTED, MOST_COUNTED), 0).sum(axis=1)
+    return sums[there.any(axis=1)] / there.sum(axis=1)[there.any(axis=1)]
+
+
+def _differences(found: list[Arrays], step: float, limits: Limits) -> dict[str, Differences]:
     names = [name.removesuffix(" off") for name in (found[0] if found else ()) if name.endswith(" off")]
     differences = {}
     for name in names:
-        off, steps = (_values(found, f"{name} {ending}") for ending in ("off", "steps"))
+        off, moved = (_values(found, f"{name} {ending}") for ending in ("off", "moved"))
         if not len(off):
             continue
-        same, one, two, more = (_mean(each) or 0.0 for each in (steps == 0, steps == 1, steps == 2, steps > 2))
+        steps = np.abs(moved) / step
+        same, one, two, more = (
+            _mean(each) or 0.0 for each in (steps < 0.5, abs(steps - 1) < 0.5, abs(steps - 2) < 0.5, steps > 2.5)
+        )
         quantiles = tuple(float(each) for each in np.quantile(off, QUANTILES, method="higher"))
-        differences[name] = Differences(len(off), (same, one, two, more), quantiles)
+        typical = mean = noise = 0.0
+        if len(moved):
+            by_sequence = [np.abs(each) for each in (_values([arrays], f"{name} moved") for arrays in found) if len(each)]
+            typical = _median(each.mean() for each in by_sequence) or 0.0
+            means = np.concatenate([_means(arrays, name) for arrays in found])
+            mean, noise = abs(float(means.mean())), limits.mean(len(means))
+        differences[name] = Differences(len(off), (same, one, two, more), quantiles, typical, mean, noise)
     return differences
 
 
 def _farthest(sequence: _Kept, found: Arrays, limits: Limits) -> tuple[float, str]:
-    """The largest difference of a sequence, in multiples of what noise can do to one value or draw, and a sentence about it."""
+    """The largest difference of a sequence, in multiples of what noise can do to it, and a sentence about it."""
     most, words = 0.0, ""
     for name, values in found.items():
         if not name.endswith(" off") or not values.size:
@@ -454,7 +503,22 @@ def _farthest(sequence: _Kept, found: Arrays, limits: Limits) -> tuple[float, st
         if flat[at] / limit > most:
             most = float(flat[at]) / limit
             words = f"sequence {sequence.number}, position {sequence.places[at]}: {name} by {flat[at]:.3g} {unit}"
+    for name, mean, limit, positions in _biases(found, limits):
+        if most <= 1 and mean > limit:  # one value that is off says where
+            most = mean / limit
+            words = (
+                f"sequence {sequence.number}: {name} off one way, by {mean:.3g} nats on average over {positions} positions"
+                f" (noise: up to {limit:.2g})"
+            )
     return most, words
+
+
+def _biases(found: Arrays, limits: Limits) -> Iterator[tuple[str, float, float, int]]:
+    """Of each rounded quantity of a sequence: name, |mean difference|, what noise can do to that, over how many positions."""
+    for name in (each.removesuffix(" moved") for each in found if each.endswith(" moved")):
+        means = _means(found, name)
+        if len(means):
+            yield name, abs(float(means.mean())), limits.mean(len(means)), len(means)
 
 
 def _median(values: Iterable[float]) -> float | None:
@@ -463,9 +527,11 @@ def _median(values: Iterable[float]) -> float | None:
 
 
 def _value_is_off(found: Arrays, limits: Limits) -> bool:
-    """Whether any value of a sequence is off by more than noise can do to it, draws left out."""
+    """Whether any value of a sequence, or a mean of them, is off by more than noise can do to it, draws left out."""
     names = (name for name in found if name.endswith(" off") and name != "draws off")
-    return any((found[name] > limits.single).any() for name in names)
+    return any((found[name] > limits.single).any() for name in names) or any(
+        mean > limit for _, mean, limit, _ in _biases(found, limits)
+    )
 
 
 def _judge(
@@ -479,19 +545,26 @@ def _judge(
     limits: Limits,
     sample: int,
 ) -> Agreement:
-    # Of a sequence, how many steps its values moved on average.
-    noise = manifest.quantisation_step * (_median(_mean(_values([each], " steps")) or 0.0 for each in found) or 0.0)
     draws = [each for each in (_values([arrays], "draws off") for arrays in found) if len(each)]
     draws_off, moved = _median(each.mean() for each in draws), _median((each > 0).mean() for each in draws)
     farthest = [_farthest(sequence, each, limits) for sequence, each in zip(kept, found, strict=True)]
     off = sorted((each for each in farthest if each[0] > 1), key=lambda each: -each[0])
     # Damage that shows by itself says nothing of the teacher, and draws nothing that values do not say better.
+    sound = [each for each in found if each and not _value_is_off(each, limits)]
     values_off = sum(_value_is_off(each, limits) for each in found)
+    differences = _differences([each for each in found if each], manifest.quantisation_step, limits)
+    noise, noisiest = max(((each.typical, name) for name, each in differences.items()), default=(0.0, "values"))
+    biased = [
+        f"{name} off one way, by {each.mean:.3g} nats on average over {len(sound)} sequences that show nothing each by itself"
+        f" (noise: up to {each.noise:.2g})"
+        for name, each in _differences(sound, manifest.quantisation_step, limits).items()
+        if each.mean > each.noise
+    ]
     seen = [*unreadable, *(words for _, words in off)]
     listed = [*seen[:SHOWN], *([f"and {len(seen) - SHOWN} more sequences"] if len(seen) > SHOWN else [])]
-    everywhere = noise > limits.typical or values_off > SHARE_OFF * len(kept)
+    everywhere = noise > limits.typical or values_off > SHARE_OFF * len(kept) or bool(biased)
     draws_everywhere = (draws_off or 0.0) > limits.draws or (moved or 0.0) > limits.moved
-    typically = f"the median sequence is off by {noise:.3g} nats a value"
+    typically = f"the median sequence is off by {noise:.3g} nats a value ({noisiest}; noise: up to {limits.typical})"
     drawn = "" if moved is None else f"its draws by {draws_off:.2g} of the tail, and {moved:.1%} of them fall on another token"
     if tokenizer:
         verdict, reasons = OTHER_TOKENIZER, tokenizer
@@ -499,8 +572,8 @@ def _judge(
         verdict, reasons = (
             OTHER_TEACHER,
             [
-                f"{typically} (noise: up to {limits.typical}), and {values_off} of {len(kept)} have a value off by more than"
-                f" {limits.single}",
+                f"{typically}, and {values_off} of {len(kept)} have a value off by more than {limits.single}, or all one way",
+                *biased,
                 *unreadable[:SHOWN],
             ],
         )
@@ -512,12 +585,13 @@ def _judge(
                 notes = [*notes, "draws may also tell of a teacher so near to the dump's that values do not tell the two apart"]
         if everywhere:
             reasons = [
-                "the teacher's weights are those that the manifest names, and most sequences are off all the same: values were"
+                "the teacher's weights are those that the manifest names, and its answers are others all the same: values were"
                 " altered, or this machine computes wrongly",
+                *biased,
                 *reasons,
             ]
     else:
-        verdict, reasons = AGREES, [f"{typically}, and no value by {limits.single}"]
+        verdict, reasons = AGREES, [f"{typically}, no value by {limits.single}, and none are off one way"]
         if drawn:
             reasons.append(f"in the median sequence {drawn}; no draw is off by {limits.draw}")
         if not same_weights and limits is SHORT:
@@ -530,7 +604,7 @@ def _judge(
         reasons=tuple(reasons),
         notes=tuple(notes),
         limits=limits,
-        differences=_differences([each for each in found if each]),
+        differences=differences,
         noise=noise,
         draws_off=draws_off,
         changed_top_1=_mean(_values(found, "changed")),
@@ -543,15 +617,19 @@ def describe(agreement: Agreement) -> list[str]:
     """What a person is told: the distribution of differences, rates, and the verdict with what it rests on."""
     lines = [f"{agreement.dump}: {agreement.sequences} sequences asked again, {agreement.positions:,} positions with knowledge"]
     if agreement.differences:
-        heads = "".join(f"{name:>9}" for name in ("median", "90 %", "99 %", "99.9 %", "most"))
+        heads = "".join(f"{name:>9}" for name in ("median", "90 %", "99 %", "99.9 %", "most", "|mean|", "noise"))
         lines.append(f"{'beyond rounding':<16}{'values':>10}{'same step':>11}{'1 off':>8}{'2 off':>8}{'more':>8}{heads}")
     for name, each in agreement.differences.items():
         # Draws and the order of candidates are not rounded.
         steps = [f"{share:.2%}" for share in each.steps] if sum(each.steps) else ["–"] * 4
-        quantiles = "".join(f"{value:>9.2g}" for value in each.quantiles)
+        means = [f"{value:.2g}" for value in (each.mean, each.noise)] if sum(each.steps) else ["–"] * 2
+        quantiles = "".join(f"{value:>9.2g}" for value in each.quantiles) + "".join(f"{mean:>9}" for mean in means)
         lines.append(f"{name:<16}{each.values:>10,}{steps[0]:>11}{steps[1]:>8}{steps[2]:>8}{steps[3]:>8}{quantiles}")
     if agreement.differences:
-        lines.append("In nats, less the half step that rounding explains; draws as a share of the tail.")
+        lines.append(
+            "In nats, less the half step that rounding explains; draws as a share of the tail. |mean|: how far values moved one"
+            " way on average; beside it, what noise can do to that."
+        )
         lines.append(
             "What is rounded since format version 3: how far candidates are below the first, the tail's log-odds, and the"
             " log-probability of a token that is no candidate; before, every log-probability."
@@ -563,9 +641,10 @@ def describe(agreement: Agreement) -> list[str]:
     limits = agreement.limits
     dtype = "float32" if limits is FLOAT32 else "a dtype of 16 bits"
     lines.append(
-        f"Noise ({dtype}): a sequence off by up to {limits.typical} nats a value"
-        f" on average, no value by more than {limits.single}. Damage: some sequences beyond that."
-        f" Another teacher: more than {SHARE_OFF:.0%} of them."
+        f"Noise ({dtype}), of each quantity: the median sequence off by up to {limits.typical} nats a value on average, and"
+        f" no value by more than {limits.single}. Noise goes up and down alike, so that the mean of n positions, of a sequence"
+        f" or of all, moves by up to {limits.bias} + {limits.spread}/√n. Damage: some sequences beyond that."
+        f" Another teacher: more than {SHARE_OFF:.0%} of them, or all together (damage if its weights are the dump's own)."
     )
     if agreement.moved_draws is not None:
         lines.append(

@@ -22,6 +22,7 @@ from hypothesis.extra import numpy as numpy_strategies
 from processes import Command
 from safetensors.torch import load_file, save_file
 from stores import knowledge_of, make_manifest
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.calibration import Calibration, write_calibration
@@ -357,6 +358,87 @@ def test_values_altered_everywhere_are_damage_where_the_weights_are_the_dump_s_o
     assert found.verdict == DAMAGE and "values were altered, or this machine computes wrongly" in found.reasons[0]
 
 
+def moved_one_way(arrays, quantity: str, by: float) -> None:
+    """Every position's log-odds of the tail, gaps to the first candidate, or token, in nats; all else as the teacher said."""
+    if quantity == "token":
+        arrays["token_logprob"] = arrays["token_logprob"] - by
+        return
+    candidates, tail = arrays["candidate_logprobs"].astype(np.float64), arrays["tail_logprob"].astype(np.float64)
+    odds = tail - np.logaddexp.reduce(candidates, axis=1) + (by if quantity == "tail" else 0)
+    if quantity == "candidates":
+        candidates[:, 1:] -= by
+    candidates -= np.logaddexp.reduce(candidates, axis=1)[:, None] + np.logaddexp(0, odds)[:, None]
+    arrays["candidate_logprobs"], arrays["tail_logprob"] = (
+        candidates.astype(np.float32),
+        -np.logaddexp(0, -odds).astype(np.float32),
+    )
+
+
+def spoil_one_way(monkeypatch, quantity, by, documents=range(9)) -> list:
+    """Have every dump from here on move the sequences of these documents; returns where they will be listed."""
+    spoilt = []
+
+    def extract(batch):
+        found = extract_positions(batch)
+        for sequence, arrays in zip(batch.sequences, found, strict=True):
+            if sequence.document.number in documents:
+                moved_one_way(arrays, quantity, by)
+                spoilt.append(sequence)
+        return found
+
+    monkeypatch.setitem(teacher_pass.EXTRACTORS, "positions", extract)
+    return spoilt
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("quantity", "by"),
+    [("tail", 1.2), ("tail", -1.2), ("candidates", 0.3), ("token", 0.3), ("tail", 0.12), ("candidates", 0.12)],
+)
+def test_values_that_all_moved_one_way_are_damage_however_noisy_the_dtype(
+    make_dump, teachers, monkeypatch, quantity, by, asked
+):
+    """Each of them is within what the dtype's noise can do to one value."""
+    spoil_one_way(monkeypatch, quantity, by)
+    store = make_dump(teacher=teachers["bfloat16"])
+    found = check(store, teachers[asked])
+    assert found.verdict == DAMAGE and "values were altered" in found.reasons[0]
+    assert max(each.quantiles[-2] for each in found.differences.values()) < found.limits.single
+    for name, each in found.differences.items():
+        if name == quantity:
+            assert abs(each.mean - abs(by)) < 0.05 and each.mean > each.noise
+        else:
+            assert each.mean <= each.noise / 2
+    assert any(f"{quantity} off one way, by 0." in each or f"{quantity} off one way, by 1." in each for each in found.reasons)
+    other = replace(teachers[asked], description={**teachers[asked].description, "files": {"model.safetensors": "ab"}})
+    assert check(store, other).verdict == OTHER_TEACHER
+
+
+def test_some_sequences_that_moved_one_way_are_damage_and_no_other_teacher(make_dump, teachers, monkeypatch):
+    spoilt = spoil_one_way(monkeypatch, "tail", 1.0, documents=[2, 5])
+    store = make_dump(teacher=teachers["bfloat16"])
+    teacher = teachers["bfloat16"]
+    other = replace(teacher, description={**teacher.description, "files": {"model.safetensors": "ab"}})
+    found = check(store, other)
+    assert found.verdict == DAMAGE and 0 < found.sequences_off == len(spoilt) < found.sequences
+    numbers = {(sequence.document.number << 16) + sequence.window for sequence in spoilt}
+    assert re.match(rf"sequence ({'|'.join(map(str, numbers))}): tail off one way, by [\d.]+ nats on average", found.reasons[0])
+
+
+def test_a_mixture_of_experts_is_warned_of_where_rounding_differs(make_dump, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    tokenizer.save_pretrained(tmp_path / "experts")
+    asked = {dtype: load_teacher(str(tmp_path / "experts"), dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16")}
+    store = make_dump(teacher=asked["float32"])
+    assert check(store, asked["float32"], sample=2).notes == ()
+    notes = check(store, asked["bfloat16"], sample=2).notes
+    assert any("mixture of experts" in each and "ask as the dump did (--dtype float32" in each for each in notes)
+
+
 def test_other_tokens_and_damaged_pages_are_damage(make_dump, loaded_teacher, monkeypatch):
     monkeypatch.setattr(teacher_pass, "token_hash", lambda ids: token_hash(ids) ^ (len(ids) == 40))
     store = make_dump()
@@ -382,7 +464,7 @@ def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_te
 
     def compare(name, kept, asked):
         off[name].append(max(abs(kept - asked) - 0.0625, 0))
-        moved[name].append(abs(round(asked * 8) - round(kept * 8)))
+        moved[name].append(round(asked * 8) - round(kept * 8))
 
     for ordinal in range(opened.sequence_count()):
         rows, _ = opened.kept(ordinal)
@@ -407,7 +489,8 @@ def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_te
         assert each.values == len(off[name])
         assert max(off[name]) > 0.01  # there is something to compare
         np.testing.assert_allclose(each.quantiles[-1], max(off[name]), atol=1e-4)
-        np.testing.assert_allclose(each.steps[:3], [np.mean(np.array(moved[name]) == steps) for steps in range(3)], atol=0.01)
+        np.testing.assert_allclose(each.steps[:3], [np.mean(np.abs(moved[name]) == steps) for steps in range(3)], atol=0.01)
+        np.testing.assert_allclose(each.mean, abs(np.mean(moved[name])) / 8, atol=2e-3)
 
 
 @settings(deadline=None)
@@ -477,5 +560,14 @@ def test_the_command(store_folder, teacher_folder, tmp_path):
 
 def test_a_person_is_told_all_of_it(store_folder, loaded_teacher):
     text = "\n".join(describe(check(store_folder, loaded_teacher, dump="heldout")))
-    for words in ("same step", "99.9 %", "candidates", "selection", "draws", "Another teacher: more than 50% of them"):
+    for words in (
+        "same step",
+        "|mean|",
+        "Noise goes up and down alike",
+        "99.9 %",
+        "candidates",
+        "selection",
+        "draws",
+        "Another teacher: more than 50% of them",
+    ):
         assert words in text
