@@ -11,8 +11,8 @@ read, run and put into words by a child, a new Python that has nothing of its pa
 * The system ends it when its time is over (SIGALRM, which nothing handles): the clock stands still only while the child waits
   for whoever reads the answer.
 * It can enlarge no file (RLIMIT_FSIZE), once the store's index is written, and leaves no core.
-* It is killed when its parent is done with it (an error, Ctrl-C), and when its parent is gone: on Linux by the system, elsewhere
-  by a thread of its own, which has to wait where DuckDB keeps Python's lock (while it plans a statement).
+* It is killed when its parent is done with it (an error, Ctrl-C), and ends when its parent is gone: Linux kills it. Elsewhere
+  a thread of its own ends it, which has to wait where DuckDB keeps Python's lock (while it plans a statement).
 
 macOS has RLIMIT_DATA and does not heed it: there, memory is limited by DuckDB's own limit alone; all else holds.
 

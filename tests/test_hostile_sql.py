@@ -284,7 +284,7 @@ def test_a_query_whose_parent_was_gone_already_ends():
     program = "from knowledge_store.isolation import main; main(1 << 30)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment) as child:
-        assert child.wait(60) == 1  # though its standard input is open still
+        assert child.wait(30) == 1  # though its standard input is open still
 
 
 def test_ctrl_c_ends_a_query_of_a_program(stand):
