@@ -222,7 +222,7 @@ def verify(path: Path, shard_done: Callable[[int], None] = lambda count: None) -
 
     Raises:
         StoreError: `path` is no store at all.
-        NewerVersionError: a file has a newer format version. What is there cannot be judged, and damage is not looked for further.
+        NewerVersionError: a file has a newer format version. What is there cannot be judged.
     """
     found = Verification()
     try:
