@@ -51,7 +51,7 @@ def write_answer(schema: pa.Schema, batches: Iterator[pa.RecordBatch], form: For
                 if form is Format.csv:
                     writer.writerow([_plain(value) for value in row.values()])
                 else:
-                    file.write(f"{separator}{json.dumps(_plain(row), ensure_ascii=False)}")
+                    file.write(f"{separator}{_json(row)}")
                     separator = ",\n"
     if form is Format.json:
         file.write("[]\n" if separator == "[" else "]\n")
@@ -85,6 +85,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _json(row: dict[str, Any]) -> str:
+    """A row as JSON that tells a terminal nothing, if it is one that reads it: JSON may spell out any character of a text."""
+    text = json.dumps(_plain(row), ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else json.dumps(character)[1:-1] for character in text)
 
 
 def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:

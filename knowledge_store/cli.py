@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
+from typer.core import TyperCommand
 
 from knowledge_store.answers import Format, aligned, visible
 from knowledge_store.console import command_errors, messages, note, output
@@ -95,7 +96,15 @@ def _print_summary(summary: DumpSummary) -> None:
         output.print(f"    {size / max(summary.positions, 1):6.2f} bytes a position  {visible(name)}", markup=False)
 
 
-@app.command()
+class _SqlCommand(TyperCommand):
+    """Its statement may begin with a comment, which begins as an option does: `-- longest first` and a new line."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        # No option here has lines. A space in front changes no statement.
+        return super().parse_args(ctx, [f" {word}" if word.startswith("--") and "\n" in word else word for word in args])
+
+
+@app.command(cls=_SqlCommand)
 def sql(
     store: StoreArgument,
     query: Annotated[str, typer.Argument(metavar="QUERY", help="One SELECT statement.")],

@@ -3,6 +3,7 @@
 KnowledgeStoreError          base of all: a command prints it as one line and exits with 2
 ├── InputError               what the user gave cannot be used (a file, an option, a model)
 ├── StoreError               the folder is not a store that can be used (foreign, newer, missing)
+│   ├── NewerVersionError    a file is of a format version that this code does not know
 │   └── MismatchError        the dump was made differently; says which things differ
 ├── QueryError               SQL that is refused or does not run
 └── DamageError              bytes on disk are not the bytes that were published; names the file
@@ -25,6 +26,10 @@ class InputError(KnowledgeStoreError):
 
 class StoreError(KnowledgeStoreError):
     """The folder is not a store that this version can use."""
+
+
+class NewerVersionError(StoreError):
+    """A file of the store is of a newer format version: it is no damage, and nothing here may mend it."""
 
 
 class MismatchError(StoreError):

@@ -11,7 +11,8 @@ read, run and put into words by a child, a new Python that has nothing of its pa
 * The system ends it when its time is over (SIGALRM, which nothing handles): the clock stands still only while the child waits
   for whoever reads the answer.
 * It can enlarge no file (RLIMIT_FSIZE), once the store's index is written, and leaves no core.
-* It is killed when its parent is done with it (an error, Ctrl-C), and ends when its parent is gone.
+* It is killed when its parent is done with it (an error, Ctrl-C), and ends when its parent is gone: Linux kills it. Elsewhere
+  a thread of its own ends it, which has to wait where DuckDB keeps Python's lock (while it plans a statement).
 
 macOS has RLIMIT_DATA and does not heed it: there, memory is limited by DuckDB's own limit alone; all else holds.
 
@@ -22,6 +23,7 @@ The child writes the answer to its standard output, and last of all one line of 
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -49,13 +51,14 @@ LONGEST = 1e8  # seconds; timers take no more
 OPENING_MEMORY = 4 * 2**30
 OPENING_TIME = 300.0
 OPENED = "opened"
+PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
 
 
 @contextmanager
 def asked(
     store: Path, sql: str, form: str, memory_limit: float, timeout: float, remark: Callable[[str], None]
 ) -> Iterator[IO[bytes]]:
-    """Ask a store in a process of its own, which ends with this context.
+    """Ask a store in a process of its own, which ends with this context, and with the thread that entered it.
 
     Args:
         store: its folder.
@@ -75,7 +78,7 @@ def asked(
     check_limits(memory_limit, timeout)
     limits = {"memory_limit": int(min(memory_limit, LARGEST_MEMORY)), "timeout": min(timeout, LONGEST)}
     request = json.dumps({"store": str(store), "sql": sql, "form": form, **limits})
-    program = f"import sys; sys.path[:] = {sys.path!r}; from knowledge_store.isolation import main; main()"
+    program = f"import sys; sys.path[:] = {sys.path!r}; from knowledge_store.isolation import main; main({os.getpid()})"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe) as child:
         assert child.stdin and child.stdout and child.stderr
@@ -167,8 +170,8 @@ def _answer(request: dict[str, Any], outlet: IO[bytes], report: int) -> str | No
     os.environ.pop("HOME", None)  # DuckDB's messages would name it
     with connect(DUCKDB_SHARE * memory_limit) as connection:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        os.write(report, f"{OPENED}\n".encode())  # before the clock begins: however short the time is, it is the query's
         _limit(memory_limit, timeout)
-        os.write(report, f"{OPENED}\n".encode())
         query = Query(connection, *store.parts, request["sql"], memory_limit)
         schema, batches = query.answer()
         remark = None
@@ -189,8 +192,17 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def main() -> None:
-    """The child: answer the request that comes on standard input, and end."""
+def _be_killed_with(parent: int) -> None:
+    """Have Linux kill this process when its parent's thread that started it is gone, whatever this one is doing then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+        if os.getppid() != parent:  # it was gone before that was said
+            os._exit(1)
+
+
+def main(parent: int) -> None:
+    """The child of process `parent`: answer the request that comes on standard input, and end."""
+    _be_killed_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     report, outlet = os.dup(2), io.BufferedWriter(_Outlet(os.dup(1)), 1 << 16)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from knowledge_store.errors import DamageError, StoreError
+from knowledge_store.errors import DamageError, NewerVersionError, StoreError
 from knowledge_store.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
 from knowledge_store.parquet import FILE_SHAPE, FileRecord
 from knowledge_store.records import check_shape, json_sha256, read_record, seal
@@ -146,7 +146,8 @@ def check_version(record: dict[str, Any], path: Path) -> None:
     """Refuse a file of another format, or of a version newer than this code.
 
     Raises:
-        StoreError: naming the file and both versions.
+        NewerVersionError: naming the file and both versions.
+        StoreError: it is none of this format's files.
     """
     if record.get("format") != FORMAT_NAME:
         raise StoreError(f"{path} is not part of a knowledge store")
@@ -154,7 +155,7 @@ def check_version(record: dict[str, Any], path: Path) -> None:
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise StoreError(f"{path} has no usable format version ({version!r})")
     if version > FORMAT_VERSION:
-        raise StoreError(
+        raise NewerVersionError(
             f"{path} has format version {version}, and this is knowledge-store for version {FORMAT_VERSION}:"
             " install a newer knowledge-store to use it"
         )

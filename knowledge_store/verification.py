@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.commits import CommitRecord, files_in_commits, misplaced, read_commit
-from knowledge_store.errors import DamageError, StoreError
+from knowledge_store.errors import DamageError, NewerVersionError, StoreError
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import check_lists
 from knowledge_store.layout import (
@@ -174,6 +174,8 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
         unknown = set(manifest.kinds) - KINDS.keys()
         if unknown:
             raise StoreError(f"{folder} holds knowledge of kinds unknown here: {sorted(unknown)}")
+    except NewerVersionError:
+        raise
     except (DamageError, StoreError) as error:
         found.damage.append(str(error))
         return
@@ -197,6 +199,8 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
         committed.add(shard)
         try:
             damage = list(shard_damage(folder, manifest, shard).values())
+        except NewerVersionError:
+            raise
         except StoreError as error:
             damage = [str(error)]
         found.damage += damage
@@ -224,6 +228,7 @@ def verify(path: Path, shard_done: Callable[[int], None] = lambda count: None) -
 
     Raises:
         StoreError: `path` is no store at all.
+        NewerVersionError: a file has a newer format version. What is there cannot be judged.
     """
     found = Verification()
     try:

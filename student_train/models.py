@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from knowledge_store.console import silence
 from knowledge_store.errors import InputError
-from knowledge_store.weights import check_gguf, check_weights, hub_folder
+from knowledge_store.weights import check_gguf, check_weights, hub_folder, panics_as_errors
 
 
 def quieten() -> None:
@@ -37,7 +37,7 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     quieten()
     _check_place(model, gguf_file)
     try:
-        with silence():
+        with silence(), panics_as_errors():
             return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **_gguf(gguf_file))
     except Exception as error:  # the library raises whatever its parsers raise
         raise InputError(f"cannot load a tokenizer from {model}: {_first_line(error)}") from error
@@ -62,7 +62,7 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
     else:
         check_weights(folder)
     try:
-        with silence():
+        with silence(), panics_as_errors():
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=torch.float32,

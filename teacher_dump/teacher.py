@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from knowledge_store.console import note, silence
 from knowledge_store.errors import InputError
 from knowledge_store.records import json_sha256
-from knowledge_store.weights import check_gguf, check_weights, hub_folder
+from knowledge_store.weights import check_gguf, check_weights, hub_folder, panics_as_errors
 from teacher_dump.fingerprints import file_sha256
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -254,7 +254,7 @@ def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto"
     wanted = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        with silence():
+        with silence(), panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
             AutoConfig.from_pretrained(folder, trust_remote_code=False, **source)
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,10 +25,11 @@ from knowledge_store.commits import CommitRecord, files_in_commits
 from knowledge_store.console import note
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.kinds import Arrays
-from knowledge_store.layout import MANIFEST_FILE, STORE_FILE, TOKENS_FILE
-from knowledge_store.manifest import Manifest, read_manifest
+from knowledge_store.layout import COMMITS, MANIFEST_FILE, STORE_FILE, TOKENS_FILE, commit_shard
+from knowledge_store.manifest import Manifest, check_version, read_manifest
 from knowledge_store.progress import Advance, progress_bar
 from knowledge_store.publication import TEMPORARY_PREFIX, disk_errors
+from knowledge_store.records import read_record
 from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.store import check_store
 from knowledge_store.writer import DumpWriter, Shard, repair_manifest, repair_store_file
@@ -81,7 +82,7 @@ def dump(
         InputError: something given cannot be used.
         MismatchError: the dump of that name was made from something else.
         DamageError: a file that an unfinished run left cannot be used.
-        StoreError: the store cannot be written.
+        StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; the shard that was being published is published first.
     """
     if not 0 <= rank < world_size:
@@ -91,6 +92,8 @@ def dump(
             raise InputError(f"no extractor is known for knowledge of kind {kind!r}")
     # What can be seen at once is seen before a large teacher is loaded.
     check_files(config.corpus)
+    with disk_errors("read", config.store):
+        _check_versions(config.store / config.dump_name)
     pending: list[int] = []
     standing: Manifest | None = None
     if repair:
@@ -147,6 +150,20 @@ def _check_store(path: Path) -> None:
     """Make sure that `path` is a store or can become one (StoreError). A store that another worker is just making counts."""
     if path.exists() and not (path.is_dir() and all(each.name.startswith(TEMPORARY_PREFIX) for each in path.iterdir())):
         check_store(path)
+
+
+def _check_versions(folder: Path) -> None:
+    """Make sure that a dump can be gone on with here: which shards are there is told by the names of their records alone, and a
+    newer knowledge-store may have written one. Each record is read, which takes 0.2 ms.
+
+    Raises:
+        NewerVersionError: the manifest or a commit record has a newer format version.
+        StoreError: one cannot be read.
+    """
+    records = [path for path in sorted(folder.glob(f"{COMMITS}/*.json")) if commit_shard(path.name) is not None]
+    for path in (folder / MANIFEST_FILE, *records):
+        with suppress(DamageError):  # missing, or for --repair
+            check_version(read_record(path), path)
 
 
 def _manifest_to_repair(config: DumpConfig) -> Manifest | None:

@@ -103,6 +103,26 @@ def test_json_is_one_array_of_any_length(store, count):
     assert text.endswith("]\n")
 
 
+def test_json_tells_a_terminal_nothing(store):
+    odd = "\x1b[2J \x7f \x9b2J \x85 \u202e \u2028 \U000e0001 é🙂"
+    codes = " || ".join(f"chr({ord(character)})" for character in odd)
+    text = good("sql", store, f'SELECT {codes} AS "a\x9bb"', "--format", "json")
+    assert text.removesuffix("\n").isprintable()
+    assert r"\u009b" in text
+    assert "é🙂" in text
+    assert json.loads(text) == [{"a\x9bb": odd}]
+
+
+@pytest.mark.parametrize("comment", ["-- what there is\n", "--x\n", "--a=b c\n", "-- a=b\n"])
+def test_a_statement_may_begin_with_a_comment(store, comment):
+    assert good("sql", store, f"{comment}SELECT 1 AS one", "--format=csv") == "one\n1\n"
+    assert good("sql", "--format", "csv", "--", store, f"{comment}SELECT 1 AS one") == "one\n1\n"
+
+
+def test_an_option_that_is_none_is_refused(store):
+    assert "No such option: --fromat" in knowledge_store("sql", store, "SELECT 1", "--fromat", "csv").stderr
+
+
 def test_sql_as_csv(store):
     header, *rows = csv.reader(io.StringIO(good("sql", store, QUERY, "--format", "csv")))
     assert header[:6] == ["sequence_id", "position", "tail_logprob", "token_logprob", "candidate_ids", "odd"]

@@ -26,7 +26,9 @@ from knowledge_store import (
     verify,
 )
 from knowledge_store.commits import read_commit
+from knowledge_store.layout import FORMAT_VERSION
 from knowledge_store.parquet import describe, read_file, write_table
+from knowledge_store.records import read_record, seal
 from knowledge_store.sequences import tokens_table
 from knowledge_store.writer import repair_manifest
 from teacher_dump import DumpConfig, dump
@@ -59,6 +61,18 @@ def flip(path: Path) -> None:
 def identities(store: Path) -> dict[str, tuple[int, int]]:
     """Which file, and written when, stands under each name."""
     return {str(path.relative_to(store)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in store.rglob("*.*")}
+
+
+@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("name", ["d/manifest.json", "d/commits/00002.json"])
+def test_what_a_newer_version_wrote_is_refused_and_stays(config, name, repair):
+    (config.store / name).write_bytes(seal({**read_record(config.store / name), "version": FORMAT_VERSION + 1}))
+    (config.store / "d/commits/00001.json").unlink()
+    before = identities(config.store)
+    versions = f"{name} has format version {FORMAT_VERSION + 1}, and this is knowledge-store for version {FORMAT_VERSION}"
+    with pytest.raises(StoreError, match=versions):  # whoever's shard it is, and before a teacher is loaded
+        dump(replace(config, teacher="a-teacher/that-is-not-here"), 0, 2, repair=repair)
+    assert identities(config.store) == before
 
 
 def test_only_the_damaged_shards_are_dumped_again(config, dumped, loaded_teacher):

@@ -14,7 +14,9 @@ from stores import joined, make_manifest, random_sequences, sequence_row, words,
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.kinds import KINDS
+from knowledge_store.layout import FORMAT_VERSION
 from knowledge_store.manifest import read_manifest
+from knowledge_store.records import read_record, seal
 from knowledge_store.sequences import tokens_table
 
 FILES = [
@@ -61,6 +63,19 @@ def test_a_sound_store(store):
     assert (found.dumps, found.shards, steps) == (1, 2, [1, 1])
     assert found.positions == sum(len(each["token_id"]) for shard in (0, 1) for each in random_sequences(shard, 4))
     assert found.bytes == sum(path.stat().st_size for path in store.glob("small/*/*.parquet"))
+
+
+@pytest.mark.parametrize("name", ["store.json", "small/manifest.json", "small/commits/00001.json"])
+def test_a_newer_version_is_no_damage(store, name):
+    flip(store / "small/positions/00000.parquet", 100)
+    record = read_record(store / name)
+    (store / name).write_bytes(seal({**record, "version": FORMAT_VERSION + 1, "something": "new"}))
+    refusal = f"{name} has format version {FORMAT_VERSION + 1}, and this is knowledge-store for version {FORMAT_VERSION}"
+    with pytest.raises(StoreError, match=refusal):
+        verify(store)
+    answer = run_command("knowledge_store", "verify", store)
+    assert answer.returncode == 2
+    assert refusal in answer.stderr and "--repair" not in answer.stderr
 
 
 @pytest.mark.parametrize("name", FILES)
