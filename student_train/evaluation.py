@@ -143,7 +143,10 @@ def _checked_path(config: EvaluateConfig, dump: str | None = None) -> Path | Non
     if path and path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
     if path and not config.output and path.exists():
-        former = (read_object(path) or {}).get("config")
+        try:
+            former = (read_object(path) or {}).get("config")
+        except InputError:
+            former = None
         source = (former.get("questions") or former.get("store")) if isinstance(former, dict) else None
         if not isinstance(source, str):
             raise InputError(f"{path} is there and is no result of `student-train evaluate`: give --output")

@@ -160,6 +160,8 @@ def _check_versions(folder: Path) -> None:
         NewerVersionError: the manifest or a commit record has a newer format version.
         StoreError: one cannot be read.
     """
+    if not folder.is_dir():
+        return
     records = [path for path in sorted(folder.glob(f"{COMMITS}/*.json")) if commit_shard(path.name) is not None]
     for path in (folder / MANIFEST_FILE, *records):
         with suppress(DamageError):  # missing, or for --repair
