@@ -1,4 +1,4 @@
-"""The benchmarks of size, dump, reading, training and scale, one after the other: what `make bench` runs, in half an hour.
+"""The benchmarks of size, dump, reading, training and scale, one after the other: what `make bench` runs.
 
     python benchmarks/bench.py --gemma .bench/gemma/gemma-3-270m-q4_k_m.gguf [--text wikitext2-test.txt]
 

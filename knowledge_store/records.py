@@ -135,7 +135,7 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
         raise ValueError(f"{name} is not a 64-bit number")
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def open_at_once(path: str, flags: int) -> int:
     """Open without waiting: a pipe would wait for somebody to write to it."""
     return os.open(path, flags | os.O_NONBLOCK)
 
@@ -148,7 +148,7 @@ def read_record(path: Path) -> dict[str, Any]:
         StoreError: it cannot be read, or is no file (a pipe, a device).
     """
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
+        with open(path, "rb", opener=open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise StoreError(f"cannot read {path}: it is not a file")
             data = file.read(MOST_BYTES + 1)

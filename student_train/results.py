@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import InputError
-from knowledge_store.records import MOST_BYTES, check_depth, check_shape
+from knowledge_store.records import MOST_BYTES, check_depth, check_shape, open_at_once
 
 Record = dict[str, Any]
 
@@ -60,10 +60,8 @@ def read_object(path: Path) -> Record | None:
             an object of text that is sound Unicode, nested no more than `MOST_DEPTH` deep.
     """
     try:
-        # Opening a pipe would wait for somebody to write to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        with open(path, "rb", opener=open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError("it is not a file")
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
