@@ -550,8 +550,9 @@ def _judge(
     farthest = [_farthest(sequence, each, limits) for sequence, each in zip(kept, found, strict=True)]
     off = sorted((each for each in farthest if each[0] > 1), key=lambda each: -each[0])
     # Damage that shows by itself says nothing of the teacher, and draws nothing that values do not say better.
-    sound = [each for each in found if each and not _value_is_off(each, limits)]
-    values_off = sum(_value_is_off(each, limits) for each in found)
+    values_are_off = [_value_is_off(each, limits) for each in found]
+    sound = [each for each, is_off in zip(found, values_are_off, strict=True) if each and not is_off]
+    values_off = sum(values_are_off)
     differences = _differences([each for each in found if each], manifest.quantisation_step, limits)
     noise, noisiest = max(((each.typical, name) for name, each in differences.items()), default=(0.0, "values"))
     biased = [

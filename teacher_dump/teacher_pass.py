@@ -25,7 +25,7 @@ from knowledge_store.commits import CommitRecord, files_in_commits
 from knowledge_store.console import note
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.kinds import Arrays
-from knowledge_store.layout import COMMITS, MANIFEST_FILE, STORE_FILE, TOKENS_FILE, commit_shard
+from knowledge_store.layout import MANIFEST_FILE, STORE_FILE, TOKENS_FILE, commit_shard
 from knowledge_store.manifest import Manifest, check_version, read_manifest
 from knowledge_store.progress import Advance, progress_bar
 from knowledge_store.publication import TEMPORARY_PREFIX, disk_errors
@@ -107,7 +107,6 @@ def dump(
                 return DumpReport(standing.dump, 0, 0, standing.shard_count, 0, 0.0, 0)  # no teacher is asked for nothing
     with disk_errors("read", config.store):
         _check_store(config.store)
-    files_in_commits(config.store / config.dump_name)
     if config.calibration is not None:
         read_calibration(config.calibration).to_manifest()
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
@@ -158,11 +157,12 @@ def _check_versions(folder: Path) -> None:
 
     Raises:
         NewerVersionError: the manifest or a commit record has a newer format version.
+        DamageError: its `commits` is not a folder.
         StoreError: one cannot be read.
     """
+    records = [path for path in files_in_commits(folder) if commit_shard(path.name) is not None]
     if not folder.is_dir():
         return
-    records = [path for path in sorted(folder.glob(f"{COMMITS}/*.json")) if commit_shard(path.name) is not None]
     for path in (folder / MANIFEST_FILE, *records):
         with suppress(DamageError):  # missing, or for --repair
             check_version(read_record(path), path)

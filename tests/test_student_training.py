@@ -265,8 +265,8 @@ def test_a_checkpoint_whose_record_cannot_be_read_is_not_complete(tmp_path, reco
     assert last_checkpoint(tmp_path) == (3, tmp_path / "checkpoint-3", 1.5, 3, 0.0)
 
 
-def test_a_run_never_goes_on_from_a_pickle(settings, tmp_path, monkeypatch):
-    """What the trainer would load where model.safetensors is missing: a pickle, or what an index names."""
+def stopped_at_once(settings, monkeypatch):
+    """What `train` returns of a run that Ctrl-C stops at its first step."""
     draw = DistillationTrainer.get_batch_samples
 
     def interrupted(self, *arguments):
@@ -275,7 +275,12 @@ def test_a_run_never_goes_on_from_a_pickle(settings, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainer, "get_batch_samples", interrupted)
-        assert train(TrainConfig(**settings)).step == 1
+        return train(TrainConfig(**settings))
+
+
+def test_a_run_never_goes_on_from_a_pickle(settings, tmp_path, monkeypatch):
+    """What the trainer would load where model.safetensors is missing: a pickle, or what an index names."""
+    assert stopped_at_once(settings, monkeypatch).step == 1
     [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
     whole = checkpoint / "model.safetensors"
     for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model_fsdp.bin", "adapter_model.bin"):
@@ -456,15 +461,7 @@ def test_a_run_folder_that_cannot_be_trusted_is_refused_in_one_line(settings, fi
 
 
 def test_a_checkpoint_of_a_version_that_kept_no_losses_is_gone_on_from(settings, tmp_path, monkeypatch):
-    draw = DistillationTrainer.get_batch_samples
-
-    def interrupted(self, *arguments):
-        signal.raise_signal(signal.SIGINT)
-        return draw(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "get_batch_samples", interrupted)
-        train(TrainConfig(**settings))
+    stopped_at_once(settings, monkeypatch)
     (tmp_path / "run/checkpoint-1/complete.json").write_text('{"step": 1, "seconds": 2.5}')
     result = train(TrainConfig(**settings))
     assert result.finished and result.began_at == 1 and result.seconds > 2.5
