@@ -21,7 +21,7 @@ from pydoc_data.topics import topics
 
 from demo import GGUF_FILE, teacher_folder
 
-from knowledge_store.progress import duration
+from knowledge_store.terminal.progress import duration
 
 HERE = Path(__file__).parent
 WORK = Path(".bench")

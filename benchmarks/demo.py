@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from knowledge_store.progress import duration
+from knowledge_store.terminal.progress import duration
 
 HOME = Path(".demo")
 STORE = HOME / "store"

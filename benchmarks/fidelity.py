@@ -33,14 +33,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from knowledge_store import KnowledgeStore
-from knowledge_store.selection import Selection
-from student_train.data import DistillationDataset
-from student_train.losses import LOSSES, Targets, cross_entropy, select_targets
-from student_train.metrics import expected_calibration_error
-from teacher_dump.configuration import DumpConfig
-from teacher_dump.extraction import knowledge_of
-from teacher_dump.sampling import independent_points, systematic_points
-from teacher_dump.teacher_pass import dump
+from knowledge_store.format.selection import Selection
+from student_train.evaluation.metrics import expected_calibration_error
+from student_train.losses.divergences import LOSSES, Targets, cross_entropy, select_targets
+from student_train.training.data import DistillationDataset
+from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.dumping.run import dump
+from teacher_dump.extraction.positions import knowledge_of
+from teacher_dump.extraction.sampling import independent_points, systematic_points
 
 MAX_LENGTH = 128
 BATCH_SIZE = 4

@@ -34,14 +34,14 @@ import numpy as np
 import torch
 from measurement import keep
 
-from knowledge_store.console import note
-from teacher_dump import extraction
-from teacher_dump import teacher as teacher_module
-from teacher_dump.configuration import DumpConfig
-from teacher_dump.plan import ShardReader, length_batches, make_manifest
-from teacher_dump.teacher import Teacher, load_teacher
-from teacher_dump.teacher_pass import batch_arrays, dump
-from teacher_dump.tokenisation import CorpusTokenizer, TokenSequence
+from knowledge_store.terminal.console import note
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
+from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.dumping.plan import ShardReader, length_batches, make_manifest
+from teacher_dump.dumping.run import batch_arrays, dump
+from teacher_dump.extraction import positions as extraction
+from teacher_dump.teachers import local as teacher_module
+from teacher_dump.teachers.local import Teacher, load_teacher
 
 GOAL = 0.97
 DUMPS = {"top-5 + 4 draws": 4}
@@ -166,21 +166,21 @@ class Profile:
 
 # Which function is which part, by where the dump looks it up.
 ON_THE_TEACHERS_THREAD = {
-    "forward of the body": ["teacher_dump.teacher.Teacher.predict"],
+    "forward of the body": ["teacher_dump.teachers.local.Teacher.predict"],
     "head's matrix product": [],  # a module, which `_head` gives
-    "top-k": ["teacher_dump.extraction.likeliest"],
-    "log-sum-exp": ["teacher_dump.extraction.knowledge_of"],
-    "draws": [f"teacher_dump.extraction.{name}" for name in ("_points", "draw", "counted")],
+    "top-k": ["teacher_dump.extraction.positions.likeliest"],
+    "log-sum-exp": ["teacher_dump.extraction.positions.knowledge_of"],
+    "draws": [f"teacher_dump.extraction.positions.{name}" for name in ("_points", "draw", "counted")],
     "checks and gathering": [],  # the extractor, looked up in a dict
-    "progress figures": ["teacher_dump.teacher_pass._Meter.batch"],
+    "progress figures": ["teacher_dump.dumping.run._Meter.batch"],
 }
 BESIDE_IT = {
-    "reading and tokenising": ["teacher_dump.plan.ShardReader.read"],
-    "encoding": ["knowledge_store.writer.DumpWriter._knowledge"],
-    "compressing": ["knowledge_store.parquet.write_table"],
-    "hashing": ["knowledge_store.parquet.describe"],
+    "reading and tokenising": ["teacher_dump.dumping.plan.ShardReader.read"],
+    "encoding": ["knowledge_store.writing.writer.DumpWriter._knowledge"],
+    "compressing": ["knowledge_store.format.parquet.write_table"],
+    "hashing": ["knowledge_store.format.parquet.describe"],
     "fsync": ["os.fsync"],
-    "rows and statistics": ["teacher_dump.teacher_pass.publish_shard"],
+    "rows and statistics": ["teacher_dump.dumping.run.publish_shard"],
 }
 
 

@@ -260,9 +260,9 @@ class StoreParquet(Store):
     cache_size = 0
 
     def __init__(self, folder: Path, found: list[Record]):
-        import knowledge_store.reader
+        import knowledge_store.reading.reader
 
-        knowledge_store.reader.MEMORY_BYTES = 1
+        knowledge_store.reading.reader.MEMORY_BYTES = 1
         super().__init__(folder, found)
 
 

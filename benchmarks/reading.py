@@ -149,9 +149,9 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-    from student_train.configuration import TrainConfig, check_config
-    from student_train.data import DistillationDataset
-    from student_train.training import DistillationTrainer, _arguments, _schedule
+    from student_train.training.configuration import TrainConfig, check_config
+    from student_train.training.data import DistillationDataset
+    from student_train.training.run import DistillationTrainer, _arguments, _schedule
 
     class OneBatch(DistillationDataset):
         """The first batch again and again, read once."""

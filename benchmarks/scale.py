@@ -42,15 +42,15 @@ import numpy as np
 import pyarrow.parquet as pq
 from measurement import RESULTS, keep
 
-import knowledge_store.parquet
-import knowledge_store.writer
+import knowledge_store.format.parquet
+import knowledge_store.writing.writer
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest, Shard
-from knowledge_store.commits import CommitRecord
+from knowledge_store.format.commits import CommitRecord
+from knowledge_store.format.layout import COMMITS, INDEX_FILE, MANIFEST_FILE, SEQUENCES, commit_path, table_path
+from knowledge_store.format.manifest import read_manifest
+from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.layout import COMMITS, INDEX_FILE, MANIFEST_FILE, SEQUENCES, commit_path, table_path
-from knowledge_store.manifest import read_manifest
-from knowledge_store.progress import progress_bar
-from knowledge_store.sequences import sequence_id, token_hash, tokens_table
+from knowledge_store.terminal.progress import progress_bar
 
 STATISTICS = """
     SELECT dump, count(*) AS shards, min(mean_top_k_mass), max(mean_top_k_mass), sum(sequences) AS sequences,
@@ -159,7 +159,7 @@ def copy_shard(store: Path, record: CommitRecord, shard: int) -> None:
 
 def many_shards(store: Path, shards: int, spare: int) -> CommitRecord:
     """A store of small shards (see above), with `spare` more in its plan; returns the first one's commit record."""
-    with patch.object(knowledge_store.writer, "ROW_GROUP_POSITIONS", 32):
+    with patch.object(knowledge_store.writing.writer, "ROW_GROUP_POSITIONS", 32):
         record = write_shards(store, shards + spare, 1, 16, 16)
     for shard in range(1, shards):
         copy_shard(store, record, shard)
@@ -170,7 +170,7 @@ def many_positions(store: Path, positions: int) -> None:
     """A store of about that many positions, in shards of up to half a million."""
     length = 512
     shards = -(-positions // 500_000)
-    with patch.object(knowledge_store.parquet, "COMPRESSION_LEVEL", 1):
+    with patch.object(knowledge_store.format.parquet, "COMPRESSION_LEVEL", 1):
         write_shards(store, shards, shards, -(-positions // (shards * length)), length)
 
 

@@ -22,16 +22,16 @@ from measurement import keep
 from torch import Tensor
 
 from knowledge_store import DumpWriter, KnowledgeStore
+from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays
-from knowledge_store.progress import progress_bar
-from knowledge_store.sequences import tokens_table
-from teacher_dump.configuration import DumpConfig
-from teacher_dump.extraction import knowledge_of
-from teacher_dump.plan import ShardReader, length_batches, make_manifest
-from teacher_dump.sampling import independent_points, systematic_points
-from teacher_dump.teacher import load_teacher
-from teacher_dump.teacher_pass import extract_batch, predict_batch, publish_shard
-from teacher_dump.tokenisation import CorpusTokenizer
+from knowledge_store.terminal.progress import progress_bar
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.dumping.plan import ShardReader, length_batches, make_manifest
+from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
+from teacher_dump.extraction.positions import knowledge_of
+from teacher_dump.extraction.sampling import independent_points, systematic_points
+from teacher_dump.teachers.local import load_teacher
 
 SELECTIONS: dict[str, dict[str, Any]] = {
     "top-5": {"top_k": 5, "tail_draws": 0},

@@ -35,20 +35,20 @@ import pyarrow.parquet as pq
 from layouts import LAYOUTS, Records
 from measurement import RESULTS, keep
 
-import knowledge_store.parquet
+import knowledge_store.format.parquet
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest
+from knowledge_store.format.layout import TOKENS_FILE, table_path
+from knowledge_store.format.parquet import write_table
+from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.kinds.packed_positions import ZERO, id_bytes, packed_ids
+from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids
 from knowledge_store.kinds.positions import quantise
-from knowledge_store.layout import TOKENS_FILE, table_path
-from knowledge_store.parquet import write_table
-from knowledge_store.progress import progress_bar
-from knowledge_store.sequences import tokens_table
-from teacher_dump.configuration import DumpConfig
-from teacher_dump.plan import ShardInput, ShardReader, length_batches, make_manifest
-from teacher_dump.teacher import Teacher, load_teacher
-from teacher_dump.teacher_pass import extract_batch, predict_batch, publish_shard
-from teacher_dump.tokenisation import CorpusTokenizer
+from knowledge_store.terminal.progress import progress_bar
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.dumping.plan import ShardInput, ShardReader, length_batches, make_manifest
+from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
+from teacher_dump.teachers.local import Teacher, load_teacher
 
 MOST = 50
 KEPT = (5, 16, 50)
@@ -303,12 +303,12 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
     left_out["ids numbered by frequency"] = round(-saved(renumbered) - len(mapping.getvalue()) / dump.positions, 3)
     larger = [pa.concat_tables(stored[at : at + 4]).combine_chunks() for at in range(0, len(stored), 4)]
     left_out["row groups four times as large"] = -saved(larger)
-    level = knowledge_store.parquet.COMPRESSION_LEVEL
+    level = knowledge_store.format.parquet.COMPRESSION_LEVEL
     try:
-        knowledge_store.parquet.COMPRESSION_LEVEL = 22
+        knowledge_store.format.parquet.COMPRESSION_LEVEL = 22
         left_out["Zstandard at its highest level, 22"] = -saved(stored)
     finally:
-        knowledge_store.parquet.COMPRESSION_LEVEL = level
+        knowledge_store.format.parquet.COMPRESSION_LEVEL = level
     return {"saved_by": kept, "left_out": left_out}
 
 

@@ -31,7 +31,7 @@ from typing import Any, NoReturn
 
 import measurement
 
-from knowledge_store.progress import duration
+from knowledge_store.terminal.progress import duration
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 

@@ -33,17 +33,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from knowledge_store import KnowledgeStore
-from knowledge_store.calibration import read_calibration
-from knowledge_store.progress import progress_bar
-from knowledge_store.publication import replace_bytes
-from student_train.configuration import TrainConfig, unused_columns
-from student_train.data import describe_dump
-from student_train.losses import LOSSES
-from student_train.metrics import calibration_gaps, equal_width_bins, expected_calibration_error, gap_error
-from student_train.models import head_at, load_model, load_tokenizer
-from student_train.questions import Question, corpus_row, read_questions, tokenise
-from teacher_dump.corpus import Document
-from teacher_dump.tokenisation import CorpusTokenizer, TokenSequence
+from knowledge_store.calibration.file import read_calibration
+from knowledge_store.storage.local import replace_bytes
+from knowledge_store.terminal.progress import progress_bar
+from student_train.evaluation.metrics import calibration_gaps, equal_width_bins, expected_calibration_error, gap_error
+from student_train.evaluation.questions import Question, corpus_row, read_questions, tokenise
+from student_train.losses.divergences import LOSSES
+from student_train.training.configuration import TrainConfig, unused_columns
+from student_train.training.data import describe_dump
+from student_train.training.models import head_at, load_model, load_tokenizer
+from teacher_dump.corpus.documents import Document
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 
 STAGES = ("questions", "teacher", "dump", "students", "evaluations", "table")
 

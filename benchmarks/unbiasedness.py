@@ -20,10 +20,10 @@ import torch
 from measurement import keep
 from torch import Tensor
 
-from knowledge_store.progress import progress_bar
-from knowledge_store.selection import Selection
-from teacher_dump.sampling import block_sums, draw, independent_points, systematic_points
-from teacher_dump.teacher import load_teacher
+from knowledge_store.format.selection import Selection
+from knowledge_store.terminal.progress import progress_bar
+from teacher_dump.extraction.sampling import block_sums, draw, independent_points, systematic_points
+from teacher_dump.teachers.local import load_teacher
 
 FALSE_ALARM = 1e-6
 LEAST = 25

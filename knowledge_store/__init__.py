@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from knowledge_store.batches import Batches
-    from knowledge_store.calibration import Calibration, read_calibration, write_calibration
+    from knowledge_store.calibration.file import Calibration, read_calibration, write_calibration
+    from knowledge_store.catalogue.summary import DumpSummary
     from knowledge_store.errors import (
         DamageError,
         InputError,
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
         QueryError,
         StoreError,
     )
+    from knowledge_store.format.manifest import Manifest
     from knowledge_store.kinds import KINDS, Kind
-    from knowledge_store.manifest import Manifest
+    from knowledge_store.reading.batches import Batches
     from knowledge_store.store import KnowledgeStore
-    from knowledge_store.summary import DumpSummary
-    from knowledge_store.verification import Verification, verify
-    from knowledge_store.writer import DumpWriter, Shard
+    from knowledge_store.writing.verification import Verification, verify
+    from knowledge_store.writing.writer import DumpWriter, Shard
 
 # Where each name is. It is loaded when it is first asked for: the command need not wait for libraries that its child loads.
 _MODULES = {
-    "batches": ("Batches",),
-    "calibration": ("Calibration", "read_calibration", "write_calibration"),
+    "calibration.file": ("Calibration", "read_calibration", "write_calibration"),
+    "catalogue.summary": ("DumpSummary",),
     "errors": ("DamageError", "InputError", "KnowledgeStoreError", "MismatchError", "QueryError", "StoreError"),
+    "format.manifest": ("Manifest",),
     "kinds": ("KINDS", "Kind"),
-    "manifest": ("Manifest",),
+    "reading.batches": ("Batches",),
     "store": ("KnowledgeStore",),
-    "summary": ("DumpSummary",),
-    "verification": ("Verification", "verify"),
-    "writer": ("DumpWriter", "Shard"),
+    "writing.verification": ("Verification", "verify"),
+    "writing.writer": ("DumpWriter", "Shard"),
 }
 
 

@@ -14,17 +14,17 @@ import typer
 from rich.text import Text
 from typer.core import TyperCommand
 
-from knowledge_store.answers import Format, aligned, visible
-from knowledge_store.console import command_errors, messages, note, output
 from knowledge_store.errors import InputError
-from knowledge_store.isolation import asked
-from knowledge_store.limits import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.progress import progress_bar
-from knowledge_store.quantities import amount, byte_size
+from knowledge_store.isolation.child import asked
+from knowledge_store.sql.answers import Format, aligned, visible
+from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
+from knowledge_store.terminal.console import command_errors, messages, note, output
+from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.terminal.quantities import amount, byte_size
 
 if TYPE_CHECKING:
+    from knowledge_store.catalogue.summary import DumpSummary
     from knowledge_store.store import KnowledgeStore
-    from knowledge_store.summary import DumpSummary
 
 app = typer.Typer(
     help="Ask, check and keep a store of a teacher's knowledge.",
@@ -132,7 +132,7 @@ def verify(store: StoreArgument) -> None:
 
     Example: `knowledge-store verify knowledge/`
     """
-    from knowledge_store.verification import verify as verify_store
+    from knowledge_store.writing.verification import verify as verify_store
 
     with command_errors():
         planned = sum(1 for _ in store.glob("*/commits/*.json"))

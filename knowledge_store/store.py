@@ -8,21 +8,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from knowledge_store.batches import Batches
-from knowledge_store.decoded import CACHE_SIZE
+from knowledge_store.catalogue.index import Index, refresh
+from knowledge_store.catalogue.summary import DumpSummary, summarise
 from knowledge_store.errors import DamageError, InputError, StoreError
-from knowledge_store.index import Index, refresh
-from knowledge_store.isolation import isolated_answer
+from knowledge_store.format.layout import SEQUENCES, STORE_FILE, dump_folders
+from knowledge_store.format.manifest import Manifest, check_version, read_manifest
+from knowledge_store.format.records import read_record
+from knowledge_store.format.sequences import sequences_schema
+from knowledge_store.isolation.child import isolated_answer
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.layout import SEQUENCES, STORE_FILE, dump_folders
-from knowledge_store.limits import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.manifest import Manifest, check_version, read_manifest
-from knowledge_store.publication import disk_errors, remove_folder
-from knowledge_store.query import read_tokens, run_query
-from knowledge_store.reader import DumpReader, read_sequences, shard_files
-from knowledge_store.records import read_record
-from knowledge_store.sequences import sequences_schema
-from knowledge_store.summary import DumpSummary, summarise
+from knowledge_store.reading.batches import Batches
+from knowledge_store.reading.cache import CACHE_SIZE
+from knowledge_store.reading.reader import DumpReader, read_sequences, shard_files
+from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
+from knowledge_store.sql.query import read_tokens, run_query
+from knowledge_store.storage.local import disk_errors, remove_folder
 
 
 def check_store(path: Path) -> None:

@@ -9,12 +9,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from student_train.calibration import StoreFit, calibrate
-    from student_train.configuration import TrainConfig
-    from student_train.data import DistillationDataset, check_student, split_ordinals
-    from student_train.evaluation import EvaluateConfig, evaluate
-    from student_train.initialisation import initialise
-    from student_train.losses import (
+    from student_train.calibration.fit import StoreFit, calibrate
+    from student_train.calibration.recalibration import recalibrated
+    from student_train.evaluation.metrics import (
+        FullVocabularyCalibration,
+        adaptive_calibration_error,
+        bootstrap_calibration_error,
+        bootstrap_interval,
+        brier,
+        expected_calibration_error,
+        fit_temperature,
+        full_vocabulary_calibration_error,
+        negative_log_likelihood,
+        reliability,
+    )
+    from student_train.evaluation.questions import Question, corpus_row, read_questions
+    from student_train.evaluation.run import EvaluateConfig, evaluate
+    from student_train.losses.divergences import (
         LOSSES,
         Loss,
         Targets,
@@ -33,31 +44,20 @@ if TYPE_CHECKING:
         top_k_renormalised,
         total_variation,
     )
-    from student_train.metrics import (
-        FullVocabularyCalibration,
-        adaptive_calibration_error,
-        bootstrap_calibration_error,
-        bootstrap_interval,
-        brier,
-        expected_calibration_error,
-        fit_temperature,
-        full_vocabulary_calibration_error,
-        negative_log_likelihood,
-        reliability,
-    )
-    from student_train.questions import Question, corpus_row, read_questions
-    from student_train.recalibration import recalibrated
-    from student_train.report import write_report
-    from student_train.slices import sliced_loss
-    from student_train.training import TrainResult, train
+    from student_train.losses.sliced import sliced_loss
+    from student_train.report.report import write_report
+    from student_train.training.configuration import TrainConfig
+    from student_train.training.data import DistillationDataset, check_student, split_ordinals
+    from student_train.training.initialisation import initialise
+    from student_train.training.run import TrainResult, train
 
 _HOMES = {
-    "calibration": ("StoreFit", "calibrate"),
-    "configuration": ("TrainConfig",),
-    "data": ("DistillationDataset", "check_student", "split_ordinals"),
-    "evaluation": ("EvaluateConfig", "evaluate"),
-    "initialisation": ("initialise",),
-    "losses": (
+    "calibration.fit": ("StoreFit", "calibrate"),
+    "training.configuration": ("TrainConfig",),
+    "training.data": ("DistillationDataset", "check_student", "split_ordinals"),
+    "evaluation.run": ("EvaluateConfig", "evaluate"),
+    "training.initialisation": ("initialise",),
+    "losses.divergences": (
         "LOSSES",
         "Loss",
         "Targets",
@@ -76,7 +76,7 @@ _HOMES = {
         "top_k_renormalised",
         "total_variation",
     ),
-    "metrics": (
+    "evaluation.metrics": (
         "FullVocabularyCalibration",
         "adaptive_calibration_error",
         "bootstrap_calibration_error",
@@ -88,11 +88,11 @@ _HOMES = {
         "negative_log_likelihood",
         "reliability",
     ),
-    "questions": ("Question", "corpus_row", "read_questions"),
-    "recalibration": ("recalibrated",),
-    "report": ("write_report",),
-    "slices": ("sliced_loss",),
-    "training": ("TrainResult", "train"),
+    "evaluation.questions": ("Question", "corpus_row", "read_questions"),
+    "calibration.recalibration": ("recalibrated",),
+    "report.report": ("write_report",),
+    "losses.sliced": ("sliced_loss",),
+    "training.run": ("TrainResult", "train"),
 }
 
 __all__ = [

@@ -15,9 +15,9 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand, TyperOption
 
-from knowledge_store.console import INTERRUPTED, command_errors, note, output
-from knowledge_store.decoded import CACHE_SIZE
 from knowledge_store.errors import InputError
+from knowledge_store.reading.cache import CACHE_SIZE
+from knowledge_store.terminal.console import INTERRUPTED, command_errors, note, output
 
 app = typer.Typer(
     help="Train students from a knowledge store, without the teacher.",
@@ -58,7 +58,7 @@ def init(
     Example: `student-train init --from teacher/ --keep-layers 0,6,12,18,24,29 --output student/`
     """
     with _command():
-        from student_train.initialisation import initialise
+        from student_train.training.initialisation import initialise
 
         try:
             layers = [int(layer) for layer in keep_layers.split(",")]
@@ -77,7 +77,7 @@ class _RunCommand(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         with suppress(ModuleNotFoundError):
-            from student_train.losses import LOSSES
+            from student_train.losses.divergences import LOSSES
 
             for parameter in self.params:
                 if isinstance(parameter, TyperOption) and parameter.name == "loss":
@@ -132,8 +132,8 @@ def run(
     On two GPUs: `torchrun --nproc-per-node 2 -m student_train.cli run --store store/ --student student/ --output run/`
     """
     with _command():
-        from student_train.configuration import TrainConfig
-        from student_train.training import leave_processes, train
+        from student_train.training.configuration import TrainConfig
+        from student_train.training.run import leave_processes, train
 
         first_process = os.environ.get("RANK", "0") == "0"
         try:
@@ -211,8 +211,8 @@ def calibrate(
     """
     with _command():
         from knowledge_store import KnowledgeStore
-        from knowledge_store.calibration import check_output, write_calibration
-        from student_train import calibration as fitting
+        from knowledge_store.calibration.file import check_output, write_calibration
+        from student_train.calibration import fit as calibration as fitting
 
         check_output(file)
         fit = fitting.calibrate(KnowledgeStore.open(store), dump, method=method, split=split)
@@ -264,8 +264,8 @@ def evaluate(
     Example: `student-train evaluate runs/distilled --questions test.jsonl --post-hoc-temperature validation.jsonl`
     """
     with _command():
-        from student_train.evaluation import EvaluateConfig, output_path
-        from student_train.evaluation import evaluate as evaluate_model
+        from student_train.evaluation.run import EvaluateConfig, output_path
+        from student_train.evaluation.run import evaluate as evaluate_model
 
         config = EvaluateConfig(
             model=model,
@@ -299,7 +299,7 @@ def report(
     Example: `student-train report runs/fine-tuned runs/distilled --output report.html`
     """
     with _command():
-        from student_train.report import write_report
+        from student_train.report.report import write_report
 
         output.print(f"{write_report(runs, file)}", markup=False)
 

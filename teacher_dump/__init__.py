@@ -6,24 +6,24 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from teacher_dump.agreement import Agreement, check
     from teacher_dump.calibration import TemperatureFit, calibrate
-    from teacher_dump.configuration import DumpConfig
-    from teacher_dump.forecast import Estimate, estimate
-    from teacher_dump.teacher_pass import DumpReport, dump
+    from teacher_dump.checking.agreement import Agreement, check
+    from teacher_dump.dumping.configuration import DumpConfig
+    from teacher_dump.dumping.estimate import Estimate, estimate
+    from teacher_dump.dumping.run import DumpReport, dump
 
 __all__ = ["Agreement", "DumpConfig", "DumpReport", "Estimate", "TemperatureFit", "calibrate", "check", "dump", "estimate"]
 
 _MODULES = {
-    "Agreement": "teacher_dump.agreement",
-    "check": "teacher_dump.agreement",
-    "DumpConfig": "teacher_dump.configuration",
-    "DumpReport": "teacher_dump.teacher_pass",
-    "dump": "teacher_dump.teacher_pass",
+    "Agreement": "teacher_dump.checking.agreement",
+    "check": "teacher_dump.checking.agreement",
+    "DumpConfig": "teacher_dump.dumping.configuration",
+    "DumpReport": "teacher_dump.dumping.run",
+    "dump": "teacher_dump.dumping.run",
     "TemperatureFit": "teacher_dump.calibration",
     "calibrate": "teacher_dump.calibration",
-    "Estimate": "teacher_dump.forecast",
-    "estimate": "teacher_dump.forecast",
+    "Estimate": "teacher_dump.dumping.estimate",
+    "estimate": "teacher_dump.dumping.estimate",
 }
 
 

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from knowledge_store.calibration import Calibration
+from knowledge_store.calibration.file import Calibration
 from knowledge_store.errors import InputError
-from knowledge_store.progress import progress_bar
-from teacher_dump.configuration import DumpConfig
-from teacher_dump.corpus import Start, check_files, problem_text, read_documents
-from teacher_dump.plan import check_options, identity_manifest, length_batches
-from teacher_dump.teacher import Teacher, load_teacher
-from teacher_dump.teacher_pass import predict_batch
-from teacher_dump.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+from knowledge_store.terminal.progress import progress_bar
+from teacher_dump.corpus.documents import Start, check_files, problem_text, read_documents
+from teacher_dump.corpus.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
+from teacher_dump.dumping.run import predict_batch
+from teacher_dump.teachers.local import Teacher, load_teacher
 
 LIMIT = 20_000
 FEW_TARGETS = 200

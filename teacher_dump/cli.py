@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from knowledge_store.calibration import check_output, write_calibration
-from knowledge_store.console import BAD_INPUT, command_errors, note, output
-from knowledge_store.progress import duration
-from knowledge_store.quantities import amount, byte_size
-from teacher_dump.configuration import DumpConfig
+from knowledge_store.calibration.file import check_output, write_calibration
+from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output
+from knowledge_store.terminal.progress import duration
+from knowledge_store.terminal.quantities import amount, byte_size
+from teacher_dump.dumping.configuration import DumpConfig
 
 NOT_THE_SAME = 1
 
@@ -109,7 +109,7 @@ def run(
     """
     _exists_or_exit()
     with command_errors():
-        from teacher_dump.teacher_pass import dump
+        from teacher_dump.dumping.run import dump
 
         config = DumpConfig(
             teacher, tuple(corpus), store, name, selection, top_k, tail_draws, top_p, max_k, draws, max_length, batch_size,
@@ -156,7 +156,7 @@ def estimate(
     """
     _exists_or_exit()
     with command_errors():
-        from teacher_dump.forecast import estimate as predict
+        from teacher_dump.dumping.estimate import estimate as predict
 
         config = DumpConfig(
             teacher, tuple(corpus), store, name, selection, top_k, tail_draws, top_p, max_k, draws, max_length, batch_size,
@@ -240,8 +240,8 @@ def check(
     """
     _exists_or_exit()
     with command_errors():
-        from teacher_dump.agreement import AGREES, describe
-        from teacher_dump.agreement import check as ask_again
+        from teacher_dump.checking.agreement import AGREES, describe
+        from teacher_dump.checking.agreement import check as ask_again
 
         found = ask_again(
             store, teacher, dump=dump, sample=sample, seed=seed, batch_size=batch_size, dtype=dtype, device=device,

@@ -128,7 +128,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def loaded_teacher(teacher_folder: Path):
     """The same teacher, loaded."""
-    from teacher_dump.teacher import load_teacher
+    from teacher_dump.teachers.local import load_teacher
 
     return load_teacher(str(teacher_folder), device="cpu")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["teacher_dump.teacher_pass", "teacher_dump.forecast", "teacher_dump.cli", "student_train.training", "stores"]
+    ["teacher_dump.dumping.run", "teacher_dump.dumping.estimate", "teacher_dump.cli", "student_train.training.run", "stores"]
 )
 
 

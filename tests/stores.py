@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store import DumpWriter, Manifest, Shard
+from knowledge_store.format.parquet import describe, read_file
+from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
-from knowledge_store.parquet import describe, read_file
-from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
 
 MADE_BY = {"host": "here", "device": "cpu"}
 DOCUMENTS = 100  # in a shard of the plan; a test may use fewer

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore
-from knowledge_store.order import shuffled
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.sequences import tokens_table
+from knowledge_store.reading.order import shuffled
 
 SHAPES = {
     "sequence_id": ("int64", 1),
@@ -215,8 +215,8 @@ def test_a_dump_without_a_shard_has_no_batches(tmp_path):
 
 
 def test_a_small_cache_changes_nothing(folder, monkeypatch):
-    monkeypatch.setattr("knowledge_store.reader.MEMORY_BYTES", 1)
-    monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 8)
+    monkeypatch.setattr("knowledge_store.reading.reader.MEMORY_BYTES", 1)
+    monkeypatch.setattr("knowledge_store.writing.writer.ROW_GROUP_POSITIONS", 8)
     expected = KnowledgeStore.open(folder)
     small = write_store(folder.parent / "small", shards=3, size=6)
     opened = KnowledgeStore.open(small)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from knowledge_store.calibration import Calibration, check_calibration, check_output, read_calibration, write_calibration
+from knowledge_store.calibration.file import Calibration, check_calibration, check_output, read_calibration, write_calibration
 from knowledge_store.errors import DamageError, InputError
-from knowledge_store.records import json_sha256, seal
+from knowledge_store.format.records import json_sha256, seal
 
 FIGURES = {"nll": 2.5, "ece_10": 0.1, "ece_15": 0.125, "brier": 0.75}
 TEACHER = {"name": "tiny", "files": {"model.safetensors": "11", "config.json": "22"}}

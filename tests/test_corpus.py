@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
-from teacher_dump import corpus as corpus_module
-from teacher_dump.configuration import DumpConfig
-from teacher_dump.corpus import Start, check_files, column_value, cut_text, file_names, read_documents, scan
-from teacher_dump.plan import ShardReader
+from teacher_dump.corpus.documents import Start, check_files, column_value, cut_text, file_names, read_documents, scan
+from teacher_dump.corpus.documents import documents as corpus_module
+from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.dumping.plan import ShardReader
 
 BEGINNING = Start(0, 0, 1, 0, 0)
 
@@ -275,7 +275,7 @@ def test_a_corpus_read_in_order_is_opened_once(mixed_files, monkeypatch):
         opened.append(arguments)
         return read_documents(*arguments)
 
-    monkeypatch.setattr("teacher_dump.plan.read_documents", counted)
+    monkeypatch.setattr("teacher_dump.dumping.plan.read_documents", counted)
     reader = ShardReader(config, Plan(mixed_files, found), KeepDocuments())
     for shard in range(len(found.shards)):
         reader.read(shard)

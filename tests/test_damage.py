@@ -14,10 +14,10 @@ from stores import commit, make_manifest, random_sequences, words, write_store
 from torture.damage import FIXTURES, page_places, try_faults
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, verify
-from knowledge_store.checked_file import BLOCK_BYTES, DIGEST_BYTES, DIGESTS_KEY, CheckedFile
-from knowledge_store.pages import check_statistics, parse_footer
-from knowledge_store.parquet import describe, publish_table, read_file
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.integrity import BLOCK_BYTES, DIGEST_BYTES, DIGESTS_KEY, CheckedFile
+from knowledge_store.format.pages import check_statistics, parse_footer
+from knowledge_store.format.parquet import describe, publish_table, read_file
+from knowledge_store.format.sequences import tokens_table
 
 
 def test_no_fault_is_silent(tmp_path):

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DumpWriter, KnowledgeStore
-from knowledge_store.decoded import DecodedCache
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.sequences import tokens_table
+from knowledge_store.reading.cache import DecodedCache
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
     """The cache's folder, of this test alone; row groups are small, so that a shard has several."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 12)
+    monkeypatch.setattr("knowledge_store.writing.writer.ROW_GROUP_POSITIONS", 12)
     return tmp_path / "cache" / "knowledge-store" / "decoded"
 
 
@@ -60,7 +60,7 @@ def test_the_second_epoch_decodes_nothing_and_is_the_same(cache, tmp_path, monke
     assert not cache.exists()
     assert_same(epoch(folder), plain)
     assert len(files(cache)) > 3
-    monkeypatch.setattr("knowledge_store.reader.read_row_group", None)
+    monkeypatch.setattr("knowledge_store.reading.reader.read_row_group", None)
     assert_same(epoch(folder), plain)
     store = KnowledgeStore.open(folder)
     assert store[4]["candidate_ids"].flags.writeable
@@ -132,7 +132,7 @@ def test_another_dump_of_that_name_and_other_code_find_nothing(cache, tmp_path, 
     commit(writer, 0, random_sequences(77, 4))
     assert_same(epoch(folder), epoch(folder, cache_size=0))
     before = len(files(cache))
-    monkeypatch.setattr("knowledge_store.decoded._decoders", lambda: b"changed")
+    monkeypatch.setattr("knowledge_store.reading.cache._decoders", lambda: b"changed")
     epoch(folder)
     assert len(files(cache)) > before
 
@@ -290,7 +290,7 @@ def test_whoever_has_no_home_reads_without_a_cache(tmp_path, monkeypatch):
     def no_home(name: str) -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr("knowledge_store.decoded.user_cache", no_home)
+    monkeypatch.setattr("knowledge_store.reading.cache.user_cache", no_home)
     assert_same(epoch(folder), epoch(folder, cache_size=0))
     assert not (tmp_path / "cache").exists()
 

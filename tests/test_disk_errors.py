@@ -16,9 +16,9 @@ from stores import commit, make_manifest, random_sequences, read_whole, words, w
 from torture import disk_errors, journal_disk
 
 from knowledge_store import DumpWriter, StoreError
-from knowledge_store.parquet import describe, write_table
-from knowledge_store.sequences import tokens_table
-from knowledge_store.writer import repair_manifest
+from knowledge_store.format.parquet import describe, write_table
+from knowledge_store.format.sequences import tokens_table
+from knowledge_store.writing.writer import repair_manifest
 from teacher_dump import DumpConfig, dump
 
 

@@ -13,12 +13,12 @@ from conftest import story_rows, write_jsonl
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.kinds import KINDS, Kind
-from knowledge_store.verification import verify
+from knowledge_store.writing.verification import verify
 from teacher_dump import DumpConfig, dump
-from teacher_dump.extraction import EXTRACTORS, UnsoundLogits
-from teacher_dump.teacher import load_teacher
-from teacher_dump.teacher_pass import extract_batch, predict_batch
-from teacher_dump.tokenisation import CorpusTokenizer
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.dumping.run import extract_batch, predict_batch
+from teacher_dump.extraction.positions import EXTRACTORS, UnsoundLogits
+from teacher_dump.teachers.local import load_teacher
 
 STEP = 1 / 8
 # A value may be rounded by half a step; what comes on top is float32, in batches of other shapes than the dump's.
@@ -116,7 +116,7 @@ def test_only_a_completion_is_a_target(tmp_path, loaded_teacher):
 
 def test_a_sequence_has_the_same_row_in_any_batch(tmp_path, loaded_teacher):
     """Alone, or with longer and shorter ones: to 1e-4 nats, float32's rounding in products of other shapes."""
-    from teacher_dump.corpus import Start, read_documents
+    from teacher_dump.corpus.documents import Start, read_documents
 
     documents = []
     for row in (*story_rows(8), *PROMPTS):

@@ -16,18 +16,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
-from knowledge_store.calibration import Calibration, write_calibration
+from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError
-from knowledge_store.records import json_sha256
+from knowledge_store.format.records import json_sha256
 from student_train.cli import app
-from student_train.evaluation import EvaluateConfig, evaluate
-from student_train.metrics import (
+from student_train.evaluation.metrics import (
     adaptive_calibration_error,
     bootstrap_calibration_error,
     bootstrap_interval,
     expected_calibration_error,
     full_vocabulary_calibration_error,
 )
+from student_train.evaluation.run import EvaluateConfig, evaluate
 from teacher_dump import DumpConfig, dump
 
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from knowledge_store.selection import Selection
-from teacher_dump import teacher as teacher_module
-from teacher_dump.corpus import Document
-from teacher_dump.extraction import ExtractionBatch, UnsoundLogits, extract_positions, knowledge_of
-from teacher_dump.teacher import Prediction
-from teacher_dump.tokenisation import TokenSequence
+from knowledge_store.format.selection import Selection
+from teacher_dump.corpus.documents import Document
+from teacher_dump.corpus.tokenisation import TokenSequence
+from teacher_dump.extraction.positions import ExtractionBatch, UnsoundLogits, extract_positions, knowledge_of
+from teacher_dump.teachers import local as teacher_module
+from teacher_dump.teachers.local import Prediction
 
 # Float32's rounding of log-probabilities as large as 160 nats, three operations deep.
 TOLERANCE = 1e-4

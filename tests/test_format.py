@@ -30,12 +30,12 @@ from stores import (
 )
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, Shard, verify
+from knowledge_store.format.parquet import FileRecord, describe
+from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import list_offsets
 from knowledge_store.kinds.positions import quantise
-from knowledge_store.parquet import FileRecord, describe
-from knowledge_store.sequences import corpus_column, sequence_id, token_hash, tokens_table
-from knowledge_store.writer import row_groups
+from knowledge_store.writing.writer import row_groups
 
 POSITIONS_SCHEMA = """\
 required group field_id=-1 schema {
@@ -184,7 +184,7 @@ def test_json_files(tmp_path):
 
 
 def test_row_groups_hold_whole_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 20)
+    monkeypatch.setattr("knowledge_store.writing.writer.ROW_GROUP_POSITIONS", 20)
     store = write_store(tmp_path / "store", shards=1, size=30)
     lengths = pq.read_table(store / "small/sequences/00000.parquet")["length"].to_pylist()
     metadata = pq.read_metadata(store / "small/positions/00000.parquet")

@@ -23,13 +23,13 @@ from test_records import JSON, altered
 from torture import hostile_files
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, StoreError, verify
+from knowledge_store.catalogue.index import _load, refresh, standing_records
 from knowledge_store.errors import MOST_CHARACTERS, KnowledgeStoreError
-from knowledge_store.index import _load, refresh, standing_records
-from knowledge_store.manifest import read_manifest
-from knowledge_store.pages import chunk_pages, parse_footer
-from knowledge_store.parquet import describe
-from knowledge_store.records import MOST_BYTES, MOST_DEPTH, read_record, seal, unseal
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.manifest import read_manifest
+from knowledge_store.format.pages import chunk_pages, parse_footer
+from knowledge_store.format.parquet import describe
+from knowledge_store.format.records import MOST_BYTES, MOST_DEPTH, read_record, seal, unseal
+from knowledge_store.format.sequences import tokens_table
 
 
 def test_a_thousand_hostile_files(tmp_path):

@@ -18,8 +18,8 @@ from stores import write_store
 from torture.hostile_sql import Stand, run
 
 from knowledge_store import DamageError, InputError, KnowledgeStore, QueryError, StoreError
-from knowledge_store.isolation import _check_end
-from knowledge_store.query import QUERY_THREAD
+from knowledge_store.isolation.child import _check_end
+from knowledge_store.sql.query import QUERY_THREAD
 
 MIB = 2**20
 
@@ -133,7 +133,8 @@ def test_no_setting_names_the_home(store, name, isolated):
 
 SLOW = """
 import os, resource, time
-from knowledge_store import KnowledgeStore, isolation
+from knowledge_store import KnowledgeStore
+from knowledge_store.isolation.child import child as isolation
 isolation.OPENING_TIME = 0.5
 def slow(*args, **options):
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] < 2**34
@@ -281,7 +282,7 @@ def test_the_query_ends_with_its_command(stand, number, query):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems tell nobody that a parent ended")
 def test_a_query_whose_parent_was_gone_already_ends():
-    program = "from knowledge_store.isolation import main; main(1 << 30)"
+    program = "from knowledge_store.isolation.child import main; main(1 << 30)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment) as child:
         assert child.wait(30) == 1  # though its standard input is open still

@@ -18,12 +18,12 @@ from stores import commit, make_manifest, random_sequences, words, write_store
 from torture.indexes import READERS, try_harms
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, StoreError
-from knowledge_store.commits import read_commit
-from knowledge_store.index import INDEX_SCHEMA, _load, standing_records
-from knowledge_store.layout import INDEX_FILE
-from knowledge_store.manifest import read_manifest
-from knowledge_store.publication import remove_folder
-from knowledge_store.sequences import tokens_table
+from knowledge_store.catalogue.index import INDEX_SCHEMA, _load, standing_records
+from knowledge_store.format.commits import read_commit
+from knowledge_store.format.layout import INDEX_FILE
+from knowledge_store.format.manifest import read_manifest
+from knowledge_store.format.sequences import tokens_table
+from knowledge_store.storage.local import remove_folder
 
 QUERY = "SELECT * EXCLUDE (committed_at) FROM shards ORDER BY dump, shard"
 
@@ -265,7 +265,7 @@ def test_records_that_are_removed_while_they_are_looked_for(store, monkeypatch, 
             (store / "small/commits/00001.json").unlink()
         return Listing(entries)
 
-    monkeypatch.setattr("knowledge_store.index.os.scandir", later)
+    monkeypatch.setattr("knowledge_store.catalogue.index.os.scandir", later)
     found = standing_records(store, ["small"])
     assert set(found) == (set() if whole else {("small", 0), ("small", 2)})
 

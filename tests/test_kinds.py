@@ -10,7 +10,7 @@ from conftest import run_command
 from stores import joined, make_manifest, random_sequences, sequence_row, words
 
 from knowledge_store import KINDS, DumpWriter, InputError, Kind, KnowledgeStore, Shard, StoreError, verify
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.sequences import tokens_table
 
 WIDTH = 4
 
@@ -60,7 +60,7 @@ def folder(tmp_path, monkeypatch):
     """A dump of the toy kinds beside positions, one of a toy kind alone, and one of positions alone."""
     monkeypatch.setitem(KINDS, "vectors", VECTORS)
     monkeypatch.setitem(KINDS, "surprises", SURPRISES)
-    monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 12)  # several row groups
+    monkeypatch.setattr("knowledge_store.writing.writer.ROW_GROUP_POSITIONS", 12)  # several row groups
     for name, kinds in (("all", ("positions", "vectors", "surprises")), ("alone", ("vectors",)), ("plain", ("positions",))):
         manifest = make_manifest(name, shards=2, kinds=kinds)
         writer = DumpWriter.open(tmp_path / "store", manifest, tokens_table(words(11), words(11)))

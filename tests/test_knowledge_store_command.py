@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.cli import app
-from knowledge_store.layout import FORMAT_VERSION
-from knowledge_store.records import seal
+from knowledge_store.format.layout import FORMAT_VERSION
+from knowledge_store.format.records import seal
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from targets import VOCABULARY, adaptive_share, drawn, in_float32, kept, log_softmax, random_case, random_draws
 
-from student_train.losses import LOSSES, Targets, adaptive_kl, forward_kl, reverse_kl, total_variation
+from student_train.losses.divergences import LOSSES, Targets, adaptive_kl, forward_kl, reverse_kl, total_variation
 
 FUNCTIONS = {name: loss.function for name, loss in LOSSES.items()}
 SMOOTH = [name for name in FUNCTIONS if name != "adaptive-kl"]  # its weights are constants

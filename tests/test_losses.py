@@ -15,9 +15,8 @@ from targets import VOCABULARY, divergence, drawn, in_float32, kept, kl, log_sof
 
 from knowledge_store import DumpWriter, KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.sequences import tokens_table
-from student_train.configuration import TrainConfig, check_config, check_knowledge
-from student_train.losses import (
+from knowledge_store.format.sequences import tokens_table
+from student_train.losses.divergences import (
     LOSSES,
     Loss,
     Targets,
@@ -30,6 +29,7 @@ from student_train.losses import (
     top_k_renormalised,
     units,
 )
+from student_train.training.configuration import TrainConfig, check_config, check_knowledge
 
 DIVERGENCES = [
     *("forward-kl", "reverse-kl", "jensen-shannon", "total-variation", "skewed-kl", "skewed-reverse-kl", "adaptive-kl")

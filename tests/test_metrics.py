@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from student_train.metrics import (
+from student_train.evaluation.metrics import (
     FullVocabularyCalibration,
     adaptive_calibration_error,
     bootstrap_calibration_error,
@@ -262,7 +262,7 @@ def test_the_difference_of_two_calibration_errors():
 def test_many_values_are_resampled_piece_by_piece(monkeypatch):
     values = np.random.default_rng(6).normal(size=300)
     whole = bootstrap_interval(values)
-    monkeypatch.setattr("student_train.metrics.DRAWS", 1000)
+    monkeypatch.setattr("student_train.evaluation.metrics.DRAWS", 1000)
     assert bootstrap_interval(values) == pytest.approx(whole)
 
 

@@ -14,10 +14,10 @@ from conftest import TEXT, save_teacher, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from knowledge_store.errors import InputError
-from student_train.evaluation import EvaluateConfig, evaluate
-from student_train.metrics import bootstrap_calibration_error, bootstrap_interval, expected_calibration_error
-from student_train.multiple_choice import CONFIDENCES, fit_temperatures, measure_questions, score
-from student_train.questions import TokenisedQuestion, read_questions, tokenise
+from student_train.evaluation.metrics import bootstrap_calibration_error, bootstrap_interval, expected_calibration_error
+from student_train.evaluation.multiple_choice import CONFIDENCES, fit_temperatures, measure_questions, score
+from student_train.evaluation.questions import TokenisedQuestion, read_questions, tokenise
+from student_train.evaluation.run import EvaluateConfig, evaluate
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torture import order
 
-from knowledge_store.order import batch_items, shuffled, step_count
+from knowledge_store.reading.order import batch_items, shuffled, step_count
 
 COUNTS = st.integers(0, 300)
 INTEGERS = st.integers(-(2**70), 2**70)

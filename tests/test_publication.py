@@ -16,10 +16,10 @@ from conftest import ROOT
 from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, verify
-from knowledge_store.parquet import publish_table, read_file, write_table
-from knowledge_store.publication import make_folder, publish, publish_bytes, remove_leftovers
-from knowledge_store.sequences import tokens_table
-from knowledge_store.writer import row_groups
+from knowledge_store.format.parquet import publish_table, read_file, write_table
+from knowledge_store.format.sequences import tokens_table
+from knowledge_store.storage.local import make_folder, publish, publish_bytes, remove_leftovers
+from knowledge_store.writing.writer import row_groups
 
 TOKENS = tokens_table(words(11), words(11))
 
@@ -34,7 +34,7 @@ def python(code: str, *arguments: object, **options) -> subprocess.Popen[str]:
 HOLD = """
 import sys, time
 from pathlib import Path
-from knowledge_store.publication import publish
+from knowledge_store.storage.local import publish
 def write(file):
     file.write(b"half a file")
     file.flush()
@@ -366,8 +366,8 @@ def test_what_readers_would_refuse_is_not_committed(tmp_path, monkeypatch):
     commit(writer, 0, random_sequences(0, 4))
     before = sorted((tmp_path / "store").rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr("knowledge_store.pages.MOST_BYTES", 100)
-        patch.setattr("knowledge_store.pages.BYTES_PER_BYTE", 0)
+        patch.setattr("knowledge_store.format.pages.MOST_BYTES", 100)
+        patch.setattr("knowledge_store.format.pages.BYTES_PER_BYTE", 0)
         with pytest.raises(InputError, match=r"too large to be read again \(it stands for .*\): give a smaller --shard-size"):
             commit(writer, 1, random_sequences(1, 4))
     assert sorted((tmp_path / "store").rglob("*")) == before

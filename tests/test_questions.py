@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from knowledge_store.errors import InputError
-from student_train.questions import Question, completions, corpus_row, prompt, read_questions, tokenise
-from teacher_dump.corpus import Document
-from teacher_dump.tokenisation import CorpusTokenizer
+from student_train.evaluation.questions import Question, completions, corpus_row, prompt, read_questions, tokenise
+from teacher_dump.corpus.documents import Document
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
 
 LAMP = {"question": "Who lit the lamp?", "options": ["the keeper", "his daughter", "nobody"], "answer": 0}
 

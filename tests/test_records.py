@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from stores import make_manifest, write_store
 
 from knowledge_store import DamageError, KnowledgeStore, StoreError
-from knowledge_store.commits import read_commit
-from knowledge_store.layout import FORMAT_VERSION
-from knowledge_store.manifest import read_manifest
-from knowledge_store.records import read_record, seal, unseal
+from knowledge_store.format.commits import read_commit
+from knowledge_store.format.layout import FORMAT_VERSION
+from knowledge_store.format.manifest import read_manifest
+from knowledge_store.format.records import read_record, seal, unseal
 
 HERE = Path("record.json")
 

@@ -25,12 +25,12 @@ from knowledge_store import (
     publication,
     verify,
 )
-from knowledge_store.commits import read_commit
-from knowledge_store.layout import FORMAT_VERSION
-from knowledge_store.parquet import describe, read_file, write_table
-from knowledge_store.records import read_record, seal
-from knowledge_store.sequences import tokens_table
-from knowledge_store.writer import repair_manifest
+from knowledge_store.format.commits import read_commit
+from knowledge_store.format.layout import FORMAT_VERSION
+from knowledge_store.format.parquet import describe, read_file, write_table
+from knowledge_store.format.records import read_record, seal
+from knowledge_store.format.sequences import tokens_table
+from knowledge_store.writing.writer import repair_manifest
 from teacher_dump import DumpConfig, dump
 
 TABLES = {"positions": "parquet", "sequences": "parquet", "commits": "json"}
@@ -115,7 +115,7 @@ def test_vocabulary_and_store_file(config, dumped, loaded_teacher):
 
 def test_a_vocabulary_that_another_version_writes_otherwise(config, loaded_teacher, monkeypatch):
     flip(config.store / "d/tokens.parquet")
-    monkeypatch.setattr("knowledge_store.parquet.COMPRESSION_LEVEL", 1)
+    monkeypatch.setattr("knowledge_store.format.parquet.COMPRESSION_LEVEL", 1)
     dump(config, teacher=loaded_teacher, repair=True)
     assert verify(config.store).damage == []
     assert dump(config, teacher=loaded_teacher).shards_standing == 3  # the same dump still
@@ -331,7 +331,7 @@ def test_a_full_disk_changes_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("knowledge_store.publication.fsync_folder", lambda folder: None)
+        patch.setattr("knowledge_store.storage.local.fsync_folder", lambda folder: None)
         patch.setattr(publication.os, "fsync", full)
         with pytest.raises(StoreError, match=r"cannot write .*positions/00001\.parquet: No space left"):
             repair(store, 1)

@@ -16,10 +16,17 @@ import numpy as np
 import pytest
 
 from knowledge_store.errors import InputError
-from student_train import charts, metrics, results
-from student_train.comparison import comparable, differences
-from student_train.metrics import calibration_gaps, describe_answers, expected_calibration_error, group_sizes, group_sums
-from student_train.report import write_report
+from student_train.evaluation import metrics, results
+from student_train.evaluation.comparison import comparable, differences
+from student_train.evaluation.metrics import (
+    calibration_gaps,
+    describe_answers,
+    expected_calibration_error,
+    group_sizes,
+    group_sums,
+)
+from student_train.report import charts
+from student_train.report.report import write_report
 
 DUMP = {
     "name": "heldout",
@@ -334,7 +341,7 @@ def test_bad_input(tmp_path):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, student_train.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, student_train.report.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -15,11 +15,13 @@ from conftest import save_teacher, story_rows, write_jsonl
 from processes import Command
 from stores import contents
 
-from knowledge_store import KnowledgeStore, publication
+from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, MismatchError, StoreError
-from knowledge_store.verification import verify
-from teacher_dump import DumpConfig, dump, fingerprints
-from teacher_dump.teacher import load_teacher
+from knowledge_store.storage import local as publication
+from knowledge_store.writing.verification import verify
+from teacher_dump import DumpConfig, dump
+from teacher_dump.dumping import fingerprints
+from teacher_dump.teachers.local import load_teacher
 
 SHARDS = 20
 
@@ -186,7 +188,7 @@ def test_an_error_in_the_writing_thread_is_the_dumps_and_leaves_no_thread(config
         return write(path, contents)
 
     with monkeypatch.context() as patch:
-        patch.setattr("knowledge_store.parquet.publish", full)
+        patch.setattr("knowledge_store.format.parquet.publish", full)
         with pytest.raises(StoreError, match=r"00003.*No space left on device"):
             dump(config, teacher=loaded_teacher)
     assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
@@ -265,8 +267,8 @@ def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
     def nobody(*arguments):
         raise AssertionError("a complete dump's corpus needs no reading, and its teacher no asking")
 
-    monkeypatch.setattr("teacher_dump.plan.read_documents", nobody)
-    monkeypatch.setattr("teacher_dump.plan.scan", nobody)
+    monkeypatch.setattr("teacher_dump.dumping.plan.read_documents", nobody)
+    monkeypatch.setattr("teacher_dump.dumping.plan.scan", nobody)
     monkeypatch.setattr(type(loaded_teacher), "predict", nobody)
     report = dump(config, teacher=loaded_teacher)
     assert (report.shards, report.shards_standing, report.positions) == (0, SHARDS, 0)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knowledge_store.selection import Selection
-from teacher_dump.extraction import knowledge_of
-from teacher_dump.sampling import BLOCK, block_sums, counted, draw, independent_points, likeliest, systematic_points
+from knowledge_store.format.selection import Selection
+from teacher_dump.extraction.positions import knowledge_of
+from teacher_dump.extraction.sampling import BLOCK, block_sums, counted, draw, independent_points, likeliest, systematic_points
 
 FALSE_ALARM = 1e-6  # how often a sound sampler may fail one of the tests of this file
 

@@ -9,12 +9,12 @@ import pyarrow as pa
 from conftest import save_teacher, story_rows, write_jsonl
 
 from knowledge_store import KINDS, Kind, KnowledgeStore, verify
-from student_train.configuration import TrainConfig
-from student_train.losses import LOSSES, Loss
-from student_train.results import read_history
-from student_train.training import train
+from student_train.evaluation.results import read_history
+from student_train.losses.divergences import LOSSES, Loss
+from student_train.training.configuration import TrainConfig
+from student_train.training.run import train
 from teacher_dump import DumpConfig, dump
-from teacher_dump.extraction import EXTRACTORS
+from teacher_dump.extraction.positions import EXTRACTORS
 
 SUMMARIES = Kind(
     name="summaries",

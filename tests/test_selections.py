@@ -24,12 +24,12 @@ from stores import (
 )
 
 from knowledge_store import DumpWriter, KnowledgeStore, verify
-from knowledge_store.calibration import Calibration, write_calibration
+from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError, MismatchError, StoreError
-from knowledge_store.manifest import check_version
-from knowledge_store.records import read_record
-from knowledge_store.selection import Selection
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.manifest import check_version
+from knowledge_store.format.records import read_record
+from knowledge_store.format.selection import Selection
+from knowledge_store.format.sequences import tokens_table
 from teacher_dump import DumpConfig, dump
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -191,7 +191,7 @@ def test_the_command_refuses_them_in_one_line(tmp_path, teacher_folder, corpus):
 
 
 def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teacher):
-    from teacher_dump.teacher import describe_tokenizer
+    from teacher_dump.teachers.local import describe_tokenizer
 
     figures = {"nll": 1.0, "ece_10": 0.1, "ece_15": 0.1, "brier": 0.5}
     calibration = Calibration(
@@ -380,7 +380,7 @@ def test_a_store_of_version_3_reads_as_ever(tmp_path):
 @pytest.mark.parametrize("known", [1, 2])
 def test_an_older_reader_refuses_newer_stores_by_name(tmp_path, monkeypatch, known):
     """What the version check of each older reader makes of every newer store: the file and both versions are named."""
-    monkeypatch.setattr("knowledge_store.manifest.FORMAT_VERSION", known)
+    monkeypatch.setattr("knowledge_store.format.manifest.FORMAT_VERSION", known)
     for version in (1, 2, 3):
         store = shutil.copytree(FIXTURES / f"store-v{version}", tmp_path / str(version))
         if version <= known:

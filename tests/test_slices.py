@@ -21,11 +21,11 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from student_train import slices
-from student_train.configuration import TrainConfig
-from student_train.losses import LOSSES, Targets, cross_entropy, forward_kl, per_target, select_targets
-from student_train.slices import has_plain_head, sliced, sliced_loss
-from student_train.training import train
+from student_train.losses import sliced as slices
+from student_train.losses.divergences import LOSSES, Targets, cross_entropy, forward_kl, per_target, select_targets
+from student_train.losses.sliced import has_plain_head, sliced, sliced_loss
+from student_train.training.configuration import TrainConfig
+from student_train.training.run import train
 
 VOCABULARY, WIDTH = 23, 4
 

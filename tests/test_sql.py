@@ -9,7 +9,7 @@ import pytest
 from stores import commit, joined, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DumpWriter, KnowledgeStore, QueryError
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.sequences import tokens_table
 
 SEQUENCES = [
     *("dump", "sequence_id", "document", "file", "row", "part", "window", "length", "targets", "truncated", "token_hash"),

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from knowledge_store import Calibration, DumpWriter, KnowledgeStore, read_calibration, write_calibration
 from knowledge_store.errors import InputError
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.sequences import tokens_table
 from student_train import TrainConfig, calibrate, recalibrated, select_targets, train
-from student_train.calibration import doubts, first_ceiling
+from student_train.calibration.fit import doubts, first_ceiling
 from student_train.cli import app
 
 TEACHER = {"name": "numbers", "vocabulary_size": 11, "files": {"model.safetensors": "11"}}

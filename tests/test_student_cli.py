@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import student_train
 from student_train.cli import app
-from student_train.training import DistillationTrainer
+from student_train.training.run import DistillationTrainer
 
 COMMANDS = typer.main.get_command(app).commands
 

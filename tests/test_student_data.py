@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from student_train.configuration import TrainConfig, unused_columns
-from student_train.data import DistillationDataset, check_student, describe_dump, padding_batch, split_ordinals
-from student_train.losses import LOSSES
+from student_train.losses.divergences import LOSSES
+from student_train.training.configuration import TrainConfig, unused_columns
+from student_train.training.data import DistillationDataset, check_student, describe_dump, padding_batch, split_ordinals
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from knowledge_store.errors import InputError
-from student_train.initialisation import initialise
-from student_train.models import rebuild
+from student_train.training.initialisation import initialise
+from student_train.training.models import rebuild
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,12 @@ from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from student_train import training
 from student_train.cli import app
-from student_train.configuration import TrainConfig, check_config
-from student_train.losses import LOSSES, Loss
-from student_train.run_folder import last_checkpoint
-from student_train.training import DistillationTrainer, train
+from student_train.losses.divergences import LOSSES, Loss
+from student_train.training import run as training
+from student_train.training.configuration import TrainConfig, check_config
+from student_train.training.run import DistillationTrainer, train
+from student_train.training.run_folder import last_checkpoint
 
 Weights = dict[str, torch.Tensor]
 
@@ -312,7 +312,8 @@ def test_killed_while_it_wrote_its_first_file(settings, tmp_path):
 
 RANK = """
 import sys, torch
-from student_train import cli, training
+from student_train import cli
+from student_train.training import run as training
 
 class Recorded(training.DistillationTrainer):
     def save_model(self, output_dir=None, _internal_call=False):

@@ -14,9 +14,9 @@ import transformers
 from conftest import TEXT, make_model, make_tokenizer, save_teacher
 
 from knowledge_store.errors import InputError
-from student_train.models import load_model, load_tokenizer
-from teacher_dump import teacher as teacher_module
-from teacher_dump.teacher import find_device, load_teacher
+from student_train.training.models import load_model, load_tokenizer
+from teacher_dump.teachers import local as teacher_module
+from teacher_dump.teachers.local import find_device, load_teacher
 
 VOCABULARY = 408
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -20,7 +20,7 @@ from knowledge_store.errors import InputError, MismatchError
 from teacher_dump import DumpConfig, calibrate, dump
 from teacher_dump.calibration import GRID, calibration_error, describe, mean_and_error, root_of_slopes
 from teacher_dump.cli import app
-from teacher_dump.teacher import load_teacher
+from teacher_dump.teachers.local import load_teacher
 
 WORDS = 24
 LENGTH = 24

@@ -25,16 +25,17 @@ from stores import knowledge_of, make_manifest
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
-from knowledge_store.calibration import Calibration, write_calibration
+from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError
+from knowledge_store.format.layout import FORMAT_VERSION
+from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds.positions import encode, exact_steps
-from knowledge_store.layout import FORMAT_VERSION
-from knowledge_store.sequences import token_hash
-from teacher_dump import DumpConfig, dump, teacher_pass
-from teacher_dump.agreement import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, check, describe
-from teacher_dump.extraction import extract_positions
-from teacher_dump.plan import QUANTISATION_STEP, describe_tokenizer
-from teacher_dump.teacher import Teacher, load_teacher
+from teacher_dump import DumpConfig, dump
+from teacher_dump.checking.agreement import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, check, describe
+from teacher_dump.dumping import run as teacher_pass
+from teacher_dump.dumping.plan import QUANTISATION_STEP, describe_tokenizer
+from teacher_dump.extraction.positions import extract_positions
+from teacher_dump.teachers.local import Teacher, load_teacher
 
 SELECTIONS = {
     "top-k": {},
@@ -47,7 +48,7 @@ SELECTIONS = {
 @pytest.fixture
 def make_dump(tmp_path, teacher_folder, loaded_teacher, monkeypatch):
     def make(version=FORMAT_VERSION, teacher=loaded_teacher, **options) -> Path:
-        monkeypatch.setattr("teacher_dump.plan.Manifest", partial(Manifest, version=version))
+        monkeypatch.setattr("teacher_dump.dumping.plan.Manifest", partial(Manifest, version=version))
         corpus = write_jsonl(tmp_path / "corpus.jsonl", story_rows(9))
         store = tmp_path / f"store{len(list(tmp_path.iterdir()))}"
         config = DumpConfig(str(teacher_folder), (corpus,), store, "d", max_length=40, shard_size=4, **options)

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
-from teacher_dump.corpus import Document, Start, read_documents
-from teacher_dump.tokenisation import BadRow, CorpusTokenizer
+from teacher_dump.corpus.documents import Document, Start, read_documents
+from teacher_dump.corpus.tokenisation import BadRow, CorpusTokenizer
 
 END = 0  # the id of <|end|>, the tokenizer's end of sequence
 

@@ -13,11 +13,11 @@ from conftest import ROOT, run_command
 from stores import joined, make_manifest, random_sequences, sequence_row, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, Shard, StoreError, verify
+from knowledge_store.format.layout import FORMAT_VERSION
+from knowledge_store.format.manifest import read_manifest
+from knowledge_store.format.records import read_record, seal
+from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS
-from knowledge_store.layout import FORMAT_VERSION
-from knowledge_store.manifest import read_manifest
-from knowledge_store.records import read_record, seal
-from knowledge_store.sequences import tokens_table
 
 FILES = [
     "small/manifest.json",

@@ -16,7 +16,7 @@ from stores import commit, make_manifest, random_sequences, words, write_store
 from torture import workers
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, StoreError, verify
-from knowledge_store.sequences import tokens_table
+from knowledge_store.format.sequences import tokens_table
 
 TOKENS = tokens_table(words(11), words(11))
 
@@ -118,8 +118,8 @@ def test_an_order_is_not_gone_on_with_in_a_dump_of_as_many_other_sequences(tmp_p
 
 def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder):
     """The same student as from a copy of the store with the shards there were at the start."""
-    from student_train.configuration import TrainConfig
-    from student_train.training import train
+    from student_train.training.configuration import TrainConfig
+    from student_train.training.run import train
 
     corpus = write_jsonl(tmp_path / "rows.jsonl", story_rows(120))
     store, frozen = tmp_path / "store", tmp_path / "frozen"

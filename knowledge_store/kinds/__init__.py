@@ -1,7 +1,6 @@
-"""Kinds of knowledge: what a table of the store holds.
+"""Kinds of knowledge: what a table of the store holds. One file a kind; `kind` says what each has to declare.
 
-To add one: write its file beside `positions.py`, and its line in `KINDS`. Writer, reader, index, verify and SQL work from the
-fields of `Kind` alone. `teacher_dump.extraction.EXTRACTORS` and `student_train.losses.LOSSES` have its other two lines.
+Nothing outside this room knows the columns of a kind.
 """
 
 from knowledge_store.kinds.kind import Arrays, Kind

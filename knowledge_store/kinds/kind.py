@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.errors import InputError
-from knowledge_store.manifest import Manifest
+from knowledge_store.format.manifest import Manifest
 
 Arrays = dict[str, np.ndarray]
 

@@ -1,7 +1,7 @@
 """The first kind of knowledge: what the teacher predicted at each position, as its likeliest tokens and the tail they leave.
 
 Position t describes the prediction *of* token t, made from the tokens before it. Log-probabilities are natural logs over the
-full vocabulary at temperature 1, rounded in the manifest's steps as `packed_positions` says (since format version 3; before,
+full vocabulary at temperature 1, rounded in the manifest's steps as `packing` says (since format version 3; before,
 each by itself to a multiple of the step). The tail is a rounded value of its own: derived from rounded candidates instead, it
 would carry twenty times the error.
 
@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.errors import InputError
-from knowledge_store.kinds import packed_positions
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.kinds import packing
 from knowledge_store.kinds.kind import Arrays, Kind, Packing, list_offsets, padded_lists
-from knowledge_store.manifest import Manifest
 
 SCHEMA = pa.schema(
     [
@@ -39,7 +39,7 @@ TEMPERED = {"tail_logsumexp": pa.float32()}
 
 NO_MASS = -np.inf
 PACKED_SINCE = 3
-MOST_STEPS = packed_positions.MOST_STEPS
+MOST_STEPS = packing.MOST_STEPS
 MOST_EXCESS = 1e-3  # nats by which a teacher's float32 candidates and tail may miss one together
 
 RELATIONS = {
@@ -94,7 +94,7 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
         ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
         there = logprobs != NO_MASS
         if manifest.version >= PACKED_SINCE:
-            steps, tail_steps = packed_positions.exact_steps(logprobs, tail, step)
+            steps, tail_steps = packing.exact_steps(logprobs, tail, step)
             among = ((ids == arrays["token_id"][:, None]) & there).any(axis=1)
             found["token_logprob"][among] = np.nan
             there[:, 0] = False
@@ -135,7 +135,7 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         if manifest.rule.candidates and (np.abs(np.log(_total_mass(logprobs[kept], tail[kept]))) > MOST_EXCESS).any():
             raise InputError("candidates and tail of a position do not sum to one: the extractor is wrong; nothing is written")
         logprobs, tail = logprobs.astype(np.float32), tail.astype(np.float32)
-        logprobs[kept], tail[kept] = packed_positions.rounded(logprobs[kept], tail[kept], step)
+        logprobs[kept], tail[kept] = packing.rounded(logprobs[kept], tail[kept], step)
         among = (arrays["candidate_ids"] == arrays["token_id"][:, None]) & there
         token_logprob = np.where(among.any(axis=1), np.where(among, logprobs, 0).sum(axis=1), token_logprob)
     else:
@@ -336,10 +336,10 @@ POSITIONS = Kind(
     relations=RELATIONS,
     packing=Packing(
         since=PACKED_SINCE,
-        schema=packed_positions.packed_schema,
-        pack=packed_positions.pack,
-        unpack=packed_positions.unpack,
-        view=packed_positions.view,
-        sources=packed_positions.SOURCES,
+        schema=packing.packed_schema,
+        pack=packing.pack,
+        unpack=packing.unpack,
+        view=packing.view,
+        sources=packing.SOURCES,
     ),
 )

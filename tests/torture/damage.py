@@ -27,11 +27,11 @@ import pytest
 from stores import commit, drawn_sequences, make_manifest, random_sequences, words
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, StoreError, verify
-from knowledge_store.checked_file import CheckedFile
+from knowledge_store.format.integrity import CheckedFile
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.records import unseal
+from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays
-from knowledge_store.manifest import Manifest
-from knowledge_store.records import unseal
-from knowledge_store.sequences import tokens_table
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 VOCABULARY = 211
@@ -120,8 +120,8 @@ def shards_of(seed: int) -> list[tuple[Manifest, list[list[Arrays]]]]:
 
 def make_store(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Path:
     """Two dumps, one with draws and a calibration, in shards of several row groups, and small blocks; of a corpus `seed`."""
-    monkeypatch.setattr("knowledge_store.writer.ROW_GROUP_POSITIONS", 20)
-    monkeypatch.setattr("knowledge_store.checked_file.BLOCK_BYTES", 512)
+    monkeypatch.setattr("knowledge_store.writing.writer.ROW_GROUP_POSITIONS", 20)
+    monkeypatch.setattr("knowledge_store.format.integrity.BLOCK_BYTES", 512)
     texts = words(VOCABULARY)
     for manifest, shards in shards_of(seed):
         writer = DumpWriter.open(folder, manifest, tokens_table(texts, texts))
@@ -392,7 +392,7 @@ def try_leftover(seed: int, number: int, sound: Sound) -> Counter[str]:
 def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sound]:
     """The stores to damage: one of this version, and the ones of before, whose files have no digests."""
     folder.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr("knowledge_store.checked_file._computed", OrderedDict())  # of blocks of that size
+    monkeypatch.setattr("knowledge_store.format.integrity._computed", OrderedDict())  # of blocks of that size
     stores = [make_store(folder / "new", monkeypatch)]
     for name in ("store-v1", "store-v2"):
         stores.append(Path(shutil.copytree(FIXTURES / name, folder / name)))

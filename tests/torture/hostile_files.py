@@ -29,20 +29,20 @@ import pyarrow.parquet as pq
 from stores import read_whole, write_drawn_store
 
 from knowledge_store import KnowledgeStore, Manifest, read_calibration, verify, write_calibration
-from knowledge_store.calibration import Calibration
-from knowledge_store.checked_file import BLOCK_BYTES, DIGESTS_KEY, CheckedFile, GuardedFile, _digest, open_files
-from knowledge_store.commits import read_commit
+from knowledge_store.calibration.file import Calibration
+from knowledge_store.catalogue.index import FILES, Index, refresh
 from knowledge_store.errors import MOST_CHARACTERS, DamageError, KnowledgeStoreError
-from knowledge_store.index import FILES, Index, refresh
+from knowledge_store.format.commits import read_commit
+from knowledge_store.format.integrity import BLOCK_BYTES, DIGESTS_KEY, CheckedFile, GuardedFile, _digest, open_files
+from knowledge_store.format.layout import SEQUENCES, TOKENS_FILE
+from knowledge_store.format.manifest import read_manifest
+from knowledge_store.format.pages import chunk_pages
+from knowledge_store.format.parquet import dataset, describe, open_parquet, read_row_groups
+from knowledge_store.format.records import SEAL, canonical_json, json_sha256, unseal
+from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS
-from knowledge_store.layout import SEQUENCES, TOKENS_FILE
-from knowledge_store.manifest import read_manifest
-from knowledge_store.pages import chunk_pages
-from knowledge_store.parquet import dataset, describe, open_parquet, read_row_groups
-from knowledge_store.query import BATCH_ROWS, run_query
-from knowledge_store.reader import DumpReader, read_sequences, shard_files
-from knowledge_store.records import SEAL, canonical_json, json_sha256, unseal
-from knowledge_store.sequences import sequences_schema
+from knowledge_store.reading.reader import DumpReader, read_sequences, shard_files
+from knowledge_store.sql.query import BATCH_ROWS, run_query
 from torture import thrift
 
 MEMORY_BYTES = 2 * 2**30  # of addresses, beyond those of libraries and reserves

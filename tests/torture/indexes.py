@@ -18,9 +18,9 @@ import duckdb
 from stores import commit, make_manifest, random_sequences, words
 
 from knowledge_store import DumpWriter, KnowledgeStore
-from knowledge_store.index import INDEX_SCHEMA
-from knowledge_store.layout import commit_path
-from knowledge_store.sequences import tokens_table
+from knowledge_store.catalogue.index import INDEX_SCHEMA
+from knowledge_store.format.layout import commit_path
+from knowledge_store.format.sequences import tokens_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SHARDS = 6

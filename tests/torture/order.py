@@ -26,9 +26,9 @@ from safetensors.numpy import load_file
 from stores import commit, make_manifest, random_sequences, words
 
 from knowledge_store import DumpWriter, KnowledgeStore
-from knowledge_store.order import shuffled
-from knowledge_store.sequences import tokens_table
-from student_train.data import DistillationDataset
+from knowledge_store.format.sequences import tokens_table
+from knowledge_store.reading.order import shuffled
+from student_train.training.data import DistillationDataset
 
 WORLDS = (1, 2, 3, 8)
 SIZES = (1, 7, 5)  # of the store's shards: none divides another
@@ -68,7 +68,9 @@ class _Rank:
         """The sequences of its next batch; a row of padding is −1."""
         turn = next(self._turn) % len(self._infos)
         # Which sequences come is the question here, not what is in them: nothing is read, nothing becomes a tensor.
-        with patch.multiple("student_train.data", get_worker_info=lambda: self._infos[turn], tensors=lambda batch: batch):
+        with patch.multiple(
+            "student_train.training.data", get_worker_info=lambda: self._infos[turn], tensors=lambda batch: batch
+        ):
             return list(next(self._iterators[turn])["sequence_id"].tolist())
 
 
@@ -159,7 +161,7 @@ def training_settings(folder: Path) -> dict[str, Any]:
 
 def _make_models(folder: Path) -> None:
     from teacher_dump import DumpConfig, dump
-    from teacher_dump.teacher import load_teacher
+    from teacher_dump.teachers.local import load_teacher
 
     teacher = save_teacher(folder / "teacher")
     corpus = write_jsonl(folder / "rows.jsonl", story_rows(17))
@@ -175,8 +177,8 @@ def train_until(settings: dict[str, Any], moment: int | None, number: int) -> No
     """
     import torch
 
-    from student_train.configuration import TrainConfig
-    from student_train.training import DistillationTrainer, train
+    from student_train.training.configuration import TrainConfig
+    from student_train.training.run import DistillationTrainer, train
 
     torch.set_num_threads(1)
     output = settings["output"]

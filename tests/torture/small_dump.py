@@ -10,11 +10,12 @@ import pyarrow as pa
 import typer
 from stores import DOCUMENTS, commit, contents, make_manifest, random_sequences, read_whole, words
 
-from knowledge_store import DumpWriter, KnowledgeStore, parquet, verify
-from knowledge_store.console import command_errors
-from knowledge_store.layout import COMMITS, SEQUENCES, commit_shard, table_path
-from knowledge_store.publication import TEMPORARY_PREFIX
-from knowledge_store.sequences import WINDOW_BITS, tokens_table
+from knowledge_store import DumpWriter, KnowledgeStore, verify
+from knowledge_store.format import parquet
+from knowledge_store.format.layout import COMMITS, SEQUENCES, commit_shard, table_path
+from knowledge_store.format.sequences import WINDOW_BITS, tokens_table
+from knowledge_store.storage.local import TEMPORARY_PREFIX
+from knowledge_store.terminal.console import command_errors
 
 DUMP = "small"
 SHARDS = 3

@@ -11,9 +11,10 @@ import torch
 from conftest import make_tokenizer, story_rows, write_jsonl
 
 from knowledge_store import DumpWriter, Shard
-from knowledge_store.commits import CommitRecord
-from teacher_dump import cli, teacher_pass
-from teacher_dump.teacher import Prediction, Teacher
+from knowledge_store.format.commits import CommitRecord
+from teacher_dump import cli
+from teacher_dump.dumping import run as teacher_pass
+from teacher_dump.teachers.local import Prediction, Teacher
 
 DUMP = "threads"
 ROWS, SHARD_SIZE = 8, 2

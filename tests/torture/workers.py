@@ -26,8 +26,8 @@ from processes import Finished, Running
 from stores import DOCUMENTS, commit, knowledge_of, make_manifest, words
 
 from knowledge_store import DumpWriter, KnowledgeStore, KnowledgeStoreError, Manifest, MismatchError, StoreError, verify
+from knowledge_store.format.sequences import sequence_id, tokens_table
 from knowledge_store.kinds import Arrays
-from knowledge_store.sequences import sequence_id, tokens_table
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORLDS = (1, 2, 3, 8)

@@ -1,0 +1,141 @@
+"""Commit records: a shard exists once its record does, and the record says what its files must look like."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from knowledge_store.errors import DamageError
+from knowledge_store.format.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
+from knowledge_store.format.manifest import Manifest, check_version
+from knowledge_store.format.pages import MOST_COLUMNS
+from knowledge_store.format.parquet import FILE_SHAPE, FileRecord
+from knowledge_store.format.records import check_shape, is_sha256, read_record, seal
+from knowledge_store.storage.local import disk_errors
+
+_SHAPE = {
+    "dump": str,
+    "shard": int,
+    "first_document": int,
+    "documents": int,
+    "files": {...: FILE_SHAPE},
+    "statistics": {...: int | float},
+    "skipped": [dict],
+    "made_by": {"committed_at": str},
+}
+
+_STATISTIC = re.compile("[A-Za-z][A-Za-z0-9_]{0,99}")  # they become columns of the relation `shards`
+MOST_STATISTICS = 256
+MOST_COUNT = 2**53  # whole numbers that a float holds
+
+
+@dataclass(frozen=True)
+class CommitRecord:
+    """One committed shard.
+
+    Attributes:
+        dump, shard: which one.
+        identity: `identity_sha256` of the manifest it was made by; None in records of before there was such a thing.
+        first_document, documents: the part of the plan it covers.
+        files: for each table (`sequences` and each kind), the record of its Parquet file.
+        statistics: named counts and means over the shard, for the index (see each kind's `statistics`).
+        skipped: rows of the corpus that were left out, as {"file", "row", "reason"}.
+        made_by: library versions, device, host and times; for people, never compared.
+    """
+
+    dump: str
+    shard: int
+    identity: str | None
+    first_document: int
+    documents: int
+    files: dict[str, FileRecord]
+    statistics: dict[str, float]
+    skipped: list[dict[str, Any]]
+    made_by: dict[str, Any]
+
+    def to_bytes(self) -> bytes:
+        """The record as the bytes of its file."""
+        return seal({"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)})
+
+
+def _check_limits(record: dict[str, Any]) -> None:
+    """ValueError: a number of a commit record is one that nothing can be made of, or a statistic has no name for a column."""
+    statistics = record["statistics"]
+    if len(statistics) > MOST_STATISTICS or not all(map(_STATISTIC.fullmatch, statistics)):
+        raise ValueError("its statistics are too many, or have names that are none")
+    if not all(abs(value) <= MOST_COUNT for value in statistics.values()):
+        raise ValueError("one of its statistics is not possible")
+    # The index is made of these.
+    texts = [*record["files"], record["made_by"]["committed_at"]]
+    if max(map(len, texts)) > 200 or len(record["files"]) > 64:
+        raise ValueError("it names files that are none")
+    if sum(len(file["column_bytes"]) for file in record["files"].values()) > MOST_COLUMNS:
+        raise ValueError("its files have too many columns")
+    if not all(0 <= record[name] <= MOST_COUNT for name in ("shard", "first_document", "documents")):
+        raise ValueError("it records documents that are not possible")
+
+
+def files_in_commits(dump_folder: Path) -> list[Path]:
+    """What lies in a dump's folder of commit records, by name: records, and what an unfinished run left. Nothing where there is
+    no such folder yet.
+
+    Raises:
+        DamageError: something else has its name: a file, or a link to nothing or to itself.
+        StoreError: it cannot be listed.
+    """
+    folder = dump_folder / COMMITS
+    with disk_errors("read", folder):
+        try:
+            return sorted(folder.iterdir())
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            if os.path.lexists(folder) and not folder.is_dir():  # else another writer has just made it
+                raise DamageError(f"{folder} is damaged: it is not a folder") from None
+    return []
+
+
+def read_commit(path: Path) -> CommitRecord:
+    """Read a commit record.
+
+    Raises:
+        DamageError: it is missing, altered, or not shaped as a commit record.
+        StoreError: it is of a newer format version.
+    """
+    record = read_record(path)
+    check_version(record, path)
+    try:
+        check_shape(record, _SHAPE, "a commit record")
+        if not is_sha256(record.get("identity", "0" * 64)):
+            raise ValueError("its dump's identity is none")
+        _check_limits(record)
+        files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
+    except ValueError as error:
+        raise DamageError(f"{path} is damaged: {error}") from None
+    record.setdefault("identity", None)
+    found = {field.name: record[field.name] for field in fields(CommitRecord)}
+    return CommitRecord(**{**found, "files": files})
+
+
+def misplaced(commit: CommitRecord, manifest: Manifest, shard: int, path: Path) -> str | None:
+    """Why a commit record is not the one of a shard of a dump, or None if it is.
+
+    Args:
+        commit: as it was read from `path`.
+        manifest: of the dump.
+        shard: whose record it is to be.
+    """
+    manifest_path = path.parent.parent / MANIFEST_FILE
+    if (commit.dump, commit.shard) != (manifest.dump, shard):
+        return f"{path} is damaged: it is the record of shard {commit.shard} of {commit.dump!r}"
+    # Dumps of before format version 3 may have records that do not say what they were made from.
+    unbound = commit.identity is None and manifest.version < 3
+    if not unbound and commit.identity != manifest.identity_sha256:
+        return f"{path} does not belong to {manifest_path}: one of them is from another dump of that name"
+    if shard >= manifest.shard_count:
+        return f"{path} does not belong to {manifest_path}, which plans {manifest.shard_count} shards: delete it"
+    return None

@@ -1,0 +1,83 @@
+"""The `sequences` table, one row per sequence, and the `tokens` table, one row per token of the vocabulary."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from knowledge_store.errors import StoreError
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.parquet import COUNTING, TEXT
+
+# A sequence's id is its document and, in the low bits, its place among the document's windows. A worker knows the ids of
+# its sequences from the plan alone, without tokenising what comes before.
+WINDOW_BITS = 16
+
+SEQUENCE_COLUMNS: dict[str, pa.DataType] = {
+    "sequence_id": pa.int64(),
+    "document": pa.int64(),
+    "file": pa.string(),
+    "row": pa.int64(),
+    "part": pa.int32(),
+    "window": pa.int32(),
+    "length": pa.int32(),
+    "targets": pa.int32(),
+    "truncated": pa.bool_(),
+    "token_hash": pa.uint64(),
+}
+
+CORPUS_TYPES: dict[str, pa.DataType] = {
+    "int64": pa.int64(),
+    "double": pa.float64(),
+    "bool": pa.bool_(),
+    "string": pa.string(),
+}
+
+TOKENS_SCHEMA = pa.schema([("token_id", pa.uint32()), ("text", pa.string()), ("token", pa.string())])
+TOKENS_ENCODING = {"token_id": COUNTING, "text": TEXT, "token": TEXT}
+
+
+def sequence_id(document: int, window: int) -> int:
+    """The id of a document's window (both counted from 0)."""
+    return document << WINDOW_BITS | window
+
+
+def token_hash(token_ids: np.ndarray) -> int:
+    """First 8 bytes, little-endian, of the SHA-256 of the token ids as little-endian uint32."""
+    return int.from_bytes(hashlib.sha256(np.asarray(token_ids, dtype="<u4").tobytes()).digest()[:8], "little")
+
+
+def corpus_column(name: str) -> str:
+    """The name under which a corpus's own column is stored: its own, unless the store uses that name itself. No two names
+    become one: `length` is stored as `corpus_length`, and `corpus_length` as `corpus_corpus_length`."""
+    plain = name.lower()  # SQL does not tell `Dump` from `dump`
+    while plain.startswith("corpus_"):
+        plain = plain.removeprefix("corpus_")
+    return f"corpus_{name}" if plain in SEQUENCE_COLUMNS or plain == "dump" else name
+
+
+def sequences_schema(manifest: Manifest) -> pa.Schema:
+    """The schema of a dump's `sequences` table: the store's columns, then the corpus's own.
+
+    Raises:
+        StoreError: a column's type is unknown.
+    """
+    unknown = sorted(set(manifest.derived["columns"].values()) - CORPUS_TYPES.keys())
+    if unknown:
+        raise StoreError(f"dump {manifest.dump!r} has columns of unknown type: {', '.join(unknown)}")
+    own = {corpus_column(name): CORPUS_TYPES[kind] for name, kind in manifest.derived["columns"].items()}
+    return pa.schema(list({**SEQUENCE_COLUMNS, **own}.items()))
+
+
+def sequences_table(rows: list[dict[str, Any]], manifest: Manifest) -> pa.Table:
+    """A `sequences` table of the given rows (missing corpus columns are null)."""
+    return pa.Table.from_pylist(rows, schema=sequences_schema(manifest))
+
+
+def tokens_table(texts: list[str | None], tokens: list[str | None]) -> pa.Table:
+    """A `tokens` table: for each token id, its text as a person reads it and the tokenizer's own name for it."""
+    ids = pa.array(np.arange(len(texts), dtype=np.uint32))
+    return pa.table([ids, pa.array(texts, pa.string()), pa.array(tokens, pa.string())], schema=TOKENS_SCHEMA)

@@ -1,0 +1,280 @@
+"""How a prediction is rounded, and how the table of positions stands on disk: whole steps, and nothing told twice.
+
+`positions.schema` is the table that everything else works with. `pack` makes the stored one of it, `unpack` the reverse,
+exactly, and VIEW is `unpack` in SQL. What is rounded is not each log-probability but what follows it freely:
+
+    token_steps      steps of the token's log-probability below 0; null where the token is a candidate
+    candidate_ids    side by side, the most significant byte first, in as many bytes each as the vocabulary needs
+    gap_steps        of each candidate but the first, steps below the one before
+    tail_steps       steps of the tail's log-odds, ln(t / (1 − t)), below MOST_ODDS; ∞ where the tail is empty
+
+Candidates and tail sum to one, which gives the first candidate for nothing and without an error of its own. Log-odds are even
+where the tail holds nearly everything and its logarithm says nothing of the rest. Together the mean KL is a third less than
+with each log-probability rounded by itself, in the same bytes.
+
+Steps stand as float32, counted from 2²³: there a float's lowest byte counts, and the others hardly ever change. Split byte by
+byte that is as small as integers get, and many more readers know this encoding of floats than that of integers. `token_id`
+stays as it is: phrases repeat, which Zstandard finds by itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from knowledge_store.errors import InputError
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.kinds.kind import list_offsets, padded_lists
+
+PACKED = {
+    "token_steps": pa.float32(),
+    "candidate_ids": pa.binary(),
+    "gap_steps": pa.list_(pa.field("element", pa.float32())),
+    "tail_steps": pa.float32(),
+}
+SOURCES = {
+    "token_logprob": ("token_id", "token_steps", "candidate_ids", "gap_steps", "tail_steps"),
+    "candidate_logprobs": ("gap_steps", "tail_steps"),
+    "tail_logprob": ("tail_steps",),
+}
+
+ZERO = 2**23  # what no steps are stored as
+MOST_STEPS = 2**22  # further down every exp is 0
+MOST_ODDS = 16  # nats: candidates that hold less than 1e-7 together are kept as holding that
+
+VIEW = """\
+SELECT sequence_id, "position", token_id, is_target,
+       CAST(CASE WHEN token_steps IS NULL THEN logprobs[list_position(ids, token_id)]
+                 ELSE 0 - {step} * (CAST(token_steps AS DOUBLE) - {zero}) END AS FLOAT) AS token_logprob,
+       ids AS candidate_ids,
+       list_transform(logprobs, lambda x: CAST(x AS FLOAT)) AS candidate_logprobs,
+       CAST(least(odds, 0) - ln(1 + exp(-abs(odds))) AS FLOAT) AS tail_logprob{more}
+FROM (SELECT *, list_transform(below, lambda n: least(-odds, 0) - ln(1 + exp(-abs(odds))) - spread - {step} * n) AS logprobs
+      FROM (SELECT *, ln(list_sum(list_transform(below, lambda n: exp(-{step} * n)))) AS spread
+            FROM (SELECT *, {most} - {step} * (CAST(tail_steps AS DOUBLE) - {zero}) AS odds,
+                         CASE WHEN tail_steps IS NOT NULL
+                              THEN list_prepend(0, list_transform(gap_steps, lambda n, i: list_sum(gap_steps[:i]) - {zero} * i))
+                              WHEN candidate_ids IS NOT NULL THEN [] END AS below,
+                         list_transform(range(octet_length(candidate_ids) // {bytes}), lambda i: CAST(
+                             CAST(candidate_ids[{bytes} * i + 1:{bytes} * i + {bytes}] AS BIT) AS UINTEGER)) AS ids
+                  FROM {rows})))"""
+
+
+def id_bytes(manifest: Manifest) -> int:
+    """Bytes of a token id in `candidate_ids`: 2, 3 or 4."""
+    return next(size for size in (2, 3, 4) if manifest.vocabulary_size <= 256**size)
+
+
+def packed_schema(logical: pa.Schema) -> pa.Schema:
+    """The stored columns of a table with the columns `logical`."""
+    before = [column for column in logical if column.name in ("sequence_id", "position", "token_id", "is_target")]
+    return pa.schema([*before, *PACKED.items(), *_more(logical)])
+
+
+def _more(logical: pa.Schema) -> list[pa.Field]:
+    """The columns that are stored as they are: draws, and the tail at a temperature."""
+    return list(logical)[logical.get_field_index("tail_logprob") + 1 :]
+
+
+def view(logical: pa.Schema, manifest: Manifest) -> str:
+    """SQL that gives the columns `logical`, `{rows}` standing for the stored table."""
+    more = "".join(f", {column.name}" for column in _more(logical))
+    step = repr(float(manifest.quantisation_step))
+    return VIEW.format(step=step, zero=ZERO, most=MOST_ODDS, bytes=id_bytes(manifest), more=more, rows="{rows}")
+
+
+def _sum_of_exp(exponents: np.ndarray) -> np.ndarray:
+    """Σ exp over the columns (N, K), one after the other: further columns of −∞ change nothing, not even the last digit."""
+    total = np.zeros(len(exponents))
+    for column in exponents.T:
+        total += np.exp(column)
+    return total
+
+
+def logprobs_of(below: np.ndarray, tail_steps: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities that sum to one.
+
+    Args:
+        below: steps of each candidate below the first of its position, float64 (N, K), ∞ for no candidate.
+        tail_steps: as stored but counted from 0, float64 (N,).
+        step: nats.
+
+    Returns:
+        candidates (N, K) and tail (N,), float32, nats.
+    """
+    odds = MOST_ODDS - step * tail_steps
+    both = np.log(1 + np.exp(-np.abs(odds)))
+    spread = np.log(_sum_of_exp(-step * below))
+    candidates = (np.minimum(-odds, 0) - both - spread)[:, None] - step * below
+    return candidates.astype(np.float32), (np.minimum(odds, 0) - both).astype(np.float32)
+
+
+def exact_steps(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """What `steps_of` rounds, each by itself, to the nearest whole number.
+
+    Args:
+        candidates: nats, (N, K), −∞ for no candidate, but not for the first; what is kept is likeliest first.
+        tail: nats, (N,); −∞ where it is empty.
+
+    Returns:
+        the arguments of `logprobs_of` before they are rounded, within the bounds of what is kept.
+    """
+    wide = candidates.astype(np.float64)
+    first = wide[:, :1]
+    below = (first - wide) / step
+    odds = tail.astype(np.float64) - first[:, 0] - np.log(_sum_of_exp(wide - first))
+    tail_steps = np.maximum((MOST_ODDS - odds) / step, 0)
+    return (
+        np.where(np.isposinf(below), below, np.minimum(below, MOST_STEPS)),
+        np.where(np.isposinf(tail_steps), tail_steps, np.minimum(tail_steps, MOST_STEPS)),
+    )
+
+
+def steps_of(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest steps to log-probabilities, which need not sum to one exactly: the arguments of `logprobs_of`.
+
+    Arguments as those of `exact_steps`.
+    """
+    below, tail_steps = exact_steps(candidates, tail, step)
+    return np.round(below), np.round(tail_steps)
+
+
+def rounded(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates (N, K) and tail (N,) as they are kept: float32, nats, summing to one. Arguments as those of `steps_of`."""
+    if not candidates.shape[1]:
+        return candidates.astype(np.float32), tail.astype(np.float32)
+    return logprobs_of(*steps_of(candidates, tail, step), step)
+
+
+def _stored(steps: np.ndarray, absent: np.ndarray | None = None) -> pa.Array:
+    """Steps as they are stored, null where absent."""
+    return pa.array((steps + ZERO).astype(np.float32), mask=absent)
+
+
+def _counted(column: pa.ChunkedArray) -> np.ndarray:
+    """Stored steps counted from 0, float64, 0 for null. ValueError: they are no whole numbers."""
+    found = column.fill_null(ZERO).to_numpy().astype(np.float64) - ZERO
+    whole = np.abs(found) <= MOST_STEPS
+    if not (whole | np.isposinf(found)).all() or (found[whole] != np.round(found[whole])).any():
+        raise ValueError("steps are no whole numbers")
+    return found
+
+
+def pack(table: pa.Table, manifest: Manifest) -> pa.Table:
+    """The stored table of N positions, from one with the logical columns.
+
+    Raises:
+        InputError: a token id does not fit the vocabulary.
+    """
+    step, size = manifest.quantisation_step, id_bytes(manifest)
+    kept = table["candidate_ids"].is_valid().to_numpy()
+    padded, counts = padded_lists(table["candidate_logprobs"], -np.inf, np.float32)
+    some = counts > 0
+    token_id = table["token_id"].to_numpy()
+    ids = pc.list_flatten(table["candidate_ids"]).to_numpy()
+    if len(ids) and ids.max() >= 256**size:
+        raise InputError(f"a token id, {ids.max()}, is far above the vocabulary size, {manifest.vocabulary_size}")
+
+    tail = table["tail_logprob"].fill_null(-np.inf).to_numpy()
+    below, tail_steps = np.zeros(padded.shape), np.zeros(len(table))
+    if some.any():
+        below[some], tail_steps[some] = steps_of(padded[some], tail[some], step)
+    rows = np.repeat(np.arange(len(table)), counts)
+    told = np.zeros(len(table), bool)
+    told[rows[ids == token_id[rows]]] = True
+    token_steps = np.round(table["token_logprob"].fill_null(0).to_numpy().astype(np.float64) / -step)
+    later = np.arange(1, padded.shape[1]) < counts[:, None]
+    columns = {
+        "token_steps": _stored(token_steps, ~kept | told),
+        "candidate_ids": packed_ids(ids, counts, kept, size),
+        "gap_steps": pa.ListArray.from_arrays(
+            list_offsets(counts - some), _stored(below[:, 1:][later] - below[:, :-1][later]), mask=pa.array(~kept)
+        ),
+        "tail_steps": _stored(tail_steps, ~some),
+    }
+    wanted = packed_schema(table.schema)
+    return pa.table([columns[each.name] if each.name in columns else table[each.name] for each in wanted], schema=wanted)
+
+
+def packed_ids(ids: np.ndarray, counts: np.ndarray, kept: np.ndarray, size: int) -> pa.Array:
+    """Token ids of all rows side by side (M,) as byte strings of `size` bytes an id, null where not kept.
+
+    Args:
+        counts: how many ids each row has, (N,).
+        kept: bool (N,).
+    """
+    octets = np.ascontiguousarray(ids.astype(">u4").view(np.uint8).reshape(-1, 4)[:, 4 - size :])
+    valid = np.packbits(kept, bitorder="little")
+    buffers = [pa.py_buffer(valid), list_offsets(counts * size).buffers()[1], pa.py_buffer(octets)]
+    return pa.Array.from_buffers(pa.binary(), len(counts), buffers)
+
+
+def _unpacked_ids(column: pa.ChunkedArray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of all rows side by side, uint32 (M,), and how many each row has, int64 (N,)."""
+    lengths = pc.binary_length(column).fill_null(0).to_numpy().astype(np.int64)
+    parts = []
+    for chunk in column.chunks:
+        _, offsets, data = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int32)[chunk.offset :][[0, len(chunk)]] if len(chunk) else (0, 0)
+        parts.append(np.frombuffer(data if data is not None else b"", np.uint8)[ends[0] : ends[1]])
+    octets = np.concatenate([np.zeros(0, np.uint8), *parts])
+    if (lengths % size).any() or len(octets) != lengths.sum():
+        raise ValueError(f"candidate_ids are not of {size} bytes each")
+    words = np.zeros((len(octets) // size, 4), np.uint8)
+    words[:, 4 - size :] = octets.reshape(-1, size)
+    return words.view(">u4")[:, 0].astype(np.uint32), lengths // size
+
+
+def unpack(table: pa.Table, logical: pa.Schema, manifest: Manifest) -> pa.Table:
+    """The table with the columns `logical` that a stored one stands for.
+
+    Raises:
+        ValueError: it stands for none; says why.
+    """
+    step = manifest.quantisation_step
+    kept, has_token, has_tail, has_gaps = (
+        table[name].is_valid().to_numpy() for name in ("candidate_ids", "token_steps", "tail_steps", "gap_steps")
+    )
+    ids, counts = _unpacked_ids(table["candidate_ids"], id_bytes(manifest))
+    some = counts > 0
+    gap_counts = pc.list_value_length(table["gap_steps"]).fill_null(0).to_numpy()
+    if not np.array_equal(has_gaps, kept) or not np.array_equal(gap_counts, counts - some):
+        raise ValueError("gap_steps and candidate_ids do not pair up")
+    if pc.list_flatten(table["gap_steps"]).null_count:
+        raise ValueError("gap_steps has a null among its values")
+    if not np.array_equal(has_tail, some):
+        raise ValueError("tail_steps is null although there are candidates, or the reverse")
+
+    there = np.arange(counts.max(initial=0)) < counts[:, None]
+    gaps = np.zeros(there.shape)
+    gaps[:, 1:][there[:, 1:]] = _counted(pc.list_flatten(table["gap_steps"]))
+    below = np.where(there, np.cumsum(gaps, axis=1), np.inf)
+    candidates, tail = np.zeros(below.shape, np.float32), np.zeros(len(table), np.float32)
+    tail_steps = _counted(table["tail_steps"])
+    if (tail_steps < 0).any():
+        raise ValueError("tail_steps is below 0")
+    if some.any():
+        candidates[some], tail[some] = logprobs_of(below[some], tail_steps[some], step)
+    logprobs = candidates[there]
+
+    token_logprob = (0.0 - step * _counted(table["token_steps"])).astype(np.float32)
+    rows = np.repeat(np.arange(len(table)), counts)
+    own = np.flatnonzero(ids == table["token_id"].to_numpy()[rows])
+    told = np.zeros(len(table), bool)
+    told[rows[own]] = True
+    if not np.array_equal(has_token, kept & ~told):
+        raise ValueError("token_steps is null although the token is no candidate, or the reverse")
+    token_logprob[rows[own]] = logprobs[own]
+
+    offsets = list_offsets(counts)
+    absent = pa.array(~kept)
+    columns = {
+        "token_logprob": pa.array(token_logprob, mask=~kept),
+        "candidate_ids": pa.ListArray.from_arrays(offsets, pa.array(ids), mask=absent),
+        "candidate_logprobs": pa.ListArray.from_arrays(offsets, pa.array(logprobs), mask=absent),
+        "tail_logprob": pa.array(tail, mask=~some),
+    }
+    return pa.table(
+        [columns[each.name].cast(each.type) if each.name in columns else table[each.name] for each in logical], schema=logical
+    )

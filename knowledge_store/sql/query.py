@@ -1,0 +1,365 @@
+"""SQL over a store: one SELECT statement, and nothing it could write to or read besides the store.
+
+DuckDB runs in memory, with no access to files or the network, its configuration locked, in a read-only transaction. It sees
+the shards as Arrow datasets over an explicit list of committed files, of which every byte is checked when it is read.
+
+Its own limits of memory and time, which `run_query` sets, hold for what it does row by row. They do not hold for one long
+expression (`repeat('x', 2000000000)`): `isolation` has an answer to that.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from knowledge_store.catalogue.index import Index
+from knowledge_store.catalogue.summary import dumps_table, shards_table
+from knowledge_store.errors import DamageError, KnowledgeStoreError, QueryError
+from knowledge_store.format.integrity import GuardedFile, open_files
+from knowledge_store.format.layout import SEQUENCES, TOKENS_FILE
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.parquet import FileRecord, dataset, read_file
+from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
+from knowledge_store.kinds import KINDS
+from knowledge_store.reading.reader import OPEN_FILES, shard_files
+from knowledge_store.sql.limits import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.terminal.quantities import binary_size
+
+BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
+LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes
+QUERY_THREAD = "query"
+GRACE = 1.0  # seconds that a query's caller waits for it to stop, when its time is over
+
+NOWHERE = "/nowhere"
+CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
+    # DuckDB lets queries read its folder for temporary files, whatever else is forbidden: let there be none.
+    "temp_directory": "",
+    "python_enable_replacements": "false",
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+    "allow_community_extensions": "false",
+    "allow_persistent_secrets": "false",
+    # By themselves these are folders of the user's home, and queries may ask for their names.
+    "secret_directory": NOWHERE,
+    "extension_directory": NOWHERE,
+    "python_scan_all_frames": "false",
+    # DuckDB does not know how many rows an Arrow dataset has, and would as soon keep ten million positions in memory to look up
+    # sequences in them: it keeps the right-hand side of a join as it is written.
+    "disabled_optimizers": "build_side_probe_side",
+}
+
+
+def read_tokens(store: Path, manifest: Manifest) -> pa.Table:
+    """A dump's `tokens` table (schema TOKENS_SCHEMA).
+
+    Raises:
+        DamageError: the file is not the one the manifest names, or holds something else.
+    """
+    path = store / manifest.dump / TOKENS_FILE
+    tokens = read_file(path, FileRecord.from_dict(manifest.derived["tokens"]))
+    if not tokens.schema.equals(TOKENS_SCHEMA):
+        raise DamageError(f"{path} is damaged: it does not have the columns of its table")
+    return tokens
+
+
+# Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.
+TABLES = "store_tables"
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _identifier(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+class _Catalogue:
+    """Gives a store's tables to a connection, and makes its relations as views over them."""
+
+    def __init__(self, store: Path, index: Index, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection):
+        self._store = store
+        self._index = index
+        self._manifests = manifests
+        self._connection = connection
+        self._tables: set[str] = set()
+        self.errors: list[KnowledgeStoreError] = []
+        self._open_files = open_files(OPEN_FILES)
+        connection.execute(f"CREATE SCHEMA {TABLES}")
+
+    def _table(self, name: str, make_rows: Callable[[], pa.Table | ds.Dataset]) -> str:
+        """Gives the connection a table, unless it has it already. Returns how SQL names it."""
+        if name not in self._tables:
+            self._tables.add(name)
+            self._connection.execute(f"USE {TABLES}")
+            self._connection.from_arrow(make_rows()).create_view(name)
+            self._connection.execute("USE main")
+        return f"{TABLES}.{_identifier(name)}"
+
+    def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> ds.Dataset:
+        """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
+        failed."""
+        files = [
+            GuardedFile(
+                file.path, file.bytes, file.sha256, file.footer_sha256, self._open_files, schema, file.rows, self.errors
+            )
+            for file in shard_files(self._store, self._index, manifest.dump, table)
+        ]
+        return dataset(files, schema)
+
+    def _texts(self, manifest: Manifest) -> pa.Table:
+        """One row whose column `list` holds the text of each token id."""
+        tokens = read_tokens(self._store, manifest)
+        return pa.table({"list": pa.array([tokens["text"].to_pylist()], pa.list_(pa.string()))})
+
+    def relations(self) -> dict[str, list[tuple[Manifest, str, str | None]]]:
+        """What there is to ask about: relation name → for each dump that has it, its kind and SQL (None: a fixed table)."""
+        found: dict[str, list[tuple[Manifest, str, str | None]]] = {SEQUENCES: [], "tokens": []}
+        for kind in KINDS.values():
+            for relation in {kind.name: None, **kind.relations}:
+                found[relation] = []
+        for manifest in self._manifests:
+            found[SEQUENCES].append((manifest, SEQUENCES, None))
+            found["tokens"].append((manifest, "tokens", None))
+            for name in manifest.kinds:
+                for relation, sql in {name: None, **KINDS[name].relations}.items():
+                    found[relation].append((manifest, name, sql))
+        return found
+
+    def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
+        def make_rows() -> pa.Table | ds.Dataset:
+            if table == "tokens":
+                return read_tokens(self._store, manifest)
+            schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
+            return self._shards(manifest, table, schema)
+
+        dump = _literal(manifest.dump)
+        rows = self._table(f"{manifest.dump} {table}", make_rows)
+        view = KINDS[table].view(manifest) if table in KINDS else None
+        if view is not None:
+            rows = f"({view.format(rows=rows)})"
+        if sql is None:
+            return f"SELECT {dump} AS dump, * FROM {rows}"
+        texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""
+        return sql.format(dump=dump, rows=rows, texts=texts)
+
+    def add(self, relation: str, rows: pa.Table) -> None:
+        """Make a relation of a table that is at hand."""
+        name = self._table(relation, lambda: rows)
+        self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS SELECT * FROM {name}")
+
+    def create(self, relation: str, branches: list[tuple[Manifest, str, str | None]]) -> None:
+        """Make the view `relation` over all dumps that have it."""
+        if not branches:
+            columns = SEQUENCE_COLUMNS if relation == SEQUENCES else {}
+            self.add(relation, pa.schema([("dump", pa.string()), *columns.items()]).empty_table())
+            return
+        union = " UNION ALL BY NAME ".join(self._branch(*branch) for branch in branches)
+        self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS {union}")
+
+
+def connect(memory_limit: float) -> duckdb.DuckDBPyConnection:
+    """An empty database in memory, out of which no query can reach.
+
+    Args:
+        memory_limit: in bytes, for what DuckDB keeps while it answers.
+    """
+    limit = int(min(memory_limit, LARGEST_MEMORY))
+    connection = duckdb.connect(":memory:", config={**CONFIGURATION, "memory_limit": f"{limit}B"})
+    # Not before: a database that is opened without access to files may still read its own, and takes ":memory:" for its name.
+    connection.execute("SET enable_external_access = false")
+    return connection
+
+
+# How a statement that only reads begins. `PIVOT` is several to DuckDB, which finds the new columns before it answers.
+READING = {"select", "with", "from", "table", "values", "pivot", "unpivot", "show", "describe", "desc", "summarize", "("}
+
+
+def _check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
+    """Refuse anything but one statement that only reads.
+
+    Raises:
+        QueryError: saying what it is instead, or where it does not parse.
+    """
+    try:
+        sql.encode()  # DuckDB's own refusal of half a character is no duckdb.Error
+        statements = connection.extract_statements(sql)
+    except (duckdb.Error, UnicodeEncodeError) as error:
+        raise QueryError(f"this SQL does not parse: {_first_line(error)}") from None
+    several = len(statements) > 1 and ";" not in sql.strip().rstrip(";")  # how DuckDB 1.4 has a PIVOT, in its parts
+    if len(statements) != 1 and not several:
+        raise QueryError(f"give one SELECT statement: this has {len(statements)}")
+    try:
+        kind = "MULTI" if several else statements[0].type.name
+    except ValueError:  # DuckDB's Python knows fewer kinds than DuckDB (UPDATE EXTENSIONS)
+        kind = "another"
+    if kind != "SELECT" and not (kind == "MULTI" and _first_word(sql) in READING):
+        raise QueryError(f"only a SELECT statement is answered, and this is {kind}: a store is never changed through SQL")
+
+
+def _first_word(sql: str) -> str:
+    """The first word or sign of a statement that parses, in small letters; comments do not count."""
+    starts = (start for start, kind in duckdb.tokenize(sql) if kind != duckdb.token_type.comment)
+    found = re.match(r"\w+|.", sql.encode()[next(starts) :].decode())
+    return found[0].lower() if found else ""
+
+
+def _mentioned(connection: duckdb.DuckDBPyConnection, sql: str, relations: set[str]) -> set[str]:
+    """The relations that a query needs: shards are opened only for a query about what is in them."""
+    if _first_word(sql) == "show":
+        return relations
+    if len(sql) > LONG_SQL:
+        return {name for name in relations if name in sql.lower()}
+    try:
+        return relations & {name.lower() for name in connection.get_table_names(sql)}
+    except duckdb.Error:  # it cannot be bound while the relations are missing: more of them than it needs will do
+        return {name for name in relations if name in sql.lower()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _own_names(names: list[str]) -> list[str]:
+    """Names of which no two are the same: a second `dump` becomes `dump_1`, as where DuckDB makes a table of it."""
+    taken = set(names)
+    owned: list[str] = []
+    for name in names:
+        own, number = name, 0
+        while own in owned or (number and own in taken):
+            number += 1
+            own = f"{name}_{number}"
+        owned.append(own)
+    return owned
+
+
+class Query:
+    """One SELECT statement over a store, made ready to be answered.
+
+    Args:
+        connection: from `connect`; the tables are given to it.
+        memory_limit: in bytes, for the answer.
+
+    Raises:
+        QueryError: it is refused.
+        DamageError: a file it needs has not the footer that was published.
+    """
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        store: Path,
+        index: Index,
+        manifests: list[Manifest],
+        sql: str,
+        memory_limit: int,
+    ):
+        _check_statement(connection, sql)
+        self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
+        self._catalogue = catalogue = _Catalogue(store, index, manifests, connection)
+        relations = catalogue.relations()
+        facts = {"dumps": lambda: dumps_table(store, index, manifests), "shards": lambda: shards_table(index)}
+        for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
+            if relation in facts:
+                catalogue.add(relation, facts[relation]())
+            else:
+                catalogue.create(relation, relations[relation])
+        connection.execute("SET lock_configuration = true")
+        connection.execute("BEGIN TRANSACTION READ ONLY")
+
+    def answer(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Its columns, no two of one name, and its rows, as they are found.
+
+        Raises:
+            QueryError: DuckDB cannot run it, or, from the iterator, the answer is larger than the limit.
+            DamageError: a file it reads is not what was published.
+        """
+        with self._errors():
+            rows = self._connection.sql(self._sql)
+            # What DuckDB 1.4 calls otherwise.
+            reader = getattr(rows, "to_arrow_reader" if hasattr(rows, "to_arrow_reader") else "fetch_record_batch")(BATCH_ROWS)
+        names = _own_names(reader.schema.names)
+        schema = pa.schema([field.with_name(name) for field, name in zip(reader.schema, names, strict=True)])
+        return schema, self._batches(reader, schema)
+
+    def _batches(self, reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        size = 0
+        with self._errors():
+            for batch in reader:
+                size += batch.nbytes
+                if size > self._memory_limit:
+                    limit = binary_size(self._memory_limit)
+                    raise QueryError(f"this SQL was cut off: its answer takes more memory than the limit of {limit}")
+                yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (duckdb.Error, OSError, pa.ArrowException, MemoryError) as error:
+            # Of what goes wrong while rows come, Arrow hands on no more than DuckDB's words.
+            for reason in self._catalogue.errors:
+                raise reason from None
+            if isinstance(error, MemoryError) or "Out of Memory" in str(error):
+                limit = binary_size(self._memory_limit)
+                raise QueryError(f"this SQL needs more memory than its limit of {limit}: {_first_line(error)}") from None
+            raise QueryError(f"this SQL was not run: {_first_line(error)}") from None
+        for reason in self._catalogue.errors:
+            raise reason
+
+
+def run_query(
+    store: Path, index: Index, manifests: list[Manifest], sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT
+) -> pa.Table:
+    """Answer one SELECT statement, in this process.
+
+    What DuckDB does row by row ends with its time. What it does not look up from (planning a statement of some thousand parts,
+    one long expression) goes on behind its caller's back, who has his error all the same, GRACE seconds after the time is over
+    at most. But while DuckDB parses, or looks for the names of tables, it keeps Python's lock, and nothing goes on.
+    Only a process of its own holds a stranger's SQL to its time (see `isolation`).
+
+    Args:
+        memory_limit: in bytes, for what DuckDB keeps while it answers, and for the answer.
+        timeout: in seconds, after which DuckDB is asked to stop.
+
+    Raises:
+        InputError: a limit is none.
+        QueryError: it is refused, DuckDB cannot run it, or it needs more than its limits.
+        DamageError: a file it reads is not what was published.
+    """
+    check_limits(memory_limit, timeout)
+    connection = connect(memory_limit)
+    found: Future[pa.Table] = Future()
+
+    def collect() -> None:
+        try:
+            schema, batches = Query(connection, store, index, manifests, sql, memory_limit).answer()
+            found.set_result(pa.Table.from_batches(batches, schema))
+        except BaseException as error:
+            found.set_exception(error)
+
+    def end() -> None:
+        while not found.done():  # again and again: DuckDB forgets what comes just before it begins
+            connection.interrupt()
+            wait([found], 0.1)
+        connection.close()
+
+    # On a thread of its own, so that this one hears Ctrl-C and the clock. No program waits for such threads when it ends.
+    threading.Thread(target=collect, name=QUERY_THREAD, daemon=True).start()
+    try:
+        wait([found], min(timeout, threading.TIMEOUT_MAX))
+        if not found.done():
+            raise interrupted(timeout)
+        return found.result()
+    finally:
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        ending.join(GRACE)

@@ -1,0 +1,4 @@
+"""Writing a dump, repairing it and verifying it.
+
+Nothing here asks a teacher, and nothing here is needed to read.
+"""

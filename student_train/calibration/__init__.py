@@ -1,0 +1,1 @@
+"""Calibration of students and of what they learn from: fitting on a dump, and knowledge re-calibrated."""

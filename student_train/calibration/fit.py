@@ -1,0 +1,368 @@
+"""`student-train calibrate`: what puts right a teacher that is too sure of itself, fitted from a store alone.
+
+Two things can be fitted from what a dump keeps, with no model at hand:
+
+* `first`: c of FIRST's rescaling, softmax(P / c) over the probabilities of the candidates (Shum et al. 2024,
+  arXiv 2408.12168), on the paper's grid and by its measure, the expected calibration error with 10 bins.
+* `temperature`: T of the K candidates and everything else as one more symbol, softmax(log p / T) over K + 1 symbols, by
+  negative log-likelihood. A token outside the candidates keeps its share of what lies there. This is no temperature of the
+  whole distribution: that one needs Σ p^(1/T) over the tail, which `teacher-dump run --calibration` keeps.
+
+The labels are the tokens that stand in the text, at the positions that count.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.calibration.file import Calibration
+from knowledge_store.errors import InputError
+from knowledge_store.format.sequences import corpus_column
+from knowledge_store.terminal.progress import progress_bar
+from student_train.evaluation.metrics import (
+    Interval,
+    bootstrap_calibration_error,
+    bootstrap_interval,
+    brier_from_sums,
+    expected_calibration_error,
+    fit_temperature,
+    log_sum_exp,
+)
+
+FIT_METHODS = ("first", "temperature")
+FEW_TARGETS = 200
+# More say nothing new about one number; they are spread evenly over the sequences.
+MOST_TARGETS = 500_000
+COARSE_STEP, FINE_STEP = 0.1, 0.02
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """N targets whose token is known, over S = K + 1 symbols: the candidates, then everything else.
+
+    Attributes:
+        logprobs: float64 (N, S), the teacher's; −inf where there is no candidate.
+        symbol: int64 (N,), the token's: its place among the candidates, or K.
+        share: float64 (N,), log of the token's share of its symbol: 0 for a candidate.
+        token_logprob: float64 (N,). tail_logsumexp: float64 (N,) at the dump's own temperature, or None.
+        sequence: int64 (N,).
+    """
+
+    logprobs: np.ndarray
+    symbol: np.ndarray
+    share: np.ndarray
+    token_logprob: np.ndarray
+    tail_logsumexp: np.ndarray | None
+    sequence: np.ndarray
+
+    @property
+    def covered(self) -> np.ndarray:
+        """Whether the token is among the candidates, (N,)."""
+        return self.symbol < self.logprobs.shape[1] - 1
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Whether the token is the likeliest candidate, (N,)."""
+        return self.symbol == 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a distribution does on N labelled targets: nll float64 (M,), with M below N where tokens have no probability;
+    confidence and brier float64 (N,); correct bool (N,)."""
+
+    nll: np.ndarray
+    confidence: np.ndarray
+    brier: np.ndarray
+    correct: np.ndarray
+
+    def figures(self) -> dict[str, float]:
+        """As a calibration records them."""
+        return {
+            "nll": float(self.nll.mean()),
+            **{f"ece_{bins}": expected_calibration_error(self.confidence, self.correct, bins) for bins in (10, 15)},
+            "brier": float(self.brier.mean()),
+        }
+
+
+@dataclass(frozen=True)
+class StoreFit:
+    """A calibration that was fitted to a dump, and what is good to know of it.
+
+    Attributes:
+        calibration: of method `first` or `bucket-temperature`.
+        nll, ece_10: 95 % bootstrap intervals of the figures after it, over sequences; NaN where there are too few of them.
+        ceiling: of `first`: no confidence comes out above it, however sure the teacher is.
+        own_temperature, own: the dump's own temperature of the whole distribution, and its figures; None where it has none.
+        at_edge: whether the search ended where it began to look.
+        sampled: whether the dump has more targets than were used.
+    """
+
+    calibration: Calibration
+    nll: Interval
+    ece_10: Interval
+    ceiling: float | None
+    own_temperature: float | None
+    own: dict[str, float] | None
+    at_edge: bool
+    sampled: bool
+
+
+def calibrate(store: KnowledgeStore, dump: str | None = None, *, method: str = "first", split: str | None = None) -> StoreFit:
+    """Fit a calibration to a dump's teacher, from what the dump keeps.
+
+    Args:
+        store: an open store.
+        dump: which dump; may be left out when there is one.
+        method: one of `FIT_METHODS`.
+        split: `COLUMN=VALUE`: fit on the sequences whose column of the table `sequences` has that value; None for all.
+
+    Raises:
+        InputError: the dump has no candidates, no such column or value, or no target there.
+    """
+    if method not in FIT_METHODS:
+        raise InputError(f"there is no --method {method}: choose {' or '.join(FIT_METHODS)}")
+    name = store.dump(dump)
+    manifest = store.manifest(name)
+    if "positions" not in manifest.kinds or not manifest.rule.candidates:
+        raise InputError(f"the dump {name} has no candidates ({manifest.rule}): there is nothing to re-calibrate")
+    table = store.sequences(name)
+    ordinals = np.arange(len(table)) if split is None else split_rows(table, name, split)
+    labelled, sampled = _labelled(store, name, table, ordinals)
+    fitted: dict[str, Any] = {"dump": name, "corpus": manifest.corpus.get("files", [])}
+    if split is not None:
+        fitted |= dict(zip(("column", "value"), split.split("=", 1), strict=True))
+    facts = {"teacher": manifest.teacher, "tokenizer": manifest.tokenizer, "fitted_on": fitted, "targets": len(labelled.symbol)}
+    if method == "first":
+        calibration, after, at_edge = _fit_first(labelled, facts)
+        groups = labelled.sequence[labelled.covered]
+    else:
+        calibration, after, at_edge = _fit_bucket(labelled, facts)
+        groups = labelled.sequence
+    own = None
+    if manifest.temperature is not None and labelled.tail_logsumexp is not None:
+        own = at_own_temperature(labelled, manifest.temperature).figures()
+    width = labelled.logprobs.shape[1] - 1
+    return StoreFit(
+        calibration=calibration,
+        nll=bootstrap_interval(after.nll, groups=groups),
+        ece_10=bootstrap_calibration_error(after.confidence, after.correct, 10, groups=labelled.sequence),
+        ceiling=first_ceiling(calibration.c, width) if method == "first" else None,
+        own_temperature=None if own is None else manifest.temperature,
+        own=own,
+        at_edge=at_edge,
+        sampled=sampled,
+    )
+
+
+def split_rows(table: pa.Table, dump: str, split: str) -> np.ndarray:
+    """Which rows of a dump's `sequences` a split `COLUMN=VALUE` means, int64.
+
+    Raises:
+        InputError: it is not shaped so, or there is no such column, or no such value in it.
+    """
+    column, equals, value = split.partition("=")
+    if not (column and equals and value):
+        raise InputError(f"--split is COLUMN=VALUE, such as split=calibration, not {split!r}")
+    found = column if column in table.column_names else corpus_column(column)
+    if found not in table.column_names:
+        raise InputError(f"the sequences of {dump} have no column {column!r}: they have {', '.join(table.column_names)}")
+    values = table[found]
+    try:
+        wanted = pa.scalar(value).cast(values.type)
+    except pa.ArrowInvalid:
+        wanted = None
+    rows = np.flatnonzero(pc.equal(values, wanted).fill_null(False).to_numpy()) if wanted is not None else np.empty(0, np.int64)
+    if not len(rows):
+        there = sorted(map(str, pc.unique(values).drop_null().slice(0, 1000).to_pylist()))
+        more = " …" if len(there) > 8 else ""
+        raise InputError(f"no sequence of {dump} has {column}={value}: its values are {', '.join(there[:8]) or 'null'}{more}")
+    return rows
+
+
+def _labelled(store: KnowledgeStore, dump: str, table: pa.Table, ordinals: np.ndarray) -> tuple[Labelled, bool]:
+    """The targets of some sequences, and whether there are more of them than are taken."""
+    targets = table["targets"].to_numpy()
+    ordinals = ordinals[targets[ordinals] > 0]
+    total = int(targets[ordinals].sum())
+    if not total:
+        raise InputError(f"the chosen sequences of {dump} have no target positions to fit a calibration on")
+    if total > MOST_TARGETS:
+        places = np.linspace(0, len(ordinals) - 1, max(1, len(ordinals) * MOST_TARGETS // total))
+        ordinals = ordinals[np.unique(places.round().astype(np.int64))]
+    parts: list[dict[str, np.ndarray]] = []
+    with progress_bar("reading the store", int(targets[ordinals].sum()), "targets") as advance:
+        for batch in store.batches(dump, BATCH, ordinals=ordinals, shuffle=False, kinds=("positions",)):
+            chosen = batch["is_target"]
+            names = ("input_ids", "token_logprob", "candidate_ids", "candidate_logprobs", "tail_logprob")
+            part = {name: batch[name][chosen] for name in (*names, "tail_logsumexp") if name in batch}
+            part["sequence"] = np.repeat(batch["sequence_id"], chosen.sum(axis=1))
+            parts.append(part)
+            advance(len(part["sequence"]))
+    width = max(part["candidate_ids"].shape[1] for part in parts)
+    for part in parts:
+        missing = ((0, 0), (0, width - part["candidate_ids"].shape[1]))
+        part["candidate_ids"] = np.pad(part["candidate_ids"], missing)
+        part["candidate_logprobs"] = np.pad(part["candidate_logprobs"], missing, constant_values=-np.inf)
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return labelled_targets(columns), total > MOST_TARGETS
+
+
+def labelled_targets(columns: dict[str, np.ndarray]) -> Labelled:
+    """Of N positions' columns as a batch has them (input_ids (N,), candidate_ids (N, K), …) and `sequence` (N,)."""
+    candidates = columns["candidate_logprobs"].astype(np.float64)
+    tail, token = (columns[name].astype(np.float64) for name in ("tail_logprob", "token_logprob"))
+    among = (columns["candidate_ids"] == columns["input_ids"][:, None]) & (candidates > -np.inf)
+    covered = among.any(axis=1)
+    share = np.zeros(len(tail))
+    share[~covered] = np.minimum(token[~covered] - tail[~covered], 0)  # rounding may put it a hair above
+    own = columns.get("tail_logsumexp")
+    return Labelled(
+        logprobs=np.concatenate([candidates, tail[:, None]], axis=1),
+        symbol=np.where(covered, among.argmax(axis=1), candidates.shape[1]),
+        share=share,
+        token_logprob=token,
+        tail_logsumexp=None if own is None else own.astype(np.float64),
+        sequence=columns["sequence"],
+    )
+
+
+def _outcome(labelled: Labelled, logprobs: np.ndarray, token_logprob: np.ndarray) -> Outcome:
+    """Of log-probabilities (N, S) over the symbols, and those of the tokens themselves (N,); Brier over the symbols."""
+    probabilities = np.exp(logprobs)
+    own = np.take_along_axis(probabilities, labelled.symbol[:, None], axis=1)[:, 0]
+    nll = -token_logprob[token_logprob > -np.inf]
+    confidence = np.minimum(probabilities[:, :-1].max(axis=1), 1)
+    return Outcome(nll, confidence, brier_from_sums((probabilities**2).sum(axis=1), own), labelled.correct)
+
+
+def at_bucket_temperature(labelled: Labelled, temperature: float) -> Outcome:
+    """Candidates and bucket tempered as K + 1 symbols."""
+    logprobs = labelled.logprobs / temperature
+    logprobs = logprobs - log_sum_exp(logprobs)[:, None]
+    return _outcome(labelled, logprobs, np.take_along_axis(logprobs, labelled.symbol[:, None], axis=1)[:, 0] + labelled.share)
+
+
+def at_own_temperature(labelled: Labelled, temperature: float) -> Outcome:
+    """The whole distribution at the temperature at which the dump keeps `tail_logsumexp`."""
+    assert labelled.tail_logsumexp is not None
+    scaled = np.concatenate([labelled.logprobs[:, :-1] / temperature, labelled.tail_logsumexp[:, None]], axis=1)
+    total = log_sum_exp(scaled)
+    logprobs = scaled - total[:, None]
+    inside = np.take_along_axis(logprobs, labelled.symbol[:, None], axis=1)[:, 0]
+    outside = np.minimum(labelled.token_logprob / temperature - total, inside)
+    return _outcome(labelled, logprobs, np.where(labelled.covered, inside, outside))
+
+
+def at_first_c(labelled: Labelled, c: float) -> Outcome:
+    """FIRST's softmax(P / c) over the candidates' probabilities; nothing is left for anything else."""
+    kept = labelled.logprobs[:, :-1] > -np.inf
+    scores = np.where(kept, np.exp(labelled.logprobs[:, :-1]) / c, -np.inf)
+    logprobs = np.concatenate([scores - log_sum_exp(scores)[:, None], np.full((len(scores), 1), -np.inf)], axis=1)
+    return _outcome(labelled, logprobs, np.take_along_axis(logprobs, labelled.symbol[:, None], axis=1)[:, 0])
+
+
+def first_ceiling(c: float, candidates: int) -> float:
+    """The highest probability that FIRST's rescaling gives, to a token that the teacher is certain of."""
+    return 1 / (1 + (candidates - 1) * math.exp(-1 / c))
+
+
+def _fit_bucket(labelled: Labelled, facts: dict[str, Any]) -> tuple[Calibration, Outcome, bool]:
+    found = fit_temperature(lambda temperature: float(at_bucket_temperature(labelled, temperature).nll.mean()))
+    temperature = round(found.temperature, 4)
+    after = at_bucket_temperature(labelled, temperature)
+    before = at_bucket_temperature(labelled, 1.0).figures()
+    calibration = Calibration(method="bucket-temperature", value=temperature, before=before, after=after.figures(), **facts)
+    return calibration, after, found.at_edge
+
+
+def _fit_first(labelled: Labelled, facts: dict[str, Any]) -> tuple[Calibration, Outcome, bool]:
+    if not labelled.covered.any():
+        raise InputError("none of the tokens is among its candidates: there is nothing to fit c on")
+    grid: dict[float, float] = {}
+
+    def best(candidates: list[float]) -> float:
+        for c in candidates:
+            if c not in grid:
+                outcome = at_first_c(labelled, c)
+                grid[c] = expected_calibration_error(outcome.confidence, outcome.correct, 10)
+        return min(sorted(grid), key=lambda c: grid[c])
+
+    coarse = best([round(COARSE_STEP * step, 2) for step in range(1, 11)])
+    fine = (round(coarse + FINE_STEP * step, 2) for step in range(-4, 5))
+    c = best([each for each in fine if 0 < each <= 1])
+    after = at_first_c(labelled, c)
+    plain = at_bucket_temperature(labelled, 1.0)
+    before = replace(plain, nll=plain.nll[labelled.covered]).figures()
+    calibration = Calibration(
+        method="first",
+        value=c,
+        before=before,
+        after=after.figures(),
+        uncovered=int((~labelled.covered).sum()),
+        grid=tuple(sorted(grid.items())),
+        **facts,
+    )
+    return calibration, after, c in (min(grid), 1.0)
+
+
+# ---- in words
+
+
+def describe(fit: StoreFit) -> list[str]:
+    """A fit as a small table, and what it means."""
+    calibration = fit.calibration
+    first = calibration.method == "first"
+    before, after = calibration.before, calibration.after
+    columns = {"as it is": before, f"{'c' if first else 'T'} = {calibration.value:g}": after}
+    if fit.own is not None:
+        columns[f"dump's T = {fit.own_temperature:g}"] = fit.own
+    lines = [" " * 28 + "".join(f"{label:>18}" for label in columns)]
+    for name, label, form in (
+        ("nll", "loss, nats per target", ".4f"),
+        ("ece_10", "calibration error, 10 bins", ".2%"),
+        ("ece_15", "calibration error, 15 bins", ".2%"),
+        ("brier", "Brier score", ".4f"),
+    ):
+        lines.append(f"{label:<28}" + "".join(f"{format(figures[name], form):>18}" for figures in columns.values()))
+    lines.append("Brier score: over the candidates and everything else as one more class")
+    if first:
+        lines.append(
+            f"{calibration.uncovered:,} of {calibration.targets:,} targets have a token that is not among the candidates:"
+            " FIRST gives it nothing, and the loss of the first two columns leaves them out"
+        )
+        lines.append(f"no confidence comes out above {fit.ceiling:.3f} at this c, however sure the teacher is")
+    elif fit.own is not None:
+        better = "better" if fit.own["nll"] < after["nll"] else "no better"
+        lines.append(f"by its loss, the dump's own temperature of the whole distribution is {better} than this one")
+    return lines
+
+
+def doubts(fit: StoreFit) -> list[str]:
+    """What speaks against a fit, in words; empty when nothing does."""
+    calibration = fit.calibration
+    before, after, targets = calibration.before, calibration.after, calibration.targets
+    found = []
+    if targets < FEW_TARGETS:
+        told = "they are of so few sequences that no interval can be told"
+        if not math.isnan(fit.ece_10[0] + fit.nll[0]):
+            told = (
+                f"with 95 % confidence the calibration error is {fit.ece_10[0]:.1%} to {fit.ece_10[1]:.1%}, and the loss"
+                f" {fit.nll[0]:.3f} to {fit.nll[1]:.3f} nats"
+            )
+        found.append(f"{targets} targets are few (fit on {FEW_TARGETS} or more): {told}")
+    if fit.at_edge:
+        found.append(f"{calibration.value:g} is where the search ends: the best value may lie beyond it")
+    if calibration.method == "bucket-temperature" and after["nll"] > before["nll"] * (1 - 1e-3):
+        found.append(f"a temperature does not help: {calibration.value:g} lowers the loss by less than 0.1%")
+    if after["ece_10"] > before["ece_10"]:
+        found.append("the calibration error is higher with it than without")
+    return found

@@ -1,0 +1,1 @@
+"""How good and how trustworthy a student is: metrics, multiple choice, results and their comparison."""

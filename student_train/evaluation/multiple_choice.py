@@ -1,0 +1,300 @@
+"""How a model answers multiple-choice questions, and how sure it is, in one forward pass per batch.
+
+Three readings of the same pass:
+
+    first_token   the full-vocabulary probability of the token that an option begins with: what FIRST evaluates by (Shum et
+                  al. 2024, arXiv 2408.12168). The largest is the answer, and it as it stands is the confidence.
+    options       the same, made to sum to one over the options
+    sequence      softmax over the options of the log-likelihood of the whole option, the sum over its tokens
+
+The first two say nothing of a question whose options share their first token; such questions are left out of them. Where
+options are one token each, `sequence` and `options` are the same numbers.
+
+A post-hoc temperature T (Guo et al. 2017) divides what is compared: the logits z of the first token, over the vocabulary or
+over the options, or the options' log-likelihoods. It changes how sure the model is and no answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from knowledge_store.terminal.progress import progress_bar
+from student_train.evaluation.metrics import (
+    FittedTemperature,
+    brier,
+    brier_from_sums,
+    describe_answers,
+    fit_temperature,
+    negative_log_likelihood,
+    softmax,
+)
+from student_train.evaluation.questions import TokenisedQuestion
+from student_train.training.models import head_at
+
+CONFIDENCES = ("first_token", "options", "sequence")
+# Questions that a temperature is fitted on at most: their logits over the whole vocabulary are held.
+FIT_QUESTIONS = 2000
+# Of these, read at a time.
+FIT_SLICE = 64
+
+_EMPTY = float("-inf")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model makes of N questions of at most C options; −inf where a question has fewer.
+
+    Attributes:
+        answers: (N,) int64, the right option.
+        told_apart: (N,) bool, whether the first token tells the options apart.
+        first: (N, C) float64, logits of the options' first tokens.
+        totals: for each temperature T asked for, (N,) float64: log Σ exp(z / T) over the vocabulary at that position.
+        sequence: (N, C) float64, log-likelihoods of the options in nats.
+        logits: (N, V) float32, all logits at the first token, when asked for.
+    """
+
+    answers: np.ndarray
+    told_apart: np.ndarray
+    first: np.ndarray
+    totals: dict[float, np.ndarray]
+    sequence: np.ndarray
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A row of a forward pass: the tokens up to `start`, which ends a question's context, and an option's but its last.
+
+    A question's first row serves its options of one token too: they need the context alone.
+    """
+
+    question: int
+    options: tuple[int, ...]
+    tokens: tuple[int, ...]
+    start: int
+    is_first: bool
+
+
+def score(
+    model: PreTrainedModel,
+    questions: Sequence[TokenisedQuestion],
+    *,
+    batch_size: int = 8,
+    temperatures: Sequence[float] = (1.0,),
+    keep_logits: bool = False,
+    title: str = "evaluating",
+) -> Scores:
+    """Ask a model, which stays on its device and is put in evaluation mode.
+
+    Args:
+        model: a causal language model.
+        questions: at least one.
+        batch_size: prompts in a forward pass: one for a question of single-token options, else one for each longer option.
+        temperatures: at which log-sum-exps over the vocabulary are taken.
+        keep_logits: whether to keep all logits at the first token.
+        title: of the progress bar.
+    """
+    prompts = sorted(_prompts(questions), key=lambda each: -len(each.tokens))
+    parts = np.bincount([each.question for each in prompts])
+    widest = max(len(question.completions) for question in questions)
+    first, sequence = (np.full((len(questions), widest), _EMPTY) for _ in range(2))
+    totals = {temperature: np.zeros(len(questions)) for temperature in temperatures}
+    kept: Tensor | None = None
+    model.eval()
+    with torch.inference_mode(), progress_bar(title, len(questions), "questions") as advance:
+        for begin in range(0, len(prompts), batch_size):
+            batch = prompts[begin : begin + batch_size]
+            logits, places = _logits(model, questions, batch)
+            total = torch.logsumexp(logits, dim=-1)
+            for each, place in zip(batch, places, strict=True):
+                question = questions[each.question]
+                if each.is_first:
+                    chosen = logits[place, list(question.first_tokens)]
+                    first[each.question, : len(chosen)] = chosen.cpu().double().numpy()
+                    for temperature in temperatures:
+                        totals[temperature][each.question] = torch.logsumexp(logits[place] / temperature, dim=-1).item()
+                    if keep_logits:
+                        if kept is None:
+                            kept = logits.new_empty(len(questions), logits.shape[-1])
+                        kept[each.question] = logits[place]
+                for option in each.options:
+                    tokens = question.completions[option]
+                    rows = torch.arange(place, place + len(tokens), device=logits.device)
+                    likelihood = logits[rows, list(tokens)] - total[rows]
+                    sequence[each.question, option] = likelihood.cpu().double().sum().item()
+                advance(1 / parts[each.question])
+    return Scores(
+        answers=np.array([question.answer for question in questions]),
+        told_apart=np.array([question.told_apart for question in questions]),
+        first=first,
+        totals=totals,
+        sequence=sequence,
+        logits=kept,
+    )
+
+
+def _prompts(questions: Sequence[TokenisedQuestion]) -> list[_Prompt]:
+    prompts = []
+    for index, question in enumerate(questions):
+        context, completions = question.context, question.completions
+        single = tuple(option for option, tokens in enumerate(completions) if len(tokens) == 1)
+        longer: list[tuple[int, ...]] = [(option,) for option, tokens in enumerate(completions) if len(tokens) > 1]
+        for row, options in enumerate(longer or [()]):
+            more = completions[options[0]][:-1] if options else ()
+            served = options if row else (*options, *single)
+            prompts.append(_Prompt(index, served, (*context, *more), len(context), is_first=not row))
+    return prompts
+
+
+def _logits(
+    model: PreTrainedModel, questions: Sequence[TokenisedQuestion], batch: Sequence[_Prompt]
+) -> tuple[Tensor, list[int]]:
+    """Logits (P, V), float32, at the positions that predict a token of an option, prompt after prompt, and where each
+    prompt's begin."""
+    device = next(model.parameters()).device
+    longest = max(len(each.tokens) for each in batch)
+    input_ids = np.zeros((len(batch), longest), np.int64)
+    mask = np.zeros((len(batch), longest), np.int64)
+    rows: list[int] = []
+    columns: list[int] = []
+    places = []
+    for row, each in enumerate(batch):
+        input_ids[row, : len(each.tokens)] = each.tokens
+        mask[row, : len(each.tokens)] = 1
+        places.append(len(rows))
+        columns += range(each.start - 1, len(each.tokens))
+        rows += [row] * (len(each.tokens) - each.start + 1)
+    tokens, attended = torch.from_numpy(input_ids).to(device), torch.from_numpy(mask).to(device)
+    with head_at(model, torch.tensor(rows, device=device), torch.tensor(columns, device=device)):
+        logits = model(input_ids=tokens, attention_mask=attended, use_cache=False).logits[0]
+    return logits.float(), places
+
+
+def fit_temperatures(scores: Scores) -> dict[str, FittedTemperature]:
+    """For each confidence the temperature of the lowest negative log-likelihood.
+
+    Args:
+        scores: with logits.
+
+    Returns:
+        By the names of `CONFIDENCES`; without the first two when no question's options differ in their first token.
+    """
+    fitted = {}
+    apart = np.flatnonzero(scores.told_apart)
+    if len(apart):
+        assert scores.logits is not None
+        label = scores.first[apart, scores.answers[apart]].mean()
+        parts = scores.logits[torch.from_numpy(apart).to(scores.logits.device)].split(FIT_SLICE)
+
+        def over_vocabulary(temperature: float) -> float:
+            total = sum(float(torch.logsumexp(part / temperature, dim=-1).cpu().double().sum()) for part in parts)
+            return total / len(apart) - label / temperature
+
+        fitted["first_token"] = fit_temperature(over_vocabulary)
+        fitted["options"] = fit_temperature(_over_options(scores.first[apart], scores.answers[apart]))
+    fitted["sequence"] = fit_temperature(_over_options(scores.sequence, scores.answers))
+    return fitted
+
+
+def _over_options(values: np.ndarray, answers: np.ndarray) -> Callable[[float], float]:
+    return lambda temperature: float(negative_log_likelihood(values, answers, temperature).mean())
+
+
+def figures(scores: Scores, temperatures: dict[str, float] | None = None) -> dict[str, dict[str, Any]]:
+    """What the scores amount to, for each confidence, at its temperature (1 unless given).
+
+    Returns:
+        By the names of `CONFIDENCES`, those that any question serves: `questions` (how many do), what `describe_answers`
+        gives, and `answers`: confidence, correct, nll and brier of each of these questions, in their order.
+    """
+    temperatures = temperatures or {}
+    found = {}
+    for name in CONFIDENCES:
+        temperature = temperatures.get(name, 1.0)
+        served = np.flatnonzero(scores.told_apart | (name == "sequence"))
+        if not len(served):
+            continue
+        values = (scores.sequence if name == "sequence" else scores.first)[served]
+        answers = scores.answers[served]
+        row = np.arange(len(served))
+        if name == "first_token":
+            logprobs = values / temperature - scores.totals[temperature][served][:, None]
+            probabilities = np.exp(np.minimum(logprobs, 0.0))  # float32's rounding can end a hair above 0
+            nll = -logprobs[row, answers]
+            # Everything that is no option is one more class, which is never the answer.
+            rest = np.maximum(0.0, 1 - probabilities.sum(axis=1))
+            squares = (probabilities**2).sum(axis=1) + rest**2
+            score = brier_from_sums(squares, probabilities[row, answers])
+        else:
+            probabilities = softmax(values, temperature)
+            nll = negative_log_likelihood(values, answers, temperature)
+            score = brier(probabilities, answers)
+        choice = values.argmax(axis=1)
+        confidence, correct = probabilities[row, choice], choice == answers
+        found[name] = {
+            "questions": len(served),
+            **describe_answers(confidence, correct, {"nll": nll, "brier": score}),
+            "answers": {
+                "confidence": rounded(confidence),
+                "correct": correct.astype(int).tolist(),
+                "nll": rounded(nll),
+                "brier": rounded(score),
+            },
+        }
+    return found
+
+
+def rounded(values: np.ndarray) -> list[Any]:
+    """Numbers, or rows of them, with five significant digits, for JSON."""
+    return [rounded(value) if isinstance(value, np.ndarray) else float(f"{value:.5g}") for value in values]
+
+
+def measure_questions(
+    model: PreTrainedModel,
+    questions: Sequence[TokenisedQuestion],
+    *,
+    batch_size: int = 8,
+    fit_on: Sequence[TokenisedQuestion] | None = None,
+    temperature: float | None = None,
+) -> dict[str, Any]:
+    """All figures of a model in memory on questions, and again with a post-hoc temperature.
+
+    Args:
+        model: stays on its device and is put in evaluation mode.
+        questions: to measure on, at least one.
+        batch_size: as in `score`.
+        fit_on: other questions, to fit a temperature for each confidence on; the first `FIT_QUESTIONS` of them are used.
+        temperature: one for all confidences, used as it stands.
+
+    Returns:
+        The confidences as `figures` gives them, and `post_hoc` when asked for: `questions` (how many were fitted on) and
+        the confidences once more, each with its `temperature`, `at_edge`, and `fitted_nll` before and after.
+    """
+    fitted: dict[str, FittedTemperature] = {}
+    temperatures: dict[str, float] = {}
+    if fit_on is not None:
+        fit_on = fit_on[:FIT_QUESTIONS]
+        title = "fitting the temperature"
+        fitted = fit_temperatures(score(model, fit_on, batch_size=batch_size, keep_logits=True, title=title))
+        temperatures = {name: each.temperature for name, each in fitted.items()}
+    elif temperature is not None:
+        temperatures = dict.fromkeys(CONFIDENCES, temperature)
+    wanted = tuple(dict.fromkeys((1.0, temperatures.get("first_token", 1.0))))
+    scores = score(model, questions, batch_size=batch_size, temperatures=wanted)
+    result: dict[str, Any] = figures(scores)
+    if temperatures:
+        scaled = {name: each for name, each in figures(scores, temperatures).items() if name in temperatures}
+        for name, each in scaled.items():
+            each["temperature"] = temperatures[name]
+            if name in fitted:
+                each["at_edge"] = fitted[name].at_edge
+                each["fitted_nll"] = [fitted[name].nll_before, fitted[name].nll]
+        result["post_hoc"] = {**({"questions": len(fit_on)} if fit_on is not None else {}), **scaled}
+    return result

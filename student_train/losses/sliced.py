@@ -1,0 +1,271 @@
+"""The head and the loss together, a slice of positions at a time: the logits (N, V) of a step never exist as a whole.
+
+The head of a small student is most of its work, and its logits most of its memory: four bytes for each position and token of
+the vocabulary, several times over with what a loss and its gradient add. Here the logits of a slice are computed, the loss
+says how it would have them, and that goes at once into the gradients of the hidden states and of the head's weight, which
+is what the backward pass hands on. The work is that of an ordinary step, nothing is computed twice, and the result is the
+same to rounding.
+
+It happens inside the model's own forward pass, in place of its head, so that whatever wraps the model (mixed precision, data
+parallel, sharded weights) sees the head's weight used where it always is. That is right only for a model that does nothing
+to its logits after the head. Some cap or scale them; those are found out (`has_plain_head`) and take the longer way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from student_train.losses.divergences import Batch, Targets, predicting, targets_of
+from student_train.training.models import head_at
+
+# Of the logits of one slice. Each slice adds to the whole gradient of the head's weight, which must not take long beside its
+# product: at a vocabulary of 262,144 a step with slices of 64 positions took 1.2 times as long as one with 256.
+SLICE_BYTES = 256 * 2**20
+ACCELERATOR_SLICE_BYTES = 512 * 2**20
+
+# A slice's logits (n, V) and which of the N positions they are of; to what they add to the result.
+Share = Callable[[Tensor, slice], Tensor]
+Prepare = Callable[[int], Share]
+
+
+def sliced_loss(
+    model: nn.Module,
+    batch: Batch,
+    function: Callable[..., Tensor],
+    *,
+    count: Tensor | int | None = None,
+    recalibrate: Callable[[Targets], Targets] | None = None,
+    **options: float | str,
+) -> Tensor:
+    """The model's forward pass and the mean of a loss over a batch's targets, without ever holding all the logits.
+
+    The same, in value and gradients, as `function(*select_targets(model(…).logits, batch), **options).mean()`. Gradients
+    are computed on the way (none within `torch.no_grad()`), and `backward()` can be called once.
+
+    Args:
+        model: a causal language model of transformers, or one within a wrapper whose `.module` it is.
+        batch: as `DistillationDataset` yields it, on the model's device.
+        function: a loss of this package, or any `f(logits (N, V), targets, **options) -> (N,)` that looks at each position by
+            itself.
+        count: what the sum of the losses is divided by; None for the number of the batch's targets.
+        recalibrate: see `select_targets`.
+        options: keyword arguments of the function.
+
+    Returns:
+        A scalar, nats, float32 (float64 for a model in float64); 0 for a batch without targets.
+    """
+
+    def prepare(vocabulary: int) -> Share:
+        targets = targets_of(batch, vocabulary, recalibrate)
+        return lambda logits, rows: function(logits, targets.part(rows), **options).sum()
+
+    total = sum_over_slices(model, batch, prepare)
+    if count is None:
+        count = batch["is_target"][:, 1:].sum()
+    return total / torch.as_tensor(count, device=total.device).clamp(min=1)
+
+
+def sum_over_slices(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
+    """The model's forward pass, and the sum of what each slice of its logits at the predicting positions adds.
+
+    Args:
+        model, batch: as in `sliced_loss`.
+        prepare: is given the number of rows of the head, V, and gives a function of a slice's logits (n, V) and of which
+            positions they are of, in the order of `select_targets`. It returns a scalar, or without gradients a tensor of
+            any shape, and must not keep the logits, whose memory is used again. Without positions it is called once, with
+            none.
+    """
+    inner = _unwrapped(model)
+    rows, columns = predicting(batch)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    if not has_plain_head(inner):
+        with head_at(inner, rows, columns):
+            logits = model(**inputs).logits[0]
+        return prepare(logits.shape[-1])(logits, slice(0, len(logits)))
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return sliced(hidden[rows, columns], weight, bias, prepare(len(weight)))
+
+    with _in_place_of_head(inner.get_output_embeddings(), compute) as results:
+        outputs = model(**inputs)
+    if not _untouched(outputs, results):
+        raise RuntimeError(f"a {type(inner).__name__} changed after its first pass what it does to its logits")
+    return outputs.logits
+
+
+def sliced(hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share) -> Tensor:
+    """Σ over slices of share(hidden[slice] · weightᵀ + bias, slice), with gradients of hidden, weight and bias.
+
+    Under autocast the products are computed in its dtype, as those of any linear layer; the gradient of the weight is
+    summed over slices in float32.
+
+    Args:
+        hidden: (N, H).
+        weight: (V, H).
+        bias: (V,) or None.
+        share: as `prepare` of `sum_over_slices` gives it.
+    """
+    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (hidden, weight, bias)):
+        return _Sliced.apply(hidden, weight, bias, share)
+    with _exact(hidden) as dtype:
+        return _total(share(logits, rows) for rows, logits in _slices(hidden.to(dtype), weight.to(dtype), bias))
+
+
+class _Sliced(torch.autograd.Function):
+    """`sliced`, whose forward pass already computes the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share) -> Tensor:
+        gradients = [
+            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) if needed else None
+            for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            if each is not None
+        ]
+        of_hidden, of_weight, of_bias = (*gradients, None)[:3]
+
+        def shares(dtype: torch.dtype) -> Iterator[Tensor]:
+            inputs, matrix = hidden.to(dtype), weight.to(dtype)
+            for rows, logits in _slices(inputs, matrix, bias):
+                logits = logits.detach().requires_grad_()
+                with torch.enable_grad():
+                    value = share(logits, rows)
+                [gradient] = torch.autograd.grad(value, logits)
+                if of_hidden is not None:
+                    of_hidden[rows] = gradient @ matrix
+                if of_weight is not None and of_weight.dtype == dtype:
+                    of_weight.addmm_(gradient.T, inputs[rows])
+                elif of_weight is not None:
+                    of_weight.add_(gradient.T @ inputs[rows])
+                if of_bias is not None:
+                    of_bias.add_(gradient.sum(dim=0))
+                yield value.detach()
+
+        with _exact(hidden) as dtype:
+            total = _total(shares(dtype))
+        given = [each for each in (of_hidden, of_weight, of_bias) if each is not None]
+        ctx.save_for_backward(*given)
+        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        # The ordinary case; asking an accelerator would mean waiting for it.
+        one = gradient.device.type == "cpu" and gradient.item() == 1
+        results: list[Tensor | None] = []
+        for needed, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False):
+            # In place, which autograd notices: a second pass is refused instead of multiplying twice.
+            each = next(saved) if needed else None
+            results.append(None if each is None else (each if one else each.mul_(gradient)).to(dtype))
+        return (*results, None)
+
+
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether a model's logits are what a linear head gives, and nothing is done to them afterwards.
+
+    Looked up once for a model, by a pass over two tokens in which the head is replaced: what comes out must be the very
+    object that went in. A model that is to be wrapped is best looked at before.
+    """
+    head: nn.Module = model.get_output_embeddings()
+    # Quantised, adapted, offloaded or hooked heads are more than their weight.
+    if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return False
+    if model not in _plain:
+        _plain[model] = _passes_untouched(model, head)
+    return _plain[model]
+
+
+_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _passes_untouched(model: nn.Module, head: nn.Linear) -> bool:
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=head.weight.device)
+    shapes = []
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        shapes.append(hidden.shape)
+        return torch.zeros((), dtype=torch.float32, device=hidden.device)
+
+    devices = [head.weight.device] if head.weight.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), _in_place_of_head(head, compute) as results:
+        try:
+            outputs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        except Exception:  # it does something with its logits that a number without dimensions does not allow
+            return False
+    return shapes == [(1, 2, head.in_features)] and _untouched(outputs, results)
+
+
+def _untouched(outputs: Any, results: list[tuple[Tensor, int]]) -> bool:
+    """Whether the head was called once, and its result came through as it was. Under a wrapper for mixed precision too,
+    which copies outputs of 16 bits alone."""
+    logits = getattr(outputs, "logits", None)
+    return len(results) == 1 and logits is results[0][0] and _version(logits) == results[0][1]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _in_place_of_head(
+    head: nn.Linear, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> Iterator[list[tuple[Tensor, int]]]:
+    """Within it, the head gives what `compute` makes of its input, weight and bias; all of it is collected, with its
+    version."""
+    results: list[tuple[Tensor, int]] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        result = compute(hidden, head.weight, head.bias)
+        results.append((result, _version(result)))
+        return result
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield results
+    finally:
+        del head.forward
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    while isinstance(module := getattr(model, "module", None), nn.Module):
+        model = module
+    return model
+
+
+@contextmanager
+def _exact(hidden: Tensor) -> Iterator[torch.dtype]:
+    """Within it there is no autocast; gives the dtype that products would have had, which are cast to it by hand."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        yield dtype
+
+
+def _slices(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Logits (n, V) of slices of about the same length, in memory that the next slice uses again."""
+    limit = SLICE_BYTES if hidden.device.type == "cpu" else ACCELERATOR_SLICE_BYTES
+    longest = max(1, limit // (len(weight) * hidden.element_size()))
+    count = max(1, -(-len(hidden) // longest))
+    length = max(1, -(-len(hidden) // count))
+    memory = hidden.new_empty(min(length, len(hidden)), len(weight))
+    for start in range(0, max(1, len(hidden)), length):
+        rows = slice(start, min(start + length, len(hidden)))
+        logits = torch.mm(hidden[rows], weight.T, out=memory[: rows.stop - rows.start])
+        yield rows, logits if bias is None else logits.add_(bias)
+
+
+def _total(shares: Iterator[Tensor]) -> Tensor:
+    total = next(shares)
+    for each in shares:
+        total = total + each
+    return total

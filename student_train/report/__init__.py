@@ -1,0 +1,1 @@
+"""The HTML report of runs and evaluations, and its charts."""

@@ -1,0 +1,283 @@
+"""A store's batches as tensors, the split into training and evaluation, and the check that a student fits a dump.
+
+The store decides the order, a pure function of (seed, epoch), and gives any step of it at once; this module only carries
+it. Worker processes of a `DataLoader` take every so-manyth step, in the order in which the loader asks them, so no batch
+is lost, repeated or reordered for any number of workers, and none is read twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.errors import InputError
+from knowledge_store.kinds import KINDS
+from knowledge_store.reading.batches import check_snapshot
+
+IGNORED = -100  # the label that every library's cross-entropy leaves out
+
+
+class DistillationDataset(IterableDataset[dict[str, Tensor]]):
+    """Batches of a dump as dictionaries of tensors; give it to a `DataLoader` with `batch_size=None`.
+
+    Each batch has every column that `KnowledgeStore.batches` gives (see there for shapes), as tensors, and `labels`
+    (B, T): `input_ids` where a position counts, −100 elsewhere. Rows of padding, whose `sequence_id` is −1, attend to
+    their first token so that no model divides by an empty softmax; none of their positions counts.
+
+    Args:
+        store: an open store.
+        dump: which dump; may be left out when there is one.
+        batch_size: sequences per batch and rank.
+        seed: of the order.
+        rank, world_size: this process among those that train together.
+        epoch, consumed: where to begin: items of that epoch which all ranks together have taken already. `state_after`
+            gives both.
+        ordinals: read only these sequences (positions in the dump's order), as `split_ordinals` gives them.
+        shuffle: False reads in the dump's order.
+        endless: go on with the next epoch instead of stopping. Such a dataset has no length.
+        kinds: read only these kinds of knowledge; None for all that the dump holds.
+        snapshot: of the dump when the order was begun, which must be the same still; `state_after` gives it too.
+    """
+
+    def __init__(
+        self,
+        store: KnowledgeStore,
+        dump: str | None = None,
+        *,
+        batch_size: int = 8,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        consumed: int = 0,
+        ordinals: np.ndarray | None = None,
+        shuffle: bool = True,
+        endless: bool = False,
+        kinds: tuple[str, ...] | None = None,
+        snapshot: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.store = store
+        self.dump = store.dump(dump)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = epoch
+        self.consumed = consumed
+        self.ordinals = ordinals
+        self.shuffle = shuffle
+        self.endless = endless
+        self.kinds = kinds
+        self.snapshot = store.snapshot(self.dump)
+        check_snapshot(self.dump, self.snapshot, snapshot)
+        self.sequences = store.sequence_count(self.dump) if ordinals is None else len(ordinals)
+        if not self.sequences:
+            raise InputError(f"there is no sequence to read in the dump {self.dump}")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that each rank takes in a whole epoch."""
+        return -(-self.sequences // (self.batch_size * self.world_size))
+
+    def __len__(self) -> int:
+        if self.endless:
+            raise TypeError("an endless DistillationDataset has no length")
+        return self._batches_left(self.consumed)
+
+    def state_after(self, batches: int) -> dict[str, int]:
+        """Where to begin again after each rank took `batches` batches from here: seed, epoch, consumed and snapshot."""
+        epoch, consumed = self.epoch, self.consumed
+        while batches >= self._batches_left(consumed):
+            batches -= self._batches_left(consumed)
+            epoch, consumed = epoch + 1, 0
+        consumed += batches * self.batch_size * self.world_size
+        return {"seed": self.seed, "epoch": epoch, "consumed": consumed, "snapshot": self.snapshot}
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        # A forked worker must not share open files with its parent, and must not see shards that were committed meanwhile.
+        store = copy.copy(self.store) if info else self.store
+        taken = 0  # batches of this rank before this epoch, over all workers
+        epoch, consumed = self.epoch, self.consumed
+        while True:
+            left = self._batches_left(consumed)
+            batches = store.batches(
+                self.dump,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                epoch=epoch,
+                rank=self.rank,
+                world_size=self.world_size,
+                consumed=consumed,
+                ordinals=self.ordinals,
+                shuffle=self.shuffle,
+                kinds=self.kinds,
+            )
+            # The loader takes batches from its workers in turn: the rank's batch number `taken + step` is that of
+            # worker (taken + step) mod workers.
+            for step in range((worker - taken) % workers, left, workers):
+                yield tensors(batches[step])
+            if not self.endless:
+                return
+            taken += left
+            epoch, consumed = epoch + 1, 0
+
+    def _batches_left(self, consumed: int) -> int:
+        return max(0, -(-(self.sequences - consumed) // (self.batch_size * self.world_size)))
+
+
+def tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """A batch of arrays as tensors, with `labels`."""
+    result = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+    result["attention_mask"] = result["attention_mask"].long()
+    result["attention_mask"][result["sequence_id"] < 0, :1] = 1
+    result["labels"] = torch.where(result["is_target"], result["input_ids"], IGNORED)
+    return result
+
+
+def padding_batch(like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of one row of padding, with the columns of another: takes part in a step and adds nothing to it."""
+    result = {name: value[:1].clone() for name, value in like.items()}
+    for name, value in result.items():
+        if value.ndim > 1 and value.shape[:2] == like["input_ids"][:1].shape:
+            result[name] = value[:, :1].clone()
+    result["sequence_id"].fill_(-1)
+    result["is_target"].fill_(False)
+    result["labels"].fill_(IGNORED)
+    result["attention_mask"].fill_(1)
+    return result
+
+
+def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Divide a dump's sequences into those to train on and those to evaluate on, by document.
+
+    A row of the corpus goes to one side whole, with all its parts and windows, chosen by a hash of its file and row:
+    the same rows on every machine, in every run, and for every teacher's dump of that corpus.
+
+    Args:
+        store: an open store.
+        dump: which dump; may be left out when there is one.
+        eval_fraction: share of the rows to evaluate on, in [0, 1). Above 0 it is at least one row.
+
+    Returns:
+        Two ascending int64 arrays of ordinals; the second is empty for a fraction of 0.
+
+    Raises:
+        InputError: the fraction is out of range, or nothing would be left to train on.
+    """
+    if not 0 <= eval_fraction < 1:
+        raise InputError(f"--eval-fraction must be at least 0 and below 1, not {eval_fraction}")
+    name = store.dump(dump)
+    table = store.sequences(name).select(["file", "row"])
+    rows = list(zip(table["file"].to_pylist(), table["row"].to_pylist(), strict=True))
+    ranked = sorted(set(rows), key=lambda row: hashlib.sha256(f"{row[0]}\n{row[1]}".encode()).digest())
+    wanted = max(1, round(eval_fraction * len(ranked))) if eval_fraction else 0
+    if wanted >= len(ranked):
+        raise InputError(
+            f"the dump {name} has {len(ranked)} document(s), so --eval-fraction {eval_fraction} leaves none to train"
+            " on: use --eval-fraction 0"
+        )
+    held_out = set(ranked[:wanted])
+    chosen = np.fromiter((row in held_out for row in rows), dtype=bool, count=len(rows))
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def check_student(
+    store: KnowledgeStore,
+    dump: str | None,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str = "the student",
+) -> None:
+    """Refuse a student whose vocabulary is not the dump's.
+
+    Token ids are compared, not files: every id of the dump must be the same token in the student. Embeddings padded
+    with unused rows are fine on either side, and so are special tokens that were added behind the dump's vocabulary,
+    since they change how no text is cut.
+
+    Args:
+        store: an open store.
+        dump: which dump; may be left out when there is one.
+        config: the student's configuration.
+        tokenizer: the student's tokenizer.
+        name: what to call the student in messages.
+
+    Raises:
+        InputError: naming the first ids that differ.
+    """
+    dump = store.dump(dump)
+    table = store.tokens(dump)
+    pairs = zip(table["token_id"].to_pylist(), table["token"].to_pylist(), strict=True)
+    kept = {token_id: token for token_id, token in pairs if token is not None}
+    own = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    differing = sorted(
+        token_id
+        for token_id in kept.keys() | own.keys()
+        if kept.get(token_id) != own.get(token_id) and not (token_id not in kept and token_id in added)
+    )
+    if differing:
+        shown = "; ".join(_difference(token_id, kept, own) for token_id in differing[:3])
+        more = f"; and {len(differing) - 3:,} more" if len(differing) > 3 else ""
+        raise InputError(
+            f"the vocabulary of {name} is not that of the dump {dump}: {shown}{more}."
+            " Train a student with the teacher's tokenizer"
+        )
+    needed = max(kept, default=-1) + 1
+    rows = config.get_text_config().vocab_size
+    if rows < needed:
+        raise InputError(
+            f"{name} has embeddings for {rows:,} tokens and the dump {dump} uses ids up to {needed - 1:,}:"
+            " resize its embeddings, or choose another student"
+        )
+
+
+def _difference(token_id: int, kept: dict[int, str], own: dict[int, str]) -> str:
+    def there(tokens: dict[int, str]) -> str:
+        return repr(tokens[token_id]) if token_id in tokens else "absent"
+
+    return f"token id {token_id} is {there(kept)} in the dump and {there(own)} in the student"
+
+
+def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()) -> dict[str, Any]:
+    """The facts of a dump that a run or an evaluation keeps beside its results.
+
+    Args:
+        store: an open store.
+        dump: which dump.
+        unused: columns of the table `positions` that `bytes_read` leaves out; `bytes` is of everything but the vocabulary.
+    """
+    manifest = store.manifest(dump)
+    sequences = store.sequences(dump)
+    summary = next(summary for summary in store.info() if summary.dump == dump)
+    left_out = 0
+    if "positions" in manifest.kinds:
+        kind = KINDS["positions"]
+        needed = kind.stored_columns(set(kind.schema(manifest).names) - set(unused), manifest)
+        left_out = sum(summary.column_bytes[f"positions.{name}"] for name in set(kind.stored_schema(manifest).names) - needed)
+    return {
+        "name": dump,
+        "store": str(store.path),
+        "teacher": manifest.teacher.get("name", ""),
+        "vocabulary_size": manifest.vocabulary_size,
+        "selection": str(manifest.rule),
+        "top_k": manifest.rule.candidates,
+        "quantisation_step": manifest.quantisation_step,
+        "sequences": sequences.num_rows,
+        "positions": int(np.sum(sequences["length"].to_numpy())),
+        "targets": int(np.sum(sequences["targets"].to_numpy())),
+        "bytes": summary.bytes,
+        "bytes_read": summary.bytes - left_out,
+    }

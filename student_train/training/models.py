@@ -1,0 +1,197 @@
+"""Models and tokenizers as files: loading them without surprises, and rebuilding one with fewer layers.
+
+Weights come from safetensors or GGUF only, no remote code runs, and everything is float32: a student is trained with
+float32 weights, and a lower precision is the trainer's business.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from knowledge_store.errors import InputError
+from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors
+from knowledge_store.terminal.console import silence
+
+
+def quieten() -> None:
+    """Keep the library's own warnings and progress bars off the terminal; errors still show."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        InputError: there is none, or it cannot be read; the message names the model.
+    """
+    quieten()
+    _check_place(model, gguf_file)
+    try:
+        with silence(), panics_as_errors():
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **_gguf(gguf_file))
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise InputError(f"cannot load a tokenizer from {model}: {_first_line(error)}") from error
+
+
+def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
+    """A causal language model in float32, from a folder or hub id.
+
+    Args:
+        model: folder or hub id.
+        gguf_file: name of a GGUF file in it; its weights are widened, and the mark of quantisation taken off, so that
+            the model can be trained and saved.
+
+    Raises:
+        InputError: there is none, or it cannot be read; the message names the model.
+    """
+    quieten()
+    _check_place(model, gguf_file)
+    folder = Path(model) if Path(model).is_dir() else hub_folder(model, gguf_file=gguf_file)
+    if gguf_file:
+        check_gguf(folder, gguf_file)
+    else:
+        check_weights(folder)
+    try:
+        with silence(), panics_as_errors():
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **(_gguf(gguf_file) if gguf_file else {"use_safetensors": True}),
+            )
+    except Exception as error:
+        raise InputError(f"cannot load a causal language model from {model}: {_first_line(error)}") from error
+    if report["missing_keys"]:  # the library would fill them with random numbers
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"the weights in {model} are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
+    return rebuild(loaded) if gguf_file else loaded
+
+
+def rebuild(model: PreTrainedModel, layers: list[int] | None = None) -> PreTrainedModel:
+    """A fresh float32 copy of a decoder, with the given layers in the given order (all of them when None).
+
+    The copy is made from the configuration and the state dict alone, so layer numbers, caches and marks of quantisation
+    are those of a model that was always this size.
+
+    Args:
+        model: any decoder whose layers are one list of modules.
+        layers: numbers of the layers to keep, 0-based and in range.
+
+    Raises:
+        InputError: the model's layers cannot be found, or its configuration does not fit fewer of them.
+    """
+    size_name = model.config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    settings = model.config.to_dict()
+    settings.pop("quantization_config", None)
+    state = model.state_dict()
+    if layers is not None:
+        total = layer_count(model)
+        prefix = _layers_prefix(model, total)
+        settings[size_name] = len(layers)
+        for name, value in settings.items():
+            # Lists such as layer_types say one thing of each layer.
+            if "layer" in name and isinstance(value, list) and len(value) == total:
+                settings[name] = [value[layer] for layer in layers]
+        state = _renumbered(state, prefix, layers)
+    settings["dtype"] = "float32"
+    try:
+        fresh = type(model)(type(model.config).from_dict(settings))
+        fresh.load_state_dict(state)
+    except (RuntimeError, ValueError, IndexError) as error:
+        kind = model.config.model_type
+        raise InputError(f"a {kind} model cannot be rebuilt from these layers: {_first_line(error)}") from error
+    if model.generation_config is not None:
+        fresh.generation_config = copy.deepcopy(model.generation_config)
+    return fresh.float().eval()
+
+
+def layer_count(model: PreTrainedModel) -> int:
+    """How many layers a decoder has.
+
+    Raises:
+        InputError: its configuration does not say.
+    """
+    total = getattr(model.config, "num_hidden_layers", None)
+    if not isinstance(total, int):
+        raise InputError(f"a {model.config.model_type} model does not say how many layers it has")
+    return total
+
+
+def _layers_prefix(model: PreTrainedModel, total: int) -> str:
+    lists = [name for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList) and len(module) == total]
+    # Inside a layer there may be lists of that length too (experts): the shortest name is the outermost.
+    if not lists:
+        raise InputError(f"cannot find the list of {total} layers in a {model.config.model_type} model")
+    return min(lists, key=len)
+
+
+def _renumbered(state: dict[str, torch.Tensor], prefix: str, layers: list[int]) -> dict[str, torch.Tensor]:
+    place = {layer: index for index, layer in enumerate(layers)}
+    numbered = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+    kept = {}
+    for name, tensor in state.items():
+        match = numbered.match(name)
+        if match is None:
+            kept[name] = tensor
+        elif (layer := int(match[1])) in place:
+            kept[f"{prefix}.{place[layer]}.{name[match.end() :]}"] = tensor
+    return kept
+
+
+def _gguf(gguf_file: str | None) -> dict[str, str]:
+    return {"gguf_file": gguf_file} if gguf_file else {}
+
+
+def _check_place(model: str, gguf_file: str | None) -> None:
+    """Say what is wrong with a local folder in our words; anything else is left to the library (a hub id)."""
+    folder = Path(model)
+    if folder.is_file():
+        raise InputError(f"{model} is a file: give the model's folder (and --gguf-file for a GGUF file in it)")
+    if not folder.is_dir():
+        # A hub id has one slash at most, and no folder here is called as its owner.
+        local = folder.is_absolute() or model.startswith((".", "~")) or len(folder.parts) > 2
+        if local or (len(folder.parts) == 2 and folder.parent.is_dir()):
+            raise InputError(f"there is no model folder {model}")
+        return
+    if gguf_file:
+        check_gguf(folder, gguf_file)
+    elif not (folder / "config.json").is_file():
+        raise InputError(f"{model} is not a model folder: it has no config.json")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def head_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+    """Within it, the model's head computes the logits of some positions only, and its `.logits` are (1, N, V).
+
+    The head is the largest product of a small model, and most positions of a prompt with its answer need none. What a model
+    does to its logits after the head stays done, and the forward pass is still the wrapped module's own.
+
+    Args:
+        model: a causal language model; within a wrapper, the model that is wrapped.
+        rows, columns: int64 (N,) each, which positions.
+    """
+
+    def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,58 @@
+"""SHA-256 of large files, computed once: kept in the user's cache until a file's size or modification time changes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from knowledge_store.errors import InputError
+from knowledge_store.format.layout import user_cache
+from knowledge_store.terminal.progress import progress_bar
+
+CHUNK_BYTES = 8 * 2**20
+SHOW_PROGRESS_BYTES = 2 * 2**30
+
+
+def _cache_path(path: Path) -> Path:
+    return user_cache("fingerprints") / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file, from the cache when its size and modification time are those it was computed at.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    path = path.resolve()
+    try:
+        status = path.stat()
+        known = {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        cache = _cache_path(path)
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            found = json.loads(cache.read_text())
+            if isinstance(found.get("sha256"), str) and {**found, "sha256": None} == {**known, "sha256": None}:
+                return str(found["sha256"])
+        sha256 = _hash(path, status.st_size)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({**known, "sha256": sha256}))
+        temporary.replace(cache)
+    return sha256
+
+
+def _hash(path: Path, size: int) -> str:
+    if size < SHOW_PROGRESS_BYTES:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with open(path, "rb") as file, progress_bar(f"hashing {path.name}", size) as advance:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Teachers: the protocol, and one file for each engine that runs them."""

@@ -1,0 +1,307 @@
+"""A teacher: any causal language model of transformers, its tokenizer, and its logits one slice of positions at a time.
+
+The logits of a batch, (batch, length, vocabulary), are the largest thing a teacher makes and are never held whole: the backbone
+runs once, then the head runs on slices of its hidden states. Some models do more than a matrix product there (Gemma 2 caps its
+logits, Granite and Cohere scale them), so a short batch is checked against the model's own logits when a teacher is loaded,
+and a model that differs is asked for its whole logits instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from knowledge_store.errors import InputError
+from knowledge_store.format.records import json_sha256
+from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors
+from knowledge_store.terminal.console import note, silence
+from teacher_dump.dumping.fingerprints import file_sha256
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+# Logits held at once, little beside a batch's: 64 MB in float32 on a CPU, 256 MB on a GPU. Smaller ones do not pay: the head's
+# product slows down with fewer rows, and what follows it gains nothing measurable from staying in cache.
+SLICE_LOGITS = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
+
+
+@dataclass
+class Teacher:
+    """A loaded teacher.
+
+    Attributes:
+        model: in evaluation mode, on `device`.
+        tokenizer: its own.
+        description: what goes into the manifest about it, its files' hashes included.
+        device: where it runs.
+        whole_logits: whether its logits are more than head(backbone(tokens)).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    description: dict[str, Any]
+    device: torch.device
+    whole_logits: bool
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many tokens its distribution is over: the rows of its head."""
+        return int(self.description["vocabulary_size"])
+
+    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> Prediction:
+        """Run the teacher on a batch.
+
+        Args:
+            token_ids: int64 (B, T), padded on either side.
+            attention_mask: bool (B, T).
+        """
+        tokens = torch.from_numpy(token_ids).to(self.device)
+        mask = torch.from_numpy(attention_mask).to(self.device)
+        arguments: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask.long()}
+        if not attention_mask[:, 0].all():
+            # Padding on the left moves a sequence to the right; its positions still count from 0.
+            arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            if self.whole_logits:
+                return Prediction(self, None, self.model(**arguments, use_cache=False).logits)
+            hidden = _backbone(self.model)(**arguments, use_cache=False).last_hidden_state
+            return Prediction(self, hidden, None)
+
+    def tokens(self) -> tuple[list[str | None], list[str | None]]:
+        """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
+        size = self.vocabulary_size
+        names: list[str | None] = [None] * size
+        for name, token in self.tokenizer.get_vocab().items():
+            if token < size:
+                names[token] = name
+        # Decoded behind another token, since decoders drop a leading space at the start of a text.
+        anchor = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        known = [token for token, name in enumerate(names) if name is not None]
+        pairs = self.tokenizer.batch_decode([[*anchor, token] for token in known], clean_up_tokenization_spaces=False)
+        before = self.tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+        texts: list[str | None] = [None] * size
+        for token, text in zip(known, pairs, strict=True):
+            texts[token] = text.removeprefix(before)
+        return texts, names
+
+
+@dataclass
+class Prediction:
+    """A teacher's prediction for a batch.
+
+    Attributes:
+        teacher: whose.
+        hidden: the backbone's last hidden states (B, T, H), in the model's dtype; None where logits are whole.
+        logits: (B, T, V) in the model's dtype; only where logits are whole.
+    """
+
+    teacher: Teacher
+    hidden: torch.Tensor | None
+    logits: torch.Tensor | None
+
+    def logit_slices(self, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The logits at (rows[i], positions[i]), int64 (N,) each, slice by slice.
+
+        Yields:
+            which of the N, and their logits, float32 (n, V), on the teacher's device. They may be changed in place.
+        """
+        size = max(1, SLICE_LOGITS[self.teacher.device.type] // self.teacher.vocabulary_size)
+        with torch.inference_mode():
+            for start in range(0, len(rows), size):
+                part = slice(start, min(start + size, len(rows)))
+                if self.logits is not None:
+                    yield part, self.logits[rows[part], positions[part]].float()
+                else:
+                    assert self.hidden is not None
+                    yield part, _head(self.teacher.model)(self.hidden[rows[part], positions[part]]).float()
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    return model.get_decoder()
+
+
+def _head(model: PreTrainedModel) -> nn.Module:
+    return model.get_output_embeddings()
+
+
+def _needs_whole_logits(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether the model's logits are more than head(backbone(tokens)), found by watching one short forward pass."""
+    head = model.get_output_embeddings()
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        backbone = _backbone(model)
+        if head is None or backbone is None or backbone is model:
+            return True
+        seen: dict[str, torch.Tensor] = {}
+
+        def watch(module: nn.Module, inputs: tuple[torch.Tensor, ...], result: torch.Tensor) -> None:
+            seen["hidden"], seen["logits"] = inputs[0], result
+
+        vocabulary = model.get_input_embeddings().num_embeddings
+        tokens = (torch.arange(16, device=device).reshape(2, 8) * 7919) % vocabulary
+        mask = torch.ones_like(tokens)
+        handle = head.register_forward_hook(watch)
+        try:
+            with torch.inference_mode():
+                logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+                hidden = backbone(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        finally:
+            handle.remove()
+        if "logits" not in seen or seen["hidden"].shape != hidden.shape:
+            return True
+        # The head's output must be the logits to the last bit; two runs of the backbone may differ by rounding. A model that
+        # gives NaN is refused when it is asked, with the sequence's name.
+        unchanged = torch.equal(torch.nan_to_num(seen["logits"].float()), torch.nan_to_num(logits.float()))
+        tolerance = 64 * torch.finfo(hidden.dtype).eps * hidden.nan_to_num().abs().max().item()
+        return not unchanged or not torch.allclose(seen["hidden"], hidden, rtol=0, atol=tolerance, equal_nan=True)
+    return True
+
+
+def find_device(name: str) -> torch.device:
+    """The device a name means; "auto" is the first there is of CUDA, Apple's, and the CPU.
+
+    Raises:
+        InputError: torch knows no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise InputError(f"torch has no device {name!r} here: try --device cpu") from None
+    if device.type not in SLICE_LOGITS:
+        raise InputError(f"--device {name} is not supported: use one of {', '.join(SLICE_LOGITS)}")
+    return device
+
+
+def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
+    """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
+
+    Raises:
+        InputError: there is neither such a folder nor such a hub id.
+    """
+    folder = Path(teacher)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
+    try:
+        return hub_folder(teacher, TOKENIZER_FILES, gguf_file)
+    except InputError as error:
+        raise InputError(f"there is no teacher folder {teacher}, and {error}") from None
+
+
+def _model_files(folder: Path, gguf_file: str | None) -> list[Path]:
+    """The files that decide what a teacher answers, weights first.
+
+    Raises:
+        InputError: weights, configuration or tokenizer are missing, or the weights are of a kind that can run code.
+    """
+    if gguf_file is not None:
+        check_gguf(folder, gguf_file)
+        return [folder / gguf_file]
+    weights = sorted(folder.glob("*.safetensors"))
+    ggufs = ", ".join(sorted(path.name for path in folder.glob("*.gguf")))
+    if not weights and ggufs:
+        raise InputError(f"{folder} has no weights that can be used: it has {ggufs}; pass --gguf-file")
+    if weights and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json")
+    check_weights(folder)
+    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in tokenizer):
+        raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
+    return [*weights, folder / "config.json", *tokenizer]
+
+
+def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto", device: str = "auto") -> Teacher:
+    """Load a teacher and hash its files.
+
+    Args:
+        teacher: a local folder or a hub id.
+        gguf_file: name of a GGUF file in it.
+        dtype: "auto" (float32 on a CPU, the model's own elsewhere) or a key of DTYPES.
+        device: see `find_device`.
+
+    Raises:
+        InputError: it cannot be used; says why.
+    """
+    where = find_device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype} is not known: use auto, {', '.join(DTYPES)}")
+    folder = find_folder(teacher, gguf_file)
+    files = _model_files(folder, gguf_file)
+    wanted = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
+    source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        with silence(), panics_as_errors():
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
+            AutoConfig.from_pretrained(folder, trust_remote_code=False, **source)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=wanted,
+                trust_remote_code=False,
+                use_safetensors=None if gguf_file else True,
+                output_loading_info=True,
+                **source,
+            )
+    except Exception as error:  # a broken folder fails in many ways, all of them the folder's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"the teacher in {folder} cannot be loaded: {reason}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise InputError(f"the weights in {folder} are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
+    model = model.to(where).eval().requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head is None or not hasattr(head, "weight"):
+        raise InputError(f"the model in {folder} has no language-model head")
+    whole = _needs_whole_logits(model, where)
+    if whole:
+        note(f"{teacher} changes its logits after the head, so whole logits are used: this takes more memory")
+    config = model.config.get_text_config()
+    description = {
+        # A local teacher is called by its own name: where somebody keeps it is no part of what it is.
+        "name": gguf_file or (folder.resolve().name if Path(teacher).is_dir() else teacher),
+        "model_type": config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "hidden_size": getattr(config, "hidden_size", None),
+        "vocabulary_size": head.weight.shape[0],
+        "max_positions": getattr(config, "max_position_embeddings", None),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "files": {path.name: file_sha256(path) for path in files},
+    }
+    return Teacher(model, tokenizer, description, where, whole)
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What goes into the manifest about a tokenizer: the hash of its vocabulary (token → id), its size and special ids."""
+    vocabulary = tokenizer.get_vocab()
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    return {
+        "vocabulary_sha256": json_sha256(vocabulary),
+        "size": len(vocabulary),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+    }
