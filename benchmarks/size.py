@@ -50,7 +50,7 @@ from teacher_dump.dumping.plan import ShardInput, ShardReader, length_batches, m
 from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
 from teacher_dump.teachers.local import Teacher, load_teacher
 
-MOST = 50
+MAX_K = 50
 KEPT = (5, 16, 50)
 DRAWS = 4
 RATIO = 100_000  # the figure that the literature cites
@@ -65,7 +65,7 @@ def ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, path: Path) -> 
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     if not path.exists():
         found: list[Arrays] = [{}] * len(lengths)
-        many = replace(config, top_k=MOST, tail_draws=0)
+        many = replace(config, top_k=MAX_K, tail_draws=0)
         with progress_bar(f"asking {config.dump_name}", sum(lengths), "positions") as advance:
             for indices in length_batches(lengths, config.batch_size * config.max_length):
                 sequences = [shard.sequences[index] for index in indices]

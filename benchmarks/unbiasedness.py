@@ -2,10 +2,10 @@
 
     python benchmarks/unbiasedness.py --teacher smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf --text wikitext2.txt
 
-At some positions of a text, each selection draws again and again. How often each token came is compared with what the teacher's
-full softmax outside the candidates says (in float64), by Pearson's statistic over bins of at least `LEAST` expected draws. Of a
-sound sampler it is at most a chi-square variable (systematic draws vary less), and exceeds the limit that is printed
-with a probability below `FALSE_ALARM` in the whole run, all positions and selections together.
+At some positions of a text, each selection draws again and again. How often each token came is compared with what the
+teacher's full softmax outside the candidates says (in float64), by Pearson's statistic over bins of at least `MIN_EXPECTED`
+expected draws. Of a sound sampler it is at most a chi-square variable (systematic draws vary less), and exceeds the limit that
+is printed with a probability below `FALSE_ALARM` in the whole run, all positions and selections together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from teacher_dump.extraction.sampling import block_sums, draw, independent_point
 from teacher_dump.teachers.local import load_teacher
 
 FALSE_ALARM = 1e-6
-LEAST = 25
+MIN_EXPECTED = 25
 DRAWS = 60_000
 SELECTIONS = (Selection("top-k", 5, 4), Selection("top-p", 32, 4, 0.95), Selection("random-sampling", 0, 50))
 
@@ -47,7 +47,7 @@ def tail_weights(logits: Tensor, selection: Selection) -> tuple[Tensor, np.ndarr
 def chi_square(seen: np.ndarray, expected: np.ndarray) -> tuple[float, int]:
     """Pearson's statistic over bins of tokens of like probability, and how many bins there are."""
     order = np.argsort(-expected)
-    full = np.flatnonzero(np.diff(np.floor(expected[order].cumsum() / LEAST), prepend=0))
+    full = np.flatnonzero(np.diff(np.floor(expected[order].cumsum() / MIN_EXPECTED), prepend=0))
     edges = np.concatenate([[0], full[:-1] + 1])
     observed, hoped = np.add.reduceat(seen[order], edges), np.add.reduceat(expected[order], edges)
     return float(((observed - hoped) ** 2 / hoped).sum()), len(edges)

@@ -9,15 +9,15 @@ KnowledgeStoreError          base of all: a command prints it as one line and ex
 └── DamageError              bytes on disk are not the bytes that were published; names the file
 """
 
-MOST_CHARACTERS = 2000
+MAX_CHARACTERS = 2000
 
 
 class KnowledgeStoreError(Exception):
-    """Base class. The message is one sentence that names the thing and says what to try next, of MOST_CHARACTERS at most: what
+    """Base class. The message is one sentence that names the thing and says what to try next, of MAX_CHARACTERS at most: what
     it quotes may be a stranger's, and of any length."""
 
     def __init__(self, message: str = ""):
-        super().__init__(message if len(message) <= MOST_CHARACTERS else f"{message[:MOST_CHARACTERS]}…")
+        super().__init__(message if len(message) <= MAX_CHARACTERS else f"{message[:MAX_CHARACTERS]}…")
 
 
 class InputError(KnowledgeStoreError):

@@ -16,9 +16,9 @@ from typing import IO, Any
 
 from knowledge_store.errors import InputError
 
-MOST_BYTES = 64 * 2**20  # of an index or a configuration
+MAX_BYTES = 64 * 2**20  # of an index or a configuration
 ADAPTER = "adapter_config.json"
-MOST_LAYERS = 10_000  # several times as many as any model has; libraries would make as many as they are told to
+MAX_LAYERS = 10_000  # several times as many as any model has; libraries would make as many as they are told to
 GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a number, by its type
 GGUF_WHOLE = {2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q"}  # numbers of layers may be, as `struct` names them
 GGUF_TEXT, GGUF_LIST = 8, 9
@@ -97,7 +97,7 @@ def _gguf_numbers(file: IO[bytes]) -> Iterator[tuple[str, int]]:
 
     number("Q")
     for _ in range(number("Q")):
-        key = file.read(min(number("Q"), MOST_BYTES)).decode(errors="replace")
+        key = file.read(min(number("Q"), MAX_BYTES)).decode(errors="replace")
         kind, count = number("I"), 1
         if kind == GGUF_LIST:
             kind, count = number("I"), number("Q")
@@ -145,8 +145,8 @@ def panics_as_errors() -> Iterator[None]:
 
 
 def _check_layers(is_count: bool, key: str, value: Any, path: Path) -> None:
-    if is_count and isinstance(value, int) and value > MOST_LAYERS:
-        raise InputError(f"{path} cannot be loaded: its {key} is {value:,}, and no model has more than {MOST_LAYERS:,} layers")
+    if is_count and isinstance(value, int) and value > MAX_LAYERS:
+        raise InputError(f"{path} cannot be loaded: its {key} is {value:,}, and no model has more than {MAX_LAYERS:,} layers")
 
 
 def _check_adapter(folder: Path) -> None:
@@ -165,7 +165,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder. InputError: it is none."""
     try:
         with open(path, "rb") as file:
-            found = json.loads(file.read(MOST_BYTES))
+            found = json.loads(file.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be used: {error}") from None
     if not isinstance(found, dict):

@@ -212,7 +212,7 @@ def calibrate(
     with _command():
         from knowledge_store import KnowledgeStore
         from knowledge_store.calibration.file import check_output, write_calibration
-        from student_train.calibration import fit as calibration as fitting
+        from student_train.calibration import fit as fitting
 
         check_output(file)
         fit = fitting.calibrate(KnowledgeStore.open(store), dump, method=method, split=split)

@@ -31,7 +31,7 @@ from teacher_dump.teachers.local import Teacher, load_teacher
 
 LIMIT = 20_000
 FEW_TARGETS = 200
-LEAST_GAIN = 1e-3  # of the negative log-likelihood, below which a temperature does not help
+MIN_GAIN = 1e-3  # of the negative log-likelihood, below which a temperature does not help
 GRID = np.geomspace(0.25, 4, 17)  # 1 is one of them
 NORMAL_95 = 1.96
 
@@ -73,8 +73,8 @@ class TemperatureFit:
             found.append(
                 f"the best temperature is {temperature:g} or beyond, where the search ends: look at teacher and corpus"
             )
-        if self.gain < LEAST_GAIN * before["nll"]:
-            found.append(f"a temperature does not help: {temperature:g} lowers the loss by less than {LEAST_GAIN:.1%}")
+        if self.gain < MIN_GAIN * before["nll"]:
+            found.append(f"a temperature does not help: {temperature:g} lowers the loss by less than {MIN_GAIN:.1%}")
         elif self.interval is None or self.interval[0] <= 0:
             found.append("the gain may be chance: its 95% interval holds 0 or cannot be told")
         if after["ece_15"] > before["ece_15"]:

@@ -24,11 +24,11 @@ from torture import hostile_files
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, StoreError, verify
 from knowledge_store.catalogue.index import _load, refresh, standing_records
-from knowledge_store.errors import MOST_CHARACTERS, KnowledgeStoreError
+from knowledge_store.errors import MAX_CHARACTERS, KnowledgeStoreError
 from knowledge_store.format.manifest import read_manifest
 from knowledge_store.format.pages import chunk_pages, parse_footer
 from knowledge_store.format.parquet import describe
-from knowledge_store.format.records import MOST_BYTES, MOST_DEPTH, read_record, seal, unseal
+from knowledge_store.format.records import MAX_BYTES, MAX_DEPTH, read_record, seal, unseal
 from knowledge_store.format.sequences import tokens_table
 
 
@@ -78,12 +78,12 @@ def nested(depth: int) -> dict:
 
 
 def test_deep_records_are_refused_and_shallow_ones_read(tmp_path):
-    for depth in (MOST_DEPTH - 1, MOST_DEPTH, 300):
+    for depth in (MAX_DEPTH - 1, MAX_DEPTH, 300):
         data = seal(nested(depth))
-        if depth < MOST_DEPTH:
+        if depth < MAX_DEPTH:
             assert unseal(data, tmp_path) == nested(depth)
         else:
-            with pytest.raises(DamageError, match=f"nested more than {MOST_DEPTH} deep"):
+            with pytest.raises(DamageError, match=f"nested more than {MAX_DEPTH} deep"):
                 unseal(data, tmp_path)
 
 
@@ -91,10 +91,10 @@ def test_records_too_large_to_hold(tmp_path):
     path = tmp_path / "manifest.json"
     with open(path, "wb") as file:
         file.truncate(2**40)  # a hole: a terabyte on no disk
-    with pytest.raises(DamageError, match=f"more than {MOST_BYTES:,} bytes"):
+    with pytest.raises(DamageError, match=f"more than {MAX_BYTES:,} bytes"):
         read_record(path)
     with pytest.raises(InputError, match="--shard-size"):
-        seal({"skipped": ["x" * 1000] * (MOST_BYTES // 1000)})
+        seal({"skipped": ["x" * 1000] * (MAX_BYTES // 1000)})
 
 
 def test_pipes_and_devices_are_no_files(tmp_path):
@@ -263,7 +263,7 @@ def test_the_commands_end_with_one_line(tmp_path):
         assert result.returncode == code
         assert "Traceback" not in result.stderr and "\x1b" not in result.stderr + result.stdout
         assert "is damaged: its selection" in result.stderr
-        assert all(len(line) < MOST_CHARACTERS + 200 for line in result.stderr.splitlines())
+        assert all(len(line) < MAX_CHARACTERS + 200 for line in result.stderr.splitlines())
 
 
 def test_what_a_store_calls_itself_cannot_command_a_terminal(tmp_path):
@@ -456,7 +456,7 @@ def test_a_large_honest_row_group_is_read(tmp_path):
 
 
 def test_every_error_has_an_end():
-    assert len(str(KnowledgeStoreError("x" * 10**6))) == MOST_CHARACTERS + 1
+    assert len(str(KnowledgeStoreError("x" * 10**6))) == MAX_CHARACTERS + 1
 
 
 def test_nothing_that_reads_runs_code():

@@ -366,7 +366,7 @@ def test_what_readers_would_refuse_is_not_committed(tmp_path, monkeypatch):
     commit(writer, 0, random_sequences(0, 4))
     before = sorted((tmp_path / "store").rglob("*"))
     with monkeypatch.context() as patch:
-        patch.setattr("knowledge_store.format.pages.MOST_BYTES", 100)
+        patch.setattr("knowledge_store.format.pages.MAX_BYTES", 100)
         patch.setattr("knowledge_store.format.pages.BYTES_PER_BYTE", 0)
         with pytest.raises(InputError, match=r"too large to be read again \(it stands for .*\): give a smaller --shard-size"):
             commit(writer, 1, random_sequences(1, 4))

@@ -387,7 +387,7 @@ def test_what_is_no_file_is_not_read(tmp_path, monkeypatch):
         page(tmp_path, folder)
     path.unlink()
     path.write_text(" " * 1001)
-    monkeypatch.setattr(results, "MOST_BYTES", 1000)
+    monkeypatch.setattr(results, "MAX_BYTES", 1000)
     with pytest.raises(InputError, match=r"run\.json cannot be read: it has more than 1,000 bytes"):
         page(tmp_path, folder)
     path.unlink()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError
-from knowledge_store.format.records import MOST_BYTES, check_shape, json_sha256, read_record, seal
+from knowledge_store.format.records import MAX_BYTES, check_shape, json_sha256, read_record, seal
 from knowledge_store.storage.local import replace_bytes
 
 FORMAT = "knowledge-store-calibration"
@@ -177,7 +177,7 @@ def _beginning(path: Path) -> bytes:
     """All of a record's file, and no more of another's. InputError: it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read(MOST_BYTES)
+            return file.read(MAX_BYTES)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 

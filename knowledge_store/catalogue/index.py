@@ -22,7 +22,7 @@ from knowledge_store.errors import DamageError
 from knowledge_store.format.commits import CommitRecord, misplaced, read_commit
 from knowledge_store.format.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, SEQUENCES, commit_path, commit_shard
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.pages import MOST_COLUMNS
+from knowledge_store.format.pages import MAX_COLUMNS
 from knowledge_store.storage.local import disk_errors, replace_bytes
 
 SHARDS = pa.schema(
@@ -56,8 +56,8 @@ FILES = pa.schema(
 )
 
 STATISTIC = "statistic "
-MOST_TEXT = 1000
-MOST_FILES = 64  # of one shard, as commit records may name
+MAX_TEXT = 1000
+MAX_FILES = 64  # of one shard, as commit records may name
 TYPES = {
     pa.string(): "VARCHAR",
     pa.int64(): "BIGINT",
@@ -227,7 +227,7 @@ def _statistics(connection: duckdb.DuckDBPyConnection, records: int) -> list[str
     tables = connection.sql(
         "SELECT schema_name || '.' || table_name, estimated_size FROM duckdb_tables() WHERE database_name = 'given'"
     ).fetchall()
-    most = {"main.about": 1, "main.shards": records, "main.files": MOST_FILES * records}
+    most = {"main.about": 1, "main.shards": records, "main.files": MAX_FILES * records}
     if views or dict(tables).keys() != most.keys() or any(rows > most[name] for name, rows in tables):
         return None
     found = connection.sql(
@@ -260,12 +260,12 @@ def _sound(connection: duckdb.DuckDBPyConnection, room: int) -> bool:
         of_each = ", ".join(f"max(strlen({name})), sum(strlen({name}))" for name in names)
         [found] = connection.sql(f"SELECT {of_each} FROM {rows}").fetchall()
         room -= sum(size or 0 for size in found[1::2])
-        if room < 0 or max(size or 0 for size in found[::2]) > MOST_TEXT:
+        if room < 0 or max(size or 0 for size in found[::2]) > MAX_TEXT:
             return False
     [[columns]] = connection.sql(f"SELECT max(cardinality(column_bytes)) FROM {GIVEN}.shards").fetchall()
     hashes = " AND ".join(f"regexp_full_match({name}, '[0-9a-f]{{64}}')" for name in ("sha256", "footer_sha256"))
     [[hashed]] = connection.sql(f"SELECT bool_and({hashes}) FROM {GIVEN}.files").fetchall()
-    return (columns or 0) <= MOST_COLUMNS and hashed is not False
+    return (columns or 0) <= MAX_COLUMNS and hashed is not False
 
 
 def _save(index: Index, path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from knowledge_store.errors import DamageError
 from knowledge_store.format.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
 from knowledge_store.format.manifest import Manifest, check_version
-from knowledge_store.format.pages import MOST_COLUMNS
+from knowledge_store.format.pages import MAX_COLUMNS
 from knowledge_store.format.parquet import FILE_SHAPE, FileRecord
 from knowledge_store.format.records import check_shape, is_sha256, read_record, seal
 from knowledge_store.storage.local import disk_errors
@@ -29,8 +29,8 @@ _SHAPE = {
 }
 
 _STATISTIC = re.compile("[A-Za-z][A-Za-z0-9_]{0,99}")  # they become columns of the relation `shards`
-MOST_STATISTICS = 256
-MOST_COUNT = 2**53  # whole numbers that a float holds
+MAX_STATISTICS = 256
+MAX_COUNT = 2**53  # whole numbers that a float holds
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,17 @@ class CommitRecord:
 def _check_limits(record: dict[str, Any]) -> None:
     """ValueError: a number of a commit record is one that nothing can be made of, or a statistic has no name for a column."""
     statistics = record["statistics"]
-    if len(statistics) > MOST_STATISTICS or not all(map(_STATISTIC.fullmatch, statistics)):
+    if len(statistics) > MAX_STATISTICS or not all(map(_STATISTIC.fullmatch, statistics)):
         raise ValueError("its statistics are too many, or have names that are none")
-    if not all(abs(value) <= MOST_COUNT for value in statistics.values()):
+    if not all(abs(value) <= MAX_COUNT for value in statistics.values()):
         raise ValueError("one of its statistics is not possible")
     # The index is made of these.
     texts = [*record["files"], record["made_by"]["committed_at"]]
     if max(map(len, texts)) > 200 or len(record["files"]) > 64:
         raise ValueError("it names files that are none")
-    if sum(len(file["column_bytes"]) for file in record["files"].values()) > MOST_COLUMNS:
+    if sum(len(file["column_bytes"]) for file in record["files"].values()) > MAX_COLUMNS:
         raise ValueError("its files have too many columns")
-    if not all(0 <= record[name] <= MOST_COUNT for name in ("shard", "first_document", "documents")):
+    if not all(0 <= record[name] <= MAX_COUNT for name in ("shard", "first_document", "documents")):
         raise ValueError("it records documents that are not possible")
 
 

@@ -33,7 +33,7 @@ BLOCK_BYTES = 16 * 1024
 DIGEST_BYTES = 8
 DIGESTS_KEY = b"knowledge-store.blocks"  # in the footer's key-value metadata
 
-MOST_FOOTER_BYTES = 8 * 2**20
+MAX_FOOTER_BYTES = 8 * 2**20
 REMEMBERED_FILES = 16_384  # whose digests were computed, half a thousandth of their bytes
 
 
@@ -110,7 +110,7 @@ def read_footer(path: Path, descriptor: int, size: int) -> bytes:
     """
     end = _pread(path, descriptor, max(size - 8, 0), size, size)
     length = int.from_bytes(end[:4], "little") + 8
-    if end[4:] != MAGIC or length > min(size, MOST_FOOTER_BYTES):
+    if end[4:] != MAGIC or length > min(size, MAX_FOOTER_BYTES):
         raise DamageError(f"{path} is damaged: it does not end as a Parquet file does")
     return _pread(path, descriptor, size - length, size, size)
 

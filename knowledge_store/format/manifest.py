@@ -44,9 +44,9 @@ _OPTIONAL: dict[str, dict[str, Any]] = {
 }
 
 # Beyond these nothing can be computed with (steps), or token ids and lengths do not fit their columns.
-LEAST_STEP, MOST_STEP = 2.0**-24, 2.0**10
-MOST_VOCABULARY = 2**32
-MOST_LENGTH = 2**31 - 1
+MIN_STEP, MAX_STEP = 2.0**-24, 2.0**10
+MAX_VOCABULARY = 2**32
+MAX_LENGTH = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -163,12 +163,12 @@ def check_version(record: dict[str, Any], path: Path) -> None:
 
 def _check_limits(record: dict[str, Any]) -> None:
     """ValueError: a number of a manifest is one that nothing can be made of, or its lists name what they may not."""
-    if not LEAST_STEP <= record["quantisation_step"] <= MOST_STEP:
-        raise ValueError(f"its quantisation step is not between {LEAST_STEP} and {MOST_STEP}")
-    if not 1 <= record["teacher"]["vocabulary_size"] <= MOST_VOCABULARY:
-        raise ValueError(f"its vocabulary size is not between 1 and {MOST_VOCABULARY:,}")
-    if not 1 <= record["plan"]["max_length"] <= MOST_LENGTH:
-        raise ValueError(f"its maximum length is not between 1 and {MOST_LENGTH:,}")
+    if not MIN_STEP <= record["quantisation_step"] <= MAX_STEP:
+        raise ValueError(f"its quantisation step is not between {MIN_STEP} and {MAX_STEP}")
+    if not 1 <= record["teacher"]["vocabulary_size"] <= MAX_VOCABULARY:
+        raise ValueError(f"its vocabulary size is not between 1 and {MAX_VOCABULARY:,}")
+    if not 1 <= record["plan"]["max_length"] <= MAX_LENGTH:
+        raise ValueError(f"its maximum length is not between 1 and {MAX_LENGTH:,}")
     if record["derived"]["documents"] < 0:
         raise ValueError("its number of documents is below 0")
     if not record["kinds"] or len(set(record["kinds"])) < len(record["kinds"]):

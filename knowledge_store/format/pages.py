@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from knowledge_store.format.integrity import CheckedFile
 
 # What a file may stand for whatever its size: its rows' worth of a constant takes hardly a byte.
-MOST_BYTES = 2**28
+MAX_BYTES = 2**28
 # And for each byte of it: no real text or number is smaller.
 BYTES_PER_BYTE = 64
 
-MOST_COLUMNS = 4096
-MOST_ROW_GROUPS = 2**14
-MOST_CHUNKS = 2**16  # of more than a hundred million positions
-MOST_DEPTH = 12
+MAX_COLUMNS = 4096
+MAX_ROW_GROUPS = 2**14
+MAX_CHUNKS = 2**16  # of more than a hundred million positions
+MAX_DEPTH = 12
 MAGIC_BYTES = 4  # that a file begins with
 HEADER_BYTES = 256  # most headers of pages take less than 60
 BLOCK_BYTES = 2**18  # more than a block of Zstandard, compressed
@@ -194,7 +194,7 @@ def _struct(data: bytes, at: int, wanted: _Fields, depth: int = 0, left: list[in
 
     `left` counts down how many structs may still be made.
     """
-    if depth > MOST_DEPTH:
+    if depth > MAX_DEPTH:
         raise ValueError("it is nested too deeply")
     if left is not None:
         left[0] -= 1
@@ -229,7 +229,7 @@ def _value(data: bytes, at: int, kind: int, wanted: _Type, depth: int, left: lis
         return _struct(data, at, wanted, depth + 1, left)
     if isinstance(wanted, list) and kind == _LIST:
         inner, size, at = _list(data, at)
-        if size > MOST_ROW_GROUPS:
+        if size > MAX_ROW_GROUPS:
             raise ValueError(f"it lists {size:,} row groups or columns")
         values = []
         for _ in range(size):
@@ -268,7 +268,7 @@ def parse_footer(footer: bytes, size: int) -> Footer:
         ValueError: it is not; says what.
     """
     try:
-        fields, _ = _struct(footer[:-8], 0, _FOOTER, left=[MOST_ROW_GROUPS + 3 * MOST_CHUNKS])
+        fields, _ = _struct(footer[:-8], 0, _FOOTER, left=[MAX_ROW_GROUPS + 3 * MAX_CHUNKS])
         [rows] = _numbers(fields, 3)
         groups = fields.get(4, [])
         if len(groups) > rows + 1:
@@ -278,7 +278,7 @@ def parse_footer(footer: bytes, size: int) -> Footer:
         for group in groups:
             columns = group.get(1, [])
             chunks += len(columns)
-            if len(columns) > MOST_COLUMNS or chunks > MOST_CHUNKS:
+            if len(columns) > MAX_COLUMNS or chunks > MAX_CHUNKS:
                 raise ValueError(f"it states {chunks:,} columns in its row groups")
             [count] = _numbers(group, 3)
             if count and not columns:
@@ -300,7 +300,7 @@ def parse_footer(footer: bytes, size: int) -> Footer:
 
 def most_bytes(size: int) -> int:
     """How many bytes a file of `size` bytes may stand for."""
-    return max(MOST_BYTES, BYTES_PER_BYTE * size)
+    return max(MAX_BYTES, BYTES_PER_BYTE * size)
 
 
 def _width(chunk: Chunk) -> int:

@@ -41,7 +41,7 @@ COUNTING = "DELTA_BINARY_PACKED"
 TEXT = "DELTA_LENGTH_BYTE_ARRAY"
 IDENTIFYING = ("sequence_id", "position", "token_id", "is_target", "token_hash")
 STATISTICS = {"sequence_id", "document", "length", "targets"}
-MOST_FILE_BYTES = 2**48
+MAX_FILE_BYTES = 2**48
 
 FILE_SHAPE = {"bytes": int, "sha256": str, "footer_sha256": str, "rows": int, "column_bytes": {...: int}}
 
@@ -70,7 +70,7 @@ class FileRecord:
     def __post_init__(self) -> None:
         if not (is_sha256(self.sha256) and is_sha256(self.footer_sha256)):
             raise ValueError("a file's SHA-256 is not 64 hexadecimal digits")
-        if not all(0 <= each <= MOST_FILE_BYTES for each in (self.bytes, self.rows, *self.column_bytes.values())):
+        if not all(0 <= each <= MAX_FILE_BYTES for each in (self.bytes, self.rows, *self.column_bytes.values())):
             raise ValueError("a file's size or number of rows is not possible")
 
     def as_dict(self) -> dict[str, Any]:

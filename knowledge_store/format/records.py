@@ -19,8 +19,8 @@ from knowledge_store.errors import DamageError, InputError, StoreError
 
 SEAL = "sha256"
 _SHA256 = re.compile("[0-9a-f]{64}")
-MOST_BYTES = 64 * 2**20  # half a million shards in a manifest; in Python's objects, some twenty times as much
-MOST_DEPTH = 32
+MAX_BYTES = 64 * 2**20  # half a million shards in a manifest; in Python's objects, some twenty times as much
+MAX_DEPTH = 32
 
 
 def canonical_json(value: Any) -> bytes:
@@ -47,9 +47,9 @@ def seal(record: dict[str, Any]) -> bytes:
     """
     sealed = {**record, SEAL: json_sha256(record)}
     data = (json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
-    if len(data) > MOST_BYTES:
+    if len(data) > MAX_BYTES:
         raise InputError(
-            f"a record of {len(data):,} bytes would be written, and {MOST_BYTES:,} are read at most:"
+            f"a record of {len(data):,} bytes would be written, and {MAX_BYTES:,} are read at most:"
             " give another --shard-size (a manifest lists the shards, a shard's record the rows left out)"
         )
     return data
@@ -69,7 +69,7 @@ def _refuse_constant(name: str) -> Any:
 def check_depth(value: Any) -> None:
     """ValueError: a JSON value is nested more deeply than anything that a store holds."""
     level = [value]
-    for _ in range(MOST_DEPTH):
+    for _ in range(MAX_DEPTH):
         level = [
             inner
             for each in level
@@ -78,7 +78,7 @@ def check_depth(value: Any) -> None:
         ]
         if not level:
             return
-    raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def unseal(data: bytes, path: Path) -> dict[str, Any]:
@@ -151,9 +151,9 @@ def read_record(path: Path) -> dict[str, Any]:
         with open(path, "rb", opener=open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise StoreError(f"cannot read {path}: it is not a file")
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise DamageError(f"{path} is damaged: it has more than {MOST_BYTES:,} bytes")
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise DamageError(f"{path} is damaged: it has more than {MAX_BYTES:,} bytes")
         return unseal(data, path)
     except FileNotFoundError:
         raise DamageError(f"{path} is missing") from None

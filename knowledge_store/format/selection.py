@@ -16,7 +16,7 @@ from typing import Any
 from knowledge_store.errors import InputError
 
 NAMES = ("top-k", "top-p", "random-sampling")
-MOST_DRAWS = 2**16 - 1  # counts are stored as uint16
+MAX_DRAWS = 2**16 - 1  # counts are stored as uint16
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Selection:
             raise InputError(f"there is no selection {self.name!r}: choose one of {', '.join(NAMES)}")
         if (self.candidates == 0) != (self.name == "random-sampling") or not 0 <= self.candidates < 2**31:
             raise InputError(f"the selection {self.name} cannot have {self.candidates} candidates at most")
-        if not 0 <= self.draws <= MOST_DRAWS or (self.name == "random-sampling" and not self.draws):
-            raise InputError(f"{self.draws} draws cannot be made: at least {int(not self.candidates)}, at most {MOST_DRAWS:,}")
+        if not 0 <= self.draws <= MAX_DRAWS or (self.name == "random-sampling" and not self.draws):
+            raise InputError(f"{self.draws} draws cannot be made: at least {int(not self.candidates)}, at most {MAX_DRAWS:,}")
         if not 0 < self.p <= 1:
             raise InputError(f"the candidates' probability is {self.p}; it must be above 0 and at most 1")
 

@@ -39,7 +39,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from knowledge_store import errors
 from knowledge_store.sql.answers import Format, write_answer
-from knowledge_store.sql.limits import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.terminal.quantities import binary_size
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 ARROW = "arrow"
 DUCKDB_SHARE = 0.8
-LONGEST = 1e8  # seconds; timers take no more
+MAX_SECONDS = 1e8  # seconds; timers take no more
 OPENING_MEMORY = 4 * 2**30
 OPENING_TIME = 300.0
 OPENED = "opened"
@@ -76,7 +76,7 @@ def asked(
         KnowledgeStoreError: as `KnowledgeStore.open` and `KnowledgeStore.sql`, when all there is of the answer was read.
     """
     check_limits(memory_limit, timeout)
-    limits = {"memory_limit": int(min(memory_limit, LARGEST_MEMORY)), "timeout": min(timeout, LONGEST)}
+    limits = {"memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS)}
     request = json.dumps({"store": str(store), "sql": sql, "form": form, **limits})
     program = f"import sys; sys.path[:] = {sys.path!r}; from knowledge_store.isolation.child import main; main({os.getpid()})"
     pipe = subprocess.PIPE

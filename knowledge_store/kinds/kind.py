@@ -15,7 +15,7 @@ from knowledge_store.format.manifest import Manifest
 
 Arrays = dict[str, np.ndarray]
 
-MOST_PADDED = 2**27  # values of a padded row group, 1 GiB
+MAX_PADDED = 2**27  # values of a padded row group, 1 GiB
 
 
 def list_offsets(lengths: np.ndarray) -> pa.Array:
@@ -78,7 +78,7 @@ def check_lists(table: pa.Table) -> None:
         if pa.types.is_list(column.type):
             longest = pc.max(pc.list_value_length(column)).as_py() or 0
             values = pc.list_flatten(column)
-            if longest * len(column) > max(MOST_PADDED, 4 * len(values)):
+            if longest * len(column) > max(MAX_PADDED, 4 * len(values)):
                 raise ValueError(f"a list of {longest:,} values stands among lists of few")
             if values.null_count:
                 raise ValueError(f"{name} has a null among its values")

@@ -6,7 +6,7 @@ exactly, and VIEW is `unpack` in SQL. What is rounded is not each log-probabilit
     token_steps      steps of the token's log-probability below 0; null where the token is a candidate
     candidate_ids    side by side, the most significant byte first, in as many bytes each as the vocabulary needs
     gap_steps        of each candidate but the first, steps below the one before
-    tail_steps       steps of the tail's log-odds, ln(t / (1 − t)), below MOST_ODDS; ∞ where the tail is empty
+    tail_steps       steps of the tail's log-odds, ln(t / (1 − t)), below MAX_LOG_ODDS; ∞ where the tail is empty
 
 Candidates and tail sum to one, which gives the first candidate for nothing and without an error of its own. Log-odds are even
 where the tail holds nearly everything and its logarithm says nothing of the rest. Together the mean KL is a third less than
@@ -40,8 +40,8 @@ SOURCES = {
 }
 
 ZERO = 2**23  # what no steps are stored as
-MOST_STEPS = 2**22  # further down every exp is 0
-MOST_ODDS = 16  # nats: candidates that hold less than 1e-7 together are kept as holding that
+MAX_STEPS = 2**22  # further down every exp is 0
+MAX_LOG_ODDS = 16  # nats: candidates that hold less than 1e-7 together are kept as holding that
 
 VIEW = """\
 SELECT sequence_id, "position", token_id, is_target,
@@ -81,7 +81,7 @@ def view(logical: pa.Schema, manifest: Manifest) -> str:
     """SQL that gives the columns `logical`, `{rows}` standing for the stored table."""
     more = "".join(f", {column.name}" for column in _more(logical))
     step = repr(float(manifest.quantisation_step))
-    return VIEW.format(step=step, zero=ZERO, most=MOST_ODDS, bytes=id_bytes(manifest), more=more, rows="{rows}")
+    return VIEW.format(step=step, zero=ZERO, most=MAX_LOG_ODDS, bytes=id_bytes(manifest), more=more, rows="{rows}")
 
 
 def _sum_of_exp(exponents: np.ndarray) -> np.ndarray:
@@ -103,7 +103,7 @@ def logprobs_of(below: np.ndarray, tail_steps: np.ndarray, step: float) -> tuple
     Returns:
         candidates (N, K) and tail (N,), float32, nats.
     """
-    odds = MOST_ODDS - step * tail_steps
+    odds = MAX_LOG_ODDS - step * tail_steps
     both = np.log(1 + np.exp(-np.abs(odds)))
     spread = np.log(_sum_of_exp(-step * below))
     candidates = (np.minimum(-odds, 0) - both - spread)[:, None] - step * below
@@ -124,10 +124,10 @@ def exact_steps(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[
     first = wide[:, :1]
     below = (first - wide) / step
     odds = tail.astype(np.float64) - first[:, 0] - np.log(_sum_of_exp(wide - first))
-    tail_steps = np.maximum((MOST_ODDS - odds) / step, 0)
+    tail_steps = np.maximum((MAX_LOG_ODDS - odds) / step, 0)
     return (
-        np.where(np.isposinf(below), below, np.minimum(below, MOST_STEPS)),
-        np.where(np.isposinf(tail_steps), tail_steps, np.minimum(tail_steps, MOST_STEPS)),
+        np.where(np.isposinf(below), below, np.minimum(below, MAX_STEPS)),
+        np.where(np.isposinf(tail_steps), tail_steps, np.minimum(tail_steps, MAX_STEPS)),
     )
 
 
@@ -155,7 +155,7 @@ def _stored(steps: np.ndarray, absent: np.ndarray | None = None) -> pa.Array:
 def _counted(column: pa.ChunkedArray) -> np.ndarray:
     """Stored steps counted from 0, float64, 0 for null. ValueError: they are no whole numbers."""
     found = column.fill_null(ZERO).to_numpy().astype(np.float64) - ZERO
-    whole = np.abs(found) <= MOST_STEPS
+    whole = np.abs(found) <= MAX_STEPS
     if not (whole | np.isposinf(found)).all() or (found[whole] != np.round(found[whole])).any():
         raise ValueError("steps are no whole numbers")
     return found

@@ -39,8 +39,8 @@ TEMPERED = {"tail_logsumexp": pa.float32()}
 
 NO_MASS = -np.inf
 PACKED_SINCE = 3
-MOST_STEPS = packing.MOST_STEPS
-MOST_EXCESS = 1e-3  # nats by which a teacher's float32 candidates and tail may miss one together
+MAX_STEPS = packing.MAX_STEPS
+MAX_EXCESS = 1e-3  # nats by which a teacher's float32 candidates and tail may miss one together
 
 RELATIONS = {
     "positions": """
@@ -63,15 +63,15 @@ def schema(manifest: Manifest) -> pa.Schema:
 
 
 def _in_steps(logprobs: np.ndarray, step: float) -> np.ndarray:
-    """Log-probabilities (nats) in steps, what lies more than MOST_STEPS below 0 put there; −inf stays."""
+    """Log-probabilities (nats) in steps, what lies more than MAX_STEPS below 0 put there; −inf stays."""
     steps = logprobs.astype(np.float64) / step
-    return np.where(np.isneginf(steps), steps, np.maximum(steps, -MOST_STEPS))
+    return np.where(np.isneginf(steps), steps, np.maximum(steps, -MAX_STEPS))
 
 
 def quantise(logprobs: np.ndarray, step: float) -> np.ndarray:
     """Round log-probabilities (nats) to multiples of `step`, as float32; −inf stays, −0 becomes 0.
 
-    What lies more than MOST_STEPS below 0, such as a token whose logit is masked, is put there: its exp is 0 all the same.
+    What lies more than MAX_STEPS below 0, such as a token whose logit is masked, is put there: its exp is 0 all the same.
     """
     return (np.round(_in_steps(logprobs, step)) * step + 0.0).astype(np.float32)
 
@@ -132,7 +132,7 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     logprobs, tail = arrays["candidate_logprobs"], arrays["tail_logprob"]
     there, token_logprob = logprobs != NO_MASS, quantise(arrays["token_logprob"], step)
     if manifest.version >= PACKED_SINCE:
-        if manifest.rule.candidates and (np.abs(np.log(_total_mass(logprobs[kept], tail[kept]))) > MOST_EXCESS).any():
+        if manifest.rule.candidates and (np.abs(np.log(_total_mass(logprobs[kept], tail[kept]))) > MAX_EXCESS).any():
             raise InputError("candidates and tail of a position do not sum to one: the extractor is wrong; nothing is written")
         logprobs, tail = logprobs.astype(np.float32), tail.astype(np.float32)
         logprobs[kept], tail[kept] = packing.rounded(logprobs[kept], tail[kept], step)

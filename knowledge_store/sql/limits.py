@@ -7,8 +7,8 @@ from knowledge_store.terminal.quantities import binary_size
 
 MEMORY_LIMIT = 2 * 2**30
 TIMEOUT = 60.0
-LEAST_MEMORY = 32 * 2**20
-LARGEST_MEMORY = 2**50  # limits take no more
+MIN_MEMORY_LIMIT = 32 * 2**20
+MAX_MEMORY_LIMIT = 2**50  # limits take no more
 
 
 def check_limits(memory_limit: float, timeout: float) -> None:
@@ -17,8 +17,8 @@ def check_limits(memory_limit: float, timeout: float) -> None:
     Raises:
         InputError: one is too small, or no number.
     """
-    if not memory_limit >= LEAST_MEMORY:
-        raise InputError(f"a memory limit is at least {binary_size(LEAST_MEMORY)}, and this is {binary_size(memory_limit)}")
+    if not memory_limit >= MIN_MEMORY_LIMIT:
+        raise InputError(f"a memory limit is at least {binary_size(MIN_MEMORY_LIMIT)}, and this is {binary_size(memory_limit)}")
     if not timeout > 0:
         raise InputError(f"a time limit is more than 0 seconds, and this is {timeout:g}")
 

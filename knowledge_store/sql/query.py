@@ -30,7 +30,7 @@ from knowledge_store.format.parquet import FileRecord, dataset, read_file
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.kinds import KINDS
 from knowledge_store.reading.reader import OPEN_FILES, shard_files
-from knowledge_store.sql.limits import LARGEST_MEMORY, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.terminal.quantities import binary_size
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
@@ -172,7 +172,7 @@ def connect(memory_limit: float) -> duckdb.DuckDBPyConnection:
     Args:
         memory_limit: in bytes, for what DuckDB keeps while it answers.
     """
-    limit = int(min(memory_limit, LARGEST_MEMORY))
+    limit = int(min(memory_limit, MAX_MEMORY_LIMIT))
     connection = duckdb.connect(":memory:", config={**CONFIGURATION, "memory_limit": f"{limit}B"})
     # Not before: a database that is opened without access to files may still read its own, and takes ":memory:" for its name.
     connection.execute("SET enable_external_access = false")

@@ -163,7 +163,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def exclusive_lock(folder: Path) -> Iterator[None]:
     """Wait until no other process is in here with the same folder.
 
     Raises:

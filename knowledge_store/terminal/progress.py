@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.progress import (
     BarColumn,
@@ -21,15 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from knowledge_store.terminal.console import messages
+from knowledge_store.reporter import Advance, Reporter
+from knowledge_store.terminal.console import messages, note
 
 LOG_SECONDS = 10.0
-
-
-class Advance(Protocol):
-    """Tell the bar that `amount` units are done; `figures` are shown behind it (`mean_mass="0.62"`)."""
-
-    def __call__(self, amount: float, **figures: str) -> None: ...
 
 
 def duration(seconds: float) -> str:
@@ -112,3 +106,15 @@ def _log_lines(title: str, total: float | None, unit: str) -> Iterator[Advance]:
 
     yield advance
     messages.print(line(time.monotonic()), markup=False)
+
+
+class TerminalReporter(Reporter):
+    """Tells the person at the terminal, on standard error."""
+
+    def note(self, sentence: str) -> None:
+        note(sentence)
+
+    @contextmanager
+    def progress(self, title: str, total: float | None, unit: str = "") -> Iterator[Advance]:
+        with progress_bar(title, total, unit) as advance:
+            yield advance

@@ -50,8 +50,8 @@ from knowledge_store.kinds import KINDS, Arrays, Kind
 from knowledge_store.kinds.kind import check_lists
 from knowledge_store.storage.local import (
     TEMPORARY_PREFIX,
-    alone,
     disk_errors,
+    exclusive_lock,
     fsync_folder,
     make_folder,
     prepared,
@@ -217,7 +217,7 @@ def repair_manifest(store: Path, manifest: Manifest) -> bool:
         StoreError: the disk refuses.
     """
     folder = store / manifest.dump
-    with alone(folder):
+    with exclusive_lock(folder):
         try:
             read_manifest(folder)
             return False
@@ -333,7 +333,7 @@ class DumpWriter:
             StoreError: it cannot be written.
         """
         path, manifest_path = self.folder / TOKENS_FILE, self.folder / MANIFEST_FILE
-        with alone(self.folder), ExitStack() as stack:
+        with exclusive_lock(self.folder), ExitStack() as stack:
             self.manifest = read_manifest(self.folder)
             record = FileRecord.from_dict(self.manifest.derived["tokens"])
             if not self.tokens_damage():
@@ -407,7 +407,7 @@ class DumpWriter:
         """
         tables, statistics = self._tables(shard)
         path = commit_path(self.folder, shard.number)
-        with alone(path.parent), ExitStack() as stack:
+        with exclusive_lock(path.parent), ExitStack() as stack:
             damage = shard_damage(self.folder, self.manifest, shard.number)
             if not damage:
                 return read_commit(path)  # another process was quicker

@@ -39,7 +39,7 @@ from student_train.evaluation.metrics import (
 FIT_METHODS = ("first", "temperature")
 FEW_TARGETS = 200
 # More say nothing new about one number; they are spread evenly over the sequences.
-MOST_TARGETS = 500_000
+MAX_TARGETS = 500_000
 COARSE_STEP, FINE_STEP = 0.1, 0.02
 BATCH = 64
 
@@ -195,8 +195,8 @@ def _labelled(store: KnowledgeStore, dump: str, table: pa.Table, ordinals: np.nd
     total = int(targets[ordinals].sum())
     if not total:
         raise InputError(f"the chosen sequences of {dump} have no target positions to fit a calibration on")
-    if total > MOST_TARGETS:
-        places = np.linspace(0, len(ordinals) - 1, max(1, len(ordinals) * MOST_TARGETS // total))
+    if total > MAX_TARGETS:
+        places = np.linspace(0, len(ordinals) - 1, max(1, len(ordinals) * MAX_TARGETS // total))
         ordinals = ordinals[np.unique(places.round().astype(np.int64))]
     parts: list[dict[str, np.ndarray]] = []
     with progress_bar("reading the store", int(targets[ordinals].sum()), "targets") as advance:
@@ -213,7 +213,7 @@ def _labelled(store: KnowledgeStore, dump: str, table: pa.Table, ordinals: np.nd
         part["candidate_ids"] = np.pad(part["candidate_ids"], missing)
         part["candidate_logprobs"] = np.pad(part["candidate_logprobs"], missing, constant_values=-np.inf)
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return labelled_targets(columns), total > MOST_TARGETS
+    return labelled_targets(columns), total > MAX_TARGETS
 
 
 def labelled_targets(columns: dict[str, np.ndarray]) -> Labelled:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import InputError
-from knowledge_store.format.records import MOST_BYTES, check_depth, check_shape, open_at_once
+from knowledge_store.format.records import MAX_BYTES, check_depth, check_shape, open_at_once
 
 Record = dict[str, Any]
 
@@ -56,16 +56,16 @@ def read_object(path: Path) -> Record | None:
     """The object in a JSON file; None when there is no such file.
 
     Raises:
-        InputError: it cannot be read, is no file (a pipe, a device), has more than `MOST_BYTES`, or holds something else than
-            an object of text that is sound Unicode, nested no more than `MOST_DEPTH` deep.
+        InputError: it cannot be read, is no file (a pipe, a device), has more than `MAX_BYTES`, or holds something else than
+            an object of text that is sound Unicode, nested no more than `MAX_DEPTH` deep.
     """
     try:
         with open(path, "rb", opener=open_at_once) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ValueError("it is not a file")
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
         record = json.loads(data.decode())
         if not isinstance(record, dict):
             raise ValueError("it is not an object")

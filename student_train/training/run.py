@@ -34,8 +34,9 @@ from transformers.trainer_utils import IntervalStrategy
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.reporter import Advance
 from knowledge_store.terminal.console import note
-from knowledge_store.terminal.progress import Advance, progress_bar
+from knowledge_store.terminal.progress import progress_bar
 from student_train.calibration.recalibration import configured
 from student_train.evaluation.results import HISTORY_FILE, RUN_FILE, read_history
 from student_train.losses.divergences import (

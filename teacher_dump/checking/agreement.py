@@ -46,7 +46,7 @@ from teacher_dump.teachers.local import Teacher, describe_tokenizer, load_teache
 AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER = "agrees", "damage", "another teacher", "another tokenizer"
 ROUNDED = {"token_logprob": "token", "candidate_logprobs": "candidates", "tail_logprob": "tail"}
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call how many there are
-MOST_COUNTED = 2.0  # nats of one value, in a mean
+MAX_COUNTED = 2.0  # nats of one value, in a mean
 SHOWN = 5
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
 SHARE_OFF = 0.5  # of the sequences: beyond it the teacher is another one, unless its weights are the dump's own
@@ -460,12 +460,12 @@ def _mean(values: np.ndarray) -> float | None:
 def _means(found: Arrays, name: str) -> np.ndarray:
     """Of one sequence, how far a quantity moved at each position that has it: the mean of its values there, in nats, (n,).
 
-    One that is far off does not speak for all: none counts for more than MOST_COUNTED.
+    One that is far off does not speak for all: none counts for more than MAX_COUNTED.
     """
     moved = found[f"{name} moved"]
     moved = moved if moved.ndim == 2 else moved[:, None]
     there = ~np.isnan(moved)
-    sums = np.where(there, moved.clip(-MOST_COUNTED, MOST_COUNTED), 0).sum(axis=1)
+    sums = np.where(there, moved.clip(-MAX_COUNTED, MAX_COUNTED), 0).sum(axis=1)
     return sums[there.any(axis=1)] / there.sum(axis=1)[there.any(axis=1)]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
-from knowledge_store.format.selection import MOST_DRAWS, NAMES, Selection
+from knowledge_store.format.selection import MAX_DRAWS, NAMES, Selection
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
 PART_CHARACTERS_PER_POSITION = 64
@@ -78,8 +78,8 @@ class DumpConfig:
             if getattr(self, name) < least:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {least}")
         for name in ("draws", "tail_draws"):
-            if getattr(self, name) > MOST_DRAWS:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at most {MOST_DRAWS:,}")
+            if getattr(self, name) > MAX_DRAWS:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at most {MAX_DRAWS:,}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p is {self.top_p}; it must be above 0 and at most 1")
         options = {name for each in SELECTION_OPTIONS.values() for name in each}

@@ -28,10 +28,11 @@ from knowledge_store.format.manifest import Manifest, check_version, read_manife
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
+from knowledge_store.reporter import Advance
 from knowledge_store.storage.local import TEMPORARY_PREFIX, disk_errors
 from knowledge_store.store import check_store
 from knowledge_store.terminal.console import note
-from knowledge_store.terminal.progress import Advance, progress_bar
+from knowledge_store.terminal.progress import progress_bar
 from knowledge_store.writing.writer import DumpWriter, Shard, repair_manifest, repair_store_file
 from teacher_dump.corpus.documents import check_files
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence

@@ -31,7 +31,7 @@ from stores import read_whole, write_drawn_store
 from knowledge_store import KnowledgeStore, Manifest, read_calibration, verify, write_calibration
 from knowledge_store.calibration.file import Calibration
 from knowledge_store.catalogue.index import FILES, Index, refresh
-from knowledge_store.errors import MOST_CHARACTERS, DamageError, KnowledgeStoreError
+from knowledge_store.errors import MAX_CHARACTERS, DamageError, KnowledgeStoreError
 from knowledge_store.format.commits import read_commit
 from knowledge_store.format.integrity import BLOCK_BYTES, DIGESTS_KEY, CheckedFile, GuardedFile, _digest, open_files
 from knowledge_store.format.layout import SEQUENCES, TOKENS_FILE
@@ -46,7 +46,7 @@ from knowledge_store.sql.query import BATCH_ROWS, run_query
 from torture import thrift
 
 MEMORY_BYTES = 2 * 2**30  # of addresses, beyond those of libraries and reserves
-MOST_GROWTH = 2**29
+MAX_GROWTH = 2**29
 STRANGE = [
     None,
     True,
@@ -144,7 +144,7 @@ def tried(case: Callable[[], object]) -> str:
         case()
     except KnowledgeStoreError as error:
         message = " ".join(str(error).split())
-        assert message and len(message) <= MOST_CHARACTERS + 1, f"no message for a person: {message[:200]!r}"
+        assert message and len(message) <= MAX_CHARACTERS + 1, f"no message for a person: {message[:200]!r}"
         # Memory that could not be had was asked for: a smaller bomb would have had it.
         assert not any(word in message.lower() for word in ("malloc", "unable to allocate", "out of memory")), message
         return "refused"
@@ -218,7 +218,7 @@ class World:
                 return read()
             finally:
                 grown = most_memory() - before
-                assert grown < MOST_GROWTH, f"{grown:,} bytes more for a file of {len(data):,}"
+                assert grown < MAX_GROWTH, f"{grown:,} bytes more for a file of {len(data):,}"
 
         return case
 
