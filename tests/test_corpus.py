@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
+from teacher_dump.corpus import documents as corpus_module
 from teacher_dump.corpus.documents import Start, check_files, column_value, cut_text, file_names, read_documents, scan
-from teacher_dump.corpus.documents import documents as corpus_module
 from teacher_dump.dumping.configuration import DumpConfig
 from teacher_dump.dumping.plan import ShardReader
 

@@ -134,7 +134,7 @@ def test_no_setting_names_the_home(store, name, isolated):
 SLOW = """
 import os, resource, time
 from knowledge_store import KnowledgeStore
-from knowledge_store.isolation.child import child as isolation
+from knowledge_store.isolation import child as isolation
 isolation.OPENING_TIME = 0.5
 def slow(*args, **options):
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] < 2**34

@@ -22,7 +22,6 @@ from knowledge_store import (
     MismatchError,
     Shard,
     StoreError,
-    publication,
     verify,
 )
 from knowledge_store.format.commits import read_commit
@@ -30,6 +29,7 @@ from knowledge_store.format.layout import FORMAT_VERSION
 from knowledge_store.format.parquet import describe, read_file, write_table
 from knowledge_store.format.records import read_record, seal
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.storage import local as publication
 from knowledge_store.writing.writer import repair_manifest
 from teacher_dump import DumpConfig, dump
 
