@@ -20,7 +20,7 @@ import torch
 from measurement import keep
 from torch import Tensor
 
-from knowledge_store.format.selection import Selection
+from knowledge_store.kinds.selection import Selection
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.extraction.sampling import block_sums, draw, independent_points, systematic_points
 from teacher_dump.teachers.local import load_teacher
