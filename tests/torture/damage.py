@@ -417,7 +417,7 @@ def try_faults(seed: int, numbers: Iterable[int], folder: Path, step: int | None
         for sound in sounds if step else []:
             counts.update(flip_in_turn(sound, seed, step))
         for number in numbers:
-            sound = sounds[0] if number % 4 else sounds[1 + number // 4 % 2]
+            sound = sounds[0]
             counts.update(try_leftover(seed, number, sounds[0]) if number % LEFTOVERS == 0 else try_fault(seed, number, sound))
     return dict(counts)
 
