@@ -159,7 +159,7 @@ def copy_shard(store: Path, record: CommitRecord, shard: int) -> None:
 
 def many_shards(store: Path, shards: int, spare: int) -> CommitRecord:
     """A store of small shards (see above), with `spare` more in its plan; returns the first one's commit record."""
-    with patch.object(knowledge_store.writing.writer, "ROW_GROUP_POSITIONS", 32):
+    with patch.object(knowledge_store.writing.shard, "ROW_GROUP_BYTES", 32 * 2048):
         record = write_shards(store, shards + spare, 1, 16, 16)
     for shard in range(1, shards):
         copy_shard(store, record, shard)

@@ -41,8 +41,8 @@ from knowledge_store.format.layout import TOKENS_FILE, table_path
 from knowledge_store.format.parquet import write_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids
-from knowledge_store.kinds.positions import positions_of, quantise
+from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids, quantise
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.configuration import DumpConfig
@@ -142,7 +142,7 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
         vocabulary_bytes=(folder / config.dump_name / TOKENS_FILE).stat().st_size,
         index_bytes=index,
         column_bytes=summary.column_bytes,
-        dense_bytes=summary.dense_bytes,
+        dense_bytes=int(summary.facts["positions.dense_bytes"] or 0),
     )
 
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import run_command
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import commit, drawn_sequences, joined, make_manifest, read_whole, words, write_drawn_store, write_store
+from stores import commit, drawn_sequences, make_manifest, read_whole, words, write_drawn_store, write_store
 from test_records import JSON, altered
 from torture import hostile_files
 
@@ -30,6 +30,7 @@ from knowledge_store.format.pages import chunk_pages, parse_footer
 from knowledge_store.format.parquet import describe
 from knowledge_store.format.records import MAX_BYTES, MAX_DEPTH, read_record, seal, unseal
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds import joined
 
 
 def test_a_thousand_hostile_files(tmp_path):
@@ -240,7 +241,7 @@ def test_manifests_that_nothing_can_be_made_of(tmp_path, place, value, message):
     [
         (["statistics"], {"SELECT": 1, "a b": 2}),
         (["statistics"], {f"s{n}": 1 for n in range(1000)}),
-        (["statistics", "predictions"], 1e300),
+        (["statistics", "positions.predictions"], 1e300),
         (["documents"], -5),
         (["files", "positions", "bytes"], 2**62),
         (["files", "positions", "column_bytes"], {str(n): 1 for n in range(5000)}),
@@ -353,7 +354,7 @@ def test_a_value_in_a_list_is_never_null(tmp_path):
         spoilt = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
         resealed(store, "positions", hostile_files.written(spoilt, write_statistics=False))
         opened = KnowledgeStore.open(store, cache_size=0)
-        for read in (lambda opened=opened: opened[0], lambda opened=opened: opened.kept(0)):
+        for read in (lambda opened=opened: opened[0], lambda opened=opened: opened.stored(0, "positions")):
             with pytest.raises(DamageError, match=f"{name} has a null among its values"):
                 read()
         assert f"{name} has a null among its values" in verify(store).damage[0]
@@ -413,7 +414,7 @@ def test_a_long_list_among_short_ones(tmp_path):
     with pytest.raises(DamageError, match="a list of 1,000,000 values stands among lists of few"):
         KnowledgeStore.open(tmp_path / "store", cache_size=0)[0]
     with pytest.raises(DamageError, match="a list of 1,000,000 values stands among lists of few"):
-        KnowledgeStore.open(tmp_path / "store", cache_size=0).kept(0)
+        KnowledgeStore.open(tmp_path / "store", cache_size=0).stored(0, "positions")
 
 
 @pytest.fixture(scope="module")

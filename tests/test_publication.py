@@ -150,7 +150,11 @@ def test_files_of_an_uncommitted_shard_are_committed_as_they_stand(tmp_path):
     assert (writer.folder / "positions/00000.parquet").read_bytes() == standing
     assert verify(store).damage == []
     summaries = [KnowledgeStore.open(each).info()[0] for each in (store, tmp_path / "twin", other)]
-    assert summaries[0].mean_nll == summaries[1].mean_nll != summaries[2].mean_nll
+    assert (
+        summaries[0].statistics["positions.mean_nll"]
+        == summaries[1].statistics["positions.mean_nll"]
+        != summaries[2].statistics["positions.mean_nll"]
+    )
 
 
 def test_a_standing_commit_record_wins(tmp_path):

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 from conftest import story_rows, write_jsonl
 from processes import Command
-from stores import commit, joined, make_manifest, random_sequences, sequence_row, words, write_store
+from stores import apart, commit, make_manifest, random_sequences, sequence_row, words, write_store
 from test_resume import arguments, contents
 
 from knowledge_store import (
@@ -28,6 +28,7 @@ from knowledge_store.format.layout import FORMAT_VERSION
 from knowledge_store.format.parquet import describe, read_file, write_table
 from knowledge_store.format.records import read_record, seal
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds import joined
 from knowledge_store.storage import local as publication
 from teacher_dump import DumpConfig, dump
 
@@ -187,7 +188,7 @@ def repair(store: Path, shard: int, change=lambda arrays: None) -> None:
     arrays = joined(knowledge)
     change(arrays)
     rows = [sequence_row(100 * shard + index, each) for index, each in enumerate(knowledge)]
-    writer.repair(Shard(shard, 100 * shard, 100, rows, {"positions": arrays}, made_by={"host": "elsewhere"}))
+    writer.repair(Shard(shard, 100 * shard, 100, rows, {"positions": apart(arrays, rows)}, made_by={"host": "elsewhere"}))
 
 
 def other_digits(arrays) -> None:

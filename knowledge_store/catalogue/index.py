@@ -19,10 +19,11 @@ import duckdb
 import pyarrow as pa
 
 from knowledge_store.errors import DamageError
-from knowledge_store.format.commits import CommitRecord, misplaced, read_commit
+from knowledge_store.format.commits import CommitRecord, is_statistic, misplaced, read_commit
 from knowledge_store.format.layout import COMMITS, FORMAT_VERSION, INDEX_FILE, SEQUENCES, commit_path, commit_shard
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.pages import MAX_COLUMNS
+from knowledge_store.format.sequences import POSITIONS_STATISTIC
 from knowledge_store.storage.local import disk_errors, replace_bytes
 
 SHARDS = pa.schema(
@@ -66,7 +67,7 @@ TYPES = {
 }
 # How an index is read: as a database beside DuckDB's own, so that no function or type that it may define is found by its name.
 GIVEN = "given.main"
-INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 3"
+INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 4"
 
 Standing = dict[tuple[str, int], tuple[int, int]]
 
@@ -76,8 +77,8 @@ class Index:
     """The committed shards of a store and their files (schema FILES), both ordered by dump and shard.
 
     Questions about shards are answered from the first table alone, column by column: Python objects for each of ten
-    thousand shards would take longer than DuckDB's whole answer. It has the columns of SHARDS, where `sequences` and
-    `positions` are rows of those tables (null without one), `bytes` are of all files, and the keys of `column_bytes` are
+    thousand shards would take longer than DuckDB's whole answer. It has the columns of SHARDS, where `sequences` are
+    rows of that table, `positions` all their tokens, `bytes` are of all files, and the keys of `column_bytes` are
     "table.column"; then one column (float64) for each statistic of the commit records, its name after STATISTIC.
     """
 
@@ -141,12 +142,13 @@ def _shard_row(commit: CommitRecord, standing: tuple[int, int]) -> dict[str, obj
         "record_mtime_ns": standing[1],
         "first_document": commit.first_document,
         "documents": commit.documents,
-        **{table: commit.files[table].rows for table in (SEQUENCES, "positions") if table in commit.files},
+        "sequences": commit.files[SEQUENCES].rows if SEQUENCES in commit.files else None,
+        "positions": int(commit.statistics.get(POSITIONS_STATISTIC, 0)),
         "skipped_rows": len(commit.skipped),
         "bytes": sum(file.bytes for file in commit.files.values()),
         "committed_at": commit.made_by.get("committed_at"),
         "column_bytes": list(columns.items()),
-        **{f"{STATISTIC}{name}": value for name, value in commit.statistics.items()},
+        **{f"{STATISTIC}{name}": value for name, value in commit.statistics.items() if name != POSITIONS_STATISTIC},
     }
 
 
@@ -236,7 +238,7 @@ def _statistics(connection: duckdb.DuckDBPyConnection, records: int) -> list[str
     statistics = [
         name
         for table, name, _, _ in found
-        if table == "shards" and name.startswith(STATISTIC) and name.removeprefix(STATISTIC).isidentifier()
+        if table == "shards" and name.startswith(STATISTIC) and is_statistic(name.removeprefix(STATISTIC))
     ]
     expected = {("about", "value", "VARCHAR", None)} | {
         (table, field.name, TYPES[field.type], None)

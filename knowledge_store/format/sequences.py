@@ -36,6 +36,9 @@ CORPUS_TYPES: dict[str, pa.DataType] = {
     "string": pa.string(),
 }
 
+SEQUENCES_ENCODING = {"sequence_id": COUNTING}
+POSITIONS_STATISTIC = "sequences.positions"  # of a shard: how many tokens its sequences have together
+
 TOKENS_SCHEMA = pa.schema([("token_id", pa.uint32()), ("text", pa.string()), ("token", pa.string())])
 TOKENS_ENCODING = {"token_id": COUNTING, "text": TEXT, "token": TEXT}
 

@@ -82,6 +82,13 @@ def _identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def _readable(column: pa.Field) -> pa.Field:
+    """A column as DuckDB can read it: it knows no float16."""
+    if pa.types.is_list(column.type):
+        return pa.field(column.name, pa.list_(_readable(column.type.value_field)))
+    return column.with_type(pa.float32()) if pa.types.is_float16(column.type) else column
+
+
 class _Catalogue:
     """Gives a store's tables to a connection, and makes its relations as views over them."""
 
@@ -113,7 +120,7 @@ class _Catalogue:
             )
             for file in shard_files(self._store, self._index, manifest.dump, table)
         ]
-        return dataset(files, schema)
+        return dataset(files, pa.schema([_readable(column) for column in schema]))
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""

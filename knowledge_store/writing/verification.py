@@ -24,9 +24,10 @@ from knowledge_store.format.layout import (
 )
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.parquet import FileRecord, describe, read_with_statistics, row_group_ends
-from knowledge_store.format.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
+from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.kinds import KINDS, check_kinds
-from knowledge_store.kinds.kind import check_lists
+from knowledge_store.kinds.columns import check_lists, row_counts
+from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from knowledge_store.store import check_store
 
@@ -64,33 +65,23 @@ def _check_file(path: Path, record: FileRecord, schema: pa.Schema) -> pa.Table:
 
 
 def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: Path, record: FileRecord) -> None:
-    """The rows of a kind are those of its sequences: all of them, in order, positions counted from 0."""
+    """The rows of a kind are those of its sequences: all of them, in order, positions and items counted from 0."""
     ids, lengths = sequences["sequence_id"].to_numpy(), sequences["length"].to_numpy()
-    if min(lengths, default=1) < 1 or (per == "position" and lengths.sum(dtype=np.int64) != len(knowledge)):
+    rows = knowledge["sequence_id"].to_numpy()
+    counts = {"position": lengths, "sequence": np.ones_like(lengths), "item": row_counts(rows, ids)}[per]
+    if (
+        min(lengths, default=1) < 1
+        or counts.sum(dtype=np.int64) != len(rows)
+        or not np.array_equal(rows, np.repeat(ids, counts))
+    ):
         raise DamageError(f"{path} does not have the rows of its sequences")
-    expected = np.repeat(ids, lengths) if per == "position" else ids
-    if not np.array_equal(knowledge["sequence_id"].to_numpy(), expected):
-        raise DamageError(f"{path} does not have the rows of its sequences")
-    ends = np.cumsum(lengths) if per == "position" else np.arange(1, len(ids) + 1)
+    ends = np.cumsum(counts)
     if not np.isin(row_group_ends(path, record), [0, *ends]).all():
         raise DamageError(f"{path} does not have whole sequences in its row groups")
-    if per == "position":
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        if not np.array_equal(knowledge["position"].to_numpy(), np.arange(len(knowledge)) - starts):
-            raise DamageError(f"{path} does not count positions from 0 in each sequence")
-
-
-def _check_tokens(sequences: pa.Table, positions: pa.Table, path: Path) -> None:
-    """Token hashes and numbers of targets are those of the positions."""
-    ends = np.cumsum(sequences["length"].to_numpy())
-    tokens = positions["token_id"].to_numpy()
-    targets = positions["is_target"].to_numpy()
-    rows = zip(*(sequences[name].to_pylist() for name in ("sequence_id", "length", "targets", "token_hash")), strict=True)
-    for (sequence, length, target_count, expected), end in zip(rows, ends, strict=True):
-        if token_hash(tokens[end - length : end]) != expected:
-            raise DamageError(f"{path}: the token ids of sequence {sequence} do not match its token_hash")
-        if int(targets[end - length : end].sum()) != target_count:
-            raise DamageError(f"{path}: sequence {sequence} does not have {target_count} targets")
+    if per != "sequence" and not np.array_equal(
+        knowledge[per].to_numpy(), np.arange(len(rows)) - np.repeat(ends - counts, counts)
+    ):
+        raise DamageError(f"{path} does not count {per}s from 0 in each sequence")
 
 
 def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]:
@@ -148,7 +139,7 @@ def _check_contents(folder: Path, manifest: Manifest, commit: CommitRecord, tabl
     longest = max(sequences["length"].to_pylist(), default=0)
     if longest > manifest.plan["max_length"]:
         raise DamageError(f"{table_path(folder, SEQUENCES, commit.shard)} has a sequence of {longest:,} tokens")
-    statistics: dict[str, float] = {}
+    statistics: dict[str, float] = {POSITIONS_STATISTIC: int(sequences["length"].to_numpy().sum(dtype=np.int64))}
     for name in manifest.kinds:
         kind = KINDS[name]
         path = table_path(folder, name, commit.shard)
@@ -158,11 +149,9 @@ def _check_contents(folder: Path, manifest: Manifest, commit: CommitRecord, tabl
         except ValueError as error:
             raise DamageError(f"{path}: {error}") from None
         _check_alignment(sequences, table, kind.per, path, commit.files[name])
-        if name == "positions":
-            _check_tokens(sequences, table, path)
-        for complaint in kind.damage(table, manifest):
+        for complaint in kind.checks(table, sequences, manifest):
             raise DamageError(f"{path}: {complaint}")
-        statistics.update(kind.statistics(table, manifest))
+        statistics |= qualified(kind, added(kind, [measured(kind, table, manifest)]))
     stated = commit.statistics
     if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
         raise DamageError(f"{commit_path(folder, commit.shard)} states other statistics than its shard has")
@@ -203,10 +192,10 @@ def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], N
             damage = [str(error)]
         found.damage += damage
         if not damage:
-            files = read_commit(path).files
+            commit = read_commit(path)
             found.shards += 1
-            found.positions += files["positions"].rows if "positions" in files else 0
-            found.bytes += sum(file.bytes for file in files.values())
+            found.positions += int(commit.statistics[POSITIONS_STATISTIC])
+            found.bytes += sum(file.bytes for file in commit.files.values())
         shard_done(1)
     for table in (SEQUENCES, *manifest.kinds):
         for path in sorted((folder / table).glob("*.parquet")):

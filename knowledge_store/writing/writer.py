@@ -9,14 +9,11 @@ from __future__ import annotations
 import datetime
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from knowledge_store.errors import DamageError, InputError, MismatchError, StoreError
 from knowledge_store.format.commits import CommitRecord, files_in_commits, read_commit
@@ -45,10 +42,9 @@ from knowledge_store.format.parquet import (
     write_table,
 )
 from knowledge_store.format.records import seal
-from knowledge_store.format.sequences import TOKENS_ENCODING, sequences_table
-from knowledge_store.kinds import KINDS, Arrays, Kind, check_kinds
-from knowledge_store.kinds.kind import check_lists
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.format.sequences import TOKENS_ENCODING
+from knowledge_store.kinds import KINDS, Kind, check_kinds
+from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.storage.local import (
     TEMPORARY_PREFIX,
     disk_errors,
@@ -62,32 +58,8 @@ from knowledge_store.storage.local import (
     write_bytes,
 )
 from knowledge_store.store import check_store, check_store_file
+from knowledge_store.writing.shard import Shard, StoredTable, pack_shard
 from knowledge_store.writing.verification import shard_damage
-
-ROW_GROUP_POSITIONS = 32_768
-ROW_GROUP_VALUES = 2**24  # of lists, filled up to the longest: readers take them all into memory
-
-
-@dataclass(frozen=True)
-class Shard:
-    """All there is to publish of a shard.
-
-    Attributes:
-        number: in the plan.
-        first_document, documents: what part of the plan it covers.
-        sequences: rows of the `sequences` table, in order.
-        knowledge: for each kind, its arrays over all rows of the shard (see each kind's `encode`).
-        skipped: rows of the corpus that were left out: {"file", "row", "reason"}.
-        made_by: versions, device, host, times.
-    """
-
-    number: int
-    first_document: int
-    documents: int
-    sequences: list[dict[str, Any]]
-    knowledge: dict[str, Arrays]
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    made_by: dict[str, Any] = field(default_factory=dict)
 
 
 def create_store(path: Path) -> None:
@@ -128,26 +100,6 @@ def repair_store_file(path: Path) -> bool:
         return True
 
 
-def row_groups(lengths: np.ndarray, values: int = 1) -> list[int]:
-    """How many sequences go into each row group: whole sequences, about ROW_GROUP_POSITIONS positions, or fewer where one has
-    lists of up to so many `values`."""
-    most = min(ROW_GROUP_POSITIONS, ROW_GROUP_VALUES // max(values, 1))
-    groups, count, positions = [], 0, 0
-    for length in lengths.tolist():
-        if count and positions + length > most:
-            groups.append(count)
-            count = positions = 0
-        count += 1
-        positions += length
-    return [*groups, count] if count else groups
-
-
-def _has_nan(table: pa.Table) -> bool:
-    """Whether some number of a table is NaN, which means nothing in any kind of knowledge."""
-    columns = [pc.list_flatten(column) if pa.types.is_list(column.type) else column for column in table.columns]
-    return any(pc.any(pc.is_nan(column)).as_py() for column in columns if pa.types.is_floating(column.type))
-
-
 def _same_rows(path: Path, record: FileRecord, table: pa.Table) -> pa.Table:
     """A sound file as a table, which has the sequences and tokens of `table` (MismatchError)."""
     found = read_file(path, record)
@@ -157,6 +109,15 @@ def _same_rows(path: Path, record: FileRecord, table: pa.Table) -> pa.Table:
             " version of the tokenizer"
         )
     return found
+
+
+def _joined(packed: StoredTable) -> pa.Table:
+    return pa.concat_tables([packed.schema.empty_table(), *packed.row_groups])
+
+
+def _statistics(kind: Kind, stored: pa.Table, manifest: Manifest) -> dict[str, float]:
+    """A kind's statistics over a stored table, by the names that commit records have."""
+    return qualified(kind, added(kind, [measured(kind, kind.unpack(stored, manifest), manifest)]))
 
 
 def _check_committed(folder: Path, manifest: Manifest) -> None:
@@ -355,17 +316,19 @@ class DumpWriter:
             DamageError: a file of an unfinished run does not belong there; names it.
             StoreError: a file cannot be written (names it), or the dump was removed.
         """
-        tables, statistics = self._tables(shard)
+        tables, statistics = pack_shard(shard, self.manifest)
         files: dict[str, FileRecord] = {}
-        for name, (table, rows_in_groups) in tables.items():
+        for name, packed in tables.items():
             self._check_standing()
+            table = _joined(packed)
             try:
-                files[name], published = publish_table(table_path(self.folder, name, shard.number), table, rows_in_groups)
+                path, sizes = table_path(self.folder, name, shard.number), [len(group) for group in packed.row_groups]
+                files[name], published = publish_table(path, table, sizes, packed.encoding)
             except DamageError:  # of a dump that was removed meanwhile, no file is where it was
                 self._check_standing()
                 raise
             if name in KINDS and published is not table:  # another writer's
-                statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
+                statistics |= _statistics(KINDS[name], published, self.manifest)
         record = self._record(shard, files, statistics)
         path = commit_path(self.folder, shard.number)
         self._check_standing()
@@ -386,7 +349,7 @@ class DumpWriter:
             MismatchError: a sound file of the shard has other rows than these.
             InputError, StoreError: as for `commit`.
         """
-        tables, statistics = self._tables(shard)
+        tables, statistics = pack_shard(shard, self.manifest)
         path = commit_path(self.folder, shard.number)
         with exclusive_lock(path.parent), ExitStack() as stack:
             damage = shard_damage(self.folder, self.manifest, shard.number)
@@ -395,14 +358,16 @@ class DumpWriter:
             standing = None if COMMITS in damage else read_commit(path)
             files: dict[str, FileRecord] = {}
             ready: list[tuple[Path, Path]] = []
-            for name, (table, rows_in_groups) in tables.items():
+            for name, packed in tables.items():
+                table = _joined(packed)
                 place = table_path(self.folder, name, shard.number)
                 if standing is not None and name not in damage:
                     files[name], sound = standing.files[name], _same_rows(place, standing.files[name], table)
                     if name in KINDS:
-                        statistics.update(KINDS[name].statistics(KINDS[name].unpack(sound, self.manifest), self.manifest))
+                        statistics |= _statistics(KINDS[name], sound, self.manifest)
                 else:
-                    write = partial(write_readable, table, row_groups=rows_in_groups)
+                    sizes = [len(group) for group in packed.row_groups]
+                    write = partial(write_readable, table, row_groups=sizes, encoding=packed.encoding)
                     temporary = stack.enter_context(prepared(place, write))
                     files[name] = describe(temporary)
                     ready.append((temporary, place))
@@ -427,76 +392,3 @@ class DumpWriter:
             skipped=shard.skipped,
             made_by={**shard.made_by, "committed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
         )
-
-    def _tables(self, shard: Shard) -> tuple[dict[str, tuple[pa.Table, list[int]]], dict[str, float]]:
-        """The tables of a shard as they are stored, with how many rows go into each row group, and the shard's statistics.
-
-        Raises:
-            InputError: the knowledge is not made of finite numbers.
-        """
-        lengths = np.array([row["length"] for row in shard.sequences], dtype=np.int64)
-        ids = np.array([row["sequence_id"] for row in shard.sequences], dtype=np.int64)
-        groups = row_groups(lengths, self._values())
-        tables = {SEQUENCES: (sequences_table(shard.sequences, self.manifest), [len(shard.sequences)])}
-        statistics: dict[str, float] = {}
-        for name in self.manifest.kinds:
-            table, rows_in_groups = self._knowledge(KINDS[name], shard.knowledge[name], ids, lengths, groups)
-            numbers = self._statistics(KINDS[name], table)
-            if _has_nan(table) or not np.isfinite(list(numbers.values())).all():
-                what = f"knowledge of shard {shard.number} of {self.manifest.dump!r}"
-                raise InputError(f"{what} is NaN or infinite: it is not written")
-            tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
-            statistics.update(numbers)
-        return tables, statistics
-
-    def _values(self) -> int:
-        """Of the longest list of one position."""
-        if "positions" not in self.manifest.kinds:
-            return 1
-        rule = positions_of(self.manifest).selection
-        return max(rule.candidates, rule.draws)
-
-    def _knowledge(
-        self, kind: Kind, arrays: Arrays, ids: np.ndarray, lengths: np.ndarray, groups: list[int]
-    ) -> tuple[pa.Table, list[int]]:
-        """The table of one kind, and how many rows go into each row group, from the numbers of sequences that do."""
-        keys = pa.table({"sequence_id": pa.array(ids)})
-        rows_in_groups = groups
-        if kind.per == "position":
-            positions = [np.arange(length, dtype=np.int32) for length in lengths]
-            keys = pa.table(
-                {
-                    "sequence_id": pa.array(np.repeat(ids, lengths)),
-                    "position": pa.array(np.concatenate(positions) if positions else np.empty(0, np.int32)),
-                }
-            )
-            ends = np.cumsum(groups)
-            rows_in_groups = [int(lengths[end - count : end].sum()) for end, count in zip(ends, groups, strict=True)]
-        # By row group: one Arrow list array cannot hold the values of a large shard.
-        tables = [kind.schema(self.manifest).empty_table()]
-        start = 0
-        for count in rows_in_groups:
-            part = {name: array[start : start + count] for name, array in arrays.items()}
-            tables.append(kind.table(keys.slice(start, count), part, self.manifest))
-            try:
-                check_lists(tables[-1])
-            except ValueError as error:
-                raise InputError(f"a row group could not be read again: {error}; give a smaller --max-length") from None
-            start += count
-        return pa.concat_tables(tables), rows_in_groups
-
-    def _statistics(self, kind: Kind, table: pa.Table) -> dict[str, float]:
-        """A table's statistics; not a number, where what it is made of is infinite."""
-        try:
-            return kind.statistics(table, self.manifest)
-        except ValueError:
-            return {"": np.nan}
-
-    def _packed(self, kind: Kind, table: pa.Table, rows_in_groups: list[int]) -> pa.Table:
-        """What to store of a table, by row group too."""
-        parts = [kind.stored_schema(self.manifest).empty_table()]
-        start = 0
-        for count in rows_in_groups:
-            parts.append(kind.pack(table.slice(start, count), self.manifest))
-            start += count
-        return pa.concat_tables(parts)

@@ -11,18 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from knowledge_store.catalogue.summary import DENSE_BYTES_PER_LOGPROB
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import write_table
-from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds import KINDS, Arrays, joined
+from knowledge_store.kinds.positions import DENSE_BYTES, positions_of
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.documents import Document, Start, read_documents
 from teacher_dump.corpus.tokenisation import BadRow, CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.configuration import SELECTION_OPTIONS, DumpConfig
 from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
-from teacher_dump.dumping.run import extract_batch, joined, predict_batch
+from teacher_dump.dumping.run import extract_batch, predict_batch
 from teacher_dump.teachers.local import Teacher, load_teacher
 
 SAMPLE_DOCUMENTS = 64
@@ -84,8 +83,9 @@ def _bytes(manifest: Manifest, arrays: Arrays, lengths: list[int]) -> int:
         }
     )
     file = io.BytesIO()
-    table = KINDS["positions"].pack(KINDS["positions"].table(keys, arrays, manifest), manifest)
-    write_table(table, file, [len(table)])
+    kind = KINDS["positions"]
+    table = kind.pack(keys, arrays, manifest)
+    write_table(table, file, [len(table)], kind.encoding(manifest))
     group = pq.read_metadata(io.BytesIO(file.getvalue())).row_group(0)
     return sum(group.column(column).total_compressed_size for column in range(group.num_columns))
 
@@ -146,7 +146,7 @@ def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
     mass = np.exp(likeliest["candidate_logprobs"][likeliest["has_knowledge"]].astype(np.float64)).cumsum(axis=1).mean(axis=0)
     sample_bytes = _bytes(manifest, arrays, ordered)
     bytes_per_position = sample_bytes / len(kept)
-    dense = positions * kept.mean() * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
+    dense = positions * kept.mean() * teacher.vocabulary_size * DENSE_BYTES
     speed = len(kept) / seconds
     return Estimate(
         documents=count,

@@ -512,7 +512,7 @@ class World:
             if name == SEQUENCES:
                 files = shard_files(self.store, index, "small", SEQUENCES)[:1]
                 return [found, read_sequences(files, sequences_schema(self.manifest))]
-            return [found, reader.kept(0, "positions")]
+            return [found, reader.stored(0, "positions")]
 
         return lambda: self.with_file(path, data, case)
 
