@@ -9,10 +9,10 @@ import pyarrow as pa
 from conftest import save_teacher, story_rows, write_jsonl
 
 from knowledge_store import KINDS, Kind, KnowledgeStore, verify
-from student_train.evaluation.results import read_history
-from student_train.losses.divergences import LOSSES, Loss
+from student_train.losses.table import LOSSES, Loss
 from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
+from student_train.training.run_folder import read_history
 from teacher_dump import DumpConfig, dump
 from teacher_dump.extraction.positions import EXTRACTORS
 

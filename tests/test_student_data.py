@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from student_train.losses.divergences import LOSSES
-from student_train.training.configuration import TrainConfig, unused_columns
+from student_train.losses.table import LOSSES
+from student_train.training.configuration import TrainConfig
 from student_train.training.data import DistillationDataset, check_student, describe_dump, padding_batch, split_ordinals
+from student_train.training.knowledge import unused_columns
 
 
 @pytest.fixture

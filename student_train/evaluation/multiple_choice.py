@@ -25,18 +25,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.calibration.temperature import FittedTemperature, fit_temperature
+from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.metrics import (
-    FittedTemperature,
     brier,
     brier_from_sums,
     describe_answers,
-    fit_temperature,
     negative_log_likelihood,
+    rounded,
     softmax,
 )
 from student_train.evaluation.questions import TokenisedQuestion
-from student_train.training.models import head_at
+from student_train.losses.head import head_at
 
 CONFIDENCES = ("first_token", "options", "sequence")
 # Questions that a temperature is fitted on at most: their logits over the whole vocabulary are held.
@@ -90,6 +90,7 @@ def score(
     temperatures: Sequence[float] = (1.0,),
     keep_logits: bool = False,
     title: str = "evaluating",
+    reporter: Reporter = SILENT,
 ) -> Scores:
     """Ask a model, which stays on its device and is put in evaluation mode.
 
@@ -99,7 +100,8 @@ def score(
         batch_size: prompts in a forward pass: one for a question of single-token options, else one for each longer option.
         temperatures: at which log-sum-exps over the vocabulary are taken.
         keep_logits: whether to keep all logits at the first token.
-        title: of the progress bar.
+        title: of the progress that the reporter hears of.
+        reporter: hears of progress.
     """
     prompts = sorted(_prompts(questions), key=lambda each: -len(each.tokens))
     parts = np.bincount([each.question for each in prompts])
@@ -108,7 +110,7 @@ def score(
     totals = {temperature: np.zeros(len(questions)) for temperature in temperatures}
     kept: Tensor | None = None
     model.eval()
-    with torch.inference_mode(), progress_bar(title, len(questions), "questions") as advance:
+    with torch.inference_mode(), reporter.progress(title, len(questions), "questions") as advance:
         for begin in range(0, len(prompts), batch_size):
             batch = prompts[begin : begin + batch_size]
             logits, places = _logits(model, questions, batch)
@@ -251,11 +253,6 @@ def figures(scores: Scores, temperatures: dict[str, float] | None = None) -> dic
     return found
 
 
-def rounded(values: np.ndarray) -> list[Any]:
-    """Numbers, or rows of them, with five significant digits, for JSON."""
-    return [rounded(value) if isinstance(value, np.ndarray) else float(f"{value:.5g}") for value in values]
-
-
 def measure_questions(
     model: PreTrainedModel,
     questions: Sequence[TokenisedQuestion],
@@ -263,6 +260,7 @@ def measure_questions(
     batch_size: int = 8,
     fit_on: Sequence[TokenisedQuestion] | None = None,
     temperature: float | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """All figures of a model in memory on questions, and again with a post-hoc temperature.
 
@@ -272,6 +270,7 @@ def measure_questions(
         batch_size: as in `score`.
         fit_on: other questions, to fit a temperature for each confidence on; the first `FIT_QUESTIONS` of them are used.
         temperature: one for all confidences, used as it stands.
+        reporter: hears of progress.
 
     Returns:
         The confidences as `figures` gives them, and `post_hoc` when asked for: `questions` (how many were fitted on) and
@@ -282,12 +281,12 @@ def measure_questions(
     if fit_on is not None:
         fit_on = fit_on[:FIT_QUESTIONS]
         title = "fitting the temperature"
-        fitted = fit_temperatures(score(model, fit_on, batch_size=batch_size, keep_logits=True, title=title))
+        fitted = fit_temperatures(score(model, fit_on, batch_size=batch_size, keep_logits=True, title=title, reporter=reporter))
         temperatures = {name: each.temperature for name, each in fitted.items()}
     elif temperature is not None:
         temperatures = dict.fromkeys(CONFIDENCES, temperature)
     wanted = tuple(dict.fromkeys((1.0, temperatures.get("first_token", 1.0))))
-    scores = score(model, questions, batch_size=batch_size, temperatures=wanted)
+    scores = score(model, questions, batch_size=batch_size, temperatures=wanted, reporter=reporter)
     result: dict[str, Any] = figures(scores)
     if temperatures:
         scaled = {name: each for name, each in figures(scores, temperatures).items() if name in temperatures}

@@ -16,15 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
-from student_train.losses.divergences import Batch, Targets, predicting, targets_of
-from student_train.training.models import head_at
+from student_train.losses.head import has_plain_head, head_at, in_place_of_head, untouched
+from student_train.losses.targets import Batch, Targets, predicting, targets_of
 
 # Of the logits of one slice. Each slice adds to the whole gradient of the head's weight, which must not take long beside its
 # product: at a vocabulary of 262,144 a step with slices of 64 positions took 1.2 times as long as one with 256.
@@ -94,9 +92,9 @@ def sum_over_slices(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return sliced(hidden[rows, columns], weight, bias, prepare(len(weight)))
 
-    with _in_place_of_head(inner.get_output_embeddings(), compute) as results:
+    with in_place_of_head(inner.get_output_embeddings(), compute) as results:
         outputs = model(**inputs)
-    if not _untouched(outputs, results):
+    if not untouched(outputs, results):
         raise RuntimeError(f"a {type(inner).__name__} changed after its first pass what it does to its logits")
     return outputs.logits
 
@@ -167,73 +165,6 @@ class _Sliced(torch.autograd.Function):
             each = next(saved) if needed else None
             results.append(None if each is None else (each if one else each.mul_(gradient)).to(dtype))
         return (*results, None)
-
-
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether a model's logits are what a linear head gives, and nothing is done to them afterwards.
-
-    Looked up once for a model, by a pass over two tokens in which the head is replaced: what comes out must be the very
-    object that went in. A model that is to be wrapped is best looked at before.
-    """
-    head: nn.Module = model.get_output_embeddings()
-    # Quantised, adapted, offloaded or hooked heads are more than their weight.
-    if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
-        return False
-    if model not in _plain:
-        _plain[model] = _passes_untouched(model, head)
-    return _plain[model]
-
-
-_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def _passes_untouched(model: nn.Module, head: nn.Linear) -> bool:
-    tokens = torch.zeros((1, 2), dtype=torch.int64, device=head.weight.device)
-    shapes = []
-
-    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        shapes.append(hidden.shape)
-        return torch.zeros((), dtype=torch.float32, device=hidden.device)
-
-    devices = [head.weight.device] if head.weight.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _in_place_of_head(head, compute) as results:
-        try:
-            outputs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        except Exception:  # it does something with its logits that a number without dimensions does not allow
-            return False
-    return shapes == [(1, 2, head.in_features)] and _untouched(outputs, results)
-
-
-def _untouched(outputs: Any, results: list[tuple[Tensor, int]]) -> bool:
-    """Whether the head was called once, and its result came through as it was. Under a wrapper for mixed precision too,
-    which copies outputs of 16 bits alone."""
-    logits = getattr(outputs, "logits", None)
-    return len(results) == 1 and logits is results[0][0] and _version(logits) == results[0][1]
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was changed in place."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def _in_place_of_head(
-    head: nn.Linear, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-) -> Iterator[list[tuple[Tensor, int]]]:
-    """Within it, the head gives what `compute` makes of its input, weight and bias; all of it is collected, with its
-    version."""
-    results: list[tuple[Tensor, int]] = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        result = compute(hidden, head.weight, head.bias)
-        results.append((result, _version(result)))
-        return result
-
-    head.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield results
-    finally:
-        del head.forward
 
 
 def _unwrapped(model: nn.Module) -> Any:
