@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from benchmarks.measurement import STUDIES, keep
 from knowledge_store import KnowledgeStore
 from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
-from knowledge_store.format.selection import Selection
+from knowledge_store.kinds.selection import Selection
 from student_train.losses.divergences import cross_entropy
 from student_train.losses.table import LOSSES
 from student_train.losses.targets import Targets, select_targets

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, group_sums
 from student_train.evaluation.metrics import (
@@ -61,7 +62,7 @@ def position_figures(
     positions = int(store.sequences(dump)["targets"].to_numpy()[ordinals].sum())
     if not positions:
         raise InputError(f"the dump {dump} has no target positions to evaluate on")
-    candidates = store.manifest(dump).rule.candidates
+    candidates = positions_of(store.manifest(dump)).selection.candidates
     dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=("positions",))
     device = next(model.parameters()).device
     students = [_Student(1.0), *([] if temperature is None else [_Student(temperature)])]

@@ -7,6 +7,7 @@ from pathlib import Path
 from knowledge_store import KnowledgeStore
 from knowledge_store.calibration.file import read_calibration
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import positions_of
 from student_train.losses.table import LOSSES, TEXT, Loss
 from student_train.training.configuration import TrainConfig, check_config
 from student_train.training.model_folder import check_model_folder
@@ -46,11 +47,12 @@ def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss:
         raise InputError(f"the loss {name} needs {', '.join(missing)}, which the dump {dump} does not hold")
     if "positions" not in loss.kinds:
         return
-    if config.tail == "draws" and not manifest.rule.draws:
-        raise InputError(f"--tail draws: the dump {dump} keeps no draws from the tail ({manifest.rule}); use --tail bucket")
-    if manifest.rule.candidates or "candidate_ids" not in loss.columns:
+    rule = positions_of(manifest).selection
+    if config.tail == "draws" and not rule.draws:
+        raise InputError(f"--tail draws: the dump {dump} keeps no draws from the tail ({rule}); use --tail bucket")
+    if rule.candidates or "candidate_ids" not in loss.columns:
         return
-    nothing = f"the dump {dump} has no candidates, only draws ({manifest.rule})"
+    nothing = f"the dump {dump} has no candidates, only draws ({rule})"
     if not loss.takes_draws:
         usable = [usable for usable, entry in LOSSES.items() if entry.takes_draws or not entry.columns]
         raise InputError(f"{nothing}: the loss {name} cannot use it; choose {' or '.join(usable)}")
@@ -69,7 +71,7 @@ def kinds_read(store: KnowledgeStore, dump: str, loss: Loss) -> tuple[str, ...]:
 def keeps_candidates(store: KnowledgeStore, dump: str) -> bool:
     """Whether a dump says which tokens the teacher finds likeliest."""
     manifest = store.manifest(dump)
-    return "positions" in manifest.kinds and bool(manifest.rule.candidates)
+    return "positions" in manifest.kinds and bool(positions_of(manifest).selection.candidates)
 
 
 def check_run(config: TrainConfig) -> tuple[KnowledgeStore, str, Loss]:
