@@ -85,7 +85,8 @@ def test_padding_rows_attend_to_something_and_count_for_nothing(store):
     assert not last["is_target"][padding].any()
     empty = padding_batch(last)
     assert empty.keys() == last.keys()
-    assert empty["input_ids"].shape == (1, 1) and not empty["is_target"].any() and empty["sequence_id"].tolist() == [-1]
+    assert len(empty["input_ids"]) == 1 and not empty["is_target"].any() and empty["sequence_id"].tolist() == [-1]
+    assert empty["attention_mask"].sum() == 1
     assert last["is_target"].any()  # the batch it was made like is left alone
 
 

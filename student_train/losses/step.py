@@ -19,7 +19,9 @@ from student_train.losses.targets import Batch, Targets, predicting_logits, sele
 
 def units(batch: Batch) -> dict[str, Tensor]:
     """How many of each unit a batch holds (scalars, int64): what a sum of losses is divided by."""
-    return {"target": batch["is_target"][:, 1:].sum(), "sequence": (batch["sequence_id"] >= 0).sum()}
+    sequences = (batch["sequence_id"] >= 0).sum()
+    targets = batch["is_target"][:, 1:].sum() if "is_target" in batch else torch.zeros_like(sequences)
+    return {"target": targets, "sequence": sequences}
 
 
 def run_student(model: nn.Module, loss: Loss, batch: Batch) -> list[Any]:
@@ -38,6 +40,12 @@ def model_inputs(batch: Batch, name: str) -> dict[str, Tensor]:
     mask = (batch[name] >= 0).long()
     mask[:, :1] = 1
     return {"input_ids": batch[name].clamp(min=0).long(), "attention_mask": mask}
+
+
+def token_count(loss: Loss, batch: Batch) -> int:
+    """How many tokens of a batch the student runs on, padding left out."""
+    rows = batch["sequence_id"] >= 0
+    return sum(int(model_inputs(batch, name)["attention_mask"][rows].sum()) for name in loss.inputs)
 
 
 def per_target(

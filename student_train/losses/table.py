@@ -55,6 +55,8 @@ class Loss:
     def __post_init__(self) -> None:
         if not self.whole_batch and self.inputs != TEXT:
             raise ValueError("a loss of each target runs on input_ids alone: give whole_batch=True for other inputs")
+        if self.unit == "target" and TEXT[0] not in self.inputs:
+            raise ValueError("a loss that does not run on input_ids knows no targets: give unit='sequence'")
 
 
 def _function(name: str) -> Callable[..., Any]:

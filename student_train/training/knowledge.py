@@ -63,8 +63,8 @@ def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss:
 
 
 def kinds_read(store: KnowledgeStore, dump: str, loss: Loss) -> tuple[str, ...]:
-    """The kinds of knowledge that a run reads: those of its loss, and those that its figures on held-out text need."""
-    text = ("positions",) if keeps_candidates(store, dump) and TEXT[0] in loss.inputs else ()
+    """The kinds of knowledge that a run reads: its loss's, and `positions`, which has the text, where the loss runs on that."""
+    text = ("positions",) if TEXT[0] in loss.inputs and "positions" in store.manifest(dump).kinds else ()
     return tuple(dict.fromkeys((*text, *loss.kinds)))
 
 

@@ -28,7 +28,7 @@ from knowledge_store.reporter import Advance
 from student_train.losses.divergences import forward_kl, token_nll
 from student_train.losses.head import has_plain_head
 from student_train.losses.sliced import Prepare, Share, sliced_loss, sum_over_slices
-from student_train.losses.step import per_target, run_student, step_loss, units
+from student_train.losses.step import per_target, run_student, step_loss, token_count, units
 from student_train.losses.table import TEXT, Loss
 from student_train.losses.targets import Targets, predicting_logits, target_tokens, targets_of
 from student_train.training.configuration import TrainConfig
@@ -72,7 +72,7 @@ class DistillationTrainer(Trainer):
         self.advance: Advance | None = None
         self.stop_asked = False
         self.stopping = False
-        self.positions = 0  # of the current step, over all ranks
+        self.tokens = 0  # of the current step, over all ranks
         self._seconds_before = checkpoint.seconds if checkpoint else 0.0
         self.logged_at = checkpoint.logged_at if checkpoint else 0
         self._unlogged: Tensor | float = checkpoint.unlogged_loss if checkpoint else 0.0
@@ -116,14 +116,14 @@ class DistillationTrainer(Trainer):
         sums = [
             sum(int(count["target"]) for count in counts),
             sum(int(count["sequence"]) for count in counts),
-            sum(int(batch["attention_mask"][batch["sequence_id"] >= 0].sum()) for batch in batches),
+            sum(token_count(self.distillation, batch) for batch in batches),
             int(self.stop_asked),
         ]
         totals = torch.tensor(sums, device=device)
         # Ranks may be told to stop at different moments; they agree here, once a step.
         totals = self.accelerator.reduce(totals, reduction="sum")
         self.stopping = bool(totals[3])
-        self.positions = int(totals[2])
+        self.tokens = int(totals[2])
         batches += [padding_batch(batches[0])] * (num_batches - len(batches))
         return batches, {"target": totals[0], "sequence": totals[1]}
 
@@ -252,7 +252,7 @@ class _Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         now = time.monotonic()
-        self.figures["positions/s"] = f"{self.trainer.positions / max(now - self.step_began, 1e-6):,.0f}"
+        self.figures["tokens/s"] = f"{self.trainer.tokens / max(now - self.step_began, 1e-6):,.0f}"
         self.step_began = now
         if self.trainer.advance:
             self.trainer.advance(1, **self.figures)
