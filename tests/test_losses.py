@@ -123,7 +123,7 @@ def test_where_the_draws_are_not_used():
             assert torch.equal(function(logits, targets), function(logits, bare)), name
     for arguments, message in (
         ((bare, {"tail": "draws"}), "no draws"),
-        ((targets, {"tail": "draws", "temperature": 2.0}), "serve temperature 1, not 2.0"),
+        ((targets, {"tail": "draws", "temperature": 2.0}), "work at temperature 1 only, not at 2.0"),
         ((targets, {"tail": "nonsense"}), "tail is one of auto, draws, bucket, not 'nonsense'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -182,10 +182,10 @@ def split_rows(table: pa.Table, dump: str, split: str) -> np.ndarray:
         raise InputError(f"the sequences of {dump} have no column {column!r}: they have {', '.join(table.column_names)}")
     values = table[name]
     try:
-        wanted = pa.scalar(value).cast(values.type)
+        scalar = pa.scalar(value).cast(values.type)
     except pa.ArrowInvalid:
-        wanted = None
-    rows = np.flatnonzero(pc.equal(values, wanted).fill_null(False).to_numpy()) if wanted is not None else np.empty(0, np.int64)
+        scalar = None
+    rows = np.flatnonzero(pc.equal(values, scalar).fill_null(False).to_numpy()) if scalar is not None else np.empty(0, np.int64)
     if not len(rows):
         existing = sorted(map(str, pc.unique(values).drop_null().slice(0, 1000).to_pylist()))
         more = " …" if len(existing) > 8 else ""

@@ -150,12 +150,12 @@ def bootstrap(
     if size < MIN_GROUPS:
         return math.nan, math.nan
     generator = np.random.default_rng(seed)
-    found = []
+    statistics = []
     step = max(1, MAX_RANDOM_NUMBERS // size)
     for start in range(0, resamples, step):
         rows = min(step, resamples - start)
         drawn = generator.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
         times = np.bincount(drawn.reshape(-1), minlength=rows * size).reshape(rows, size).astype(np.float64)
-        found.append(statistic(times @ sums, times @ counts))
-    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+        statistics.append(statistic(times @ sums, times @ counts))
+    low, high = np.quantile(np.concatenate(statistics), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

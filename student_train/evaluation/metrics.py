@@ -134,17 +134,16 @@ def describe_answers(
         The mean of each score; accuracy; ece_10 and ece_15 (bins of equal width); adaptive_ece (15 bins of equal counts);
         `intervals`, the 95% bootstrap interval of each of these by its name, where it is known; `reliability` of 15 bins.
     """
-    found = describe_scores({**scores, "accuracy": np.asarray(correct, np.float64)}, groups)
+    figures = describe_scores({**scores, "accuracy": np.asarray(correct, np.float64)}, groups)
     intervals: dict[str, Interval] = {}
     for bins in BINS:
-        found[f"ece_{bins}"] = expected_calibration_error(confidence, correct, bins)
+        figures[f"ece_{bins}"] = expected_calibration_error(confidence, correct, bins)
         intervals[f"ece_{bins}"] = bootstrap_calibration_error(confidence, correct, bins, groups=groups)
-    most = max(BINS)
-    found["adaptive_ece"] = adaptive_calibration_error(confidence, correct, most)
-    intervals["adaptive_ece"] = bootstrap_calibration_error(confidence, correct, most, adaptive=True, groups=groups)
-    found["intervals"] |= _known(intervals)
-    found["reliability"] = reliability(confidence, correct, most).as_dict()
-    return found
+    figures["adaptive_ece"] = adaptive_calibration_error(confidence, correct, max(BINS))
+    intervals["adaptive_ece"] = bootstrap_calibration_error(confidence, correct, max(BINS), adaptive=True, groups=groups)
+    figures["intervals"] |= _known(intervals)
+    figures["reliability"] = reliability(confidence, correct, max(BINS)).as_dict()
+    return figures
 
 
 def rounded(values: np.ndarray) -> list[Any]:

@@ -89,7 +89,7 @@ def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, ta
     if tail == "draws" and targets.draw_ids is None:
         raise ValueError("these targets have no draws from the tail")
     if tail == "draws" and temperature != 1.0:
-        raise ValueError(f"draws from the tail serve temperature 1, not {temperature}")
+        raise ValueError(f"draws from the tail work at temperature 1 only, not at {temperature}")
     if tail == "bucket" or targets.draw_ids is None or targets.draw_weights is None or temperature != 1.0:
         return temperature**2 * divergence(*bucketed(logits, targets, temperature))
     logits = widened(logits)
@@ -300,8 +300,8 @@ def label_smoothing(logits: Tensor, targets: Targets, *, smoothing: float = 0.1)
     teacher = torch.exp(renormalised(targets.candidate_logprobs.to(logits.dtype), kept))
     others = kept.sum(dim=-1, keepdim=True) - 1
     likeliest = (kept.cumsum(dim=-1) == 1) & kept
-    given = torch.where(likeliest & (others > 0), teacher.clamp(max=smoothing), 0.0).sum(dim=-1, keepdim=True)
-    smoothed = torch.where(likeliest, teacher - given, teacher + given / others.clamp(min=1))
+    taken = torch.where(likeliest & (others > 0), teacher.clamp(max=smoothing), 0.0).sum(dim=-1, keepdim=True)
+    smoothed = torch.where(likeliest, teacher - taken, teacher + taken / others.clamp(min=1))
     return divergence(torch.log(torch.where(kept, smoothed, 0.0)), values - total)
 
 
@@ -323,9 +323,9 @@ def residual_to_gold(logits: Tensor, targets: Targets) -> Tensor:
     logits = widened(logits)
     ids, kept = candidates(targets)
     gold, tail = targets.token_ids.unsqueeze(-1), targets.tail_logprob.unsqueeze(-1)
-    found = kept & (ids == gold)
-    logprobs = torch.where(found, torch.logaddexp(targets.candidate_logprobs, tail), targets.candidate_logprobs)
-    teacher = torch.cat([logprobs, tail.masked_fill(found.any(dim=-1, keepdim=True), EMPTY)], dim=-1).to(logits.dtype)
+    is_gold = kept & (ids == gold)
+    logprobs = torch.where(is_gold, torch.logaddexp(targets.candidate_logprobs, tail), targets.candidate_logprobs)
+    teacher = torch.cat([logprobs, tail.masked_fill(is_gold.any(dim=-1, keepdim=True), EMPTY)], dim=-1).to(logits.dtype)
     total, values = read(logits, torch.cat([ids, gold], dim=-1))
     return divergence(teacher, values - total)
 

@@ -17,7 +17,7 @@ def recalibrated(targets: Targets, calibration: Calibration) -> Targets:
       own logits z, apart from the rounding of what is stored: log p = z − log Z, and Z drops out.
     * method `bucket-temperature`: softmax of [candidates / T, tail / T]; a token in the tail keeps its share of it.
 
-    Draws from the tail serve temperature 1 and are dropped: the tail is a bucket.
+    Draws from the tail work at temperature 1 only and are dropped: the tail is a bucket.
 
     Args:
         targets: of N positions, at temperature 1, with `tail_logsumexp` at T for the method `temperature`.
@@ -35,16 +35,16 @@ def recalibrated(targets: Targets, calibration: Calibration) -> Targets:
     scaled = torch.cat([targets.candidate_logprobs / temperature, tail.unsqueeze(-1)], dim=-1)
     logprobs = torch.log_softmax(scaled, dim=-1)
     candidates, tail_logprob = logprobs[:, :-1], logprobs[:, -1]
-    found = (targets.candidate_ids == targets.token_ids.unsqueeze(-1)) & (targets.candidate_logprobs > -math.inf)
+    is_token = (targets.candidate_ids == targets.token_ids.unsqueeze(-1)) & (targets.candidate_logprobs > -math.inf)
     if own:
         total = torch.logsumexp(scaled, dim=-1)
         outside = torch.minimum(targets.token_logprob / temperature - total, tail_logprob)
     else:
         share = (targets.token_logprob - targets.tail_logprob).clamp(max=0)  # rounding may put it a hair above
         outside = share + tail_logprob
-    inside = torch.where(found, candidates, -math.inf).amax(dim=-1) if candidates.shape[-1] else outside
+    inside = torch.where(is_token, candidates, -math.inf).amax(dim=-1) if candidates.shape[-1] else outside
     return targets._replace(
-        token_logprob=torch.where(found.any(dim=-1), inside, outside),
+        token_logprob=torch.where(is_token.any(dim=-1), inside, outside),
         candidate_logprobs=candidates,
         tail_logprob=tail_logprob,
         draw_ids=None,

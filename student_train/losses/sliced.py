@@ -76,7 +76,7 @@ def sum_over_slices(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
 
     Args:
         model, batch: as in `sliced_loss`.
-        prepare: is given the number of rows of the head, V, and gives a function of a slice's logits (n, V) and of which
+        prepare: is given the vocabulary size of the head, V, and gives a function of a slice's logits (n, V) and of which
             positions they are of, in the order of `select_targets`. It returns a scalar, or without gradients a tensor of
             any shape, and must not keep the logits, whose memory is used again. Without positions it is called once, with
             none.
@@ -111,7 +111,7 @@ def sliced(hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share) ->
         bias: (V,) or None.
         share: as `prepare` of `sum_over_slices` gives it.
     """
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (hidden, weight, bias)):
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (hidden, weight, bias)):
         return _Sliced.apply(hidden, weight, bias, share)
     with _exact(hidden) as dtype:
         return _total(share(logits, rows) for rows, logits in _slices(hidden.to(dtype), weight.to(dtype), bias))
@@ -123,9 +123,9 @@ class _Sliced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share) -> Tensor:
         gradients = [
-            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) if needed else None
-            for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-            if each is not None
+            torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) if needed else None
+            for part, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            if part is not None
         ]
         of_hidden, of_weight, of_bias = (*gradients, None)[:3]
 
@@ -148,9 +148,9 @@ class _Sliced(torch.autograd.Function):
 
         with _exact(hidden) as dtype:
             total = _total(shares(dtype))
-        given = [each for each in (of_hidden, of_weight, of_bias) if each is not None]
-        ctx.save_for_backward(*given)
-        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        gradients = [gradient for gradient in (of_hidden, of_weight, of_bias) if gradient is not None]
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if part is None else part.dtype for part in (hidden, weight, bias)]
         return total
 
     @staticmethod
@@ -162,8 +162,8 @@ class _Sliced(torch.autograd.Function):
         results: list[Tensor | None] = []
         for needed, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False):
             # In place, which autograd notices: a second pass is refused instead of multiplying twice.
-            each = next(saved) if needed else None
-            results.append(None if each is None else (each if one else each.mul_(gradient)).to(dtype))
+            part = next(saved) if needed else None
+            results.append(None if part is None else (part if one else part.mul_(gradient)).to(dtype))
         return (*results, None)
 
 
@@ -185,8 +185,8 @@ def _exact(hidden: Tensor) -> Iterator[torch.dtype]:
 def _slices(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Logits (n, V) of slices of about the same length, in memory that the next slice uses again."""
     limit = SLICE_BYTES if hidden.device.type == "cpu" else ACCELERATOR_SLICE_BYTES
-    longest = max(1, limit // (len(weight) * hidden.element_size()))
-    count = max(1, -(-len(hidden) // longest))
+    max_length = max(1, limit // (len(weight) * hidden.element_size()))
+    count = max(1, -(-len(hidden) // max_length))
     length = max(1, -(-len(hidden) // count))
     memory = hidden.new_empty(min(length, len(hidden)), len(weight))
     for start in range(0, max(1, len(hidden)), length):
@@ -197,6 +197,6 @@ def _slices(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tup
 
 def _total(shares: Iterator[Tensor]) -> Tensor:
     total = next(shares)
-    for each in shares:
-        total = total + each
+    for share in shares:
+        total = total + share
     return total

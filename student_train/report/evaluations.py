@@ -152,9 +152,9 @@ def _on_questions(measured: list[tuple[int, Run, Record]], name: str) -> list[st
 def _question_sides(measured: list[tuple[int, Run, Record]], confidence: str) -> list[Side]:
     sides = []
     for index, run, result in measured:
-        for found in (result, result.get("post_hoc", {})):
-            if confidence in found:
-                figures = found[confidence]
+        for part in (result, result.get("post_hoc", {})):
+            if confidence in part:
+                figures = part[confidence]
                 sides.append(Side(run.name, index, figures, figures["answers"], result, figures.get("temperature")))
     return sides
 

@@ -46,15 +46,15 @@ class Metric:
 
 def table(groups: Sequence[tuple[str, list[Side]]], metrics: list[Metric]) -> str:
     """A row for each side with its figures and their intervals; the best of each group is marked, the teacher aside."""
-    sides = [side for _, each in groups for side in each]
+    sides = [side for _, group in groups for side in group]
     metrics = [metric for metric in metrics if any(metric.name in side.figures for side in sides)]
     head = "".join(f"<th>{metric.title}<small>{metric.note}</small></th>" for metric in metrics)
     rows = []
-    for title, each in groups:
+    for title, group in groups:
         if title:
             rows.append(f'<tr class="group"><th colspan="{len(metrics) + 1}">{title}</th></tr>')
-        best = {metric.name: _best(each, metric) for metric in metrics}
-        for side in each:
+        best = {metric.name: _best(group, metric) for metric in metrics}
+        for side in group:
             cells = "".join(_cell(side, metric, best[metric.name]) for metric in metrics)
             about = "<small>from the store</small>" if side.index is None else ""
             rows.append(f"<tr{_kind(side)}><th>{charts.swatch(side.index)}{html.escape(side.label)}{about}</th>{cells}</tr>")
@@ -109,13 +109,13 @@ def _count(kept: Record) -> int:
 
 
 def _difference_table(reference: Side, rows: list[tuple[Side, dict[str, Difference]]], metrics: list[Metric]) -> str:
-    metrics = [metric for metric in metrics if any(metric.name in found for _, found in rows)]
+    metrics = [metric for metric in metrics if any(metric.name in of_side for _, of_side in rows)]
     head = "".join(f"<th>{metric.title}<small>{metric.note}</small></th>" for metric in metrics)
     body = "\n".join(
         f"<tr{_kind(side)}><th>{charts.swatch(side.index)}{html.escape(side.label)}</th>"
-        + "".join(_difference_cell(found.get(metric.name), metric) for metric in metrics)
+        + "".join(_difference_cell(of_side.get(metric.name), metric) for metric in metrics)
         + "</tr>"
-        for side, found in rows
+        for side, of_side in rows
     )
     title = f"against {charts.swatch(reference.index)}{html.escape(reference.label)}"
     return (
@@ -124,8 +124,8 @@ def _difference_table(reference: Side, rows: list[tuple[Side, dict[str, Differen
     )
 
 
-def _difference_cell(found: Difference | None, metric: Metric) -> str:
-    if found is None:
+def _difference_cell(difference: Difference | None, metric: Metric) -> str:
+    if difference is None:
         return "<td>–</td>"
 
     def signed(value: float) -> str:
@@ -133,8 +133,8 @@ def _difference_cell(found: Difference | None, metric: Metric) -> str:
         return text.replace("-", "−")
 
     kind = ""
-    if found.clear:
-        kind = ' class="better"' if (found.value < 0) == metric.lowest else ' class="worse"'
+    if difference.clear:
+        kind = ' class="better"' if (difference.value < 0) == metric.lowest else ' class="worse"'
     unit = " pp" if metric.form.endswith("%") else ""
-    ends = "" if math.isnan(found.low) else f"<small>{signed(found.low)} to {signed(found.high)}</small>"
-    return f"<td{kind}>{signed(found.value)}{unit}{ends}</td>"
+    ends = "" if math.isnan(difference.low) else f"<small>{signed(difference.low)} to {signed(difference.high)}</small>"
+    return f"<td{kind}>{signed(difference.value)}{unit}{ends}</td>"

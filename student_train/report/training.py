@@ -19,7 +19,7 @@ def costs(runs: list[Run]) -> str:
     for index, run in trained:
         dump = run.run.get("dump", {})
         positions = dump.get("positions")
-        each = f"{dump['bytes'] / positions:.1f}" if dump.get("bytes") and positions else "–"
+        per_position = f"{dump['bytes'] / positions:.1f}" if dump.get("bytes") and positions else "–"
         size = f"{dump['bytes'] / 1e6:,.2f} MB" if dump.get("bytes") else "–"
         dense = dump.get("targets", 0) * dump.get("vocabulary_size", 0) * 4
         ratio = f"{dense / dump['bytes']:,.0f}×" if dense and dump.get("bytes") else "–"
@@ -29,7 +29,7 @@ def costs(runs: list[Run]) -> str:
         rows.append(
             f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}<small>{_described(run)}</small></th>"
             f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(selection(dump))}</small></td>"
-            f"<td>{each}{used}</td><td>{size}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
+            f"<td>{per_position}{used}</td><td>{size}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
         )
     body = "\n".join(rows)
     return f"""

@@ -27,7 +27,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
             seed=config.seed,
             bf16=bf16,
-            # Only when told so does the library join processes that share a CPU.
+            # Only with this option does the library join processes that share a CPU.
             use_cpu=not torch.accelerator.is_available(),
             max_steps=1,
             report_to=config.report_to,

@@ -47,15 +47,17 @@ def configured(
 
 def _check_temperature(config: TrainConfig, manifest: Manifest, loss: Loss, calibration: Calibration, path: Path) -> None:
     """Raises InputError where targets cannot be brought to the calibration's temperature."""
-    dump, kept, wanted = manifest.dump, positions_of(manifest).temperature, calibration.temperature
+    dump, kept, temperature = manifest.dump, positions_of(manifest).temperature, calibration.temperature
     if loss.whole_batch or "candidate_logprobs" not in loss.columns:
         raise InputError(f"the loss {config.loss} takes no --calibration: it does not learn from the teacher's probabilities")
     if config.loss == "first":
         raise InputError(f"{path} has a temperature; the loss first re-calibrates by its own c, which `--method first` fits")
     if not positions_of(manifest).selection.candidates:
-        raise InputError(f"--calibration: the dump {dump} has no candidates, and draws serve temperature 1 alone")
+        raise InputError(f"--calibration: the dump {dump} has no candidates, and draws work at temperature 1 only")
     if config.tail == "draws":
-        raise InputError("--tail draws serves temperature 1 alone: leave it out, and with --calibration the tail is a bucket")
+        raise InputError(
+            "--tail draws works at temperature 1 only: leave it out, since the tail is a bucket with --calibration"
+        )
     if calibration.method != "temperature":
         return
     if kept is None:
@@ -63,5 +65,5 @@ def _check_temperature(config: TrainConfig, manifest: Manifest, loss: Loss, cali
             f"{path} has a temperature of the whole distribution, and the dump {dump} keeps none: make it with"
             " `teacher-dump run --calibration`, or fit one to it with `student-train calibrate --method temperature`"
         )
-    if not math.isclose(kept, wanted, rel_tol=1e-9):
-        raise InputError(f"{path} has the temperature {wanted:g}, and the dump {dump} was made for {kept:g}")
+    if not math.isclose(kept, temperature, rel_tol=1e-9):
+        raise InputError(f"{path} has the temperature {temperature:g}, and the dump {dump} was made for {kept:g}")

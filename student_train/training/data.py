@@ -44,7 +44,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             gives both.
         ordinals: read only these sequences (positions in the dump's order), as `split_ordinals` gives them.
         shuffle: False reads in the dump's order.
-        endless: go on with the next epoch instead of stopping. Such a dataset has no length.
+        endless: continue with the next epoch instead of stopping. Such a dataset has no length.
         kinds: read only these kinds of knowledge; None for all that the dump holds.
         snapshot: of the dump when the order was begun, which must be the same still; `state_after` gives it too.
     """
@@ -185,13 +185,13 @@ def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fract
     table = store.sequences(name).select(["file", "row"])
     rows = list(zip(table["file"].to_pylist(), table["row"].to_pylist(), strict=True))
     ranked = sorted(set(rows), key=lambda row: hashlib.sha256(f"{row[0]}\n{row[1]}".encode()).digest())
-    wanted = max(1, round(eval_fraction * len(ranked))) if eval_fraction else 0
-    if wanted >= len(ranked):
+    count = max(1, round(eval_fraction * len(ranked))) if eval_fraction else 0
+    if count >= len(ranked):
         raise InputError(
             f"the dump {name} has {len(ranked)} document(s), so --eval-fraction {eval_fraction} leaves none to train"
             " on: use --eval-fraction 0"
         )
-    held_out = set(ranked[:wanted])
+    held_out = set(ranked[:count])
     chosen = np.fromiter((row in held_out for row in rows), dtype=bool, count=len(rows))
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
@@ -239,10 +239,10 @@ def check_student(
             " Train a student with the teacher's tokenizer"
         )
     needed = max(kept, default=-1) + 1
-    rows = config.get_text_config().vocab_size
-    if rows < needed:
+    vocabulary_size = config.get_text_config().vocab_size
+    if vocabulary_size < needed:
         raise InputError(
-            f"{name} has embeddings for {rows:,} tokens and the dump {dump} uses ids up to {needed - 1:,}:"
+            f"{name} has embeddings for {vocabulary_size:,} tokens and the dump {dump} uses ids up to {needed - 1:,}:"
             " resize its embeddings, or choose another student"
         )
 

@@ -120,7 +120,7 @@ class DistillationTrainer(Trainer):
             int(self.stop_asked),
         ]
         totals = torch.tensor(sums, device=device)
-        # Ranks may be told to stop at different moments; they agree here, once a step.
+        # Ranks may be asked to stop at different moments; they agree here, once a step.
         totals = self.accelerator.reduce(totals, reduction="sum")
         self.stopping = bool(totals[3])
         self.tokens = int(totals[2])
