@@ -39,14 +39,12 @@ TESTS = Path(__file__).resolve().parent.parent / "tests"
 LOOPS = {
     "damage": 7.0,
     "damage again": 7.0,
-    "hostile_files": 5.6,
     "kills": 4.7,
     "disk_errors": 3.0,
     "workers": 2.5,
     "hostile_sql": 2.0,
     "order": 2.0,
     "power_loss": 2.0,
-    "indexes": 1.2,
 }
 AT_ONCE = 2
 RESERVED = 1.5  # minutes: a loop ends what it is at when its time is over

@@ -19,7 +19,7 @@ from knowledge_store.isolation.child import asked
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.terminal.console import command_errors, messages, note, output
-from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.terminal.progress import TerminalReporter
 from knowledge_store.terminal.quantities import amount, byte_size
 
 if TYPE_CHECKING:
@@ -135,9 +135,7 @@ def verify(store: StoreArgument) -> None:
     from knowledge_store.writing.verification import verify as verify_store
 
     with command_errors():
-        planned = sum(1 for _ in store.glob("*/commits/*.json"))
-        with progress_bar("verifying", max(planned, 1), "shards") as advance:
-            found = verify_store(store, advance)
+        found = verify_store(store, TerminalReporter())
         for sentence in found.notes:
             note(f"Note: {sentence}")
         for sentence in found.damage:

@@ -7,27 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import run_command, story_rows, write_jsonl
 from stores import (
-    DOCUMENTS,
     assert_close,
     commit,
     log_softmax,
     make_manifest,
     random_sequences,
     words,
-    write_drawn_store,
-    write_store,
 )
 
 from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.calibration.file import Calibration, write_calibration
-from knowledge_store.errors import InputError, MismatchError, StoreError
-from knowledge_store.format.manifest import check_version
-from knowledge_store.format.records import read_record
+from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.format.selection import Selection
 from knowledge_store.format.sequences import tokens_table
 from teacher_dump import DumpConfig, dump
@@ -328,68 +322,3 @@ def assert_the_same_but_for_rounding(old: KnowledgeStore, new: KnowledgeStore) -
             np.testing.assert_allclose(array, new[ordinal][name], rtol=0, atol=0.2 if "logprob" in name else 0)
     values = old.sql("SELECT unnest(candidate_logprobs) AS value FROM positions")["value"].to_numpy()
     assert np.array_equal(values * 8, np.round(values * 8))
-
-
-def test_a_store_of_version_1_reads_as_ever(tmp_path):
-    """Made by this project when its format had that version: same rows as a store made now, and nothing is written."""
-    shutil.copytree(FIXTURES / "store-v1", tmp_path / "old")
-    write_store(tmp_path / "new", shards=2, size=3)
-    assert not verify(tmp_path / "old").damage
-    old, new = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new"))
-    assert_the_same_but_for_rounding(old, new)
-    assert old.info()[0].selection == "top-k 3"
-    assert old.manifest().differences(new.manifest()) == []  # and so a dump of version 1 can be gone on with
-    assert DOCUMENTS == 100
-
-
-def test_a_store_of_version_2_reads_as_ever(tmp_path):
-    """With draws and a calibration: the same rows as a store made now, unpacked; and it is gone on with as it was begun."""
-    shutil.copytree(FIXTURES / "store-v2", tmp_path / "old")
-    write_drawn_store(tmp_path / "new")
-    assert not verify(tmp_path / "old").damage and not verify(tmp_path / "new").damage
-    old, new = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new"))
-    assert_the_same_but_for_rounding(old, new)
-    paths = [tmp_path / "old/small" / name for name in ("positions/00001.parquet", "commits/00001.json")]
-    before = pq.read_table(paths[0])
-    for path in paths:
-        path.unlink()
-    write_drawn_store(tmp_path / "old")
-    assert not verify(tmp_path / "old").damage
-    assert pq.read_table(paths[0]).equals(before)
-
-
-def test_a_store_of_version_3_reads_as_ever(tmp_path):
-    """Packed, with draws and a calibration: the same rows as a store made now, and nearly those of version 2."""
-    shutil.copytree(FIXTURES / "store-v3", tmp_path / "old")
-    shutil.copytree(FIXTURES / "store-v2", tmp_path / "before")
-    write_drawn_store(tmp_path / "new")
-    assert not verify(tmp_path / "old").damage
-    old, new, before = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new", "before"))
-    assert (old.manifest().version, before.manifest().version) == (3, 2)
-    for relation in ("positions", "candidates", "sequences"):
-        rows = old.sql(f"SELECT * FROM {relation}")
-        assert len(rows)
-        assert_close(rows, new.sql(f"SELECT * FROM {relation}"))
-    assert_the_same_but_for_rounding(before, old)
-    for ordinal in range(len(old)):
-        for name, array in old[ordinal].items():
-            np.testing.assert_allclose(array, new[ordinal][name], rtol=0, atol=1e-6 if "logprob" in name else 0)
-    assert old.manifest().differences(new.manifest()) == []
-
-
-@pytest.mark.parametrize("known", [1, 2])
-def test_an_older_reader_refuses_newer_stores_by_name(tmp_path, monkeypatch, known):
-    """What the version check of each older reader makes of every newer store: the file and both versions are named."""
-    monkeypatch.setattr("knowledge_store.format.manifest.FORMAT_VERSION", known)
-    for version in (1, 2, 3):
-        store = shutil.copytree(FIXTURES / f"store-v{version}", tmp_path / str(version))
-        if version <= known:
-            assert len(KnowledgeStore.open(store))
-            continue
-        for path in (store / "store.json", store / "small/manifest.json"):
-            refusal = f"format version {version}, and this is knowledge-store for version {known}"
-            with pytest.raises(StoreError, match=refusal) as raised:
-                check_version(read_record(path), path)
-            assert str(path) in str(raised.value)
-        with pytest.raises(StoreError, match="install a newer knowledge-store"):
-            KnowledgeStore.open(store)
