@@ -1,6 +1,6 @@
 """Many shards, and many positions: what opening, facts, statistics and a new shard cost, and SQL beside DuckDB's own.
 
-    python benchmarks/scale.py
+    python -m benchmarks.scale
 
 **Many shards.** Stores of 1,000 and 10,000 synthetic shards. One shard is made by the writer: eight row groups, as some 250,000
 positions have, but of 32 positions each. The others are copies of its two Parquet files, each with a commit record of its own.
@@ -40,10 +40,10 @@ from unittest.mock import patch
 import duckdb
 import numpy as np
 import pyarrow.parquet as pq
-from measurement import RESULTS, keep
 
 import knowledge_store.format.parquet
 import knowledge_store.writing.writer
+from benchmarks.measurement import RESULTS, keep
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest, Shard
 from knowledge_store.catalogue.index import index_path
 from knowledge_store.format.commits import CommitRecord
@@ -51,6 +51,8 @@ from knowledge_store.format.layout import COMMITS, MANIFEST_FILE, SEQUENCES, com
 from knowledge_store.format.manifest import read_manifest
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.kinds.positions import PositionsParameters
+from knowledge_store.kinds.selection import Selection
 from knowledge_store.storage.local import LocalStorage
 from knowledge_store.terminal.progress import progress_bar
 
@@ -80,12 +82,10 @@ def manifest(shards: int, documents: int, max_length: int) -> Manifest:
     starts = [{"document": first, "row": first + 1, "offset": 3000 * first, **rest} for first in firsts]
     return Manifest(
         dump=DUMP,
-        kinds=("positions",),
+        kinds={"positions": PositionsParameters(Selection("top-k", CANDIDATES), STEP).to_record()},
         teacher={"name": "numbers", "vocabulary_size": VOCABULARY},
         tokenizer={"size": VOCABULARY},
         corpus={"files": [{"name": "numbers.jsonl", "bytes": 1, "sha256": "00"}]},
-        selection={"name": "top-k", "k": CANDIDATES},
-        quantisation_step=STEP,
         plan={"max_length": max_length},
         derived={"documents": documents * shards, "columns": {"source": "string"}, "shards": starts},
     )
@@ -287,7 +287,7 @@ def measured(task: str, store: Path, cores: int | None = None) -> dict[str, Any]
     ours = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(ours)[:cores])  # inherited before any library counts its cores
     try:
-        command = [sys.executable, __file__, "--task", task, "--store", str(store)]
+        command = [sys.executable, "-m", "benchmarks.scale", "--task", task, "--store", str(store)]
         finished = subprocess.run(command, capture_output=True, text=True)
     finally:
         os.sched_setaffinity(0, ours)

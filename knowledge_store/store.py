@@ -17,12 +17,15 @@ from knowledge_store.format.parquet import read_table
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.isolation.child import isolated_answer
-from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.kinds import KINDS, Arrays, check_kinds
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.reader import DumpReader, shard_files
+from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.sql.export import export
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.query import read_tokens, run_query
+from knowledge_store.sql.view import dump_views
 from knowledge_store.storage import Storage, open_storage
 
 
@@ -108,11 +111,7 @@ class KnowledgeStore:
         check_store(storage)
         manifests = [read_manifest(storage, name) for name in storage.folders("") if manifest_exists(storage, name)]
         for manifest in manifests:
-            for kind in manifest.kinds:
-                if kind not in KINDS:
-                    raise StoreError(
-                        f"dump {manifest.dump!r} of {storage.address} holds knowledge of kind {kind!r}, unknown here"
-                    )
+            check_kinds(manifest, storage.address)
         index = refresh(storage, manifests, rebuild=rebuild_index)
         return cls(storage, manifests, index, cache_size)
 
@@ -190,6 +189,43 @@ class KnowledgeStore:
             return isolated_answer(self.storage.address, query, memory_limit, timeout)
         return run_query(*self.parts, query, memory_limit, timeout)
 
+    def view(self, dump: str | None = None) -> str:
+        """SQL statements that create a dump's relations in any DuckDB, over the committed files (see `sql.view`)."""
+        return dump_views(self.storage, self._index, self.manifest(dump))
+
+    def export(
+        self,
+        output: str | Path,
+        dump: str | None = None,
+        kind: str | None = None,
+        where: str | None = None,
+        reporter: Reporter = SILENT,
+    ) -> int:
+        """Write one kind of knowledge of a dump to a new Parquet file of plain columns.
+
+        Args:
+            output: the file.
+            dump: which dump; None when there is only one.
+            kind: which kind of knowledge; None when the dump has only one.
+            where: a condition in SQL, such as "is_target AND tail_logprob > -1".
+            reporter: hears of the progress.
+
+        Returns:
+            how many rows were written.
+
+        Raises:
+            InputError: no such dump or kind, or the file cannot be written, or is there already.
+            QueryError: the condition is refused, or DuckDB cannot run it.
+            DamageError: a file of the store is not what was published.
+        """
+        manifest = self.manifest(dump)
+        kinds = list(manifest.kinds)
+        if kind is None and len(kinds) > 1:
+            raise InputError(f"name one of the kinds of dump {manifest.dump!r}: {', '.join(kinds)}")
+        if kind is not None and kind not in kinds:
+            raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}: it has {', '.join(kinds)}")
+        return export(self.storage, self._index, manifest, kind or kinds[0], Path(output), where, reporter=reporter)
+
     def _reader(self, dump: str | None) -> DumpReader:
         name = self.dump(dump)
         if name not in self._readers:
@@ -229,8 +265,8 @@ class KnowledgeStore:
         """
         reader = self._reader(dump)
         if not len(reader):
-            raise InputError(f"dump {self.dump(dump)!r} of {self.storage.address} has no committed shard yet")
-        wanted = reader.manifest.kinds if kinds is None else kinds
+            raise InputError(f"dump {self.dump(dump)!r} of {self.address} has no committed shard yet")
+        wanted = tuple(reader.manifest.kinds) if kinds is None else kinds
         for kind in wanted:
             if kind not in reader.manifest.kinds:
                 raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
@@ -251,7 +287,7 @@ class KnowledgeStore:
         if ordinal < 0:
             ordinal += len(reader)
         try:
-            sequence_id, knowledge = reader.sequence(int(ordinal), reader.manifest.kinds)
+            sequence_id, knowledge = reader.sequence(int(ordinal), tuple(reader.manifest.kinds))
         except InputError as error:
             raise IndexError(str(error)) from None
         found: Arrays = {"sequence_id": np.int64(sequence_id)}  # type: ignore[dict-item]

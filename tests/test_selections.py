@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import run_command, story_rows, write_jsonl
 from stores import (
-    assert_close,
     commit,
     log_softmax,
     make_manifest,
@@ -22,8 +21,9 @@ from stores import (
 from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError, MismatchError
-from knowledge_store.format.selection import Selection
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds.selection import Selection
 from teacher_dump import DumpConfig, dump
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -65,7 +65,7 @@ def test_all_are_sound(store):
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_what_is_kept_is_the_teachers(store, loaded_teacher, name):
     opened = KnowledgeStore.open(store)
-    rule = opened.manifest(name).rule
+    rule = positions_of(opened.manifest(name)).selection
     for ordinal in (0, 5):
         sequence = opened[name, ordinal]
         full = full_logprobs(loaded_teacher, sequence)
@@ -149,7 +149,7 @@ def test_a_sequence_as_a_person_reads_it(store, name):
         line = lines[position]
         there = sequence["candidate_logprobs"][position] > -np.inf
         assert line.count("%") - 2 == there.sum()  # beside the candidates: the token and the others
-        drawn = sequence["tail_counts"][position].sum() if opened.manifest(name).rule.draws else 0
+        drawn = sequence["tail_counts"][position].sum() if positions_of(opened.manifest(name)).selection.draws else 0
         assert ("drawn: " in line) == (drawn > 0)
 
 
@@ -196,7 +196,7 @@ def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teach
     dump(config, teacher=loaded_teacher)
     assert not verify(tmp_path / "s").damage
     opened = KnowledgeStore.open(tmp_path / "s")
-    assert opened.manifest().temperature == 1.7
+    assert positions_of(opened.manifest()).temperature == 1.7
     sequence = opened[3]
     full = full_logprobs(loaded_teacher, sequence)
     tempered = full / 1.7 - np.logaddexp.reduce(full / 1.7, axis=1, keepdims=True)
@@ -210,7 +210,7 @@ def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teach
         dump(replace(config, calibration=None), teacher=loaded_teacher)
 
 
-# --- damage, and stores of version 1 ------------------------------------------------------------------------------------------
+# --- damage -----------------------------------------------------------------------------------------------------------------
 
 
 def drawn_knowledge(seed: int, candidates: int, draws: int, tempered: bool = False) -> list[dict[str, np.ndarray]]:
@@ -311,14 +311,3 @@ def test_a_selection_that_is_not_known_is_refused(record):
 def test_a_selection_survives_its_record(options):
     selection = Selection(**options)
     assert Selection.from_record(selection.to_record()) == selection
-
-
-def assert_the_same_but_for_rounding(old: KnowledgeStore, new: KnowledgeStore) -> None:
-    """Every relation and sequence; log-probabilities may be a step apart, as versions before 3 rounded each by itself."""
-    assert_close(old.sql("SELECT * FROM positions"), new.sql("SELECT * FROM positions"), 0.125)
-    assert_close(old.sql("SELECT * FROM sequences"), new.sql("SELECT * FROM sequences"))
-    for ordinal in range(len(old)):
-        for name, array in old[ordinal].items():
-            np.testing.assert_allclose(array, new[ordinal][name], rtol=0, atol=0.2 if "logprob" in name else 0)
-    values = old.sql("SELECT unnest(candidate_logprobs) AS value FROM positions")["value"].to_numpy()
-    assert np.array_equal(values * 8, np.round(values * 8))

@@ -22,7 +22,7 @@ from knowledge_store.format.layout import (
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, open_table, read_table
 from knowledge_store.format.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
-from knowledge_store.kinds import KINDS
+from knowledge_store.kinds import KINDS, check_kinds
 from knowledge_store.kinds.kind import check_lists
 from knowledge_store.reporter import SILENT, Advance, Reporter
 from knowledge_store.storage import Storage, open_storage
@@ -169,9 +169,7 @@ def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, T
 def _check_dump(storage: Storage, dump: str, result: Verification, advance: Advance) -> None:
     try:
         manifest = read_manifest(storage, dump)
-        unknown = set(manifest.kinds) - KINDS.keys()
-        if unknown:
-            raise StoreError(f"{storage.locate(dump)} holds knowledge of kinds unknown here: {sorted(unknown)}")
+        check_kinds(manifest, storage.address)
         sequences_schema(manifest)
     except NewerVersionError:
         raise

@@ -43,8 +43,9 @@ from knowledge_store.format.parquet import (
 )
 from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import TOKENS_ENCODING, TOKENS_SCHEMA, sequences_table
-from knowledge_store.kinds import KINDS, Arrays, Kind
+from knowledge_store.kinds import KINDS, Arrays, Kind, check_kinds
 from knowledge_store.kinds.kind import check_lists
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.storage import Storage, Write, open_storage
 from knowledge_store.store import check_store_file, occupied
 from knowledge_store.writing.verification import shard_damage
@@ -155,8 +156,8 @@ def _row_groups(table: pa.Table, rows_in_groups: list[int]) -> Iterator[pa.Table
         start += rows
 
 
-def _check_vouched(storage: Storage, manifest: Manifest) -> None:
-    """Make sure that a manifest may be published, where no shard was committed that was made from something else.
+def _check_committed(storage: Storage, manifest: Manifest) -> None:
+    """Make sure that a manifest may be published: no shard was committed that was made from something else.
 
     Raises:
         MismatchError: a shard was made from something else, or no record says from what.
@@ -198,7 +199,7 @@ def repair_manifest(store: str | Path | Storage, manifest: Manifest) -> bool:
             read_manifest(storage, manifest.dump)
             return False
         except DamageError:
-            _check_vouched(storage, manifest)
+            _check_committed(storage, manifest)
         storage.remove(manifest_file(manifest.dump))
         return True
 
@@ -238,11 +239,12 @@ class DumpWriter:
         if unknown:
             raise InputError(f"dump {manifest.dump!r} cannot be made: unknown kinds of knowledge, {', '.join(unknown)}")
         storage, dump = open_storage(store), manifest.dump
+        check_kinds(manifest, storage.address)
         create_store(storage)
         try:
             storage.size(manifest_file(dump))
         except MissingFileError:
-            _check_vouched(storage, manifest)
+            _check_committed(storage, manifest)
             name = tokens_file(dump)
             record, published = publish_table(storage, name, TOKENS_SCHEMA, [tokens], TOKENS_ENCODING)
             if not published and not read_table(TableFile(storage, name, record, TOKENS_SCHEMA)).equals(tokens):
@@ -440,7 +442,7 @@ class DumpWriter:
         """
         lengths = np.array([row["length"] for row in shard.sequences], dtype=np.int64)
         ids = np.array([row["sequence_id"] for row in shard.sequences], dtype=np.int64)
-        groups = row_groups(lengths, max(self.manifest.rule.candidates, self.manifest.rule.draws))
+        groups = row_groups(lengths, self._values())
         tables = {SEQUENCES: (sequences_table(shard.sequences, self.manifest), [len(shard.sequences)])}
         statistics: dict[str, float] = {}
         for name in self.manifest.kinds:
@@ -452,6 +454,13 @@ class DumpWriter:
             tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
             statistics.update(numbers)
         return tables, statistics
+
+    def _values(self) -> int:
+        """Of the longest list of one position."""
+        if "positions" not in self.manifest.kinds:
+            return 1
+        rule = positions_of(self.manifest).selection
+        return max(rule.candidates, rule.draws)
 
     def _knowledge(
         self, kind: Kind, arrays: Arrays, ids: np.ndarray, lengths: np.ndarray, groups: list[int]

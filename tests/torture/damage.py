@@ -9,6 +9,7 @@ Before that, every STEPth bit of every Parquet and JSON file is flipped once and
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import time
@@ -31,6 +32,7 @@ from knowledge_store.format.records import unseal
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays
 from knowledge_store.storage.local import LocalStorage
+from torture.heartbeat import beat
 
 VOCABULARY = 211
 ORDER = "ORDER BY dump, sequence_id"
@@ -243,13 +245,21 @@ def readings(sound: Sound, files: Collection[Path], chance: random.Random) -> li
     return [chance.choice(found)]
 
 
-def flip_in_turn(sound: Sound, first: int, step: int) -> Counter[str]:
-    """Flip every `step`th bit of each Parquet and JSON file, one at a time, and read the file as all readers do."""
+def flip_in_turn(sound: Sound, first: int, step: int, end: float = math.inf) -> Counter[str]:
+    """Flip every `step`th bit of each Parquet and JSON file, one at a time, and read the file as all readers do.
+
+    Args:
+        end: when to stop at the latest, on the monotonic clock.
+    """
     counts: Counter[str] = Counter()
     published = {path: table_file_of(path) for path in sound.files if path.suffix == ".parquet"}
     for path, data in sound.files.items():
         sealed = None if path.suffix == ".parquet" else unseal(data, path)
         for bit in range(first % step, 8 * len(data), step):
+            if time.monotonic() > end:
+                path.write_bytes(data)
+                return counts
+            beat(f"bit {bit} of {path}")
             harmed = bytearray(data)
             harmed[bit // 8] ^= 1 << bit % 8
             counts["faults"] += 1
@@ -277,6 +287,7 @@ def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
     counts = Counter({"faults": 1, name.split(":")[0]: 1, f"in {name.split(': ')[1]}": 1})
     sort = sort_of(next(iter(files)))
     told = f"fault {number} of seed {seed} ({name}, {', '.join(map(str, files))})"
+    beat(told)
     meanwhile = None
     if len(files) == 1 and sort in ("positions", "sequences", "tokens") and chance.random() < 0.25:
         meanwhile = fresh(sound)  # files that are open while they are damaged
@@ -329,6 +340,7 @@ def try_leftover(seed: int, number: int, sound: Sound) -> Counter[str]:
     while data == sound.files[path]:
         CHANGES[name][1](data, chance, [len(data) - 600, *sound.places[path]])  # footers as often as pages
     told = f"leftover {number} of seed {seed} ({name}, {path})"
+    beat(told)
     counts = Counter({"faults": 1, "leftovers": 1, f"in {table}": 1})
     try:
         record.unlink()
@@ -370,25 +382,29 @@ def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Sound:
     return sound
 
 
-def try_faults(seed: int, numbers: Iterable[int], folder: Path, step: int | None = None) -> dict[str, int]:
+def try_faults(
+    seed: int, numbers: Iterable[int], folder: Path, step: int | None = None, flips_end: float = math.inf
+) -> dict[str, int]:
     """Make the faults of these numbers, one after the other.
 
     Args:
         step: flip every `step`th bit of the store first, one at a time; None for none.
+        flips_end: when to stop that at the latest, on the monotonic clock.
     """
     counts: Counter[str] = Counter({"silent": 0})
     with pytest.MonkeyPatch.context() as monkeypatch:
         sound = prepare(folder, monkeypatch)
         if step:
-            counts.update(flip_in_turn(sound, seed, step))
+            counts.update(flip_in_turn(sound, seed, step, flips_end))
         for number in numbers:
             counts.update((try_fault if number % LEFTOVERS else try_leftover)(seed, number, sound))
     return dict(counts)
 
 
 def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
-    """Bits in turn, then faults drawn at random until the time is over."""
-    end = time.monotonic() + 60 * minutes
+    """Bits in turn for half of the time at most, then faults drawn at random until it is over."""
+    began = time.monotonic()
+    end = began + 60 * minutes
 
     def numbers() -> Iterable[int]:
         for number in count():
@@ -396,4 +412,4 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
                 return
             yield number
 
-    return try_faults(seed, numbers(), folder, step=STEP)
+    return try_faults(seed, numbers(), folder, step=STEP, flips_end=(began + end) / 2)
