@@ -22,7 +22,7 @@ bench: .venv/demo .venv/teacher $(GEMMA)
 
 # Faults of every sort. SEED: of an earlier run, to see it again; without it one is drawn, and printed.
 torture: .venv/dev
-	BENCHMARK_RESULTS=.bench/results $(BIN)/python benchmarks/torture.py $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.torture --output .bench/results/torture.json $(if $(SEED),--seed $(SEED))
 
 # A teacher with a vocabulary of 262,144, for measuring: Gemma-3-270M (Gemma Terms of Use), which comes in parts.
 $(GEMMA): .venv/demo
