@@ -141,9 +141,11 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     write_jsonl(folder / "heldout.jsonl", story_rows(6, start=30))
     turns = [{"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "The keeper did."}]
     write_jsonl(folder / "chat.jsonl", [{"messages": turns}] * 4)
-    question = {"question": "What did he light?", "options": ["the lamp", "a boat"], "answer": 0}
-    for name in ("test.jsonl", "validation.jsonl"):
-        write_jsonl(folder / name, [{**question, "answer": place % 2} for place in range(6)])
+    for name in ("test", "validation"):
+        rows = [
+            {"question": f"What is {name} {place}?", "options": ["a lamp", "a boat"], "answer": place % 2} for place in range(6)
+        ]
+        write_jsonl(folder / f"{name}.jsonl", rows)
     for name in ("distilled", "fine-tuned"):
         shutil.copytree(teacher_folder, folder / "runs" / name)
     (folder / "question.sql").write_text("SELECT count(*) FROM sequences")
