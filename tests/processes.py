@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -52,10 +54,12 @@ class Running:
 
 
 class Command(Running):
-    """A running `teacher-dump ARGUMENTS…`."""
+    """A running `teacher-dump ARGUMENTS…`, killed before it does more to files of `store` than `killed_when(store)`."""
 
-    def __init__(self, *arguments: object, folder: Path):
-        super().__init__(_teacher_dump, [str(each) for each in arguments], folder=folder)
+    def __init__(
+        self, *arguments: object, folder: Path, store: Path | None = None, killed_when: Callable[[Path], bool] | None = None
+    ):
+        super().__init__(_teacher_dump, [str(each) for each in arguments], store, killed_when, folder=folder)
 
 
 def _run(function: Callable[..., None], arguments: tuple, out: str, err: str) -> None:
@@ -65,11 +69,29 @@ def _run(function: Callable[..., None], arguments: tuple, out: str, err: str) ->
     function(*arguments)
 
 
-def _teacher_dump(arguments: list[str]) -> None:
+def _be_killed_when(reached: Callable[[Path], bool], store: Path) -> None:
+    """Kill this process once a moment is reached, before it does anything more to a file of the store."""
+    looking = threading.local()
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event not in ("open", "os.link", "os.rename", "os.remove", "os.mkdir") or hasattr(looking, "now"):
+            return
+        if any(isinstance(each, str | Path) and Path(each).is_relative_to(store) for each in arguments[:2]):
+            looking.now = True
+            if reached(store):
+                os.kill(os.getpid(), signal.SIGKILL)
+            del looking.now
+
+    sys.addaudithook(watch)
+
+
+def _teacher_dump(arguments: list[str], store: Path | None, killed_when: Callable[[Path], bool] | None) -> None:
     import torch
 
     from teacher_dump.cli import main
 
+    if store is not None and killed_when is not None:
+        _be_killed_when(killed_when, store)
     torch.set_num_threads(1)
     sys.argv = ["teacher-dump", *arguments]
     main()
