@@ -357,7 +357,7 @@ reading, writing = os.pipe()
 signal.setitimer(signal.ITIMER_REAL, 1000)
 def read_later():
     while signal.getitimer(signal.ITIMER_REAL)[0]:  # until the clock stands still
-        time.sleep(0.001)
+        time.sleep(0.1)
     left = 1 << 20  # more than a pipe holds: the writer is still at it
     while left:
         left -= len(os.read(reading, left))
