@@ -20,8 +20,11 @@ from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.reader import DumpReader, read_sequences, shard_files
+from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.sql.export import export
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.query import read_tokens, run_query
+from knowledge_store.sql.view import dump_views
 from knowledge_store.storage.local import disk_errors, remove_folder
 
 
@@ -165,6 +168,43 @@ class KnowledgeStore:
         if isolated:
             return isolated_answer(self.path, query, memory_limit, timeout)
         return run_query(*self.parts, query, memory_limit, timeout)
+
+    def view(self, dump: str | None = None) -> str:
+        """SQL statements that create a dump's relations in any DuckDB, over the committed files (see `sql.view`)."""
+        return dump_views(self.path, self._index, self.manifest(dump))
+
+    def export(
+        self,
+        output: str | Path,
+        dump: str | None = None,
+        kind: str | None = None,
+        where: str | None = None,
+        reporter: Reporter = SILENT,
+    ) -> int:
+        """Write one kind of knowledge of a dump to a new Parquet file of plain columns.
+
+        Args:
+            output: the file.
+            dump: which dump; None when there is only one.
+            kind: which kind of knowledge; None when the dump has only one.
+            where: a condition in SQL, such as "is_target AND tail_logprob > -1".
+            reporter: hears of the progress.
+
+        Returns:
+            how many rows were written.
+
+        Raises:
+            InputError: no such dump or kind, or the file cannot be written, or is there already.
+            QueryError: the condition is refused, or DuckDB cannot run it.
+            DamageError: a file of the store is not what was published.
+        """
+        manifest = self.manifest(dump)
+        kinds = list(manifest.kinds)
+        if kind is None and len(kinds) > 1:
+            raise InputError(f"name one of the kinds of dump {manifest.dump!r}: {', '.join(kinds)}")
+        if kind is not None and kind not in kinds:
+            raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}: it has {', '.join(kinds)}")
+        return export(self.path, self._index, manifest, kind or kinds[0], Path(output), where, reporter=reporter)
 
     def _reader(self, dump: str | None) -> DumpReader:
         name = self.dump(dump)

@@ -22,8 +22,9 @@ from torch import Tensor
 from knowledge_store.calibration.file import Calibration
 from knowledge_store.errors import InputError
 from knowledge_store.terminal.progress import progress_bar
-from teacher_dump.corpus.documents import Start, check_files, problem_text, read_documents
-from teacher_dump.corpus.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+from teacher_dump.corpus.documents import check_files, problem_text, read_documents
+from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.configuration import DumpConfig
 from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
 from teacher_dump.dumping.run import predict_batch

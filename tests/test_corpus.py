@@ -16,8 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
-from teacher_dump.corpus import documents as corpus_module
-from teacher_dump.corpus.documents import Start, check_files, column_value, cut_text, file_names, read_documents, scan
+from teacher_dump.corpus import text as text_files
+from teacher_dump.corpus.documents import check_files, file_names, read_documents
+from teacher_dump.corpus.rows import Start
+from teacher_dump.corpus.scan import column_value, scan
+from teacher_dump.corpus.text import cut_text
 from teacher_dump.dumping.configuration import DumpConfig
 from teacher_dump.dumping.plan import ShardReader
 
@@ -183,7 +186,7 @@ def test_a_text_file_is_cut_as_it_would_be_in_memory_whatever_is_read_at_once(tm
     path = tmp_path / "a.txt"
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "READ_BYTES", chunk)
+        patch.setattr(text_files, "READ_BYTES", chunk)
         found = documents(path, limit=limit)
         assert [document.text for document in found] == list(cut_text(text, limit))
         assert [document.last_part for document in found] == [False] * (len(found) - 1) + [True]

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
-from teacher_dump.corpus.documents import Document, Start, read_documents
-from teacher_dump.corpus.tokenisation import BadRow, CorpusTokenizer
+from teacher_dump.corpus.documents import Document, read_documents
+from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
 
 END = 0  # the id of <|end|>, the tokenizer's end of sequence
 

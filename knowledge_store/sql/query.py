@@ -74,11 +74,13 @@ def read_tokens(store: Path, manifest: Manifest) -> pa.Table:
 TABLES = "store_tables"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """A text as SQL has it."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
+    """A name as SQL has it."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -102,7 +104,7 @@ class _Catalogue:
             self._connection.execute(f"USE {TABLES}")
             self._connection.from_arrow(make_rows()).create_view(name)
             self._connection.execute("USE main")
-        return f"{TABLES}.{_identifier(name)}"
+        return f"{TABLES}.{identifier(name)}"
 
     def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> ds.Dataset:
         """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
@@ -141,7 +143,7 @@ class _Catalogue:
             schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
             return self._shards(manifest, table, schema)
 
-        dump = _literal(manifest.dump)
+        dump = literal(manifest.dump)
         rows = self._table(f"{manifest.dump} {table}", make_rows)
         view = KINDS[table].view(manifest) if table in KINDS else None
         if view is not None:
@@ -154,7 +156,7 @@ class _Catalogue:
     def add(self, relation: str, rows: pa.Table) -> None:
         """Make a relation of a table that is at hand."""
         name = self._table(relation, lambda: rows)
-        self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS SELECT * FROM {name}")
+        self._connection.execute(f"CREATE VIEW {identifier(relation)} AS SELECT * FROM {name}")
 
     def create(self, relation: str, branches: list[tuple[Manifest, str, str | None]]) -> None:
         """Make the view `relation` over all dumps that have it."""
@@ -163,7 +165,7 @@ class _Catalogue:
             self.add(relation, pa.schema([("dump", pa.string()), *columns.items()]).empty_table())
             return
         union = " UNION ALL BY NAME ".join(self._branch(*branch) for branch in branches)
-        self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS {union}")
+        self._connection.execute(f"CREATE VIEW {identifier(relation)} AS {union}")
 
 
 def connect(memory_limit: float) -> duckdb.DuckDBPyConnection:
@@ -193,7 +195,7 @@ def _check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         sql.encode()  # DuckDB's own refusal of half a character is no duckdb.Error
         statements = connection.extract_statements(sql)
     except (duckdb.Error, UnicodeEncodeError) as error:
-        raise QueryError(f"this SQL does not parse: {_first_line(error)}") from None
+        raise QueryError(f"this SQL does not parse: {_reason(error)}") from None
     several = len(statements) > 1 and ";" not in sql.strip().rstrip(";")  # how DuckDB 1.4 has a PIVOT, in its parts
     if len(statements) != 1 and not several:
         raise QueryError(f"give one SELECT statement: this has {len(statements)}")
@@ -224,8 +226,10 @@ def _mentioned(connection: duckdb.DuckDBPyConnection, sql: str, relations: set[s
         return {name for name in relations if name in sql.lower()}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """What DuckDB says, with the names that it suggests, on one line; without the statement."""
+    message, _, _ = str(error).partition("\n\nLINE ")
+    return " ".join(message.split()) or type(error).__name__
 
 
 def _own_names(names: list[str]) -> list[str]:
@@ -246,7 +250,7 @@ class Query:
 
     Args:
         connection: from `connect`; the tables are given to it.
-        memory_limit: in bytes, for the answer.
+        memory_limit: in bytes, for the answer; None where it is not kept in memory.
 
     Raises:
         QueryError: it is refused.
@@ -260,13 +264,14 @@ class Query:
         index: Index,
         manifests: list[Manifest],
         sql: str,
-        memory_limit: int,
+        memory_limit: int | None,
     ):
         _check_statement(connection, sql)
         self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
         self._catalogue = catalogue = _Catalogue(store, index, manifests, connection)
         relations = catalogue.relations()
         facts = {"dumps": lambda: dumps_table(store, index, manifests), "shards": lambda: shards_table(index)}
+        self._relations = [*relations, *facts]
         for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
             if relation in facts:
                 catalogue.add(relation, facts[relation]())
@@ -295,7 +300,7 @@ class Query:
         with self._errors():
             for batch in reader:
                 size += batch.nbytes
-                if size > self._memory_limit:
+                if self._memory_limit is not None and size > self._memory_limit:
                     limit = binary_size(self._memory_limit)
                     raise QueryError(f"this SQL was cut off: its answer takes more memory than the limit of {limit}")
                 yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
@@ -306,14 +311,17 @@ class Query:
             yield
         except (duckdb.Error, OSError, pa.ArrowException, MemoryError) as error:
             # Of what goes wrong while rows come, Arrow hands on no more than DuckDB's words.
-            for reason in self._catalogue.errors:
-                raise reason from None
+            for damage in self._catalogue.errors:
+                raise damage from None
             if isinstance(error, MemoryError) or "Out of Memory" in str(error):
-                limit = binary_size(self._memory_limit)
-                raise QueryError(f"this SQL needs more memory than its limit of {limit}: {_first_line(error)}") from None
-            raise QueryError(f"this SQL was not run: {_first_line(error)}") from None
-        for reason in self._catalogue.errors:
-            raise reason
+                limit = f"its limit of {binary_size(self._memory_limit)}" if self._memory_limit is not None else "there is"
+                raise QueryError(f"this SQL needs more memory than {limit}: {_reason(error)}") from None
+            reason = _reason(error)
+            if "Table with name" in reason:
+                reason += f" (the store's relations: {', '.join(self._relations)})"
+            raise QueryError(f"this SQL was not run: {reason}") from None
+        for damage in self._catalogue.errors:
+            raise damage
 
 
 def run_query(

@@ -17,8 +17,9 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import write_table
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.terminal.progress import progress_bar
-from teacher_dump.corpus.documents import Document, Start, read_documents
-from teacher_dump.corpus.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+from teacher_dump.corpus.documents import Document, read_documents
+from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.configuration import SELECTION_OPTIONS, DumpConfig
 from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
 from teacher_dump.dumping.run import extract_batch, joined, predict_batch

@@ -17,15 +17,14 @@ from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.documents import (
     SUFFIXES_READ_THROUGH,
     Document,
-    Start,
     check_files,
-    column_value,
     file_names,
     problem_text,
     read_documents,
-    scan,
 )
-from teacher_dump.corpus.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.scan import column_value, scan
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.configuration import QUANTISATION_STEP, DumpConfig
 from teacher_dump.dumping.fingerprints import file_sha256
 from teacher_dump.teachers.local import Teacher, describe_tokenizer
