@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import save_teacher, story_rows, write_jsonl
-from processes import Command
+from processes import Command, Moment
 from stores import contents
 
 from knowledge_store import KnowledgeStore
@@ -141,7 +141,7 @@ def half_way(store: Path) -> bool:
 
 @pytest.mark.parametrize("moment", [before_the_manifest, writing_knowledge, between_knowledge_and_its_commit, half_way])
 def test_killed_at_any_moment_and_resumed_by_others(config, uninterrupted, tmp_path, loaded_teacher, moment):
-    killed = Command(*arguments(config), folder=tmp_path / "log", store=config.store, killed_when=moment).wait()
+    killed = Command(*arguments(config), folder=tmp_path / "log", at=Moment(config.store, moment)).wait()
     assert killed.returncode == -signal.SIGKILL, killed
     assert moment(config.store)
     assert commits(config) < SHARDS

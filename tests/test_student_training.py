@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,8 +17,10 @@ import pytest
 import torch
 import typer
 from conftest import ROOT, make_tokenizer, save_teacher
+from processes import Command, Moment
 from safetensors.torch import load_file
 from torture import order
+from torture.heartbeat import PATIENCE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -228,17 +230,16 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def has_checkpoint(run: Path) -> bool:
+    return any(run.glob("checkpoint-*/complete.json"))
+
+
 def test_killed_and_started_again(settings, tmp_path):
     """SIGKILL in a process of its own, then the same command: bit for bit the weights of a run left alone."""
     settings |= {"steps": 150, "save_steps": 20}
-    run = [sys.executable, "-m", "student_train.cli", "run", *command(settings)]
-    process = subprocess.Popen(run, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "run").glob("checkpoint-*/complete.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+    moment = Moment(tmp_path / "run", has_checkpoint)
+    killed = Command("run", *command(settings), folder=tmp_path / "log", package="student_train", at=moment).wait()
+    assert killed.returncode == -signal.SIGKILL, killed
     # A checkpoint that was being written when the process died must not be taken for one.
     (tmp_path / "run" / "checkpoint-149").mkdir()
     again = CliRunner().invoke(app, ["run", *command(settings)])
@@ -252,7 +253,7 @@ def test_killed_at_one_moment_after_another(settings, tmp_path):
     """At steps, and while files of the run are written: the losses and the weights of a run left alone, each step's once."""
     settings |= order.TRAINING | {"steps": 6}
     moments, expected = order.undisturbed_training(settings, tmp_path)
-    counts = order.killed_training(random.Random(5), settings, tmp_path, moments, expected, kills=6, end=time.monotonic() + 600)
+    counts = order.killed_training(random.Random(5), settings, tmp_path, moments, expected, kills=6, end=math.inf)
     assert counts["kills"] > 2
 
 
@@ -339,7 +340,7 @@ def test_two_processes_are_one_with_twice_the_batch(settings, tmp_path, monkeypa
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]
     pair = settings | {"output": str(tmp_path / "pair"), "batch_size": 1, "gradient_accumulation": 2}
     done = subprocess.run(
-        launch + command(pair), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        launch + command(pair), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is finished") == 1
