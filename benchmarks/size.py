@@ -42,7 +42,7 @@ from knowledge_store.format.parquet import write_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids
-from knowledge_store.kinds.positions import quantise
+from knowledge_store.kinds.positions import positions_of, quantise
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.configuration import DumpConfig
@@ -126,7 +126,9 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
     """A dump of the k likeliest tokens in a store of its own, by the writer of every dump."""
     shutil.rmtree(folder, ignore_errors=True)
     rule = replace(config, top_k=k, tail_draws=DRAWS if draws else 0).rule
-    writer = DumpWriter.open(folder, replace(manifest, selection=rule.to_record()), tokens)
+    writer = DumpWriter.open(
+        folder, replace(manifest, kinds={"positions": replace(positions_of(manifest), selection=rule).to_record()}), tokens
+    )
     for shard, sequences in zip(shards, knowledge, strict=True):
         publish_shard(writer, shard, {"positions": [fewer(arrays, k, draws) for arrays in sequences]}, {"device": "numbers"})
     store = KnowledgeStore.open(folder)
@@ -224,7 +226,7 @@ def as_used(table: pa.Table, step: float) -> pa.Table:
 
 def undone(idea: str, table: pa.Table, stored: pa.Table, manifest: Manifest) -> pa.Table:
     """The stored table without one of its ideas."""
-    step = manifest.quantisation_step
+    step = positions_of(manifest).quantisation_step
     if idea == "gaps between candidates, the first for nothing":
         return changed(stored, {"candidate_steps": below_zero(table["candidate_logprobs"], step)}, ("gap_steps",))
     if idea == "log-odds of the tail":
@@ -274,7 +276,7 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
 
     kept = {idea: saved([undone(idea, *pair, manifest) for pair in pairs]) for idea in UNDONE}
     kept["all of them: each log-probability rounded by itself, columns as they are used"] = saved(
-        [as_used(table, manifest.quantisation_step) for table in tables]
+        [as_used(table, positions_of(manifest).quantisation_step) for table in tables]
     )
 
     left_out: dict[str, float] = {}
@@ -365,7 +367,7 @@ def floor(store: Path, dump: Dump) -> dict[str, float]:
     before = np.concatenate([[0], tokens[:-1]])
     before_that = np.concatenate([[0, 0], tokens[:-2]])
     here = table["candidate_ids"].is_valid().to_numpy()
-    k = manifest.rule.candidates
+    k = positions_of(manifest).selection.candidates
     ids = pc.list_flatten(table["candidate_ids"]).to_numpy().astype(np.int64).reshape(-1, k)
     gaps = pc.list_flatten(stored["gap_steps"]).to_numpy().astype(np.int64).reshape(-1, k - 1) - ZERO
     tail = stored["tail_steps"].to_numpy(zero_copy_only=False)[here].astype(np.int64) - ZERO
@@ -431,7 +433,7 @@ def measure(config: DumpConfig, work: Path) -> dict[str, Any]:
     drawn = write(store, config, manifest, shards, knowledge, tokens, KEPT[0], True)
     dump = write(store, config, manifest, shards, knowledge, tokens, KEPT[0], False)
     columns = sorted(dump.column_bytes.items(), key=lambda item: -item[1])
-    kls = mean_kl(store, knowledge, KEPT[0], manifest.quantisation_step)
+    kls = mean_kl(store, knowledge, KEPT[0], positions_of(manifest).quantisation_step)
     return {
         **found,
         "positions": dump.positions,

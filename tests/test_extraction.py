@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from knowledge_store.format.selection import Selection
+from knowledge_store.kinds.selection import Selection
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.extraction.positions import ExtractionBatch, UnsoundLogits, extract_positions, knowledge_of

@@ -214,11 +214,10 @@ def standing(config, loaded_teacher) -> DumpConfig:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"top_k": 3}, "selection.k was 5 and is now 3"),
+        ({"top_k": 3}, "positions.selection.k was 5 and is now 3"),
         ({"max_length": 41}, "plan.max_length was 40 and is now 41"),
-        ({"batch_size": 5}, "plan.batch_size was 4 and is now 5"),
         ({"shard_size": 3}, "plan.shard_size was 2 and is now 3"),
-        ({"keep_context": True}, "plan.keep_context was False and is now True"),
+        ({"keep_context": True}, "positions.keep_context was False and is now True"),
     ],
 )
 def test_going_on_with_another_option_is_refused_and_changes_nothing(standing, loaded_teacher, change, named):

@@ -37,7 +37,7 @@ from knowledge_store.errors import DamageError, InputError
 from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.kind import padded_lists
-from knowledge_store.kinds.positions import damage, exact_steps
+from knowledge_store.kinds.positions import damage, exact_steps, positions_of
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.dumping.plan import length_batches
 from teacher_dump.extraction.sampling import independent_points, precise, systematic_points
@@ -366,10 +366,11 @@ def _ask_batch(manifest: Manifest, teacher: Teacher, sequences: list[_Kept]) -> 
     counts = [len(sequence.places) for sequence in sequences]
     rows = np.repeat(np.arange(len(sequences)), counts)
     places = np.concatenate([sequence.places for sequence in sequences])
-    kept = _arrays(pa.concat_tables([sequence.rows for sequence in sequences]), manifest.rule.draws)
-    if manifest.rule.draws:
-        points = systematic_points if manifest.rule.candidates else independent_points
-        drawn_at = [points(each.number, len(each.token_ids), manifest.rule.draws)[each.places] for each in sequences]
+    rule = positions_of(manifest).selection
+    kept = _arrays(pa.concat_tables([sequence.rows for sequence in sequences]), rule.draws)
+    if rule.draws:
+        points = systematic_points if rule.candidates else independent_points
+        drawn_at = [points(each.number, len(each.token_ids), rule.draws)[each.places] for each in sequences]
         kept["points"] = np.sort(np.concatenate(drawn_at), axis=1)
     prediction = teacher.predict(token_ids, mask)
     at, before = (torch.from_numpy(each).to(teacher.device) for each in (rows, places - 1))
@@ -396,7 +397,8 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
     """
     if not logits.isfinite().all():
         raise InputError("the teacher's logits are NaN or infinite: check its weights, or ask it with --dtype float32")
-    step, rule = manifest.quantisation_step, manifest.rule
+    parameters = positions_of(manifest)
+    step, rule, temperature = parameters.quantisation_step, parameters.selection, parameters.temperature
 
     def on_device(name: str) -> Tensor:
         return torch.from_numpy(kept[name]).to(logits.device)
@@ -421,8 +423,8 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
             too_few = torch.where(full, 0.0, rule.p - total)
             found["selection off"] = found["selection off"].maximum(too_few).maximum(total - torch.exp(last) - rule.p)
         found["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double()
-    if manifest.temperature:
-        said["tail_logsumexp"] = torch.logsumexp(outside / manifest.temperature, dim=1)
+    if temperature:
+        said["tail_logsumexp"] = torch.logsumexp(outside / temperature, dim=1)
     if rule.draws:
         drawn, points = on_device("drawn"), on_device("points")
         weights = torch.softmax(outside, dim=1)
@@ -434,7 +436,7 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
     compared = {}
     now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in said.items()}}, manifest)
     for column, was in exact_steps(kept, manifest).items():
-        name = f"tail at T={manifest.temperature:g}" if column == "tail_logsumexp" else ROUNDED[column]
+        name = f"tail at T={temperature:g}" if column == "tail_logsumexp" else ROUNDED[column]
         with np.errstate(invalid="ignore"):  # a tail that is empty, then and now
             apart, moved = np.abs(was - now[column]), np.round(was) - np.round(now[column])
         same = was == now[column]
@@ -553,12 +555,13 @@ def _judge(
     values_are_off = [_value_is_off(each, limits) for each in found]
     sound = [each for each, is_off in zip(found, values_are_off, strict=True) if each and not is_off]
     values_off = sum(values_are_off)
-    differences = _differences([each for each in found if each], manifest.quantisation_step, limits)
+    step = positions_of(manifest).quantisation_step
+    differences = _differences([each for each in found if each], step, limits)
     noise, noisiest = max(((each.typical, name) for name, each in differences.items()), default=(0.0, "values"))
     biased = [
         f"{name} off one way, by {each.mean:.3g} nats on average over {len(sound)} sequences that show nothing each by itself"
         f" (noise: up to {each.noise:.2g})"
-        for name, each in _differences(sound, manifest.quantisation_step, limits).items()
+        for name, each in _differences(sound, step, limits).items()
         if each.mean > each.noise
     ]
     seen = [*unreadable, *(words for _, words in off)]

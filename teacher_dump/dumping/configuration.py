@@ -8,7 +8,7 @@ from pathlib import Path
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
-from knowledge_store.format.selection import MAX_DRAWS, NAMES, Selection
+from knowledge_store.kinds.selection import MAX_DRAWS, NAMES, Selection
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
 PART_CHARACTERS_PER_POSITION = 64

@@ -16,6 +16,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import write_table
 from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
@@ -135,7 +136,7 @@ def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
             batch = [chosen[index] for index in indices]
             started = time.monotonic()
             prediction = predict_batch(config, teacher, batch)
-            knowledge += extract_batch(config, prediction, batch, manifest.temperature)["positions"]
+            knowledge += extract_batch(config, prediction, batch, positions_of(manifest).temperature)["positions"]
             seconds += time.monotonic() - started
             candidates += extract_batch(deep, prediction, batch, None)["positions"]
             ordered += [lengths[index] for index in indices]

@@ -12,6 +12,7 @@ from knowledge_store.calibration.file import check_calibration, read_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import MANIFEST_FILE
 from knowledge_store.format.manifest import Manifest, read_manifest
+from knowledge_store.kinds.positions import PositionsParameters
 from knowledge_store.storage.local import disk_errors
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.documents import (
@@ -53,22 +54,25 @@ def identity_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
     ]
     return Manifest(
         dump=config.dump_name,
-        kinds=config.kinds,
+        kinds={name: _parameters(name, config, teacher) for name in config.kinds},
         teacher=teacher.description,
         tokenizer=describe_tokenizer(teacher.tokenizer),
         corpus={"files": files},
-        selection=config.rule.to_record(),
-        quantisation_step=QUANTISATION_STEP,
         plan={
             "max_length": config.max_length,
-            "batch_size": config.batch_size,
             "shard_size": config.shard_size,
             "part_characters": config.part_characters,
-            "keep_context": config.keep_context,
         },
         derived={},
-        calibration=_calibration(config, teacher),
     )
+
+
+def _parameters(kind: str, config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+    """The record of a kind's parameters. InputError: the calibration belongs to another teacher or tokenizer."""
+    if kind != "positions":
+        return {}
+    calibration = _calibration(config, teacher)
+    return PositionsParameters(config.rule, QUANTISATION_STEP, calibration, config.keep_context).to_record()
 
 
 def _calibration(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from knowledge_store.format.manifest import Manifest, check_version, read_manife
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reporter import Advance
 from knowledge_store.storage.local import TEMPORARY_PREFIX, disk_errors
 from knowledge_store.store import check_store
@@ -258,7 +259,7 @@ def _dump_shards(
     meter: _Meter,
     tally: _Tally,
 ) -> None:
-    made_by = _made_by(teacher)
+    made_by, temperature = _made_by(teacher), positions_of(writer.manifest).temperature
     publishing: tuple[Future[CommitRecord], int] | None = None
 
     def settle() -> None:
@@ -279,7 +280,7 @@ def _dump_shards(
             for shard in _read_ahead(executor, reader, pending, first):
                 if not repair and writer.committed(shard.shard):
                     continue  # another worker was quicker
-                knowledge = _ask(config, teacher, shard, writer.manifest.temperature, meter, settle_if_done)
+                knowledge = _ask(config, teacher, shard, temperature, meter, settle_if_done)
                 settle()
                 future = publisher.submit(publish_shard, writer, shard, knowledge, made_by, repair)
                 publishing = future, shard.positions

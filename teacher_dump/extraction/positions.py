@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knowledge_store.errors import InputError
-from knowledge_store.format.selection import Selection
 from knowledge_store.format.sequences import sequence_id
 from knowledge_store.kinds import Arrays
+from knowledge_store.kinds.selection import Selection
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.extraction.sampling import (
     block_sums,
