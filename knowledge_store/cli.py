@@ -10,32 +10,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
-from typer.core import TyperCommand
 
-from knowledge_store.errors import InputError
+from knowledge_store.errors import InputError, KnowledgeStoreError
 from knowledge_store.isolation.child import asked
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.terminal.console import command_errors, messages, note, output
-from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.terminal.commands import Command, StoreArgument, application, command
+from knowledge_store.terminal.console import messages, note, output
+from knowledge_store.terminal.progress import TerminalReporter
 from knowledge_store.terminal.quantities import amount, byte_size
 
 if TYPE_CHECKING:
     from knowledge_store.catalogue.summary import DumpSummary
     from knowledge_store.store import KnowledgeStore
 
-app = typer.Typer(
-    help="Ask, check and keep a store of a teacher's knowledge.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
+app = application("Query, verify and keep a store of a teacher's knowledge.")
 
 DAMAGED = 1
 SHOWN_SHARE = 0.005
 
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
+
+def _dump_names(context: typer.Context, incomplete: str) -> list[str]:
+    """The dumps of the store that was named, for a shell that completes a word."""
+    store = context.params.get("store")
+    try:
+        names = [] if store is None else list(_open(Path(store)).dumps)
+    except (KnowledgeStoreError, OSError):
+        names = []
+    return [name for name in names if name.startswith(incomplete)]
+
+
+DumpArgument = Annotated[str, typer.Argument(metavar="DUMP", help="The dump's name.", autocompletion=_dump_names)]
+DumpOption = Annotated[
+    str | None, typer.Option("--dump", help="Which dump, when there are several.", autocompletion=_dump_names)
+]
 
 
 def _open(store: Path, **options: Any) -> KnowledgeStore:
@@ -45,18 +53,17 @@ def _open(store: Path, **options: Any) -> KnowledgeStore:
     return KnowledgeStore.open(store, **options)
 
 
-@app.command()
+@command(app)
 def info(store: StoreArgument) -> None:
     """Show what a store holds: dumps, sizes, ratio to dense logits, mass of the candidates.
 
     Example: `knowledge-store info knowledge/`
     """
-    with command_errors():
-        summaries = _open(store).info()
-        if not summaries:
-            note(f"{store} holds no dump yet")
-        for summary in summaries:
-            _print_summary(summary)
+    summaries = _open(store).info()
+    if not summaries:
+        note(f"{store} holds no dump yet")
+    for summary in summaries:
+        _print_summary(summary)
 
 
 def _print_summary(summary: DumpSummary) -> None:
@@ -83,7 +90,7 @@ def _print_summary(summary: DumpSummary) -> None:
         output.print(f"    {size / max(summary.positions, 1):6.2f} bytes a position  {visible(name)}", markup=False)
 
 
-class _SqlCommand(TyperCommand):
+class _SqlCommand(Command):
     """Its statement may begin with a comment, which begins as an option does: `-- longest first` and a new line."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -91,10 +98,13 @@ class _SqlCommand(TyperCommand):
         return super().parse_args(ctx, [f" {word}" if word.startswith("--") and "\n" in word else word for word in args])
 
 
-@app.command(cls=_SqlCommand)
+@command(app, cls=_SqlCommand)
 def sql(
     store: StoreArgument,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="One SELECT statement.")],
+    query: Annotated[
+        str | None, typer.Argument(metavar="QUERY", help="One SELECT statement; `-` reads it from standard input.")
+    ] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="Read the statement from this file.")] = None,
     format: Annotated[Format, typer.Option(help="json is one array of row objects.")] = Format.table,
     memory_limit: Annotated[float, typer.Option(help="For the query and its answer, in GiB.")] = MEMORY_LIMIT / 2**30,
     timeout: Annotated[float, typer.Option(help="In seconds, after which the query is interrupted.")] = TIMEOUT,
@@ -106,14 +116,52 @@ def sql(
 
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
-    with command_errors(), asked(store, query, format.value, memory_limit * 2**30, timeout, note) as answer:
+    statement = _statement(query, file)
+    with asked(store, statement, format.value, memory_limit * 2**30, timeout, note) as answer:
         text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
         if format is Format.table and (names := text.readline()):
             output.print(Text(names.rstrip("\n"), style="bold"))
         shutil.copyfileobj(text, sys.stdout)
 
 
-@app.command()
+def _statement(query: str | None, file: Path | None) -> str:
+    """The statement that was given in one of three ways."""
+    if (query is None) == (file is None):
+        raise InputError("give one statement: as QUERY, as `-` for standard input, or with --file")
+    try:
+        if file is not None:
+            return file.read_text(encoding="utf-8")
+        return sys.stdin.read() if query == "-" else str(query)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the statement cannot be read from {file or 'standard input'}: {error}") from None
+
+
+@command(app)
+def view(store: StoreArgument, dump: DumpArgument) -> None:
+    """Print SQL that creates a dump's relations in any DuckDB, over the committed files.
+
+    Example: `knowledge-store view knowledge/ smollm2-books > books.sql; duckdb -init books.sql`
+    """
+    typer.echo(_open(store).view(dump))
+
+
+@command(app)
+def export(
+    store: StoreArgument,
+    dump: DumpArgument,
+    file: Annotated[Path, typer.Option("--output", help="The Parquet file to write; an existing one is never replaced.")],
+    where: Annotated[str | None, typer.Option(help="A condition in SQL: only rows that meet it are written.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Which kind of knowledge, when the dump has several.")] = None,
+) -> None:
+    """Write a dump's knowledge as a Parquet file of plain columns, for pandas, polars and others.
+
+    Example: `knowledge-store export knowledge/ smollm2-books --output books.parquet --where "is_target"`
+    """
+    rows = _open(store).export(file, dump, kind, where, TerminalReporter())
+    output.print(f"{file}: {rows:,} rows, {byte_size(file.stat().st_size)}", markup=False)
+
+
+@command(app)
 def verify(store: StoreArgument) -> None:
     """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged.
 
@@ -121,76 +169,70 @@ def verify(store: StoreArgument) -> None:
     """
     from knowledge_store.writing.verification import verify as verify_store
 
-    with command_errors():
-        planned = sum(1 for _ in store.glob("*/commits/*.json"))
-        with progress_bar("verifying", max(planned, 1), "shards") as advance:
-            found = verify_store(store, advance)
-        for sentence in found.notes:
-            note(f"Note: {sentence}")
-        for sentence in found.damage:
-            messages.print(f"Damage: {visible(sentence)}", style="red", markup=False)
-        checked = f"{found.dumps} dumps, {found.shards} shards, {found.positions:,} positions, {byte_size(found.bytes)}"
-        if found.damage:
-            note(f"{len(found.damage)} damaged; sound: {checked}")
-            note("Damaged shards are made anew by the command that made the dump, with --repair: teacher-dump run … --repair")
-            raise typer.Exit(DAMAGED)
-        output.print(f"Sound: {checked}", markup=False)
+    found = verify_store(store, TerminalReporter())
+    for sentence in found.notes:
+        note(f"Note: {sentence}")
+    for sentence in found.damage:
+        messages.print(f"Damage: {visible(sentence)}", style="red", markup=False)
+    checked = f"{found.dumps} dumps, {found.shards} shards, {found.positions:,} positions, {byte_size(found.bytes)}"
+    if found.damage:
+        note(f"{len(found.damage)} damaged; sound: {checked}")
+        note("Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair")
+        raise typer.Exit(DAMAGED)
+    output.print(f"Sound: {checked}", markup=False)
 
 
-@app.command()
+@command(app)
 def reindex(store: StoreArgument) -> None:
     """Build the index anew from the commit records. Never needed: opening a store rebuilds a missing or outdated one.
 
     Example: `knowledge-store reindex knowledge/`
     """
-    with command_errors():
-        opened = _open(store, rebuild_index=True)
-        shards = sum(summary.shards for summary in opened.info())
-        output.print(f"Indexed {shards:,} shards of {len(opened.dumps)} dumps", markup=False)
+    opened = _open(store, rebuild_index=True)
+    shards = sum(summary.shards for summary in opened.info())
+    output.print(f"Indexed {shards:,} shards of {len(opened.dumps)} dumps", markup=False)
 
 
-@app.command()
+@command(app)
 def remove(
     store: StoreArgument,
-    dump: Annotated[str, typer.Argument(metavar="DUMP", help="The dump to remove.")],
+    dump: DumpArgument,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a dump, after asking.
 
     Example: `knowledge-store remove knowledge/ smollm2-books`
     """
-    with command_errors():
-        opened = _open(store)
-        name = opened.dump(dump)
-        summary = next(each for each in opened.info() if each.dump == name)
-        question = f"Remove {name}: {summary.positions:,} positions, {byte_size(summary.bytes)}, for good?"
-        if not yes and not typer.confirm(question, default=False, err=True):
-            note("Nothing was removed")
-            raise typer.Exit(1)
-        opened.remove(name)
-        output.print(f"Removed {name}", markup=False)
+    opened = _open(store)
+    name = opened.dump(dump)
+    summary = next(each for each in opened.info() if each.dump == name)
+    question = f"Remove {name}: {summary.positions:,} positions, {byte_size(summary.bytes)}, for good?"
+    if not yes and not typer.confirm(question, default=False, err=True):
+        note("Nothing was removed")
+        raise typer.Exit(1)
+    opened.remove(name)
+    output.print(f"Removed {name}", markup=False)
 
 
-@app.command()
+@command(app)
 def sequence(
     store: StoreArgument,
     sequence_id: Annotated[int, typer.Argument(metavar="ID", help="A sequence_id.")],
-    dump: Annotated[str | None, typer.Option(help="Which dump, when there are several.")] = None,
+    dump: DumpOption = None,
 ) -> None:
     """Show one sequence as a person reads it: each token, and what the teacher expected there.
 
     Example: `knowledge-store sequence knowledge/ 65536`
     """
-    with command_errors():
-        opened = _open(store)
-        name = opened.dump(dump)
-        ids = opened.sequences(name)["sequence_id"].to_numpy()
-        ordinal = int(ids.searchsorted(sequence_id))
-        if ordinal == len(ids) or ids[ordinal] != sequence_id:
-            raise InputError(f"dump {name!r} has no sequence {sequence_id}: `SELECT sequence_id FROM sequences` lists them")
-        for header, rows in opened.shown(ordinal, name):
-            for number, line in enumerate(aligned(header, rows)):
-                output.print(Text(line, style="" if number else "bold"))
+    opened = _open(store)
+    name = opened.dump(dump)
+    ids = opened.sequences(name)["sequence_id"].to_numpy()
+    ordinal = int(ids.searchsorted(sequence_id))
+    if ordinal == len(ids) or ids[ordinal] != sequence_id:
+        raise InputError(f"dump {name!r} has no sequence {sequence_id}: `SELECT sequence_id FROM sequences` lists them")
+    for header, rows in opened.shown(ordinal, name):
+        for number, line in enumerate(aligned(header, rows)):
+            output.print(Text(line, style="" if number else "bold"))
 
 
 def main() -> None:

@@ -12,12 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
-from teacher_dump.corpus import documents as corpus_module
-from teacher_dump.corpus.documents import Start, check_files, column_value, cut_text, file_names, read_documents, scan
+from teacher_dump.corpus import text as text_files
+from teacher_dump.corpus.documents import check_files, file_names, read_documents
+from teacher_dump.corpus.rows import Start
+from teacher_dump.corpus.scan import column_value, scan
+from teacher_dump.corpus.text import cut_text
 from teacher_dump.dumping.configuration import DumpConfig
 from teacher_dump.dumping.plan import ShardReader
 
@@ -177,13 +180,12 @@ def test_parts_end_at_paragraph_ends_or_else_lines_or_else_words():
     assert list(cut_text("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(prose, st.integers(1, 60), st.integers(1, 9), st.booleans())
 def test_a_text_file_is_cut_as_it_would_be_in_memory_whatever_is_read_at_once(tmp_path, text, limit, chunk, mark):
     path = tmp_path / "a.txt"
     path.write_bytes((b"\xef\xbb\xbf" if mark else b"") + text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "READ_BYTES", chunk)
+        patch.setattr(text_files, "READ_BYTES", chunk)
         found = documents(path, limit=limit)
         assert [document.text for document in found] == list(cut_text(text, limit))
         assert [document.last_part for document in found] == [False] * (len(found) - 1) + [True]
@@ -224,7 +226,7 @@ def mixed_files(tmp_path_factory) -> tuple[Path, ...]:
     return tuple(sorted(folder.iterdir()))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.permutations(range(5)), st.integers(1, 20), st.integers(20, 150))
 def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, shard_size, limit):
     files = tuple(mixed_files[index] for index in order)
@@ -254,7 +256,7 @@ class Plan:
         self.derived = {"documents": found.documents, "shards": [vars(start) for start in found.shards]}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 20), st.data())
 def test_shards_read_in_any_order_hold_what_a_full_reading_holds(mixed_files, shard_size, data):
     config = DumpConfig("teacher", mixed_files, Path("store"), max_length=2, shard_size=shard_size)

@@ -116,7 +116,8 @@ def test_only_a_completion_is_a_target(tmp_path, loaded_teacher):
 
 def test_a_sequence_has_the_same_row_in_any_batch(tmp_path, loaded_teacher):
     """Alone, or with longer and shorter ones: to 1e-4 nats, float32's rounding in products of other shapes."""
-    from teacher_dump.corpus.documents import Start, read_documents
+    from teacher_dump.corpus.documents import read_documents
+    from teacher_dump.corpus.rows import Start
 
     documents = []
     for row in (*story_rows(8), *PROMPTS):

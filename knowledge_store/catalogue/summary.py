@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.catalogue.index import STATISTIC, Index
-from knowledge_store.errors import DamageError
-from knowledge_store.format.layout import MANIFEST_FILE
+from knowledge_store.format.layout import manifest_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Kind, Totals
 from knowledge_store.kinds.kind import ROWS
 from knowledge_store.kinds.statistics import added
+from knowledge_store.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -84,21 +83,14 @@ def _column_bytes(shards: pa.Table) -> dict[str, int]:
     return {row["column"]: row["bytes_sum"] for row in columns.aggregate([("bytes", "sum")]).to_pylist()}
 
 
-def _manifest_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise DamageError(f"{path} is missing") from None
-
-
-def summarise(store: Path, index: Index, manifest: Manifest) -> DumpSummary:
+def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary:
     """The facts of one dump.
 
     Raises:
         DamageError: its manifest is gone.
     """
     shards = index.shards.filter(pc.field("dump") == manifest.dump)
-    own = _manifest_bytes(store / manifest.dump / MANIFEST_FILE)
+    own = storage.size(manifest_file(manifest.dump))
     size = _sum(shards["bytes"]) + _sum(shards["record_bytes"]) + own
     totals = {name: Totals(_statistics(shards, KINDS[name]), size) for name in manifest.kinds}
     stated = {name: KINDS[name].facts(manifest, each) for name, each in totals.items()}
@@ -144,9 +136,9 @@ DUMPS = pa.schema(
 )
 
 
-def dumps_table(store: Path, index: Index, manifests: list[Manifest]) -> pa.Table:
+def dumps_table(storage: Storage, index: Index, manifests: list[Manifest]) -> pa.Table:
     """The relation `dumps`: one row per dump, with DUMPS, and columns "KIND.NAME" for facts and statistics of their kinds."""
-    summaries = [summarise(store, index, manifest) for manifest in manifests]
+    summaries = [summarise(storage, index, manifest) for manifest in manifests]
     rows = [{**{name: getattr(each, name) for name in DUMPS.names}, **each.facts, **each.statistics} for each in summaries]
     names = dict.fromkeys(name for each in summaries for name in each.facts)
     facts = {name: _type(each.facts.get(name) for each in summaries) for name in names}

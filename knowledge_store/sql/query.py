@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from pathlib import Path
 
 import duckdb
 import pyarrow as pa
@@ -22,15 +21,15 @@ import pyarrow.dataset as ds
 
 from knowledge_store.catalogue.index import Index
 from knowledge_store.catalogue.summary import dumps_table, shards_table
-from knowledge_store.errors import DamageError, KnowledgeStoreError, QueryError
-from knowledge_store.format.integrity import GuardedFile, open_files
-from knowledge_store.format.layout import SEQUENCES, TOKENS_FILE
+from knowledge_store.errors import KnowledgeStoreError, QueryError
+from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.parquet import FileRecord, dataset, read_file
+from knowledge_store.format.parquet import FileRecord, TableFile, dataset, read_table
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.kinds import KINDS
-from knowledge_store.reading.reader import OPEN_FILES, shard_files
+from knowledge_store.reading.reader import shard_files
 from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.storage import Storage
 from knowledge_store.terminal.quantities import binary_size
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
@@ -57,28 +56,27 @@ CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
 }
 
 
-def read_tokens(store: Path, manifest: Manifest) -> pa.Table:
+def read_tokens(storage: Storage, manifest: Manifest) -> pa.Table:
     """A dump's `tokens` table (schema TOKENS_SCHEMA).
 
     Raises:
         DamageError: the file is not the one the manifest names, or holds something else.
     """
-    path = store / manifest.dump / TOKENS_FILE
-    tokens = read_file(path, FileRecord.from_dict(manifest.derived["tokens"]))
-    if not tokens.schema.equals(TOKENS_SCHEMA):
-        raise DamageError(f"{path} is damaged: it does not have the columns of its table")
-    return tokens
+    record = FileRecord.from_dict(manifest.derived["tokens"])
+    return read_table(TableFile(storage, tokens_file(manifest.dump), record, TOKENS_SCHEMA))
 
 
 # Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.
 TABLES = "store_tables"
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
+    """A text as SQL has it."""
     return "'" + text.replace("'", "''") + "'"
 
 
-def _identifier(name: str) -> str:
+def identifier(name: str) -> str:
+    """A name as SQL has it."""
     return '"' + name.replace('"', '""') + '"'
 
 
@@ -92,14 +90,13 @@ def _readable(column: pa.Field) -> pa.Field:
 class _Catalogue:
     """Gives a store's tables to a connection, and makes its relations as views over them."""
 
-    def __init__(self, store: Path, index: Index, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection):
-        self._store = store
+    def __init__(self, storage: Storage, index: Index, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection):
+        self._storage = storage
         self._index = index
         self._manifests = manifests
         self._connection = connection
         self._tables: set[str] = set()
         self.errors: list[KnowledgeStoreError] = []
-        self._open_files = open_files(OPEN_FILES)
         connection.execute(f"CREATE SCHEMA {TABLES}")
 
     def _table(self, name: str, make_rows: Callable[[], pa.Table | ds.Dataset]) -> str:
@@ -109,22 +106,17 @@ class _Catalogue:
             self._connection.execute(f"USE {TABLES}")
             self._connection.from_arrow(make_rows()).create_view(name)
             self._connection.execute("USE main")
-        return f"{TABLES}.{_identifier(name)}"
+        return f"{TABLES}.{identifier(name)}"
 
     def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> ds.Dataset:
         """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
-        files = [
-            GuardedFile(
-                file.path, file.bytes, file.sha256, file.footer_sha256, self._open_files, schema, file.rows, self.errors
-            )
-            for file in shard_files(self._store, self._index, manifest.dump, table)
-        ]
-        return dataset(files, pa.schema([_readable(column) for column in schema]))
+        files = shard_files(self._storage, self._index, manifest.dump, table, schema)
+        return dataset(list(files.values()), pa.schema([_readable(column) for column in schema]), self.errors)
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""
-        tokens = read_tokens(self._store, manifest)
+        tokens = read_tokens(self._storage, manifest)
         return pa.table({"list": pa.array([tokens["text"].to_pylist()], pa.list_(pa.string()))})
 
     def relations(self) -> dict[str, list[tuple[Manifest, str, str | None]]]:
@@ -144,11 +136,11 @@ class _Catalogue:
     def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
         def make_rows() -> pa.Table | ds.Dataset:
             if table == "tokens":
-                return read_tokens(self._store, manifest)
+                return read_tokens(self._storage, manifest)
             schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
             return self._shards(manifest, table, schema)
 
-        dump = _literal(manifest.dump)
+        dump = literal(manifest.dump)
         rows = self._table(f"{manifest.dump} {table}", make_rows)
         view = KINDS[table].view(manifest) if table in KINDS else None
         if view is not None:
@@ -161,7 +153,7 @@ class _Catalogue:
     def add(self, relation: str, rows: pa.Table) -> None:
         """Make a relation of a table that is at hand."""
         name = self._table(relation, lambda: rows)
-        self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS SELECT * FROM {name}")
+        self._connection.execute(f"CREATE VIEW {identifier(relation)} AS SELECT * FROM {name}")
 
     def create(self, relation: str, branches: list[tuple[Manifest, str, str | None]]) -> None:
         """Make the view `relation` over all dumps that have it."""
@@ -170,7 +162,7 @@ class _Catalogue:
             self.add(relation, pa.schema([("dump", pa.string()), *columns.items()]).empty_table())
             return
         union = " UNION ALL BY NAME ".join(self._branch(*branch) for branch in branches)
-        self._connection.execute(f"CREATE VIEW {_identifier(relation)} AS {union}")
+        self._connection.execute(f"CREATE VIEW {identifier(relation)} AS {union}")
 
 
 def connect(memory_limit: float) -> duckdb.DuckDBPyConnection:
@@ -200,7 +192,7 @@ def _check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
         sql.encode()  # DuckDB's own refusal of half a character is no duckdb.Error
         statements = connection.extract_statements(sql)
     except (duckdb.Error, UnicodeEncodeError) as error:
-        raise QueryError(f"this SQL does not parse: {_first_line(error)}") from None
+        raise QueryError(f"this SQL does not parse: {_reason(error)}") from None
     several = len(statements) > 1 and ";" not in sql.strip().rstrip(";")  # how DuckDB 1.4 has a PIVOT, in its parts
     if len(statements) != 1 and not several:
         raise QueryError(f"give one SELECT statement: this has {len(statements)}")
@@ -231,8 +223,10 @@ def _mentioned(connection: duckdb.DuckDBPyConnection, sql: str, relations: set[s
         return {name for name in relations if name in sql.lower()}
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """What DuckDB says, with the names that it suggests, on one line; without the statement."""
+    message, _, _ = str(error).partition("\n\nLINE ")
+    return " ".join(message.split()) or type(error).__name__
 
 
 def _own_names(names: list[str]) -> list[str]:
@@ -253,7 +247,7 @@ class Query:
 
     Args:
         connection: from `connect`; the tables are given to it.
-        memory_limit: in bytes, for the answer.
+        memory_limit: in bytes, for the answer; None where it is not kept in memory.
 
     Raises:
         QueryError: it is refused.
@@ -263,17 +257,18 @@ class Query:
     def __init__(
         self,
         connection: duckdb.DuckDBPyConnection,
-        store: Path,
+        storage: Storage,
         index: Index,
         manifests: list[Manifest],
         sql: str,
-        memory_limit: int,
+        memory_limit: int | None,
     ):
         _check_statement(connection, sql)
         self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
-        self._catalogue = catalogue = _Catalogue(store, index, manifests, connection)
+        self._catalogue = catalogue = _Catalogue(storage, index, manifests, connection)
         relations = catalogue.relations()
-        facts = {"dumps": lambda: dumps_table(store, index, manifests), "shards": lambda: shards_table(index)}
+        facts = {"dumps": lambda: dumps_table(storage, index, manifests), "shards": lambda: shards_table(index)}
+        self._relations = [*relations, *facts]
         for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
             if relation in facts:
                 catalogue.add(relation, facts[relation]())
@@ -302,7 +297,7 @@ class Query:
         with self._errors():
             for batch in reader:
                 size += batch.nbytes
-                if size > self._memory_limit:
+                if self._memory_limit is not None and size > self._memory_limit:
                     limit = binary_size(self._memory_limit)
                     raise QueryError(f"this SQL was cut off: its answer takes more memory than the limit of {limit}")
                 yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
@@ -313,18 +308,26 @@ class Query:
             yield
         except (duckdb.Error, OSError, pa.ArrowException, MemoryError) as error:
             # Of what goes wrong while rows come, Arrow hands on no more than DuckDB's words.
-            for reason in self._catalogue.errors:
-                raise reason from None
+            for damage in self._catalogue.errors:
+                raise damage from None
             if isinstance(error, MemoryError) or "Out of Memory" in str(error):
-                limit = binary_size(self._memory_limit)
-                raise QueryError(f"this SQL needs more memory than its limit of {limit}: {_first_line(error)}") from None
-            raise QueryError(f"this SQL was not run: {_first_line(error)}") from None
-        for reason in self._catalogue.errors:
-            raise reason
+                limit = f"its limit of {binary_size(self._memory_limit)}" if self._memory_limit is not None else "there is"
+                raise QueryError(f"this SQL needs more memory than {limit}: {_reason(error)}") from None
+            reason = _reason(error)
+            if "Table with name" in reason:
+                reason += f" (the store's relations: {', '.join(self._relations)})"
+            raise QueryError(f"this SQL was not run: {reason}") from None
+        for damage in self._catalogue.errors:
+            raise damage
 
 
 def run_query(
-    store: Path, index: Index, manifests: list[Manifest], sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT
+    storage: Storage,
+    index: Index,
+    manifests: list[Manifest],
+    sql: str,
+    memory_limit: int = MEMORY_LIMIT,
+    timeout: float = TIMEOUT,
 ) -> pa.Table:
     """Answer one SELECT statement, in this process.
 
@@ -348,7 +351,7 @@ def run_query(
 
     def collect() -> None:
         try:
-            schema, batches = Query(connection, store, index, manifests, sql, memory_limit).answer()
+            schema, batches = Query(connection, storage, index, manifests, sql, memory_limit).answer()
             found.set_result(pa.Table.from_batches(batches, schema))
         except BaseException as error:
             found.set_exception(error)

@@ -1,4 +1,5 @@
-"""The user's data: documents from files, conversations, and their tokens.
+"""The user's data: rows of files, conversations, documents, and their tokens.
 
-Nothing here asks a teacher.
+One file for each type of file (`jsonl`, `parquet`, `text`); `documents` makes one numbered stream of them, and `tokenisation`
+the sequences that a teacher sees. Nothing here asks a teacher, or imports torch.
 """

@@ -12,21 +12,18 @@ What is longer than `max_length` and no plain text is cut at its end, as TRL doe
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from knowledge_store.errors import InputError
-from teacher_dump.corpus.documents import Document, Turns
+from teacher_dump.corpus.conversations import ChatTemplate
+from teacher_dump.corpus.documents import Document
+from teacher_dump.corpus.rows import BadRow
 
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-class BadRow(Exception):
-    """A row of the corpus cannot be used; the message says why."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,7 @@ class CorpusTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._opening = _opening_tokens(tokenizer)
+        self._chat = ChatTemplate(tokenizer)
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
@@ -72,7 +70,7 @@ class CorpusTokenizer:
         if document.text is not None:
             return self._windows(document, document.text)
         if document.messages is not None:
-            token_ids, is_target = self._conversation(document.messages, document.template_arguments or {})
+            token_ids, is_target = self._chat.tokens(document.messages, document.template_arguments or {})
         else:
             token_ids, is_target = self._completion(document)
         first = int(np.argmax(is_target)) if is_target.any() else len(token_ids)
@@ -122,73 +120,12 @@ class CorpusTokenizer:
         else:
             assert isinstance(prompt, list) and isinstance(completion, list)
             arguments = document.template_arguments or {}
-            prompt_ids = self._encode(self._render(prompt, arguments, add_generation_prompt=True))
-            token_ids = self._encode(self._render([*prompt, *completion], arguments))
+            prompt_ids = self._encode(self._chat.render(prompt, arguments, add_generation_prompt=True))
+            token_ids = self._encode(self._chat.render([*prompt, *completion], arguments))
         length = min(len(prompt_ids), len(token_ids))
         differing = np.array(prompt_ids[:length]) != np.array(token_ids[:length])
         prompt_length = int(np.argmax(differing)) if differing.any() else length
         return np.array(token_ids, np.int64), np.arange(len(token_ids)) >= prompt_length
-
-    def _render(self, turns: Turns, arguments: dict[str, Any], add_generation_prompt: bool = False) -> str:
-        if not self.tokenizer.chat_template:
-            raise InputError(
-                "the corpus has conversations, and the teacher's tokenizer has no chat template:"
-                " give rows with `text`, or `prompt` and `completion` as strings"
-            )
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=add_generation_prompt, **arguments
-                )
-            )
-        except Exception as error:  # a template is a program of its own, and a row can make it fail in any way
-            raise BadRow(f"the chat template refuses it: {str(error).splitlines()[0] if str(error) else error!r}") from None
-
-    def _conversation(self, turns: Turns, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        if not any(turn["role"] == "assistant" for turn in turns):
-            raise BadRow("no message has the role `assistant`, so nothing is there to learn")
-        if not self.tokenizer.is_fast:
-            raise InputError(
-                "the corpus has `messages`, and the teacher's tokenizer (a slow one) cannot tell which of its tokens are the"
-                " assistant's: give rows with `prompt` and `completion`"
-            )
-        whole = self._render(turns, arguments)
-        encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        begins, ends = np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2).T
-        # Some tokenizers leave white space out of their offsets, and transformers then loses what the marks say.
-        sound_offsets = bool((begins < ends).all())
-        if sound_offsets and _GENERATION_MARK.search(self.tokenizer.get_chat_template(tools=arguments.get("tools"))):
-            marked = self.tokenizer.apply_chat_template(
-                turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **arguments
-            )
-            token_ids, is_target = np.array(marked["input_ids"], np.int64), np.array(marked["assistant_masks"], bool)
-        else:
-            # A token of white space that was left out begins where the one before it ended.
-            begins = np.where(begins < ends, begins, np.minimum(begins, np.concatenate([[0], ends[:-1]])))
-            token_ids, is_target = np.array(encoded["input_ids"], np.int64), np.zeros(len(begins), bool)
-            for start, stop in self._assistant_spans(turns, arguments, whole):
-                # A token that begins before the assistant's turn is not the assistant's to predict.
-                is_target |= (begins >= start) & (ends <= stop)
-        if not is_target.any():
-            raise BadRow("the chat template leaves nothing of the assistant's messages, so nothing is there to learn")
-        return token_ids, is_target
-
-    def _assistant_spans(self, turns: Turns, arguments: dict[str, Any], whole: str) -> list[tuple[int, int]]:
-        """Where in the rendered conversation the assistant's words are, its end-of-turn token included."""
-        spans = []
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
-            asked = self._render(turns[:index], arguments, add_generation_prompt=True)
-            answered = self._render(turns[: index + 1], arguments)
-            if not answered.startswith(asked) or not whole.startswith(answered):
-                raise BadRow(
-                    "the chat template does not mark the assistant's tokens with {% generation %} (or the tokenizer cannot"
-                    f" place them), and renders this conversation differently turn by turn (message {index + 1})"
-                )
-            # White space after the end-of-turn token is the template's, not the assistant's.
-            spans.append((len(asked), len(answered.rstrip())))
-        return spans
 
 
 def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

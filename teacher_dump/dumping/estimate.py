@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
@@ -17,8 +16,9 @@ from knowledge_store.format.parquet import write_table
 from knowledge_store.kinds import KINDS, Arrays, joined
 from knowledge_store.kinds.positions import DENSE_BYTES, positions_of
 from knowledge_store.terminal.progress import progress_bar
-from teacher_dump.corpus.documents import Document, Start, read_documents
-from teacher_dump.corpus.tokenisation import BadRow, CorpusTokenizer, TokenSequence
+from teacher_dump.corpus.documents import Document, read_documents
+from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.configuration import SELECTION_OPTIONS, DumpConfig
 from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
 from teacher_dump.dumping.run import extract_batch, predict_batch
@@ -82,12 +82,9 @@ def _bytes(manifest: Manifest, arrays: Arrays, lengths: list[int]) -> int:
             "position": pa.array(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])),
         }
     )
-    file = io.BytesIO()
     kind = KINDS["positions"]
     table = kind.pack(keys, arrays, manifest)
-    write_table(table, file, [len(table)], kind.encoding(manifest))
-    group = pq.read_metadata(io.BytesIO(file.getvalue())).row_group(0)
-    return sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+    return sum(write_table(io.BytesIO(), table.schema, [table], kind.encoding(manifest)).column_bytes.values())
 
 
 def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:

@@ -1,0 +1,73 @@
+"""One kind of knowledge of a dump as a Parquet file of plain columns, which pandas, polars and everything else read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from knowledge_store.catalogue.index import Index
+from knowledge_store.errors import InputError
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.sql.limits import MEMORY_LIMIT
+from knowledge_store.sql.query import Query, connect, identifier, literal
+from knowledge_store.storage import Storage
+
+COMPRESSION = "zstd"
+
+
+def export(
+    storage: Storage,
+    index: Index,
+    manifest: Manifest,
+    kind: str,
+    output: Path,
+    where: str | None = None,
+    *,
+    rows: int | None = None,
+    reporter: Reporter = SILENT,
+) -> int:
+    """Write the rows of a relation to a new file, as they are found, in any order; an existing file is never replaced.
+
+    Args:
+        storage, index, manifest: of the dump.
+        kind: the relation, such as `positions`.
+        output: the file.
+        where: a condition in SQL over the relation's columns; it may ask the dump's other relations too.
+        rows: how many there are without a condition, for the progress.
+
+    Returns:
+        how many rows were written.
+
+    Raises:
+        InputError: the file cannot be written, or is there already.
+        QueryError: the condition is refused, or DuckDB cannot run it.
+        DamageError: a file of the store is not what was published.
+    """
+    if output.exists():
+        raise InputError(f"{output} exists already: name another file, or remove it")
+    if not output.parent.is_dir():
+        raise InputError(f"there is no folder {output.parent}: make it, or name another file")
+    condition = f" AND ({where}\n)" if where else ""
+    sql = f"SELECT * FROM {identifier(kind)} WHERE dump = {literal(manifest.dump)}{condition}"
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
+    count = 0
+    try:
+        with connect(MEMORY_LIMIT) as connection, reporter.progress(f"exporting {kind}", rows, "rows") as advance:
+            schema, batches = Query(connection, storage, index, [manifest], sql, memory_limit=None).answer()
+            with pq.ParquetWriter(unfinished, schema, compression=COMPRESSION) as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
+                    count += len(batch)
+                    advance(len(batch))
+        try:
+            os.link(unfinished, output)
+        except FileExistsError:
+            raise InputError(f"{output} exists already: name another file, or remove it") from None
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror or error}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count

@@ -1,0 +1,55 @@
+"""A dump's relations as SQL that any DuckDB runs by itself, over the committed files: what `knowledge-store view` prints.
+
+DuckDB's own reader checks neither block digests nor page checksums: `knowledge-store verify` first, where that matters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+
+from knowledge_store.catalogue.index import Index
+from knowledge_store.format.layout import SEQUENCES, tokens_file
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.sequences import sequences_schema
+from knowledge_store.kinds import KINDS
+from knowledge_store.reading.reader import shard_files
+from knowledge_store.sql.query import identifier, literal
+from knowledge_store.storage import Storage
+from knowledge_store.storage.local import LocalStorage
+
+
+def dump_views(storage: Storage, index: Index, manifest: Manifest) -> str:
+    """Statements that create the views of one dump: `sequences`, `tokens`, and the relations of its kinds.
+
+    Raises:
+        StoreError: the dump has columns of an unknown type.
+    """
+    dump = literal(manifest.dump)
+    tokens = f"read_parquet({literal(_location(storage, tokens_file(manifest.dump)))})"
+    statements = {
+        "tokens": f"SELECT {dump} AS dump, * FROM {tokens}",
+        SEQUENCES: f"SELECT {dump} AS dump, * FROM {_files(storage, index, manifest, SEQUENCES, sequences_schema(manifest))}",
+    }
+    texts = f"(SELECT list(text ORDER BY token_id) AS list FROM {tokens})"
+    for name in manifest.kinds:
+        kind = KINDS[name]
+        rows = _files(storage, index, manifest, name, kind.stored_schema(manifest))
+        view = kind.view(manifest)
+        if view is not None:
+            rows = f"({view.format(rows=rows)})"
+        for relation, sql in {name: "SELECT {dump} AS dump, * FROM {rows}", **kind.relations}.items():
+            statements[relation] = sql.format(dump=dump, rows=rows, texts=texts).strip()
+    return "\n\n".join(f"CREATE VIEW {identifier(relation)} AS\n{sql};" for relation, sql in statements.items())
+
+
+def _location(storage: Storage, name: str) -> str:
+    return str(Path(storage.locate(name)).absolute()) if isinstance(storage, LocalStorage) else storage.locate(name)
+
+
+def _files(storage: Storage, index: Index, manifest: Manifest, table: str, schema: pa.Schema) -> str:
+    """The committed files of a table, as SQL."""
+    files = shard_files(storage, index, manifest.dump, table, schema).values()
+    paths = [literal(_location(storage, file.name)) for file in files]
+    return f"read_parquet([{', '.join(paths)}])"
