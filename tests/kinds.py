@@ -11,8 +11,9 @@ import pyarrow as pa
 from stores import drawn_sequences, random_sequences
 
 from knowledge_store import Field, Kind
+from knowledge_store.format.parquet import TEXT
 from knowledge_store.kinds import Arrays
-from knowledge_store.kinds.field import PLAIN, SPLIT, TEXT
+from knowledge_store.kinds.field import PLAIN, SPLIT
 from knowledge_store.kinds.positions import POSITIONS
 from knowledge_store.kinds.selection import Selection
 

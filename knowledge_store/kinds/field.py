@@ -8,12 +8,10 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from knowledge_store.errors import InputError
+from knowledge_store.format.parquet import COMPRESSION_LEVEL, COUNTING
 
-COMPRESSION_LEVEL = 19  # slow to write, on a thread beside the teacher; as fast as any to read
-COUNTING = "DELTA_BINARY_PACKED"
-TEXT = "DELTA_LENGTH_BYTE_ARRAY"
 PLAIN = "PLAIN"
-SPLIT = "BYTE_STREAM_SPLIT"
+SPLIT = "BYTE_STREAM_SPLIT"  # byte by byte: of numbers that are alike in their higher bytes
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.parquet import Columns
 from knowledge_store.kinds.columns import Arrays, decode_columns, encode_columns
 from knowledge_store.kinds.field import KEYS, Field
 
@@ -172,17 +173,14 @@ class Kind:
         sources = self.codec.sources if self.codec else {}
         return frozenset(stored for column in columns for stored in sources.get(column, (column,)))
 
-    def encoding(self, manifest: Manifest) -> dict[str, str]:
-        """How its Parquet files encode their columns, by path; one that is left out has a dictionary."""
-        return {each.path: each.encoding for each in self._stored(manifest) if each.encoding}
-
-    def levels(self, manifest: Manifest) -> dict[str, int]:
-        """How hard its Parquet files are compressed, by the columns' paths."""
-        return {each.path: each.level for each in self._stored(manifest)}
-
-    def identifying(self, manifest: Manifest) -> list[str]:
-        """The stored columns that are the same whatever device the teacher ran on."""
-        return [each.name for each in self._stored(manifest) if each.identifying]
+    def columns(self, manifest: Manifest) -> Columns:
+        """How its Parquet files store their columns."""
+        stored = self._stored(manifest)
+        return Columns(
+            {each.path: each.encoding for each in stored if each.encoding},
+            {each.path: each.level for each in stored},
+            tuple(each.name for each in stored if each.identifying),
+        )
 
     def arrays(self, manifest: Manifest) -> dict[str, Any]:
         """The names of its arrays in a batch, and what stands there where there is no value (text: None)."""

@@ -27,8 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.errors import InputError
+from knowledge_store.format.parquet import TEXT
 from knowledge_store.kinds.columns import Arrays, list_offsets
-from knowledge_store.kinds.field import SPLIT, TEXT, Field
+from knowledge_store.kinds.field import SPLIT, Field
 
 PACKED = (
     Field("token_steps", pa.float32(), nullable=True, encoding=SPLIT),

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import SEQUENCES
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.sequences import POSITIONS_STATISTIC, SEQUENCES_ENCODING, sequences_schema, sequences_table
+from knowledge_store.format.parquet import Columns
+from knowledge_store.format.sequences import POSITIONS_STATISTIC, SEQUENCES_COLUMNS, sequences_schema, sequences_table
 from knowledge_store.kinds import KINDS, Arrays, Kind, joined
 from knowledge_store.kinds.columns import check_lists
 from knowledge_store.kinds.field import KEYS
@@ -51,12 +52,12 @@ class StoredTable:
     Attributes:
         schema: of each row group.
         row_groups: none where there are no rows.
-        encoding: of the columns, by path; one that is left out has a dictionary.
+        columns: how they are stored.
     """
 
     schema: pa.Schema
     row_groups: list[pa.Table]
-    encoding: dict[str, str]
+    columns: Columns
 
 
 def pack_shard(shard: Shard, manifest: Manifest) -> tuple[dict[str, StoredTable], dict[str, float]]:
@@ -67,7 +68,7 @@ def pack_shard(shard: Shard, manifest: Manifest) -> tuple[dict[str, StoredTable]
     """
     sequences = sequences_table(shard.sequences, manifest)
     tables = {
-        SEQUENCES: StoredTable(sequences_schema(manifest), [sequences] if len(sequences) else [], SEQUENCES_ENCODING),
+        SEQUENCES: StoredTable(sequences_schema(manifest), [sequences] if len(sequences) else [], SEQUENCES_COLUMNS),
     }
     statistics: dict[str, float] = {POSITIONS_STATISTIC: sum(row["length"] for row in shard.sequences)}
     for name in manifest.kinds:
@@ -79,7 +80,7 @@ def pack_shard(shard: Shard, manifest: Manifest) -> tuple[dict[str, StoredTable]
                 parts.append(numbers)
         except InputError as error:
             raise InputError(f"knowledge of kind {name!r} of shard {shard.number} of {manifest.dump!r}: {error}") from None
-        tables[name] = StoredTable(kind.stored_schema(manifest), row_groups, kind.encoding(manifest))
+        tables[name] = StoredTable(kind.stored_schema(manifest), row_groups, kind.columns(manifest))
         statistics |= qualified(kind, added(kind, parts))
     return tables, statistics
 

@@ -39,7 +39,7 @@ from knowledge_store.format.parquet import (
     write_table,
 )
 from knowledge_store.format.records import seal
-from knowledge_store.format.sequences import TOKENS_ENCODING, TOKENS_SCHEMA
+from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
 from knowledge_store.kinds import KINDS, Kind, check_kinds
 from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.storage import Storage, Write, open_storage
@@ -93,7 +93,7 @@ def repair_store_file(store: str | Path | Storage) -> bool:
 def _same_rows(file: TableFile, packed: StoredTable) -> pa.Table:
     """A sound file as a table, which has the sequences and tokens of `packed` (MismatchError)."""
     standing = read_table(file)
-    if not same_rows(standing, pa.concat_tables([packed.schema.empty_table(), *packed.row_groups])):
+    if not same_rows(standing, pa.concat_tables([packed.schema.empty_table(), *packed.row_groups]), packed.columns):
         raise MismatchError(
             f"{file.path} is sound, and what was made now has other tokens: repair the shard where the dump was made, with the"
             " same version of the tokenizer"
@@ -196,7 +196,7 @@ class DumpWriter:
         except MissingFileError:
             _check_committed(storage, manifest)
             name = tokens_file(dump)
-            record, published = publish_table(storage, name, TOKENS_SCHEMA, [tokens], TOKENS_ENCODING)
+            record, published = publish_table(storage, name, TOKENS_SCHEMA, [tokens], TOKENS_COLUMNS)
             if not published and not read_table(TableFile(storage, name, record, TOKENS_SCHEMA)).equals(tokens):
                 raise MismatchError(
                     f"{storage.locate(name)} is from a run with another vocabulary, which is either beginning just now or was"
@@ -268,7 +268,7 @@ class DumpWriter:
             standing = self.manifest
 
             def write_tokens(file: BinaryIO) -> None:
-                record = write_table(file, TOKENS_SCHEMA, [tokens], TOKENS_ENCODING)
+                record = write_table(file, TOKENS_SCHEMA, [tokens], TOKENS_COLUMNS)
                 self.manifest = replace(standing, derived={**standing.derived, "tokens": record.as_dict()})
 
             def write_manifest(file: BinaryIO) -> bool:
@@ -308,7 +308,7 @@ class DumpWriter:
             self._check_standing()
             try:
                 file = table_file(self.dump, name, shard.number)
-                files[name], published = publish_table(self.storage, file, packed.schema, packed.row_groups, packed.encoding)
+                files[name], published = publish_table(self.storage, file, packed.schema, packed.row_groups, packed.columns)
             except DamageError:  # of a dump that was removed meanwhile, no file is where it was
                 self._check_standing()
                 raise
@@ -366,7 +366,7 @@ class DumpWriter:
             return standing
 
     def _write_table(self, name: str, packed: StoredTable, files: dict[str, FileRecord], file: BinaryIO) -> None:
-        files[name] = write_table(file, packed.schema, packed.row_groups, packed.encoding)
+        files[name] = write_table(file, packed.schema, packed.row_groups, packed.columns)
 
     def _record(self, shard: Shard, files: dict[str, FileRecord], statistics: dict[str, float]) -> CommitRecord:
         """The record of a shard that is committed now."""

@@ -84,7 +84,7 @@ def _bytes(manifest: Manifest, arrays: Arrays, lengths: list[int]) -> int:
     )
     kind = KINDS["positions"]
     table = kind.pack(keys, arrays, manifest)
-    return sum(write_table(io.BytesIO(), table.schema, [table], kind.encoding(manifest)).column_bytes.values())
+    return sum(write_table(io.BytesIO(), table.schema, [table], kind.columns(manifest)).column_bytes.values())
 
 
 def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
