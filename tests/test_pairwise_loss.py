@@ -13,7 +13,7 @@ from conftest import make_tokenizer, save_teacher
 from stores import DOCUMENTS, MADE_BY, make_manifest
 from torch.nn import functional
 
-from knowledge_store import KINDS, DumpWriter, Kind, Shard
+from knowledge_store import KINDS, DumpWriter, Field, Kind, Shard
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
 from student_train.evaluation.configuration import EvaluateConfig
@@ -24,11 +24,10 @@ from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
 from student_train.training.run_folder import read_history
 
-TOKENS = pa.list_(pa.field("element", pa.int32()))
 PAIRS = Kind(
     name="pairs",
     per="sequence",
-    schema=lambda manifest: pa.schema([("sequence_id", pa.int64()), ("chosen_ids", TOKENS), ("rejected_ids", TOKENS)]),
+    fields=lambda manifest: (Field("chosen_ids", pa.int32(), "ragged"), Field("rejected_ids", pa.int32(), "ragged")),
 )
 
 
@@ -74,7 +73,7 @@ def store(tmp_path, monkeypatch) -> Path:
             }
             for index, tokens in enumerate(chosen)
         ]
-        arrays = {"chosen_ids": np.stack(chosen), "rejected_ids": np.stack(rejected)}
+        arrays = [{"chosen_ids": [one], "rejected_ids": [other]} for one, other in zip(chosen, rejected, strict=True)]
         writer.commit(Shard(shard, DOCUMENTS * shard, DOCUMENTS, rows, {"pairs": arrays}, made_by=MADE_BY))
     return tmp_path / "store"
 
