@@ -20,7 +20,7 @@ from knowledge_store.errors import InputError, MismatchError, StoreError
 from knowledge_store.storage import local as publication
 from knowledge_store.writing.verification import verify
 from teacher_dump import DumpConfig, dump
-from teacher_dump.dumping import fingerprints
+from teacher_dump import fingerprints
 from teacher_dump.teachers.local import load_teacher
 
 SHARDS = 20

@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from knowledge_store.errors import InputError
-from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors
-from knowledge_store.terminal.console import silence
+from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors, silence
 
 
 def quieten() -> None:

@@ -26,7 +26,7 @@ from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value, scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.configuration import QUANTISATION_STEP, DumpConfig
-from teacher_dump.dumping.fingerprints import file_sha256
+from teacher_dump.fingerprints import file_sha256
 from teacher_dump.teachers.local import Teacher, describe_tokenizer
 
 
