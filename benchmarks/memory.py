@@ -1,6 +1,6 @@
 """Peak memory of `teacher-dump run` does not grow with the corpus: the same text once and ten times over.
 
-    python benchmarks/memory.py --teacher FOLDER --corpus FILE.jsonl
+    python -m benchmarks.memory --teacher FOLDER --corpus FILE.jsonl
 
 Each dump runs in a process of its own, whose peak resident memory the operating system reports. A small teacher makes it a
 matter of minutes, and memory that grew with the corpus would show all the better beside it.
@@ -17,13 +17,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measurement import keep
+from benchmarks.measurement import keep
 
 
 def dump(teacher: Path, corpus: Path, store: Path, shard_size: int) -> dict[str, float]:
     """Peak memory (MiB) and seconds of one dump."""
-    command = [sys.executable, "-m", "teacher_dump.cli", "run", "--teacher", str(teacher), "--corpus", str(corpus)]
-    process = subprocess.Popen([*command, "--store", str(store), "--shard-size", str(shard_size)], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "teacher_dump.cli", "run", str(store), "--teacher", str(teacher), "--corpus", str(corpus)]
+    process = subprocess.Popen([*command, "--shard-size", str(shard_size)], stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -1,6 +1,6 @@
 """What `teacher-dump run` costs beside the bare teacher: positions/s and peak memory of both, and what takes the rest.
 
-    python benchmarks/overhead.py --teacher smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --teacher llama --text wikitext2.txt
+    python -m benchmarks.overhead --teacher smollm2 SmolLM2-135M-Instruct.Q4_1.gguf --teacher llama --text wikitext2.txt
 
 The bare teacher is a forward pass with whole logits, over the very batches of the dump. The two take turns in one process,
 several times, in an order that changes, and each ratio is of runs of one turn. A dump's time is that of its pass: from the
@@ -32,8 +32,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from measurement import keep
 
+from benchmarks.measurement import keep
 from knowledge_store.terminal.console import note
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.configuration import DumpConfig
@@ -118,7 +118,17 @@ def peak_memory(config: DumpConfig, teacher: Teacher, bare: bool) -> dict[str, f
 
 def peak_memory_alone(config: DumpConfig, what: str) -> dict[str, float]:
     """`peak_memory` in a process of its own."""
-    command = [sys.executable, __file__, "--text", config.corpus[0], "--memory-of", what, "--teacher", config.teacher]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.overhead",
+        "--text",
+        config.corpus[0],
+        "--memory-of",
+        what,
+        "--teacher",
+        config.teacher,
+    ]
     command += [config.gguf_file] if config.gguf_file else []
     for name in ("max_length", "batch_size", "device"):
         command += [f"--{name.replace('_', '-')}", getattr(config, name)]

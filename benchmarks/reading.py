@@ -1,6 +1,6 @@
 """How fast sequences are read: the store beside mosaicml-streaming, litdata, HF datasets and a memory-mapped array.
 
-    python benchmarks/reading.py --store STORE [--dump NAME]
+    python -m benchmarks.reading --store STORE [--dump NAME]
 
 The sequences of one dump are written in each reader's own format (see `readers.py`) and read by one core, warm: each repeat of
 each reader is a process of its own, the readers in turn. The peers are installed in `.peers` the first time, with the versions
@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measurement import RESULTS, keep
-from readers import READERS, Store
 
+from benchmarks.measurement import RESULTS, keep
+from benchmarks.readers import READERS, Store
 from knowledge_store import KnowledgeStore
 
 HERE = Path(__file__).parent

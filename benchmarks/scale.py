@@ -1,6 +1,6 @@
 """Many shards, and many positions: what opening, facts, statistics and a new shard cost, and SQL beside DuckDB's own.
 
-    python benchmarks/scale.py
+    python -m benchmarks.scale
 
 **Many shards.** Stores of 1,000 and 10,000 synthetic shards. One shard is made by the writer: eight row groups, as some 250,000
 positions have, but of 32 positions each. The others are copies of its two Parquet files, each with a commit record of its own.
@@ -40,10 +40,10 @@ from unittest.mock import patch
 import duckdb
 import numpy as np
 import pyarrow.parquet as pq
-from measurement import RESULTS, keep
 
 import knowledge_store.format.parquet
 import knowledge_store.writing.writer
+from benchmarks.measurement import RESULTS, keep
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest, Shard
 from knowledge_store.format.commits import CommitRecord
 from knowledge_store.format.layout import COMMITS, INDEX_FILE, MANIFEST_FILE, SEQUENCES, commit_path, table_path
@@ -285,7 +285,7 @@ def measured(task: str, store: Path, cores: int | None = None) -> dict[str, Any]
     ours = os.sched_getaffinity(0)
     os.sched_setaffinity(0, sorted(ours)[:cores])  # inherited before any library counts its cores
     try:
-        command = [sys.executable, __file__, "--task", task, "--store", str(store)]
+        command = [sys.executable, "-m", "benchmarks.scale", "--task", task, "--store", str(store)]
         finished = subprocess.run(command, capture_output=True, text=True)
     finally:
         os.sched_setaffinity(0, ours)

@@ -1,6 +1,6 @@
 """Bytes of a dump on disk: as it is, at other k, idea by idea, beside other tools' layouts, and how near its entropy.
 
-    python benchmarks/size.py --text wikitext2-test.txt --teacher smollm2 SmolLM2-135M-Instruct.Q4_1.gguf
+    python -m benchmarks.size --text wikitext2-test.txt --teacher smollm2 SmolLM2-135M-Instruct.Q4_1.gguf
 
 Each teacher reads the text once, in float32 (`--characters` for its beginning only); what it says of the 50 likeliest tokens
 is kept unrounded in `--work`, so that a second run asks nothing. From that one pass come dumps by the writer of every dump.
@@ -32,10 +32,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from layouts import LAYOUTS, Records
-from measurement import RESULTS, keep
 
 import knowledge_store.format.parquet
+from benchmarks.layouts import LAYOUTS, Records
+from benchmarks.measurement import RESULTS, keep
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest
 from knowledge_store.format.layout import TOKENS_FILE, table_path
 from knowledge_store.format.parquet import write_table

@@ -1,6 +1,6 @@
 """What a training step costs: cross-entropy, the store, a whole distribution, a teacher in the loop; and when a dump pays.
 
-    python benchmarks/training.py
+    python -m benchmarks.training
 
 A small student with random weights takes steps on one batch with AdamW, at several sizes of its vocabulary. Each measurement is
 a process of its own, of which the operating system (or torch, on a GPU) reports the peak memory; methods take turns, and the
@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import RESULTS, keep
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.measurement import RESULTS, keep
 from knowledge_store.format.selection import Selection
 from student_train.losses.divergences import Batch, cross_entropy, forward_kl, select_targets
 from student_train.losses.sliced import Share, sliced_loss, sum_over_slices
@@ -188,7 +188,7 @@ def dump_step(teacher: LlamaForCausalLM | None, batch: Batch) -> Callable[[], No
 
 def in_own_process(method: str, vocabulary: int, options: argparse.Namespace) -> dict[str, Any]:
     """What `measure` gives, of a fresh process."""
-    command = [sys.executable, __file__, "--measure", method, "--vocabularies", str(vocabulary)]
+    command = [sys.executable, "-m", "benchmarks.training", "--measure", method, "--vocabularies", str(vocabulary)]
     for name in ("width", "layers", "teacher_width", "teacher_layers", "sequences", "length", "steps"):
         command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from torture.heartbeat import wait_for
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     ["teacher_dump.dumping.run", "teacher_dump.dumping.estimate", "teacher_dump.cli", "student_train.training.run", "stores"]
@@ -37,9 +39,14 @@ class Running:
         self.process.start()
 
     def wait(self) -> Finished:
-        """Wait for its end."""
-        self.process.join(timeout=120)
-        assert self.process.exitcode is not None, "the process did not end"
+        """Wait for its end.
+
+        Raises:
+            AssertionError: it hangs.
+        """
+        assert self.process.pid is not None
+        hung = wait_for(self.process.pid, lambda: self.process.exitcode is not None)
+        assert hung is None, f"the process hangs: {hung}"
         error = self._err.read_text() if self._err.exists() else ""  # killed before it began
         return Finished(self.process.exitcode, self._out.read_text(), error)
 

@@ -10,6 +10,7 @@ Before that, every STEPth bit of every Parquet and JSON file is flipped once and
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -32,6 +33,7 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import unseal
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays
+from torture.heartbeat import beat
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 VOCABULARY = 211
@@ -245,8 +247,12 @@ def readings(sound: Sound, files: Collection[Path], chance: random.Random) -> li
     return [chance.choice(found)]
 
 
-def flip_in_turn(sound: Sound, first: int, step: int) -> Counter[str]:
-    """Flip every `step`th bit of each Parquet and JSON file, one at a time, and read the file as all readers do."""
+def flip_in_turn(sound: Sound, first: int, step: int, end: float = math.inf) -> Counter[str]:
+    """Flip every `step`th bit of each Parquet and JSON file, one at a time, and read the file as all readers do.
+
+    Args:
+        end: when to stop at the latest, on the monotonic clock.
+    """
     counts: Counter[str] = Counter()
     records = {each.path: each for dump in sound.opened.dumps for each in file_records(sound, dump)}
     for path, data in sound.files.items():
@@ -254,6 +260,10 @@ def flip_in_turn(sound: Sound, first: int, step: int) -> Counter[str]:
             continue
         sealed = None if path.suffix == ".parquet" else unseal(data, path)
         for bit in range(first % step, 8 * len(data), step):
+            if time.monotonic() > end:
+                path.write_bytes(data)
+                return counts
+            beat(f"bit {bit} of {path}")
             harmed = bytearray(data)
             harmed[bit // 8] ^= 1 << bit % 8
             counts["faults"] += 1
@@ -301,6 +311,7 @@ def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
     counts = Counter({"faults": 1, name.split(":")[0]: 1, f"in {name.split(': ')[1]}": 1})
     sort = sort_of(next(iter(files)))
     told = f"fault {number} of seed {seed} ({name}, {', '.join(map(str, files))})"
+    beat(told)
     meanwhile = None
     if len(files) == 1 and sort in ("positions", "sequences", "tokens") and chance.random() < 0.25:
         meanwhile = fresh(sound)  # files that are open while they are damaged
@@ -359,6 +370,7 @@ def try_leftover(seed: int, number: int, sound: Sound) -> Counter[str]:
     while data == sound.files[path]:
         CHANGES[name][1](data, chance, [len(data) - 600, *sound.places[path]])  # footers as often as pages
     told = f"leftover {number} of seed {seed} ({name}, {path})"
+    beat(told)
     counts = Counter({"faults": 1, "leftovers": 1, f"in {table}": 1})
     try:
         record.unlink()
@@ -408,17 +420,20 @@ def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sound]:
     return sounds
 
 
-def try_faults(seed: int, numbers: Iterable[int], folder: Path, step: int | None = None) -> dict[str, int]:
+def try_faults(
+    seed: int, numbers: Iterable[int], folder: Path, step: int | None = None, flips_end: float = math.inf
+) -> dict[str, int]:
     """Make the faults of these numbers, one after the other; the store of this version gets three in four.
 
     Args:
         step: flip every `step`th bit of the stores first, one at a time; None for none.
+        flips_end: when to stop that at the latest, on the monotonic clock.
     """
     counts: Counter[str] = Counter({"silent": 0})
     with pytest.MonkeyPatch.context() as monkeypatch:
         sounds = prepare(folder, monkeypatch)
         for sound in sounds if step else []:
-            counts.update(flip_in_turn(sound, seed, step))
+            counts.update(flip_in_turn(sound, seed, step, flips_end))
         for number in numbers:
             sound = sounds[0] if number % 4 else sounds[1 + number // 4 % 2]
             counts.update(try_leftover(seed, number, sounds[0]) if number % LEFTOVERS == 0 else try_fault(seed, number, sound))
@@ -426,8 +441,9 @@ def try_faults(seed: int, numbers: Iterable[int], folder: Path, step: int | None
 
 
 def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
-    """Bits in turn, then faults drawn at random until the time is over."""
-    end = time.monotonic() + 60 * minutes
+    """Bits in turn for half of the time at most, then faults drawn at random until it is over."""
+    began = time.monotonic()
+    end = began + 60 * minutes
 
     def numbers() -> Iterable[int]:
         for number in count():
@@ -435,4 +451,4 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
                 return
             yield number
 
-    return try_faults(seed, numbers(), folder, step=STEP)
+    return try_faults(seed, numbers(), folder, step=STEP, flips_end=(began + end) / 2)

@@ -14,6 +14,7 @@ from stores import contents
 
 from knowledge_store import verify
 from torture import journal_disk, small_dump, teacher_work
+from torture.heartbeat import beat
 from torture.host import Host, Outcome
 from torture.journal_disk import Journal, after_power_cut, lay_out, mounted
 from torture.small_dump import check_complete, check_standing, committed, write_dump
@@ -87,11 +88,12 @@ def run(seed: int, minutes: float, folder: Path, trials: int | None = None) -> d
         for trial, each in planned:
             if time.monotonic() > deadline:
                 break
+            case = f"seed {seed}, {trial.__qualname__} {' '.join(str(word) for word in each)}"
+            beat(case)
             try:
                 trial(counts, *each)
             except AssertionError as error:
-                where = " ".join(str(word) for word in each)
-                raise AssertionError(f"seed {seed}, {trial.__qualname__} {where}: {error}") from error
+                raise AssertionError(f"{case}: {error}") from error
     return dict(counts)
 
 

@@ -10,14 +10,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import traceback
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DEADLINE = 120.0  # seconds; what the workers do here takes a fraction of one on an idle machine
+from torture.heartbeat import PATIENCE, wait_for
+
 TESTS = Path(__file__).resolve().parent.parent
 
 
@@ -66,7 +66,7 @@ class Host:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
-        self._process.wait(DEADLINE)
+        self._process.wait(PATIENCE)
         self._process.stdout.close()
 
     def ask(self, *request: Any) -> Any:
@@ -130,9 +130,9 @@ class Worker:
         """
         returncode = self._host.ask("wait", self.pid)
         if self._strace is not None:
-            self._strace.communicate(timeout=DEADLINE)
+            self._strace.communicate(timeout=PATIENCE)
         message = self._errors.read_text()
-        assert returncode is not None, f"a worker hung for {DEADLINE:.0f} s: {message}"
+        assert not isinstance(returncode, str), f"a worker hung: {returncode}: {message}"
         return Outcome(returncode, {int(line) for line in self._done.read_text().split()}, message, self.calls())
 
     def stopped(self) -> bool:
@@ -141,18 +141,24 @@ class Worker:
         Raises:
             AssertionError: it does neither.
         """
-        deadline = time.monotonic() + DEADLINE
-        while time.monotonic() < deadline:
+        reached = None
+
+        def moment() -> bool:
+            nonlocal reached
             state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
             if state in "ZX":
-                return False
+                reached = False
             # Its tracer stops it for a moment at every call, too.
             if state in "tT" and any("--- stopped by SIGSTOP ---" in line for line in self.calls()):
-                return True
-            time.sleep(0.002)
-        self.kill()
-        self.wait()
-        raise AssertionError(f"a worker neither stopped nor ended in {DEADLINE:.0f} s")
+                reached = True
+            return reached is not None
+
+        hung = wait_for(self.pid, moment)
+        if hung is not None:
+            self.kill()
+            self.wait()
+            raise AssertionError(f"a worker neither stopped nor ended: {hung}")
+        return bool(reached)
 
     def go_on(self) -> None:
         """Let a stopped worker go on."""
@@ -184,17 +190,23 @@ def serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _ended(pid: int) -> int | None:
-    deadline = time.monotonic() + DEADLINE
-    while True:
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None
-        time.sleep(0.001)
+def _ended(pid: int) -> int | str:
+    """How a worker ended, or why it is taken to hang."""
+    status: int | None = None
+
+    def ended() -> bool:
+        nonlocal status
+        found, code = os.waitpid(pid, os.WNOHANG)
+        status = code if found else None
+        return bool(found)
+
+    hung = wait_for(pid, ended)
+    if hung is not None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return hung
+    assert status is not None
+    return os.waitstatus_to_exitcode(status)
 
 
 def _work(hold: int, work: str, arguments: list[Any], prefix: str, errors: str, done: str) -> None:

@@ -15,6 +15,7 @@ from hostile_sql import BOMBS, HARMLESS, REFUSED, WORDS, filled_in, lay_bait, st
 from stores import write_store
 
 from knowledge_store import KnowledgeStore, KnowledgeStoreError
+from torture.heartbeat import beat
 
 MEMORY_LIMIT = 256 * 2**20
 TIMEOUT = 1.0
@@ -101,6 +102,7 @@ class Stand:
             AssertionError: it saw, changed or outlived what it must not.
         """
         text = filled_in(sql, self.outside)
+        beat(f"attempt {self.counts['attempts'] + 1}: {text[:300]}")
         python_variable = pa.table({"who": [WORDS]})
         started = time.monotonic()
         try:

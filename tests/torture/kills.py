@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+from torture.heartbeat import beat
 from torture.host import Host
 from torture.small_dump import (
     QUICK,
@@ -69,11 +70,13 @@ def run(seed: int, minutes: float, folder: Path, trials: int | None = None) -> d
 
 
 def _tried(trial: Callable, counts: Counter[str], where: Site | list[Site], seed: int) -> None:
+    places = ", ".join(str(site) for site in (where if isinstance(where, list) else [where]))
+    case = f"seed {seed}, {trial.__name__} at {places}"
+    beat(case)
     try:
         trial(counts, where)
     except AssertionError as error:
-        places = ", ".join(str(site) for site in (where if isinstance(where, list) else [where]))
-        raise AssertionError(f"seed {seed}, {trial.__name__} at {places}: {error}") from error
+        raise AssertionError(f"{case}: {error}") from error
 
 
 class _Trials:

@@ -29,6 +29,7 @@ from knowledge_store import DumpWriter, KnowledgeStore
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reading.order import shuffled
 from student_train.training.data import DistillationDataset
+from torture.heartbeat import beat
 
 WORLDS = (1, 2, 3, 8)
 SIZES = (1, 7, 5)  # of the store's shards: none divides another
@@ -142,6 +143,7 @@ def check_order(store: KnowledgeStore, seed: int, examples: int) -> int:
     class Seeded(Epochs):
         def teardown(self) -> None:
             tried["histories"] += 1
+            beat(f"seed {seed}, history {tried['histories'] + 1}")
 
     Seeded.store = store
     limits: dict[str, Any] = {"max_examples": examples, "stateful_step_count": 20, "deadline": None, "database": None}
@@ -243,6 +245,7 @@ def killed_training(
         number = chance.choice([signal.SIGKILL] * 3 + [signal.SIGTERM])
         harmed = life < kills and (life == 0 or time.monotonic() < end)
         moment = chance.randrange(1, moments // 3) if harmed else None  # the next life goes on, with fewer moments left
+        beat(f"{output}, life {life}, signal {number} at moment {moment}")
         arguments = settings | {"output": str(output)}
         finished = Running(train_until, arguments, moment, number, folder=folder / "log").wait()
         assert finished.returncode in (0, -number), finished.stderr

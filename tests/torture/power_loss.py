@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from torture.heartbeat import beat
 from torture.host import Host
 from torture.journal_disk import MARK, ROOT, Disk, Journal, after_power_cut, lay_out, mounted, unavailable
 from torture.small_dump import check_complete, check_half_repaired, check_standing, harm, repair_dump, write_dump
@@ -74,6 +75,7 @@ def run(seed: int, minutes: float, folder: Path, cuts: int | None = None) -> dic
 
         def killed(number: int) -> None:
             """Kill a dump at this change, go on with it, cut at the end; plan more cuts of it."""
+            beat(f"seed {seed}, killed at change {number}")
             continued, began_again = _recorded(host, folder, number)
             cutter.cut(continued, None, number)
             moments = [len(continued), *(chance.randint(began_again, len(continued)) for _ in range(cuts or CUTS_BETWEEN))]
@@ -177,6 +179,8 @@ class _Cutter:
         if known in self._seen:
             return False
         self._seen.add(known)
+        case = f"seed {self._seed}: power cut after {len(journal)} changes{before}"
+        beat(case)
         shutil.rmtree(self._place, ignore_errors=True)
         lay_out(left, self._place)
         store = self._place / "store"
@@ -188,9 +192,7 @@ class _Cutter:
             check_complete(store, self._whole)
         except AssertionError as error:
             what = "what was flushed" if chance is None else "a part of what was not flushed, too,"
-            raise AssertionError(
-                f"seed {self._seed}: power cut after {len(journal)} changes{before}; {what} survived: {error}"
-            ) from error
+            raise AssertionError(f"{case}; {what} survived: {error}") from error
         self._counts["survived"] += 1
         return True
 

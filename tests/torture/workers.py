@@ -28,6 +28,7 @@ from stores import DOCUMENTS, commit, knowledge_of, make_manifest, words
 from knowledge_store import DumpWriter, KnowledgeStore, KnowledgeStoreError, Manifest, MismatchError, StoreError, verify
 from knowledge_store.format.sequences import sequence_id, tokens_table
 from knowledge_store.kinds import Arrays
+from torture.heartbeat import PATIENCE, beat, wait_for, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 WORLDS = (1, 2, 3, 8)
@@ -38,7 +39,6 @@ VOCABULARY = 11
 K = 3
 MACHINES = 3
 CLOCKS = ("+365d", "-365d")
-PATIENCE = 120.0  # seconds for what takes a few
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 # What libfaketime makes for a process, and leaves behind when that is killed; by the process's id.
@@ -170,6 +170,8 @@ f(*json.loads(sys.argv[1]))
 
     def wait(self) -> Finished:
         """Wait for its end."""
+        hung = wait_for(self.process.pid, lambda: self.process.poll() is not None)
+        assert hung is None, f"the process hangs: {hung}"
         out, err = self.process.communicate(timeout=PATIENCE)
         for name in FAKETIME_FILES:  # it may have been killed before it began
             Path(name.format(self.process.pid)).unlink(missing_ok=True)
@@ -275,6 +277,7 @@ def disturbed_dump(chance: random.Random, folder: Path, kills: int, shards: int 
     before: dict[str, tuple[int, bytes]] = {}
     try:
         while counts["kills"] < kills:
+            beat(f"{folder}, after {counts['kills']} kills and {counts['ended by themselves']} workers that ended")
             time.sleep(chance.expovariate(1 / 0.02))
             victim = chance.randrange(WORKERS)
             if kill(workers[victim]):
@@ -338,11 +341,8 @@ def removed_and_made_anew(chance: random.Random, folder: Path, shards: int = SHA
     """A dump is removed and begun anew with another teacher while workers of the first still run: they stop."""
     store, log = folder / "store", folder / "log"
     first = [start(work, str(store), rank, 2, 40 * shards, 1, 0.0, "old", folder=log) for rank in range(2)]
-    deadline = time.monotonic() + PATIENCE
     wanted = chance.randrange(1, 4)
-    while len(list(store.glob("d/commits/*.json"))) < wanted:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    wait_until(lambda: len(list(store.glob("d/commits/*.json"))) >= wanted)
     KnowledgeStore.open(store).remove("d")
     assert ended(start(work, str(store), 0, 1, shards, 0, 0.0, folder=log)) == "done"
     for each in first:
@@ -363,6 +363,7 @@ def run(seed: int, minutes: float, folder: Path) -> dict[str, int]:
     while number == 0 or time.monotonic() < deadline:
         chance = random.Random(f"{seed} {number}")
         own = folder / f"round{number}"
+        beat(f"seed {seed}, round {number}")
         own.mkdir(parents=True)
         try:
             if number % 4 == 2:

@@ -1,7 +1,7 @@
 """FIRST's table: are students that learn from a re-calibrated teacher's five candidates more accurate, and less sure of
 themselves where they are wrong (Shum et al. 2024, arXiv 2408.12168)?
 
-    python benchmarks/trust.py --teacher FOLDER --gguf-file FILE --commonsenseqa DIR --openbookqa DIR --arc DIR
+    python -m benchmarks.studies.trust --teacher FOLDER --gguf-file FILE --commonsenseqa DIR --openbookqa DIR --arc DIR
 
 A small teacher is fine-tuned on CommonsenseQA. A layer-dropped copy of it as it was before learns the same questions in the
 same order by each method, all from one dump. Everything is measured on held-out questions of CommonsenseQA, and on OpenBookQA,
@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measurement import RESULTS, keep
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.measurement import STUDIES, keep
 from knowledge_store import KnowledgeStore
 from knowledge_store.calibration.file import read_calibration
 from knowledge_store.storage.local import replace_bytes
@@ -316,7 +316,7 @@ def dump_teacher(arguments: argparse.Namespace, journal: Journal) -> None:
     )  # fmt: skip
     for name, corpus in corpora.items():
         journal.run(
-            f"dump {name}", store, "teacher_dump", "run", *teacher, "--corpus", corpus, "--store", store, "--name", name,
+            f"dump {name}", store, "teacher_dump", "run", store, *teacher, "--corpus", corpus, "--name", name,
             "--tail-draws", 4, "--calibration", fitted,
         )  # fmt: skip
     journal.run(
@@ -337,7 +337,7 @@ def train_students(arguments: argparse.Namespace, journal: Journal) -> None:
     for slug, method in METHODS.items():
         folder = work / "runs" / slug
         journal.run(
-            f"train {slug}", folder / "config.json", "student_train", "run", "--store", work / "store", "--dump", "train",
+            f"train {slug}", folder / "config.json", "student_train", "run", work / "store", "--dump", "train",
             "--student", student, "--output", folder, *(option.format(work=work) for option in method.options),
             "--epochs", arguments.student_epochs, "--batch-size", BATCH_SIZE, "--learning-rate", STUDENT_LEARNING_RATE,
             "--warmup", WARMUP, "--weight-decay", WEIGHT_DECAY, "--max-grad-norm", MAX_GRADIENT_NORM,
@@ -632,9 +632,10 @@ def report(arguments: argparse.Namespace, journal: Journal) -> None:
             "first_token": tabulate(arguments, "first_token"),
             "claims": found_claims,
         },
+        STUDIES,
     )
     rows = read_answers(arguments, "sequence")[0]
-    draw_picture({name: rows[name] for name in shown}, result["rows"], RESULTS / "trust.svg")
+    draw_picture({name: rows[name] for name in shown}, result["rows"], STUDIES / "trust.svg")
     print_tables(result, shown, found_claims)
 
 

@@ -1,6 +1,6 @@
 """Which selection and loss bring a student closest to its teacher: measured where full distillation can be afforded.
 
-    python benchmarks/fidelity.py --teacher stories260K --stories stories.json
+    python -m benchmarks.studies.fidelity --teacher stories260K --stories stories.json
 
 A small real teacher (vocabulary 512), a student of three layers, and targets from real dumps, one for each selection. Every
 method sees the same sequences in the same order from the same weights, for each of several seeds; `full` asks the teacher at
@@ -28,10 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from measurement import RESULTS, keep
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from benchmarks.measurement import STUDIES, keep
 from knowledge_store import KnowledgeStore
 from knowledge_store.format.selection import Selection
 from student_train.evaluation.metrics import expected_calibration_error
@@ -391,8 +391,8 @@ def main() -> None:
         }
         figures[experiment] = {"methods": summary(runs), "runs": runs}
         figures["gradients"] = laboratory.gradients(steps)
-    keep("fidelity", figures)
-    draw_picture(figures, RESULTS / "fidelity.svg")
+    keep("fidelity", figures, STUDIES)
+    draw_picture(figures, STUDIES / "fidelity.svg")
     print_tables(figures)
 
 

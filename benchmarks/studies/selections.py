@@ -1,6 +1,6 @@
 """What each selection costs on disk, and how far its targets stray, on a real vocabulary.
 
-    python benchmarks/selections.py --teacher smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf --corpus wikitext2.txt
+    python -m benchmarks.studies.selections --teacher smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf --corpus wikitext2.txt
 
 The teacher reads a part of the corpus once, and every selection takes what it keeps from that one pass: real dumps, written by
 the writer of every dump. Bytes are of every file of the dump but the vocabulary, over its positions. Beside them, over the
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measurement import keep
 from torch import Tensor
 
+from benchmarks.measurement import STUDIES, keep
 from knowledge_store import DumpWriter, KnowledgeStore
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays
@@ -126,7 +126,7 @@ def main() -> None:
         }
         if f"{name}, independent" in errors:
             figures[name]["squared_error_of_independent_draws"] = float(torch.cat(errors[f"{name}, independent"]).mean())
-    keep("selections", {**figures, "error_positions": int(positions), "mass_of_five_there": mass / positions})
+    keep("selections", {**figures, "error_positions": int(positions), "mass_of_five_there": mass / positions}, STUDIES)
     print(f"{'':<28} {'bytes/position':>14} {'ids':>6} {'error':>8}")
     for name in configs:
         row = figures[name]

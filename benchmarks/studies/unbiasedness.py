@@ -1,6 +1,6 @@
 """Whether draws are unbiased on a real teacher's own distributions: many draws against the full softmax.
 
-    python benchmarks/unbiasedness.py --teacher smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf --text wikitext2.txt
+    python -m benchmarks.studies.unbiasedness --teacher smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf --text wikitext2.txt
 
 At some positions of a text, each selection draws again and again. How often each token came is compared with what the
 teacher's full softmax outside the candidates says (in float64), by Pearson's statistic over bins of at least `MIN_EXPECTED`
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from measurement import keep
 from torch import Tensor
 
+from benchmarks.measurement import STUDIES, keep
 from knowledge_store.format.selection import Selection
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.extraction.sampling import block_sums, draw, independent_points, systematic_points
@@ -99,7 +99,7 @@ def main() -> None:
         "largest_share_of_the_limit": max(row["statistic"] / row["limit"] for row in rows),
         "bins": [min(row["bins"] for row in rows), max(row["bins"] for row in rows)],
     }
-    keep(f"unbiasedness-{logits.shape[1]}", {**figures, "each": rows})
+    keep(f"unbiasedness-{logits.shape[1]}", {**figures, "each": rows}, STUDIES)
     print(figures)
 
 
