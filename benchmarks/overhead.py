@@ -36,7 +36,7 @@ import torch
 from benchmarks.measurement import keep
 from knowledge_store.terminal.console import note
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
-from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.plan import ShardReader, length_batches, make_manifest
 from teacher_dump.dumping.run import batch_arrays, dump
 from teacher_dump.extraction import positions as extraction

@@ -45,7 +45,7 @@ from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids
 from knowledge_store.kinds.positions import quantise
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.plan import ShardInput, ShardReader, length_batches, make_manifest
 from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
 from teacher_dump.teachers.local import Teacher, load_teacher

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from knowledge_store.calibration.file import Calibration
 from knowledge_store.errors import InputError
-from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.reporter import SILENT, Advance, Reporter
+from teacher_dump.configuration import CalibrateConfig
 from teacher_dump.corpus.documents import check_files, problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
-from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
-from teacher_dump.dumping.configuration import DumpConfig
-from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
-from teacher_dump.dumping.run import predict_batch
-from teacher_dump.teachers.local import Teacher, load_teacher
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
+from teacher_dump.dumping.batches import length_batches, predict_batch
+from teacher_dump.dumping.plan import corpus_files
+from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.protocol import Teacher
 
-LIMIT = 20_000
 FEW_TARGETS = 200
 MIN_GAIN = 1e-3  # of the negative log-likelihood, below which a temperature does not help
 GRID = np.geomspace(0.25, 4, 17)  # 1 is one of them
@@ -85,35 +85,32 @@ class TemperatureFit:
         return found
 
 
-def calibrate(config: DumpConfig, limit: int = LIMIT, teacher: Teacher | None = None) -> TemperatureFit:
-    """Fit a temperature to a teacher.
+def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> TemperatureFit:
+    """Fit a temperature to a teacher. Nothing is written (see `knowledge_store.write_calibration`).
 
     Args:
-        config: the teacher, and in `corpus` text that it was not trained on; selection and store are not used.
-        limit: about how many targets to fit on: a uniform random sample of the corpus's documents that holds as many.
+        config: the teacher, and text that it was not trained on.
         teacher: already loaded as `config` says; loaded here when None.
+        reporter: hears of progress.
 
     Raises:
         InputError: something given cannot be used, or the corpus holds no target.
     """
-    if limit < 1:
-        raise InputError(f"--limit is {limit}; it must be at least 1")
     check_files(config.corpus)
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
-    check_options(config, teacher)
-    sequences, skipped_rows = _sample(config, CorpusTokenizer(teacher.tokenizer, config.max_length), limit)
+    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    files = corpus_files(config, config.corpus, teacher, reporter)
+    sequences, skipped_rows = _sample(config, CorpusTokenizer(teacher.tokenizer, config.max_length), reporter)
     targets = sum(int(sequence.is_target.sum()) for sequence in sequences)
-    with progress_bar("asking the teacher", 2 * targets, "targets") as advance:
+    with reporter.progress("asking the teacher", 2 * targets, "targets") as advance:
         temperature, at_edge = _fit(config, teacher, sequences, advance)
         measured = _measure(config, teacher, sequences, temperature, advance)
     gain, error = mean_and_error(measured.nll[0] - measured.nll[1], measured.sequence)
-    manifest = identity_manifest(config, teacher)
     calibration = Calibration(
         method="temperature",
         value=temperature,
-        teacher=manifest.teacher,
-        tokenizer=manifest.tokenizer,
-        fitted_on={"corpus": manifest.corpus["files"]},
+        teacher=teacher.description,
+        tokenizer=describe_tokenizer(teacher.tokenizer),
+        fitted_on={"corpus": files},
         targets=targets,
         before=measured.figures(0),
         after=measured.figures(1),
@@ -121,8 +118,8 @@ def calibrate(config: DumpConfig, limit: int = LIMIT, teacher: Teacher | None = 
     return TemperatureFit(calibration, len(sequences), gain, error, at_edge, skipped_rows)
 
 
-def _sample(config: DumpConfig, tokenizer: CorpusTokenizer, limit: int) -> tuple[list[TokenSequence], int]:
-    """The sequences of a uniform random sample of documents with about `limit` targets, and how many rows were left out.
+def _sample(config: CalibrateConfig, tokenizer: CorpusTokenizer, reporter: Reporter) -> tuple[list[TokenSequence], int]:
+    """The sequences of a uniform random sample of documents with about `config.limit` targets, and how many rows were left out.
 
     Each document gets a random number, and those with the lowest are kept: the highest makes room while the others are
     enough, so that most documents of a large corpus are read and never tokenised.
@@ -130,24 +127,24 @@ def _sample(config: DumpConfig, tokenizer: CorpusTokenizer, limit: int) -> tuple
     generator = random.Random(0)
     kept: list[tuple[float, int, int, list[TokenSequence]]] = []  # a heap: −random number, document, targets, sequences
     total = skipped = 0
-    with progress_bar("reading the corpus", None) as advance:
+    with reporter.progress("reading the corpus", None) as advance:
         for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
             advance(document.characters)
             key = generator.random()
-            if document.problem is None and total >= limit and key >= -kept[0][0]:
+            if document.problem is None and total >= config.limit and key >= -kept[0][0]:
                 continue
             try:
                 sequences = tokenizer.sequences(document)
             except BadRow as reason:
                 if not config.skip_bad_rows:
                     place = problem_text(config.corpus, document.file, document.row, str(reason))
-                    raise InputError(f"{place}. Mend the corpus, or pass --skip-bad-rows to leave such rows out") from None
+                    raise InputError(f"{place}. Repair the corpus, or pass --skip-bad-rows to leave such rows out") from None
                 skipped += 1
                 continue
             if targets := sum(int(sequence.is_target.sum()) for sequence in sequences):
                 heapq.heappush(kept, (-key, document.number, targets, sequences))
                 total += targets
-            while kept and total - kept[0][2] >= limit:
+            while kept and total - kept[0][2] >= config.limit:
                 total -= heapq.heappop(kept)[2]
     if not kept:
         raise InputError("the corpus has no target to fit a temperature on")
@@ -156,7 +153,7 @@ def _sample(config: DumpConfig, tokenizer: CorpusTokenizer, limit: int) -> tuple
 
 
 def _logits(
-    config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Callable[[float], None]
+    config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Advance
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """For slices of all targets: each one's sequence (n,), its logits float32 (n, V), and its token (n,)."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
@@ -180,7 +177,7 @@ def _logits(
 
 
 def _fit(
-    config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Callable[[float], None]
+    config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Advance
 ) -> tuple[float, bool]:
     """The temperature with the least negative log-likelihood, and whether it is where the grid ends."""
     slopes = np.zeros(len(GRID))
@@ -240,11 +237,11 @@ class _Measured:
 
 
 def _measure(
-    config: DumpConfig,
+    config: CalibrateConfig,
     teacher: Teacher,
     sequences: list[TokenSequence],
     temperature: float,
-    advance: Callable[[float], None],
+    advance: Advance,
 ) -> _Measured:
     """How the teacher does at temperature 1 and at `temperature`, over the whole vocabulary."""
     numbers: list[np.ndarray] = []

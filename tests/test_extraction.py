@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from knowledge_store.format.selection import Selection
+from knowledge_store.kinds.positions import PositionsParameters
+from knowledge_store.kinds.selection import Selection
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.extraction.positions import ExtractionBatch, UnsoundLogits, extract_positions, knowledge_of
+from teacher_dump.extraction import ExtractionBatch
+from teacher_dump.extraction.positions import UnsoundLogits, extract_positions, knowledge_of
 from teacher_dump.teachers import local as teacher_module
-from teacher_dump.teachers.local import Prediction
+from teacher_dump.teachers.local import LocalPrediction
 
 # Float32's rounding of log-probabilities as large as 160 nats, three operations deep.
 TOLERANCE = 1e-4
@@ -93,8 +95,8 @@ class Given:
 
 
 def batch_of(sequences, logits: torch.Tensor, **arguments) -> ExtractionBatch:
-    wanted = {"selection": Selection("top-k", 3), "keep_context": False, **arguments}
-    return ExtractionBatch(sequences, Prediction(Given(), None, logits), **wanted)
+    parameters = PositionsParameters(**{"selection": Selection("top-k", 3), **arguments})
+    return ExtractionBatch(sequences, LocalPrediction(Given(), None, logits), parameters)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Whatever stops a dump, and whoever goes on with it, the store is the one that an uninterrupted run makes."""
+"""Whatever stops a dump, and whoever resumes it, the store is the one that an uninterrupted run makes."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def uninterrupted(tmp_path_factory, corpus, teacher_folder, loaded_teacher) -> d
 def arguments(config: DumpConfig, **more: object) -> list[object]:
     """The command line that says what `config` says."""
     options = {
-        "teacher": config.teacher, "store": config.store, "name": config.name, "max-length": config.max_length,
+        "teacher": config.teacher, "name": config.name, "max-length": config.max_length,
         "batch-size": config.batch_size, "shard-size": config.shard_size, **more,
     }  # fmt: skip
-    line: list[object] = ["run", "--corpus", *config.corpus, "--skip-bad-rows"]
+    line: list[object] = ["run", config.store, "--corpus", *config.corpus, "--skip-bad-rows"]
     return line + [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
@@ -85,7 +85,7 @@ def test_any_ranks_in_any_order_make_the_same_store(config, loaded_teacher, unin
     shards = 0
     for rank, world_size in runs:
         report = dump(config, rank, world_size, teacher=loaded_teacher)
-        assert report.shards + report.shards_standing == len(range(rank, SHARDS, world_size))
+        assert report.shards + report.shards_existing == len(range(rank, SHARDS, world_size))
         shards += report.shards
     assert shards == SHARDS
     assert contents(config.store) == uninterrupted
@@ -133,7 +133,7 @@ MOMENTS = {
 }
 
 
-def test_killed_at_any_moment_and_gone_on_with_by_others(config, uninterrupted, tmp_path, loaded_teacher):
+def test_killed_at_any_moment_and_resumed_by_others(config, uninterrupted, tmp_path, loaded_teacher):
     for number, (moment, reached) in enumerate(MOMENTS.items()):
         config = replace(config, store=tmp_path / f"store{number}")
         command = Command(*arguments(config), folder=tmp_path / "log")
@@ -158,11 +158,11 @@ def test_a_signal_ends_it_cleanly(config, uninterrupted, tmp_path, loaded_teache
     assert result.returncode == 130, result
     committed = commits(config)
     assert 2 <= committed < SHARDS
-    assert f"Stopped: {committed} shards were committed by this run. The same command goes on from there." in result.stderr
+    assert f"Stopped: {committed} shards were committed by this run. The same command resumes the dump." in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(config.store.rglob(".tmp-*"))
     again = dump(config, teacher=loaded_teacher)
-    assert (again.shards, again.shards_standing) == (SHARDS - committed, committed)
+    assert (again.shards, again.shards_existing) == (SHARDS - committed, committed)
     assert contents(config.store) == uninterrupted
 
 
@@ -171,12 +171,12 @@ def test_an_error_in_the_reading_thread_is_the_dumps_and_leaves_no_thread(tmp_pa
     rows = [*story_rows(6), {"prompt": "The lamp " * 50, "completion": "x"}, *story_rows(2)]
     corpus = write_jsonl(tmp_path / "c.jsonl", rows)
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=30, shard_size=2)
-    with pytest.raises(InputError, match=r"c\.jsonl, line 7: the prompt has \d+ tokens.*--skip-bad-rows"):
+    with pytest.raises(InputError, match=r"c\.jsonl, line 7: the prompt leaves no room .*--skip-bad-rows"):
         dump(config, teacher=loaded_teacher)
     assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
     assert sorted(path.name for path in (tmp_path / "s/tiny-c/commits").iterdir()) == ["00000.json", "00001.json", "00002.json"]
     report = dump(replace(config, skip_bad_rows=True), teacher=loaded_teacher)
-    assert (report.shards_standing, report.shards, report.skipped_rows) == (3, 2, 1)
+    assert (report.shards_existing, report.shards, report.skipped_rows) == (3, 2, 1)
 
 
 def test_an_error_in_the_writing_thread_is_the_dumps_and_leaves_no_thread(config, loaded_teacher, uninterrupted, monkeypatch):
@@ -197,11 +197,11 @@ def test_an_error_in_the_writing_thread_is_the_dumps_and_leaves_no_thread(config
     assert contents(config.store) == uninterrupted
 
 
-# --- gone on with by the wrong command ----------------------------------------------------------------------------------
+# --- resumed by the wrong command ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def standing(config, loaded_teacher) -> DumpConfig:
+def existing(config, loaded_teacher) -> DumpConfig:
     """A dump whose first half is there."""
     dump(config, 0, 2, teacher=loaded_teacher)
     return config
@@ -210,51 +210,50 @@ def standing(config, loaded_teacher) -> DumpConfig:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"top_k": 3}, "selection.k was 5 and is now 3"),
+        ({"top_k": 3}, "kinds.positions.selection.k was 5 and is now 3"),
         ({"max_length": 41}, "plan.max_length was 40 and is now 41"),
-        ({"batch_size": 5}, "plan.batch_size was 4 and is now 5"),
         ({"shard_size": 3}, "plan.shard_size was 2 and is now 3"),
-        ({"keep_context": True}, "plan.keep_context was False and is now True"),
+        ({"keep_context": True}, "kinds.positions.keep_context was False and is now True"),
     ],
 )
-def test_going_on_with_another_option_is_refused_and_changes_nothing(standing, loaded_teacher, change, named):
-    before = contents(standing.store)
+def test_resuming_with_another_option_is_refused_and_changes_nothing(existing, loaded_teacher, change, named):
+    before = contents(existing.store)
     with pytest.raises(MismatchError, match=r"'d' in .* was made differently") as caught:
-        dump(replace(standing, **change), teacher=loaded_teacher)
+        dump(replace(existing, **change), teacher=loaded_teacher)
     assert named in str(caught.value)
-    assert contents(standing.store) == before
+    assert contents(existing.store) == before
 
 
-def test_going_on_with_another_corpus_is_refused_and_changes_nothing(standing, loaded_teacher, tmp_path, corpus):
-    before = contents(standing.store)
+def test_resuming_with_another_corpus_is_refused_and_changes_nothing(existing, loaded_teacher, tmp_path, corpus):
+    before = contents(existing.store)
     other = tmp_path / corpus.name
     other.write_bytes(corpus.read_bytes().replace(b"lamp", b"LAMP"))
     with pytest.raises(MismatchError, match=r"corpus\.files\[0\]\.sha256 was"):
-        dump(replace(standing, corpus=(other,)), teacher=loaded_teacher)
+        dump(replace(existing, corpus=(other,)), teacher=loaded_teacher)
     with pytest.raises(MismatchError, match=r"corpus\.files\[1\]"):
-        dump(replace(standing, corpus=(corpus, other)), teacher=loaded_teacher)
-    assert contents(standing.store) == before
+        dump(replace(existing, corpus=(corpus, other)), teacher=loaded_teacher)
+    assert contents(existing.store) == before
 
 
-def test_going_on_with_another_teacher_or_precision_is_refused(standing, tmp_path):
-    before = contents(standing.store)
+def test_resuming_with_another_teacher_or_precision_is_refused(existing, tmp_path):
+    before = contents(existing.store)
     other = save_teacher(tmp_path / "other", seed=7)
     for teacher, named in (
         (load_teacher(str(other), device="cpu"), "teacher.files.model.safetensors was"),
-        (load_teacher(standing.teacher, dtype="bfloat16", device="cpu"), "teacher.dtype was float32 and is now bfloat16"),
+        (load_teacher(existing.teacher, dtype="bfloat16", device="cpu"), "teacher.dtype was float32 and is now bfloat16"),
     ):
         with pytest.raises(MismatchError) as caught:
-            dump(standing, teacher=teacher)
+            dump(existing, teacher=teacher)
         assert named in str(caught.value)
-    assert contents(standing.store) == before
+    assert contents(existing.store) == before
 
 
-def test_teacher_and_corpus_may_be_moved_and_renamed(standing, tmp_path, corpus, uninterrupted):
-    moved = shutil.copytree(standing.teacher, tmp_path / "elsewhere")
+def test_teacher_and_corpus_may_be_moved_and_renamed(existing, tmp_path, corpus, uninterrupted):
+    moved = shutil.copytree(existing.teacher, tmp_path / "elsewhere")
     renamed = shutil.copy(corpus, tmp_path / "renamed.jsonl")
-    config = replace(standing, teacher=str(moved), corpus=(Path(renamed),))
+    config = replace(existing, teacher=str(moved), corpus=(Path(renamed),))
     assert dump(config, teacher=load_teacher(str(moved), device="cpu")).shards == SHARDS // 2
-    found = contents(standing.store)
+    found = contents(existing.store)
     assert {name: data for name, data in found.items() if not name.endswith("manifest.json")} == {
         name: data for name, data in uninterrupted.items() if not name.endswith("manifest.json")
     }
@@ -271,7 +270,7 @@ def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
     monkeypatch.setattr("teacher_dump.dumping.plan.scan", nobody)
     monkeypatch.setattr(type(loaded_teacher), "predict", nobody)
     report = dump(config, teacher=loaded_teacher)
-    assert (report.shards, report.shards_standing, report.positions) == (0, SHARDS, 0)
+    assert (report.shards, report.shards_existing, report.positions) == (0, SHARDS, 0)
     assert {path: path.stat().st_mtime_ns for path in config.store.rglob("*")} == before
 
 

@@ -191,7 +191,7 @@ def test_the_command_refuses_them_in_one_line(tmp_path, teacher_folder, corpus):
 
 
 def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teacher):
-    from teacher_dump.teachers.local import describe_tokenizer
+    from teacher_dump.corpus.tokenisation import describe_tokenizer
 
     figures = {"nll": 1.0, "ece_10": 0.1, "ece_15": 0.1, "brier": 0.5}
     calibration = Calibration(

@@ -172,7 +172,7 @@ def test_what_goes_on_after_the_maximum_length_is_cut_and_said(tokenizer):
 def test_a_prompt_that_fills_the_maximum_length_is_refused(tokenizer):
     length = len(tokenizer(TEXT[:100])["input_ids"])
     content = {"prompt": TEXT[:100], "completion": " and so on"}
-    with pytest.raises(BadRow, match=f"the prompt has {length} tokens, and --max-length {length} "):
+    with pytest.raises(BadRow, match=rf"the prompt leaves no room for what follows it \(it has {length} tokens, and --max-length is {length}\)"):
         CorpusTokenizer(tokenizer, length).sequences(document(**content))
     (sequence,) = CorpusTokenizer(tokenizer, length + 1).sequences(document(**content))
     assert sequence.is_target.sum() == 1

@@ -37,7 +37,7 @@ from knowledge_store.format.selection import Selection
 from student_train.evaluation.metrics import expected_calibration_error
 from student_train.losses.divergences import LOSSES, Targets, cross_entropy, select_targets
 from student_train.training.data import DistillationDataset
-from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.run import dump
 from teacher_dump.extraction.positions import knowledge_of
 from teacher_dump.extraction.sampling import independent_points, systematic_points

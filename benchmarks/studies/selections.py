@@ -26,7 +26,7 @@ from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.plan import ShardReader, length_batches, make_manifest
 from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
 from teacher_dump.extraction.positions import knowledge_of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,18 +17,20 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import write_table
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
-from teacher_dump.dumping.configuration import SELECTION_OPTIONS, DumpConfig
-from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
-from teacher_dump.dumping.run import extract_batch, joined, predict_batch
-from teacher_dump.teachers.local import Teacher, load_teacher
+from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.plan import identity_manifest, kept_parameters
+from teacher_dump.dumping.teacher_pass import joined
+from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
+from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.protocol import Teacher
 
 SAMPLE_DOCUMENTS = 64
 SAMPLE_POSITIONS = 8192
-MASSES = (1, 5, 16, 50)
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Estimate:
         seconds: of the teacher's work, on this machine, one worker. positions_per_second: measured on the sample.
         bytes: of the knowledge on disk; the vocabulary and the table of sequences (tens of bytes each) are left out.
         bytes_per_position: measured on the sample; full row groups take a little less.
-        dense_bytes: predicted positions with knowledge × vocabulary × 4. ratio: dense bytes for each byte on disk.
-        top_k_mass: for each k, the mean mass of the k likeliest tokens over the sample.
+        dense_bytes: predicted distributions × vocabulary × 4. ratio: dense bytes for each byte on disk.
+        figures: what the extractors say of the sample, by name, such as "top-5 coverage": the mean probability that the 5
+            likeliest tokens hold.
         sample_positions: how large the sample was.
         unusable_documents: of the sample, how many could not be used.
     """
@@ -53,17 +57,17 @@ class Estimate:
     bytes_per_position: float
     dense_bytes: int
     ratio: float
-    top_k_mass: dict[int, float]
+    figures: dict[str, float]
     sample_positions: int
     unusable_documents: int
 
 
-def _sample_documents(config: DumpConfig) -> tuple[list[Document], int, int]:
+def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[Document], int, int]:
     """A uniform random sample of the corpus's documents, and the whole corpus's documents and characters."""
     generator = random.Random(0)
     sample: list[Document] = []
     count = characters = 0
-    with progress_bar("reading the corpus", None) as advance:
+    with reporter.progress("reading the corpus", None) as advance:
         for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
             count += 1
             characters += document.characters
@@ -75,31 +79,37 @@ def _sample_documents(config: DumpConfig) -> tuple[list[Document], int, int]:
     return sample, count, characters
 
 
-def _bytes(manifest: Manifest, arrays: Arrays, lengths: list[int]) -> int:
-    """Bytes that positions take in a shard's columns (footers, a few kilobytes a shard, left out)."""
-    keys = pa.table(
-        {
-            "sequence_id": pa.array(np.repeat(np.arange(len(lengths)), lengths)),
-            "position": pa.array(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])),
-        }
-    )
+def _stored(kind: str, manifest: Manifest, arrays: Arrays, lengths: list[int]) -> tuple[int, float]:
+    """Bytes that a kind's rows take in a shard's columns (footers, a few kilobytes a shard, left out), and how many full
+    distributions they stand for."""
+    keys: dict[str, np.ndarray] = {"sequence_id": np.arange(len(lengths))}
+    if KINDS[kind].per == "position":
+        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+        keys = {"sequence_id": np.repeat(keys["sequence_id"], lengths), "position": positions}
+    table = KINDS[kind].table(pa.table(keys), arrays, manifest)
     file = io.BytesIO()
-    table = KINDS["positions"].pack(KINDS["positions"].table(keys, arrays, manifest), manifest)
-    write_table(table, file, [len(table)])
+    write_table(KINDS[kind].pack(table, manifest), file, [len(table)])
     group = pq.read_metadata(io.BytesIO(file.getvalue())).row_group(0)
-    return sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+    size = sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+    return size, KINDS[kind].statistics(table, manifest).get("predictions", 0)
 
 
-def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
+def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> Estimate:
     """Dump a sample to memory and predict the whole.
+
+    Args:
+        config: what would be dumped.
+        teacher: already loaded as `config` says; loaded here when None.
+        reporter: hears of progress.
 
     Raises:
         InputError: something given cannot be used, or the sample holds nothing that can.
     """
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
-    check_options(config, teacher)
+    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    check_needs(config.kinds, teacher)
+    manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
-    documents, count, characters = _sample_documents(config)
+    documents, count, characters = _sample_documents(config, reporter)
     sequences: list[TokenSequence] = []
     unusable = sampled_characters = 0
     for document in documents:
@@ -116,38 +126,37 @@ def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
     random.Random(0).shuffle(sequences)
     chosen: list[TokenSequence] = []
     for sequence in sequences:
-        if chosen and sum(len(each.token_ids) for each in chosen) + len(sequence.token_ids) > SAMPLE_POSITIONS:
+        if chosen and sum(len(other.token_ids) for other in chosen) + len(sequence.token_ids) > SAMPLE_POSITIONS:
             break
         chosen.append(sequence)
-    manifest = replace(identity_manifest(config, teacher), derived={"columns": {}})
-    shown = sorted({*MASSES, *([config.top_k] if config.selection == "top-k" else [])})
-    plain = {name: getattr(DumpConfig, name) for names in SELECTION_OPTIONS.values() for name in names}
-    plain |= {"selection": "top-k", "top_k": min(max(shown), teacher.vocabulary_size), "tail_draws": 0}
-    deep = replace(config, **plain)
+    parameters = kept_parameters(manifest)
     lengths = [len(sequence.token_ids) for sequence in chosen]
     predict_batch(config, teacher, chosen[:1])  # the first pass pays for what later ones find ready
-    knowledge: list[Arrays] = []
-    candidates: list[Arrays] = []
+    knowledge: dict[str, list[Arrays]] = {kind: [] for kind in parameters}
+    sums: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     ordered: list[int] = []
     seconds = 0.0
-    with progress_bar("asking the teacher", sum(lengths), "positions") as advance:
+    with reporter.progress("asking the teacher", sum(lengths), "positions") as advance:
         for indices in length_batches(lengths, config.batch_size * config.max_length):
             batch = [chosen[index] for index in indices]
             started = time.monotonic()
             prediction = predict_batch(config, teacher, batch)
-            knowledge += extract_batch(config, prediction, batch, manifest.temperature)["positions"]
+            for kind, extracted in extract_batch(config, parameters, prediction, batch).items():
+                knowledge[kind] += extracted
             seconds += time.monotonic() - started
-            candidates += extract_batch(deep, prediction, batch, None)["positions"]
+            for kind, own in parameters.items():
+                figures = EXTRACTORS[kind].sample_figures
+                for name, (total, number) in (figures(ExtractionBatch(batch, prediction, own)) if figures else {}).items():
+                    sums[name] += total  # type: ignore[assignment]
+                    counts[name] += number
             ordered += [lengths[index] for index in indices]
             advance(sum(lengths[index] for index in indices))
-    arrays = joined(knowledge)
-    kept = arrays["has_knowledge"]
-    likeliest = joined(candidates)
-    mass = np.exp(likeliest["candidate_logprobs"][likeliest["has_knowledge"]].astype(np.float64)).cumsum(axis=1).mean(axis=0)
-    sample_bytes = _bytes(manifest, arrays, ordered)
-    bytes_per_position = sample_bytes / len(kept)
-    dense = positions * kept.mean() * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
-    speed = len(kept) / seconds
+    stored = [_stored(kind, manifest, joined(arrays), ordered) for kind, arrays in knowledge.items()]
+    sample = sum(lengths)
+    bytes_per_position = sum(size for size, _ in stored) / sample
+    dense = positions * sum(distributions for _, distributions in stored) / sample * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
+    speed = sample / seconds
     return Estimate(
         documents=count,
         positions=positions,
@@ -157,7 +166,7 @@ def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
         bytes_per_position=bytes_per_position,
         dense_bytes=round(dense),
         ratio=dense / max(positions * bytes_per_position, 1),
-        top_k_mass={k: float(mass[min(k, deep.top_k) - 1]) for k in shown},
-        sample_positions=len(kept),
+        figures={name: sums[name] / number for name, number in counts.items() if number},
+        sample_positions=sample,
         unusable_documents=unusable,
     )

@@ -200,7 +200,7 @@ def _masses(knowledge: list[Arrays]) -> np.ndarray:
 def coverage(knowledge: list[Arrays]) -> Total:
     """The probability that the candidates hold, over all positions with knowledge."""
     masses = _masses(knowledge)
-    return float(masses.sum()), len(masses)
+    return float(masses.sum()), len(masses) if masses.shape[1] else 0
 
 
 def coverage_by_depth(batch: ExtractionBatch) -> dict[str, Total]:

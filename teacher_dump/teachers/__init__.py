@@ -1,1 +1,1 @@
-"""Teachers: the protocol, and one file for each engine that runs them."""
+"""Teachers: what the pass asks of one (`protocol`), and those that run on this machine (`local`). Nothing here reads a corpus."""
