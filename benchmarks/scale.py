@@ -50,6 +50,8 @@ from knowledge_store.format.layout import COMMITS, INDEX_FILE, MANIFEST_FILE, SE
 from knowledge_store.format.manifest import read_manifest
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.kinds.positions import PositionsParameters
+from knowledge_store.kinds.selection import Selection
 from knowledge_store.terminal.progress import progress_bar
 
 STATISTICS = """
@@ -78,12 +80,10 @@ def manifest(shards: int, documents: int, max_length: int) -> Manifest:
     starts = [{"document": first, "row": first + 1, "offset": 3000 * first, **rest} for first in firsts]
     return Manifest(
         dump=DUMP,
-        kinds=("positions",),
+        kinds={"positions": PositionsParameters(Selection("top-k", CANDIDATES), STEP).to_record()},
         teacher={"name": "numbers", "vocabulary_size": VOCABULARY},
         tokenizer={"size": VOCABULARY},
         corpus={"files": [{"name": "numbers.jsonl", "bytes": 1, "sha256": "00"}]},
-        selection={"name": "top-k", "k": CANDIDATES},
-        quantisation_step=STEP,
         plan={"max_length": max_length},
         derived={"documents": documents * shards, "columns": {"source": "string"}, "shards": starts},
     )

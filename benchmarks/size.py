@@ -42,13 +42,16 @@ from knowledge_store.format.parquet import write_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids
-from knowledge_store.kinds.positions import quantise
+from knowledge_store.kinds.positions import positions_of, quantise
 from knowledge_store.terminal.progress import progress_bar
-from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.plan import ShardInput, ShardReader, length_batches, make_manifest
-from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
-from teacher_dump.teachers.local import Teacher, load_teacher
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.plan import ShardInput, ShardReader, make_manifest
+from teacher_dump.dumping.teacher_pass import shard_of
+from teacher_dump.extraction.positions import positions_parameters
+from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.protocol import Teacher
 
 MAX_K = 50
 KEPT = (5, 16, 50)
@@ -65,13 +68,13 @@ def ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, path: Path) -> 
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     if not path.exists():
         found: list[Arrays] = [{}] * len(lengths)
-        many = replace(config, top_k=MAX_K, tail_draws=0)
+        both = [positions_parameters(each, teacher) for each in (replace(config, top_k=MAX_K, tail_draws=0), config)]
         with progress_bar(f"asking {config.dump_name}", sum(lengths), "positions") as advance:
             for indices in length_batches(lengths, config.batch_size * config.max_length):
                 sequences = [shard.sequences[index] for index in indices]
                 prediction = predict_batch(config, teacher, sequences)
-                both = [extract_batch(each, prediction, sequences, None)["positions"] for each in (many, config)]
-                for index, arrays, drawn in zip(indices, *both, strict=True):
+                extracted = [extract_batch(config, {"positions": each}, prediction, sequences)["positions"] for each in both]
+                for index, arrays, drawn in zip(indices, *extracted, strict=True):
                     found[index] = {**arrays, **{name: drawn[name] for name in ("tail_ids", "tail_counts")}}
                 advance(sum(len(sequence.token_ids) for sequence in sequences))
         unfinished = path.with_suffix(".unfinished.npz")
@@ -126,9 +129,12 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
     """A dump of the k likeliest tokens in a store of its own, by the writer of every dump."""
     shutil.rmtree(folder, ignore_errors=True)
     rule = replace(config, top_k=k, tail_draws=DRAWS if draws else 0).rule
-    writer = DumpWriter.open(folder, replace(manifest, selection=rule.to_record()), tokens)
+    writer = DumpWriter.open(
+        folder, replace(manifest, kinds={"positions": replace(positions_of(manifest), selection=rule).to_record()}), tokens
+    )
     for shard, sequences in zip(shards, knowledge, strict=True):
-        publish_shard(writer, shard, {"positions": [fewer(arrays, k, draws) for arrays in sequences]}, {"device": "numbers"})
+        positions = [fewer(arrays, k, draws) for arrays in sequences]
+        writer.commit(shard_of(writer, shard, {"positions": positions}, {"device": "numbers"}))
     store = KnowledgeStore.open(folder)
     [summary] = store.info()
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -224,7 +230,7 @@ def as_used(table: pa.Table, step: float) -> pa.Table:
 
 def undone(idea: str, table: pa.Table, stored: pa.Table, manifest: Manifest) -> pa.Table:
     """The stored table without one of its ideas."""
-    step = manifest.quantisation_step
+    step = positions_of(manifest).quantisation_step
     if idea == "gaps between candidates, the first for nothing":
         return changed(stored, {"candidate_steps": below_zero(table["candidate_logprobs"], step)}, ("gap_steps",))
     if idea == "log-odds of the tail":
@@ -274,7 +280,7 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
 
     kept = {idea: saved([undone(idea, *pair, manifest) for pair in pairs]) for idea in UNDONE}
     kept["all of them: each log-probability rounded by itself, columns as they are used"] = saved(
-        [as_used(table, manifest.quantisation_step) for table in tables]
+        [as_used(table, positions_of(manifest).quantisation_step) for table in tables]
     )
 
     left_out: dict[str, float] = {}
@@ -365,7 +371,7 @@ def floor(store: Path, dump: Dump) -> dict[str, float]:
     before = np.concatenate([[0], tokens[:-1]])
     before_that = np.concatenate([[0, 0], tokens[:-2]])
     here = table["candidate_ids"].is_valid().to_numpy()
-    k = manifest.rule.candidates
+    k = positions_of(manifest).selection.candidates
     ids = pc.list_flatten(table["candidate_ids"]).to_numpy().astype(np.int64).reshape(-1, k)
     gaps = pc.list_flatten(stored["gap_steps"]).to_numpy().astype(np.int64).reshape(-1, k - 1) - ZERO
     tail = stored["tail_steps"].to_numpy(zero_copy_only=False)[here].astype(np.int64) - ZERO
@@ -431,7 +437,7 @@ def measure(config: DumpConfig, work: Path) -> dict[str, Any]:
     drawn = write(store, config, manifest, shards, knowledge, tokens, KEPT[0], True)
     dump = write(store, config, manifest, shards, knowledge, tokens, KEPT[0], False)
     columns = sorted(dump.column_bytes.items(), key=lambda item: -item[1])
-    kls = mean_kl(store, knowledge, KEPT[0], manifest.quantisation_step)
+    kls = mean_kl(store, knowledge, KEPT[0], positions_of(manifest).quantisation_step)
     return {
         **found,
         "positions": dump.positions,

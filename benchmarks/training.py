@@ -37,7 +37,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measurement import RESULTS, keep
-from knowledge_store.format.selection import Selection
+from knowledge_store.kinds.selection import Selection
 from student_train.losses.divergences import Batch, cross_entropy, forward_kl, select_targets
 from student_train.losses.sliced import Share, sliced_loss, sum_over_slices
 from teacher_dump.extraction.positions import knowledge_of

@@ -16,7 +16,7 @@ from knowledge_store.format.manifest import Manifest, check_version, read_manife
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.isolation.child import isolated_answer
-from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.kinds import KINDS, Arrays, check_kinds
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.reader import DumpReader, read_sequences, shard_files
@@ -37,7 +37,7 @@ def check_store(path: Path) -> None:
     """
     with disk_errors("read", path):
         if not path.exists():
-            raise StoreError(f"there is no store at {path}: `teacher-dump run --store {path}` makes one")
+            raise StoreError(f"there is no store at {path}: `teacher-dump run {path}` makes one")
         if not path.is_dir():
             raise StoreError(f"{path} is a file, not a store: a store is a folder")
         if not (path / STORE_FILE).exists():
@@ -94,9 +94,7 @@ class KnowledgeStore:
         check_store(path)
         manifests = [read_manifest(folder) for folder in dump_folders(path)]
         for manifest in manifests:
-            for kind in manifest.kinds:
-                if kind not in KINDS:
-                    raise StoreError(f"dump {manifest.dump!r} of {path} holds knowledge of kind {kind!r}, unknown here")
+            check_kinds(manifest, str(path))
         index = refresh(path, manifests, rebuild=rebuild_index)
         return cls(path, manifests, index, cache_size)
 
@@ -246,7 +244,7 @@ class KnowledgeStore:
         reader = self._reader(dump)
         if not len(reader):
             raise InputError(f"dump {self.dump(dump)!r} of {self.path} has no committed shard yet")
-        wanted = reader.manifest.kinds if kinds is None else kinds
+        wanted = tuple(reader.manifest.kinds) if kinds is None else kinds
         for kind in wanted:
             if kind not in reader.manifest.kinds:
                 raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
@@ -267,7 +265,7 @@ class KnowledgeStore:
         if ordinal < 0:
             ordinal += len(reader)
         try:
-            sequence_id, knowledge = reader.sequence(int(ordinal), reader.manifest.kinds)
+            sequence_id, knowledge = reader.sequence(int(ordinal), tuple(reader.manifest.kinds))
         except InputError as error:
             raise IndexError(str(error)) from None
         found: Arrays = {"sequence_id": np.int64(sequence_id)}  # type: ignore[dict-item]

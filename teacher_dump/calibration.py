@@ -176,9 +176,7 @@ def _logits(
             advance(len(found[part]))
 
 
-def _fit(
-    config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Advance
-) -> tuple[float, bool]:
+def _fit(config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Advance) -> tuple[float, bool]:
     """The temperature with the least negative log-likelihood, and whether it is where the grid ends."""
     slopes = np.zeros(len(GRID))
     for _, logits, tokens in _logits(config, teacher, sequences, advance):

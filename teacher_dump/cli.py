@@ -92,7 +92,7 @@ def run(
 
 
 def _show_report(report: DumpReport, done: str) -> None:
-    existing = f", {report.shards_existing} existed" if report.shards_existing else ""
+    existing = f", {report.shards_existing} existed" if report.shards_existing and done == "dumped" else ""
     speed = f" at {report.positions / report.seconds:,.0f} positions/s" if report.positions else ""
     note(
         f"{report.dump}: {report.shards} of {report.shards_planned} shards {done}{existing};"

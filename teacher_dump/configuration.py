@@ -32,7 +32,9 @@ class TeacherOptions:
     """How a teacher is loaded and asked, alike in all commands."""
 
     batch_size: int = option(
-        16, min=1, help="Sequences of the maximum length in a forward pass; shorter ones share the room. Fewer need less memory."
+        16,
+        min=1,
+        help="Sequences of the maximum length in a forward pass; shorter ones share the room. Smaller takes less memory.",
     )
     dtype: str = option(
         "auto",

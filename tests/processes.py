@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from knowledge_store.reporter import Reporter
-
 from torture.heartbeat import wait_for
+
+from knowledge_store.reporter import Reporter
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(

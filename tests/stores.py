@@ -19,15 +19,21 @@ DOCUMENTS = 100  # in a shard of the plan; a test may use fewer
 
 
 def make_manifest(dump: str = "small", vocabulary: int = 11, k: int = 3, shards: int = 2, **changes: Any) -> Manifest:
-    """A manifest of `shards` shards, `DOCUMENTS` documents each."""
+    """A manifest of `shards` shards, `DOCUMENTS` documents each. Fields of `PositionsParameters` (`selection` as a record) are
+    those of its positions; `kinds` may be a tuple of names."""
+    positions = {
+        "selection": {"name": "top-k", "k": k}, "quantisation_step": 0.125, "calibration": {}, "keep_context": False,
+    }  # fmt: skip
+    positions |= {name: changes.pop(name) for name in list(positions) if name in changes}
+    kinds = changes.pop("kinds", ("positions",))
+    if not isinstance(kinds, dict):
+        kinds = {name: positions if name == "positions" else {} for name in kinds}
     fields: dict[str, Any] = {
         "dump": dump,
-        "kinds": ("positions",),
+        "kinds": kinds,
         "teacher": {"name": "numbers", "vocabulary_size": vocabulary},
         "tokenizer": {"size": vocabulary},
         "corpus": {"files": [{"name": "numbers.jsonl", "bytes": 1, "sha256": "00"}]},
-        "selection": {"name": "top-k", "k": k},
-        "quantisation_step": 0.125,
         "plan": {"max_length": 64},
         "derived": {
             "documents": DOCUMENTS * shards,

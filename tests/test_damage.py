@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from stores import commit, make_manifest, random_sequences, words, write_store
-from torture.damage import FIXTURES, page_places, try_faults
+from torture.damage import page_places, try_faults
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, verify
 from knowledge_store.format.integrity import BLOCK_BYTES, DIGEST_BYTES, DIGESTS_KEY, CheckedFile
@@ -52,9 +52,8 @@ def test_digests_are_those_of_the_format(sound):
     assert pq.read_metadata(path).metadata == {DIGESTS_KEY: "".join(expected).encode()}
 
 
-@pytest.mark.parametrize("store", ["new", "old"])
-def test_any_stretch_of_a_file(sound, store):
-    path = sound / "small/positions/00000.parquet" if store == "new" else FIXTURES / "store-v2/small/positions/00000.parquet"
+def test_any_stretch_of_a_file(sound):
+    path = sound / "small/positions/00000.parquet"
     data = path.read_bytes()
     file = checked(path)
     random = np.random.default_rng(0)
@@ -227,21 +226,6 @@ def test_an_unfinished_run_left_other_tokens(sound, stranger, tmp_path):
     shutil.copyfile(stranger / "small/positions/00001.parquet", store / "small/positions/00001.parquet")
     with pytest.raises(DamageError, match="does not have the rows that belong there"):
         go_on(store)
-
-
-@pytest.mark.parametrize(("mine", "theirs"), [("store-v2", "store-v3"), ("store-v3", "store-v2")])
-def test_a_shard_of_another_format_version(tmp_path, mine, theirs):
-    store = Path(shutil.copytree(FIXTURES / mine, tmp_path / "store"))
-    for name in ("positions/00000.parquet", "sequences/00000.parquet", "commits/00000.json"):
-        shutil.copyfile(FIXTURES / theirs / "small" / name, store / "small" / name)
-    for read in (
-        lambda opened: opened[0],
-        lambda opened: list(opened.batches(batch_size=2)),
-        lambda opened: opened.sql("SELECT count(*), sum(token_logprob) FROM positions"),
-    ):
-        with pytest.raises(DamageError, match=r"small/(commits/00000\.json|positions/00000\.parquet)"):
-            read(KnowledgeStore.open(store, cache_size=0))
-    assert verify(store).damage
 
 
 def test_an_unfinished_run_left_a_count_of_nulls_of_other_rows(tmp_path):

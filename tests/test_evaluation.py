@@ -19,6 +19,7 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
+from knowledge_store.kinds.positions import positions_of
 from student_train.cli import app
 from student_train.evaluation.metrics import (
     adaptive_calibration_error,
@@ -217,7 +218,7 @@ def test_coverage_comes_from_the_store(result, store_folder):
     for batch in store.batches("heldout", batch_size=4, shuffle=False):
         masses.extend(1 - np.exp(batch["tail_logprob"][batch["is_target"]].astype(np.float64)))
     coverage = result["coverage"]
-    assert len(coverage["mean_by_rank"]) == store.manifest("heldout").rule.candidates
+    assert len(coverage["mean_by_rank"]) == positions_of(store.manifest("heldout")).selection.candidates
     assert coverage["mean_by_rank"][-1] == pytest.approx(np.mean(masses), abs=1e-5)
     assert sum(coverage["histogram"]["counts"]) == len(masses)
 

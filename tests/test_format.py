@@ -148,11 +148,11 @@ def test_json_files(tmp_path):
         stated = record.pop("sha256")
         canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         assert hashlib.sha256(canonical.encode()).hexdigest() == stated
-        assert (record["format"], record["version"]) == ("knowledge-store", 3)
+        assert (record["format"], record["version"]) == ("knowledge-store", 4)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest) == {
-        *("format", "version", "sha256", "dump", "kinds", "teacher", "tokenizer", "corpus", "selection"),
-        *("quantisation_step", "plan", "derived", "calibration"),
+        *("format", "version", "sha256", "dump", "kinds", "teacher", "tokenizer", "corpus"),
+        *("plan", "derived"),
     }
     commit_record = json.loads((folder / "commits/00000.json").read_text())
     assert set(commit_record) == {
@@ -160,14 +160,15 @@ def test_json_files(tmp_path):
         *("statistics", "skipped", "made_by"),
     }
     identity = {
-        "kinds[0]": "positions",
+        "kinds.positions": "kept",
         "teacher.vocabulary_size": 11,
         "tokenizer.size": 11,
         "corpus.files[0].bytes": 1,
         "corpus.files[0].sha256": "00",
-        "selection.name": "top-k",
-        "selection.k": 3,
-        "quantisation_step": 0.125,
+        "kinds.positions.selection.name": "top-k",
+        "kinds.positions.selection.k": 3,
+        "kinds.positions.quantisation_step": 0.125,
+        "kinds.positions.keep_context": False,
         "plan.max_length": 64,
     }
     canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))

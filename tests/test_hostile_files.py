@@ -212,12 +212,11 @@ def test_hostile_indexes(tmp_path, sort):
 
 
 WRONG = [
-    (["kinds"], ["positions", "positions"], "lists no kind of knowledge, or one twice"),
-    (["kinds"], [], "lists no kind of knowledge, or one twice"),
+    (["kinds"], {}, "lists no kind of knowledge"),
     (["teacher", "vocabulary_size"], 2**40, "vocabulary size"),
     (["teacher", "vocabulary_size"], 0, "vocabulary size"),
     (["teacher", "files"], 5, "files is not an object"),
-    (["quantisation_step"], 1e-300, "quantisation step"),
+    (["kinds", "positions", "quantisation_step"], 1e-300, "quantisation step"),
     (["plan", "max_length"], 2**40, "maximum length"),
     (["derived", "shards"], [{}], "where each begins"),
     (["derived", "shards"], [[]], "where each begins"),
@@ -257,12 +256,12 @@ def test_commit_records_that_nothing_can_be_made_of(tmp_path, place, value):
 
 def test_the_commands_end_with_one_line(tmp_path):
     store = write_store(tmp_path / "store", shards=1)
-    altered(store / "small/manifest.json", ["selection"], {"name": "\x1b[2J" + "x" * 100_000})
+    altered(store / "small/manifest.json", ["kinds", "positions", "selection"], {"name": "\x1b[2J" + "x" * 100_000})
     for verb, code in (("info", 2), ("verify", 1)):
         result = run_command("knowledge_store", verb, store)
         assert result.returncode == code
         assert "Traceback" not in result.stderr and "\x1b" not in result.stderr + result.stdout
-        assert "is damaged: its selection" in result.stderr
+        assert "its selection" in result.stderr
         assert all(len(line) < MAX_CHARACTERS + 200 for line in result.stderr.splitlines())
 
 

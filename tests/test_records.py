@@ -118,16 +118,16 @@ WRONG_MANIFESTS = [
     (["dump"], 5),
     (["dump"], "other"),
     (["kinds"], "positions"),
-    (["kinds"], [["positions"]]),
+    (["kinds"], {"positions": "all"}),
     (["kinds"], ...),
     (["teacher"], []),
     (["teacher", "name"], None),
     (["teacher", "vocabulary_size"], "11"),
     (["teacher", "vocabulary_size"], True),
-    (["selection"], None),
-    (["selection", "k"], 2**70),
-    (["quantisation_step"], "small"),
-    (["quantisation_step"], 0),
+    (["kinds", "positions", "selection"], None),
+    (["kinds", "positions", "selection", "k"], 2**70),
+    (["kinds", "positions", "quantisation_step"], "small"),
+    (["kinds", "positions", "quantisation_step"], 0),
     (["plan"], {}),
     (["derived"], "x"),
     (["derived", "shards"], 3),
@@ -190,6 +190,14 @@ def test_unknown_additions_do_no_harm(tmp_path):
     assert len(KnowledgeStore.open(store)) == 4
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_older_formats_are_refused_by_name(tmp_path, version):
+    store = write_store(tmp_path / "store", shards=1)
+    altered(store / "small/manifest.json", ["version"], version)
+    with pytest.raises(StoreError, match=f"manifest.json has format version {version}, which .* does not read"):
+        KnowledgeStore.open(store)
+
+
 def test_a_newer_format_is_refused(tmp_path):
     store = write_store(tmp_path / "store", shards=1)
     for path in (store / "store.json", store / "small/manifest.json", store / "small/commits/00000.json"):
@@ -199,7 +207,7 @@ def test_a_newer_format_is_refused(tmp_path):
             KnowledgeStore.open(store)
         assert str(path) in str(raised.value)
         path.write_bytes(before)
-    altered(store / "small/manifest.json", ["kinds"], ["positions", "dreams"])
+    altered(store / "small/manifest.json", ["kinds", "dreams"], {})
     with pytest.raises(StoreError, match="'dreams', unknown here"):
         KnowledgeStore.open(store)
 
@@ -220,15 +228,15 @@ def test_what_makes_two_manifests_differ():
         derived={},
     )
     assert manifest.differences(renamed) == []
-    assert manifest.differences(replace(manifest, selection={"name": "top-k", "k": 5})) == ["selection.k was 3 and is now 5"]
+    assert manifest.differences(make_manifest(k=5)) == ["kinds.positions.selection.k was 3 and is now 5"]
     # Another rule with the same number is another dump.
-    assert manifest.differences(replace(manifest, selection={"name": "sampled", "k": 3})) == [
-        "selection.name was top-k and is now sampled"
+    assert manifest.differences(make_manifest(selection={"name": "sampled", "k": 3})) == [
+        "kinds.positions.selection.name was top-k and is now sampled"
     ]
-    other = replace(manifest, plan={}, quantisation_step=0.25)
+    other = make_manifest(plan={}, quantisation_step=0.25)
     assert manifest.differences(other) == [
+        "kinds.positions.quantisation_step was 0.125 and is now 0.25",
         "plan.max_length was 64 and is now absent",
-        "quantisation_step was 0.125 and is now 0.25",
     ]
 
 

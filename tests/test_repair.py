@@ -12,7 +12,6 @@ from conftest import story_rows, write_jsonl
 from processes import Command, Notes
 from stores import commit, joined, make_manifest, random_sequences, sequence_row, words, write_store
 from test_resume import arguments, contents
-from torture.damage import FIXTURES
 
 from knowledge_store import (
     DamageError,
@@ -30,7 +29,6 @@ from knowledge_store.format.parquet import describe, read_file, write_table
 from knowledge_store.format.records import read_record, seal
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.storage import local as publication
-from knowledge_store.writing.writer import repair_manifest
 from teacher_dump import DumpConfig, dump, repair
 
 TABLES = {"positions": "parquet", "sequences": "parquet", "commits": "json"}
@@ -151,45 +149,6 @@ def test_a_manifest_is_made_again_by_what_made_it(config, dumped, loaded_teacher
     assert f"Repaired: {path} was damaged, and is written again" in reporter.notes
     assert verify(config.store).damage == []
     assert contents(config.store) == contents(dumped.store)
-
-
-@pytest.mark.parametrize("lost", [True, False])
-def test_a_manifest_is_made_again_of_the_version_its_shards_have(tmp_path, lost):
-    """Of version 2, with records by this code: they say what they were made from, and state the version of their writer."""
-    store, tokens = write_store(tmp_path / "store", version=2), tokens_table(words(11), words(11))
-    expected, before = contents(store), KnowledgeStore.open(store).sql("SELECT * FROM positions")
-    path = store / "small/manifest.json"
-    flip(path)
-    if lost:
-        path.unlink()
-    assert repair_manifest(store, make_manifest())
-    writer = DumpWriter.open(store, make_manifest(), tokens)
-    assert [writer.damaged(shard) for shard in range(2)] == [[], []]
-    assert contents(store) == expected
-    assert KnowledgeStore.open(store).sql("SELECT * FROM positions").equals(before)
-
-
-def test_a_manifest_is_not_made_again_for_shards_of_several_versions(tmp_path):
-    store, newer = write_store(tmp_path / "store", version=2), write_store(tmp_path / "newer")
-    for each in newer.glob("small/*/00001.*"):
-        shutil.copy(each, store / each.relative_to(newer))
-    (store / "small/manifest.json").unlink()
-    before = identities(store)
-    with pytest.raises(MismatchError, match="put back a copy of that file"):
-        repair_manifest(store, make_manifest())
-    with pytest.raises(MismatchError, match="put back a copy of that file"):
-        DumpWriter.open(store, make_manifest(), tokens_table(words(11), words(11)))
-    assert identities(store) == before
-
-
-def test_a_manifest_that_no_record_vouches_for(tmp_path, config, loaded_teacher):
-    """Records of before format version 3 do not say what they were made from."""
-    store = Path(shutil.copytree(FIXTURES / "store-v2", tmp_path / "old"))
-    flip(store / "small/manifest.json")
-    before = identities(store)
-    with pytest.raises(MismatchError, match="put back a copy of that file"):
-        repair(replace(config, store=store, name="small"), teacher=loaded_teacher)
-    assert identities(store) == before
 
 
 def test_files_that_are_sound_and_do_not_belong_together(config, dumped, loaded_teacher):

@@ -19,8 +19,7 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, MismatchError, StoreError
 from knowledge_store.storage import local as publication
 from knowledge_store.writing.verification import verify
-from teacher_dump import DumpConfig, dump
-from teacher_dump import fingerprints
+from teacher_dump import DumpConfig, dump, fingerprints
 from teacher_dump.teachers.local import load_teacher
 
 SHARDS = 20
@@ -280,7 +279,7 @@ def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
 def test_a_file_is_hashed_once_until_its_size_or_time_changes(tmp_path, monkeypatch):
     hashed = []
     compute = fingerprints._hash
-    monkeypatch.setattr(fingerprints, "_hash", lambda path, size: hashed.append(path) or compute(path, size))
+    monkeypatch.setattr(fingerprints, "_hash", lambda path, *more: hashed.append(path) or compute(path, *more))
     path = tmp_path / "f"
     path.write_bytes(b"one")
     first = fingerprints.file_sha256(path)

@@ -7,29 +7,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import run_command, story_rows, write_jsonl
 from stores import (
-    DOCUMENTS,
-    assert_close,
     commit,
     log_softmax,
     make_manifest,
     random_sequences,
     words,
-    write_drawn_store,
-    write_store,
 )
 
 from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.calibration.file import Calibration, write_calibration
-from knowledge_store.errors import InputError, MismatchError, StoreError
-from knowledge_store.format.manifest import check_version
-from knowledge_store.format.records import read_record
-from knowledge_store.format.selection import Selection
+from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds.selection import Selection
 from teacher_dump import DumpConfig, dump
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -71,7 +65,7 @@ def test_all_are_sound(store):
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_what_is_kept_is_the_teachers(store, loaded_teacher, name):
     opened = KnowledgeStore.open(store)
-    rule = opened.manifest(name).rule
+    rule = positions_of(opened.manifest(name)).selection
     for ordinal in (0, 5):
         sequence = opened[name, ordinal]
         full = full_logprobs(loaded_teacher, sequence)
@@ -155,7 +149,7 @@ def test_a_sequence_as_a_person_reads_it(store, name):
         line = lines[position]
         there = sequence["candidate_logprobs"][position] > -np.inf
         assert line.count("%") - 2 == there.sum()  # beside the candidates: the token and the others
-        drawn = sequence["tail_counts"][position].sum() if opened.manifest(name).rule.draws else 0
+        drawn = sequence["tail_counts"][position].sum() if positions_of(opened.manifest(name)).selection.draws else 0
         assert ("drawn: " in line) == (drawn > 0)
 
 
@@ -180,7 +174,7 @@ def test_options_that_make_no_sense(options, message):
 
 
 def test_the_command_refuses_them_in_one_line(tmp_path, teacher_folder, corpus):
-    arguments = ("--teacher", teacher_folder, "--corpus", corpus, "--store", tmp_path / "s")
+    arguments = (tmp_path / "s", "--teacher", teacher_folder, "--corpus", corpus)
     answer = run_command("teacher_dump", "run", *arguments, "--selection", "top-p", "--max-k", "500")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert "--max-k 500 is above the teacher's vocabulary of 408 tokens" in answer.stderr
@@ -202,7 +196,7 @@ def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teach
     dump(config, teacher=loaded_teacher)
     assert not verify(tmp_path / "s").damage
     opened = KnowledgeStore.open(tmp_path / "s")
-    assert opened.manifest().temperature == 1.7
+    assert positions_of(opened.manifest()).temperature == 1.7
     sequence = opened[3]
     full = full_logprobs(loaded_teacher, sequence)
     tempered = full / 1.7 - np.logaddexp.reduce(full / 1.7, axis=1, keepdims=True)
@@ -216,7 +210,7 @@ def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teach
         dump(replace(config, calibration=None), teacher=loaded_teacher)
 
 
-# --- damage, and stores of version 1 ------------------------------------------------------------------------------------------
+# --- damage -----------------------------------------------------------------------------------------------------------------
 
 
 def drawn_knowledge(seed: int, candidates: int, draws: int, tempered: bool = False) -> list[dict[str, np.ndarray]]:
@@ -317,79 +311,3 @@ def test_a_selection_that_is_not_known_is_refused(record):
 def test_a_selection_survives_its_record(options):
     selection = Selection(**options)
     assert Selection.from_record(selection.to_record()) == selection
-
-
-def assert_the_same_but_for_rounding(old: KnowledgeStore, new: KnowledgeStore) -> None:
-    """Every relation and sequence; log-probabilities may be a step apart, as versions before 3 rounded each by itself."""
-    assert_close(old.sql("SELECT * FROM positions"), new.sql("SELECT * FROM positions"), 0.125)
-    assert_close(old.sql("SELECT * FROM sequences"), new.sql("SELECT * FROM sequences"))
-    for ordinal in range(len(old)):
-        for name, array in old[ordinal].items():
-            np.testing.assert_allclose(array, new[ordinal][name], rtol=0, atol=0.2 if "logprob" in name else 0)
-    values = old.sql("SELECT unnest(candidate_logprobs) AS value FROM positions")["value"].to_numpy()
-    assert np.array_equal(values * 8, np.round(values * 8))
-
-
-def test_a_store_of_version_1_reads_as_ever(tmp_path):
-    """Made by this project when its format had that version: same rows as a store made now, and nothing is written."""
-    shutil.copytree(FIXTURES / "store-v1", tmp_path / "old")
-    write_store(tmp_path / "new", shards=2, size=3)
-    assert not verify(tmp_path / "old").damage
-    old, new = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new"))
-    assert_the_same_but_for_rounding(old, new)
-    assert old.info()[0].selection == "top-k 3"
-    assert old.manifest().differences(new.manifest()) == []  # and so a dump of version 1 can be gone on with
-    assert DOCUMENTS == 100
-
-
-def test_a_store_of_version_2_reads_as_ever(tmp_path):
-    """With draws and a calibration: the same rows as a store made now, unpacked; and it is gone on with as it was begun."""
-    shutil.copytree(FIXTURES / "store-v2", tmp_path / "old")
-    write_drawn_store(tmp_path / "new")
-    assert not verify(tmp_path / "old").damage and not verify(tmp_path / "new").damage
-    old, new = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new"))
-    assert_the_same_but_for_rounding(old, new)
-    paths = [tmp_path / "old/small" / name for name in ("positions/00001.parquet", "commits/00001.json")]
-    before = pq.read_table(paths[0])
-    for path in paths:
-        path.unlink()
-    write_drawn_store(tmp_path / "old")
-    assert not verify(tmp_path / "old").damage
-    assert pq.read_table(paths[0]).equals(before)
-
-
-def test_a_store_of_version_3_reads_as_ever(tmp_path):
-    """Packed, with draws and a calibration: the same rows as a store made now, and nearly those of version 2."""
-    shutil.copytree(FIXTURES / "store-v3", tmp_path / "old")
-    shutil.copytree(FIXTURES / "store-v2", tmp_path / "before")
-    write_drawn_store(tmp_path / "new")
-    assert not verify(tmp_path / "old").damage
-    old, new, before = (KnowledgeStore.open(tmp_path / name) for name in ("old", "new", "before"))
-    assert (old.manifest().version, before.manifest().version) == (3, 2)
-    for relation in ("positions", "candidates", "sequences"):
-        rows = old.sql(f"SELECT * FROM {relation}")
-        assert len(rows)
-        assert_close(rows, new.sql(f"SELECT * FROM {relation}"))
-    assert_the_same_but_for_rounding(before, old)
-    for ordinal in range(len(old)):
-        for name, array in old[ordinal].items():
-            np.testing.assert_allclose(array, new[ordinal][name], rtol=0, atol=1e-6 if "logprob" in name else 0)
-    assert old.manifest().differences(new.manifest()) == []
-
-
-@pytest.mark.parametrize("known", [1, 2])
-def test_an_older_reader_refuses_newer_stores_by_name(tmp_path, monkeypatch, known):
-    """What the version check of each older reader makes of every newer store: the file and both versions are named."""
-    monkeypatch.setattr("knowledge_store.format.manifest.FORMAT_VERSION", known)
-    for version in (1, 2, 3):
-        store = shutil.copytree(FIXTURES / f"store-v{version}", tmp_path / str(version))
-        if version <= known:
-            assert len(KnowledgeStore.open(store))
-            continue
-        for path in (store / "store.json", store / "small/manifest.json"):
-            refusal = f"format version {version}, and this is knowledge-store for version {known}"
-            with pytest.raises(StoreError, match=refusal) as raised:
-                check_version(read_record(path), path)
-            assert str(path) in str(raised.value)
-        with pytest.raises(StoreError, match="install a newer knowledge-store"):
-            KnowledgeStore.open(store)

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import positions_of
 from student_train.losses.divergences import LOSSES
 from student_train.training.configuration import TrainConfig, unused_columns
 from student_train.training.data import DistillationDataset, check_student, describe_dump, padding_batch, split_ordinals
@@ -31,7 +32,7 @@ def ids_of(batches) -> list[tuple[int, ...]]:
 def test_tensors_and_labels(store):
     batch = next(iter(DistillationDataset(store, "train", batch_size=4)))
     rows, length = batch["input_ids"].shape
-    assert batch["candidate_ids"].shape == (rows, length, store.manifest("train").rule.candidates)
+    assert batch["candidate_ids"].shape == (rows, length, positions_of(store.manifest("train")).selection.candidates)
     assert batch["attention_mask"].dtype == batch["labels"].dtype == torch.int64
     assert torch.equal(batch["labels"] != -100, batch["is_target"])
     assert torch.equal(batch["labels"][batch["is_target"]], batch["input_ids"][batch["is_target"]])

@@ -76,7 +76,8 @@ def test_logits_are_the_models_own_and_padding_changes_nothing(tmp_path, name, m
     teacher = load_teacher(str(folder), device="cpu", reporter=reporter)
     assert teacher.whole_logits is changes_logits
     assert (Ability.HIDDEN_STATES in teacher.abilities) is not changes_logits
-    assert any("changes its logits after the head, so whole logits are used" in note for note in reporter.notes) is changes_logits
+    assert len(reporter.notes) == changes_logits
+    assert all("changes its logits after the head, so whole logits are used" in note for note in reporter.notes)
     monkeypatch.setitem(teacher_module.SLICE_LOGITS, "cpu", 5 * teacher.vocabulary_size)  # five positions a slice
 
     lengths = [3, 11, 7]

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore, read_calibration, verify, write_calibration
 from knowledge_store.errors import InputError, MismatchError
+from knowledge_store.kinds.positions import positions_of
 from teacher_dump import CalibrateConfig, DumpConfig, calibrate, dump
 from teacher_dump.calibration import GRID, calibration_error, describe, mean_and_error, root_of_slopes
 from teacher_dump.cli import app
@@ -257,7 +258,10 @@ def test_a_calibrated_dump_keeps_the_tail_at_the_temperature(calibrated, words):
     """What is stored there is log Σ p^(1/T) over the tail, to half a step of rounding."""
     store = KnowledgeStore.open(calibrated.store)
     manifest, temperature = store.manifest(), read_calibration(calibrated.calibration).temperature
-    assert manifest.calibration == {"temperature": temperature, "sha256": read_calibration(calibrated.calibration).sha256}
+    assert positions_of(manifest).calibration == {
+        "temperature": temperature,
+        "sha256": read_calibration(calibrated.calibration).sha256,
+    }
     assert verify(calibrated.store).damage == []
     logits, _ = word_logits(words, "doubled")
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -266,7 +270,7 @@ def test_a_calibrated_dump_keeps_the_tail_at_the_temperature(calibrated, words):
     np.put_along_axis(logprobs, ids, -np.inf, axis=1)
     expected = np.log(np.exp(logprobs / temperature).sum(axis=1))
     difference = np.abs(kept["tail_logsumexp"][:, 1:].reshape(-1) - expected)
-    assert difference.max() <= manifest.quantisation_step / 2 + 1e-4
+    assert difference.max() <= positions_of(manifest).quantisation_step / 2 + 1e-4
 
 
 def test_a_dump_is_resumed_with_the_same_calibration_alone(calibrated, words):

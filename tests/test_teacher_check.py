@@ -497,9 +497,7 @@ def test_what_is_kept_lies_within_half_a_step_of_what_is_rounded(data):
     logits = data.draw(numpy_strategies.arrays(np.float32, (4, 5), elements=st.floats(-30, 30, width=32)))
     selection = {"name": "top-k", "k": k} if k else {"name": "random-sampling", "draws": 1}
     calibration = {"temperature": 2.0, "sha256": ""}
-    manifest = make_manifest(
-        vocabulary=5, selection=selection, calibration=calibration, quantisation_step=step
-    )
+    manifest = make_manifest(vocabulary=5, selection=selection, calibration=calibration, quantisation_step=step)
     said = knowledge_of(np.arange(4), logits, k)
     said |= {"tail_logsumexp": said["tail_logprob"] / 2, "tail_ids": np.zeros((4, 1)), "tail_counts": np.ones((4, 1), np.int64)}
     keys = pa.table({"sequence_id": np.zeros(4, np.int64), "position": np.arange(4, dtype=np.int32)})

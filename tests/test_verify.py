@@ -6,18 +6,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, run_command
+from conftest import run_command
 from stores import joined, make_manifest, random_sequences, sequence_row, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.format.layout import FORMAT_VERSION
-from knowledge_store.format.manifest import read_manifest
 from knowledge_store.format.records import read_record, seal
 from knowledge_store.format.sequences import tokens_table
-from knowledge_store.kinds import KINDS
 
 FILES = [
     "small/manifest.json",
@@ -397,21 +394,3 @@ def test_predictions_that_do_not_sum_to_one_are_not_written(tmp_path, change):
     with pytest.raises(InputError, match="do not sum to one"):
         broken_rule(change)(tmp_path / "store")
     assert [path for path in (tmp_path / "store").glob("small/*/*") if path.is_file()] == []
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "complaint"),
-    [
-        ("token_logprob", -0.01, "a log-probability is not a multiple of 0.125"),
-        ("tail_logprob", -3, "candidates and tail do not sum to one"),
-        ("tail_logprob", -np.inf, "the tail is empty although"),
-    ],
-)
-def test_values_that_no_writer_of_version_2_makes(name, change, complaint):
-    store = ROOT / "tests/fixtures/store-v2"
-    manifest = read_manifest(store / "small")
-    table = pq.read_table(store / "small/positions/00000.parquet")
-    assert list(KINDS["positions"].damage(table, manifest)) == []
-    column = pa.array([None if each is None else each + change for each in table[name].to_pylist()], pa.float32())
-    shifted = table.set_column(table.schema.get_field_index(name), name, column)
-    assert any(complaint in sentence for sentence in KINDS["positions"].damage(shifted, manifest))

@@ -124,7 +124,7 @@ def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder):
     corpus = write_jsonl(tmp_path / "rows.jsonl", story_rows(120))
     store, frozen = tmp_path / "store", tmp_path / "frozen"
     options = ["--name", "d", "--max-length", "32", "--batch-size", "2", "--shard-size", "2"]
-    dump = Command("run", "--teacher", teacher_folder, "--corpus", corpus, "--store", store, *options, folder=tmp_path / "log")
+    dump = Command("run", store, "--teacher", teacher_folder, "--corpus", corpus, *options, folder=tmp_path / "log")
     while len(list(store.glob("d/commits/*.json"))) < 4:
         assert dump.process.is_alive(), dump.wait()
         time.sleep(0.001)

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from benchmarks.measurement import STUDIES, keep
 from knowledge_store import KnowledgeStore
-from knowledge_store.format.selection import Selection
+from knowledge_store.kinds.selection import Selection
 from student_train.evaluation.metrics import expected_calibration_error
 from student_train.losses.divergences import LOSSES, Targets, cross_entropy, select_targets
 from student_train.training.data import DistillationDataset

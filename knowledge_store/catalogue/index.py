@@ -333,9 +333,7 @@ def _of_these_dumps(shards: pa.Table, manifests: dict[str, Manifest]) -> bool:
     """Whether an index's shards are of dumps as their manifests have them now. (Of dumps that are gone, it does not matter.)"""
     pairs = shards.select(["dump", "identity"]).group_by(["dump", "identity"]).aggregate([])
     for dump, identity in zip(pairs["dump"].to_pylist(), pairs["identity"].to_pylist(), strict=True):
-        if (manifest := manifests.get(dump)) is None or (identity is None and manifest.version < 3):
-            continue
-        if identity != manifest.identity_sha256:
+        if dump in manifests and identity != manifests[dump].identity_sha256:
             return False
     return True
 

@@ -12,6 +12,7 @@ from knowledge_store.catalogue.index import STATISTIC, Index
 from knowledge_store.errors import DamageError
 from knowledge_store.format.layout import MANIFEST_FILE
 from knowledge_store.format.manifest import Manifest
+from knowledge_store.kinds.positions import positions_of
 
 DENSE_BYTES_PER_LOGPROB = 4  # float32
 
@@ -72,8 +73,11 @@ class DumpSummary:
 
 
 def _selection(manifest: Manifest) -> str:
-    at = f", tail also at temperature {manifest.temperature:g}" if manifest.temperature else ""
-    return f"{manifest.rule}{at}"
+    if "positions" not in manifest.kinds:
+        return ""
+    kept = positions_of(manifest)
+    at = f", tail also at temperature {kept.temperature:g}" if kept.temperature else ""
+    return f"{kept.selection}{at}"
 
 
 def _statistic(shards: pa.Table, name: str) -> pa.ChunkedArray:
@@ -119,9 +123,9 @@ def summarise(store: Path, index: Index, manifest: Manifest) -> DumpSummary:
     return DumpSummary(
         dump=manifest.dump,
         teacher=manifest.teacher["name"],
-        kinds=manifest.kinds,
+        kinds=tuple(manifest.kinds),
         selection=_selection(manifest),
-        quantisation_step=manifest.quantisation_step,
+        quantisation_step=positions_of(manifest).quantisation_step if "positions" in manifest.kinds else 0.0,
         max_length=manifest.plan["max_length"],
         vocabulary_size=manifest.vocabulary_size,
         documents=_sum(shards["documents"]),

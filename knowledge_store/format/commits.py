@@ -20,6 +20,7 @@ from knowledge_store.storage.local import disk_errors
 _SHAPE = {
     "dump": str,
     "shard": int,
+    "identity": str,
     "first_document": int,
     "documents": int,
     "files": {...: FILE_SHAPE},
@@ -39,7 +40,7 @@ class CommitRecord:
 
     Attributes:
         dump, shard: which one.
-        identity: `identity_sha256` of the manifest it was made by; None in records of before there was such a thing.
+        identity: `identity_sha256` of the manifest it was made by.
         first_document, documents: the part of the plan it covers.
         files: for each table (`sequences` and each kind), the record of its Parquet file.
         statistics: named counts and means over the shard, for the index (see each kind's `statistics`).
@@ -49,7 +50,7 @@ class CommitRecord:
 
     dump: str
     shard: int
-    identity: str | None
+    identity: str
     first_document: int
     documents: int
     files: dict[str, FileRecord]
@@ -110,13 +111,12 @@ def read_commit(path: Path) -> CommitRecord:
     check_version(record, path)
     try:
         check_shape(record, _SHAPE, "a commit record")
-        if not is_sha256(record.get("identity", "0" * 64)):
+        if not is_sha256(record["identity"]):
             raise ValueError("its dump's identity is none")
         _check_limits(record)
         files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
-    record.setdefault("identity", None)
     found = {field.name: record[field.name] for field in fields(CommitRecord)}
     return CommitRecord(**{**found, "files": files})
 
@@ -132,9 +132,7 @@ def misplaced(commit: CommitRecord, manifest: Manifest, shard: int, path: Path) 
     manifest_path = path.parent.parent / MANIFEST_FILE
     if (commit.dump, commit.shard) != (manifest.dump, shard):
         return f"{path} is damaged: it is the record of shard {commit.shard} of {commit.dump!r}"
-    # Dumps of before format version 3 may have records that do not say what they were made from.
-    unbound = commit.identity is None and manifest.version < 3
-    if not unbound and commit.identity != manifest.identity_sha256:
+    if commit.identity != manifest.identity_sha256:
         return f"{path} does not belong to {manifest_path}: one of them is from another dump of that name"
     if shard >= manifest.shard_count:
         return f"{path} does not belong to {manifest_path}, which plans {manifest.shard_count} shards: delete it"

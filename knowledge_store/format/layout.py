@@ -18,7 +18,7 @@ from pathlib import Path
 from knowledge_store.errors import InputError
 
 FORMAT_NAME = "knowledge-store"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 STORE_FILE = "store.json"
 INDEX_FILE = "index.duckdb"

@@ -1,14 +1,14 @@
 """What a dump is: who was asked, what, and how. Written before the first shard, never changed.
 
-A manifest has two halves. Its *identity* (teacher, tokenizer, corpus, selection, quantisation, plan) decides what every
-shard contains, and a resume that differs in any of it is refused. What is *derived* from the identity (how many
-documents, where each shard begins) is kept so that nobody has to read the corpus again to find out.
+A manifest has two halves. Its *identity* (teacher, tokenizer, corpus, plan, and the parameters of each kind of knowledge)
+decides what every shard contains, and a resume that differs in any of it is refused. What is *derived* from the identity (how
+many documents, where each shard begins) is kept so that nobody has to read the corpus again to find out.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,16 @@ from knowledge_store.errors import DamageError, NewerVersionError, StoreError
 from knowledge_store.format.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
 from knowledge_store.format.parquet import FILE_SHAPE, FileRecord
 from knowledge_store.format.records import check_shape, json_sha256, read_record, seal
-from knowledge_store.format.selection import Selection
 
 # Told to people, never compared: a model or corpus may be moved or renamed between runs.
 _NOT_COMPARED = re.compile(r"teacher\.name|corpus\.files\[\d+\]\.name")
 
 _SHAPE = {
     "dump": str,
-    "kinds": [str],
+    "kinds": {...: dict},
     "teacher": {"name": str, "vocabulary_size": int},
     "tokenizer": {},
     "corpus": {},
-    "selection": {"name": str},
-    "quantisation_step": int | float,
     "plan": {"max_length": int},
     "derived": {"documents": int, "columns": {...: str}, "shards": list, "tokens": FILE_SHAPE},
 }
@@ -39,12 +36,11 @@ _OPTIONAL: dict[str, dict[str, Any]] = {
     "teacher": {"files": {...: str}, "dtype": str, "model_type": str, "parameters": int},
     "tokenizer": {"vocabulary_sha256": str, "size": int, "chat_template_sha256": str},
     "corpus": {"files": [{"name": str, "sha256": str}]},
-    "plan": {"batch_size": int, "shard_size": int, "part_characters": int},
+    "plan": {"shard_size": int, "part_characters": int},
     "derived": {"bad_rows": int},
 }
 
-# Beyond these nothing can be computed with (steps), or token ids and lengths do not fit their columns.
-MIN_STEP, MAX_STEP = 2.0**-24, 2.0**10
+# Beyond these token ids and lengths do not fit their columns.
 MAX_VOCABULARY = 2**32
 MAX_LENGTH = 2**31 - 1
 
@@ -55,46 +51,30 @@ class Manifest:
 
     Attributes:
         dump: the dump's name, which is its folder's.
-        kinds: the kinds of knowledge it holds, e.g. ("positions",).
+        kinds: the kinds of knowledge it holds, by name, and of each the record of its parameters (see `knowledge_store.kinds`).
         teacher: name, model_type, parameters, hidden_size, vocabulary_size (rows of the head), dtype, and the SHA-256 of
             each of its files.
         tokenizer: vocabulary_sha256, size, bos_token_id, eos_token_id, pad_token_id.
         corpus: files, each with its name, bytes and SHA-256.
-        selection: the rule that picks what is kept, e.g. {"name": "top-k", "k": 5}; see `Selection`.
-        quantisation_step: nats; what log-probabilities are rounded in, as the format version says.
-        plan: max_length, batch_size, shard_size, part_characters, keep_context.
+        plan: max_length, shard_size, part_characters.
         derived: documents, bad_rows, columns (the corpus's own, name to type), shards (where each begins, and how many
             characters it holds), tokens (the file record of tokens.parquet).
-        calibration: `temperature` at which the tail is kept too, and `sha256` of the calibration; empty for none.
-        version: of the format that its tables have. A dump that is gone on with keeps the one it was begun with.
+        version: of the format.
     """
 
     dump: str
-    kinds: tuple[str, ...]
+    kinds: dict[str, dict[str, Any]]
     teacher: dict[str, Any]
     tokenizer: dict[str, Any]
     corpus: dict[str, Any]
-    selection: dict[str, Any]
-    quantisation_step: float
     plan: dict[str, Any]
     derived: dict[str, Any]
-    calibration: dict[str, Any] = field(default_factory=dict)
     version: int = FORMAT_VERSION
 
     @property
     def vocabulary_size(self) -> int:
         """How many tokens the teacher's distribution is over (rows of its head)."""
         return int(self.teacher["vocabulary_size"])
-
-    @cached_property
-    def rule(self) -> Selection:
-        """The selection, as the rule it stands for."""
-        return Selection.from_record(self.selection)
-
-    @property
-    def temperature(self) -> float | None:
-        """The temperature, other than 1, at which the tail is kept too."""
-        return self.calibration.get("temperature")
 
     @property
     def shard_count(self) -> int:
@@ -105,7 +85,8 @@ class Manifest:
         """Everything that decides what the shards contain, flat, by dotted name."""
         record = asdict(self)
         del record["derived"], record["dump"], record["version"]
-        return {name: value for name, value in _flatten("", record) if not _NOT_COMPARED.fullmatch(name)}
+        leaves = [*((f"kinds.{name}", "kept") for name in self.kinds), *_flatten("", record)]  # a kind may have no parameters
+        return {name: value for name, value in leaves if not _NOT_COMPARED.fullmatch(name)}
 
     @cached_property
     def identity_sha256(self) -> str:
@@ -143,11 +124,11 @@ def _short(value: Any) -> str:
 
 
 def check_version(record: dict[str, Any], path: Path) -> None:
-    """Refuse a file of another format, or of a version newer than this code.
+    """Refuse a file of another format, or of another version than this code reads and writes.
 
     Raises:
-        NewerVersionError: naming the file and both versions.
-        StoreError: it is none of this format's files.
+        NewerVersionError: the version is newer; names the file and both versions.
+        StoreError: the version is older, or it is none of this format's files.
     """
     if record.get("format") != FORMAT_NAME:
         raise StoreError(f"{path} is not part of a knowledge store")
@@ -159,20 +140,23 @@ def check_version(record: dict[str, Any], path: Path) -> None:
             f"{path} has format version {version}, and this is knowledge-store for version {FORMAT_VERSION}:"
             " install a newer knowledge-store to use it"
         )
+    if version < FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {version}, which this knowledge-store does not read (version {FORMAT_VERSION} alone):"
+            " dump the corpus again into a new store"
+        )
 
 
 def _check_limits(record: dict[str, Any]) -> None:
     """ValueError: a number of a manifest is one that nothing can be made of, or its lists name what they may not."""
-    if not MIN_STEP <= record["quantisation_step"] <= MAX_STEP:
-        raise ValueError(f"its quantisation step is not between {MIN_STEP} and {MAX_STEP}")
     if not 1 <= record["teacher"]["vocabulary_size"] <= MAX_VOCABULARY:
         raise ValueError(f"its vocabulary size is not between 1 and {MAX_VOCABULARY:,}")
     if not 1 <= record["plan"]["max_length"] <= MAX_LENGTH:
         raise ValueError(f"its maximum length is not between 1 and {MAX_LENGTH:,}")
     if record["derived"]["documents"] < 0:
         raise ValueError("its number of documents is below 0")
-    if not record["kinds"] or len(set(record["kinds"])) < len(record["kinds"]):
-        raise ValueError("it lists no kind of knowledge, or one twice")
+    if not record["kinds"]:
+        raise ValueError("it lists no kind of knowledge")
     shards = record["derived"]["shards"]
     if not all(type(shard) is dict and type(shard.get("document")) is int for shard in shards):
         raise ValueError("its list of shards does not say where each begins")
@@ -183,7 +167,7 @@ def read_manifest(dump_folder: Path) -> Manifest:
 
     Raises:
         DamageError: it is missing, altered, or not shaped as a manifest.
-        StoreError: it is of a newer format version.
+        StoreError: it is of another format version.
     """
     path = dump_folder / MANIFEST_FILE
     record = read_record(path)
@@ -193,19 +177,11 @@ def read_manifest(dump_folder: Path) -> Manifest:
         for part, shapes in _OPTIONAL.items():
             there = {name: shape for name, shape in shapes.items() if name in record[part]}
             check_shape(record[part], there, f"a manifest.{part}")
-        if record["quantisation_step"] <= 0:
-            raise ValueError("its quantisation step is not above zero")
         _check_limits(record)
         FileRecord.from_dict(record["derived"]["tokens"])
-        Selection.from_record(record["selection"])
-        record.setdefault("calibration", {})  # version 1 had none
-        check_shape(record["calibration"], {"temperature": int | float, "sha256": str} if record["calibration"] else {})
-        if not record["calibration"].get("temperature", 1) > 0:
-            raise ValueError("its calibration's temperature is not above zero")
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
-    found = {field.name: record[field.name] for field in fields(Manifest)}
-    manifest = Manifest(**{**found, "kinds": tuple(record["kinds"])})
+    manifest = Manifest(**{field.name: record[field.name] for field in fields(Manifest)})
     if manifest.dump != dump_folder.name:
         raise DamageError(f"{path} belongs to a dump named {manifest.dump!r}, not {dump_folder.name!r}")
     return manifest

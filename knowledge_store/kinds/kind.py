@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -98,12 +98,41 @@ def no_damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     return iter(())
 
 
+class Parameters(Protocol):
+    """What decides what a kind's table holds, beside what the dump was made from: kept in the manifest under the kind's name,
+    as part of the dump's identity."""
+
+    def to_record(self) -> dict[str, Any]:
+        """The parameters as plain JSON values."""
+        ...
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Self:
+        """The parameters of a record. ValueError: it is none."""
+        ...
+
+
+@dataclass(frozen=True)
+class NoParameters:
+    """For kinds of which there is one sort."""
+
+    def to_record(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> NoParameters:
+        """Of an empty record. ValueError: it is not empty."""
+        if record:
+            raise ValueError(f"there is a parameter {min(record)!r}, and this kind has none")
+        return cls()
+
+
 @dataclass(frozen=True)
 class Packing:
     """How a kind's table stands on disk, where that is not as it is used.
 
     Attributes:
-        since: the first format version that packs it.
         schema: the stored columns, from those of the table.
         pack: the table, to the one to store.
         unpack: the reverse, exactly, given the columns; ValueError where what is stored stands for no table.
@@ -111,7 +140,6 @@ class Packing:
         sources: the stored columns that a column is made of; one that is not named is stored as it is.
     """
 
-    since: int
     schema: Callable[[pa.Schema], pa.Schema]
     pack: Callable[[pa.Table, Manifest], pa.Table]
     unpack: Callable[[pa.Table, pa.Schema, Manifest], pa.Table]
@@ -136,6 +164,7 @@ class Kind:
         relations: SQL of the relations it offers, by name; one that is just the table is added by itself. `{rows}` stands for
             the table, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the
             text of each token id.
+        parameters: the dataclass of what the manifest says of it, with `to_record` and `from_record`.
         encode: the extractor's arrays, one entry per row, to the table; None when each array is a column as it is.
         packing: how it is stored; None as it is.
     """
@@ -148,6 +177,7 @@ class Kind:
     statistics: Callable[[pa.Table, Manifest], dict[str, float]] = no_statistics
     damage: Callable[[pa.Table, Manifest], Iterator[str]] = no_damage
     relations: dict[str, str] = field(default_factory=dict)
+    parameters: type[Parameters] = NoParameters
     encode: Callable[[pa.Table, Arrays, Manifest], pa.Table] | None = None
     packing: Packing | None = None
 
@@ -157,31 +187,23 @@ class Kind:
             return encode_columns(keys, arrays, self.schema(manifest))
         return self.encode(keys, arrays, manifest)
 
-    def _packing(self, manifest: Manifest) -> Packing | None:
-        return self.packing if self.packing and manifest.version >= self.packing.since else None
-
     def stored_schema(self, manifest: Manifest) -> pa.Schema:
         """The columns of its Parquet files."""
-        packing = self._packing(manifest)
-        return packing.schema(self.schema(manifest)) if packing else self.schema(manifest)
+        return self.packing.schema(self.schema(manifest)) if self.packing else self.schema(manifest)
 
     def stored_columns(self, columns: Collection[str], manifest: Manifest) -> frozenset[str]:
         """The columns of its Parquet files that some of the table's are made of."""
-        packing = self._packing(manifest)
-        sources = packing.sources if packing else {}
+        sources = self.packing.sources if self.packing else {}
         return frozenset(stored for column in columns for stored in sources.get(column, (column,)))
 
     def pack(self, table: pa.Table, manifest: Manifest) -> pa.Table:
         """What to store of a table."""
-        packing = self._packing(manifest)
-        return packing.pack(table, manifest) if packing else table
+        return self.packing.pack(table, manifest) if self.packing else table
 
     def unpack(self, stored: pa.Table, manifest: Manifest) -> pa.Table:
         """The table, or a slice of it, that was stored. ValueError: what is stored stands for none."""
-        packing = self._packing(manifest)
-        return packing.unpack(stored, self.schema(manifest), manifest) if packing else stored
+        return self.packing.unpack(stored, self.schema(manifest), manifest) if self.packing else stored
 
     def view(self, manifest: Manifest) -> str | None:
         """SQL of the table over `{rows}`, the stored one; None where they are the same."""
-        packing = self._packing(manifest)
-        return packing.view(self.schema(manifest), manifest) if packing else None
+        return self.packing.view(self.schema(manifest), manifest) if self.packing else None

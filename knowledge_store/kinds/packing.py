@@ -24,7 +24,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.errors import InputError
-from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds.kind import list_offsets, padded_lists
 
 PACKED = {
@@ -61,9 +60,9 @@ FROM (SELECT *, list_transform(below, lambda n: least(-odds, 0) - ln(1 + exp(-ab
                   FROM {rows})))"""
 
 
-def id_bytes(manifest: Manifest) -> int:
+def id_bytes(vocabulary: int) -> int:
     """Bytes of a token id in `candidate_ids`: 2, 3 or 4."""
-    return next(size for size in (2, 3, 4) if manifest.vocabulary_size <= 256**size)
+    return next(size for size in (2, 3, 4) if vocabulary <= 256**size)
 
 
 def packed_schema(logical: pa.Schema) -> pa.Schema:
@@ -77,11 +76,11 @@ def _more(logical: pa.Schema) -> list[pa.Field]:
     return list(logical)[logical.get_field_index("tail_logprob") + 1 :]
 
 
-def view(logical: pa.Schema, manifest: Manifest) -> str:
+def view(logical: pa.Schema, step: float, vocabulary: int) -> str:
     """SQL that gives the columns `logical`, `{rows}` standing for the stored table."""
     more = "".join(f", {column.name}" for column in _more(logical))
-    step = repr(float(manifest.quantisation_step))
-    return VIEW.format(step=step, zero=ZERO, most=MAX_LOG_ODDS, bytes=id_bytes(manifest), more=more, rows="{rows}")
+    literals = {"step": repr(float(step)), "zero": ZERO, "most": MAX_LOG_ODDS, "bytes": id_bytes(vocabulary)}
+    return VIEW.format(**literals, more=more, rows="{rows}")
 
 
 def _sum_of_exp(exponents: np.ndarray) -> np.ndarray:
@@ -161,20 +160,20 @@ def _counted(column: pa.ChunkedArray) -> np.ndarray:
     return found
 
 
-def pack(table: pa.Table, manifest: Manifest) -> pa.Table:
+def pack(table: pa.Table, step: float, vocabulary: int) -> pa.Table:
     """The stored table of N positions, from one with the logical columns.
 
     Raises:
         InputError: a token id does not fit the vocabulary.
     """
-    step, size = manifest.quantisation_step, id_bytes(manifest)
+    size = id_bytes(vocabulary)
     kept = table["candidate_ids"].is_valid().to_numpy()
     padded, counts = padded_lists(table["candidate_logprobs"], -np.inf, np.float32)
     some = counts > 0
     token_id = table["token_id"].to_numpy()
     ids = pc.list_flatten(table["candidate_ids"]).to_numpy()
     if len(ids) and ids.max() >= 256**size:
-        raise InputError(f"a token id, {ids.max()}, is far above the vocabulary size, {manifest.vocabulary_size}")
+        raise InputError(f"a token id, {ids.max()}, is far above the vocabulary size, {vocabulary}")
 
     tail = table["tail_logprob"].fill_null(-np.inf).to_numpy()
     below, tail_steps = np.zeros(padded.shape), np.zeros(len(table))
@@ -226,17 +225,16 @@ def _unpacked_ids(column: pa.ChunkedArray, size: int) -> tuple[np.ndarray, np.nd
     return words.view(">u4")[:, 0].astype(np.uint32), lengths // size
 
 
-def unpack(table: pa.Table, logical: pa.Schema, manifest: Manifest) -> pa.Table:
+def unpack(table: pa.Table, logical: pa.Schema, step: float, vocabulary: int) -> pa.Table:
     """The table with the columns `logical` that a stored one stands for.
 
     Raises:
         ValueError: it stands for none; says why.
     """
-    step = manifest.quantisation_step
     kept, has_token, has_tail, has_gaps = (
         table[name].is_valid().to_numpy() for name in ("candidate_ids", "token_steps", "tail_steps", "gap_steps")
     )
-    ids, counts = _unpacked_ids(table["candidate_ids"], id_bytes(manifest))
+    ids, counts = _unpacked_ids(table["candidate_ids"], id_bytes(vocabulary))
     some = counts > 0
     gap_counts = pc.list_value_length(table["gap_steps"]).fill_null(0).to_numpy()
     if not np.array_equal(has_gaps, kept) or not np.array_equal(gap_counts, counts - some):

@@ -1,9 +1,8 @@
 """The first kind of knowledge: what the teacher predicted at each position, as its likeliest tokens and the tail they leave.
 
 Position t describes the prediction *of* token t, made from the tokens before it. Log-probabilities are natural logs over the
-full vocabulary at temperature 1, rounded in the manifest's steps as `packing` says (since format version 3; before,
-each by itself to a multiple of the step). The tail is a rounded value of its own: derived from rounded candidates instead, it
-would carry twenty times the error.
+full vocabulary at temperature 1, rounded in steps as `packing` says. The tail is a rounded value of its own: derived from
+rounded candidates instead, it would carry twenty times the error.
 
 A selection with draws adds `tail_ids` and `tail_counts`: which tokens outside the candidates were drawn, and how often each. A
 calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
@@ -13,14 +12,18 @@ the log-softmax of candidates / T and of this.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.records import check_shape
 from knowledge_store.kinds import packing
 from knowledge_store.kinds.kind import Arrays, Kind, Packing, list_offsets, padded_lists
+from knowledge_store.kinds.selection import Selection
 
 SCHEMA = pa.schema(
     [
@@ -38,7 +41,7 @@ DRAWS = {"tail_ids": pa.list_(pa.field("element", pa.uint32())), "tail_counts": 
 TEMPERED = {"tail_logsumexp": pa.float32()}
 
 NO_MASS = -np.inf
-PACKED_SINCE = 3
+MIN_STEP, MAX_STEP = 2.0**-24, 2.0**10  # nats; beyond these nothing can be computed with
 MAX_STEPS = packing.MAX_STEPS
 MAX_EXCESS = 1e-3  # nats by which a teacher's float32 candidates and tail may miss one together
 
@@ -56,9 +59,69 @@ RELATIONS = {
 }
 
 
+@dataclass(frozen=True)
+class PositionsParameters:
+    """What decides what is kept of each prediction.
+
+    Attributes:
+        selection: the rule that picks it.
+        quantisation_step: nats; what log-probabilities are rounded in.
+        calibration: `temperature` at which the tail is kept too, and `sha256` of the calibration; empty for none.
+        keep_context: whether predictions of context positions (prompts) are kept too.
+    """
+
+    selection: Selection = field(default_factory=Selection)
+    quantisation_step: float = 1 / 8
+    calibration: dict[str, Any] = field(default_factory=dict)
+    keep_context: bool = False
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature, other than 1, at which the tail is kept too."""
+        return self.calibration.get("temperature")
+
+    def to_record(self) -> dict[str, Any]:
+        """The parameters as the manifest has them."""
+        return {
+            "selection": self.selection.to_record(),
+            "quantisation_step": self.quantisation_step,
+            "calibration": dict(self.calibration),
+            "keep_context": self.keep_context,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> PositionsParameters:
+        """The parameters of a manifest.
+
+        Raises:
+            ValueError: they are none.
+        """
+        shape = {"selection": {"name": str}, "quantisation_step": int | float, "calibration": {}, "keep_context": bool}
+        check_shape(record, shape, "positions")
+        step, calibration = record["quantisation_step"], record["calibration"]
+        if not MIN_STEP <= step <= MAX_STEP:
+            raise ValueError(f"its quantisation step is not between {MIN_STEP} and {MAX_STEP}")
+        check_shape(calibration, {"temperature": int | float, "sha256": str} if calibration else {}, "its calibration")
+        if not calibration.get("temperature", 1) > 0:
+            raise ValueError("its calibration's temperature is not above zero")
+        return cls(Selection.from_record(record["selection"]), step, calibration, record["keep_context"])
+
+
+def positions_of(manifest: Manifest) -> PositionsParameters:
+    """The parameters of a dump's positions.
+
+    Raises:
+        InputError: it holds none.
+    """
+    if "positions" not in manifest.kinds:
+        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind 'positions'")
+    return PositionsParameters.from_record(manifest.kinds["positions"])
+
+
 def schema(manifest: Manifest) -> pa.Schema:
     """The columns of a dump's table: SCHEMA, DRAWS where its selection draws, and TEMPERED where it is calibrated."""
-    more = {**(DRAWS if manifest.rule.draws else {}), **(TEMPERED if manifest.temperature else {})}
+    parameters = positions_of(manifest)
+    more = {**(DRAWS if parameters.selection.draws else {}), **(TEMPERED if parameters.temperature else {})}
     return pa.schema([*SCHEMA, *more.items()])
 
 
@@ -81,27 +144,25 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
 
     Args:
         arrays: of N positions with knowledge, what a teacher says or what was kept of it, as those of `encode`.
-        manifest: of the dump; gives step, selection, and the version that says what is rounded.
+        manifest: of the dump; gives step and selection.
 
     Returns:
         float64, in steps, by the name of the array: token_logprob (N,); where there are candidates candidate_logprobs (N, K)
-        and tail_logprob (N,); at a temperature tail_logsumexp (N,). NaN where nothing is kept. Since version 3 candidates
-        count from the first, which is NaN, the tail is its log-odds, and a token that is a candidate is NaN.
+        and tail_logprob (N,); at a temperature tail_logsumexp (N,). NaN where nothing is kept. Candidates count from the first,
+        which is NaN, the tail is its log-odds, and a token that is a candidate is NaN.
     """
-    step = manifest.quantisation_step
+    parameters = positions_of(manifest)
+    step = parameters.quantisation_step
     found = {"token_logprob": _in_steps(arrays["token_logprob"], step)}
-    if manifest.rule.candidates:
+    if parameters.selection.candidates:
         ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
         there = logprobs != NO_MASS
-        if manifest.version >= PACKED_SINCE:
-            steps, tail_steps = packing.exact_steps(logprobs, tail, step)
-            among = ((ids == arrays["token_id"][:, None]) & there).any(axis=1)
-            found["token_logprob"][among] = np.nan
-            there[:, 0] = False
-        else:
-            steps, tail_steps = _in_steps(logprobs, step), _in_steps(tail, step)
+        steps, tail_steps = packing.exact_steps(logprobs, tail, step)
+        among = ((ids == arrays["token_id"][:, None]) & there).any(axis=1)
+        found["token_logprob"][among] = np.nan
+        there[:, 0] = False
         found |= {"candidate_logprobs": np.where(there, steps, np.nan), "tail_logprob": tail_steps}
-    if manifest.temperature:
+    if parameters.temperature:
         found["tail_logsumexp"] = _in_steps(arrays["tail_logsumexp"], step)
     return found
 
@@ -120,7 +181,8 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         InputError: candidates and tail do not sum to one.
     """
     kept = arrays["has_knowledge"]
-    step = manifest.quantisation_step
+    parameters = positions_of(manifest)
+    step, rule = parameters.quantisation_step, parameters.selection
     absent = pa.array(~kept)
 
     def lists(there: np.ndarray, **values: np.ndarray) -> dict[str, pa.Array]:
@@ -131,17 +193,14 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
 
     logprobs, tail = arrays["candidate_logprobs"], arrays["tail_logprob"]
     there, token_logprob = logprobs != NO_MASS, quantise(arrays["token_logprob"], step)
-    if manifest.version >= PACKED_SINCE:
-        if manifest.rule.candidates and (np.abs(np.log(_total_mass(logprobs[kept], tail[kept]))) > MAX_EXCESS).any():
-            raise InputError("candidates and tail of a position do not sum to one: the extractor is wrong; nothing is written")
-        logprobs, tail = logprobs.astype(np.float32), tail.astype(np.float32)
-        logprobs[kept], tail[kept] = packing.rounded(logprobs[kept], tail[kept], step)
-        among = (arrays["candidate_ids"] == arrays["token_id"][:, None]) & there
-        token_logprob = np.where(among.any(axis=1), np.where(among, logprobs, 0).sum(axis=1), token_logprob)
-    else:
-        logprobs, tail = quantise(logprobs, step), quantise(tail, step)
+    if rule.candidates and (np.abs(np.log(_total_mass(logprobs[kept], tail[kept]))) > MAX_EXCESS).any():
+        raise InputError("candidates and tail of a position do not sum to one: the extractor is wrong; nothing is written")
+    logprobs, tail = logprobs.astype(np.float32), tail.astype(np.float32)
+    logprobs[kept], tail[kept] = packing.rounded(logprobs[kept], tail[kept], step)
+    among = (arrays["candidate_ids"] == arrays["token_id"][:, None]) & there
+    token_logprob = np.where(among.any(axis=1), np.where(among, logprobs, 0).sum(axis=1), token_logprob)
     # Where nothing is a candidate there is no tail either: the draws are from the whole distribution.
-    no_tail = ~kept if manifest.rule.candidates else np.ones_like(kept)
+    no_tail = ~kept if rule.candidates else np.ones_like(kept)
     columns = {
         **lists(there, candidate_ids=arrays["candidate_ids"], candidate_logprobs=logprobs),
         "token_id": pa.array(arrays["token_id"], pa.uint32()),
@@ -149,10 +208,10 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         "token_logprob": pa.array(token_logprob, mask=~kept),
         "tail_logprob": pa.array(tail, mask=no_tail),
     }
-    if manifest.rule.draws:
+    if rule.draws:
         counts = arrays["tail_counts"]
         columns |= lists(counts > 0, tail_ids=arrays["tail_ids"], tail_counts=counts)
-    if manifest.temperature:
+    if parameters.temperature:
         columns["tail_logsumexp"] = pa.array(quantise(arrays["tail_logsumexp"], step), mask=~kept)
     wanted = schema(manifest)
     return pa.table(
@@ -220,7 +279,7 @@ def statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
         return float(values.mean(dtype=np.float64)) if len(values) else 0.0
 
     found = {"predictions": int(kept.sum()), "mean_nll": mean(-arrays["token_logprob"][kept])}
-    if not manifest.rule.candidates:
+    if not positions_of(manifest).selection.candidates:
         return found
     first = arrays["candidate_ids"][kept][:, :1]
     return {
@@ -232,7 +291,8 @@ def statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
 
 def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     """What is wrong with a table of positions: its invariants, in words."""
-    rule, step, vocabulary = manifest.rule, manifest.quantisation_step, manifest.vocabulary_size
+    parameters, vocabulary = positions_of(manifest), manifest.vocabulary_size
+    rule, step = parameters.selection, parameters.quantisation_step
     kept = table["candidate_ids"].is_valid().to_numpy()
     for name in table.column_names[table.column_names.index("token_logprob") :]:
         there = kept if rule.candidates or name != "tail_logprob" else np.zeros_like(kept)
@@ -279,11 +339,7 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     values = np.concatenate([logprobs[filled], token_logprob, tail[np.isfinite(tail)]])
     if (values > 0).any():
         yield "a log-probability is above zero"
-    packed = manifest.version >= PACKED_SINCE  # in steps by itself, and normal
-    if not packed and (quantise(values, step) != values).any():
-        yield f"a log-probability is not a multiple of {step}"
-    # Rounding each by itself moves a probability by a factor of at most exp(step / 2); 1e-4 is room for float32.
-    if (np.abs(np.log(_total_mass(logprobs, tail))) > (0 if packed else step / 2) + 1e-4).any():
+    if (np.abs(np.log(_total_mass(logprobs, tail))) > 1e-4).any():  # room for float32
         yield "candidates and tail do not sum to one within the rounding"
     among = ids == token_id[:, None]
     if (np.where(among, logprobs, 0).sum(axis=1)[among.any(axis=1)] != token_logprob[among.any(axis=1)]).any():
@@ -291,7 +347,7 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     if "tail_logsumexp" in table.column_names:
         yield from _tempered_damage(table["tail_logsumexp"].to_numpy()[kept], counts == vocabulary, step)
     if rule.draws:
-        yield from _draws_damage(table, kept, distinct, counts == vocabulary, manifest)
+        yield from _draws_damage(table, kept, distinct, counts == vocabulary, rule.draws, vocabulary)
 
 
 def _tempered_damage(tail_logsumexp: np.ndarray, whole: np.ndarray, step: float) -> Iterator[str]:
@@ -304,7 +360,7 @@ def _tempered_damage(tail_logsumexp: np.ndarray, whole: np.ndarray, step: float)
 
 
 def _draws_damage(
-    table: pa.Table, kept: np.ndarray, candidates: np.ndarray, whole: np.ndarray, manifest: Manifest
+    table: pa.Table, kept: np.ndarray, candidates: np.ndarray, whole: np.ndarray, draws: int, vocabulary: int
 ) -> Iterator[str]:
     """What is wrong with the draws; candidates (N, K) of the N kept positions, fillers below 0; `whole` as above."""
     drawn, id_counts = padded_lists(table["tail_ids"], -1, np.int64)
@@ -314,14 +370,29 @@ def _draws_damage(
         return
     drawn, counts, id_counts = drawn[kept], counts[kept], id_counts[kept]
     filled = np.arange(drawn.shape[1]) < id_counts[:, None]
-    if (drawn >= manifest.vocabulary_size).any():
-        yield f"a drawn token's id is not below the vocabulary size, {manifest.vocabulary_size}"
-    if (counts[filled] < 1).any() or (counts.sum(axis=1) != np.where(whole, 0, manifest.rule.draws)).any():
-        yield f"a position does not have {manifest.rule.draws} draws"
+    if (drawn >= vocabulary).any():
+        yield f"a drawn token's id is not below the vocabulary size, {vocabulary}"
+    if (counts[filled] < 1).any() or (counts.sum(axis=1) != np.where(whole, 0, draws)).any():
+        yield f"a position does not have {draws} draws"
     if ((drawn[:, 1:] <= drawn[:, :-1]) & filled[:, 1:]).any():
         yield "drawn tokens are not in the order of their ids, each once"
     if any(((drawn == candidate[:, None]) & filled).any() for candidate in candidates.T):
         yield "a drawn token is among the candidates"
+
+
+def pack(table: pa.Table, manifest: Manifest) -> pa.Table:
+    """The stored table of a dump's positions (see `packing.pack`)."""
+    return packing.pack(table, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+
+
+def unpack(stored: pa.Table, logical: pa.Schema, manifest: Manifest) -> pa.Table:
+    """The reverse of `pack` (see `packing.unpack`)."""
+    return packing.unpack(stored, logical, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+
+
+def view(logical: pa.Schema, manifest: Manifest) -> str:
+    """`unpack` as SQL (see `packing.view`)."""
+    return packing.view(logical, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
 
 
 POSITIONS = Kind(
@@ -334,12 +405,12 @@ POSITIONS = Kind(
     statistics=statistics,
     damage=damage,
     relations=RELATIONS,
+    parameters=PositionsParameters,
     packing=Packing(
-        since=PACKED_SINCE,
         schema=packing.packed_schema,
-        pack=packing.pack,
-        unpack=packing.unpack,
-        view=packing.view,
+        pack=pack,
+        unpack=unpack,
+        view=view,
         sources=packing.SOURCES,
     ),
 )

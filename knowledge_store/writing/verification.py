@@ -25,7 +25,7 @@ from knowledge_store.format.layout import (
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.parquet import FileRecord, describe, read_with_statistics, row_group_ends
 from knowledge_store.format.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
-from knowledge_store.kinds import KINDS
+from knowledge_store.kinds import KINDS, check_kinds
 from knowledge_store.kinds.kind import check_lists
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from knowledge_store.store import check_store
@@ -171,9 +171,7 @@ def _check_contents(folder: Path, manifest: Manifest, commit: CommitRecord, tabl
 def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], None]) -> None:
     try:
         manifest = read_manifest(folder)
-        unknown = set(manifest.kinds) - KINDS.keys()
-        if unknown:
-            raise StoreError(f"{folder} holds knowledge of kinds unknown here: {sorted(unknown)}")
+        check_kinds(manifest, str(folder.parent))
     except NewerVersionError:
         raise
     except (DamageError, StoreError) as error:

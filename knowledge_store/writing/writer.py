@@ -46,8 +46,9 @@ from knowledge_store.format.parquet import (
 )
 from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import TOKENS_ENCODING, sequences_table
-from knowledge_store.kinds import KINDS, Arrays, Kind
+from knowledge_store.kinds import KINDS, Arrays, Kind, check_kinds
 from knowledge_store.kinds.kind import check_lists
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.storage.local import (
     TEMPORARY_PREFIX,
     disk_errors,
@@ -158,15 +159,12 @@ def _same_rows(path: Path, record: FileRecord, table: pa.Table) -> pa.Table:
     return found
 
 
-def _vouched(folder: Path, manifest: Manifest) -> Manifest:
-    """The manifest that may be published in a folder, where no shard was committed that was made from something else.
-
-    Returns:
-        `manifest`, of the format version that the shards' tables have: the newest one, where several have the same columns.
+def _check_committed(folder: Path, manifest: Manifest) -> None:
+    """Make sure that a manifest may be published in a folder: no shard was committed there that was made from something else.
 
     Raises:
-        MismatchError: a shard was made from something else, or does not say from what, or not all are of one version.
-        DamageError, StoreError: the commit records cannot be listed, or one is of a newer format version.
+        MismatchError: a shard was made from something else, or does not say from what.
+        DamageError, StoreError: the commit records cannot be listed, or one is of another format version.
     """
     shards = [shard for path in files_in_commits(folder) if (shard := commit_shard(path.name)) is not None]
     found: dict[int, CommitRecord] = {}
@@ -182,24 +180,6 @@ def _vouched(folder: Path, manifest: Manifest) -> Manifest:
             f"{folder} has lost its {MANIFEST_FILE}, and {path} was made from something else than this, or does not say from"
             " what: put back a copy of that file, or give this dump another --name"
         )
-    if not found:
-        return manifest
-    # Not by the version that a record states, which is of the writer: it may have gone on with an older dump.
-    for version in range(FORMAT_VERSION, 0, -1):
-        vouched = replace(manifest, version=version)
-        if all(_has_columns(record, vouched) for record in found.values()):
-            return vouched
-    raise MismatchError(
-        f"{folder} has lost its {MANIFEST_FILE}, and no format version has the columns that all records in {folder / COMMITS}"
-        " state: put back a copy of that file, or give this dump another --name"
-    )
-
-
-def _has_columns(record: CommitRecord, manifest: Manifest) -> bool:
-    """Whether a shard's tables have the columns that they have in a dump of this manifest. (Those without rows name none.)"""
-    stored = {name: set(KINDS[name].stored_schema(manifest).names) for name in manifest.kinds}
-    found = {name: record.files[name].column_bytes.keys() for name in stored if name in record.files}
-    return all(not names or names == stored[name] for name, names in found.items())
 
 
 def repair_manifest(store: Path, manifest: Manifest) -> bool:
@@ -222,7 +202,7 @@ def repair_manifest(store: Path, manifest: Manifest) -> bool:
             read_manifest(folder)
             return False
         except DamageError:
-            _vouched(folder, manifest)
+            _check_committed(folder, manifest)
         with disk_errors("remove", folder / MANIFEST_FILE):
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
             fsync_folder(folder)
@@ -258,20 +238,21 @@ class DumpWriter:
         unknown = sorted(set(manifest.kinds) - KINDS.keys())
         if unknown:
             raise InputError(f"dump {manifest.dump!r} cannot be made: unknown kinds of knowledge, {', '.join(unknown)}")
+        check_kinds(manifest, str(store))
         create_store(store)
         folder = store / manifest.dump
         make_folder(folder)
         with disk_errors("read", folder):
             standing = (folder / MANIFEST_FILE).exists()
         if not standing:
-            vouched = _vouched(folder, manifest)
+            _check_committed(folder, manifest)
             record, found_tokens = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)], TOKENS_ENCODING)
             if not found_tokens.equals(tokens):
                 raise MismatchError(
                     f"{folder / TOKENS_FILE} is from a run with another vocabulary, which is either beginning just now or was"
                     f" cut off: give this dump another --name, or, when nobody writes {folder} any more, remove that folder"
                 )
-            complete = replace(vouched, derived={**manifest.derived, "tokens": record.as_dict()})
+            complete = replace(manifest, derived={**manifest.derived, "tokens": record.as_dict()})
             publish_bytes(folder / MANIFEST_FILE, complete.to_bytes())
         # What stands there decides, whoever wrote it: two writers may start the same dump at once.
         found = read_manifest(folder)
@@ -455,7 +436,7 @@ class DumpWriter:
         """
         lengths = np.array([row["length"] for row in shard.sequences], dtype=np.int64)
         ids = np.array([row["sequence_id"] for row in shard.sequences], dtype=np.int64)
-        groups = row_groups(lengths, max(self.manifest.rule.candidates, self.manifest.rule.draws))
+        groups = row_groups(lengths, self._values())
         tables = {SEQUENCES: (sequences_table(shard.sequences, self.manifest), [len(shard.sequences)])}
         statistics: dict[str, float] = {}
         for name in self.manifest.kinds:
@@ -467,6 +448,13 @@ class DumpWriter:
             tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
             statistics.update(numbers)
         return tables, statistics
+
+    def _values(self) -> int:
+        """Of the longest list of one position."""
+        if "positions" not in self.manifest.kinds:
+            return 1
+        rule = positions_of(self.manifest).selection
+        return max(rule.candidates, rule.draws)
 
     def _knowledge(
         self, kind: Kind, arrays: Arrays, ids: np.ndarray, lengths: np.ndarray, groups: list[int]

@@ -25,6 +25,7 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.calibration.file import Calibration
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import corpus_column
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.terminal.progress import progress_bar
 from student_train.evaluation.metrics import (
     Interval,
@@ -132,8 +133,9 @@ def calibrate(store: KnowledgeStore, dump: str | None = None, *, method: str = "
         raise InputError(f"there is no --method {method}: choose {' or '.join(FIT_METHODS)}")
     name = store.dump(dump)
     manifest = store.manifest(name)
-    if "positions" not in manifest.kinds or not manifest.rule.candidates:
-        raise InputError(f"the dump {name} has no candidates ({manifest.rule}): there is nothing to re-calibrate")
+    kept = positions_of(manifest)
+    if not kept.selection.candidates:
+        raise InputError(f"the dump {name} has no candidates ({kept.selection}): there is nothing to re-calibrate")
     table = store.sequences(name)
     ordinals = np.arange(len(table)) if split is None else split_rows(table, name, split)
     labelled, sampled = _labelled(store, name, table, ordinals)
@@ -148,15 +150,15 @@ def calibrate(store: KnowledgeStore, dump: str | None = None, *, method: str = "
         calibration, after, at_edge = _fit_bucket(labelled, facts)
         groups = labelled.sequence
     own = None
-    if manifest.temperature is not None and labelled.tail_logsumexp is not None:
-        own = at_own_temperature(labelled, manifest.temperature).figures()
+    if kept.temperature is not None and labelled.tail_logsumexp is not None:
+        own = at_own_temperature(labelled, kept.temperature).figures()
     width = labelled.logprobs.shape[1] - 1
     return StoreFit(
         calibration=calibration,
         nll=bootstrap_interval(after.nll, groups=groups),
         ece_10=bootstrap_calibration_error(after.confidence, after.correct, 10, groups=labelled.sequence),
         ceiling=first_ceiling(calibration.c, width) if method == "first" else None,
-        own_temperature=None if own is None else manifest.temperature,
+        own_temperature=None if own is None else kept.temperature,
         own=own,
         at_edge=at_edge,
         sampled=sampled,

@@ -13,6 +13,7 @@ import torch
 from knowledge_store import Manifest
 from knowledge_store.calibration.file import Calibration, check_calibration, read_calibration
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import positions_of
 from student_train.losses.divergences import Loss, Targets
 from student_train.training.configuration import TrainConfig
 
@@ -89,12 +90,12 @@ def configured(
 
 def _check_temperature(config: TrainConfig, manifest: Manifest, loss: Loss, calibration: Calibration, path: Path) -> None:
     """Raises InputError where targets cannot be brought to the calibration's temperature."""
-    dump, kept, wanted = manifest.dump, manifest.temperature, calibration.temperature
+    dump, kept, wanted = manifest.dump, positions_of(manifest).temperature, calibration.temperature
     if loss.whole_batch or "candidate_logprobs" not in loss.columns:
         raise InputError(f"the loss {config.loss} takes no --calibration: it does not learn from the teacher's probabilities")
     if config.loss == "first":
         raise InputError(f"{path} has a temperature; the loss first re-calibrates by its own c, which `--method first` fits")
-    if not manifest.rule.candidates:
+    if not positions_of(manifest).selection.candidates:
         raise InputError(f"--calibration: the dump {dump} has no candidates, and draws serve temperature 1 alone")
     if config.tail == "draws":
         raise InputError("--tail draws serves temperature 1 alone: leave it out, and with --calibration the tail is a bucket")

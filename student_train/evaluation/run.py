@@ -26,6 +26,7 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.calibration.file import check_calibration, read_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.terminal.progress import progress_bar
 from student_train.evaluation.metrics import (
     FullVocabularyCalibration,
@@ -300,7 +301,7 @@ def measure(
     positions = int(targets[ordinals].sum())
     if not positions:
         raise InputError(f"the dump {dump} has no target positions to evaluate on")
-    candidates = store.manifest(dump).rule.candidates
+    candidates = positions_of(store.manifest(dump)).selection.candidates
     dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=("positions",))
     model.eval()
     device = next(model.parameters()).device

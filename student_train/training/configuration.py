@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reading.cache import CACHE_SIZE
 from student_train.losses.divergences import LOSSES, TAILS, Loss
 
@@ -181,11 +182,14 @@ def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss:
     missing = [column for column in loss.columns if column not in columns]
     if missing:
         raise InputError(f"the loss {name} needs {', '.join(missing)}, which the dump {dump} does not hold")
-    if config.tail == "draws" and not manifest.rule.draws:
-        raise InputError(f"--tail draws: the dump {dump} keeps no draws from the tail ({manifest.rule}); use --tail bucket")
-    if manifest.rule.candidates or "candidate_ids" not in loss.columns:
+    if "positions" not in loss.kinds:
         return
-    nothing = f"the dump {dump} has no candidates, only draws ({manifest.rule})"
+    rule = positions_of(manifest).selection
+    if config.tail == "draws" and not rule.draws:
+        raise InputError(f"--tail draws: the dump {dump} keeps no draws from the tail ({rule}); use --tail bucket")
+    if rule.candidates or "candidate_ids" not in loss.columns:
+        return
+    nothing = f"the dump {dump} has no candidates, only draws ({rule})"
     if not loss.takes_draws:
         usable = [each for each, entry in LOSSES.items() if entry.takes_draws or not entry.columns]
         raise InputError(f"{nothing}: the loss {name} cannot use it; choose {' or '.join(usable)}")

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reading.batches import check_snapshot
 
 IGNORED = -100  # the label that every library's cross-entropy leaves out
@@ -262,8 +263,9 @@ def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()
     manifest = store.manifest(dump)
     sequences = store.sequences(dump)
     summary = next(summary for summary in store.info() if summary.dump == dump)
-    left_out = 0
+    left_out, kept = 0, None
     if "positions" in manifest.kinds:
+        kept = positions_of(manifest)
         kind = KINDS["positions"]
         needed = kind.stored_columns(set(kind.schema(manifest).names) - set(unused), manifest)
         left_out = sum(summary.column_bytes[f"positions.{name}"] for name in set(kind.stored_schema(manifest).names) - needed)
@@ -272,9 +274,9 @@ def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()
         "store": str(store.path),
         "teacher": manifest.teacher.get("name", ""),
         "vocabulary_size": manifest.vocabulary_size,
-        "selection": str(manifest.rule),
-        "top_k": manifest.rule.candidates,
-        "quantisation_step": manifest.quantisation_step,
+        "selection": str(kept.selection) if kept else "",
+        "top_k": kept.selection.candidates if kept else 0,
+        "quantisation_step": kept.quantisation_step if kept else 0.0,
         "sequences": sequences.num_rows,
         "positions": int(np.sum(sequences["length"].to_numpy())),
         "targets": int(np.sum(sequences["targets"].to_numpy())),

@@ -34,6 +34,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reporter import Advance
 from knowledge_store.terminal.console import note
 from knowledge_store.terminal.progress import progress_bar
@@ -353,7 +354,7 @@ class DistillationTrainer(Trainer):
         summed = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum").tolist()
         names = ("loss", "nll", "kl")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(names, summed, strict=True)}
-        if not dataset.store.manifest(dataset.dump).rule.candidates:
+        if not positions_of(dataset.store.manifest(dataset.dump)).selection.candidates:
             del metrics[f"{metric_key_prefix}_kl"]
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

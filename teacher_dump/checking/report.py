@@ -24,8 +24,8 @@ def describe(agreement: Agreement) -> list[str]:
             " way on average; beside it, what noise can do to that."
         )
         lines.append(
-            "What is rounded: how far candidates are below the first, the tail's log-odds, and the log-probability of a token that"
-            " is no candidate."
+            "What is rounded: how far candidates are below the first, the tail's log-odds, and the log-probability of a token"
+            " that is no candidate."
         )
     if agreement.changed_top_1 is not None:
         lines.append(f"likeliest token changed: {agreement.changed_top_1:.3%} of positions")

@@ -1,12 +1,12 @@
 """`check`: a teacher is asked again about some sequences of a dump, and its answers are held against what was kept.
 
 Token ids are in the store, so the corpus is not needed. What was kept is rounded, what is asked now is not. Held against each
-other are the values that the format rounds each by itself (`positions.exact_steps`): how far each candidate is below the
-first, the tail's log-odds, and the log-probability of a token that is no candidate; all else follows, as probabilities sum to
-one. The *difference* of a value is |kept − asked| less half a quantisation step: what rounding cannot explain, in nats. It is 0
-for most values where the teacher is the same, and grows with whatever makes it answer otherwise. Below a step noise shows all the same: it carries a share of
-mean |noise| / step of the values over the edge between two steps, as many up as down. What moves values one way, by however
-little, is no noise: the mean of how far they moved shows it, and noise as large does not, as it cancels out.
+other are the values that the format rounds each by itself (`positions.exact_steps`): how far each candidate is below the first,
+the tail's log-odds, and the log-probability of a token that is no candidate; all else follows, as probabilities sum to one. The
+*difference* of a value is |kept − asked| less half a quantisation step: what rounding cannot explain, in nats. It is 0 for most
+values where the teacher is the same, and grows with whatever makes it answer otherwise. Below a step noise shows all the same:
+it carries a share of mean |noise| / step of the values over the edge between two steps, as many up as down. What moves values
+one way, by however little, is no noise: the mean of how far they moved shows it, and noise as large cancels out.
 
     numeric noise    batching, device, dtype: small everywhere, no single value is far off, and means are near zero
     damage           most sequences agree, some have values or means far off, or are no knowledge that a selection keeps

@@ -77,7 +77,9 @@ class CorpusTokenizer:
             token_ids, is_target = self._completion(document)
         first = int(np.argmax(is_target)) if is_target.any() else len(token_ids)
         if first >= self.max_length:
-            raise BadRow(f"the prompt leaves no room for what follows it (it has {first} tokens, and --max-length is {self.max_length})")
+            raise BadRow(
+                f"the prompt leaves no room for what follows it (it has {first} tokens, and --max-length is {self.max_length})"
+            )
         sequence = self._sequence(document, 0, token_ids, is_target, len(token_ids) > self.max_length)
         return [sequence] if sequence.is_target.any() else []
 

@@ -155,7 +155,8 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     stored = [_stored(kind, manifest, joined(arrays), ordered) for kind, arrays in knowledge.items()]
     sample = sum(lengths)
     bytes_per_position = sum(size for size, _ in stored) / sample
-    dense = positions * sum(distributions for _, distributions in stored) / sample * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
+    distributions = sum(count for _, count in stored) / sample  # of a position
+    dense = positions * distributions * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
     speed = sample / seconds
     return Estimate(
         documents=count,

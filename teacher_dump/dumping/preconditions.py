@@ -37,8 +37,8 @@ def check_request(config: DumpConfig, rank: int, world_size: int) -> None:
 
 
 def _check_versions(folder: Path) -> None:
-    """Make sure that this version can resume a dump: which shards exist is known by the names of their records alone, and a newer
-    knowledge-store may have written one. Each record is read, which takes 0.2 ms."""
+    """Make sure that this version can resume a dump: which shards exist is known by the names of their records alone, and a
+    newer knowledge-store may have written one. Each record is read, which takes 0.2 ms."""
     records = [path for path in files_in_commits(folder) if commit_shard(path.name) is not None]
     if not folder.is_dir():
         return

@@ -47,8 +47,8 @@ class ShardPublisher:
     """Publishes shards one after the other in a thread of its own.
 
     Ctrl-C may fall between any two steps of whoever hands shards over: while one is handed over, while it is waited for, or
-    twice. So the thread that commits a shard also counts it, and `close` waits for that thread, however often Ctrl-C is pressed:
-    after it, `committed` is exactly what this call committed.
+    twice. So the thread that commits a shard also counts it, and `close` waits for that thread, however often Ctrl-C is
+    pressed: after it, `committed` is exactly what was committed.
     """
 
     def __init__(self, publish: Callable[[ShardInput, Knowledge], CommitRecord]):

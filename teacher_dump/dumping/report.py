@@ -16,8 +16,7 @@ class DumpReport:
         shards_existing: of this rank's, those that needed nothing.
         positions, seconds: of this call.
         skipped: by reason, how many rows of this call's shards were skipped.
-        truncated: how many sequences of this call's shards end at the maximum length, while their conversation or completion does
-            not.
+        truncated: how many sequences of this call's shards were cut off at the maximum length.
     """
 
     dump: str

@@ -1,1 +1,1 @@
-"""Teachers: what the pass asks of one (`protocol`), and those that run on this machine (`local`). Nothing here reads a corpus."""
+"""Teachers: what the pass asks of one (`protocol`), and those of this machine (`files`, `local`). No corpus is read here."""

@@ -49,7 +49,7 @@ class Teacher(Protocol):
     """A teacher that can be asked.
 
     Attributes:
-        description: what goes into the manifest about it: name, vocabulary_size, max_positions, dtype, files with their SHA-256.
+        description: what the manifest says of it: name, vocabulary_size, max_positions, dtype, and its files' SHA-256.
         tokenizer: its own, as transformers has them.
         device: of its tensors. device_name: for people, e.g. "cpu" or "NVIDIA H100 80GB HBM3".
         abilities: what it can give.

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterable
@@ -402,12 +401,10 @@ def try_leftover(seed: int, number: int, sound: Sound) -> Counter[str]:
 
 
 def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sound]:
-    """The stores to damage: one of this version, and the ones of before, whose files have no digests."""
+    """The store to damage."""
     folder.mkdir(parents=True, exist_ok=True)
     monkeypatch.setattr("knowledge_store.format.integrity._computed", OrderedDict())  # of blocks of that size
     stores = [make_store(folder / "new", monkeypatch)]
-    for name in ("store-v1", "store-v2"):
-        stores.append(Path(shutil.copytree(FIXTURES / name, folder / name)))
     other = make_store(folder / "stranger", monkeypatch, seed=50)
     sounds = [take_stock(store) for store in stores]
     sounds[0].stranger.update(

@@ -40,7 +40,7 @@ from knowledge_store.format.pages import chunk_pages
 from knowledge_store.format.parquet import dataset, describe, open_parquet, read_row_groups
 from knowledge_store.format.records import SEAL, canonical_json, json_sha256, unseal
 from knowledge_store.format.sequences import sequences_schema
-from knowledge_store.kinds import KINDS
+from knowledge_store.kinds import KINDS, check_kinds
 from knowledge_store.reading.reader import DumpReader, read_sequences, shard_files
 from knowledge_store.sql.query import BATCH_ROWS, run_query
 from torture import thrift
@@ -309,7 +309,8 @@ class World:
         assert unseal(manifest.to_bytes(), self.dump)
         manifest.differences(self.manifest)
         sequences_schema(manifest)
-        assert manifest.rule and manifest.shard_count >= 0
+        check_kinds(manifest, str(self.store))
+        assert manifest.shard_count >= 0
         for name in manifest.kinds:
             if name in KINDS:
                 KINDS[name].stored_schema(manifest)
