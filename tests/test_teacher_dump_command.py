@@ -22,7 +22,7 @@ def command(tmp_path, teacher_folder):
     write_jsonl(tmp_path / "corpus.jsonl", story_rows(6))
 
     def run(*arguments: object, store: object = tmp_path / "store", teacher: object = teacher_folder, **options) -> Finished:
-        given = {"teacher": teacher, "max-length": 40, **options}
+        given = {"teacher": teacher, "max_length": 40, **options}
         line = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
         if "--corpus" not in arguments:
             line += ["--corpus", tmp_path / "corpus.jsonl"]
