@@ -432,7 +432,7 @@ def try_faults(
         for sound in sounds if step else []:
             counts.update(flip_in_turn(sound, seed, step, flips_end))
         for number in numbers:
-            sound = sounds[0] if number % 4 else sounds[1 + number // 4 % 2]
+            sound = sounds[0]
             counts.update(try_leftover(seed, number, sounds[0]) if number % LEFTOVERS == 0 else try_fault(seed, number, sound))
     return dict(counts)
 
