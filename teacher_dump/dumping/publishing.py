@@ -93,15 +93,21 @@ class ShardPublisher:
         self._jobs.put((shard, knowledge))
 
     def close(self) -> None:
-        """Wait until whatever was handed over is committed (or has failed, see `check`), and end the thread."""
-        while True:
+        """Wait until whatever was handed over is committed (or has failed, see `check`), and end the thread.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C while it waited, which it did to the end all the same.
+        """
+        interruption: KeyboardInterrupt | None = None
+        while not self._ended:
             try:
                 self._jobs.put(None)
                 while not self._ended:
                     self._wait()
-                return
-            except KeyboardInterrupt:
-                continue
+            except KeyboardInterrupt as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
 
     def _wait(self) -> None:
         with suppress(Empty):

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -83,7 +84,8 @@ def dump_shards(
             meter.show()
         publisher.check()
     except KeyboardInterrupt:
-        publisher.close()
+        with suppress(KeyboardInterrupt):  # pressed again
+            publisher.close()
         reporter.note(
             f"Stopped: {publisher.committed.shards} shards were committed by this run. The same command resumes the dump."
         )
