@@ -17,6 +17,7 @@ from knowledge_store.terminal.quantities import amount, byte_size
 from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig
 from teacher_dump.corpus.documents import check_files
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.teachers.files import check_local_teacher
 
 NOT_THE_SAME = 1
 
@@ -113,6 +114,7 @@ def estimate(config: EstimateConfig) -> None:
     """
     _check_packages()
     check_files(config.corpus)
+    check_local_teacher(config.teacher, config.gguf_file)
     from teacher_dump.dumping.estimate import estimate as predict
 
     prediction = predict(config, reporter=TerminalReporter())
@@ -142,6 +144,7 @@ def calibrate(config: CalibrateConfig) -> None:
     """
     _check_packages()
     check_files(config.corpus)
+    check_local_teacher(config.teacher, config.gguf_file)
     check_output(config.output)
     from teacher_dump.calibration import calibrate as fit_temperature
     from teacher_dump.calibration import describe
@@ -165,11 +168,12 @@ def check(config: CheckConfig) -> None:
     Example: `teacher-dump check knowledge/ --teacher HuggingFaceTB/SmolLM2-135M --sample 200`
     """
     _check_packages()
-    from teacher_dump.checking.report import describe
     from teacher_dump.checking.run import check as ask_again
-    from teacher_dump.checking.verdicts import AGREES
 
     agreement = ask_again(config, reporter=TerminalReporter())
+    from teacher_dump.checking.report import describe
+    from teacher_dump.checking.verdicts import AGREES
+
     for line in describe(agreement):
         output.print(line, markup=False)
     for sentence in agreement.notes:

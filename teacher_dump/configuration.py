@@ -122,6 +122,8 @@ class EstimateConfig(CorpusOptions):
                 "--calibration keeps the tail at another temperature beside candidates, and random-sampling has none: its draws"
                 " serve temperature 1 alone"
             )
+        if not self.kinds:
+            raise InputError("name at least one --kind of knowledge")
         for kind in self.kinds:
             if kind not in KINDS:
                 raise InputError(f"there is no --kind {kind}: choose from {', '.join(KINDS)}")
