@@ -10,7 +10,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import save_teacher, story_rows, write_jsonl
 from processes import Command
 from stores import contents
@@ -19,7 +21,9 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, MismatchError, StoreError
 from knowledge_store.storage import local as publication
 from knowledge_store.writing.verification import verify
-from teacher_dump import DumpConfig, dump, fingerprints
+from teacher_dump import DumpConfig, dump, fingerprints, repair
+from teacher_dump.extraction.sampling import systematic_points
+from teacher_dump.teachers import local as teachers
 from teacher_dump.teachers.local import load_teacher
 
 SHARDS = 20
@@ -256,6 +260,83 @@ def test_teacher_and_corpus_may_be_moved_and_renamed(existing, tmp_path, corpus,
     assert {name: data for name, data in found.items() if not name.endswith("manifest.json")} == {
         name: data for name, data in uninterrupted.items() if not name.endswith("manifest.json")
     }
+
+
+# --- what is no part of a dump's identity -------------------------------------------------------------------------------
+
+
+def logged_points(patch) -> dict[int, list]:
+    """The points that draws are made at from here on, by sequence: one array for each time it is asked for."""
+    logged: dict[int, list] = {}
+
+    def points(sequence, length, draws):
+        found = systematic_points(sequence, length, draws)
+        logged.setdefault(sequence, []).append(found)
+        return found
+
+    patch.setattr("teacher_dump.extraction.positions.systematic_points", points)
+    return logged
+
+
+def test_out_of_memory_a_dump_resumes_with_a_smaller_batch(config, loaded_teacher, uninterrupted, monkeypatch, tmp_path):
+    """Its shards are those of an uninterrupted dump: tokens and draw points the same, values up to numeric noise."""
+    predict = type(loaded_teacher).predict
+
+    def small_device(teacher, token_ids, mask):
+        if len(token_ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return predict(teacher, token_ids, mask)
+
+    larger = replace(config, batch_size=8)
+    dump(larger, 0, 2, teacher=loaded_teacher)
+    half = commits(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(loaded_teacher), "predict", small_device)
+        with pytest.raises(InputError, match=r"give a smaller --batch-size \(now 8\); what is committed stays"):
+            dump(larger, teacher=loaded_teacher)
+        points = logged_points(patch)
+        resumed = dump(replace(config, batch_size=1), teacher=loaded_teacher)
+    assert (resumed.shards_existing, resumed.shards) == (half, SHARDS - half)
+    assert (config.store / "d/manifest.json").read_bytes() == uninterrupted["d/manifest.json"]
+    for name in (f"d/sequences/{shard:05d}.parquet" for shard in range(SHARDS)):
+        assert (config.store / name).read_bytes() == uninterrupted[name]
+    with monkeypatch.context() as patch:
+        whole = logged_points(patch)
+        dump(replace(config, store=tmp_path / "again"), teacher=loaded_teacher)
+    for sequence, (drawn_at,) in points.items():
+        np.testing.assert_array_equal(drawn_at, whole[sequence][0])
+    ours, theirs = (
+        KnowledgeStore.open(store).sql("SELECT * FROM positions ORDER BY sequence_id, position")
+        for store in (config.store, tmp_path / "again")
+    )
+    assert ours["token_id"].equals(theirs["token_id"]) and len(ours) > 500
+    differing = 0
+    for one, other in zip(ours.to_pylist(), theirs.to_pylist(), strict=True):
+        if one != other:  # a value on the edge between two steps, or two candidates that are nearly as likely
+            differing += 1
+            assert one["token_logprob"] == pytest.approx(other["token_logprob"], abs=0.26)
+            assert one["candidate_logprobs"] == pytest.approx(other["candidate_logprobs"], abs=0.26)
+    assert differing < 0.01 * len(ours)
+
+
+def test_the_dtype_that_a_dump_was_begun_in_is_used_by_a_resume_and_a_repair(config, teacher_folder, monkeypatch):
+    """What `auto` stands for depends on the device: here a dump that was begun where it was bfloat16."""
+    dump(replace(config, dtype="bfloat16", device="cpu"), 0, 2)
+    load, dtypes = teachers.load_teacher, []
+
+    def noted(teacher, gguf_file, dtype, device, **options):
+        dtypes.append(dtype)
+        return load(teacher, gguf_file, dtype, device, **options)
+
+    monkeypatch.setattr(teachers, "load_teacher", noted)
+    assert config.dtype == "auto"
+    assert dump(replace(config, device="cpu"), 1, 2).shards == SHARDS // 2
+    (config.store / "d/positions/00001.parquet").unlink()
+    assert repair(replace(config, device="cpu")).shards == 1
+    assert dtypes == ["bfloat16", "bfloat16"]
+    with pytest.raises(MismatchError, match=r"teacher.dtype was bfloat16 and is now float32\. Leave --dtype out"):
+        dump(replace(config, dtype="float32"))
+    assert verify(config.store).damage == []
 
 
 def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
