@@ -1,4 +1,4 @@
-"""Is a teacher as sure as it is right, and which temperature makes it so? Fitted on text that it was not trained on.
+"""Is a teacher as confident as it is right, and which temperature makes it so? Fitted on text that it was not trained on.
 
 The temperature T minimises the negative log-likelihood of the text's tokens under softmax(z / T), over the whole vocabulary
 (Guo et al. 2017, arXiv 1706.04599). That is convex in 1 / T, with the slope E[z] − z(token), so one pass over a grid of
@@ -47,7 +47,7 @@ class TemperatureFit:
         gain: by how much it lowers the negative log-likelihood, nats per target.
         gain_error: the standard error of that, over sequences; None for a single one.
         at_edge: whether the grid ends at the optimum, which may then lie beyond.
-        skipped_rows: rows of the corpus that were left out.
+        skipped_rows: rows of the corpus that were skipped.
     """
 
     calibration: Calibration
@@ -69,20 +69,20 @@ class TemperatureFit:
         """What speaks against using it, in words; empty when nothing does."""
         before, after = self.calibration.before, self.calibration.after
         temperature, targets = self.calibration.temperature, self.calibration.targets
-        found = []
+        doubts = []
         if self.at_edge:
-            found.append(
+            doubts.append(
                 f"the best temperature is {temperature:g} or beyond, where the search ends: look at teacher and corpus"
             )
         if self.gain < MIN_GAIN * before["nll"]:
-            found.append(f"a temperature does not help: {temperature:g} lowers the loss by less than {MIN_GAIN:.1%}")
+            doubts.append(f"a temperature does not help: {temperature:g} lowers the loss by less than {MIN_GAIN:.1%}")
         elif self.interval is None or self.interval[0] <= 0:
-            found.append("the gain may be chance: its 95% interval holds 0 or cannot be told")
+            doubts.append("the gain may be chance: its 95% interval holds 0 or there is none")
         if after["ece_15"] > before["ece_15"]:
-            found.append("the calibration error is higher with it than without")
+            doubts.append("the calibration error is higher with it than without")
         if targets < FEW_TARGETS:
-            found.append(f"{targets} targets are few: fit on {FEW_TARGETS} or more")
-        return found
+            doubts.append(f"{targets} targets are few: fit on {FEW_TARGETS} or more")
+        return doubts
 
 
 def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> TemperatureFit:
@@ -119,7 +119,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
 
 
 def _sample(config: CalibrateConfig, tokenizer: CorpusTokenizer, reporter: Reporter) -> tuple[list[TokenSequence], int]:
-    """The sequences of a uniform random sample of documents with about `config.limit` targets, and how many rows were left out.
+    """The sequences of a uniform random sample of documents with about `config.limit` targets, and how many rows were skipped.
 
     Each document gets a random number, and those with the lowest are kept: the highest makes room while the others are
     enough, so that most documents of a large corpus are read and never tokenised.
@@ -148,7 +148,7 @@ def _sample(config: CalibrateConfig, tokenizer: CorpusTokenizer, reporter: Repor
                 total -= heapq.heappop(kept)[2]
     if not kept:
         raise InputError("the corpus has no target to fit a temperature on")
-    kept.sort(key=lambda each: each[1])
+    kept.sort(key=lambda entry: entry[1])
     return [sequence for *_, sequences in kept for sequence in sequences], skipped
 
 
@@ -163,8 +163,9 @@ def _logits(
         pairs = [np.flatnonzero(sequence.is_target) for sequence in batch]
         rows = np.repeat(np.arange(len(batch)), [len(positions) for positions in pairs])
         positions = np.concatenate(pairs)
-        tokens = np.concatenate([each.token_ids[where] for each, where in zip(batch, pairs, strict=True)])
-        places, before, found = (torch.from_numpy(each).to(teacher.device) for each in (rows, positions - 1, tokens))
+        tokens = np.concatenate([sequence.token_ids[own] for sequence, own in zip(batch, pairs, strict=True)])
+        arrays = (rows, positions - 1, tokens)
+        places, before, targets = (torch.from_numpy(array).to(teacher.device) for array in arrays)
         for part, logits in prediction.logit_slices(places, before):
             if not (logits.amin().isfinite() and logits.amax().isfinite()):
                 document = batch[rows[part][0]].document
@@ -172,8 +173,8 @@ def _logits(
                     f"the teacher's logits are NaN or infinite at row {document.row} of corpus file {document.file + 1} or"
                     " soon after it. Check the teacher's weights; if its dtype is a short one, use --dtype float32"
                 )
-            yield indices[rows[part]], logits, found[part]
-            advance(len(found[part]))
+            yield indices[rows[part]], logits, targets[part]
+            advance(len(targets[part]))
 
 
 def _fit(config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Advance) -> tuple[float, bool]:
@@ -246,16 +247,16 @@ def _measure(
     correct: list[np.ndarray] = []
     figures: list[np.ndarray] = []
     for sequence, logits, tokens in _logits(config, teacher, sequences, advance):
-        found = []
-        for each in (1.0, temperature):
-            logprobs = torch.log_softmax(logits / each, dim=1)
+        rows = []
+        for divisor in (1.0, temperature):
+            logprobs = torch.log_softmax(logits / divisor, dim=1)
             own = logprobs.gather(1, tokens[:, None])[:, 0]
             confidence = logprobs.amax(dim=1).exp()
             squares = logprobs.mul_(2).exp_().sum(dim=1)
-            found.append(torch.stack([-own, confidence, 1 - 2 * own.exp() + squares]))
+            rows.append(torch.stack([-own, confidence, 1 - 2 * own.exp() + squares]))
         numbers.append(sequence)
         correct.append((logits.argmax(dim=1) == tokens).cpu().numpy())
-        figures.append(torch.stack(found).cpu().numpy().astype(np.float64))
+        figures.append(torch.stack(rows).cpu().numpy().astype(np.float64))
     nll, confidence, brier = np.concatenate(figures, axis=2).transpose(1, 0, 2)
     return _Measured(np.concatenate(numbers), np.concatenate(correct), nll, confidence, brier)
 

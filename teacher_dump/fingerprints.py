@@ -36,9 +36,9 @@ def file_sha256(path: Path, *, reporter: Reporter = SILENT) -> str:
         known = {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         cache = _cache_path(path)
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            found = json.loads(cache.read_text())
-            if isinstance(found.get("sha256"), str) and {**found, "sha256": None} == {**known, "sha256": None}:
-                return str(found["sha256"])
+            cached = json.loads(cache.read_text())
+            if isinstance(cached.get("sha256"), str) and {**cached, "sha256": None} == {**known, "sha256": None}:
+                return str(cached["sha256"])
         sha256 = _hash(path, status.st_size, reporter)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None

@@ -73,19 +73,19 @@ def _arrays(rows: pa.Table, draws: int) -> Arrays:
         tail_logprob (N,) (NaN in random sampling); where there are any tail_logsumexp (N,), drawn (N, draws): the token of each
         point, −1 where there is no tail. Ids are int64.
     """
-    found = {
+    arrays = {
         "token_id": rows["token_id"].to_numpy().astype(np.int64),
         "candidate_ids": padded_lists(rows["candidate_ids"], -1, np.int64)[0],
         "candidate_logprobs": padded_lists(rows["candidate_logprobs"], -np.inf, np.float64)[0],
     }
     for name in ("token_logprob", "tail_logprob", "tail_logsumexp"):
         if name in rows.column_names:
-            found[name] = rows[name].fill_null(np.nan).to_numpy().astype(np.float64)
+            arrays[name] = rows[name].fill_null(np.nan).to_numpy().astype(np.float64)
     if draws:
         (ids, _), (counts, _) = (padded_lists(rows[name], 0, np.int64) for name in ("tail_ids", "tail_counts"))
-        found["drawn"] = np.full((len(rows), draws), -1, np.int64)
-        found["drawn"][counts.any(axis=1)] = np.repeat(ids.ravel(), counts.ravel()).reshape(-1, draws)
-    return found
+        arrays["drawn"] = np.full((len(rows), draws), -1, np.int64)
+        arrays["drawn"][counts.any(axis=1)] = np.repeat(ids.ravel(), counts.ravel()).reshape(-1, draws)
+    return arrays
 
 
 def ask(
@@ -116,7 +116,7 @@ def _ask_batch(manifest: Manifest, teacher: Teacher, sequences: list[KeptSequenc
         drawn_at = [points(sequence.number, len(sequence.token_ids), rule.draws)[sequence.places] for sequence in sequences]
         kept["points"] = np.sort(np.concatenate(drawn_at), axis=1)
     prediction = teacher.predict(*batch_arrays([sequence.token_ids for sequence in sequences]))
-    at, before = (torch.from_numpy(each).to(teacher.device) for each in (rows, places - 1))
+    at, before = (torch.from_numpy(array).to(teacher.device) for array in (rows, places - 1))
     parts = [
         _compare(precise(logits), {name: values[part] for name, values in kept.items()}, manifest)
         for part, logits in prediction.logit_slices(at, before)
@@ -146,26 +146,27 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
     def on_device(name: str) -> Tensor:
         return torch.from_numpy(kept[name]).to(logits.device)
 
-    found: dict[str, Tensor] = {}
+    differences: dict[str, Tensor] = {}
     outside = logprobs = torch.log_softmax(logits, dim=1)
     said = {"token_logprob": logprobs.gather(1, on_device("token_id")[:, None])[:, 0]}
     if rule.candidates:
         ids = on_device("candidate_ids")
-        there = ids >= 0
-        ids = torch.where(there, ids, ids[:, :1])
-        mine = logprobs.gather(1, ids)
+        present = ids >= 0
+        ids = torch.where(present, ids, ids[:, :1])
+        own = logprobs.gather(1, ids)
         outside = logprobs.scatter(1, ids, -torch.inf)
-        said["candidate_logprobs"] = mine.masked_fill(~there, -torch.inf)
+        said["candidate_logprobs"] = own.masked_fill(~present, -torch.inf)
         said["tail_logprob"] = torch.logsumexp(outside, dim=1)
-        best, last = outside.amax(dim=1), mine.amin(dim=1)
+        best, last = outside.amax(dim=1), own.amin(dim=1)
         # Both may be off, in opposite directions.
-        found["selection off"] = ((best - last) / 2).clamp(min=0)
+        differences["selection off"] = ((best - last) / 2).clamp(min=0)
         if rule.name == "top-p":
             total = torch.exp(said["candidate_logprobs"]).sum(dim=1)
-            full = there.sum(dim=1) >= min(rule.candidates, logits.shape[1])
+            full = present.sum(dim=1) >= min(rule.candidates, logits.shape[1])
             too_few = torch.where(full, 0.0, rule.p - total)
-            found["selection off"] = found["selection off"].maximum(too_few).maximum(total - torch.exp(last) - rule.p)
-        found["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double()
+            too_many = total - torch.exp(last) - rule.p
+            differences["selection off"] = differences["selection off"].maximum(too_few).maximum(too_many)
+        differences["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double()
     if temperature:
         said["tail_logsumexp"] = torch.logsumexp(outside / temperature, dim=1)
     if rule.draws:
@@ -174,7 +175,7 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
         end = weights.cumsum(dim=1).gather(1, drawn.clamp(min=0))
         begin = end - weights.gather(1, drawn.clamp(min=0))
         beside = torch.maximum(begin - points, points - end).clamp(min=0)
-        found["draws off"] = torch.where(drawn >= 0, beside, torch.nan)
+        differences["draws off"] = torch.where(drawn >= 0, beside, torch.nan)
 
     compared = {}
     now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in said.items()}}, manifest)
@@ -185,4 +186,4 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
         same = was == now[column]
         compared[f"{name} off"] = np.where(same, 0, np.maximum(apart - 0.5, 0) * step)
         compared[f"{name} moved"] = np.where(same, 0, moved) * step
-    return {**compared, **{name: values.cpu().numpy() for name, values in found.items()}}
+    return {**compared, **{name: values.cpu().numpy() for name, values in differences.items()}}

@@ -1,4 +1,4 @@
-"""What can be told of a teacher without asking it: whether its weights, tokenizer and vocabulary are those of the dump."""
+"""What is known of a teacher without asking it: whether its weights, tokenizer and vocabulary are those of the dump."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def other_tokenizer(store: KnowledgeStore, manifest: Manifest, teacher: Teacher,
     kept = manifest.tokenizer.get("vocabulary_sha256")
     if kept is None or kept == describe_tokenizer(teacher.tokenizer)["vocabulary_sha256"]:
         return []
-    theirs = store.tokens(manifest.dump)["token"].to_pylist()
-    mine = {token: name for name, token in teacher.tokenizer.get_vocab().items()}
-    others = [token for token, name in enumerate(theirs) if name is not None and mine.get(token) != name]
-    if not others:
+    kept_tokens = store.tokens(manifest.dump)["token"].to_pylist()
+    tokens = {token: name for name, token in teacher.tokenizer.get_vocab().items()}
+    changed = [token for token, name in enumerate(kept_tokens) if name is not None and tokens.get(token) != name]
+    if not changed:
         notes.append("the teacher's tokenizer knows tokens that the dump's did not; all others are the same")
         return []
-    token = others[0]
+    token = changed[0]
     return [
-        f"{len(others):,} of the dump's {len(theirs):,} tokens are others in the teacher's tokenizer:"
-        f" {token} was {theirs[token]!r} and is {mine.get(token)!r}"
+        f"{len(changed):,} of the dump's {len(kept_tokens):,} tokens are others in the teacher's tokenizer:"
+        f" {token} was {kept_tokens[token]!r} and is {tokens.get(token)!r}"
     ]
 
 

@@ -43,7 +43,7 @@ class Limits:
 # nats a value in bfloat16 against float32, either way round; by 0.08 in bfloat16 with another attention kernel, as another
 # device may have: so the same dtype has no limits of its own; by 0.01 in bfloat16 with another batch alone and in float16;
 # by 0 in float32. Means cancel out: of all positions up to 0.008 (limit 0.053), of a sequence's up to half its limit. Two
-# more teachers, whose logits reach farther than those of trained ones, are beyond `single` in bfloat16 and told as damaged.
+# more teachers, whose logits reach farther than those of trained ones, are beyond `single` in bfloat16 and called damaged.
 #
 # Log-probabilities that move by up to e against each other move the running sum by up to tanh(e / 4) of the tail, and by far
 # less as most of it cancels out. Measured on four teachers of 408 to 200,000 tokens, with all selections, in bfloat16 against

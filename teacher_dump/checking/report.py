@@ -7,17 +7,17 @@ from teacher_dump.checking.verdicts import Agreement
 
 
 def describe(agreement: Agreement) -> list[str]:
-    """What a person is told: the distribution of differences, rates, and the verdict with what it rests on."""
+    """An agreement in words: the distribution of differences, rates, and the verdict with what it rests on."""
     lines = [f"{agreement.dump}: {agreement.sequences} sequences asked again, {agreement.positions:,} positions with knowledge"]
     if agreement.differences:
         heads = "".join(f"{name:>9}" for name in ("median", "90 %", "99 %", "99.9 %", "most", "|mean|", "noise"))
         lines.append(f"{'beyond rounding':<16}{'values':>10}{'same step':>11}{'1 off':>8}{'2 off':>8}{'more':>8}{heads}")
-    for name, each in agreement.differences.items():
+    for name, difference in agreement.differences.items():
         # Draws and the order of candidates are not rounded.
-        steps = [f"{share:.2%}" for share in each.steps] if sum(each.steps) else ["–"] * 4
-        means = [f"{value:.2g}" for value in (each.mean, each.noise)] if sum(each.steps) else ["–"] * 2
-        quantiles = "".join(f"{value:>9.2g}" for value in each.quantiles) + "".join(f"{mean:>9}" for mean in means)
-        lines.append(f"{name:<16}{each.values:>10,}{steps[0]:>11}{steps[1]:>8}{steps[2]:>8}{steps[3]:>8}{quantiles}")
+        steps = [f"{share:.2%}" for share in difference.steps] if sum(difference.steps) else ["–"] * 4
+        means = [f"{value:.2g}" for value in (difference.mean, difference.noise)] if sum(difference.steps) else ["–"] * 2
+        quantiles = "".join(f"{value:>9.2g}" for value in difference.quantiles) + "".join(f"{mean:>9}" for mean in means)
+        lines.append(f"{name:<16}{difference.values:>10,}{steps[0]:>11}{steps[1]:>8}{steps[2]:>8}{steps[3]:>8}{quantiles}")
     if agreement.differences:
         lines.append(
             "In nats, less the half step that rounding explains; draws as a share of the tail. |mean|: how far values moved one"

@@ -57,7 +57,7 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
         raise InputError(f"dump {manifest.dump!r} of {config.store} has no committed sequence yet")
     check_local_teacher(config.teacher, config.gguf_file)
 
-    # Torch takes seconds to import, and a mistake that was told above must not.
+    # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.checking.comparison import ask, read_sequences
     from teacher_dump.checking.identity import other_model, other_tokenizer, same_weights
     from teacher_dump.checking.limits import limits_of

@@ -73,9 +73,9 @@ class Agreement:
     sequences_off: int = 0
 
 
-def _values(found: list[Arrays], ending: str) -> np.ndarray:
+def _values(compared: list[Arrays], ending: str) -> np.ndarray:
     """All values there are of the quantities whose name ends like this, one after the other."""
-    values = [each.ravel() for arrays in found for name, each in arrays.items() if name.endswith(ending)]
+    values = [array.ravel() for arrays in compared for name, array in arrays.items() if name.endswith(ending)]
     joined = np.concatenate([np.zeros(0), *values])
     return joined[~np.isnan(joined)]
 
@@ -84,44 +84,44 @@ def _mean(values: np.ndarray) -> float | None:
     return float(values.mean()) if len(values) else None
 
 
-def _means(found: Arrays, name: str) -> np.ndarray:
-    """Of one sequence, how far a quantity moved at each position that has it: the mean of its values there, in nats, (n,).
+def _means(compared: Arrays, name: str) -> np.ndarray:
+    """Of one sequence, how far a quantity moved at each position that has it: the mean of its values, in nats, (n,).
 
     One that is far off does not speak for all: none counts for more than MAX_COUNTED.
     """
-    moved = found[f"{name} moved"]
+    moved = compared[f"{name} moved"]
     moved = moved if moved.ndim == 2 else moved[:, None]
-    there = ~np.isnan(moved)
-    sums = np.where(there, moved.clip(-MAX_COUNTED, MAX_COUNTED), 0).sum(axis=1)
-    return sums[there.any(axis=1)] / there.sum(axis=1)[there.any(axis=1)]
+    present = ~np.isnan(moved)
+    sums = np.where(present, moved.clip(-MAX_COUNTED, MAX_COUNTED), 0).sum(axis=1)
+    return sums[present.any(axis=1)] / present.sum(axis=1)[present.any(axis=1)]
 
 
-def _differences(found: list[Arrays], step: float, limits: Limits) -> dict[str, Differences]:
-    names = [name.removesuffix(" off") for name in (found[0] if found else ()) if name.endswith(" off")]
+def _differences(compared: list[Arrays], step: float, limits: Limits) -> dict[str, Differences]:
+    names = [name.removesuffix(" off") for name in (compared[0] if compared else ()) if name.endswith(" off")]
     differences = {}
     for name in names:
-        off, moved = (_values(found, f"{name} {ending}") for ending in ("off", "moved"))
+        off, moved = (_values(compared, f"{name} {ending}") for ending in ("off", "moved"))
         if not len(off):
             continue
         steps = np.abs(moved) / step
         same, one, two, more = (
-            _mean(each) or 0.0 for each in (steps < 0.5, abs(steps - 1) < 0.5, abs(steps - 2) < 0.5, steps > 2.5)
+            _mean(share) or 0.0 for share in (steps < 0.5, abs(steps - 1) < 0.5, abs(steps - 2) < 0.5, steps > 2.5)
         )
-        quantiles = tuple(float(each) for each in np.quantile(off, QUANTILES, method="higher"))
+        quantiles = tuple(float(quantile) for quantile in np.quantile(off, QUANTILES, method="higher"))
         typical = mean = noise = 0.0
         if len(moved):
-            by_sequence = [np.abs(each) for each in (_values([arrays], f"{name} moved") for arrays in found) if len(each)]
-            typical = _median(each.mean() for each in by_sequence) or 0.0
-            means = np.concatenate([_means(arrays, name) for arrays in found])
+            by_sequence = [np.abs(own) for own in (_values([arrays], f"{name} moved") for arrays in compared) if len(own)]
+            typical = _median(own.mean() for own in by_sequence) or 0.0
+            means = np.concatenate([_means(arrays, name) for arrays in compared])
             mean, noise = abs(float(means.mean())), limits.mean(len(means))
         differences[name] = Differences(len(off), (same, one, two, more), quantiles, typical, mean, noise)
     return differences
 
 
-def _farthest(sequence: KeptSequence, found: Arrays, limits: Limits) -> tuple[float, str]:
+def _farthest(sequence: KeptSequence, compared: Arrays, limits: Limits) -> tuple[float, str]:
     """The largest difference of a sequence, in multiples of what noise can do to it, and a sentence about it."""
     most, words = 0.0, ""
-    for name, values in found.items():
+    for name, values in compared.items():
         if not name.endswith(" off") or not values.size:
             continue
         flat = np.where(np.isnan(values), 0, values).reshape(len(values), -1).max(axis=1, initial=0)
@@ -130,7 +130,7 @@ def _farthest(sequence: KeptSequence, found: Arrays, limits: Limits) -> tuple[fl
         if flat[at] / limit > most:
             most = float(flat[at]) / limit
             words = f"sequence {sequence.number}, position {sequence.places[at]}: {name} by {flat[at]:.3g} {unit}"
-    for name, mean, limit, positions in _biases(found, limits):
+    for name, mean, limit, positions in _biases(compared, limits):
         if most <= 1 and mean > limit:  # one value that is off says where
             most = mean / limit
             words = (
@@ -140,31 +140,31 @@ def _farthest(sequence: KeptSequence, found: Arrays, limits: Limits) -> tuple[fl
     return most, words
 
 
-def _biases(found: Arrays, limits: Limits) -> Iterator[tuple[str, float, float, int]]:
+def _biases(compared: Arrays, limits: Limits) -> Iterator[tuple[str, float, float, int]]:
     """Of each rounded quantity of a sequence: name, |mean difference|, what noise can do to that, over how many positions."""
-    for name in (each.removesuffix(" moved") for each in found if each.endswith(" moved")):
-        means = _means(found, name)
+    for name in (key.removesuffix(" moved") for key in compared if key.endswith(" moved")):
+        means = _means(compared, name)
         if len(means):
             yield name, abs(float(means.mean())), limits.mean(len(means)), len(means)
 
 
 def _median(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return float(np.median(found)) if found else None
+    numbers = list(values)
+    return float(np.median(numbers)) if numbers else None
 
 
-def _value_is_off(found: Arrays, limits: Limits) -> bool:
-    """Whether any value of a sequence, or a mean of them, is off by more than noise can do to it, draws left out."""
-    names = (name for name in found if name.endswith(" off") and name != "draws off")
-    return any((found[name] > limits.single).any() for name in names) or any(
-        mean > limit for _, mean, limit, _ in _biases(found, limits)
+def _value_is_off(compared: Arrays, limits: Limits) -> bool:
+    """Whether any value of a sequence, or a mean of them, is off by more than noise can do to it, draws excepted."""
+    names = (name for name in compared if name.endswith(" off") and name != "draws off")
+    return any((compared[name] > limits.single).any() for name in names) or any(
+        mean > limit for _, mean, limit, _ in _biases(compared, limits)
     )
 
 
 def judge(
     manifest: Manifest,
     kept: list[KeptSequence],
-    found: list[Arrays],
+    compared: list[Arrays],
     unreadable: list[str],
     tokenizer: list[str],
     same_weights: bool,
@@ -172,22 +172,22 @@ def judge(
     limits: Limits,
     sample: int,
 ) -> Agreement:
-    draws = [each for each in (_values([arrays], "draws off") for arrays in found) if len(each)]
-    draws_off, moved = _median(each.mean() for each in draws), _median((each > 0).mean() for each in draws)
-    farthest = [_farthest(sequence, each, limits) for sequence, each in zip(kept, found, strict=True)]
-    off = sorted((each for each in farthest if each[0] > 1), key=lambda each: -each[0])
+    draws = [own for own in (_values([arrays], "draws off") for arrays in compared) if len(own)]
+    draws_off, moved = _median(own.mean() for own in draws), _median((own > 0).mean() for own in draws)
+    farthest = [_farthest(sequence, arrays, limits) for sequence, arrays in zip(kept, compared, strict=True)]
+    off = sorted((entry for entry in farthest if entry[0] > 1), key=lambda entry: -entry[0])
     # Damage that shows by itself says nothing of the teacher, and draws nothing that values do not say better.
-    values_are_off = [_value_is_off(each, limits) for each in found]
-    sound = [each for each, is_off in zip(found, values_are_off, strict=True) if each and not is_off]
+    values_are_off = [_value_is_off(arrays, limits) for arrays in compared]
+    sound = [arrays for arrays, is_off in zip(compared, values_are_off, strict=True) if arrays and not is_off]
     values_off = sum(values_are_off)
     step = positions_of(manifest).quantisation_step
-    differences = _differences([each for each in found if each], step, limits)
-    noise, noisiest = max(((each.typical, name) for name, each in differences.items()), default=(0.0, "values"))
+    differences = _differences([arrays for arrays in compared if arrays], step, limits)
+    noise, noisiest = max(((difference.typical, name) for name, difference in differences.items()), default=(0.0, "values"))
     biased = [
-        f"{name} off one way, by {each.mean:.3g} nats on average over {len(sound)} sequences that show nothing each by itself"
-        f" (noise: up to {each.noise:.2g})"
-        for name, each in _differences(sound, step, limits).items()
-        if each.mean > each.noise
+        f"{name} off one way, by {difference.mean:.3g} nats on average over {len(sound)} sequences that show nothing each by"
+        f" itself (noise: up to {difference.noise:.2g})"
+        for name, difference in _differences(sound, step, limits).items()
+        if difference.mean > difference.noise
     ]
     seen = [*unreadable, *(words for _, words in off)]
     listed = [*seen[:SHOWN], *([f"and {len(seen) - SHOWN} more sequences"] if len(seen) > SHOWN else [])]
@@ -236,7 +236,7 @@ def judge(
         differences=differences,
         noise=noise,
         draws_off=draws_off,
-        changed_top_1=_mean(_values(found, "changed")),
-        moved_draws=_mean(_values(found, "draws off") > 0),
+        changed_top_1=_mean(_values(compared, "changed")),
+        moved_draws=_mean(_values(compared, "draws off") > 0),
         sequences_off=len(seen),
     )

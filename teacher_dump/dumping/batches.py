@@ -24,7 +24,7 @@ def length_batches(lengths: list[int], room: int) -> list[np.ndarray]:
     """
     batches: list[np.ndarray] = []
     batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+    for index in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         if batch and (len(batch) + 1) * lengths[batch[0]] > room:
             batches.append(np.array(batch))
             batch = []

@@ -40,7 +40,7 @@ class Estimate:
     Attributes:
         documents: counted. positions: predicted.
         seconds: of the teacher's work, on this machine, one worker. positions_per_second: measured on the sample.
-        bytes: of the knowledge on disk; the vocabulary and the table of sequences (tens of bytes each) are left out.
+        bytes: of the knowledge on disk; the vocabulary and the table of sequences (tens of bytes each) are not counted.
         bytes_per_position: measured on the sample; full row groups take a little less.
         dense_bytes: predicted distributions × vocabulary × 4. ratio: dense bytes for each byte on disk.
         figures: what the extractors say of the sample, by name, such as "top-5 coverage": the mean probability that the 5
@@ -80,7 +80,7 @@ def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[
 
 
 def _stored(kind: str, manifest: Manifest, arrays: Arrays, lengths: list[int]) -> tuple[int, float]:
-    """Bytes that a kind's rows take in a shard's columns (footers, a few kilobytes a shard, left out), and how many full
+    """Bytes that a kind's rows take in a shard's columns (footers, a few kilobytes a shard, are not counted), and how many full
     distributions they stand for."""
     keys: dict[str, np.ndarray] = {"sequence_id": np.arange(len(lengths))}
     if KINDS[kind].per == "position":

@@ -90,16 +90,16 @@ def _scan_corpus(config: DumpConfig, reporter: Reporter) -> dict[str, Any]:
     # Characters are not known before they are read; for plain text bytes are close, and nothing hangs on it.
     size = sum(path.stat().st_size for path in config.corpus) if all(_plain(path.name) for path in config.corpus) else None
     with reporter.progress("reading the corpus", size) as advance:
-        found = scan(config.corpus, config.shard_size, config.part_characters, advance)
-    _check_bad_rows(config, found.bad_rows, found.first_problem)
-    if not any(shard.characters for shard in found.shards):
-        raise InputError(f"the corpus has no row that can be used: {found.first_problem or 'it has no text'}")
+        scanned = scan(config.corpus, config.shard_size, config.part_characters, advance)
+    _check_bad_rows(config, scanned.bad_rows, scanned.first_problem)
+    if not any(shard.characters for shard in scanned.shards):
+        raise InputError(f"the corpus has no row that can be used: {scanned.first_problem or 'it has no text'}")
     return {
-        "documents": found.documents,
-        "bad_rows": found.bad_rows,
-        "first_problem": found.first_problem,
-        "columns": found.columns,
-        "shards": [asdict(start) for start in found.shards],
+        "documents": scanned.documents,
+        "bad_rows": scanned.bad_rows,
+        "first_problem": scanned.first_problem,
+        "columns": scanned.columns,
+        "shards": [asdict(start) for start in scanned.shards],
     }
 
 
@@ -115,7 +115,7 @@ def _check_bad_rows(config: DumpConfig, bad_rows: int, first_problem: str | None
 
 @dataclass(frozen=True)
 class ShardInput:
-    """The sequences of one shard, in order, and the rows that were left out."""
+    """The sequences of one shard, in order, and the rows that were skipped."""
 
     shard: int
     first_document: int

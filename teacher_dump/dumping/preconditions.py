@@ -1,4 +1,4 @@
-"""What can be wrong with a dump before its teacher is asked. No torch here: a mistake is told at once."""
+"""What can be wrong with a dump before its teacher is asked. No torch here: a mistake is reported at once."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def repair(
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
     dtype = check_place(config, existing)
 
-    # Torch takes seconds to import: not for a mistake that was told above, or for a dump that is sound.
+    # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs

@@ -44,7 +44,7 @@ def dump(
     existing = existing_manifest(folder)
     dtype = check_place(config, existing)
 
-    # Torch takes seconds to import, and a mistake that was told above must not.
+    # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs

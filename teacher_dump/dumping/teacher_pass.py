@@ -54,7 +54,7 @@ def dump_shards(
         reader: of the shards. first: one that has been read already.
         writer: of the dump.
         pending: the shards.
-        publish: `writer.commit` or `writer.repair`; a shard that is committed meanwhile is left out of the first.
+        publish: `writer.commit` or `writer.repair`; `commit` passes over a shard that another worker has committed.
         reporter: hears of progress, and of how much was committed when Ctrl-C ends it.
 
     Returns:
@@ -188,7 +188,7 @@ def shard_of(writer: DumpWriter, shard: ShardInput, knowledge: Knowledge, made_b
                 **own,
             }
         )
-    arrays = {kind: joined(each) for kind, each in knowledge.items()}
+    arrays = {kind: joined(sequences) for kind, sequences in knowledge.items()}
     return Shard(shard.shard, shard.first_document, shard.documents, rows, arrays, shard.skipped, made_by)
 
 

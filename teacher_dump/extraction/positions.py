@@ -73,7 +73,7 @@ def knowledge_of(
     logits.scatter_(1, ids, candidates.masked_fill(needed, -torch.inf))
     candidates = candidates.masked_fill(~needed, -torch.inf)
     highest = pad(values, (0, 1), value=-torch.inf).gather(1, needed.sum(dim=1, keepdim=True))
-    whole = highest.isneginf()  # nothing is left over
+    whole = highest.isneginf()  # the candidates hold all of it
     highest = highest.masked_fill(whole, 0)
     logits.sub_(highest)
     if temperature is not None:
@@ -82,7 +82,7 @@ def knowledge_of(
     sums = block_sums(weights)
     tail = (sums.sum(dim=1).log() + precise(highest[:, 0])).float().to(logits.device)
     total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
-    found = {
+    knowledge = {
         "token_logprob": token_logit - total,
         "candidate_ids": ids,
         "candidate_logprobs": candidates - total[:, None],
@@ -90,13 +90,13 @@ def knowledge_of(
     }
     if points is not None:
         # Something to draw, which then counts for nothing.
-        for each in (weights, sums):
-            each[:, 0].masked_fill_(whole[:, 0].to(each.device), 1)
-        found["tail_ids"], counts = counted(draw(weights, sums, points))
-        found["tail_counts"] = counts.masked_fill(whole, 0)
+        for masses in (weights, sums):
+            masses[:, 0].masked_fill_(whole[:, 0].to(masses.device), 1)
+        knowledge["tail_ids"], counts = counted(draw(weights, sums, points))
+        knowledge["tail_counts"] = counts.masked_fill(whole, 0)
     if temperature is not None:
-        found["tail_logsumexp"] = (tempered + precise(highest[:, 0] - total) / temperature).float().to(logits.device)
-    return found
+        knowledge["tail_logsumexp"] = (tempered + precise(highest[:, 0] - total) / temperature).float().to(logits.device)
+    return knowledge
 
 
 def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
@@ -111,9 +111,9 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
     token_ids = np.concatenate([sequence.token_ids for sequence in batch.sequences])
     is_target = np.concatenate([sequence.is_target for sequence in batch.sequences])
     kept = positions > 0 if batch.parameters.keep_context else is_target
-    found = _ask(batch, rows[kept], positions[kept], token_ids[kept], _points(batch, lengths)[kept])
+    answers = _ask(batch, rows[kept], positions[kept], token_ids[kept], _points(batch, lengths)[kept])
     arrays: Arrays = {"token_id": token_ids.astype(np.uint32), "is_target": is_target, "has_knowledge": kept}
-    for name, values in found.items():
+    for name, values in answers.items():
         arrays[name] = np.zeros((len(kept), *values.shape[1:]), values.dtype)
         arrays[name][kept] = values
     ends = np.cumsum(lengths)
@@ -138,30 +138,30 @@ def _points(batch: ExtractionBatch, lengths: np.ndarray) -> np.ndarray:
 def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, points: np.ndarray) -> Arrays:
     """What the teacher predicts of the N tokens at (rows[i], positions[i]), int64 (N,) each; no position is 0."""
     device, parameters = batch.prediction.teacher.device, batch.parameters
-    places, before, tokens = (torch.from_numpy(each).to(device) for each in (rows, positions - 1, token_ids))
+    places, before, tokens = (torch.from_numpy(array).to(device) for array in (rows, positions - 1, token_ids))
     drawn = torch.from_numpy(points) if parameters.selection.draws else None
-    sound: list[Tensor] = []
+    finite: list[Tensor] = []
     results: list[dict[str, Tensor]] = []
     for part, logits in batch.prediction.logit_slices(places, before):
         lowest = logits.amin(dim=1)
-        at = None if drawn is None else drawn[part]
-        results.append(knowledge_of(logits, tokens[part], parameters.selection, at, parameters.temperature))
+        own = None if drawn is None else drawn[part]
+        results.append(knowledge_of(logits, tokens[part], parameters.selection, own, parameters.temperature))
         # A logit that is NaN or +inf makes the normaliser so, and with it the token's log-probability.
-        sound.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
+        finite.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
     if not results:
         nothing = torch.zeros((0, batch.prediction.teacher.vocabulary_size))
         tokens = torch.zeros(0, dtype=torch.int64)
         results.append(knowledge_of(nothing, tokens, parameters.selection, drawn, parameters.temperature))
-    unsound = ~torch.cat(sound).cpu().numpy() if sound else np.zeros(0, bool)
-    if unsound.any():
+    not_finite = ~torch.cat(finite).cpu().numpy() if finite else np.zeros(0, bool)
+    if not_finite.any():
         raise UnsoundLogits(
-            f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[unsound][0]])}:"
+            f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[not_finite][0]])}:"
             " nothing of its shard was written. Check the teacher's weights; if its dtype is a short one,"
             " dump under another --name with --dtype float32"
         )
-    found = {name: torch.cat([each[name] for each in results]).cpu().numpy() for name in results[0]}
+    arrays = {name: torch.cat([result[name] for result in results]).cpu().numpy() for name in results[0]}
     # Half the room until the shard is written.
-    return {name: array.astype(np.uint32) if array.dtype == np.int64 else array for name, array in found.items()}
+    return {name: array.astype(np.uint32) if array.dtype == np.int64 else array for name, array in arrays.items()}
 
 
 def _number(sequence: TokenSequence) -> int:
@@ -184,9 +184,9 @@ def positions_parameters(config: EstimateConfig, teacher: Teacher) -> PositionsP
         raise InputError(f"{wanted[0]} {wanted[1]} is above the teacher's vocabulary of {teacher.vocabulary_size:,} tokens")
     calibration: dict[str, Any] = {}
     if config.calibration is not None:
-        found = read_calibration(config.calibration)
-        check_calibration(found, teacher.description, describe_tokenizer(teacher.tokenizer))
-        calibration = found.to_manifest()
+        file = read_calibration(config.calibration)
+        check_calibration(file, teacher.description, describe_tokenizer(teacher.tokenizer))
+        calibration = file.to_manifest()
     return PositionsParameters(config.rule, QUANTISATION_STEP, calibration, config.keep_context)
 
 
