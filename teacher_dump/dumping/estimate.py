@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from knowledge_store.catalogue.summary import DENSE_BYTES_PER_LOGPROB
 from knowledge_store.errors import InputError
@@ -87,10 +86,8 @@ def _stored(kind: str, manifest: Manifest, arrays: Arrays, lengths: list[int]) -
         positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
         keys = {"sequence_id": np.repeat(keys["sequence_id"], lengths), "position": positions}
     table = KINDS[kind].table(pa.table(keys), arrays, manifest)
-    file = io.BytesIO()
-    write_table(KINDS[kind].pack(table, manifest), file, [len(table)])
-    group = pq.read_metadata(io.BytesIO(file.getvalue())).row_group(0)
-    size = sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+    packed = KINDS[kind].pack(table, manifest)
+    size = sum(write_table(io.BytesIO(), packed.schema, [packed]).column_bytes.values())
     return size, KINDS[kind].statistics(table, manifest).get("predictions", 0)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from knowledge_store.errors import DamageError, InputError
-from knowledge_store.format.commits import files_in_commits
-from knowledge_store.format.layout import MANIFEST_FILE, STORE_FILE, TOKENS_FILE
+from knowledge_store.errors import DamageError, InputError, MissingFileError
+from knowledge_store.format.commits import commit_records
+from knowledge_store.format.layout import STORE_FILE, manifest_file, tokens_file
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.storage import Storage, open_storage
 from knowledge_store.writing.writer import DumpWriter, repair_manifest, repair_store_file
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
@@ -41,18 +42,19 @@ def repair(
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are repaired first.
     """
-    check_request(config, rank, world_size)
-    existing = _manifest_to_repair(config, reporter)
-    if repair_store_file(config.store):
-        reporter.note(f"Repaired: {config.store / STORE_FILE} was damaged, and is written again")
+    storage = open_storage(config.store)
+    check_request(config, storage, rank, world_size)
+    existing = _manifest_to_repair(storage, config.dump_name, reporter)
+    if repair_store_file(storage):
+        reporter.note(f"Repaired: {storage.locate(STORE_FILE)} was damaged, and is written again")
     pending: list[int] = []
     if existing is not None:
-        writer = DumpWriter(config.store, existing)
+        writer = DumpWriter(storage, existing)
         pending = _damaged(writer, range(rank, existing.shard_count, world_size), reporter)
         if not pending and not writer.tokens_damage():
             shards = range(rank, existing.shard_count, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
-    dtype = check_place(config, existing)
+    dtype = check_place(config, storage, existing)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest
@@ -65,13 +67,13 @@ def repair(
     planned = make_manifest(config, teacher, existing, reporter=reporter)
     reader = ShardReader(config, planned, CorpusTokenizer(teacher.tokenizer, config.max_length))
     tokens = tokens_table(*teacher.tokens())
-    made_again = existing is None and repair_manifest(config.store, planned)
-    writer = DumpWriter.open(config.store, planned, tokens)
+    made_again = existing is None and repair_manifest(storage, planned)
+    writer = DumpWriter.open(storage, planned, tokens)
     if writer.repair_tokens(tokens):
-        reporter.note(f"Repaired: {writer.folder / TOKENS_FILE} was damaged, and is written again")
+        reporter.note(f"Repaired: {storage.locate(tokens_file(config.dump_name))} was damaged, and is written again")
     shards = range(rank, writer.manifest.shard_count, world_size)
     if made_again:
-        reporter.note(f"Repaired: {writer.folder / MANIFEST_FILE} was damaged, and is written again")
+        reporter.note(f"Repaired: {storage.locate(manifest_file(config.dump_name))} was damaged, and is written again")
         pending = _damaged(writer, shards, reporter)
     started = time.monotonic()
     repaired = dump_shards(config, teacher, reader, None, writer, pending, writer.repair, reporter)
@@ -87,20 +89,18 @@ def repair(
     )
 
 
-def _manifest_to_repair(config: DumpConfig, reporter: Reporter) -> Manifest | None:
+def _manifest_to_repair(storage: Storage, dump: str, reporter: Reporter) -> Manifest | None:
     """The manifest of the dump to repair; None where it is damaged itself, and has to be made again first.
 
     Raises:
         InputError: there is no dump of that name.
         DamageError: its `commits` is not a folder.
     """
-    folder = config.store / config.dump_name
-    records = [path for path in files_in_commits(folder) if path.suffix == ".json"]
-    if not records and not (folder / MANIFEST_FILE).exists():
-        raise InputError(f"there is no dump {config.dump_name!r} in {config.store} to repair")
     try:
-        return read_manifest(folder)
+        return read_manifest(storage, dump)
     except DamageError as error:
+        if isinstance(error, MissingFileError) and not commit_records(storage, dump):
+            raise InputError(f"there is no dump {dump!r} in {storage.address} to repair") from None
         reporter.note(f"Damage: {error}")
         return None
 

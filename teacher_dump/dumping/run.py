@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reporter import SILENT, Reporter
-from knowledge_store.storage.local import disk_errors
+from knowledge_store.storage import open_storage
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
@@ -39,10 +39,10 @@ def dump(
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are committed first.
     """
-    check_request(config, rank, world_size)
-    folder = config.store / config.dump_name
-    existing = existing_manifest(folder)
-    dtype = check_place(config, existing)
+    storage = open_storage(config.store)
+    check_request(config, storage, rank, world_size)
+    existing = existing_manifest(storage, config.dump_name)
+    dtype = check_place(config, storage, existing)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest
@@ -53,13 +53,12 @@ def dump(
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
-    planned = make_manifest(config, teacher, existing or existing_manifest(folder), reporter=reporter)
+    planned = make_manifest(config, teacher, existing or existing_manifest(storage, config.dump_name), reporter=reporter)
     reader, first = ShardReader(config, planned, tokenizer), None
-    with disk_errors("read", config.store):
-        begun = folder.exists()
+    begun = config.dump_name in storage.folders("")
     if rank < len(planned.derived.get("shards", ())) and not begun:
         first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
-    writer = DumpWriter.open(config.store, planned, tokens_table(*teacher.tokens()))
+    writer = DumpWriter.open(storage, planned, tokens_table(*teacher.tokens()))
     shards = range(rank, writer.manifest.shard_count, world_size)
     pending = [shard for shard in shards if not writer.committed(shard)]
     started = time.monotonic()
