@@ -158,7 +158,7 @@ def test_a_sequence_as_a_person_reads_it(store, name):
     [
         ({"selection": "top-q"}, "there is no --selection top-q"),
         ({"tail_draws": -1}, "--tail-draws is -1; it must be at least 0"),
-        ({"tail_draws": 70_000}, "--tail-draws is 70000; it must be at most 65,535"),
+        ({"tail_draws": 70_000}, "--tail-draws is 70000; it must be at least 0 and at most 65,535"),
         ({"draws": 9}, "--draws is not an option of the selection top-k"),
         ({"selection": "random-sampling", "top_k": 9}, "--top-k is not an option of the selection random-sampling"),
         ({"selection": "random-sampling", "draws": 0}, "--draws is 0; it must be at least 1"),

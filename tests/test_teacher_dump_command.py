@@ -169,7 +169,7 @@ def test_a_missing_extra_is_named(tmp_path, missing):
         "    @classmethod\n"
         "    def find_spec(cls, name, path=None, target=None):\n"
         f"        return None if name.split('.')[0] == {missing!r} else PathFinder.find_spec(name, path, target)\n"
-        "sys.meta_path = [each for each in sys.meta_path if each is not PathFinder] + [Without]\n"
+        "sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]\n"
     )
     line = [sys.executable, "-m", "teacher_dump.cli", "run", "s", "--teacher", "t", "--corpus", "c.jsonl"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
