@@ -41,9 +41,9 @@ def test_near_the_dump_itself_and_nothing_is_written(config, loaded_teacher):
     assert predicted.positions == pytest.approx(real.positions, rel=0.15)
     knowledge = sum(size for name, size in real.column_bytes.items() if name.startswith("positions."))
     assert predicted.bytes == pytest.approx(knowledge, rel=0.25)
-    assert predicted.dense_bytes == pytest.approx(real.dense_bytes, rel=0.15)
+    assert predicted.dense_bytes == pytest.approx(real.facts["positions.dense_bytes"], rel=0.15)
     assert predicted.ratio == pytest.approx(predicted.dense_bytes / predicted.bytes, rel=1e-3)
-    assert predicted.figures["top-5 coverage"] == pytest.approx(real.mean_top_k_mass, abs=0.02)
+    assert predicted.figures["top-5 coverage"] == pytest.approx(real.statistics["positions.mean_top_k_mass"], abs=0.02)
     assert predicted.seconds > 0 and predicted.positions_per_second > 0 and predicted.unusable_documents == 0
 
 

@@ -109,7 +109,7 @@ def main() -> None:
                         positions += len(logits)
                 advance(sum(len(sequence.token_ids) for sequence in sequences))
         for name, writer in writers.items():
-            writer.commit(shard_of(writer, shard, {"positions": knowledge[name]}, {}))
+            writer.commit(shard_of(writer.manifest, shard, {"positions": knowledge[name]}, {}))
     store = KnowledgeStore.open(arguments.work)
     figures: dict[str, Any] = {"teacher": manifest.teacher["name"], "vocabulary_size": manifest.vocabulary_size}
     summaries = {summary.dump: summary for summary in store.info()}
@@ -123,7 +123,7 @@ def main() -> None:
             "positions": summary.positions,
             "bytes_per_position": summary.bytes / summary.positions,
             "ids": sum(value for value in ids.values() if value is not None),
-            "mass_of_candidates": summary.mean_top_k_mass,
+            "mass_of_candidates": summary.statistics["positions.mean_top_k_mass"],
             "squared_error": float(torch.cat(errors[name]).mean()),
         }
         if f"{name}, independent" in errors:

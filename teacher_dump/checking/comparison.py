@@ -13,7 +13,7 @@ from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds import Arrays
-from knowledge_store.kinds.kind import padded_lists
+from knowledge_store.kinds.columns import padded_lists
 from knowledge_store.kinds.positions import damage, exact_steps, positions_of
 from knowledge_store.reporter import Reporter
 from teacher_dump.configuration import TeacherOptions
@@ -45,7 +45,7 @@ def read_sequences(store: KnowledgeStore, manifest: Manifest, ordinals: list[int
     kept, unreadable = [], []
     for ordinal in ordinals:
         try:
-            rows, stated = store.kept(ordinal, manifest.dump)
+            rows, stated = store.stored(ordinal, "positions", manifest.dump)
         except DamageError as error:
             unreadable.append(str(error))
             continue

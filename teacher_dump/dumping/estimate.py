@@ -8,22 +8,20 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 
-import numpy as np
-import pyarrow as pa
-
-from knowledge_store.catalogue.summary import DENSE_BYTES_PER_LOGPROB
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import write_table
-from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.kinds import KINDS, Totals
 from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.writing.shard import pack_shard
 from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
-from teacher_dump.dumping.plan import identity_manifest, kept_parameters
-from teacher_dump.dumping.teacher_pass import joined
+from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
+from teacher_dump.dumping.publishing import Knowledge
+from teacher_dump.dumping.teacher_pass import shard_of
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Teacher
@@ -41,7 +39,7 @@ class Estimate:
         seconds: of the teacher's work, on this machine, one worker. positions_per_second: measured on the sample.
         bytes: of the knowledge on disk; the vocabulary and the table of sequences (tens of bytes each) are not counted.
         bytes_per_position: measured on the sample; full row groups take a little less.
-        dense_bytes: predicted distributions × vocabulary × 4. ratio: dense bytes for each byte on disk.
+        dense_bytes: of the whole distributions, in float32. ratio: dense bytes for each byte on disk.
         figures: what the extractors say of the sample, by name, such as "top-5 coverage": the mean probability that the 5
             likeliest tokens hold.
         sample_positions: how large the sample was.
@@ -78,17 +76,19 @@ def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[
     return sample, count, characters
 
 
-def _stored(kind: str, manifest: Manifest, arrays: Arrays, lengths: list[int]) -> tuple[int, float]:
-    """Bytes that a kind's rows take in a shard's columns (footers, a few kilobytes a shard, are not counted), and how many full
-    distributions they stand for."""
-    keys: dict[str, np.ndarray] = {"sequence_id": np.arange(len(lengths))}
-    if KINDS[kind].per == "position":
-        positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
-        keys = {"sequence_id": np.repeat(keys["sequence_id"], lengths), "position": positions}
-    table = KINDS[kind].table(pa.table(keys), arrays, manifest)
-    packed = KINDS[kind].pack(table, manifest)
-    size = sum(write_table(io.BytesIO(), packed.schema, [packed]).column_bytes.values())
-    return size, KINDS[kind].statistics(table, manifest).get("predictions", 0)
+def _stored(manifest: Manifest, sequences: list[TokenSequence], knowledge: Knowledge) -> tuple[int, int]:
+    """Bytes that the sample's knowledge takes in a shard's columns (footers, a few kilobytes a shard, are not counted), and
+    those that its whole distributions would take."""
+    sample = ShardInput(0, 0, len(sequences), 0, sequences, [])
+    tables, statistics = pack_shard(shard_of(manifest, sample, knowledge, {}), manifest)
+    total = dense = 0
+    for name in manifest.kinds:
+        table = tables[name]
+        columns = write_table(io.BytesIO(), table.schema, table.row_groups, table.columns).column_bytes
+        total += sum(columns.values())
+        own = {key.removeprefix(f"{name}."): value for key, value in statistics.items() if key.startswith(f"{name}.")}
+        dense += int(KINDS[name].facts(manifest, Totals(own, total)).get("dense_bytes") or 0)
+    return total, dense
 
 
 def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> Estimate:
@@ -129,10 +129,10 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     parameters = kept_parameters(manifest)
     lengths = [len(sequence.token_ids) for sequence in chosen]
     predict_batch(config, teacher, chosen[:1])  # the first pass pays for what later ones find ready
-    knowledge: dict[str, list[Arrays]] = {kind: [] for kind in parameters}
+    knowledge: Knowledge = {kind: [] for kind in parameters}
     sums: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    ordered: list[int] = []
+    ordered: list[TokenSequence] = []
     seconds = 0.0
     with reporter.progress("asking the teacher", sum(lengths), "positions") as advance:
         for indices in length_batches(lengths, config.batch_size * config.max_length):
@@ -147,13 +147,12 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
                 for name, (total, number) in (figures(ExtractionBatch(batch, prediction, own)) if figures else {}).items():
                     sums[name] += total  # type: ignore[assignment]
                     counts[name] += number
-            ordered += [lengths[index] for index in indices]
+            ordered += batch
             advance(sum(lengths[index] for index in indices))
-    stored = [_stored(kind, manifest, joined(arrays), ordered) for kind, arrays in knowledge.items()]
+    stored_bytes, dense_bytes = _stored(manifest, ordered, knowledge)
     sample = sum(lengths)
-    bytes_per_position = sum(size for size, _ in stored) / sample
-    distributions = sum(count for _, count in stored) / sample  # of a position
-    dense = positions * distributions * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
+    bytes_per_position = stored_bytes / sample
+    dense = positions * dense_bytes / sample
     speed = sample / seconds
     return Estimate(
         documents=count,

@@ -16,11 +16,9 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import numpy as np
-
 from knowledge_store.format.commits import CommitRecord
+from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash
-from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
@@ -67,7 +65,7 @@ def dump_shards(
     total = sum(writer.manifest.derived["shards"][shard]["characters"] for shard in pending)
 
     def publish_knowledge(shard: ShardInput, knowledge: Knowledge) -> CommitRecord:
-        return publish(shard_of(writer, shard, knowledge, made_by))
+        return publish(shard_of(writer.manifest, shard, knowledge, made_by))
 
     publisher = ShardPublisher(publish_knowledge)
     try:
@@ -166,13 +164,13 @@ def _ask(
     return knowledge
 
 
-def shard_of(writer: DumpWriter, shard: ShardInput, knowledge: Knowledge, made_by: dict[str, Any]) -> Shard:
+def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_by: dict[str, Any]) -> Shard:
     """What the writer takes of a shard: its sequences, and for each kind what was taken of each of them."""
-    names = [file["name"] for file in writer.manifest.corpus["files"]]
+    names = [file["name"] for file in manifest.corpus["files"]]
     rows = []
     for sequence in shard.sequences:
         document = sequence.document
-        own = {corpus_column(name): value for name, value in corpus_columns(writer.manifest, sequence).items()}
+        own = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
         rows.append(
             {
                 "sequence_id": sequence_id(document.number, sequence.window),
@@ -188,15 +186,7 @@ def shard_of(writer: DumpWriter, shard: ShardInput, knowledge: Knowledge, made_b
                 **own,
             }
         )
-    arrays = {kind: joined(sequences) for kind, sequences in knowledge.items()}
-    return Shard(shard.shard, shard.first_document, shard.documents, rows, arrays, shard.skipped, made_by)
-
-
-def joined(knowledge: list[Arrays]) -> Arrays:
-    """The arrays of several sequences, one after the other; of one entry each for a kind per sequence."""
-    if not knowledge:
-        return {}
-    return {name: np.concatenate([arrays[name] for arrays in knowledge]) for name in knowledge[0]}
+    return Shard(shard.shard, shard.first_document, shard.documents, rows, knowledge, shard.skipped, made_by)
 
 
 def _made_by(teacher: Teacher) -> dict[str, Any]:
