@@ -72,13 +72,6 @@ TERMINAL_USERS = {
     "student_train/report/report.py",
     "student_train/training/models.py",
     "student_train/training/run.py",
-    "teacher_dump/calibration.py",
-    "teacher_dump/checking/agreement.py",
-    "teacher_dump/dumping/estimate.py",
-    "teacher_dump/dumping/fingerprints.py",
-    "teacher_dump/dumping/plan.py",
-    "teacher_dump/dumping/run.py",
-    "teacher_dump/teachers/local.py",
 }
 
 
