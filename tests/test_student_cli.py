@@ -78,6 +78,7 @@ RUN = ["run", "STORE", "--student", "TEACHER", "--output", "o"]
     ("arguments", "message"),
     [
         (["init", "--from", "/absent", "--keep-layers", "0", "--output", "o"], "there is no model folder /absent"),
+        (["init", "--from", "TEACHER", "--keep-layers", "0", "--output", "TEACHER"], "exists already: choose another --output"),
         (["run", "/absent", "--student", "TEACHER", "--output", "o"], "there is no store at /absent"),
         ([*RUN, "--dump", "absent"], "no dump 'absent'"),
         ([*RUN, "--dump", "train", "--loss", "nonsense"], "there is no loss 'nonsense'"),
