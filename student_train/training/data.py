@@ -273,7 +273,7 @@ def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()
         left_out = sum(summary.column_bytes[f"positions.{name}"] for name in set(kind.stored_schema(manifest).names) - needed)
     return {
         "name": dump,
-        "store": str(store.path),
+        "store": store.address,
         "teacher": manifest.teacher.get("name", ""),
         "vocabulary_size": manifest.vocabulary_size,
         "selection": str(kept.selection) if kept else "",
