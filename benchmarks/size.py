@@ -38,11 +38,12 @@ from benchmarks.layouts import LAYOUTS, Records
 from benchmarks.measurement import RESULTS, keep
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest
 from knowledge_store.format.layout import TOKENS_FILE, table_file
-from knowledge_store.format.parquet import write_table
+from knowledge_store.format.parquet import COUNTING, TEXT, Columns, write_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids
-from knowledge_store.kinds.positions import positions_of, quantise
+from knowledge_store.kinds.field import PLAIN, SPLIT
+from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids, quantise
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.configuration import DumpConfig
@@ -142,7 +143,7 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
         vocabulary_bytes=(folder / config.dump_name / TOKENS_FILE).stat().st_size,
         index_bytes=index,
         column_bytes=summary.column_bytes,
-        dense_bytes=summary.dense_bytes,
+        dense_bytes=int(summary.facts["positions.dense_bytes"] or 0),
     )
 
 
@@ -257,10 +258,25 @@ def by_frequency(ids: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     return numbers
 
 
+def encodings(schema: pa.Schema) -> Columns:
+    """How the store would encode these columns, of which some are made up here."""
+    chosen = {name: COUNTING for name in schema.names if name in ("sequence_id", "position")}
+    for column in schema:
+        value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
+        path = f"{column.name}.list.element" if pa.types.is_list(column.type) else column.name
+        if column.name.endswith("_steps"):
+            chosen[path] = SPLIT
+        elif pa.types.is_binary(column.type):
+            chosen[path] = TEXT
+        elif value_type == pa.uint32():
+            chosen[path] = PLAIN
+    return Columns(chosen)
+
+
 def table_bytes(groups: list[pa.Table]) -> int:
     """Bytes of a file with these row groups, by the writer of every shard."""
     file = io.BytesIO()
-    write_table(file, groups[0].schema, groups)
+    write_table(file, groups[0].schema, groups, encodings(groups[0].schema))
     return len(file.getvalue())
 
 
@@ -301,7 +317,7 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
         renumbered.append(changed(one, {"candidate_ids": octets, "token_id": tokens}))
     mapping = io.BytesIO()
     table = pa.table({"token_id": np.argsort(numbers).astype(np.uint32)})
-    write_table(mapping, table.schema, [table])
+    write_table(mapping, table.schema, [table], encodings(table.schema))
     left_out["ids numbered by frequency, the table of numbers not counted"] = -saved(renumbered)
     left_out["ids numbered by frequency"] = round(-saved(renumbered) - len(mapping.getvalue()) / dump.positions, 3)
     larger = [pa.concat_tables(stored[at : at + 4]).combine_chunks() for at in range(0, len(stored), 4)]

@@ -12,7 +12,7 @@ import transformers
 from conftest import story_rows, write_jsonl
 
 from knowledge_store import KnowledgeStore
-from knowledge_store.kinds import KINDS, Kind
+from knowledge_store.kinds import KINDS, Field, Kind
 from knowledge_store.writing.verification import verify
 from teacher_dump import DumpConfig, dump
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
@@ -285,14 +285,12 @@ def test_logits_that_are_no_numbers_are_not_written_and_earlier_shards_stay(tmp_
 
 
 def test_a_new_kind_takes_a_schema_an_extractor_and_a_line_for_each(tmp_path, loaded_teacher, monkeypatch):
-    schema = pa.schema([("sequence_id", pa.int64()), ("pooled", pa.list_(pa.field("element", pa.float32())))])
-
     def extract_pooled(batch):
         hidden, mask = batch.prediction.hidden.float(), torch.from_numpy(batch.attention_mask)[..., None]
         means = (hidden * mask).sum(1) / mask.sum(1)
         return [{"pooled": mean[None].numpy()} for mean in means]
 
-    monkeypatch.setitem(KINDS, "pooled", Kind("pooled", "sequence", lambda manifest: schema))
+    monkeypatch.setitem(KINDS, "pooled", Kind("pooled", "sequence", lambda manifest: (Field("pooled", pa.float32(), 32),)))
     monkeypatch.setitem(EXTRACTORS, "pooled", extract_pooled)
     corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(7))
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=24, shard_size=3, kinds=("positions", "pooled"))

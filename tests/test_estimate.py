@@ -43,7 +43,7 @@ def test_near_the_dump_itself_and_nothing_is_written(config, loaded_teacher):
     assert predicted.bytes == pytest.approx(knowledge, rel=0.25)
     assert predicted.dense_bytes == pytest.approx(real.dense_bytes, rel=0.15)
     assert predicted.ratio == pytest.approx(predicted.dense_bytes / predicted.bytes, rel=1e-3)
-    assert predicted.top_k_mass[5] == pytest.approx(real.mean_top_k_mass, abs=0.02)
+    assert predicted.top_k_mass[5] == pytest.approx(real.statistics["positions.mean_top_k_mass"], abs=0.02)
     assert predicted.seconds > 0 and predicted.positions_per_second > 0 and predicted.unusable_documents == 0
 
 

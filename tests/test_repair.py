@@ -11,9 +11,9 @@ import pytest
 from conftest import story_rows, write_jsonl
 from processes import Command
 from stores import (
+    apart,
     commit,
     commit_of,
-    joined,
     make_manifest,
     random_sequences,
     read_whole,
@@ -38,6 +38,7 @@ from knowledge_store import (
 from knowledge_store.format.layout import FORMAT_VERSION
 from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds import joined
 from knowledge_store.storage import local as publication
 from teacher_dump import DumpConfig, dump
 
@@ -195,7 +196,7 @@ def repair(store: Path, shard: int, change=lambda arrays: None) -> None:
     arrays = joined(knowledge)
     change(arrays)
     rows = [sequence_row(100 * shard + index, each) for index, each in enumerate(knowledge)]
-    writer.repair(Shard(shard, 100 * shard, 100, rows, {"positions": arrays}, made_by={"host": "elsewhere"}))
+    writer.repair(Shard(shard, 100 * shard, 100, rows, {"positions": apart(arrays, rows)}, made_by={"host": "elsewhere"}))
 
 
 def other_digits(arrays) -> None:

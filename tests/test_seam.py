@@ -8,7 +8,7 @@ from __future__ import annotations
 import pyarrow as pa
 from conftest import save_teacher, story_rows, write_jsonl
 
-from knowledge_store import KINDS, Kind, KnowledgeStore, verify
+from knowledge_store import KINDS, Field, Kind, KnowledgeStore, verify
 from knowledge_store.reporter import Reporter
 from student_train.evaluation.configuration import EvaluateConfig
 from student_train.evaluation.figures import FIGURES
@@ -23,7 +23,7 @@ from teacher_dump.extraction.positions import EXTRACTORS
 SUMMARIES = Kind(
     name="summaries",
     per="sequence",
-    schema=lambda manifest: pa.schema([("sequence_id", pa.int64()), ("vector", pa.list_(pa.field("element", pa.float32())))]),
+    fields=lambda manifest: (Field("vector", pa.float32(), shape=32),),
 )
 
 

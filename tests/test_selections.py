@@ -100,15 +100,17 @@ def test_the_columns(store):
     [row] = opened.sql("SELECT count(tail_ids) AS n FROM positions WHERE dump = 'plain'").to_pylist()
     assert row["n"] == 0
     summaries = {summary.dump: summary for summary in opened.info()}
-    assert [summaries[name].selection for name in SELECTIONS] == [
+    assert [summaries[name].facts["positions.selection"] for name in SELECTIONS] == [
         "top-k 5",
         "top-k 5 + 4 tail draws",
         "top-p 0.6, at most 12 + 2 tail draws",
         "random-sampling, 9 draws",
     ]
-    assert summaries["sampled"].mean_top_k_mass is None
-    assert 0.5 < summaries["nucleus"].mean_top_k_mass < 1  # twelve do not always reach it
-    assert summaries["sampled"].mean_nll == pytest.approx(summaries["plain"].mean_nll, abs=1e-3)
+    assert summaries["sampled"].statistics["positions.mean_top_k_mass"] is None
+    assert 0.5 < summaries["nucleus"].statistics["positions.mean_top_k_mass"] < 1  # twelve do not always reach it
+    assert summaries["sampled"].statistics["positions.mean_nll"] == pytest.approx(
+        summaries["plain"].statistics["positions.mean_nll"], abs=1e-3
+    )
     answer = run_command("knowledge_store", "info", store)
     assert answer.returncode == 0
     assert "random-sampling, 9 draws" in answer.stdout

@@ -29,7 +29,7 @@ from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import FORMAT_VERSION
 from knowledge_store.format.sequences import token_hash
-from knowledge_store.kinds.positions import encode, exact_steps
+from knowledge_store.kinds.positions import exact_steps
 from teacher_dump import DumpConfig, dump
 from teacher_dump.checking.agreement import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, check, describe
 from teacher_dump.dumping import run as teacher_pass
@@ -468,7 +468,7 @@ def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_te
         moved[name].append(round(asked * 8) - round(kept * 8))
 
     for ordinal in range(opened.sequence_count()):
-        rows, _ = opened.kept(ordinal)
+        rows, _ = opened.stored(ordinal, "positions")
         with torch.inference_mode():
             logits = altered.model(torch.from_numpy(rows["token_id"].to_numpy().astype(np.int64)[None])).logits[0].double()
         for row, logprobs in zip(rows.to_pylist()[1:], torch.log_softmax(logits, 1).tolist(), strict=False):
@@ -508,7 +508,7 @@ def test_what_is_kept_lies_within_half_a_step_of_what_is_rounded(data):
     said = knowledge_of(np.arange(4), logits, k)
     said |= {"tail_logsumexp": said["tail_logprob"] / 2, "tail_ids": np.zeros((4, 1)), "tail_counts": np.ones((4, 1), np.int64)}
     keys = pa.table({"sequence_id": np.zeros(4, np.int64), "position": np.arange(4, dtype=np.int32)})
-    rows = KINDS["positions"].unpack(KINDS["positions"].pack(encode(keys, said, manifest), manifest), manifest).slice(1)
+    rows = KINDS["positions"].unpack(KINDS["positions"].pack(keys, said, manifest), manifest).slice(1)
     kept = {name: rows[name].to_numpy() for name in ("token_id", "token_logprob", "tail_logprob", "tail_logsumexp")}
     for name in ("candidate_ids", "candidate_logprobs"):
         kept[name] = np.array(rows[name].to_pylist(), np.float64).reshape(3, -1)

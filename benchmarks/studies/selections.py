@@ -121,7 +121,7 @@ def main() -> None:
             "positions": summary.positions,
             "bytes_per_position": summary.bytes / summary.positions,
             "ids": sum(value for value in ids.values() if value is not None),
-            "mass_of_candidates": summary.mean_top_k_mass,
+            "mass_of_candidates": summary.statistics["positions.mean_top_k_mass"],
             "squared_error": float(torch.cat(errors[name]).mean()),
         }
         if f"{name}, independent" in errors:

@@ -80,6 +80,13 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def _readable(column: pa.Field) -> pa.Field:
+    """A column as DuckDB can read it: it knows no float16."""
+    if pa.types.is_list(column.type):
+        return pa.field(column.name, pa.list_(_readable(column.type.value_field)))
+    return column.with_type(pa.float32()) if pa.types.is_float16(column.type) else column
+
+
 class _Catalogue:
     """Gives a store's tables to a connection, and makes its relations as views over them."""
 
@@ -105,7 +112,7 @@ class _Catalogue:
         """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
         files = shard_files(self._storage, self._index, manifest.dump, table, schema)
-        return dataset(list(files.values()), schema, self.errors)
+        return dataset(list(files.values()), pa.schema([_readable(column) for column in schema]), self.errors)
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""

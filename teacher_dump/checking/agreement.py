@@ -36,7 +36,7 @@ from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds import Arrays
-from knowledge_store.kinds.kind import padded_lists
+from knowledge_store.kinds.columns import padded_lists
 from knowledge_store.kinds.positions import damage, exact_steps, positions_of
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.dumping.plan import length_batches
@@ -288,7 +288,7 @@ def _read(store: KnowledgeStore, manifest: Manifest, ordinals: list[int]) -> tup
     kept, unreadable = [], []
     for ordinal in ordinals:
         try:
-            rows, stated = store.kept(ordinal, manifest.dump)
+            rows, stated = store.stored(ordinal, "positions", manifest.dump)
         except DamageError as error:
             unreadable.append(str(error))
             continue

@@ -10,19 +10,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from knowledge_store.catalogue.summary import DENSE_BYTES_PER_LOGPROB
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import write_table
-from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds import KINDS, Arrays, joined
+from knowledge_store.kinds.positions import DENSE_BYTES, positions_of
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.configuration import SELECTION_OPTIONS, DumpConfig
 from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
-from teacher_dump.dumping.run import extract_batch, joined, predict_batch
+from teacher_dump.dumping.run import extract_batch, predict_batch
 from teacher_dump.teachers.local import Teacher, load_teacher
 
 SAMPLE_DOCUMENTS = 64
@@ -83,8 +82,9 @@ def _bytes(manifest: Manifest, arrays: Arrays, lengths: list[int]) -> int:
             "position": pa.array(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])),
         }
     )
-    table = KINDS["positions"].pack(KINDS["positions"].table(keys, arrays, manifest), manifest)
-    return sum(write_table(io.BytesIO(), table.schema, [table]).column_bytes.values())
+    kind = KINDS["positions"]
+    table = kind.pack(keys, arrays, manifest)
+    return sum(write_table(io.BytesIO(), table.schema, [table], kind.columns(manifest)).column_bytes.values())
 
 
 def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
@@ -143,7 +143,7 @@ def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:
     mass = np.exp(likeliest["candidate_logprobs"][likeliest["has_knowledge"]].astype(np.float64)).cumsum(axis=1).mean(axis=0)
     sample_bytes = _bytes(manifest, arrays, ordered)
     bytes_per_position = sample_bytes / len(kept)
-    dense = positions * kept.mean() * teacher.vocabulary_size * DENSE_BYTES_PER_LOGPROB
+    dense = positions * kept.mean() * teacher.vocabulary_size * DENSE_BYTES
     speed = len(kept) / seconds
     return Estimate(
         documents=count,

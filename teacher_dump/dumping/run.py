@@ -394,16 +394,8 @@ def publish_shard(
                 **own,
             }
         )
-    arrays = {kind: joined(each) for kind, each in knowledge.items()}
     publish = writer.repair if repair else writer.commit
-    return publish(Shard(shard.shard, shard.first_document, shard.documents, rows, arrays, shard.skipped, made_by))
-
-
-def joined(knowledge: list[Arrays]) -> Arrays:
-    """The arrays of several sequences, one after the other; of one entry each for a kind per sequence."""
-    if not knowledge:
-        return {}
-    return {name: np.concatenate([arrays[name] for arrays in knowledge]) for name in knowledge[0]}
+    return publish(Shard(shard.shard, shard.first_document, shard.documents, rows, knowledge, shard.skipped, made_by))
 
 
 def _made_by(teacher: Teacher) -> dict[str, Any]:
