@@ -80,4 +80,4 @@ def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teache
     assert notes == ["The kind summaries of the dump both is not evaluated: no figures exist for it."]
     monkeypatch.setitem(FIGURES, "summaries", lambda model, store, dump, ordinals, **_: {"distance": len(ordinals)})
     measured = evaluate(question)
-    assert measured["distance"] == measured["sequences"] == len(store) and not measured["not_evaluated"]
+    assert measured["figures"]["summaries"]["distance"] == measured["sequences"] == len(store) and not measured["not_evaluated"]
