@@ -139,6 +139,11 @@ class DigestingFile:
 
 def _record(size: int, sha256: str, footer: bytes) -> FileRecord:
     metadata = parse_footer(footer)
+    return FileRecord(size, sha256, hashlib.sha256(footer).hexdigest(), metadata.num_rows, column_sizes(metadata))
+
+
+def column_sizes(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Compressed bytes of each top-level column."""
     column_bytes: dict[str, int] = {}
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
@@ -146,7 +151,7 @@ def _record(size: int, sha256: str, footer: bytes) -> FileRecord:
             chunk = row_group.column(index)
             column = chunk.path_in_schema.split(".")[0]
             column_bytes[column] = column_bytes.get(column, 0) + chunk.total_compressed_size
-    return FileRecord(size, sha256, hashlib.sha256(footer).hexdigest(), metadata.num_rows, column_bytes)
+    return column_bytes
 
 
 def parse_footer(footer: bytes) -> pq.FileMetaData:
@@ -176,8 +181,8 @@ def read_footer(storage: Storage, name: str, size: int) -> bytes:
 
 
 def describe(storage: Storage, name: str) -> FileRecord:
-    """The record of a file as it stands, all of which is read, without `column_bytes`: of a footer that nothing vouches for,
-    pyarrow can be asked how many rows there are, and hardly more without risk to this process.
+    """The record of a file as it stands, all of which is hashed, without `column_bytes`: pyarrow may end this process if asked
+    for the columns of a footer that nothing vouches for, unless their rows were read before.
 
     Raises:
         DamageError: it is missing or no Parquet file.
