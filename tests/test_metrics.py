@@ -11,20 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from knowledge_store.calibration.expected_calibration_error import (
+    adaptive_calibration_error,
+    equal_count_bins,
+    expected_calibration_error,
+    reliability,
+)
+from knowledge_store.calibration.temperature import fit_temperature
+from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
 from student_train.evaluation.metrics import (
     FullVocabularyCalibration,
-    adaptive_calibration_error,
-    bootstrap_calibration_error,
-    bootstrap_interval,
     brier,
     brier_from_sums,
     describe_scores,
-    equal_count_bins,
-    expected_calibration_error,
-    fit_temperature,
     full_vocabulary_calibration_error,
     negative_log_likelihood,
-    reliability,
     softmax,
 )
 
@@ -122,7 +123,7 @@ def test_full_vocabulary_by_hand():
     assert FullVocabularyCalibration().error == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 30),
@@ -229,7 +230,7 @@ def test_groups_of_uneven_size_keep_their_weight():
     assert bootstrap_interval(values, groups=groups, level=0.01) == (0.75, 0.75)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ANSWERS.filter(lambda answers: len(answers[0]) >= 10), st.sampled_from([1, 10, 15]), st.booleans())
 def test_the_interval_of_a_calibration_error(answers, bins, adaptive):
     """Against the error of each resample, computed one by one."""
@@ -262,14 +263,14 @@ def test_the_difference_of_two_calibration_errors():
 def test_many_values_are_resampled_piece_by_piece(monkeypatch):
     values = np.random.default_rng(6).normal(size=300)
     whole = bootstrap_interval(values)
-    monkeypatch.setattr("student_train.evaluation.metrics.DRAWS", 1000)
+    monkeypatch.setattr("student_train.evaluation.bootstrap.MAX_RANDOM_NUMBERS", 1000)
     assert bootstrap_interval(values) == pytest.approx(whole)
 
 
 # ---- temperature
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0.2, 6), st.integers(0, 1000))
 def test_a_known_temperature_is_found(temperature, seed):
     """Labels that follow softmax(logits) exactly (as weights): logits times T have their best temperature at T."""

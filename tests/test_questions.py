@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer, write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
@@ -108,7 +108,7 @@ def test_files_that_are_not_there(tmp_path):
         read_questions(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="cannot read"):
         read_questions(tmp_path)
-    with pytest.raises(InputError, match="--answer-as is letter or text, not 'number'"):
+    with pytest.raises(InputError, match="answer_as is 'number'; it must be letter or text"):
         read_questions(tmp_path / "absent.jsonl", "number")
 
 
@@ -132,7 +132,7 @@ TOKENIZERS = {"plain": make_tokenizer(), "opened": opened(make_tokenizer())}
 TEXT = st.text(st.sampled_from("abc lighthouse? .\nÄ字"), min_size=1, max_size=20).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     text=TEXT,
     options=st.lists(TEXT, min_size=2, max_size=4, unique_by=str.strip),
@@ -180,5 +180,7 @@ def test_questions_too_long_for_the_model():
     (tokens,) = tokenise([question], TOKENIZERS["plain"], "text")
     size = len(tokens.context) + max(map(len, tokens.completions))
     assert tokenise([question], TOKENIZERS["plain"], "text", size) == [tokens]
-    with pytest.raises(InputError, match=rf"q\.jsonl, line 5: the question has {size} tokens, and the model takes {size - 1}"):
+    with pytest.raises(
+        InputError, match=rf"q\.jsonl, line 5: the question has {size} tokens, and the model takes at most {size - 1}"
+    ):
         tokenise([question], TOKENIZERS["plain"], "text", size - 1)

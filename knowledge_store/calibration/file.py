@@ -1,4 +1,4 @@
-"""A calibration: how a teacher that is too sure of itself, or not sure enough, is to be put right.
+"""A calibration: how an over-confident or under-confident teacher is corrected.
 
     temperature          T of the whole distribution, softmax(z / T); `teacher-dump calibrate` fits it, before a dump is made
     first                c of FIRST, softmax(P / c) over the candidates' probabilities (Shum et al. 2024, arXiv 2408.12168)
