@@ -225,9 +225,9 @@ def check_whole(storage: Storage, name: str, record: FileRecord) -> None:
         raise DamageError(f"{path} does not match its record: its footer, rows or columns are others")
 
 
-def unreadable(path: str, error: Exception) -> KnowledgeStoreError:
+def unreadable(path: str, error: Exception) -> Exception:
     """What to say of a file that could not be read: what the system refuses is not the file's damage."""
-    if isinstance(error, KnowledgeStoreError):
+    if isinstance(error, KnowledgeStoreError | MemoryError):
         return error
     if isinstance(error, OSError) and error.errno:
         return StoreError(f"cannot read {path}: {os.strerror(error.errno)}")
@@ -303,9 +303,9 @@ class CheckedFile:
         """The bytes from one place in the file to another (DamageError, StoreError: as of `read`)."""
         try:
             return self._checked(start, min(end, self.size))
-        except (KnowledgeStoreError, OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        except (KnowledgeStoreError, OSError, ValueError, pa.ArrowException) as error:
             reason = unreadable(self.file.path, error)
-            if self._errors is not None:
+            if self._errors is not None and isinstance(reason, KnowledgeStoreError):
                 # Another one of the same words: this one's traceback leads to whoever holds this file.
                 self._errors.append(type(reason)(str(reason)))
             raise reason from None

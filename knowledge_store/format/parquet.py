@@ -228,7 +228,7 @@ def read_row_group(table: OpenTable, group: int, columns: list[str] | None = Non
     """
     try:
         return table.read_row_group(group, columns=columns, use_threads=False).replace_schema_metadata(None)
-    except (OSError, MemoryError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(table.file.path, error) from None
 
 
