@@ -10,10 +10,10 @@ import typer
 
 from knowledge_store.calibration.file import check_output, write_calibration
 from knowledge_store.errors import InputError
+from knowledge_store.quantities import amount, byte_size, duration
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import command_errors, note, output
 from knowledge_store.terminal.progress import TerminalReporter
-from knowledge_store.terminal.quantities import amount, byte_size, duration
 from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig
 from teacher_dump.corpus.documents import check_files
 from teacher_dump.dumping.report import DumpReport
