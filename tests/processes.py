@@ -16,10 +16,26 @@ from pathlib import Path
 import psutil
 from torture.heartbeat import wait_for, wait_until
 
+from knowledge_store.reporter import Reporter
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["teacher_dump.dumping.run", "teacher_dump.dumping.estimate", "teacher_dump.cli", "student_train.training.run", "stores"]
+    [
+        *("teacher_dump.cli", "teacher_dump.dumping.repair", "teacher_dump.dumping.run", "teacher_dump.dumping.estimate"),
+        *("teacher_dump.checking.run", "teacher_dump.checking.verdicts", "student_train.training.run", "stores"),
+    ]
 )
+
+
+class Notes(Reporter):
+    """A reporter that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        """Remember it."""
+        self.notes.append(sentence)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torture.heartbeat import wait_for, wait_until
 from torture.hostile_sql import Stand, run
 
 from knowledge_store import DamageError, InputError, KnowledgeStore, QueryError, StoreError
-from knowledge_store.isolation.child import _check_end
+from knowledge_store.isolation.child import Killed
+from knowledge_store.sql.isolated import _result
 from knowledge_store.sql.query import QUERY_THREAD, Query
 
 MIB = 2**20
@@ -160,14 +161,15 @@ def test_no_setting_names_the_home(store, name, isolated):
 SLOW = """
 import os, resource, time
 from knowledge_store import KnowledgeStore
-from knowledge_store.isolation import child as isolation
-isolation.OPENING_TIME = 0.5
+from knowledge_store.isolation.child import main
+from knowledge_store.sql import isolated
+isolated.OPENING_TIME = 0.5
 def slow(*args, **options):
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] < 2**34
     while True:
         time.sleep(1)
 KnowledgeStore.open = slow
-isolation.main(os.getppid())
+main(os.getppid())
 """
 
 
@@ -178,14 +180,28 @@ def test_opening_a_store_has_limits_of_its_own(stand):
     command = [sys.executable, "-c", SLOW]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
         assert child.stdin and child.stderr
-        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.write(json.dumps({"task": "knowledge_store.sql.isolated:answer", "request": request}).encode() + b"\n")
         child.stdin.flush()
         report = child.stderr.read().decode()
     assert (child.returncode, report) == (-signal.SIGALRM, "")
-    with pytest.raises(StoreError, match=r"could not be opened within 300 s and 4 GiB"):
-        _check_end(child.returncode, report, 2**28, 0.1, print)
+    with pytest.raises(StoreError, match=r"could not be opened within 300 s and 4 GiB \(the process ended by SIGALRM\)"):
+        _result(Ended(signal.SIGALRM), 2**28, 0.1)
     with pytest.raises(QueryError, match="interrupted"):
-        _check_end(child.returncode, "opened\n", 2**28, 0.1, print)
+        _result(Ended(signal.SIGALRM, {"state": "opened"}), 2**28, 0.1)
+    with pytest.raises(QueryError, match="SIGABRT"):
+        _result(Ended(signal.SIGABRT, {"state": "opened"}), 2**28, 0.1)
+
+
+class Ended:
+    """A child that a signal ended after some reports."""
+
+    def __init__(self, number: int, *reports: dict):
+        self.number, self.reports = number, reports
+
+    def result(self, hear):
+        for report in self.reports:
+            hear(report)
+        raise Killed(self.number)
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -27,7 +27,9 @@ from student_train.training.run_folder import read_history
 PAIRS = Kind(
     name="pairs",
     per="sequence",
-    fields=lambda manifest: (Field("chosen_ids", pa.int32(), "ragged"), Field("rejected_ids", pa.int32(), "ragged")),
+    fields=lambda manifest: tuple(
+        Field(name, pa.int32(), shape="ragged", padding=-1) for name in ("chosen_ids", "rejected_ids")
+    ),
 )
 
 
@@ -57,7 +59,7 @@ def store(tmp_path, monkeypatch) -> Path:
     writer = DumpWriter.open(tmp_path / "store", manifest, tokens_table(names, names))
     random = np.random.default_rng(0)
     for shard in range(2):
-        chosen, rejected = ([random.integers(5, 300, 7) for _ in range(6)] for _ in range(2))
+        chosen, rejected = ([random.integers(5, 300, length) for length in random.integers(2, 9, 6)] for _ in range(2))
         rows = [
             {
                 "sequence_id": sequence_id(DOCUMENTS * shard + index, 0),
@@ -73,8 +75,8 @@ def store(tmp_path, monkeypatch) -> Path:
             }
             for index, tokens in enumerate(chosen)
         ]
-        arrays = [{"chosen_ids": [one], "rejected_ids": [other]} for one, other in zip(chosen, rejected, strict=True)]
-        writer.commit(Shard(shard, DOCUMENTS * shard, DOCUMENTS, rows, {"pairs": arrays}, made_by=MADE_BY))
+        knowledge = [{"chosen_ids": [one], "rejected_ids": [other]} for one, other in zip(chosen, rejected, strict=True)]
+        writer.commit(Shard(shard, DOCUMENTS * shard, DOCUMENTS, rows, {"pairs": knowledge}, made_by=MADE_BY))
     return tmp_path / "store"
 
 

@@ -52,7 +52,7 @@ from knowledge_store.kinds.packing import (
 )
 from knowledge_store.kinds.packing import exact_steps as exact_prediction_steps
 from knowledge_store.kinds.selection import Selection
-from knowledge_store.terminal.quantities import byte_size
+from knowledge_store.quantities import byte_size
 
 FIELDS = (
     Field("token_id", pa.uint32(), encoding=PLAIN, identifying=True),  # phrases repeat, which Zstandard finds by itself
