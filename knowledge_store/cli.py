@@ -56,7 +56,7 @@ def _open(store: Path, **options: Any) -> KnowledgeStore:
 
 @command(app)
 def info(store: StoreArgument) -> None:
-    """Show what a store holds: dumps, sizes, ratio to dense logits, mass of the candidates.
+    """Show what a store holds: dumps, their sizes, and what each kind of knowledge tells.
 
     Example: `knowledge-store info knowledge/`
     """
