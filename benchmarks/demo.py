@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from knowledge_store.terminal.progress import duration
+from knowledge_store.terminal.quantities import duration
 
 HOME = Path(".demo")
 STORE = HOME / "store"
@@ -125,7 +125,7 @@ def main() -> None:
     heading("4. How good, and how trustworthy: on text neither student has seen")
     for run in RUNS:
         if not (HOME / run / "evaluations" / "heldout.json").exists():
-            command("student_train", "evaluate", HOME / run, "--store", STORE, "--dump", "heldout")
+            command("student_train", "evaluate", STORE, "--dump", "heldout", "--model", HOME / run)
     command("student_train", "report", *(HOME / run for run in RUNS), "--output", REPORT)
 
     heading("The two students, and their teacher, on held-out text")

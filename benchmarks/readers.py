@@ -12,6 +12,7 @@ A record is one sequence of T positions with K candidates, as compact as plain t
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -317,14 +318,20 @@ def measure(reader: Reader, seed: int) -> dict[str, float]:
 
 def main() -> None:
     """Write or read, on one core."""
-    name, path, folder, task = sys.argv[1:5]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=READERS, metavar="NAME")
+    parser.add_argument("records", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("task", choices=("write", "read"))
+    parser.add_argument("seed", type=int, nargs="?", default=0, help="of the random order")
+    options = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    kind, found = READERS[name], records(Path(path))
-    if task == "write":
-        kind.write(Path(folder), found)
+    kind, found = READERS[options.name], records(options.records)
+    if options.task == "write":
+        kind.write(options.folder, found)
         result: dict[str, Any] = {"package": kind.package, "version": version(kind.package)}
     else:
-        result = measure(kind(Path(folder), found), int(sys.argv[5]))
+        result = measure(kind(options.folder, found), options.seed)
     print(json.dumps(result), flush=True)
     os._exit(0)  # some peers leave threads that would hold the process up
 

@@ -1,0 +1,207 @@
+"""The documents: what stands in them runs, is complete, and leads somewhere.
+
+Every `sh`, `python` and `sql` block of a document is run, in order, in one folder for each document. Models, files and numbers
+of steps are replaced from one table, `SUBSTITUTIONS`. A block that needs an engine, a device, a server or minutes has a comment
+before it, `<!-- not run: the reason -->`; `NOT_RUN` lists those there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import story_rows, write_jsonl
+
+from knowledge_store import KnowledgeStore
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".", "knowledge_store", "teacher_dump", "student_train", "benchmarks")
+    for path in (ROOT / folder).glob("*.md")
+)
+PROGRAMS = {name.replace("_", "-"): f"{name}.cli" for name in ("knowledge_store", "teacher_dump", "student_train")}
+
+# What a document says, and what is run in its place. Names that lead to a tiny model or file lie in the folder of the test.
+SUBSTITUTIONS = (
+    ("meta-llama/Llama-3.1-8B", "teacher"),
+    ("tuned/", "teacher"),
+    ("quickstart/train.jsonl", "train.jsonl"),
+    ("quickstart/heldout.jsonl", "heldout.jsonl"),
+    ("quickstart/chat.jsonl", "chat.jsonl"),
+    ("benchmarks.tiny_model quickstart", "benchmarks.tiny_model quickstart --steps 1"),
+    ("--steps 60", "--steps 2"),
+    ("--steps 100", "--steps 2"),
+    ("--epochs 1", "--steps 2"),
+    ("max_steps=20", "max_steps=2"),
+    ("'small'", "'train'"),
+    ("'large'", "'heldout'"),
+)
+
+# Blocks that are not run: document, and reason.
+NOT_RUN = {
+    ("README.md", "it installs packages"),
+    ("CONTRIBUTING.md", "minutes, and packages to install"),
+    ("benchmarks/RESULTS.md", "minutes to hours, with models and texts of your own"),
+    ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
+    ("student_train/TRAINERS.md", "needs two GPUs"),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a document: its first line's number, its language, its text, and why it is not run (None: it is)."""
+
+    line: int
+    language: str
+    text: str
+    reason: str | None
+
+
+def blocks(document: str) -> list[Block]:
+    """All blocks of a document, in order."""
+    text = (ROOT / document).read_text()
+    pattern = re.compile(r"(?:<!-- not run: (?P<reason>.*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+    return [
+        Block(text.count("\n", 0, match.start("text")) + 1, match["language"], match["text"], match["reason"])
+        for match in pattern.finditer(text)
+    ]
+
+
+def substituted(text: str) -> str:
+    for words, replacement in SUBSTITUTIONS:
+        text = text.replace(words, replacement)
+    return text
+
+
+def run_line(line: str) -> None:
+    """One line of a shell: a command of ours or a module, with globs, `< FILE` and `> FILE`, in this process."""
+    words = shlex.split(line, comments=True)
+    files = {sign: words[words.index(sign) + 1] for sign in "<>" if sign in words}
+    for sign, name in files.items():
+        words = [word for word in words if word not in (sign, name)]
+    words = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*.jsonl" in word else [word])]
+    module = words[2] if words[:2] == ["python", "-m"] else PROGRAMS[words[0]]
+    arguments = words[3:] if words[0] == "python" else words[1:]
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "argv", [words[0], *arguments])
+        if "<" in files:
+            patch.setattr(sys, "stdin", io.StringIO(Path(files["<"]).read_text()))
+        try:
+            importlib.import_module(module).main()
+        except SystemExit as ended:
+            assert not ended.code, f"exit code {ended.code}: {line}"
+    if ">" in files:
+        Path(files[">"]).write_text(printed.getvalue())
+
+
+def run_block(block: Block) -> None:
+    text = substituted(block.text)
+    if block.language == "sh":
+        for line in re.sub(r"\\\n\s*", "", text).splitlines():
+            if line.strip():
+                run_line(line)
+    elif block.language == "python":
+        exec(text, {"__name__": "document"})
+    elif block.language == "sql":
+        store = KnowledgeStore.open("knowledge")
+        for statement in filter(str.strip, text.split(";\n")):
+            assert store.sql(statement).num_columns
+    elif block.language == "json":
+        for line in text.splitlines():
+            json.loads(line)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
+    """A folder with everything that documents name without making it."""
+    folder = tmp_path_factory.mktemp("documents")
+    shutil.copytree(store_folder, folder / "knowledge")
+    shutil.copytree(teacher_folder, folder / "teacher")
+    # The default --max-length is what documents use; more positions need no more weights.
+    configuration = json.loads((folder / "teacher/config.json").read_text())
+    (folder / "teacher/config.json").write_text(json.dumps({**configuration, "max_position_embeddings": 512}))
+    shutil.copytree(teacher_folder, folder / "student")
+    rows = story_rows(12)
+    (folder / "data").mkdir()
+    for name in ("train.jsonl", "data/part-1.jsonl", "data/part-2.jsonl"):
+        write_jsonl(folder / name, rows)
+    write_jsonl(folder / "heldout.jsonl", story_rows(6, start=30))
+    turns = [{"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "The keeper did."}]
+    write_jsonl(folder / "chat.jsonl", [{"messages": turns}] * 4)
+    for name in ("test", "validation"):
+        rows = [
+            {"question": f"What is {name} {place}?", "options": ["a lamp", "a boat"], "answer": place % 2} for place in range(6)
+        ]
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    for name in ("distilled", "fine-tuned"):
+        shutil.copytree(teacher_folder, folder / "runs" / name)
+    (folder / "question.sql").write_text("SELECT count(*) FROM sequences")
+    return folder
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if any(not block.reason for block in blocks(name))])
+def test_every_block_runs(document, prepared, tmp_path, monkeypatch):
+    made_by_the_document = ("knowledge", "student", "runs") if document == "README.md" else ()
+    shutil.copytree(prepared, tmp_path / "work", ignore=shutil.ignore_patterns(*made_by_the_document))
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.syspath_prepend(str(ROOT))
+    for block in blocks(document):
+        if block.reason is None:
+            try:
+                run_block(block)
+            except BaseException as error:
+                error.add_note(f"in the block at {document}:{block.line}")
+                raise
+
+
+def test_blocks_are_marked():
+    languages = {block.language for document in DOCUMENTS for block in blocks(document)}
+    assert languages <= {"sh", "python", "sql", "json", "text"}
+    assert {(document, block.reason) for document in DOCUMENTS for block in blocks(document) if block.reason} == NOT_RUN
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_command_and_option_stands_in_a_document(program):
+    text = "\n".join((ROOT / document).read_text() for document in DOCUMENTS)
+    group = typer.main.get_command(importlib.import_module(PROGRAMS[program]).app)
+    missing = []
+    for name, command in group.commands.items():
+        if f"{program} {name}" not in text:
+            missing.append(name)
+        for option in (each for parameter in command.params for each in parameter.opts if each.startswith("--")):
+            if option != "--help" and not re.search(rf"{option}(?![\w-])", text):
+                missing.append(f"{name} {option}")
+    assert missing == []
+
+
+def test_every_relation_stands_in_sql_md(store_folder):
+    text = (ROOT / "knowledge_store/SQL.md").read_text()
+    store = KnowledgeStore.open(store_folder)
+    for relation in store.sql("SHOW TABLES")["name"].to_pylist():
+        assert f"| `{relation}` |" in text
+        columns = store.sql(f"DESCRIBE {relation}")["column_name"].to_pylist()
+        if relation in ("positions", "candidates", "tokens"):
+            assert [name for name in columns if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_link_leads_somewhere(document):
+    folder = (ROOT / document).parent
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / document).read_text())
+    assert [link for link in links if not link.startswith("https://") and not (folder / link).exists()] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
