@@ -125,7 +125,7 @@ def main() -> None:
     heading("4. How good, and how trustworthy: on text neither student has seen")
     for run in RUNS:
         if not (HOME / run / "evaluations" / "heldout.json").exists():
-            command("student_train", "evaluate", HOME / run, "--store", STORE, "--dump", "heldout")
+            command("student_train", "evaluate", STORE, "--dump", "heldout", "--model", HOME / run)
     command("student_train", "report", *(HOME / run for run in RUNS), "--output", REPORT)
 
     heading("The two students, and their teacher, on held-out text")

@@ -353,7 +353,7 @@ def evaluate(arguments: argparse.Namespace, journal: Journal) -> None:
         model = work / "teacher" if slug == TEACHER else work / "runs" / slug
         result = work / "evaluations" / f"{slug}.json"
         journal.run(
-            f"evaluate {slug}", result, "student_train", "evaluate", model,
+            f"evaluate {slug}", result, "student_train", "evaluate", "--model", model,
             "--questions", work / "test.jsonl", "--answer-as", "text", "--post-hoc-temperature", work / "calibration.jsonl",
             "--batch-size", BATCH_SIZE, "--output", result,
         )  # fmt: skip
