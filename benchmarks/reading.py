@@ -149,9 +149,10 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+    from student_train.training.arguments import schedule, training_arguments
     from student_train.training.configuration import TrainConfig, check_config
     from student_train.training.data import DistillationDataset
-    from student_train.training.run import DistillationTrainer, _arguments, _schedule
+    from student_train.training.trainer import DistillationTrainer
 
     class OneBatch(DistillationDataset):
         """The first batch again and again, read once."""
@@ -192,8 +193,8 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         config = TrainConfig(
             str(options.store), "", str(work / "run"), steps=options.steps, batch_size=options.batch_size, workers=workers
         )
-        arguments = _arguments(config)
-        _schedule(arguments, config, options.steps, evaluate=False, fresh=True)
+        arguments = training_arguments(config)
+        schedule(arguments, config, options.steps, evaluate=False, fresh=True)
         torch.manual_seed(0)
         shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
         student = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, tie_word_embeddings=True, **shape))

@@ -45,13 +45,15 @@ import knowledge_store.format.parquet
 import knowledge_store.writing.writer
 from benchmarks.measurement import RESULTS, keep
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest, Shard
+from knowledge_store.catalogue.index import index_path
 from knowledge_store.format.commits import CommitRecord
-from knowledge_store.format.layout import COMMITS, INDEX_FILE, MANIFEST_FILE, SEQUENCES, commit_path, table_path
+from knowledge_store.format.layout import COMMITS, MANIFEST_FILE, SEQUENCES, commit_file, table_file
 from knowledge_store.format.manifest import read_manifest
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.positions import PositionsParameters
 from knowledge_store.kinds.selection import Selection
+from knowledge_store.storage.local import LocalStorage
 from knowledge_store.terminal.progress import progress_bar
 
 STATISTICS = """
@@ -152,9 +154,9 @@ def copy_shard(store: Path, record: CommitRecord, shard: int) -> None:
     """Shard `shard` as a copy of the shard of that record, then its own commit record."""
     folder = store / DUMP
     for table in record.files:
-        shutil.copyfile(table_path(folder, table, record.shard), table_path(folder, table, shard))
+        shutil.copyfile(table_file(str(folder), table, record.shard), table_file(str(folder), table, shard))
     copy = replace(record, shard=shard, first_document=shard * record.documents)
-    commit_path(folder, shard).write_bytes(copy.to_bytes())
+    Path(commit_file(str(folder), shard)).write_bytes(copy.to_bytes())
 
 
 def many_shards(store: Path, shards: int, spare: int) -> CommitRecord:
@@ -205,7 +207,7 @@ def scan_footers_by_duckdb(store: Path) -> dict[str, int]:
 def histogram_by_duckdb(store: Path) -> list[dict[str, Any]]:
     """DuckDB's own answer, over the same files, through the view that FORMAT.md prints."""
     tables = {table: f"read_parquet('{store}/{DUMP}/{table}/*.parquet')" for table in ("positions", "sequences")}
-    view = KINDS["positions"].view(read_manifest(store / DUMP))
+    view = KINDS["positions"].view(read_manifest(LocalStorage(store), DUMP))
     assert view is not None
     tables["positions"] = f"({view.format(rows=tables['positions'])})"
     with duckdb.connect(":memory:") as connection:
@@ -349,7 +351,7 @@ def measure_shards(folder: Path, shards: int, repeats: int) -> dict[str, Any]:
         "footers_over_statistics_by_cpu": round(cpu / median(runs["statistics"], "cpu_seconds"), 1),
         "footers_by_pyarrow_over_statistics": round(median(runs["footers"]) / median(runs["statistics"]), 1),
         "files": 3 * (shards + repeats) + 3,
-        "index_bytes": (store / INDEX_FILE).stat().st_size,
+        "index_bytes": index_path(LocalStorage(store)).stat().st_size,
         "manifest_bytes": (store / DUMP / MANIFEST_FILE).stat().st_size,
         "commit_record_bytes": len(record.to_bytes()),
     }
@@ -362,7 +364,7 @@ def measure_positions(folder: Path, positions: int, repeats: int) -> dict[str, A
     measured("open", store)
     found: dict[str, Any] = {
         "positions": measured("info", store)["answer"]["positions"],
-        "index_bytes": (store / INDEX_FILE).stat().st_size,
+        "index_bytes": index_path(LocalStorage(store)).stat().st_size,
     }
     cores = [count for count in (1, 2) if count <= len(os.sched_getaffinity(0))]
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {}

@@ -37,7 +37,7 @@ import knowledge_store.format.parquet
 from benchmarks.layouts import LAYOUTS, Records
 from benchmarks.measurement import RESULTS, keep
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest
-from knowledge_store.format.layout import TOKENS_FILE, table_path
+from knowledge_store.format.layout import TOKENS_FILE, table_file
 from knowledge_store.format.parquet import write_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
@@ -182,7 +182,7 @@ def logical_tables(store: Path, manifest: Manifest) -> Iterator[tuple[pa.Table, 
     kind = KINDS["positions"]
     folder = store / manifest.dump
     for number in range(manifest.shard_count):
-        with pq.ParquetFile(table_path(folder, "positions", number)) as file:
+        with pq.ParquetFile(table_file(str(folder), "positions", number)) as file:
             for group in range(file.num_row_groups):
                 stored = file.read_row_group(group)
                 yield kind.unpack(stored, manifest), stored
@@ -260,7 +260,7 @@ def by_frequency(ids: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
 def table_bytes(groups: list[pa.Table]) -> int:
     """Bytes of a file with these row groups, by the writer of every shard."""
     file = io.BytesIO()
-    write_table(pa.concat_tables(groups), file, [len(group) for group in groups])
+    write_table(file, groups[0].schema, groups)
     return len(file.getvalue())
 
 
@@ -300,7 +300,8 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
         octets = packed_ids(again.values.to_numpy(), counts, ids.is_valid().to_numpy(zero_copy_only=False), id_bytes(manifest))
         renumbered.append(changed(one, {"candidate_ids": octets, "token_id": tokens}))
     mapping = io.BytesIO()
-    write_table(pa.table({"token_id": np.argsort(numbers).astype(np.uint32)}), mapping, [len(numbers)])
+    table = pa.table({"token_id": np.argsort(numbers).astype(np.uint32)})
+    write_table(mapping, table.schema, [table])
     left_out["ids numbered by frequency, the table of numbers not counted"] = -saved(renumbered)
     left_out["ids numbered by frequency"] = round(-saved(renumbered) - len(mapping.getvalue()) / dump.positions, 3)
     larger = [pa.concat_tables(stored[at : at + 4]).combine_chunks() for at in range(0, len(stored), 4)]

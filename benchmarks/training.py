@@ -38,8 +38,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measurement import RESULTS, keep
 from knowledge_store.kinds.selection import Selection
-from student_train.losses.divergences import Batch, cross_entropy, forward_kl, select_targets
+from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.sliced import Share, sliced_loss, sum_over_slices
+from student_train.losses.targets import Batch, select_targets
 from teacher_dump.extraction.positions import knowledge_of
 
 CANDIDATES, DRAWS = 5, 4

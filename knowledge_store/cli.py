@@ -19,7 +19,7 @@ from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.terminal.commands import Command, StoreArgument, application, command
 from knowledge_store.terminal.console import messages, note, output
-from knowledge_store.terminal.progress import TerminalReporter, progress_bar
+from knowledge_store.terminal.progress import TerminalReporter
 from knowledge_store.terminal.quantities import amount, byte_size
 
 if TYPE_CHECKING:
@@ -182,9 +182,7 @@ def verify(store: StoreArgument) -> None:
     """
     from knowledge_store.writing.verification import verify as verify_store
 
-    planned = sum(1 for _ in store.glob("*/commits/*.json"))
-    with progress_bar("verifying", max(planned, 1), "shards") as advance:
-        found = verify_store(store, advance)
+    found = verify_store(store, TerminalReporter())
     for sentence in found.notes:
         note(f"Note: {sentence}")
     for sentence in found.damage:
@@ -192,7 +190,7 @@ def verify(store: StoreArgument) -> None:
     checked = f"{found.dumps} dumps, {found.shards} shards, {found.positions:,} positions, {byte_size(found.bytes)}"
     if found.damage:
         note(f"{len(found.damage)} damaged; sound: {checked}")
-        note("Damaged shards are made anew by the command that made the dump, with --repair: teacher-dump run … --repair")
+        note("Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair")
         raise typer.Exit(DAMAGED)
     output.print(f"Sound: {checked}", markup=False)
 

@@ -7,6 +7,7 @@ KnowledgeStoreError          base of all: a command prints it as one line and ex
 │   └── MismatchError        the dump was made differently; says which things differ
 ├── QueryError               SQL that is refused or does not run
 └── DamageError              bytes on disk are not the bytes that were published; names the file
+    └── MissingFileError     a file is not there
 """
 
 MAX_CHARACTERS = 2000
@@ -42,3 +43,7 @@ class QueryError(KnowledgeStoreError):
 
 class DamageError(KnowledgeStoreError):
     """A file of the store is missing, truncated or altered."""
+
+
+class MissingFileError(DamageError):
+    """A file of the store is not there."""

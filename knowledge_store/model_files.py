@@ -10,7 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,6 +131,13 @@ def check_weights(folder: Path) -> None:
             _check_name(folder, name, index)
     if named is not None:
         _check_name(folder, str(named).removesuffix(".index.json"), folder / "config.json")
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Keep a library's bars and notices off standard error while the body runs; what fails is raised all the same."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
 
 
 @contextmanager

@@ -23,6 +23,8 @@ class Option:
         argument: it is given by its place, not by its name.
         metavar: what stands for its value in the help.
         min, max: the smallest and largest number that is taken.
+        above, below: the same, where the limit itself is not taken.
+        choices: the only values that are taken; empty for any.
     """
 
     help: str
@@ -31,6 +33,33 @@ class Option:
     metavar: str | None = None
     min: float | None = None
     max: float | None = None
+    above: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def limits(self) -> str:
+        """What a value must be, in words: "above 0 and at most 1"."""
+        if self.choices:
+            names = [str(choice) for choice in self.choices]
+            return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+        words = (("at least", self.min), ("above", self.above), ("at most", self.max), ("below", self.below))
+        return " and ".join(f"{word} {limit:,}" for word, limit in words if limit is not None)
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value lies within the limits; None always does, and text where there are no choices."""
+        if value is None or isinstance(value, bool):
+            return True
+        if self.choices:
+            return value in self.choices
+        if not isinstance(value, int | float):
+            return True
+        return (
+            (self.min is None or value >= self.min)
+            and (self.max is None or value <= self.max)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
 
 
 def option(
@@ -42,9 +71,13 @@ def option(
     metavar: str | None = None,
     min: float | None = None,
     max: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple[Any, ...] = (),
 ) -> Any:
     """A field of a configuration that a command takes as an option (see `Option`); without a default it is required."""
-    return field(default=default, metadata={_KEY: Option(help, flag, argument, metavar, min, max)})
+    declared = Option(help, flag, argument, metavar, min, max, above, below, choices)
+    return field(default=default, metadata={_KEY: declared})
 
 
 def option_of(configuration_field: Field[Any]) -> Option | None:
@@ -60,16 +93,13 @@ def flag_of(configuration_field: Field[Any]) -> str:
 
 
 def check_options(configuration: Any) -> None:
-    """Make sure that the numbers of a configuration lie within the limits of its fields.
+    """Make sure that the values of a configuration lie within the limits of its fields.
 
     Raises:
-        InputError: naming the option and its limit.
+        InputError: naming the option and its limits.
     """
-    for each in fields(configuration):
-        found, value = option_of(each), getattr(configuration, each.name)
-        if found is None or value is None or isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        if found.min is not None and not value >= found.min:
-            raise InputError(f"{flag_of(each)} is {value}; it must be at least {found.min:,}")
-        if found.max is not None and not value <= found.max:
-            raise InputError(f"{flag_of(each)} is {value}; it must be at most {found.max:,}")
+    for configuration_field in fields(configuration):
+        declared, value = option_of(configuration_field), getattr(configuration, configuration_field.name)
+        if declared is not None and not declared.allows(value):
+            shown = repr(value) if isinstance(value, str) else value
+            raise InputError(f"{flag_of(configuration_field)} is {shown}; it must be {declared.limits}")

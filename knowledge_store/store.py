@@ -10,64 +10,81 @@ import pyarrow as pa
 
 from knowledge_store.catalogue.index import Index, refresh
 from knowledge_store.catalogue.summary import DumpSummary, summarise
-from knowledge_store.errors import DamageError, InputError, StoreError
-from knowledge_store.format.layout import SEQUENCES, STORE_FILE, dump_folders
+from knowledge_store.errors import DamageError, InputError, MissingFileError, StoreError
+from knowledge_store.format.layout import SEQUENCES, STORE_FILE, manifest_file
 from knowledge_store.format.manifest import Manifest, check_version, read_manifest
+from knowledge_store.format.parquet import read_table
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.isolation.child import isolated_answer
 from knowledge_store.kinds import KINDS, Arrays, check_kinds
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
-from knowledge_store.reading.reader import DumpReader, read_sequences, shard_files
+from knowledge_store.reading.reader import DumpReader, shard_files
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.export import export
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.query import read_tokens, run_query
 from knowledge_store.sql.view import dump_views
-from knowledge_store.storage.local import disk_errors, remove_folder
+from knowledge_store.storage import Storage, open_storage
 
 
-def check_store(path: Path) -> None:
-    """Make sure `path` is a store this version can read.
+def check_store(storage: Storage) -> None:
+    """Make sure that a storage holds a store that this version can read.
 
     Raises:
-        StoreError: it does not exist, is a file, is some other folder, has a newer format version, or cannot be read.
+        StoreError: there is none, or it is some other folder, or of another format version, or cannot be read.
         DamageError: its store.json is altered.
     """
-    with disk_errors("read", path):
-        if not path.exists():
-            raise StoreError(f"there is no store at {path}: `teacher-dump run --store {path}` makes one")
-        if not path.is_dir():
-            raise StoreError(f"{path} is a file, not a store: a store is a folder")
-        if not (path / STORE_FILE).exists():
-            raise StoreError(f"{path} is not a knowledge store: it has no {STORE_FILE}")
-    check_store_file(path / STORE_FILE)
+    try:
+        check_store_file(storage)
+    except MissingFileError:
+        if occupied(storage):
+            raise StoreError(f"{storage.address} is not a knowledge store: it has no {STORE_FILE}") from None
+        raise StoreError(f"there is no store at {storage.address}: `teacher-dump run {storage.address}` makes one") from None
 
 
-def check_store_file(path: Path) -> None:
+def occupied(storage: Storage) -> bool:
+    """Whether anything is in a place for a store (StoreError: it is a file)."""
+    try:
+        return bool(storage.files("") or storage.folders(""))
+    except DamageError:
+        raise StoreError(f"{storage.address} is a file, not a store: a store is a folder") from None
+
+
+def check_store_file(storage: Storage) -> None:
     """Make sure that a store's store.json is one, of a version this one can read.
 
     Raises:
-        StoreError: it has a newer format version, or cannot be read.
+        StoreError: it has another format version, or cannot be read.
         DamageError: it is altered, missing, or some other file of a store.
     """
-    record = read_record(path)
-    check_version(record, path)
+    record = read_record(storage, STORE_FILE)
+    check_version(record, storage.locate(STORE_FILE))
     if record.keys() != {"format", "version"}:
-        raise DamageError(f"{path} is damaged: it is some other file of a store")
+        raise DamageError(f"{storage.locate(STORE_FILE)} is damaged: it is some other file of a store")
+
+
+def manifest_exists(storage: Storage, folder: str) -> bool:
+    """Whether a folder of a store has a manifest, readable or not."""
+    try:
+        storage.size(manifest_file(folder))
+    except MissingFileError:
+        return False
+    except DamageError:
+        return True
+    return True
 
 
 class KnowledgeStore:
     """A store as it stood when it was opened: shards committed later are seen by opening it again.
 
     Make one with `KnowledgeStore.open`. A copy, and one that was pickled, sees the same shards through files of its
-    own, as another process needs. Reading never writes to the store, except that a missing or outdated index is made anew where
-    the folder can be written.
+    own, as another process needs. Reading never writes to the store.
     """
 
-    def __init__(self, path: Path, manifests: list[Manifest], index: Index, cache_size: int = CACHE_SIZE):
-        self.path = path
+    def __init__(self, storage: Storage, manifests: list[Manifest], index: Index, cache_size: int = CACHE_SIZE):
+        self.storage = storage
         self.cache_size = cache_size
         self._manifests = {manifest.dump: manifest for manifest in manifests}
         self._index = index
@@ -77,26 +94,31 @@ class KnowledgeStore:
         return {**self.__dict__, "_readers": {}}
 
     @classmethod
-    def open(cls, path: str | Path, *, rebuild_index: bool = False, cache_size: int = CACHE_SIZE) -> KnowledgeStore:
+    def open(cls, store: str | Path | Storage, *, rebuild_index: bool = False, cache_size: int = CACHE_SIZE) -> KnowledgeStore:
         """Open a store.
 
         Args:
-            path: its folder.
+            store: its folder or storage.
             rebuild_index: read every commit record, whatever the index says.
             cache_size: the most bytes that decoded sequences, of all stores together, may take in the user's cache folder;
                 0 for none.
 
         Raises:
-            StoreError: `path` is no store, or a newer one than this version knows.
+            StoreError: there is no store, or one of another format version.
             DamageError: a manifest or commit record is altered.
         """
-        path = Path(path)
-        check_store(path)
-        manifests = [read_manifest(folder) for folder in dump_folders(path)]
+        storage = open_storage(store)
+        check_store(storage)
+        manifests = [read_manifest(storage, name) for name in storage.folders("") if manifest_exists(storage, name)]
         for manifest in manifests:
-            check_kinds(manifest, str(path))
-        index = refresh(path, manifests, rebuild=rebuild_index)
-        return cls(path, manifests, index, cache_size)
+            check_kinds(manifest, storage.address)
+        index = refresh(storage, manifests, rebuild=rebuild_index)
+        return cls(storage, manifests, index, cache_size)
+
+    @property
+    def address(self) -> str:
+        """Where the store is, as people name it."""
+        return self.storage.address
 
     @property
     def dumps(self) -> tuple[str, ...]:
@@ -113,9 +135,9 @@ class KnowledgeStore:
             return next(iter(self._manifests))
         there = ", ".join(self._manifests) or "none"
         if name is None:
-            raise InputError(f"name a dump of {self.path} (there: {there})")
+            raise InputError(f"name a dump of {self.storage.address} (there: {there})")
         if name not in self._manifests:
-            raise InputError(f"{self.path} has no dump {name!r} (there: {there})")
+            raise InputError(f"{self.storage.address} has no dump {name!r} (there: {there})")
         return name
 
     def manifest(self, dump: str | None = None) -> Manifest:
@@ -124,23 +146,23 @@ class KnowledgeStore:
 
     def tokens(self, dump: str | None = None) -> pa.Table:
         """A dump's vocabulary: token_id uint32, text string (as a person reads it), token string (the tokenizer's name)."""
-        return read_tokens(self.path, self.manifest(dump))
+        return read_tokens(self.storage, self.manifest(dump))
 
     def sequences(self, dump: str | None = None) -> pa.Table:
         """A dump's `sequences` table, in the order of ordinals."""
         manifest = self.manifest(dump)
         schema = sequences_schema(manifest)
-        table = read_sequences(shard_files(self.path, self._index, manifest.dump, SEQUENCES), schema)
-        return schema.empty_table() if table is None else table
+        files = shard_files(self.storage, self._index, manifest.dump, SEQUENCES, schema)
+        return pa.concat_tables([schema.empty_table(), *map(read_table, files.values())])
 
     def info(self) -> list[DumpSummary]:
         """The facts of each dump, from manifests and the index alone."""
-        return [summarise(self.path, self._index, manifest) for manifest in self._manifests.values()]
+        return [summarise(self.storage, self._index, manifest) for manifest in self._manifests.values()]
 
     @property
-    def parts(self) -> tuple[Path, Index, list[Manifest]]:
+    def parts(self) -> tuple[Storage, Index, list[Manifest]]:
         """What a `Query` needs to know of it."""
-        return self.path, self._index, list(self._manifests.values())
+        return self.storage, self._index, list(self._manifests.values())
 
     def sql(
         self, query: str, *, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT, isolated: bool = False
@@ -164,12 +186,12 @@ class KnowledgeStore:
             DamageError: a file it reads is not what was published.
         """
         if isolated:
-            return isolated_answer(self.path, query, memory_limit, timeout)
+            return isolated_answer(self.storage.address, query, memory_limit, timeout)
         return run_query(*self.parts, query, memory_limit, timeout)
 
     def view(self, dump: str | None = None) -> str:
         """SQL statements that create a dump's relations in any DuckDB, over the committed files (see `sql.view`)."""
-        return dump_views(self.path, self._index, self.manifest(dump))
+        return dump_views(self.storage, self._index, self.manifest(dump))
 
     def export(
         self,
@@ -202,12 +224,12 @@ class KnowledgeStore:
             raise InputError(f"name one of the kinds of dump {manifest.dump!r}: {', '.join(kinds)}")
         if kind is not None and kind not in kinds:
             raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}: it has {', '.join(kinds)}")
-        return export(self.path, self._index, manifest, kind or kinds[0], Path(output), where, reporter=reporter)
+        return export(self.storage, self._index, manifest, kind or kinds[0], Path(output), where, reporter=reporter)
 
     def _reader(self, dump: str | None) -> DumpReader:
         name = self.dump(dump)
         if name not in self._readers:
-            self._readers[name] = DumpReader(self.path, self._index, self._manifests[name], self.cache_size)
+            self._readers[name] = DumpReader(self.storage, self._index, self._manifests[name], self.cache_size)
         return self._readers[name]
 
     def batches(
@@ -243,7 +265,7 @@ class KnowledgeStore:
         """
         reader = self._reader(dump)
         if not len(reader):
-            raise InputError(f"dump {self.dump(dump)!r} of {self.path} has no committed shard yet")
+            raise InputError(f"dump {self.dump(dump)!r} of {self.address} has no committed shard yet")
         wanted = tuple(reader.manifest.kinds) if kinds is None else kinds
         for kind in wanted:
             if kind not in reader.manifest.kinds:
@@ -305,7 +327,7 @@ class KnowledgeStore:
             StoreError: it cannot be removed.
         """
         name = self.dump(dump)
-        remove_folder(self.path / name)
+        self.storage.remove_folder(name)
         del self._manifests[name]
         self._readers.pop(name, None)
-        self._index = refresh(self.path, list(self._manifests.values()))
+        self._index = refresh(self.storage, list(self._manifests.values()))

@@ -9,26 +9,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from student_train.calibration.fit import StoreFit, calibrate
-    from student_train.calibration.recalibration import recalibrated
-    from student_train.evaluation.metrics import (
-        FullVocabularyCalibration,
+    from knowledge_store.calibration.expected_calibration_error import (
         adaptive_calibration_error,
-        bootstrap_calibration_error,
-        bootstrap_interval,
-        brier,
         expected_calibration_error,
-        fit_temperature,
-        full_vocabulary_calibration_error,
-        negative_log_likelihood,
         reliability,
     )
+    from knowledge_store.calibration.temperature import fit_temperature
+    from student_train.calibration.fit import StoreFit, calibrate
+    from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
+    from student_train.evaluation.configuration import EvaluateConfig
+    from student_train.evaluation.metrics import (
+        FullVocabularyCalibration,
+        brier,
+        full_vocabulary_calibration_error,
+        negative_log_likelihood,
+    )
     from student_train.evaluation.questions import Question, corpus_row, read_questions
-    from student_train.evaluation.run import EvaluateConfig, evaluate
+    from student_train.evaluation.run import evaluate
     from student_train.losses.divergences import (
-        LOSSES,
-        Loss,
-        Targets,
         adaptive_kl,
         conditional_kl,
         cross_entropy,
@@ -38,61 +36,48 @@ if TYPE_CHECKING:
         label_smoothing,
         residual_to_gold,
         reverse_kl,
-        select_targets,
         skewed_kl,
         skewed_reverse_kl,
         top_k_renormalised,
         total_variation,
     )
+    from student_train.losses.recalibration import recalibrated
     from student_train.losses.sliced import sliced_loss
+    from student_train.losses.table import LOSSES, Loss
+    from student_train.losses.targets import Targets, select_targets
     from student_train.report.report import write_report
     from student_train.training.configuration import TrainConfig
     from student_train.training.data import DistillationDataset, check_student, split_ordinals
     from student_train.training.initialisation import initialise
     from student_train.training.run import TrainResult, train
 
+# Where each name is defined, one module a line.
 _HOMES = {
-    "calibration.fit": ("StoreFit", "calibrate"),
-    "training.configuration": ("TrainConfig",),
-    "training.data": ("DistillationDataset", "check_student", "split_ordinals"),
-    "evaluation.run": ("EvaluateConfig", "evaluate"),
-    "training.initialisation": ("initialise",),
-    "losses.divergences": (
-        "LOSSES",
-        "Loss",
-        "Targets",
-        "adaptive_kl",
-        "conditional_kl",
-        "cross_entropy",
-        "first",
-        "forward_kl",
-        "jensen_shannon",
-        "label_smoothing",
-        "residual_to_gold",
-        "reverse_kl",
-        "select_targets",
-        "skewed_kl",
-        "skewed_reverse_kl",
-        "top_k_renormalised",
-        "total_variation",
+    "knowledge_store.calibration.expected_calibration_error": (
+        "adaptive_calibration_error expected_calibration_error reliability"
     ),
-    "evaluation.metrics": (
-        "FullVocabularyCalibration",
-        "adaptive_calibration_error",
-        "bootstrap_calibration_error",
-        "bootstrap_interval",
-        "brier",
-        "expected_calibration_error",
-        "fit_temperature",
-        "full_vocabulary_calibration_error",
-        "negative_log_likelihood",
-        "reliability",
+    "knowledge_store.calibration.temperature": "fit_temperature",
+    "student_train.calibration.fit": "StoreFit calibrate",
+    "student_train.evaluation.bootstrap": "bootstrap_calibration_error bootstrap_interval",
+    "student_train.evaluation.configuration": "EvaluateConfig",
+    "student_train.evaluation.metrics": (
+        "FullVocabularyCalibration brier full_vocabulary_calibration_error negative_log_likelihood"
     ),
-    "evaluation.questions": ("Question", "corpus_row", "read_questions"),
-    "calibration.recalibration": ("recalibrated",),
-    "report.report": ("write_report",),
-    "losses.sliced": ("sliced_loss",),
-    "training.run": ("TrainResult", "train"),
+    "student_train.evaluation.questions": "Question corpus_row read_questions",
+    "student_train.evaluation.run": "evaluate",
+    "student_train.losses.divergences": (
+        "adaptive_kl conditional_kl cross_entropy first forward_kl jensen_shannon label_smoothing residual_to_gold "
+        "reverse_kl skewed_kl skewed_reverse_kl top_k_renormalised total_variation"
+    ),
+    "student_train.losses.recalibration": "recalibrated",
+    "student_train.losses.sliced": "sliced_loss",
+    "student_train.losses.table": "LOSSES Loss",
+    "student_train.losses.targets": "Targets select_targets",
+    "student_train.report.report": "write_report",
+    "student_train.training.configuration": "TrainConfig",
+    "student_train.training.data": "DistillationDataset check_student split_ordinals",
+    "student_train.training.initialisation": "initialise",
+    "student_train.training.run": "TrainResult train",
 }
 
 __all__ = [
@@ -145,8 +130,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+        if name in names.split():
+            return getattr(importlib.import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -19,7 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
 from knowledge_store.calibration.file import Calibration
+from knowledge_store.calibration.temperature import root_of_slopes
 from knowledge_store.errors import InputError
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.documents import check_files, problem_text, read_documents
@@ -195,32 +197,6 @@ def _fit(
     return round(temperature, 4), at_edge
 
 
-def root_of_slopes(temperatures: np.ndarray, slopes: np.ndarray) -> tuple[float, bool]:
-    """Where the slope of a convex function of 1 / T passes zero.
-
-    Args:
-        temperatures: float64 (M,), ascending, M at least 4.
-        slopes: float64 (M,), of the derivative with respect to 1 / T: descending.
-
-    Returns:
-        the temperature, from the cubic in log T through the four slopes around it, and False; or the first or last
-        temperature and True, when the slope does not pass zero between them.
-    """
-    if slopes[0] <= 0 or slopes[-1] >= 0:
-        return float(temperatures[0 if slopes[0] <= 0 else -1]), True
-    below = int(np.flatnonzero(slopes > 0)[-1])
-    first = min(max(below - 1, 0), len(temperatures) - 4)
-    places = np.log(temperatures)
-    # Scaled, so that the system is well conditioned; the cubic then passes through all four.
-    scale = np.abs(slopes[first : first + 4]).max()
-    cubic = np.polynomial.Polynomial.fit(places[first : first + 4], slopes[first : first + 4] / scale, 3)
-    low, high = places[below], places[below + 1]
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cubic(middle) > 0 else (low, middle)
-    return math.exp(low), False
-
-
 @dataclass(frozen=True)
 class _Measured:
     """Of N targets: sequence, int64 (N,); correct, bool (N,); at temperature 1 and at T: nll, confidence, brier, (2, N)."""
@@ -234,7 +210,7 @@ class _Measured:
     def figures(self, row: int) -> dict[str, float]:
         return {
             "nll": float(self.nll[row].mean()),
-            **{f"ece_{bins}": calibration_error(self.confidence[row], self.correct, bins) for bins in (10, 15)},
+            **{f"ece_{bins}": expected_calibration_error(self.confidence[row], self.correct, bins) for bins in (10, 15)},
             "brier": float(self.brier[row].mean()),
         }
 
@@ -263,13 +239,6 @@ def _measure(
         figures.append(torch.stack(found).cpu().numpy().astype(np.float64))
     nll, confidence, brier = np.concatenate(figures, axis=2).transpose(1, 0, 2)
     return _Measured(np.concatenate(numbers), np.concatenate(correct), nll, confidence, brier)
-
-
-def calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int) -> float:
-    """Σ |B|/n · |accuracy − confidence| over equal-width bins of confidence, bin i being (i / bins, (i + 1) / bins]."""
-    index = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gaps = np.bincount(index, weights=correct.astype(np.float64) - confidence, minlength=bins)
-    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def mean_and_error(values: np.ndarray, groups: np.ndarray) -> tuple[float, float | None]:

@@ -12,8 +12,7 @@ import typer
 
 from knowledge_store.calibration.file import check_output, write_calibration
 from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output
-from knowledge_store.terminal.progress import duration
-from knowledge_store.terminal.quantities import amount, byte_size
+from knowledge_store.terminal.quantities import amount, byte_size, duration
 from teacher_dump.dumping.configuration import DumpConfig
 
 NOT_THE_SAME = 1

@@ -43,7 +43,6 @@ READERS = {
     "quoted name is a file": 'SELECT * FROM "{secret}.parquet" AS positions',
     "store's own file": "SELECT * FROM read_text('{store}/store.json')",
     "store's own shard": "SELECT * FROM '{store}/small/positions/00000.parquet'",
-    "store's own index": "SELECT * FROM read_duckdb('{store}/index.duckdb')",
     "in-memory database's name": "SELECT content FROM read_text(':memory:')",
     "in-memory database's name, spelt out": "SELECT content FROM read_text('{outside}/:memory:')",
     "in-memory database's name, as blob": "SELECT content FROM read_blob('./:memory:')",

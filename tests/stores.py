@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from knowledge_store import DumpWriter, Manifest, Shard
-from knowledge_store.format.parquet import describe, read_file
+from knowledge_store.catalogue.index import index_path
+from knowledge_store.format.commits import CommitRecord, read_commit
+from knowledge_store.format.integrity import DigestingFile
+from knowledge_store.format.manifest import read_manifest
+from knowledge_store.format.parquet import FileRecord, TableFile, read_table, write_table
+from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
+from knowledge_store.storage.local import LocalStorage
 
 MADE_BY = {"host": "here", "device": "cpu"}
 DOCUMENTS = 100  # in a shard of the plan; a test may use fewer
@@ -172,10 +180,10 @@ def assert_close(found: pa.Table, expected: pa.Table, most: float = 1e-6) -> Non
 
 
 def contents(store: Path) -> dict[str, object]:
-    """Every file of a store but the index: bytes, or for a commit record all that does not say who made it and when."""
+    """Every file of a store: bytes, or for a commit record all that does not say who made it and when."""
     found: dict[str, object] = {}
     for path in sorted(store.rglob("*")):
-        if path.is_dir() or path.name == "index.duckdb":
+        if path.is_dir():
             continue
         name = str(path.relative_to(store))
         if path.parent.name == "commits":
@@ -187,6 +195,51 @@ def contents(store: Path) -> dict[str, object]:
     return found
 
 
+def record_of(path: Path) -> FileRecord:
+    """The record of a Parquet file, as its writer would have made it."""
+    data = path.read_bytes()
+    digesting = DigestingFile(io.BytesIO())
+    length = int.from_bytes(data[-8:-4], "little") + 8
+    digesting.write(data[:-length])
+    digesting.digests()
+    digesting.write(data[-length:])
+    return digesting.record()
+
+
+def table_file_of(path: Path, record: FileRecord | None = None) -> TableFile:
+    """A Parquet file of a store as readers know it; by default whatever its record says of it."""
+    schema = pq.read_schema(path).remove_metadata()
+    return TableFile(LocalStorage(path.parent), path.name, record or record_of(path), schema)
+
+
+def manifest_of(store: Path, dump: str = "small") -> Manifest:
+    """The manifest of a dump."""
+    return read_manifest(LocalStorage(store), dump)
+
+
+def commit_of(store: Path, shard: int, dump: str = "small") -> CommitRecord:
+    """The commit record of a shard."""
+    return read_commit(LocalStorage(store), dump, shard)
+
+
+def sealed_json(path: Path) -> dict[str, Any]:
+    """A sealed JSON file."""
+    return read_record(LocalStorage(path.parent), path.name)
+
+
+def rewrite(path: Path, table: pa.Table) -> FileRecord:
+    """Write a table as a Parquet file of a store, in one row group."""
+    with open(path, "wb") as file:
+        return write_table(file, table.schema, [table])
+
+
+def index_of(store: Path) -> Path:
+    """The file of a store's index."""
+    path = index_path(LocalStorage(store))
+    assert path is not None
+    return path
+
+
 def read_whole(path: Path) -> pa.Table:
     """A Parquet file of a store, whatever its record says of it."""
-    return read_file(path, describe(path))
+    return read_table(table_file_of(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from student_train.losses.divergences import Targets, select_targets
+from student_train.losses.targets import Targets, select_targets
 
 VOCABULARY = 23
 

@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import pyarrow as pa
 import pytest
 from conftest import skip_for, story_rows, write_jsonl
-from stores import commit, make_manifest, random_sequences, read_whole, words, write_store
+from stores import commit, make_manifest, random_sequences, rewrite, table_file_of, words, write_store
 from torture import disk_errors, journal_disk
 
 from knowledge_store import DumpWriter, StoreError
-from knowledge_store.format.parquet import describe, write_table
+from knowledge_store.format.parquet import describe, read_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.writing.writer import repair_manifest
 from teacher_dump import DumpConfig, dump
@@ -66,14 +66,15 @@ def no_more_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-@pytest.mark.parametrize("read", [describe, read_whole])
+@pytest.mark.parametrize("read", [lambda file: describe(file.storage, file.name), read_table])
 def test_what_cannot_be_opened_is_not_called_damaged(tmp_path, read):
     path = tmp_path / "a.parquet"
-    with open(path, "wb") as file:
-        write_table(pa.table({"a": [1, 2]}), file, [2])
-    read(path)
+    record = rewrite(path, pa.table({"a": [1, 2]}))
+    file = table_file_of(path, record)
+    read(file)
+    file.storage.__init__(tmp_path)  # nothing is open any more
     with no_more_files(), pytest.raises(StoreError, match=r"cannot read .*a\.parquet: Too many open files"):
-        read(path)
+        read(file)
 
 
 def test_a_lock_that_cannot_be_opened_is_named(tmp_path):

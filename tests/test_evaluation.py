@@ -16,19 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
+from knowledge_store.calibration.expected_calibration_error import adaptive_calibration_error, expected_calibration_error
 from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.kinds.positions import positions_of
 from student_train.cli import app
-from student_train.evaluation.metrics import (
-    adaptive_calibration_error,
-    bootstrap_calibration_error,
-    bootstrap_interval,
-    expected_calibration_error,
-    full_vocabulary_calibration_error,
-)
-from student_train.evaluation.run import EvaluateConfig, evaluate
+from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
+from student_train.evaluation.configuration import EvaluateConfig
+from student_train.evaluation.metrics import full_vocabulary_calibration_error
+from student_train.evaluation.run import evaluate
 from teacher_dump import DumpConfig, dump
 
 
@@ -179,7 +176,7 @@ def test_a_dump_without_candidates(teacher_folder, draws_folder, tmp_path):
     assert set(found["teacher"]) == {"nll", "intervals"}
     assert found["teacher"]["nll"] == pytest.approx(found["student"]["nll"], abs=0.05)
     text = path.read_text()
-    done = CliRunner().invoke(app, ["evaluate", str(teacher_folder), "--store", str(draws_folder), "--output", str(path)])
+    done = CliRunner().invoke(app, ["evaluate", str(draws_folder), "--model", str(teacher_folder), "--output", str(path)])
     assert done.exit_code == 0 and "held-out loss" in done.stdout
     assert not any(name in text for name in ("kl_lower_bound", "top_1_agreement", "coverage", "NaN"))
 
@@ -237,11 +234,11 @@ def test_limit_takes_sequences_from_all_over(teacher_folder, store_folder, tmp_p
         ({"batch_size": 0}, "--batch-size"),
         ({"model": "/no/such/model"}, "no model folder"),
         ({"gguf_file": "absent.gguf"}, "no GGUF file .*absent.gguf"),
-        ({"store": None, "dump": None}, "give either --store, .* or --questions"),
-        ({"questions": "q.jsonl"}, "give either --store, .* or --questions"),
-        ({"store": None, "questions": "q.jsonl"}, "--dump names a dump of --store"),
+        ({"store": None, "dump": None}, "give either STORE, .* or --questions"),
+        ({"questions": "q.jsonl"}, "give either STORE, .* or --questions"),
+        ({"store": None, "questions": "q.jsonl"}, "--dump names a dump of a store"),
         ({"answer_as": "text"}, "--answer-as says how --questions are answered"),
-        ({"post_hoc_temperature": "q.jsonl"}, "of a file of questions serves --questions"),
+        ({"post_hoc_temperature": "q.jsonl"}, "takes a file of questions only with --questions"),
         ({"post_hoc_temperature": "absent.json"}, "there is no calibration file"),
         ({"output": "."}, "is a folder: name a file"),
     ],

@@ -24,13 +24,14 @@ from stores import (
     log_softmax,
     make_manifest,
     random_sequences,
+    record_of,
     sequence_row,
     words,
     write_store,
 )
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, Shard, verify
-from knowledge_store.format.parquet import FileRecord, describe
+from knowledge_store.format.parquet import FileRecord
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import list_offsets
@@ -85,7 +86,7 @@ def test_physical_schema_of_sequences_and_tokens(tmp_path):
     writer = small_dump(tmp_path / "store", columns=columns, shards=1)
     knowledge = random_sequences(0, 2)
     commit(writer, 0, knowledge, source=["a", None], score=[0.5, None], length=[7, 8], kept=[True, None])
-    sequences = pq.read_table(writer.folder / "sequences/00000.parquet")
+    sequences = pq.read_table(Path(writer.address) / "sequences/00000.parquet")
     assert list(zip(sequences.schema.names, map(str, sequences.schema.types), strict=True)) == [
         ("sequence_id", "int64"),
         ("document", "int64"),
@@ -104,7 +105,7 @@ def test_physical_schema_of_sequences_and_tokens(tmp_path):
     ]
     assert sequences["corpus_length"].to_pylist() == [7, 8]
     assert sequences["length"].to_pylist() == [len(each["token_id"]) for each in knowledge]
-    tokens = pq.read_table(writer.folder / "tokens.parquet")
+    tokens = pq.read_table(Path(writer.address) / "tokens.parquet")
     assert [str(kind) for kind in tokens.schema.types] == ["uint32", "string", "string"]
     assert tokens.schema.names == ["token_id", "text", "token"]
 
@@ -127,7 +128,6 @@ def test_layout_of_a_store(tmp_path):
     KnowledgeStore.open(store)
     files = sorted(str(path.relative_to(store)) for path in store.rglob("*") if path.is_file())
     assert files == [
-        "index.duckdb",
         "small/commits/00000.json",
         "small/commits/00001.json",
         "small/manifest.json",
@@ -211,7 +211,7 @@ def test_decoded_values_by_hand(tmp_path):
     probabilities = np.array([0.25, 0.5, 0.0625, 0.125, 0.0625])
     writer = small_dump(tmp_path / "store", vocabulary=5, k=2, shards=1)
     commit(writer, 0, [knowledge_of(np.array([4, 3]), np.log(np.stack([probabilities, probabilities])), 2)])
-    [none, one] = pq.read_table(writer.folder / "positions/00000.parquet").to_pylist()
+    [none, one] = pq.read_table(Path(writer.address) / "positions/00000.parquet").to_pylist()
     assert none == {
         "sequence_id": 0,
         "position": 0,
@@ -229,7 +229,7 @@ def test_decoded_values_by_hand(tmp_path):
         "gap_steps": [2**23 + 6],  # ln 2 = 0.693 is nearest to 0.75
         "tail_steps": 2**23 + 128 + 9,  # ln(1/4 / 3/4) = −1.099 is nearest to −1.125, 17.125 below 16
     }
-    stored = logical(writer.folder / "positions/00000.parquet", vocabulary=5, k=2).to_pylist()
+    stored = logical(Path(writer.address) / "positions/00000.parquet", vocabulary=5, k=2).to_pylist()
     first = -np.log(1 + np.exp(-1.125)) - np.log(1 + np.exp(-0.75))  # 0.513 of the whole
     assert stored == [
         {
@@ -270,7 +270,7 @@ def test_position_t_is_the_prediction_of_token_t(tmp_path):
     logits = random.normal(0, 3, (12, vocabulary))  # row t is a model's output after tokens 0 … t
     writer = small_dump(tmp_path / "store", vocabulary=vocabulary, k=k, shards=1)
     commit(writer, 0, [knowledge_of(tokens, logits, k)])
-    rows = logical(writer.folder / "positions/00000.parquet", vocabulary=vocabulary, k=k).to_pylist()
+    rows = logical(Path(writer.address) / "positions/00000.parquet", vocabulary=vocabulary, k=k).to_pylist()
     read = KnowledgeStore.open(tmp_path / "store")[0]
     for t in range(1, 12):
         weights = np.exp(logits[t - 1])
@@ -491,5 +491,5 @@ def test_context_without_knowledge_and_with_it(tmp_path):
 
 def test_a_record_survives_json(tmp_path):
     store = write_store(tmp_path / "store", shards=1)
-    record = describe(store / "small/positions/00000.parquet")
+    record = record_of(store / "small/positions/00000.parquet")
     assert FileRecord.from_dict(json.loads(json.dumps(dataclasses.asdict(record)))) == record

@@ -7,23 +7,19 @@ import random
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 import pytest
 from conftest import ROOT
-from stores import commit, make_manifest, random_sequences, words, write_store
-from torture.indexes import READERS, try_harms
+from stores import commit, commit_of, index_of, make_manifest, manifest_of, random_sequences, words, write_store
 
-from knowledge_store import DamageError, DumpWriter, KnowledgeStore, StoreError
-from knowledge_store.catalogue.index import INDEX_SCHEMA, _load, standing_records
-from knowledge_store.format.commits import read_commit
-from knowledge_store.format.layout import INDEX_FILE
-from knowledge_store.format.manifest import read_manifest
+from knowledge_store import DamageError, DumpWriter, KnowledgeStore
+from knowledge_store.catalogue.index import INDEX_SCHEMA
+from knowledge_store.format.commits import commit_records
 from knowledge_store.format.sequences import tokens_table
-from knowledge_store.storage.local import remove_folder
+from knowledge_store.storage.local import LocalStorage, remove_folder
 
 QUERY = "SELECT * EXCLUDE (committed_at) FROM shards ORDER BY dump, shard"
 
@@ -40,15 +36,15 @@ def store(tmp_path) -> Path:
 
 def test_deleted(store):
     before = answers(store)
-    (store / "index.duckdb").unlink()
+    index_of(store).unlink()
     assert answers(store) == before
-    assert (store / "index.duckdb").is_file()
+    assert index_of(store).is_file()
 
 
 @pytest.mark.parametrize("harm", ["empty", "text", "cut", "tail", "folder", "other schema", "no tables"])
 def test_harmed(store, harm):
     before = answers(store)
-    path = store / "index.duckdb"
+    path = index_of(store)
     data = path.read_bytes()
     path.unlink()
     if harm == "folder":
@@ -68,7 +64,7 @@ def test_harmed(store, harm):
 
 def test_flipped_bits(store):
     before = answers(store)
-    path = store / "index.duckdb"
+    path = index_of(store)
     data = path.read_bytes()
     chance = random.Random(1)
     for _ in range(12):
@@ -97,14 +93,11 @@ def test_a_new_commit_is_seen_and_only_it_is_read(tmp_path):
         KnowledgeStore.open(store, rebuild_index=True)
 
 
-def tokens_record(store):
-    return read_manifest(store / "small").derived["tokens"]
-
-
 def test_shards_with_other_statistics(store):
     before = KnowledgeStore.open(store).info()[0]
-    last = read_commit(store / "small/commits/00002.json")
-    larger = replace(read_manifest(store / "small"), derived=make_manifest(shards=4).derived | {"tokens": tokens_record(store)})
+    last = commit_of(store, 2)
+    manifest = manifest_of(store)
+    larger = replace(manifest, derived=make_manifest(shards=4).derived | {"tokens": manifest.derived["tokens"]})
     (store / "small/manifest.json").write_bytes(larger.to_bytes())
     other = replace(last, shard=3, statistics={"predictions": 5, "mean_other": 0.5})
     (store / "small/commits/00003.json").write_bytes(other.to_bytes())
@@ -148,24 +141,16 @@ def test_shard_numbers_of_more_than_five_digits(tmp_path):
     assert [opened[ordinal]["input_ids"].tolist() for ordinal in range(3)] == expected
 
 
-def test_a_store_that_cannot_be_written_is_read(store):
-    """Rights do not stop a test that runs as root; an index name that cannot be replaced stands for them."""
-    before = answers(store)
-    (store / "index.duckdb").unlink()
-    (store / "index.duckdb/in the way").mkdir(parents=True)
-    assert answers(store) == before
-    assert [path.name for path in store.iterdir() if path.name.startswith(".tmp-")] == []
-
-
 OPEN_OFTEN = """
 import sys
-from pathlib import Path
 from knowledge_store import KnowledgeStore
+from knowledge_store.catalogue.index import index_path
+from knowledge_store.storage.local import LocalStorage
 for turn in range(9):
     opened = KnowledgeStore.open(sys.argv[1], rebuild_index=turn % 3 == 0)
     assert opened.info()[0].shards == len(opened.sql("SELECT * FROM shards")) >= 3
     if turn % 5 == 0:
-        Path(sys.argv[1], "index.duckdb").unlink(missing_ok=True)
+        index_path(LocalStorage(sys.argv[1])).unlink(missing_ok=True)
 """
 
 
@@ -184,44 +169,6 @@ def test_several_processes_refresh_it_at_once(tmp_path):
         assert process.returncode == 0, errors
     assert KnowledgeStore.open(store).info()[0].complete
     assert [path.name for path in store.iterdir() if path.name.startswith(".tmp-")] == []
-
-
-def test_an_index_from_elsewhere_cannot_read_other_files(store, tmp_path):
-    """A store may come from a stranger: a view in its index must not be run."""
-    before = answers(store)
-    secret = tmp_path / "secret.csv"
-    secret.write_text("dump\nsecret\n")
-    path = store / "index.duckdb"
-    path.unlink()
-    with duckdb.connect(str(path)) as connection:
-        connection.execute("CREATE TABLE about AS SELECT ? AS value", [INDEX_SCHEMA])
-        connection.execute(f"CREATE VIEW shards AS SELECT * FROM read_csv('{secret}')")
-        connection.execute(f"CREATE VIEW files AS SELECT * FROM read_csv('{secret}')")
-    assert answers(store) == before
-
-
-@pytest.mark.parametrize("name", ["it's", "a b", "[x]*", "name%20", "ü"])
-def test_an_index_is_used_whatever_its_folder_is_called(tmp_path, name, monkeypatch):
-    store = write_store(tmp_path / name, shards=1)
-    KnowledgeStore.open(store)
-    monkeypatch.chdir(tmp_path)
-    assert _load(Path(name) / INDEX_FILE, standing_records(store, ["small"])) is not None
-
-
-def test_many_open_it_at_once(store):
-    KnowledgeStore.open(store)
-    standing = standing_records(store, ["small"])
-    with ThreadPoolExecutor(4) as threads:
-        assert None not in threads.map(lambda _: _load(store / INDEX_FILE, standing), range(20))
-
-
-def test_a_log_beside_it_is_never_opened(store):
-    before = answers(store)
-    log = store / "index.duckdb.wal"
-    os.mkfifo(log)  # to open it is to wait until somebody writes to it
-    assert _load(store / INDEX_FILE, standing_records(store, ["small"])) is None
-    assert answers(store) == before
-    assert not log.exists()  # with a new index
 
 
 def test_links_among_commit_records(store):
@@ -246,7 +193,7 @@ def test_what_is_no_folder_of_commit_records(store, tmp_path):
     )
     for make in makers:
         make()
-        with pytest.raises(StoreError, match=f"cannot read {commits}: "):
+        with pytest.raises(DamageError, match=f"{commits} is damaged: it is not a folder"):
             KnowledgeStore.open(store)
         commits.unlink()
 
@@ -254,7 +201,7 @@ def test_what_is_no_folder_of_commit_records(store, tmp_path):
 @pytest.mark.parametrize("whole", [False, True])
 def test_records_that_are_removed_while_they_are_looked_for(store, monkeypatch, whole):
     """A dump that is removed has no shards, and a record that is removed is not there; neither is an error."""
-    scandir = os.scandir
+    storage, scandir = LocalStorage(store), os.scandir
 
     def later(folder):
         monkeypatch.undo()
@@ -265,9 +212,8 @@ def test_records_that_are_removed_while_they_are_looked_for(store, monkeypatch, 
             (store / "small/commits/00001.json").unlink()
         return Listing(entries)
 
-    monkeypatch.setattr("knowledge_store.catalogue.index.os.scandir", later)
-    found = standing_records(store, ["small"])
-    assert set(found) == (set() if whole else {("small", 0), ("small", 2)})
+    monkeypatch.setattr("knowledge_store.storage.local.os.scandir", later)
+    assert set(commit_records(storage, "small")) == (set() if whole else {0, 2})
 
 
 class Listing:
@@ -286,8 +232,24 @@ class Listing:
         return iter(self.entries)
 
 
-def test_no_harm_is_met(tmp_path):
-    counts = try_harms(9, None, 20, tmp_path, seconds=0.5)
-    assert counts["silent"] == 0
-    assert counts["faults"] == counts["survived"] > 20
-    assert counts["openings beside a rebuild"] >= READERS
+def test_it_lies_in_the_cache_of_the_user_and_a_store_may_be_read_only(store, monkeypatch, tmp_path):
+    before = answers(store)
+    assert not list(store.rglob("*.duckdb"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("no folder: nothing can be kept")
+    assert answers(store) == before
+    assert (tmp_path / "file").read_text() == "no folder: nothing can be kept"
+
+
+def test_a_store_has_one_index_whatever_it_is_called_from(store, monkeypatch):
+    expected = index_of(store)
+    monkeypatch.chdir(store.parent)
+    assert index_of(Path("store")) == index_of(Path("../") / store.parent.name / "store") == expected
+    assert index_of(store.parent) != expected
+
+
+def test_a_store_in_the_place_of_another(store, tmp_path):
+    KnowledgeStore.open(store)
+    shutil.rmtree(store)
+    write_store(store, shards=3, seed=9, corpus={"files": []})
+    assert answers(store)[1:] == answers(write_store(tmp_path / "same", shards=3, seed=9, corpus={"files": []}))[1:]

@@ -138,7 +138,6 @@ def test_sql(folder):
 
 
 def test_statistics_reach_the_index(folder):
-    (folder / "index.duckdb").unlink(missing_ok=True)
     store = KnowledgeStore.open(folder)
     [row] = store.sql("SELECT mean_norm FROM shards WHERE dump = 'alone' AND shard = 1").to_pylist()
     assert row["mean_norm"] == pytest.approx(expected("vectors", "norm")[5:].mean())

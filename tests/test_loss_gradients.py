@@ -9,7 +9,9 @@ import pytest
 import torch
 from targets import VOCABULARY, adaptive_share, drawn, in_float32, kept, log_softmax, random_case, random_draws
 
-from student_train.losses.divergences import LOSSES, Targets, adaptive_kl, forward_kl, reverse_kl, total_variation
+from student_train.losses.divergences import adaptive_kl, forward_kl, reverse_kl, total_variation
+from student_train.losses.table import LOSSES
+from student_train.losses.targets import Targets
 
 FUNCTIONS = {name: loss.function for name, loss in LOSSES.items()}
 SMOOTH = [name for name in FUNCTIONS if name != "adaptive-kl"]  # its weights are constants

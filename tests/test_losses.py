@@ -17,19 +17,17 @@ from knowledge_store import DumpWriter, KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import tokens_table
 from student_train.losses.divergences import (
-    LOSSES,
-    Loss,
-    Targets,
     cross_entropy,
     forward_kl,
     label_smoothing,
     residual_to_gold,
-    select_targets,
-    step_loss,
     top_k_renormalised,
-    units,
 )
-from student_train.training.configuration import TrainConfig, check_config, check_knowledge
+from student_train.losses.step import step_loss, units
+from student_train.losses.table import LOSSES, Loss
+from student_train.losses.targets import Targets, select_targets
+from student_train.training.configuration import TrainConfig, check_config
+from student_train.training.knowledge import check_knowledge
 
 DIVERGENCES = [
     *("forward-kl", "reverse-kl", "jensen-shannon", "total-variation", "skewed-kl", "skewed-reverse-kl", "adaptive-kl")
@@ -125,7 +123,7 @@ def test_where_the_draws_are_not_used():
             assert torch.equal(function(logits, targets), function(logits, bare)), name
     for arguments, message in (
         ((bare, {"tail": "draws"}), "no draws"),
-        ((targets, {"tail": "draws", "temperature": 2.0}), "serve temperature 1, not 2.0"),
+        ((targets, {"tail": "draws", "temperature": 2.0}), "work at temperature 1 only, not at 2.0"),
         ((targets, {"tail": "nonsense"}), "tail is one of auto, draws, bucket, not 'nonsense'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -273,7 +271,7 @@ def test_a_row_of_fillers_is_a_row_without_candidates(function):
     logits = torch.from_numpy(student)
     found = function(logits, none)
     torch.testing.assert_close(function(logits, fillers), found)
-    if function in (cross_entropy, residual_to_gold):
+    if function in (FUNCTIONS["ce"], FUNCTIONS["residual-to-gold"]):
         torch.testing.assert_close(found, cross_entropy(logits, none))
     else:
         assert found.abs().max() < 1e-12
@@ -369,14 +367,14 @@ def test_shares_of_a_step_add_up_to_the_mean_of_one_batch():
     outputs = SimpleNamespace(logits=torch.randn(3, 5, 11))
     counts = units(batch)
     assert {unit: int(count) for unit, count in counts.items()} == {"target": 6, "sequence": 2}
-    whole = step_loss(LOSSES["forward-kl"], outputs, batch, counts, ce_weight=0.3)
+    whole = step_loss(LOSSES["forward-kl"], [outputs], batch, counts, ce_weight=0.3)
     logits, targets = select_targets(outputs.logits, batch)
     expected = 0.7 * forward_kl(logits, targets).mean() + 0.3 * cross_entropy(logits, targets).mean()
     torch.testing.assert_close(whole, expected)
     shares = [
         step_loss(
             LOSSES["forward-kl"],
-            SimpleNamespace(logits=outputs.logits[row : row + 1]),
+            [SimpleNamespace(logits=outputs.logits[row : row + 1])],
             {name: value[row : row + 1] for name, value in batch.items()},
             counts,
             ce_weight=0.3,
@@ -397,7 +395,7 @@ def test_a_loss_of_another_kind_is_one_entry():
     hidden = torch.zeros(3, 5, 4)
     hidden[2] = 1e9  # padding must not count
     outputs = SimpleNamespace(logits=torch.randn(3, 5, 11), hidden_states=(hidden,))
-    assert step_loss(entry, outputs, batch, units(batch)).item() == pytest.approx(4.0)
+    assert step_loss(entry, [outputs], batch, units(batch)).item() == pytest.approx(4.0)
 
 
 @pytest.mark.parametrize("k", [0, 3])
@@ -406,7 +404,7 @@ def test_an_empty_batch_adds_nothing(k):
     batch["is_target"][:] = False
     logits = torch.randn(3, 5, 11, requires_grad=True)
     for loss in LOSSES.values():
-        share = step_loss(loss, SimpleNamespace(logits=logits), batch, {"target": 6, "sequence": 2}, ce_weight=0.5)
+        share = step_loss(loss, [SimpleNamespace(logits=logits)], batch, {"target": 6, "sequence": 2}, ce_weight=0.5)
         share.backward()
         assert share.item() == 0
     assert logits.grad is not None and not logits.grad.any()
@@ -419,12 +417,12 @@ def config(**changes) -> TrainConfig:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"tail": "nonsense"}, "--tail must be auto, draws or bucket"),
+        ({"tail": "nonsense"}, "--tail is 'nonsense'; it must be auto, draws or bucket"),
         ({"tail": "bucket", "loss": "reverse-kl"}, "the loss reverse-kl takes no --tail"),
-        ({"tail": "draws", "temperature": 2.0}, "--tail draws serves --temperature 1 alone"),
-        ({"loss": "jensen-shannon", "beta": 1.0}, "--beta must be above 0 and below 1"),
-        ({"loss": "skewed-kl", "skew": 0.0}, "--skew must be above 0 and below 1"),
-        ({"loss": "label-smoothing", "smoothing": 1.0}, "--smoothing must be at least 0 and below 1"),
+        ({"tail": "draws", "temperature": 2.0}, "--tail draws works at --temperature 1 only"),
+        ({"loss": "jensen-shannon", "beta": 1.0}, "--beta is 1.0; it must be above 0 and below 1"),
+        ({"loss": "skewed-kl", "skew": 0.0}, "--skew is 0.0; it must be above 0 and below 1"),
+        ({"loss": "label-smoothing", "smoothing": 1.0}, "--smoothing is 1.0; it must be at least 0 and below 1"),
         ({"beta": 0.4}, "the loss forward-kl takes no --beta"),
         ({"loss": "reverse-kl", "skew": 0.4}, "the loss reverse-kl takes no --skew"),
         ({"loss": "first", "smoothing": 0.4}, "the loss first takes no --smoothing"),
@@ -490,5 +488,5 @@ def test_a_dump_without_candidates_serves_draws_and_the_text_alone(tmp_path):
             check_knowledge(store, "small", config(loss=name), LOSSES[name])
     with pytest.raises(InputError, match="--tail bucket has nothing to learn from it"):
         check_knowledge(store, "small", config(tail="bucket"), LOSSES["forward-kl"])
-    with pytest.raises(InputError, match="draws serve --temperature 1 alone"):
+    with pytest.raises(InputError, match="draws work at --temperature 1 only"):
         check_knowledge(store, "small", config(temperature=2.0), LOSSES["forward-kl"])

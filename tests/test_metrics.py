@@ -11,20 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from knowledge_store.calibration.expected_calibration_error import (
+    adaptive_calibration_error,
+    equal_count_bins,
+    expected_calibration_error,
+    reliability,
+)
+from knowledge_store.calibration.temperature import fit_temperature
+from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
 from student_train.evaluation.metrics import (
     FullVocabularyCalibration,
-    adaptive_calibration_error,
-    bootstrap_calibration_error,
-    bootstrap_interval,
     brier,
     brier_from_sums,
     describe_scores,
-    equal_count_bins,
-    expected_calibration_error,
-    fit_temperature,
     full_vocabulary_calibration_error,
     negative_log_likelihood,
-    reliability,
     softmax,
 )
 
@@ -262,7 +263,7 @@ def test_the_difference_of_two_calibration_errors():
 def test_many_values_are_resampled_piece_by_piece(monkeypatch):
     values = np.random.default_rng(6).normal(size=300)
     whole = bootstrap_interval(values)
-    monkeypatch.setattr("student_train.evaluation.metrics.DRAWS", 1000)
+    monkeypatch.setattr("student_train.evaluation.bootstrap.MAX_RANDOM_NUMBERS", 1000)
     assert bootstrap_interval(values) == pytest.approx(whole)
 
 

@@ -13,11 +13,13 @@ import torch
 from conftest import TEXT, save_teacher, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
 from knowledge_store.errors import InputError
-from student_train.evaluation.metrics import bootstrap_calibration_error, bootstrap_interval, expected_calibration_error
+from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
+from student_train.evaluation.configuration import EvaluateConfig
 from student_train.evaluation.multiple_choice import CONFIDENCES, fit_temperatures, measure_questions, score
 from student_train.evaluation.questions import TokenisedQuestion, read_questions, tokenise
-from student_train.evaluation.run import EvaluateConfig, evaluate
+from student_train.evaluation.run import evaluate
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -209,7 +211,7 @@ def test_no_result_takes_the_place_of_another(config, tmp_path):
     with pytest.raises(InputError, match=r"test\.letter\.json holds the results on .*: give --output"):
         evaluate(replace(config, questions=str(other)))
     (model / "evaluations" / "test.letter.json").write_text("[]")
-    with pytest.raises(InputError, match=r"test\.letter\.json is there and is no result"):
+    with pytest.raises(InputError, match=r"test\.letter\.json is not the result of `student-train evaluate`"):
         evaluate(config)
 
 
@@ -217,13 +219,13 @@ def test_bad_input(config, tmp_path):
     absent = replace(config, questions=str(tmp_path / "absent.jsonl"), model="/no/such/model")
     with pytest.raises(InputError, match="there is no file"):  # before the model is looked at
         evaluate(absent)
-    with pytest.raises(InputError, match="--answer-as is letter or text"):
+    with pytest.raises(InputError, match="--answer-as is 'number'; it must be letter or text"):
         evaluate(replace(config, answer_as="number"))
     with pytest.raises(InputError, match="has no questions but those of"):
         evaluate(replace(config, post_hoc_temperature=config.questions))
     with pytest.raises(InputError, match="there is no file"):
         evaluate(replace(config, post_hoc_temperature=str(tmp_path / "absent.jsonl")))
     long = write_jsonl(tmp_path / "long.jsonl", [{**CLASH, "question": "why " * 200}])
-    with pytest.raises(InputError, match=r"long\.jsonl, line 1: the question has .* tokens, and the model takes 256 at most"):
+    with pytest.raises(InputError, match=r"long\.jsonl, line 1: the question has .* tokens, and the model takes at most 256"):
         evaluate(replace(config, questions=str(long)))
     assert not Path(str(config.output)).exists()

@@ -108,7 +108,7 @@ def test_files_that_are_not_there(tmp_path):
         read_questions(tmp_path / "absent.jsonl")
     with pytest.raises(InputError, match="cannot read"):
         read_questions(tmp_path)
-    with pytest.raises(InputError, match="--answer-as is letter or text, not 'number'"):
+    with pytest.raises(InputError, match="answer_as is 'number'; it must be letter or text"):
         read_questions(tmp_path / "absent.jsonl", "number")
 
 
@@ -180,5 +180,7 @@ def test_questions_too_long_for_the_model():
     (tokens,) = tokenise([question], TOKENIZERS["plain"], "text")
     size = len(tokens.context) + max(map(len, tokens.completions))
     assert tokenise([question], TOKENIZERS["plain"], "text", size) == [tokens]
-    with pytest.raises(InputError, match=rf"q\.jsonl, line 5: the question has {size} tokens, and the model takes {size - 1}"):
+    with pytest.raises(
+        InputError, match=rf"q\.jsonl, line 5: the question has {size} tokens, and the model takes at most {size - 1}"
+    ):
         tokenise([question], TOKENIZERS["plain"], "text", size - 1)

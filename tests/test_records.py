@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stores import make_manifest, write_store
+from stores import commit_of, make_manifest, manifest_of, sealed_json, write_store
 
 from knowledge_store import DamageError, KnowledgeStore, StoreError
-from knowledge_store.format.commits import read_commit
 from knowledge_store.format.layout import FORMAT_VERSION
-from knowledge_store.format.manifest import read_manifest
-from knowledge_store.format.records import read_record, seal, unseal
+from knowledge_store.format.records import seal, unseal
 
 HERE = Path("record.json")
 
@@ -82,9 +80,9 @@ def test_numbers_json_lacks_are_not_written(value):
 
 def test_missing_and_unreadable(tmp_path):
     with pytest.raises(DamageError, match="is missing"):
-        read_record(tmp_path / "nothing.json")
-    with pytest.raises(StoreError, match="cannot read"):
-        read_record(tmp_path)
+        sealed_json(tmp_path / "nothing.json")
+    with pytest.raises(DamageError, match="is not a file"):
+        sealed_json(tmp_path)
 
 
 def open_files() -> int:
@@ -95,8 +93,8 @@ def test_what_is_no_file_is_closed_again(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     before = open_files()
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(StoreError, match="cannot read"):
-            read_record(path)
+        with pytest.raises(DamageError, match="is not a file"):
+            sealed_json(path)
     assert open_files() == before
 
 
@@ -242,9 +240,9 @@ def test_what_makes_two_manifests_differ():
 
 def test_records_are_read_as_they_were_written(tmp_path):
     store = write_store(tmp_path / "store", shards=1)
-    manifest = read_manifest(store / "small")
+    manifest = manifest_of(store)
     assert replace(manifest, derived=make_manifest(shards=1).derived) == make_manifest(shards=1)
     assert set(manifest.derived["tokens"]) == {"bytes", "sha256", "footer_sha256", "rows", "column_bytes"}
-    record = read_commit(store / "small/commits/00000.json")
+    record = commit_of(store, 0)
     assert (record.dump, record.shard, record.first_document, record.documents) == ("small", 0, 0, 100)
     assert record.made_by["host"] == "here"

@@ -10,7 +10,19 @@ import pyarrow as pa
 import pytest
 from conftest import story_rows, write_jsonl
 from processes import Command
-from stores import commit, joined, make_manifest, random_sequences, sequence_row, words, write_store
+from stores import (
+    commit,
+    commit_of,
+    joined,
+    make_manifest,
+    random_sequences,
+    read_whole,
+    rewrite,
+    sealed_json,
+    sequence_row,
+    words,
+    write_store,
+)
 from test_resume import arguments, contents
 
 from knowledge_store import (
@@ -23,10 +35,8 @@ from knowledge_store import (
     StoreError,
     verify,
 )
-from knowledge_store.format.commits import read_commit
 from knowledge_store.format.layout import FORMAT_VERSION
-from knowledge_store.format.parquet import describe, read_file, write_table
-from knowledge_store.format.records import read_record, seal
+from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.storage import local as publication
 from teacher_dump import DumpConfig, dump
@@ -64,7 +74,7 @@ def identities(store: Path) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("repair", [False, True])
 @pytest.mark.parametrize("name", ["d/manifest.json", "d/commits/00002.json"])
 def test_what_a_newer_version_wrote_is_refused_and_stays(config, name, repair):
-    (config.store / name).write_bytes(seal({**read_record(config.store / name), "version": FORMAT_VERSION + 1}))
+    (config.store / name).write_bytes(seal({**sealed_json(config.store / name), "version": FORMAT_VERSION + 1}))
     (config.store / "d/commits/00001.json").unlink()
     before = identities(config.store)
     versions = f"{name} has format version {FORMAT_VERSION + 1}, and this is knowledge-store for version {FORMAT_VERSION}"
@@ -84,7 +94,7 @@ def test_only_the_damaged_shards_are_dumped_again(config, dumped, loaded_teacher
     after = identities(config.store)
     changed = {name for name in after if after[name] != before.get(name)}
     # Made again byte for byte, they are what their records say: those stay too.
-    assert changed - {"index.duckdb"} == {"d/positions/00000.parquet", "d/sequences/00002.parquet"}
+    assert changed == {"d/positions/00000.parquet", "d/sequences/00002.parquet"}
     assert dump(replace(config, teacher="a-teacher/that-is-not-here"), repair=True).shards == 0  # none is loaded for nothing
 
 
@@ -153,13 +163,11 @@ def test_a_manifest_is_made_again_by_what_made_it(config, dumped, loaded_teacher
 def test_files_that_are_sound_and_do_not_belong_together(config, dumped, loaded_teacher):
     """What `verify` names, a repair makes again: here a shard committed with tokens of another text."""
     other = config.store / "d"
-    record = read_commit(other / "commits/00001.json")
-    sequences = read_file(other / "sequences/00001.parquet", record.files["sequences"])
+    record = commit_of(config.store, 1, "d")
+    sequences = read_whole(other / "sequences/00001.parquet")
     hashes = pa.array([value + 1 for value in sequences["token_hash"].to_pylist()], pa.uint64())
     changed = sequences.set_column(sequences.schema.get_field_index("token_hash"), "token_hash", hashes)
-    with open(other / "sequences/00001.parquet", "wb") as file:
-        write_table(changed, file, [len(changed)])
-    files = record.files | {"sequences": describe(other / "sequences/00001.parquet")}
+    files = record.files | {"sequences": rewrite(other / "sequences/00001.parquet", changed)}
     (other / "commits/00001.json").write_bytes(replace(record, files=files).to_bytes())
     [sentence] = verify(config.store).damage
     assert "do not match its token_hash" in sentence

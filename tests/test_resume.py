@@ -188,7 +188,7 @@ def test_an_error_in_the_writing_thread_is_the_dumps_and_leaves_no_thread(config
         return write(path, contents)
 
     with monkeypatch.context() as patch:
-        patch.setattr("knowledge_store.format.parquet.publish", full)
+        patch.setattr("knowledge_store.storage.local.publish", full)
         with pytest.raises(StoreError, match=r"00003.*No space left on device"):
             dump(config, teacher=loaded_teacher)
     assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})

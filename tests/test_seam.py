@@ -9,10 +9,14 @@ import pyarrow as pa
 from conftest import save_teacher, story_rows, write_jsonl
 
 from knowledge_store import KINDS, Kind, KnowledgeStore, verify
-from student_train.evaluation.results import read_history
-from student_train.losses.divergences import LOSSES, Loss
+from knowledge_store.reporter import Reporter
+from student_train.evaluation.configuration import EvaluateConfig
+from student_train.evaluation.figures import FIGURES
+from student_train.evaluation.run import evaluate
+from student_train.losses.table import LOSSES, Loss
 from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
+from student_train.training.run_folder import read_history
 from teacher_dump import DumpConfig, dump
 from teacher_dump.extraction.positions import EXTRACTORS
 
@@ -66,3 +70,13 @@ def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teache
 
     losses = [entry["loss"] for entry in read_history(tmp_path / "run")["entries"] if "loss" in entry]
     assert losses[-1] < losses[0]  # each step is over the whole dump
+
+    # What a kind has no figures for is said; with a function for it, it is measured like any other.
+    reporter, notes = Reporter(), []
+    monkeypatch.setattr(reporter, "note", notes.append)
+    question = EvaluateConfig(str(tmp_path / "run"), str(tmp_path / "store"), output=str(tmp_path / "evaluation.json"))
+    assert evaluate(question, reporter=reporter)["not_evaluated"] == ["summaries"]
+    assert notes == ["The kind summaries of the dump both is not evaluated: no figures exist for it."]
+    monkeypatch.setitem(FIGURES, "summaries", lambda model, store, dump, ordinals, **_: {"distance": len(ordinals)})
+    measured = evaluate(question)
+    assert measured["distance"] == measured["sequences"] == len(store) and not measured["not_evaluated"]

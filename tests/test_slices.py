@@ -22,8 +22,12 @@ from transformers import (
 )
 
 from student_train.losses import sliced as slices
-from student_train.losses.divergences import LOSSES, Targets, cross_entropy, forward_kl, per_target, select_targets
-from student_train.losses.sliced import has_plain_head, sliced, sliced_loss
+from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.head import has_plain_head
+from student_train.losses.sliced import sliced, sliced_loss
+from student_train.losses.step import per_target
+from student_train.losses.table import LOSSES
+from student_train.losses.targets import Targets, select_targets
 from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
 

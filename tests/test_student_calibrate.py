@@ -20,7 +20,8 @@ from knowledge_store import Calibration, DumpWriter, KnowledgeStore, read_calibr
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import tokens_table
 from student_train import TrainConfig, calibrate, recalibrated, select_targets, train
-from student_train.calibration.fit import doubts, first_ceiling
+from student_train.calibration.description import doubts
+from student_train.calibration.fit import first_ceiling
 from student_train.cli import app
 
 TEACHER = {"name": "numbers", "vocabulary_size": 11, "files": {"model.safetensors": "11"}}
@@ -345,8 +346,8 @@ def test_a_split_picks_sequences_by_a_column(labelled, split, targets):
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        ("calibration", "--split is COLUMN=VALUE"),
-        ("split=", "--split is COLUMN=VALUE"),
+        ("calibration", "must be COLUMN=VALUE"),
+        ("split=", "must be COLUMN=VALUE"),
         ("part_of=calibration", "have no column 'part_of': they have .*split, fold"),
         ("split=validation", "has split=validation: its values are calibration, train$"),
         ("fold=many", "has fold=many: its values are 0, 1"),
@@ -361,14 +362,14 @@ def test_a_split_that_is_not_there_is_refused(labelled, split, message):
 def test_few_targets_are_said_with_an_interval(labelled, tmp_path):
     fit = calibrate(labelled, method="temperature", split="fold=7")
     (few,) = [doubt for doubt in doubts(fit) if "27 targets are few" in doubt]
-    assert "no interval can be told" in few  # they are of three sequences
+    assert "too few sequences for an interval" in few  # they are of three sequences
     fit = calibrate(write_labelled(tmp_path / "few", 4, 1.5, count=18), method="temperature")
     (few,) = [doubt for doubt in doubts(fit) if "162 targets are few" in doubt]
     assert f"{fit.ece_10[0]:.1%} to {fit.ece_10[1]:.1%}" in few and fit.ece_10[0] < fit.ece_10[1]
 
 
 def test_other_bad_input(labelled, tmp_path):
-    with pytest.raises(InputError, match="no --method platt"):
+    with pytest.raises(InputError, match="no method 'platt'"):
         calibrate(labelled, method="platt")
     with pytest.raises(InputError, match="no dump 'other'"):
         calibrate(labelled, "other")
@@ -473,8 +474,8 @@ REFUSED = [
     ("t", "plain", {}, "the dump plain keeps none"),
     ("t", "tempered", {"loss": "first"}, "the loss first re-calibrates by its own c"),
     ("cooler", "tempered", {}, "has the temperature 0.9, and the dump tempered was made for 1.7"),
-    ("t", "tempered", {"tail": "draws"}, "--tail draws serves temperature 1 alone"),
-    ("bucket-temperature", "tempered", {"tail": "draws"}, "--tail draws serves temperature 1 alone"),
+    ("t", "tempered", {"tail": "draws"}, "--tail draws works at temperature 1 only"),
+    ("bucket-temperature", "tempered", {"tail": "draws"}, "--tail draws works at temperature 1 only"),
     ("bucket-temperature", "plain", {"loss": "ce"}, "the loss ce takes no --calibration"),
     ("bucket-temperature", "drawn", {}, "the dump drawn has no candidates"),
     ("foreign", "plain", {}, "belongs to another teacher"),
@@ -520,7 +521,7 @@ def test_the_command_says_what_it_found(dumps, tmp_path):
     ("arguments", "message"),
     [
         (["--split", "nothing=1"], "no column 'nothing'"),
-        (["--method", "platt"], "no --method platt"),
+        (["--method", "platt"], "--method is 'platt'; it must be first or temperature"),
         (["--output", "none/c.json"], "there is no folder none"),
     ],
 )
@@ -532,7 +533,7 @@ def test_mistakes_are_one_line(dumps, tmp_path, monkeypatch, arguments, message)
 
 
 def test_the_command_trains_with_a_calibration(dumps, tmp_path):
-    given = ["run", "--store", dumps / "store", "--student", dumps / "student", "--dump", "plain", "--steps", 1]
+    given = ["run", dumps / "store", "--student", dumps / "student", "--dump", "plain", "--steps", 1]
     done = invoke(*given, "--calibration", dumps / "bucket-temperature.json", "--output", tmp_path / "run")
     assert done.exit_code == 0, done.stderr
     done = invoke(*given, "--calibration", dumps / "foreign.json", "--output", tmp_path / "other")

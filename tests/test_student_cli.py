@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 import student_train
 from student_train.cli import app
-from student_train.training.run import DistillationTrainer
+from student_train.training.run_folder import last_checkpoint
+from student_train.training.trainer import DistillationTrainer
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -54,14 +55,52 @@ def test_every_public_name_is_there():
         _ = student_train.nonsense
 
 
+def without(library: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process in which a library cannot be imported."""
+    words = ["student-train", *map(str, arguments)]
+    return python(
+        f"import sys; sys.modules['{library}'] = None; sys.argv = {words}; from student_train.cli import main; main()"
+    )
+
+
 @pytest.mark.parametrize("library", ["torch", "transformers"])
-def test_a_missing_extra_is_one_line(library):
-    arguments = ["student-train", "run", "--store", "s", "--student", "m", "--output", "o"]
-    code = f"import sys; sys.modules['{library}'] = None; sys.argv = {arguments}; from student_train.cli import main; main()"
-    done = python(code)
+def test_a_missing_extra_is_one_line(library, store_folder, teacher_folder):
+    done = without(library, "run", store_folder, "--student", teacher_folder, "--output", "o", "--dump", "train")
     assert done.returncode == 2
     assert done.stderr == "Error: student-train needs torch and transformers: pip install 'knowledge-store[student]'\n"
-    assert python(code.replace(str(arguments), "['student-train', '--help']")).returncode == 0
+    assert without(library, "--help").returncode == 0
+
+
+RUN = ["run", "STORE", "--student", "TEACHER", "--output", "o"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["init", "--from", "/absent", "--keep-layers", "0", "--output", "o"], "there is no model folder /absent"),
+        (["run", "/absent", "--student", "TEACHER", "--output", "o"], "there is no store at /absent"),
+        ([*RUN, "--dump", "absent"], "no dump 'absent'"),
+        ([*RUN, "--dump", "train", "--loss", "nonsense"], "there is no loss 'nonsense'"),
+        ([*RUN, "--dump", "train", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+        ([*RUN, "--dump", "train", "--calibration", "/absent.json"], "there is no calibration file /absent.json"),
+        (["run", "STORE", "--student", "/absent", "--output", "o", "--dump", "train"], "there is no model folder /absent"),
+        (["calibrate", "/absent"], "there is no store at /absent"),
+        (["evaluate", "/absent", "--model", "TEACHER"], "there is no store at /absent"),
+        (["evaluate", "STORE", "--dump", "heldout", "--model", "/absent"], "there is no model folder /absent"),
+        (["report", "/absent"], "there is no run at /absent"),
+    ],
+)
+def test_mistakes_are_found_before_torch_is_imported(arguments, message, store_folder, teacher_folder):
+    """In a process in which the import of torch fails, the mistake is reported and not the missing library."""
+    places = {"STORE": store_folder, "TEACHER": teacher_folder}
+    done = without("torch", *(places.get(word, word) for word in arguments))
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_option_given_twice_is_refused_and_the_version_is_shown():
+    twice = invoke("run", "store", "--student", "a", "--student", "b", "--output", "o")
+    assert twice.exit_code == 2 and "--student is given 2 times" in twice.stderr
+    assert invoke("--version").stdout.startswith("knowledge-store ")
 
 
 def test_from_a_teacher_to_a_page(teacher_folder, store_folder, tmp_path, monkeypatch):
@@ -69,13 +108,13 @@ def test_from_a_teacher_to_a_page(teacher_folder, store_folder, tmp_path, monkey
     made = invoke("init", "--from", teacher_folder, "--keep-layers", "0", "--output", "student")
     assert made.exit_code == 0, made.stderr
     assert "1 of 2 layers" in made.stdout
-    run = ["run", "--store", store_folder, "--student", "student", "--output", "runs/one", "--dump", "train", "--steps", "4"]
+    run = ["run", store_folder, "--student", "student", "--output", "runs/one", "--dump", "train", "--steps", "4"]
     done = invoke(*run)
     assert done.exit_code == 0, done.stderr
     assert "runs/one is finished: 4 steps" in done.stdout and "training: 100% 4 of 4 steps" in done.stderr
     assert "is finished already" in invoke(*run).stdout
     for model in ("student", "runs/one"):
-        measured = invoke("evaluate", model, "--store", store_folder, "--dump", "heldout", "--batch-size", 3)
+        measured = invoke("evaluate", store_folder, "--model", model, "--dump", "heldout", "--batch-size", 3)
         assert measured.exit_code == 0, measured.stderr
         assert "lower bound" in measured.stdout and "teacher" in measured.stdout
     assert json.loads((tmp_path / "runs/one/evaluations/heldout.json").read_text())["dump"]["name"] == "heldout"
@@ -83,7 +122,7 @@ def test_from_a_teacher_to_a_page(teacher_folder, store_folder, tmp_path, monkey
         questions = [{"question": f"What is {n}?", "options": ["a ship", "the sea"], "answer": "AB"[n % 2]} for n in rows]
         write_jsonl(tmp_path / f"{name}.jsonl", questions)
     for model in ("student", "runs/one"):
-        asked = invoke("evaluate", model, "--questions", "exam.jsonl", "--post-hoc-temperature", "other.jsonl")
+        asked = invoke("evaluate", "--model", model, "--questions", "exam.jsonl", "--post-hoc-temperature", "other.jsonl")
         assert asked.exit_code == 0, asked.stderr
         assert "9 questions of exam" in asked.stdout and "over the options" in asked.stdout and "post-hoc" in asked.stdout
         assert f"Written to {model}/evaluations/exam.letter.json" in asked.stderr
@@ -93,7 +132,7 @@ def test_from_a_teacher_to_a_page(teacher_folder, store_folder, tmp_path, monkey
     assert "runs/one" not in (tmp_path / "pages/report.html").read_text().split("<details>")[0]  # called `one`
 
 
-def test_interrupt_says_how_to_go_on(teacher_folder, store_folder, tmp_path, monkeypatch):
+def test_interrupt_says_how_to_resume(teacher_folder, store_folder, tmp_path, monkeypatch):
     draw = DistillationTrainer.get_batch_samples
 
     def interrupting(self, *arguments):
@@ -102,10 +141,11 @@ def test_interrupt_says_how_to_go_on(teacher_folder, store_folder, tmp_path, mon
         return draw(self, *arguments)
 
     monkeypatch.setattr(DistillationTrainer, "get_batch_samples", interrupting)
-    run = ["run", "--store", store_folder, "--student", teacher_folder, "--output", tmp_path / "run", "--dump", "train"]
+    run = ["run", store_folder, "--student", teacher_folder, "--output", tmp_path / "run", "--dump", "train"]
     done = invoke(*run, "--steps", 5)
     assert done.exit_code == 130
-    assert "Stopped at step 2 of 5" in done.stderr and "Run the same command again" in done.stderr
+    assert "Stopped at step 2 of 5" in done.stderr and "Run the same command again to resume" in done.stderr
+    assert last_checkpoint(tmp_path / "run").step == 2  # what it reports is what was saved
 
 
 @pytest.mark.parametrize(
@@ -113,11 +153,11 @@ def test_interrupt_says_how_to_go_on(teacher_folder, store_folder, tmp_path, mon
     [
         (["init", "--from", "/absent", "--keep-layers", "0", "--output", "x"], "there is no model folder /absent"),
         (["init", "--from", ".", "--keep-layers", "one", "--output", "x"], "--keep-layers"),
-        (["run", "--store", "/absent", "--student", ".", "--output", "x"], "there is no store at /absent"),
-        (["run", "--store", ".", "--student", ".", "--output", "x"], "not a knowledge store"),
-        (["evaluate", "/absent", "--store", "/absent"], "there is no store at /absent"),
-        (["evaluate", "/absent"], "give either --store"),
-        (["evaluate", "/absent", "--questions", "/absent.jsonl"], "there is no file /absent.jsonl"),
+        (["run", "/absent", "--student", ".", "--output", "x"], "there is no store at /absent"),
+        (["run", ".", "--student", ".", "--output", "x"], "not a knowledge store"),
+        (["evaluate", "/absent", "--model", "/absent"], "there is no store at /absent"),
+        (["evaluate", "--model", "/absent"], "give either STORE"),
+        (["evaluate", "--model", "/absent", "--questions", "/absent.jsonl"], "there is no file /absent.jsonl"),
         (["report", "/absent"], "there is no run at /absent"),
     ],
 )

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoTokenizer
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
-from student_train.losses.divergences import LOSSES
-from student_train.training.configuration import TrainConfig, unused_columns
+from student_train.losses.table import LOSSES
+from student_train.training.configuration import TrainConfig
 from student_train.training.data import DistillationDataset, check_student, describe_dump, padding_batch, split_ordinals
+from student_train.training.knowledge import unused_columns
 
 
 @pytest.fixture
@@ -84,7 +85,8 @@ def test_padding_rows_attend_to_something_and_count_for_nothing(store):
     assert not last["is_target"][padding].any()
     empty = padding_batch(last)
     assert empty.keys() == last.keys()
-    assert empty["input_ids"].shape == (1, 1) and not empty["is_target"].any() and empty["sequence_id"].tolist() == [-1]
+    assert len(empty["input_ids"]) == 1 and not empty["is_target"].any() and empty["sequence_id"].tolist() == [-1]
+    assert empty["attention_mask"].sum() == 1
     assert last["is_target"].any()  # the batch it was made like is left alone
 
 

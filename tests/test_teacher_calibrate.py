@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore, read_calibration, verify, write_calibration
+from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
+from knowledge_store.calibration.temperature import root_of_slopes
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.kinds.positions import positions_of
 from teacher_dump import DumpConfig, calibrate, dump
-from teacher_dump.calibration import GRID, calibration_error, describe, mean_and_error, root_of_slopes
+from teacher_dump.calibration import GRID, describe, mean_and_error
 from teacher_dump.cli import app
 from teacher_dump.teachers.local import load_teacher
 
@@ -162,7 +164,7 @@ def test_slopes_that_do_not_pass_zero_end_at_the_edge(slopes, edge):
 def test_calibration_error_and_standard_error_of_known_numbers():
     confidence, correct = np.array([0.05, 0.1, 0.95, 1.0]), np.array([False, True, True, True])
     # Two bins: |½ − 0.075| · ½ + |1 − 0.975| · ½.
-    assert calibration_error(confidence, correct, 10) == pytest.approx(0.225)
+    assert expected_calibration_error(confidence, correct, 10) == pytest.approx(0.225)
     values, groups = np.array([1.0, 3.0, 2.0, 2.0]), np.array([7, 7, 9, 9])
     assert mean_and_error(values, groups) == (2.0, 0.0)  # within groups the differences cancel
     assert mean_and_error(values, np.arange(4)) == (2.0, pytest.approx(math.sqrt(4 / 3 * 2) / 4))

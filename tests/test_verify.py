@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_command
-from stores import joined, make_manifest, random_sequences, sequence_row, words, write_store
+from stores import joined, make_manifest, random_sequences, sealed_json, sequence_row, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.format.layout import FORMAT_VERSION
-from knowledge_store.format.records import read_record, seal
+from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.reporter import Reporter
 
 FILES = [
     "small/manifest.json",
@@ -53,11 +55,24 @@ def assert_named(store: Path, name: str) -> None:
     assert any(str(store / name) in sentence for sentence in damage), damage
 
 
+class Hearer(Reporter):
+    """Adds up what it hears of progress."""
+
+    @contextmanager
+    def progress(self, title, total, unit=""):
+        self.total, self.done = total, 0
+
+        def advance(amount, **figures):
+            self.done += amount
+
+        yield advance
+
+
 def test_a_sound_store(store):
-    steps = []
-    found = verify(store, steps.append)
+    hearer = Hearer()
+    found = verify(store, hearer)
     assert (found.damage, found.notes) == ([], [])
-    assert (found.dumps, found.shards, steps) == (1, 2, [1, 1])
+    assert (found.dumps, found.shards, hearer.total, hearer.done) == (1, 2, 2, 2)
     assert found.positions == sum(len(each["token_id"]) for shard in (0, 1) for each in random_sequences(shard, 4))
     assert found.bytes == sum(path.stat().st_size for path in store.glob("small/*/*.parquet"))
 
@@ -65,7 +80,7 @@ def test_a_sound_store(store):
 @pytest.mark.parametrize("name", ["store.json", "small/manifest.json", "small/commits/00001.json"])
 def test_a_newer_version_is_no_damage(store, name):
     flip(store / "small/positions/00000.parquet", 100)
-    record = read_record(store / name)
+    record = sealed_json(store / name)
     (store / name).write_bytes(seal({**record, "version": FORMAT_VERSION + 1, "something": "new"}))
     refusal = f"{name} has format version {FORMAT_VERSION + 1}, and this is knowledge-store for version {FORMAT_VERSION}"
     with pytest.raises(StoreError, match=refusal):
@@ -162,11 +177,10 @@ def test_commits_that_are_no_folder(store, what):
     """Nothing of such a dump can be found, so it must not pass for one that was only begun."""
     shutil.rmtree(store / "small/commits")
     take_the_place_of_commits(store / "small", what)
-    (store / "index.duckdb").unlink(missing_ok=True)
     assert verify(store).damage == [f"{store / 'small/commits'} is damaged: it is not a folder"]
-    with pytest.raises(StoreError, match="small/commits"):
+    with pytest.raises(DamageError, match="small/commits is damaged: it is not a folder"):
         KnowledgeStore.open(store)
-    with pytest.raises(StoreError, match="small/commits is not a folder"):
+    with pytest.raises(DamageError, match="small/commits is damaged: it is not a folder"):
         DumpWriter.open(store, make_manifest(), tokens_table(words(11), words(11)))
 
 
@@ -200,6 +214,9 @@ def test_damaged_store_json(store):
 def test_no_store_at_all(tmp_path):
     with pytest.raises(StoreError, match="there is no store"):
         verify(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="there is no store"):
+        verify(tmp_path)
+    (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="not a knowledge store"):
         verify(tmp_path)
 

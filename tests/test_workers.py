@@ -8,6 +8,7 @@ import pickle
 import random
 import shutil
 import time
+from contextlib import contextmanager
 
 import pytest
 from conftest import save_teacher, story_rows, write_jsonl
@@ -17,6 +18,7 @@ from torture import workers
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, StoreError, verify
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.reporter import Reporter
 
 TOKENS = tokens_table(words(11), words(11))
 
@@ -60,7 +62,7 @@ def test_a_worker_does_not_write_into_a_dump_that_is_another_by_now(tmp_path, an
     KnowledgeStore.open(store).remove("small")
     if anew:
         DumpWriter.open(store, make_manifest(shards=2, plan={"max_length": 32}), TOKENS)
-    message = "removed, and made anew from something else," if anew else "was removed while"
+    message = "removed, and made again from something else," if anew else "was removed while"
     with pytest.raises(StoreError, match=message):
         commit(late, 1, random_sequences(1, 4))
     assert not list(store.glob("small/*/0*"))
@@ -68,7 +70,13 @@ def test_a_worker_does_not_write_into_a_dump_that_is_another_by_now(tmp_path, an
 
 def test_a_dump_begun_while_a_store_is_verified_is_no_damage(tmp_path):
     store = write_store(tmp_path / "store", "first", shards=1)
-    found = verify(store, lambda _: write_store(store, "second", shards=1) and None)
+
+    class Beginner(Reporter):
+        @contextmanager
+        def progress(self, title, total, unit=""):
+            yield lambda amount, **figures: write_store(store, "second", shards=1) and None
+
+    found = verify(store, Beginner())
     assert found.damage == []
     assert any("second was begun meanwhile" in note for note in found.notes)
     assert not verify(store).notes
@@ -140,7 +148,6 @@ def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder):
     seen = json.loads((tmp_path / "run/run.json").read_text())["sequences"]["train"]
     counts = KnowledgeStore.open(store).sql("SELECT shard, sequences FROM shards ORDER BY shard").to_pylist()
     shutil.copytree(store, frozen)
-    (frozen / "index.duckdb").unlink()
     for shard in counts:  # one worker commits them in order
         seen -= shard["sequences"]
         if seen < 0:

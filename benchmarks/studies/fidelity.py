@@ -33,9 +33,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from benchmarks.measurement import STUDIES, keep
 from knowledge_store import KnowledgeStore
+from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
 from knowledge_store.kinds.selection import Selection
-from student_train.evaluation.metrics import expected_calibration_error
-from student_train.losses.divergences import LOSSES, Targets, cross_entropy, select_targets
+from student_train.losses.divergences import cross_entropy
+from student_train.losses.table import LOSSES
+from student_train.losses.targets import Targets, select_targets
 from student_train.training.data import DistillationDataset
 from teacher_dump.dumping.configuration import DumpConfig
 from teacher_dump.dumping.run import dump

@@ -33,15 +33,18 @@ from torch.nn import functional
 
 from benchmarks.measurement import STUDIES, keep
 from knowledge_store import KnowledgeStore
+from knowledge_store.calibration.expected_calibration_error import equal_width_bins, expected_calibration_error
 from knowledge_store.calibration.file import read_calibration
 from knowledge_store.storage.local import replace_bytes
 from knowledge_store.terminal.progress import progress_bar
-from student_train.evaluation.metrics import calibration_gaps, equal_width_bins, expected_calibration_error, gap_error
+from student_train.evaluation.bootstrap import calibration_gaps, gap_error
 from student_train.evaluation.questions import Question, corpus_row, read_questions, tokenise
-from student_train.losses.divergences import LOSSES
-from student_train.training.configuration import TrainConfig, unused_columns
+from student_train.losses.head import head_at
+from student_train.losses.table import LOSSES
+from student_train.training.configuration import TrainConfig
 from student_train.training.data import describe_dump
-from student_train.training.models import head_at, load_model, load_tokenizer
+from student_train.training.knowledge import unused_columns
+from student_train.training.models import load_model, load_tokenizer
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 

@@ -1,1 +1,1 @@
-"""Calibration: the file that keeps one, and its measures in numpy, for teachers and students alike."""
+"""Calibration of teachers and students, in numpy: its error, fitting a temperature, and the file that a fit is kept in."""

@@ -1,4 +1,4 @@
-"""A calibration: how a teacher that is too sure of itself, or not sure enough, is to be put right.
+"""A calibration: how an over-confident or under-confident teacher is corrected.
 
     temperature          T of the whole distribution, softmax(z / T); `teacher-dump calibrate` fits it, before a dump is made
     first                c of FIRST, softmax(P / c) over the candidates' probabilities (Shum et al. 2024, arXiv 2408.12168)
@@ -16,7 +16,7 @@ from typing import Any
 
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError
 from knowledge_store.format.records import MAX_BYTES, check_shape, json_sha256, read_record, seal
-from knowledge_store.storage.local import replace_bytes
+from knowledge_store.storage.local import LocalStorage, replace_bytes
 
 FORMAT = "knowledge-store-calibration"
 VERSION = 1
@@ -154,7 +154,10 @@ def read_calibration(path: Path) -> Calibration:
     if not path.is_file():
         raise InputError(f"there is no calibration file {path}")
     # Other files, such as a corpus, are not damaged: they are something else.
-    if FORMAT.encode() not in _beginning(path) or (record := read_record(path)).get("format") != FORMAT:
+    if (
+        FORMAT.encode() not in _beginning(path)
+        or (record := read_record(LocalStorage(path.parent), path.name)).get("format") != FORMAT
+    ):
         raise InputError(f"{path} is not a calibration: `teacher-dump calibrate` and `student-train calibrate` make them")
     version = record.get("version")
     if version != VERSION:

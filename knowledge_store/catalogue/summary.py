@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.catalogue.index import STATISTIC, Index
-from knowledge_store.errors import DamageError
-from knowledge_store.format.layout import MANIFEST_FILE
+from knowledge_store.format.layout import manifest_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds.positions import positions_of
+from knowledge_store.storage import Storage
 
 DENSE_BYTES_PER_LOGPROB = 4  # float32
 
@@ -104,14 +103,7 @@ def _column_bytes(shards: pa.Table) -> dict[str, int]:
     return {row["column"]: row["bytes_sum"] for row in columns.aggregate([("bytes", "sum")]).to_pylist()}
 
 
-def _manifest_bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        raise DamageError(f"{path} is missing") from None
-
-
-def summarise(store: Path, index: Index, manifest: Manifest) -> DumpSummary:
+def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary:
     """The facts of one dump.
 
     Raises:
@@ -119,7 +111,7 @@ def summarise(store: Path, index: Index, manifest: Manifest) -> DumpSummary:
     """
     shards = index.shards.filter(pc.field("dump") == manifest.dump)
     predictions = _sum(_statistic(shards, "predictions"))
-    own = _manifest_bytes(store / manifest.dump / MANIFEST_FILE)
+    own = storage.size(manifest_file(manifest.dump))
     return DumpSummary(
         dump=manifest.dump,
         teacher=manifest.teacher["name"],
@@ -174,9 +166,9 @@ DUMPS = pa.schema(
 )
 
 
-def dumps_table(store: Path, index: Index, manifests: list[Manifest]) -> pa.Table:
+def dumps_table(storage: Storage, index: Index, manifests: list[Manifest]) -> pa.Table:
     """The relation `dumps`: one row per dump (schema DUMPS)."""
-    summaries = [summarise(store, index, manifest) for manifest in manifests]
+    summaries = [summarise(storage, index, manifest) for manifest in manifests]
     rows = [{name: getattr(summary, name) for name in DUMPS.names} for summary in summaries]
     return pa.Table.from_pylist(rows, schema=DUMPS)
 

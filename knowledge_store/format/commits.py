@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import DamageError
-from knowledge_store.format.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
+from knowledge_store.format.integrity import FILE_SHAPE, FileRecord
+from knowledge_store.format.layout import COMMITS, FORMAT_NAME, FORMAT_VERSION, commit_file, commit_shard, manifest_file
 from knowledge_store.format.manifest import Manifest, check_version
-from knowledge_store.format.pages import MAX_COLUMNS
-from knowledge_store.format.parquet import FILE_SHAPE, FileRecord
 from knowledge_store.format.records import check_shape, is_sha256, read_record, seal
-from knowledge_store.storage.local import disk_errors
+from knowledge_store.storage import Entry, Storage
 
 _SHAPE = {
     "dump": str,
@@ -70,66 +66,55 @@ def _check_limits(record: dict[str, Any]) -> None:
         raise ValueError("its statistics are too many, or have names that are none")
     if not all(abs(value) <= MAX_COUNT for value in statistics.values()):
         raise ValueError("one of its statistics is not possible")
-    # The index is made of these.
-    texts = [*record["files"], record["made_by"]["committed_at"]]
-    if max(map(len, texts)) > 200 or len(record["files"]) > 64:
-        raise ValueError("it names files that are none")
-    if sum(len(file["column_bytes"]) for file in record["files"].values()) > MAX_COLUMNS:
-        raise ValueError("its files have too many columns")
     if not all(0 <= record[name] <= MAX_COUNT for name in ("shard", "first_document", "documents")):
         raise ValueError("it records documents that are not possible")
 
 
-def files_in_commits(dump_folder: Path) -> list[Path]:
-    """What lies in a dump's folder of commit records, by name: records, and what an unfinished run left. Nothing where there is
-    no such folder yet.
+def commit_records(storage: Storage, dump: str) -> dict[int, Entry]:
+    """The commit records of a dump, by shard, from one listing; none where nothing is committed yet.
 
     Raises:
-        DamageError: something else has its name: a file, or a link to nothing or to itself.
-        StoreError: it cannot be listed.
+        DamageError: the name of their folder is that of something else.
+        StoreError: they cannot be listed.
     """
-    folder = dump_folder / COMMITS
-    with disk_errors("read", folder):
-        try:
-            return sorted(folder.iterdir())
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                raise
-            if os.path.lexists(folder) and not folder.is_dir():  # else another writer has just made it
-                raise DamageError(f"{folder} is damaged: it is not a folder") from None
-    return []
+    shards = ((commit_shard(entry.name), entry) for entry in storage.files(f"{dump}/{COMMITS}"))
+    return dict(sorted(((shard, entry) for shard, entry in shards if shard is not None), key=lambda each: each[0]))
 
 
-def read_commit(path: Path) -> CommitRecord:
-    """Read a commit record.
+def read_commit(storage: Storage, dump: str, shard: int) -> CommitRecord:
+    """Read the commit record of a shard.
 
     Raises:
-        DamageError: it is missing, altered, or not shaped as a commit record.
-        StoreError: it is of a newer format version.
+        MissingFileError: it is not there.
+        DamageError: it is altered, or not shaped as a commit record.
+        StoreError: it is of another format version, or cannot be read.
     """
-    record = read_record(path)
+    path = storage.locate(commit_file(dump, shard))
+    record = read_record(storage, commit_file(dump, shard))
     check_version(record, path)
     try:
         check_shape(record, _SHAPE, "a commit record")
         if not is_sha256(record["identity"]):
-            raise ValueError("its dump's identity is none")
+            raise ValueError("its dump's identity is not a SHA-256")
         _check_limits(record)
         files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
-    found = {field.name: record[field.name] for field in fields(CommitRecord)}
-    return CommitRecord(**{**found, "files": files})
+    named = {field.name: record[field.name] for field in fields(CommitRecord)}
+    return CommitRecord(**{**named, "files": files})
 
 
-def misplaced(commit: CommitRecord, manifest: Manifest, shard: int, path: Path) -> str | None:
+def misplaced(commit: CommitRecord, manifest: Manifest, shard: int, storage: Storage) -> str | None:
     """Why a commit record is not the one of a shard of a dump, or None if it is.
 
     Args:
-        commit: as it was read from `path`.
+        commit: as it was read.
         manifest: of the dump.
         shard: whose record it is to be.
+        storage: where it was read.
     """
-    manifest_path = path.parent.parent / MANIFEST_FILE
+    path = storage.locate(commit_file(manifest.dump, shard))
+    manifest_path = storage.locate(manifest_file(manifest.dump))
     if (commit.dump, commit.shard) != (manifest.dump, shard):
         return f"{path} is damaged: it is the record of shard {commit.shard} of {commit.dump!r}"
     if commit.identity != manifest.identity_sha256:

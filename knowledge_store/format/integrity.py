@@ -4,37 +4,84 @@ Parquet's own page checksums cover the contents of pages alone: a flipped bit in
 another, and every value of the page into a wrong one. So a writer keeps a digest of each block of the file, whatever is in it,
 in the footer, whose hash stands in the commit record; and a reader that is asked for some bytes reads the blocks they lie in
 and hashes those. Nothing is believed because of a time stamp or because it was checked before: disks decay without telling.
-
-A file without digests, written before there were any, is read and hashed whole when it is first used, which gives its
-digests. They are remembered under the file's SHA-256, so they cannot belong to other contents.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
-import weakref
-from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
-from typing import BinaryIO
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import DamageError, KnowledgeStoreError, StoreError
-from knowledge_store.format.pages import Chunk, Footer, check_chunk, check_columns, parse_footer
+from knowledge_store.format.records import is_sha256
+from knowledge_store.storage import Storage
 
 MAGIC = b"PAR1"
 BLOCK_BYTES = 16 * 1024
 DIGEST_BYTES = 8
 DIGESTS_KEY = b"knowledge-store.blocks"  # in the footer's key-value metadata
+FOOTER_BYTES = 32 * 1024  # read at once from the end of a file; most footers take less
+MAX_FILE_BYTES = 2**48
+MAX_READ = 4 * 2**20  # bytes at once of a file that is read whole
 
-MAX_FOOTER_BYTES = 8 * 2**20
-REMEMBERED_FILES = 16_384  # whose digests were computed, half a thousandth of their bytes
+FILE_SHAPE = {"bytes": int, "sha256": str, "footer_sha256": str, "rows": int, "column_bytes": {...: int}}
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a published Parquet file must look like.
+
+    Attributes:
+        bytes: its size.
+        sha256: hash of all of it.
+        footer_sha256: hash of its footer (metadata, length and magic).
+        rows: how many rows it holds.
+        column_bytes: compressed bytes of each top-level column; empty where the record is of the index, which sums them up.
+
+    Raises (on construction):
+        ValueError: a size is not possible, or a hash is not one. Hashes become names of files in the user's cache.
+    """
+
+    bytes: int
+    sha256: str
+    footer_sha256: str
+    rows: int
+    column_bytes: dict[str, int]
+
+    def __post_init__(self) -> None:
+        if not (is_sha256(self.sha256) and is_sha256(self.footer_sha256)):
+            raise ValueError("a file's SHA-256 is not 64 hexadecimal digits")
+        if not all(0 <= each <= MAX_FILE_BYTES for each in (self.bytes, self.rows, *self.column_bytes.values())):
+            raise ValueError("a file's size or number of rows is not possible")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> FileRecord:
+        """The record of plain JSON values (shape FILE_SHAPE)."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """A published Parquet file of a store: where it is, what its bytes must be, and the columns of its table."""
+
+    storage: Storage
+    name: str
+    record: FileRecord
+    schema: pa.Schema
+
+    @property
+    def path(self) -> str:
+        """How people find it."""
+        return self.storage.locate(self.name)
 
 
 def _digest(block: bytes | memoryview) -> bytes:
@@ -42,17 +89,26 @@ def _digest(block: bytes | memoryview) -> bytes:
 
 
 class DigestingFile:
-    """A file to write to that keeps the digest of each block of what is written."""
+    """A file to write a Parquet file to, that hashes what is written: the whole, each block of what is before the footer, and
+    the footer."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self._rest = bytearray()
         self._digests = bytearray()
+        self._whole = hashlib.sha256()
+        self._bytes = 0
+        self._footer: bytearray | None = None
         self.closed = False
 
     def write(self, data: bytes) -> int:
         """Write it all."""
         self._file.write(data)
+        self._whole.update(data)
+        self._bytes += len(data)
+        if self._footer is not None:
+            self._footer += data
+            return len(data)
         self._rest += data
         whole = len(self._rest) // BLOCK_BYTES * BLOCK_BYTES
         with memoryview(self._rest) as written:
@@ -70,143 +126,144 @@ class DigestingFile:
         self.closed = True
 
     def digests(self) -> bytes:
-        """One digest after the other, in hexadecimal, of all that is written so far; the last block may be shorter."""
+        """One digest after the other, in hexadecimal, of all blocks; the last may be shorter. What is written from here on is
+        the footer."""
         last = _digest(bytes(self._rest)) if self._rest else b""
+        self._footer = bytearray()
         return (self._digests + last).hex().encode()
 
-
-def open_regular(path: str | Path, flags: int = os.O_RDONLY) -> int:
-    """Open a file, as `open` takes it for its `opener`. To open a pipe would be to wait for it.
-
-    Raises:
-        DamageError: it is a pipe, a folder or a device.
-        OSError: it cannot be opened.
-    """
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DamageError(f"{path} is damaged: it is not a file")
-    return descriptor
+    def record(self) -> FileRecord:
+        """The record of the file, when all of it is written."""
+        return _record(self._bytes, self._whole.hexdigest(), bytes(self._footer or b""))
 
 
-def _pread(path: Path, descriptor: int, start: int, end: int, size: int) -> bytes:
-    """Bytes as they stand in a file (DamageError: it ends before)."""
-    parts = []
-    while start < end:
-        part = os.pread(descriptor, end - start, start)
-        if not part:
-            raise DamageError(f"{path} is damaged: it ends before its {size:,} bytes")
-        parts.append(part)
-        start += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def _record(size: int, sha256: str, footer: bytes) -> FileRecord:
+    metadata = parse_footer(footer)
+    column_bytes: dict[str, int] = {}
+    for group in range(metadata.num_row_groups):
+        row_group = metadata.row_group(group)
+        for index in range(metadata.num_columns):
+            chunk = row_group.column(index)
+            column = chunk.path_in_schema.split(".")[0]
+            column_bytes[column] = column_bytes.get(column, 0) + chunk.total_compressed_size
+    return FileRecord(size, sha256, hashlib.sha256(footer).hexdigest(), metadata.num_rows, column_bytes)
 
 
-def read_footer(path: Path, descriptor: int, size: int) -> bytes:
-    """The bytes of an open Parquet file's footer: metadata, its length, and the magic number at the end.
+def parse_footer(footer: bytes) -> pq.FileMetaData:
+    """What a footer (metadata, length and magic) says."""
+    return pq.read_metadata(pa.BufferReader(MAGIC + footer))
+
+
+def read_footer(storage: Storage, name: str, size: int) -> bytes:
+    """The bytes of a Parquet file's footer: metadata, its length, and the magic number at the end.
+
+    Args:
+        size: of the file.
 
     Raises:
-        DamageError: the file is too short, or does not end as Parquet does.
-        OSError: it cannot be read.
+        DamageError: it is missing, has another size, or does not end as Parquet does.
+        StoreError: it cannot be read.
     """
-    end = _pread(path, descriptor, max(size - 8, 0), size, size)
-    length = int.from_bytes(end[:4], "little") + 8
-    if end[4:] != MAGIC or length > min(size, MAX_FOOTER_BYTES):
-        raise DamageError(f"{path} is damaged: it does not end as a Parquet file does")
-    return _pread(path, descriptor, size - length, size, size)
+    start = max(size - FOOTER_BYTES, 0)
+    end = storage.read(name, start, size + 1)
+    if len(end) != size - start:
+        found = storage.size(name)
+        raise DamageError(f"{storage.locate(name)} is damaged: it has {found:,} bytes and was published with {size:,}")
+    length = int.from_bytes(end[-8:-4], "little") + 8
+    if end[-4:] != MAGIC or length > size:
+        raise DamageError(f"{storage.locate(name)} is damaged: it does not end as a Parquet file does")
+    return end[-length:] if length <= len(end) else storage.read(name, size - length, size)
 
 
-def unreadable(path: Path, error: Exception) -> KnowledgeStoreError:
+def describe(storage: Storage, name: str) -> FileRecord:
+    """The record of a file as it stands, all of which is read, without `column_bytes`: of a footer that nothing vouches for,
+    pyarrow can be asked how many rows there are, and hardly more without risk to this process.
+
+    Raises:
+        DamageError: it is missing or no Parquet file.
+        StoreError: it cannot be read.
+    """
+    size = storage.size(name)
+    try:
+        footer = read_footer(storage, name, size)
+        rows = parse_footer(footer).num_rows
+        return FileRecord(size, file_sha256(storage, name, size), hashlib.sha256(footer).hexdigest(), rows, {})
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(storage.locate(name), error) from None
+
+
+def file_sha256(storage: Storage, name: str, size: int) -> str:
+    """SHA-256 of the first `size` bytes of a file (DamageError: it is missing; StoreError)."""
+    whole = hashlib.sha256()
+    for start in range(0, size, MAX_READ):
+        whole.update(storage.read(name, start, min(start + MAX_READ, size)))
+    return whole.hexdigest()
+
+
+def check_whole(storage: Storage, name: str, record: FileRecord) -> None:
+    """Read all of a file, and make sure that it is the one that was published.
+
+    Raises:
+        DamageError: it is not, or is missing, or its record says other things of it than it is.
+        StoreError: it cannot be read.
+    """
+    size, path = storage.size(name), storage.locate(name)
+    if size != record.bytes:  # before it is hashed: a sparse file may be of any size
+        raise DamageError(f"{path} is damaged: it has {size:,} bytes and was published with {record.bytes:,}")
+    if file_sha256(storage, name, size) != record.sha256:
+        raise DamageError(f"{path} is damaged: its contents are not those that were published")
+    try:
+        published = _record(size, record.sha256, read_footer(storage, name, size))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise unreadable(path, error) from None
+    if published != record:
+        raise DamageError(f"{path} does not match its record: its footer, rows or columns are others")
+
+
+def unreadable(path: str, error: Exception) -> KnowledgeStoreError:
     """What to say of a file that could not be read: what the system refuses is not the file's damage."""
     if isinstance(error, KnowledgeStoreError):
         return error
-    if isinstance(error, FileNotFoundError):
-        return DamageError(f"{path} is missing")
     if isinstance(error, OSError) and error.errno:
         return StoreError(f"cannot read {path}: {os.strerror(error.errno)}")
     return DamageError(f"{path} is damaged: {error}")
 
 
-class _Descriptor:
-    """An open file that is closed when nobody holds it."""
-
-    def __init__(self, path: Path):
-        self.number = open_regular(path)
-        weakref.finalize(self, os.close, self.number)
-
-
-_computed: OrderedDict[str, bytes] = OrderedDict()
-
-
-def open_files(count: int) -> Callable[[Path], _Descriptor]:
-    """Opens files, and keeps the `count` last ones open."""
-    return lru_cache(count)(_Descriptor)
-
-
 class CheckedFile:
-    """A published Parquet file, to be read by pyarrow (as a `pa.PythonFile`). It is opened when it is first read.
+    """A published Parquet file, to be read by pyarrow (as a `pa.PythonFile`). Nothing of it is read before it is asked for.
 
     Args:
-        path, size, sha256, footer_sha256: where it is, and its record.
-        opened: opens it; None keeps it open as long as this object lives.
+        file: where it is, and what it must be.
+        errors: what is raised is added here too, for a caller whom the exception cannot reach (DuckDB says only that reading
+            failed).
     """
 
     closed = False
 
-    def __init__(
-        self,
-        path: Path,
-        size: int,
-        sha256: str,
-        footer_sha256: str,
-        opened: Callable[[Path], _Descriptor] | None = None,
-    ):
-        self.path = path
-        self.size, self._sha256, self._footer_sha256 = size, sha256, footer_sha256
-        self._opened = opened or open_files(1)
+    def __init__(self, file: TableFile, errors: list[KnowledgeStoreError] | None = None):
+        self.file = file
+        self._errors = errors
         self._place = 0
-        self._footer = b""
-        self._digests = b""
-        self._stated = Footer([], {})
-        self.texts: dict[int, int] = {}  # bytes that the column chunks of texts which were checked stand for, by their start
+        self.size = file.record.bytes
 
-    def _open(self) -> None:
-        """Check size and footer, and find the digests of what stands before it."""
-        opened = self._opened(self.path)
-        found = os.fstat(opened.number).st_size
-        if found != self.size:
-            raise DamageError(f"{self.path} is damaged: it has {found:,} bytes and was published with {self.size:,}")
-        footer = read_footer(self.path, opened.number, self.size)
-        length = len(footer)
-        if hashlib.sha256(footer).hexdigest() != self._footer_sha256:
-            raise DamageError(f"{self.path} is damaged: its footer is not the one that was published")
-        self._stated = parse_footer(footer, self.size)
-        if DIGESTS_KEY in self._stated.metadata:
-            self._digests = bytes.fromhex(self._stated.metadata[DIGESTS_KEY].decode())
-        elif self._sha256 in _computed:
-            self._digests = _computed[self._sha256]
-        else:
-            self._digests = _computed[self._sha256] = self._compute(self.size - length)
-            while len(_computed) > REMEMBERED_FILES:
-                _computed.popitem(last=False)
-        self._footer = footer
+    @cached_property
+    def _footer(self) -> bytes:
+        """The footer, checked, and of the columns and rows of its table: Arrow would make nulls of a missing column."""
+        file = self.file
+        footer = read_footer(file.storage, file.name, self.size)
+        if hashlib.sha256(footer).hexdigest() != file.record.footer_sha256:
+            raise DamageError(f"{file.path} is damaged: its footer is not the one that was published")
+        metadata = parse_footer(footer)
+        if not metadata.schema.to_arrow_schema().equals(file.schema) or metadata.num_rows != file.record.rows:
+            raise DamageError(f"{file.path} is damaged: it does not have the columns and rows of its table")
+        self.metadata = metadata
+        self._digests = bytes.fromhex((metadata.metadata or {}).get(DIGESTS_KEY, b"").decode())
+        return footer
 
-    def _compute(self, before: int) -> bytes:
-        """The digests of the first `before` bytes of a file that has none."""
-        whole = hashlib.sha256()
-        digests = bytearray()
-        for start in range(0, self.size, BLOCK_BYTES):
-            block = self._read(start, min(start + BLOCK_BYTES, self.size))
-            whole.update(block)
-            if start < before:
-                digests += _digest(block[: before - start])
-        if whole.hexdigest() != self._sha256:
-            raise DamageError(f"{self.path} is damaged: its contents are not those that were published")
-        return bytes(digests)
-
-    def _read(self, start: int, end: int) -> bytes:
-        """Bytes as they stand in the file."""
-        opened = self._opened(self.path)  # held: another thread's files may take its place among those that are kept open
-        return _pread(self.path, opened.number, start, end, self.size)
+    def open(self) -> pq.FileMetaData:
+        """Check the footer. Returns what it says (DamageError, StoreError)."""
+        self.read_at(self.size, self.size)
+        return self.metadata
 
     def _checked(self, start: int, end: int) -> memoryview:
         """Bytes of the file, checked."""
@@ -215,12 +272,12 @@ class CheckedFile:
             return memoryview(self._footer)[start - before : end - before]
         first, last = start // BLOCK_BYTES, -(-min(end, before) // BLOCK_BYTES)
         begin = first * BLOCK_BYTES
-        data = memoryview(self._read(begin, min(last * BLOCK_BYTES, before)))
+        data = memoryview(self.file.storage.read(self.file.name, begin, min(last * BLOCK_BYTES, before)))
         for block in range(first, last):
             at = block * BLOCK_BYTES - begin
             expected = self._digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
             if _digest(data[at : at + BLOCK_BYTES]) != expected:
-                raise DamageError(f"{self.path} is damaged: its contents are not those that were published")
+                raise DamageError(f"{self.file.path} is damaged: its contents are not those that were published")
         if end > before:
             data = memoryview(bytes(data) + self._footer)
         return data[start - begin : end - begin]
@@ -237,19 +294,16 @@ class CheckedFile:
         self._place = end
         return data
 
-    def stated(self) -> Footer:
-        """What its footer states (DamageError, StoreError: as of `read`)."""
-        self.read_at(self.size, self.size)
-        return self._stated
-
     def read_at(self, start: int, end: int) -> memoryview:
         """The bytes from one place in the file to another (DamageError, StoreError: as of `read`)."""
         try:
-            if not self._footer:
-                self._open()
             return self._checked(start, min(end, self.size))
-        except (OSError, ValueError, MemoryError) as error:
-            raise unreadable(self.path, error) from None
+        except (KnowledgeStoreError, OSError, ValueError, MemoryError, pa.ArrowException) as error:
+            reason = unreadable(self.file.path, error)
+            if self._errors is not None:
+                # Another one of the same words: this one's traceback leads to whoever holds this file.
+                self._errors.append(type(reason)(str(reason)))
+            raise reason from None
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a place in the file."""
@@ -261,82 +315,4 @@ class CheckedFile:
         return self._place
 
     def close(self) -> None:
-        """It is closed when nobody holds it."""
-
-    def again(self) -> CheckedFile:
-        """The same file, to be read from a place of its own."""
-        return CheckedFile(self.path, self.size, self._sha256, self._footer_sha256, self._opened)
-
-
-class GuardedFile(CheckedFile):
-    """A published Parquet file for a reader that looks at nothing itself, such as Arrow's datasets.
-
-    It has the columns and rows of its table, and what a column chunk claims to hold is checked before any of it is handed out.
-
-    Args:
-        path, size, sha256, footer_sha256, opened: as of `CheckedFile`.
-        schema, rows: what it must hold.
-        errors: what is raised is added here too, for a caller whom the exception cannot reach.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        size: int,
-        sha256: str,
-        footer_sha256: str,
-        opened: Callable[[Path], _Descriptor],
-        schema: pa.Schema,
-        rows: int,
-        errors: list[KnowledgeStoreError],
-    ):
-        super().__init__(path, size, sha256, footer_sha256, opened)
-        self._schema, self._rows, self._errors = schema, rows, errors
-        self._starts: list[int] | None = None
-        self._chunks: list[tuple[int, Chunk]] = []
-        self._at_hand: tuple[int, memoryview] = 0, memoryview(b"")
-
-    def read_at(self, start: int, end: int) -> memoryview:
-        """As of `CheckedFile`; what is about to be handed out need not be read and hashed again."""
-        first, data = self._at_hand
-        if first <= start and end <= first + len(data):
-            return data[start - first : end - first]
-        return super().read_at(start, end)
-
-    def read(self, count: int = -1) -> memoryview:
-        """The next `count` bytes, fewer at the end of the file.
-
-        Raises:
-            DamageError: they are not those that were published, or claim to hold what they cannot.
-            StoreError: they cannot be read.
-        """
-        start = self._place
-        try:
-            data = super().read(count)
-            if self._starts is None:
-                self._starts = self._look()
-            first, last = bisect_left(self._starts, start), bisect_left(self._starts, self._place)
-            self._at_hand = start, data
-            for group, chunk in self._chunks[first:last]:
-                check_chunk(self, group, chunk)
-            del self._starts[first:last], self._chunks[first:last]
-            return data
-        except (KnowledgeStoreError, OSError, ValueError, MemoryError, pa.ArrowException) as error:
-            found = unreadable(self.path, error)
-            # Another one of the same words: this one's traceback will lead to whoever holds this file.
-            self._errors.append(type(found)(str(found)))
-            raise found from None
-        finally:
-            self._at_hand = 0, memoryview(b"")
-
-    def _look(self) -> list[int]:
-        """Check columns and rows, and note the column chunks. Returns where each begins, in order."""
-        # Where a file lacks a column, Arrow's datasets would make one of nulls.
-        schema = pq.read_metadata(pa.BufferReader(MAGIC + self._footer)).schema
-        groups = self._stated.groups
-        if not schema.to_arrow_schema().equals(self._schema) or sum(group.rows for group in groups) != self._rows:
-            raise DamageError(f"{self.path} is damaged: it does not have the columns and rows of its table")
-        check_columns(self._stated, schema)
-        chunks = ((number, chunk) for number, group in enumerate(groups) for chunk in group.chunks)
-        self._chunks = sorted(chunks, key=lambda each: each[1].start)
-        return [chunk.start for _, chunk in self._chunks]
+        """Nothing is open."""

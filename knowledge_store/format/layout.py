@@ -6,7 +6,9 @@ STORE/
   DUMP/tokens.parquet
   DUMP/TABLE/00017.parquet     TABLE is `sequences` or a kind of knowledge
   DUMP/commits/00017.json
-  index.duckdb
+
+Names are relative to the store, as its storage takes them. What is derived of a store (its index, decoded arrays) lies in the
+user's cache folder, and not in the store.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ FORMAT_NAME = "knowledge-store"
 FORMAT_VERSION = 4
 
 STORE_FILE = "store.json"
-INDEX_FILE = "index.duckdb"
 MANIFEST_FILE = "manifest.json"
 TOKENS_FILE = "tokens.parquet"
 COMMITS = "commits"
@@ -33,7 +34,7 @@ _COMMIT_NAME = re.compile(r"(\d{5,})\.json")
 
 def check_dump_name(name: str) -> str:
     """Return `name`, or raise InputError when it cannot be a folder's name on every system."""
-    if name in (STORE_FILE, INDEX_FILE):
+    if name == STORE_FILE:
         raise InputError(f"{name!r} cannot name a dump: the store has a file of that name")
     if not _DUMP_NAME.fullmatch(name):
         raise InputError(
@@ -47,14 +48,24 @@ def shard_name(shard: int) -> str:
     return f"{shard:05d}"
 
 
-def table_path(dump_folder: Path, table: str, shard: int) -> Path:
-    """Path of one table of one shard."""
-    return dump_folder / table / f"{shard_name(shard)}.parquet"
+def manifest_file(dump: str) -> str:
+    """A dump's manifest."""
+    return f"{dump}/{MANIFEST_FILE}"
 
 
-def commit_path(dump_folder: Path, shard: int) -> Path:
-    """Path of a shard's commit record."""
-    return dump_folder / COMMITS / f"{shard_name(shard)}.json"
+def tokens_file(dump: str) -> str:
+    """A dump's vocabulary."""
+    return f"{dump}/{TOKENS_FILE}"
+
+
+def table_file(dump: str, table: str, shard: int) -> str:
+    """One table of one shard."""
+    return f"{dump}/{table}/{shard_name(shard)}.parquet"
+
+
+def commit_file(dump: str, shard: int) -> str:
+    """A shard's commit record."""
+    return f"{dump}/{COMMITS}/{shard_name(shard)}.json"
 
 
 def commit_shard(name: str) -> int | None:
@@ -64,11 +75,6 @@ def commit_shard(name: str) -> int | None:
         return None
     shard = int(match[1])
     return shard if shard_name(shard) == match[1] else None
-
-
-def dump_folders(store: Path) -> list[Path]:
-    """The dumps of a store: its folders with a manifest, by name."""
-    return sorted(path.parent for path in store.glob(f"*/{MANIFEST_FILE}") if _DUMP_NAME.fullmatch(path.parent.name))
 
 
 def user_cache(name: str) -> Path:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import DamageError, NewerVersionError, StoreError
-from knowledge_store.format.layout import FORMAT_NAME, FORMAT_VERSION, MANIFEST_FILE
-from knowledge_store.format.parquet import FILE_SHAPE, FileRecord
+from knowledge_store.format.integrity import FILE_SHAPE, FileRecord
+from knowledge_store.format.layout import FORMAT_NAME, FORMAT_VERSION, manifest_file
 from knowledge_store.format.records import check_shape, json_sha256, read_record, seal
+from knowledge_store.storage import Storage
 
 # Told to people, never compared: a model or corpus may be moved or renamed between runs.
 _NOT_COMPARED = re.compile(r"teacher\.name|corpus\.files\[\d+\]\.name")
@@ -123,7 +123,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else f"{text[:12]}…"
 
 
-def check_version(record: dict[str, Any], path: Path) -> None:
+def check_version(record: dict[str, Any], path: str) -> None:
     """Refuse a file of another format, or of another version than this code reads and writes.
 
     Raises:
@@ -162,15 +162,16 @@ def _check_limits(record: dict[str, Any]) -> None:
         raise ValueError("its list of shards does not say where each begins")
 
 
-def read_manifest(dump_folder: Path) -> Manifest:
+def read_manifest(storage: Storage, dump: str) -> Manifest:
     """Read a dump's manifest.
 
     Raises:
+        MissingFileError: there is none.
         DamageError: it is missing, altered, or not shaped as a manifest.
         StoreError: it is of another format version.
     """
-    path = dump_folder / MANIFEST_FILE
-    record = read_record(path)
+    path = storage.locate(manifest_file(dump))
+    record = read_record(storage, manifest_file(dump))
     check_version(record, path)
     try:
         check_shape(record, _SHAPE, "a manifest")
@@ -182,6 +183,6 @@ def read_manifest(dump_folder: Path) -> Manifest:
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     manifest = Manifest(**{field.name: record[field.name] for field in fields(Manifest)})
-    if manifest.dump != dump_folder.name:
-        raise DamageError(f"{path} belongs to a dump named {manifest.dump!r}, not {dump_folder.name!r}")
+    if manifest.dump != dump:
+        raise DamageError(f"{path} belongs to a dump named {manifest.dump!r}, not {dump!r}: give its folder that name again")
     return manifest

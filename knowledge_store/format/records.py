@@ -11,11 +11,10 @@ import hashlib
 import json
 import os
 import re
-import stat
-from pathlib import Path
 from typing import Any
 
-from knowledge_store.errors import DamageError, InputError, StoreError
+from knowledge_store.errors import DamageError, InputError
+from knowledge_store.storage import Storage
 
 SEAL = "sha256"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -81,7 +80,7 @@ def check_depth(value: Any) -> None:
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
-def unseal(data: bytes, path: Path) -> dict[str, Any]:
+def unseal(data: bytes, path: object) -> dict[str, Any]:
     """Parse a sealed JSON file and check its seal.
 
     Raises:
@@ -140,22 +139,15 @@ def open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-def read_record(path: Path) -> dict[str, Any]:
+def read_record(storage: Storage, name: str) -> dict[str, Any]:
     """Read and check a sealed JSON file.
 
     Raises:
-        DamageError: it is missing or altered.
-        StoreError: it cannot be read, or is no file (a pipe, a device).
+        MissingFileError: it is not there.
+        DamageError: it is altered, or is no file (a pipe, a device).
+        StoreError: it cannot be read.
     """
-    try:
-        with open(path, "rb", opener=open_at_once) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise StoreError(f"cannot read {path}: it is not a file")
-            data = file.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise DamageError(f"{path} is damaged: it has more than {MAX_BYTES:,} bytes")
-        return unseal(data, path)
-    except FileNotFoundError:
-        raise DamageError(f"{path} is missing") from None
-    except OSError as error:
-        raise StoreError(f"cannot read {path}: {os.strerror(error.errno or 0)}") from None
+    data = storage.read(name, 0, MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise DamageError(f"{storage.locate(name)} is damaged: it has more than {MAX_BYTES:,} bytes")
+    return unseal(data, storage.locate(name))

@@ -56,7 +56,7 @@ PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
 
 @contextmanager
 def asked(
-    store: Path, sql: str, form: str, memory_limit: float, timeout: float, remark: Callable[[str], None]
+    store: str | Path, sql: str, form: str, memory_limit: float, timeout: float, remark: Callable[[str], None]
 ) -> Iterator[IO[bytes]]:
     """Ask a store in a process of its own, which ends with this context, and with the thread that entered it.
 
@@ -113,7 +113,7 @@ def _check_end(code: int, report: str, memory_limit: float, timeout: float, rema
         remark(ended["remark"])
 
 
-def isolated_answer(store: Path, sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT) -> pa.Table:
+def isolated_answer(store: str, sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT) -> pa.Table:
     """`run_query` in a process of its own, which opens the store anew (see `asked`)."""
     import pyarrow as pa
 

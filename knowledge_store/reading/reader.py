@@ -11,7 +11,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,50 +18,29 @@ import pyarrow.compute as pc
 
 from knowledge_store.catalogue.index import Index
 from knowledge_store.errors import DamageError, InputError
-from knowledge_store.format.layout import SEQUENCES, table_path
+from knowledge_store.format.layout import SEQUENCES, table_file
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.parquet import TableFile, open_parquet, read_row_group, read_row_groups
+from knowledge_store.format.parquet import FileRecord, OpenTable, TableFile, open_table, read_row_group, read_table
 from knowledge_store.format.records import json_sha256
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.kind import check_lists
 from knowledge_store.reading.cache import DecodedCache
+from knowledge_store.storage import Storage
 
 MEMORY_BYTES = 512 * 2**20
-OPEN_FILES = 64
+OPEN_FILES = 64  # whose footers are kept in memory
 SHARDS = 4096  # whose sequences are kept in mind, 16 bytes each and 4 for each kind
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """One committed Parquet file: where it is, and what it must look like."""
-
-    path: Path
-    shard: int
-    bytes: int
-    sha256: str
-    footer_sha256: str
-    rows: int
-
-    def open(self, schema: pa.Schema) -> TableFile:
-        """Open it. Every byte is checked when it is read; here, that it has the columns and rows of its table (DamageError)."""
-        file = open_parquet(self.path, self.bytes, self.sha256, self.footer_sha256)
-        if not file.schema_arrow.equals(schema) or file.metadata.num_rows != self.rows:
-            raise DamageError(f"{self.path} is damaged: it does not have the columns and rows of its table")
-        return file
-
-
-def shard_files(store: Path, index: Index, dump: str, table: str) -> list[ShardFile]:
+def shard_files(storage: Storage, index: Index, dump: str, table: str, schema: pa.Schema) -> dict[int, TableFile]:
     """The committed files of one table of one dump, by shard."""
     files = index.files.filter((pc.field("dump") == dump) & (pc.field("table") == table))
     rows = zip(*(files[name].to_pylist() for name in ("shard", "bytes", "sha256", "footer_sha256", "rows")), strict=True)
-    return [ShardFile(table_path(store / dump, table, shard), shard, *record) for shard, *record in rows]
-
-
-def read_sequences(files: list[ShardFile], schema: pa.Schema, columns: list[str] | None = None) -> pa.Table | None:
-    """The `sequences` rows of the given files in order, or None when there are none."""
-    tables = [group for file in files for group in read_row_groups(file.open(schema), columns)]
-    return pa.concat_tables(tables) if tables else None
+    return {
+        shard: TableFile(storage, table_file(dump, table, shard), FileRecord(size, sha256, footer_sha256, count, {}), schema)
+        for shard, size, sha256, footer_sha256, count in rows
+    }
 
 
 @dataclass(frozen=True)
@@ -84,17 +62,20 @@ class DumpReader:
     """The sequences of one dump by ordinal (0 is the first committed sequence).
 
     Args:
-        store, index, manifest: of the dump.
+        storage, index, manifest: of the dump.
         cache_size: most bytes of the cache on disk, 0 for none.
     """
 
-    def __init__(self, store: Path, index: Index, manifest: Manifest, cache_size: int):
+    def __init__(self, storage: Storage, index: Index, manifest: Manifest, cache_size: int):
         self.manifest = manifest
-        sequence_files = shard_files(store, index, manifest.dump, SEQUENCES)
-        self._files = {kind: shard_files(store, index, manifest.dump, kind) for kind in manifest.kinds}
-        self._sequence_files = sequence_files
-        self._sequences_schema = sequences_schema(manifest)
-        self._first_ordinal = list(accumulate((file.rows for file in sequence_files), initial=0))
+        sequence_files = shard_files(storage, index, manifest.dump, SEQUENCES, sequences_schema(manifest))
+        self._files = {
+            kind: list(shard_files(storage, index, manifest.dump, kind, KINDS[kind].stored_schema(manifest)).values())
+            for kind in manifest.kinds
+        }
+        self._shards = list(sequence_files)
+        self._sequence_files = list(sequence_files.values())
+        self._first_ordinal = list(accumulate((file.record.rows for file in self._sequence_files), initial=0))
         self._decoded: OrderedDict[tuple[str, int, int], Arrays] = OrderedDict()
         self._decoded_bytes = 0
         self._cache = DecodedCache(manifest, cache_size)
@@ -110,21 +91,21 @@ class DumpReader:
     def snapshot(self) -> int:
         """A number that stands for the sequences of this dump, in their order: 48 bits of a hash of what it was made from, its
         shards, and how many sequences each has."""
-        shards = [[file.shard, file.rows] for file in self._sequence_files]
+        shards = [[shard, file.record.rows] for shard, file in zip(self._shards, self._sequence_files, strict=True)]
         return int(json_sha256([self.manifest.identity_sha256, shards])[:12], 16)
 
     def _read_shard(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         """Sequence ids, and the first row of each sequence (one more entry than sequences), of the shard at `place`."""
         file = self._sequence_files[place]
-        table = read_sequences([file], self._sequences_schema, ["sequence_id", "length"])
-        if table is None:
-            raise DamageError(f"{file.path} is damaged: it has no rows")
+        table = read_table(file, ["sequence_id", "length"])
+        if not len(table):
+            return np.empty(0, np.int64), np.zeros(1, np.int64)
         if any(column.null_count for column in table.columns) or pc.min(table["length"]).as_py() < 1:
             raise DamageError(f"{file.path} is damaged: a sequence has no id or no length")
         return table["sequence_id"].to_numpy(), np.cumsum(np.concatenate([[0], table["length"].to_numpy()]))
 
-    def _open_table(self, kind: str, place: int) -> TableFile:
-        return self._files[kind][place].open(KINDS[kind].stored_schema(self.manifest))
+    def _open_table(self, kind: str, place: int) -> OpenTable:
+        return open_table(self._files[kind][place])
 
     def _first_rows(self, kind: str, place: int) -> np.ndarray:
         """First row of each sequence in the table of a kind, and the end."""
@@ -132,7 +113,8 @@ class DumpReader:
         return first_row if KINDS[kind].per == "position" else np.arange(len(first_row))
 
     def _read_row_groups(self, kind: str, place: int) -> RowGroups:
-        rows = np.cumsum([0, *(group.rows for group in self._open(kind, place).stated)])
+        metadata = self._open(kind, place).metadata
+        rows = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))])
         first_row = self._first_rows(kind, place)
         if first_row[-1] != rows[-1] or not np.isin(rows, first_row).all():
             raise DamageError(f"{self._files[kind][place].path} is damaged: its row groups do not hold its shard's sequences")
@@ -150,7 +132,7 @@ class DumpReader:
             raise DamageError(f"{self._files[kind][place].path} is damaged: {error}") from None
         groups = self._row_groups(kind, place)
         starts = self._first_rows(kind, place)[groups.first[group] : groups.first[group + 1] + 1] - groups.rows[group]
-        self._cache.add(self._files[kind][place].sha256, group, starts, arrays)
+        self._cache.add(self._files[kind][place].record.sha256, group, starts, arrays)
         self._decoded[kind, place, group] = arrays
         self._decoded_bytes += sum(array.nbytes for array in arrays.values())
         while self._decoded_bytes > MEMORY_BYTES and len(self._decoded) > 1:
@@ -167,7 +149,7 @@ class DumpReader:
             self._decoded.move_to_end(key)
             arrays = self._decoded[key]
         else:
-            cached = self._cache.read(self._files[kind][place].sha256, group, within - int(groups.first[group]))
+            cached = self._cache.read(self._files[kind][place].record.sha256, group, within - int(groups.first[group]))
             if cached is not None:
                 return cached
             arrays = self._decode(kind, place, group)
@@ -191,8 +173,7 @@ class DumpReader:
             check_lists(rows)
         except ValueError as error:
             raise DamageError(f"{path} is damaged: {error}") from None
-        hashes = read_sequences([self._sequence_files[place]], self._sequences_schema, ["token_hash"])
-        assert hashes is not None
+        hashes = read_table(self._sequence_files[place], ["token_hash"])
         return rows, hashes["token_hash"][within].as_py()
 
     def _place(self, ordinal: int) -> tuple[int, int]:

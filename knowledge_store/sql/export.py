@@ -13,12 +13,13 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.limits import MEMORY_LIMIT
 from knowledge_store.sql.query import Query, connect, identifier, literal
+from knowledge_store.storage import Storage
 
 COMPRESSION = "zstd"
 
 
 def export(
-    store: Path,
+    storage: Storage,
     index: Index,
     manifest: Manifest,
     kind: str,
@@ -31,7 +32,7 @@ def export(
     """Write the rows of a relation to a new file, as they are found, in any order; an existing file is never replaced.
 
     Args:
-        store, index, manifest: of the dump.
+        storage, index, manifest: of the dump.
         kind: the relation, such as `positions`.
         output: the file.
         where: a condition in SQL over the relation's columns; it may ask the dump's other relations too.
@@ -55,7 +56,7 @@ def export(
     count = 0
     try:
         with connect(MEMORY_LIMIT) as connection, reporter.progress(f"exporting {kind}", rows, "rows") as advance:
-            schema, batches = Query(connection, store, index, [manifest], sql, memory_limit=None).answer()
+            schema, batches = Query(connection, storage, index, [manifest], sql, memory_limit=None).answer()
             with pq.ParquetWriter(unfinished, schema, compression=COMPRESSION) as writer:
                 for batch in batches:
                     writer.write_batch(batch)

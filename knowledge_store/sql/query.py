@@ -14,7 +14,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from pathlib import Path
 
 import duckdb
 import pyarrow as pa
@@ -22,15 +21,15 @@ import pyarrow.dataset as ds
 
 from knowledge_store.catalogue.index import Index
 from knowledge_store.catalogue.summary import dumps_table, shards_table
-from knowledge_store.errors import DamageError, KnowledgeStoreError, QueryError
-from knowledge_store.format.integrity import GuardedFile, open_files
-from knowledge_store.format.layout import SEQUENCES, TOKENS_FILE
+from knowledge_store.errors import KnowledgeStoreError, QueryError
+from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.parquet import FileRecord, dataset, read_file
+from knowledge_store.format.parquet import FileRecord, TableFile, dataset, read_table
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.kinds import KINDS
-from knowledge_store.reading.reader import OPEN_FILES, shard_files
+from knowledge_store.reading.reader import shard_files
 from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.storage import Storage
 from knowledge_store.terminal.quantities import binary_size
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
@@ -57,17 +56,14 @@ CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
 }
 
 
-def read_tokens(store: Path, manifest: Manifest) -> pa.Table:
+def read_tokens(storage: Storage, manifest: Manifest) -> pa.Table:
     """A dump's `tokens` table (schema TOKENS_SCHEMA).
 
     Raises:
         DamageError: the file is not the one the manifest names, or holds something else.
     """
-    path = store / manifest.dump / TOKENS_FILE
-    tokens = read_file(path, FileRecord.from_dict(manifest.derived["tokens"]))
-    if not tokens.schema.equals(TOKENS_SCHEMA):
-        raise DamageError(f"{path} is damaged: it does not have the columns of its table")
-    return tokens
+    record = FileRecord.from_dict(manifest.derived["tokens"])
+    return read_table(TableFile(storage, tokens_file(manifest.dump), record, TOKENS_SCHEMA))
 
 
 # Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.
@@ -87,14 +83,13 @@ def identifier(name: str) -> str:
 class _Catalogue:
     """Gives a store's tables to a connection, and makes its relations as views over them."""
 
-    def __init__(self, store: Path, index: Index, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection):
-        self._store = store
+    def __init__(self, storage: Storage, index: Index, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection):
+        self._storage = storage
         self._index = index
         self._manifests = manifests
         self._connection = connection
         self._tables: set[str] = set()
         self.errors: list[KnowledgeStoreError] = []
-        self._open_files = open_files(OPEN_FILES)
         connection.execute(f"CREATE SCHEMA {TABLES}")
 
     def _table(self, name: str, make_rows: Callable[[], pa.Table | ds.Dataset]) -> str:
@@ -109,17 +104,12 @@ class _Catalogue:
     def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> ds.Dataset:
         """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
-        files = [
-            GuardedFile(
-                file.path, file.bytes, file.sha256, file.footer_sha256, self._open_files, schema, file.rows, self.errors
-            )
-            for file in shard_files(self._store, self._index, manifest.dump, table)
-        ]
-        return dataset(files, schema)
+        files = shard_files(self._storage, self._index, manifest.dump, table, schema)
+        return dataset(list(files.values()), schema, self.errors)
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""
-        tokens = read_tokens(self._store, manifest)
+        tokens = read_tokens(self._storage, manifest)
         return pa.table({"list": pa.array([tokens["text"].to_pylist()], pa.list_(pa.string()))})
 
     def relations(self) -> dict[str, list[tuple[Manifest, str, str | None]]]:
@@ -139,7 +129,7 @@ class _Catalogue:
     def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
         def make_rows() -> pa.Table | ds.Dataset:
             if table == "tokens":
-                return read_tokens(self._store, manifest)
+                return read_tokens(self._storage, manifest)
             schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
             return self._shards(manifest, table, schema)
 
@@ -260,7 +250,7 @@ class Query:
     def __init__(
         self,
         connection: duckdb.DuckDBPyConnection,
-        store: Path,
+        storage: Storage,
         index: Index,
         manifests: list[Manifest],
         sql: str,
@@ -268,9 +258,9 @@ class Query:
     ):
         _check_statement(connection, sql)
         self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
-        self._catalogue = catalogue = _Catalogue(store, index, manifests, connection)
+        self._catalogue = catalogue = _Catalogue(storage, index, manifests, connection)
         relations = catalogue.relations()
-        facts = {"dumps": lambda: dumps_table(store, index, manifests), "shards": lambda: shards_table(index)}
+        facts = {"dumps": lambda: dumps_table(storage, index, manifests), "shards": lambda: shards_table(index)}
         self._relations = [*relations, *facts]
         for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
             if relation in facts:
@@ -325,7 +315,12 @@ class Query:
 
 
 def run_query(
-    store: Path, index: Index, manifests: list[Manifest], sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT
+    storage: Storage,
+    index: Index,
+    manifests: list[Manifest],
+    sql: str,
+    memory_limit: int = MEMORY_LIMIT,
+    timeout: float = TIMEOUT,
 ) -> pa.Table:
     """Answer one SELECT statement, in this process.
 
@@ -349,7 +344,7 @@ def run_query(
 
     def collect() -> None:
         try:
-            schema, batches = Query(connection, store, index, manifests, sql, memory_limit).answer()
+            schema, batches = Query(connection, storage, index, manifests, sql, memory_limit).answer()
             found.set_result(pa.Table.from_batches(batches, schema))
         except BaseException as error:
             found.set_exception(error)

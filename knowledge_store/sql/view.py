@@ -7,31 +7,35 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+
 from knowledge_store.catalogue.index import Index
-from knowledge_store.format.layout import SEQUENCES, TOKENS_FILE
+from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS
 from knowledge_store.reading.reader import shard_files
 from knowledge_store.sql.query import identifier, literal
+from knowledge_store.storage import Storage
+from knowledge_store.storage.local import LocalStorage
 
 
-def dump_views(store: Path, index: Index, manifest: Manifest) -> str:
+def dump_views(storage: Storage, index: Index, manifest: Manifest) -> str:
     """Statements that create the views of one dump: `sequences`, `tokens`, and the relations of its kinds.
 
     Raises:
         StoreError: the dump has columns of an unknown type.
     """
-    folder = (store / manifest.dump).absolute()
     dump = literal(manifest.dump)
-    tokens = f"read_parquet({literal(str(folder / TOKENS_FILE))})"
+    tokens = f"read_parquet({literal(_location(storage, tokens_file(manifest.dump)))})"
     statements = {
         "tokens": f"SELECT {dump} AS dump, * FROM {tokens}",
-        SEQUENCES: f"SELECT {dump} AS dump, * FROM {_files(store, index, manifest, SEQUENCES)}",
+        SEQUENCES: f"SELECT {dump} AS dump, * FROM {_files(storage, index, manifest, SEQUENCES, sequences_schema(manifest))}",
     }
     texts = f"(SELECT list(text ORDER BY token_id) AS list FROM {tokens})"
     for name in manifest.kinds:
         kind = KINDS[name]
-        rows = _files(store, index, manifest, name)
+        rows = _files(storage, index, manifest, name, kind.stored_schema(manifest))
         view = kind.view(manifest)
         if view is not None:
             rows = f"({view.format(rows=rows)})"
@@ -40,7 +44,12 @@ def dump_views(store: Path, index: Index, manifest: Manifest) -> str:
     return "\n\n".join(f"CREATE VIEW {identifier(relation)} AS\n{sql};" for relation, sql in statements.items())
 
 
-def _files(store: Path, index: Index, manifest: Manifest, table: str) -> str:
+def _location(storage: Storage, name: str) -> str:
+    return str(Path(storage.locate(name)).absolute()) if isinstance(storage, LocalStorage) else storage.locate(name)
+
+
+def _files(storage: Storage, index: Index, manifest: Manifest, table: str, schema: pa.Schema) -> str:
     """The committed files of a table, as SQL."""
-    paths = [literal(str(file.path.absolute())) for file in shard_files(store, index, manifest.dump, table)]
+    files = shard_files(storage, index, manifest.dump, table, schema).values()
+    paths = [literal(_location(storage, file.name)) for file in files]
     return f"read_parquet([{', '.join(paths)}])"

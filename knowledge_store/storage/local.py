@@ -1,4 +1,4 @@
-"""Publishing a file so that a reader sees all of it or nothing, and nothing published is ever replaced.
+"""A store in a folder: a reader sees all of a file or nothing, and nothing published is ever replaced.
 
 A file is written under a temporary name, flushed to the disk, and then *linked* to its name: `link` fails when the
 name is taken, where a rename would replace what stands there. The folder is flushed last, so that the name survives a
@@ -11,18 +11,23 @@ process ids. A folder is removed under a temporary name too, which any number of
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from knowledge_store.errors import StoreError
+from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError, MissingFileError, StoreError
+from knowledge_store.storage.protocol import Entry, Write
 
 TEMPORARY_PREFIX = ".tmp-"
+OPEN_FILES = 64
 
 
 def fsync_folder(folder: Path) -> None:
@@ -79,7 +84,7 @@ def _open_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def publish(path: Path, write: Callable[[BinaryIO], None]) -> bool:
+def publish(path: Path, write: Write) -> bool:
     """Write a file and give it its name, unless that name is taken.
 
     Args:
@@ -126,11 +131,12 @@ def write_bytes(file: BinaryIO, data: bytes) -> None:
 
 
 @contextmanager
-def prepared(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
+def prepared(path: Path, write: Write) -> Iterator[Path | None]:
     """Write a file that is to take the place of a damaged one, and flush it to the disk.
 
     Yields:
-        its temporary name, for `put_in_place`; what still has that name afterwards is removed.
+        its temporary name, for `put_in_place`; what still has that name afterwards is removed. None where
+        `write` returned False.
 
     Raises:
         StoreError: the disk is full or otherwise refuses; the message names the file.
@@ -139,10 +145,10 @@ def prepared(path: Path, write: Callable[[BinaryIO], None]) -> Iterator[Path]:
         temporary, file = _open_temporary(path.parent, path.name)
         with file:
             try:
-                write(file)
+                wanted = write(file) is not False
                 file.flush()
                 os.fsync(file.fileno())
-                yield temporary
+                yield temporary if wanted else None
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -235,3 +241,194 @@ def remove_leftovers(folder: Path) -> int:
         except OSError:  # in use, gone already, or somebody else's to remove
             continue
     return removed
+
+
+def _regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file, as `open` takes it for its `opener`. To open a pipe as others do would be to wait for a writer.
+
+    Raises:
+        DamageError: it is a pipe, a folder or a device.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamageError(f"{path} is damaged: it is not a file")
+    return descriptor
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class _OpenFile:
+    """An open file that is closed when nobody holds it."""
+
+    def __init__(self, path: str):
+        self.descriptor = _regular(path)
+        weakref.finalize(self, os.close, self.descriptor)
+        self.state = _state(os.fstat(self.descriptor))
+
+    def read(self, start: int, end: int | None) -> bytes:
+        """Bytes of the file, fewer where it ends before."""
+        if end is None:
+            end = os.fstat(self.descriptor).st_size
+        parts = []
+        while start < end and (part := os.pread(self.descriptor, end - start, start)):
+            parts.append(part)
+            start += len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class LocalStorage:
+    """The folder of a store (see `Storage`). The files that were read last are kept open; a copy opens its own.
+
+    Args:
+        root: the folder; it is made when the first file is published.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        self.address = str(root)
+        self._files: dict[str, _OpenFile] = {}  # by path, the one used last at the end
+        self._lasting: set[Path] = set()  # folders that are known to survive a power cut
+
+    def __reduce__(self) -> tuple[type[LocalStorage], tuple[Path]]:
+        return LocalStorage, (self.root,)
+
+    @property
+    def cache_key(self) -> str:
+        """The folder, however it is named."""
+        return os.path.realpath(self.root)
+
+    def locate(self, name: str) -> str:
+        """The path of a file."""
+        return str(self.root / name)
+
+    def _unreadable(self, path: str, error: OSError) -> KnowledgeStoreError:
+        if error.errno in (errno.ENOENT, errno.ELOOP) and Path(path).is_symlink():
+            return DamageError(f"{path} is damaged: it cannot be read ({error.strerror})")
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return MissingFileError(f"{path} is missing")
+        return StoreError(f"cannot read {path}: {error.strerror or error}")
+
+    def size(self, name: str) -> int:
+        """Bytes of a file (MissingFileError, DamageError, StoreError)."""
+        path = self.locate(name)
+        try:
+            status = Path(path).stat()
+        except OSError as error:
+            raise self._unreadable(path, error) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise DamageError(f"{path} is damaged: it is not a file")
+        return status.st_size
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Bytes of a file (MissingFileError, DamageError, StoreError)."""
+        path = self.locate(name)
+        try:
+            opened = self._files.pop(path, None)
+            if opened is None or opened.state != _state(Path(path).stat()):  # replaced since, by repair
+                opened = _OpenFile(path)
+            self._files[path] = opened
+            while len(self._files) > OPEN_FILES:
+                self._files.pop(list(self._files)[0], None)  # noqa: RUF015 — another thread may change it meanwhile
+            return opened.read(start, end)
+        except OSError as error:
+            raise self._unreadable(path, error) from None
+
+    def files(self, prefix: str) -> list[Entry]:
+        """The files directly under `prefix/`, by name (DamageError: it is no folder; StoreError)."""
+        return sorted((entry for entry in self._entries(prefix) if isinstance(entry, Entry)), key=lambda entry: entry.name)
+
+    def folders(self, prefix: str) -> list[str]:
+        """The names of folders directly under `prefix/`, sorted (DamageError: it is no folder; StoreError)."""
+        return sorted(entry for entry in self._entries(prefix) if isinstance(entry, str))
+
+    def _entries(self, prefix: str) -> Iterator[Entry | str]:
+        """Files, and names of folders, temporary ones left out."""
+        folder = self.locate(prefix)
+        with disk_errors("read", Path(folder)):
+            try:
+                listing = os.scandir(folder)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
+                if os.path.lexists(folder) and not Path(folder).is_dir():  # else another writer has just made it
+                    raise DamageError(f"{folder} is damaged: it is not a folder") from None
+                return
+            with listing:
+                for entry in listing:
+                    if entry.name.startswith(TEMPORARY_PREFIX):
+                        continue
+                    try:
+                        status = entry.stat()
+                    except OSError:
+                        if os.path.lexists(entry.path):  # a link to nothing: whoever reads it hears why
+                            yield Entry(entry.name, 0, "")
+                        continue  # removed since its name was read
+                    if stat.S_ISDIR(status.st_mode):
+                        yield entry.name
+                    else:
+                        yield Entry(entry.name, status.st_size, str(status.st_mtime_ns))
+
+    def _make_folder(self, folder: Path) -> None:
+        if folder in self._lasting:
+            return
+        if self.root not in (folder, folder.parent) and not folder.parent.is_dir():
+            raise StoreError(f"cannot write in {folder}: {folder.parent} was removed")
+        make_folder(folder)
+        self._lasting.add(folder)
+
+    def create(self, name: str, write: Write) -> bool:
+        """Publish a file unless its name is taken; its folder is made (StoreError: the disk is full or otherwise refuses)."""
+        path = self.root / name
+        self._make_folder(path.parent)
+        return publish(path, write)
+
+    def replace(self, files: Sequence[tuple[str, Write]]) -> None:
+        """Write files and flush them, then let each take its place (StoreError: the disk is full or otherwise refuses)."""
+        with ExitStack() as stack:
+            ready = [(stack.enter_context(prepared(self.root / name, write)), self.root / name) for name, write in files]
+            for temporary, path in ready:
+                if temporary is not None:
+                    put_in_place(temporary, path)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or find it gone (StoreError)."""
+        path = self.root / name
+        with disk_errors("remove", path):
+            path.unlink(missing_ok=True)
+            fsync_folder(path.parent)
+
+    def remove_folder(self, prefix: str) -> None:
+        """Remove a folder: it disappears at once, then its files are deleted (StoreError: says what is left)."""
+        self._lasting.clear()
+        remove_folder(self.root / prefix)
+
+    def rename_folder(self, old: str, new: str) -> None:
+        """Rename a folder at once (InputError: the new name is taken; StoreError)."""
+        if os.path.lexists(self.root / new):
+            raise InputError(f"{self.root / old} cannot be renamed: there is a {self.root / new}")
+        with disk_errors("rename", self.root / old):
+            (self.root / old).rename(self.root / new)
+            fsync_folder(self.root)
+
+    def exclusive_lock(self, prefix: str) -> AbstractContextManager[None]:
+        """Wait until no other process holds the lock of this folder, and hold it (StoreError: it has no locks)."""
+        return exclusive_lock(self.root / prefix)
+
+    def leftovers(self, prefix: str) -> list[str]:
+        """Names of temporary files and folders in a folder, sorted."""
+        with suppress(OSError):
+            return sorted(path.name for path in (self.root / prefix).glob(f"{TEMPORARY_PREFIX}*"))
+        return []
+
+    def remove_leftovers(self, prefix: str) -> None:
+        """Remove those whose writers are gone."""
+        remove_leftovers(self.root / prefix)
+
+    def make_lasting(self, prefix: str) -> None:
+        """Make the names in a folder survive a power cut: whoever published them may have died before."""
+        with disk_errors("read", self.root / prefix), suppress(FileNotFoundError):
+            fsync_folder(self.root / prefix)

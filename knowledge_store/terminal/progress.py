@@ -22,18 +22,9 @@ from rich.progress import (
 
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.terminal.console import messages, note
+from knowledge_store.terminal.quantities import duration
 
 LOG_SECONDS = 10.0
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: `42 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _figures(figures: dict[str, str]) -> str:

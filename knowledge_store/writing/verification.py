@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,24 +10,23 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.errors import DamageError, NewerVersionError, StoreError
-from knowledge_store.format.commits import CommitRecord, files_in_commits, misplaced, read_commit
+from knowledge_store.format.commits import CommitRecord, commit_records, misplaced, read_commit
 from knowledge_store.format.layout import (
     COMMITS,
-    MANIFEST_FILE,
     SEQUENCES,
-    TOKENS_FILE,
-    commit_path,
-    commit_shard,
-    dump_folders,
-    table_path,
+    commit_file,
+    manifest_file,
+    table_file,
+    tokens_file,
 )
 from knowledge_store.format.manifest import Manifest, read_manifest
-from knowledge_store.format.parquet import FileRecord, describe, read_with_statistics, row_group_ends
+from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, open_table, read_table
 from knowledge_store.format.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
 from knowledge_store.kinds import KINDS, check_kinds
 from knowledge_store.kinds.kind import check_lists
-from knowledge_store.storage.local import TEMPORARY_PREFIX
-from knowledge_store.store import check_store
+from knowledge_store.reporter import SILENT, Advance, Reporter
+from knowledge_store.storage import Storage, open_storage
+from knowledge_store.store import check_store, manifest_exists
 
 # How a file of good hashes and bad contents fails in the code that looks into it.
 _UNSOUND = (OSError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError, pa.ArrowException)
@@ -52,19 +50,14 @@ class Verification:
     bytes: int = 0
 
 
-def _check_file(path: Path, record: FileRecord, schema: pa.Schema) -> pa.Table:
-    if path.is_file() and path.stat().st_size != record.bytes:  # before it is hashed: a sparse file may be of any size
-        raise DamageError(f"{path} is damaged: it has {path.stat().st_size:,} bytes and was published with {record.bytes:,}")
-    found = describe(path)
-    if found.sha256 != record.sha256:
-        raise DamageError(f"{path} is damaged: its contents are not those that were published")
-    if found != record:
-        raise DamageError(f"{path} does not match its commit record")
-    return read_with_statistics(path, record, schema)
+def _check_file(file: TableFile) -> pa.Table:
+    check_whole(file.storage, file.name, file.record)
+    return read_table(file)
 
 
-def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: Path, record: FileRecord) -> None:
+def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, file: TableFile) -> None:
     """The rows of a kind are those of its sequences: all of them, in order, positions counted from 0."""
+    path = file.path
     ids, lengths = sequences["sequence_id"].to_numpy(), sequences["length"].to_numpy()
     if min(lengths, default=1) < 1 or (per == "position" and lengths.sum(dtype=np.int64) != len(knowledge)):
         raise DamageError(f"{path} does not have the rows of its sequences")
@@ -72,7 +65,9 @@ def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: P
     if not np.array_equal(knowledge["sequence_id"].to_numpy(), expected):
         raise DamageError(f"{path} does not have the rows of its sequences")
     ends = np.cumsum(lengths) if per == "position" else np.arange(1, len(ids) + 1)
-    if not np.isin(row_group_ends(path, record), [0, *ends]).all():
+    metadata = open_table(file).metadata
+    group_ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+    if not np.isin(group_ends, [0, *ends]).all():
         raise DamageError(f"{path} does not have whole sequences in its row groups")
     if per == "position":
         starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
@@ -80,7 +75,7 @@ def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, path: P
             raise DamageError(f"{path} does not count positions from 0 in each sequence")
 
 
-def _check_tokens(sequences: pa.Table, positions: pa.Table, path: Path) -> None:
+def _check_tokens(sequences: pa.Table, positions: pa.Table, path: str) -> None:
     """Token hashes and numbers of targets are those of the positions."""
     ends = np.cumsum(sequences["length"].to_numpy())
     tokens = positions["token_id"].to_numpy()
@@ -93,11 +88,11 @@ def _check_tokens(sequences: pa.Table, positions: pa.Table, path: Path) -> None:
             raise DamageError(f"{path}: sequence {sequence} does not have {target_count} targets")
 
 
-def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]:
+def shard_damage(storage: Storage, manifest: Manifest, shard: int) -> dict[str, str]:
     """Read all of a shard that has a commit record, and find what is damaged of it.
 
     Args:
-        folder: the dump's.
+        storage: of the store.
         manifest: of the dump.
         shard: its number.
 
@@ -109,55 +104,57 @@ def shard_damage(folder: Path, manifest: Manifest, shard: int) -> dict[str, str]
     Raises:
         StoreError: a file cannot be read, or is of a newer format version.
     """
-    path = commit_path(folder, shard)
+    dump = manifest.dump
     schemas = {SEQUENCES: sequences_schema(manifest), **{name: KINDS[name].stored_schema(manifest) for name in manifest.kinds}}
     try:
-        commit = read_commit(path)
-        complaint = misplaced(commit, manifest, shard, path)
+        commit = read_commit(storage, dump, shard)
+        complaint = misplaced(commit, manifest, shard, storage)
         if complaint is None and set(commit.files) != schemas.keys():
-            complaint = f"{path} does not list the files {sorted(schemas)}"
+            complaint = f"{storage.locate(commit_file(dump, shard))} does not list the files {sorted(schemas)}"
         if complaint:
             raise DamageError(complaint)
     except DamageError as error:
         return {COMMITS: str(error)}
-    tables, found = {}, {}
-    for name, schema in schemas.items():
-        file = table_path(folder, name, shard)
+    files = {
+        name: TableFile(storage, table_file(dump, name, shard), commit.files[name], schema) for name, schema in schemas.items()
+    }
+    tables, damage = {}, {}
+    for name, file in files.items():
         try:
-            tables[name] = _check_file(file, commit.files[name], schema)
+            tables[name] = _check_file(file)
         except DamageError as error:
-            found[name] = str(error)
+            damage[name] = str(error)
         except _UNSOUND as error:
-            found[name] = f"{file} is damaged: {error}"
-    if found:
-        return found
+            damage[name] = f"{file.path} is damaged: {error}"
+    if damage:
+        return damage
     try:
-        _check_contents(folder, manifest, commit, tables)
+        _check_contents(manifest, commit, files, tables)
     except DamageError as error:
         return {COMMITS: str(error)}
     except _UNSOUND as error:
-        return {COMMITS: f"shard {shard} of {folder} is damaged: {error}"}
+        return {COMMITS: f"shard {shard} of {storage.locate(dump)} is damaged: {error}"}
     return {}
 
 
-def _check_contents(folder: Path, manifest: Manifest, commit: CommitRecord, tables: dict[str, pa.Table]) -> None:
+def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, TableFile], tables: dict[str, pa.Table]) -> None:
     """The tables of a shard belong together, and its record says of them what is so (DamageError)."""
     sequences = tables[SEQUENCES]
     if (np.diff(sequences["sequence_id"].to_numpy()) <= 0).any():
-        raise DamageError(f"{table_path(folder, SEQUENCES, commit.shard)} does not have its sequences in order")
+        raise DamageError(f"{files[SEQUENCES].path} does not have its sequences in order")
     longest = max(sequences["length"].to_pylist(), default=0)
     if longest > manifest.plan["max_length"]:
-        raise DamageError(f"{table_path(folder, SEQUENCES, commit.shard)} has a sequence of {longest:,} tokens")
+        raise DamageError(f"{files[SEQUENCES].path} has a sequence of {longest:,} tokens")
     statistics: dict[str, float] = {}
     for name in manifest.kinds:
         kind = KINDS[name]
-        path = table_path(folder, name, commit.shard)
+        path = files[name].path
         try:
             table = kind.unpack(tables[name], manifest)
             check_lists(table)
         except ValueError as error:
             raise DamageError(f"{path}: {error}") from None
-        _check_alignment(sequences, table, kind.per, path, commit.files[name])
+        _check_alignment(sequences, table, kind.per, files[name])
         if name == "positions":
             _check_tokens(sequences, table, path)
         for complaint in kind.damage(table, manifest):
@@ -165,95 +162,107 @@ def _check_contents(folder: Path, manifest: Manifest, commit: CommitRecord, tabl
         statistics.update(kind.statistics(table, manifest))
     stated = commit.statistics
     if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
-        raise DamageError(f"{commit_path(folder, commit.shard)} states other statistics than its shard has")
+        path = files[SEQUENCES].storage.locate(commit_file(manifest.dump, commit.shard))
+        raise DamageError(f"{path} states other statistics than its shard has")
 
 
-def _check_dump(folder: Path, found: Verification, shard_done: Callable[[int], None]) -> None:
+def _check_dump(storage: Storage, dump: str, result: Verification, advance: Advance) -> None:
     try:
-        manifest = read_manifest(folder)
-        check_kinds(manifest, str(folder.parent))
+        manifest = read_manifest(storage, dump)
+        check_kinds(manifest, storage.address)
+        sequences_schema(manifest)
     except NewerVersionError:
         raise
     except (DamageError, StoreError) as error:
-        found.damage.append(str(error))
+        result.damage.append(str(error))
         return
+    tokens = TableFile(storage, tokens_file(dump), FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)
     try:
-        _check_file(folder / TOKENS_FILE, FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)
+        _check_file(tokens)
     except (DamageError, StoreError) as error:
-        found.damage.append(str(error))
+        result.damage.append(str(error))
     except _UNSOUND as error:
-        found.damage.append(f"{folder / TOKENS_FILE} is damaged: {error}")
+        result.damage.append(f"{tokens.path} is damaged: {error}")
     try:
-        recorded = files_in_commits(folder)
+        committed = list(commit_records(storage, dump))
     except (DamageError, StoreError) as error:
-        found.damage.append(str(error))
+        result.damage.append(str(error))
         return
-    committed: set[int] = set()
-    for path in recorded:
-        shard = commit_shard(path.name)
-        if shard is None:
-            found.notes.append(f"{path} is a leftover of an unfinished run")
-            continue
-        committed.add(shard)
+    result.notes += [
+        f"{storage.locate(f'{dump}/{COMMITS}/{name}')} is a leftover of an unfinished run"
+        for name in storage.leftovers(f"{dump}/{COMMITS}")
+    ]
+    for shard in committed:
+        advance(0, reading=storage.locate(commit_file(dump, shard)))
         try:
-            damage = list(shard_damage(folder, manifest, shard).values())
+            damage = list(shard_damage(storage, manifest, shard).values())
         except NewerVersionError:
             raise
         except StoreError as error:
             damage = [str(error)]
-        found.damage += damage
+        result.damage += damage
         if not damage:
-            files = read_commit(path).files
-            found.shards += 1
-            found.positions += files["positions"].rows if "positions" in files else 0
-            found.bytes += sum(file.bytes for file in files.values())
-        shard_done(1)
+            files = read_commit(storage, dump, shard).files
+            result.shards += 1
+            result.positions += files["positions"].rows if "positions" in files else 0
+            result.bytes += sum(file.bytes for file in files.values())
+        advance(1)
     for table in (SEQUENCES, *manifest.kinds):
-        for path in sorted((folder / table).glob("*.parquet")):
-            if not path.stem.isdecimal() or int(path.stem) not in committed:
-                found.notes.append(f"{path} is not committed: a run was cut off before its commit record")
+        for entry in storage.files(f"{dump}/{table}"):
+            stem = entry.name.removesuffix(".parquet")
+            if stem != entry.name and (not stem.isdecimal() or int(stem) not in committed):
+                path = storage.locate(f"{dump}/{table}/{entry.name}")
+                result.notes.append(f"{path} is not committed: a run was cut off before its commit record")
     missing = manifest.shard_count - len(committed)
     if missing:
-        found.notes.append(f"dump {manifest.dump!r} has {missing} of {manifest.shard_count} shards still to be dumped")
+        result.notes.append(f"dump {manifest.dump!r} has {missing} of {manifest.shard_count} shards still to be dumped")
 
 
-def verify(path: Path, shard_done: Callable[[int], None] = lambda count: None) -> Verification:
+def _check_folder(storage: Storage, name: str, result: Verification) -> None:
+    """A folder of a store that had no manifest when the dumps were looked for."""
+    if manifest_exists(storage, name):
+        result.notes.append(f"{storage.locate(name)} was begun meanwhile, and is not checked")
+        return
+    try:
+        shards = commit_records(storage, name)
+    except (DamageError, StoreError) as error:
+        result.damage.append(str(error))
+        return
+    if shards:
+        result.damage.append(f"{storage.locate(manifest_file(name))} is missing")
+    elif COMMITS in storage.folders(name) or storage.files(name):
+        result.notes.append(f"{storage.locate(name)} was cut off before its manifest")
+
+
+def verify(store: str | Path | Storage, reporter: Reporter = SILENT) -> Verification:
     """Check every file of a store: hashes, counts, schemas and the invariants of each kind.
 
     Args:
-        path: the store's folder.
-        shard_done: called with 1 after each shard.
+        store: the store's folder or storage.
+        reporter: hears of progress in shards, and which one is being read.
 
     Raises:
-        StoreError: `path` is no store at all.
+        StoreError: there is no store at all.
         NewerVersionError: a file has a newer format version. What is there cannot be judged.
     """
-    found = Verification()
+    storage = open_storage(store)
+    result = Verification()
     try:
-        check_store(path)
+        check_store(storage)
     except DamageError as error:
-        found.damage.append(str(error))
-        return found
-    dumps = dump_folders(path)
-    for folder in dumps:
-        found.dumps += 1
-        _check_dump(folder, found, shard_done)
-    for folder in sorted(path.glob("*")):
-        if folder in dumps or not os.path.lexists(folder / COMMITS):
-            continue
-        if folder.name.startswith(TEMPORARY_PREFIX):
-            found.notes.append(f"{folder} is a leftover of a dump that was removed")
-            continue
-        if (folder / MANIFEST_FILE).exists():
-            found.notes.append(f"{folder} was begun meanwhile, and is not checked")
-            continue
-        try:
-            recorded = files_in_commits(folder)
-        except (DamageError, StoreError) as error:
-            found.damage.append(str(error))
-            continue
-        if any(commit_shard(record.name) is not None for record in recorded):
-            found.damage.append(f"{folder / MANIFEST_FILE} is missing")
-        else:
-            found.notes.append(f"{folder} was cut off before its manifest")
-    return found
+        result.damage.append(str(error))
+        return result
+    dumps = [name for name in storage.folders("") if manifest_exists(storage, name)]
+    shards = 0
+    for dump in dumps:
+        with suppress(DamageError, StoreError):  # told when the dump is checked
+            shards += len(commit_records(storage, dump))
+    with reporter.progress("verifying", max(shards, 1), "shards") as advance:
+        for dump in dumps:
+            result.dumps += 1
+            _check_dump(storage, dump, result, advance)
+    for name in storage.folders(""):
+        if name not in dumps:
+            _check_folder(storage, name, result)
+    result.notes += [f"{storage.locate(name)} is a leftover of a dump that was removed" for name in storage.leftovers("")]
+    return result

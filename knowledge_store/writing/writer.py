@@ -7,61 +7,47 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 from __future__ import annotations
 
 import datetime
-import os
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from knowledge_store.errors import DamageError, InputError, MismatchError, StoreError
-from knowledge_store.format.commits import CommitRecord, files_in_commits, read_commit
+from knowledge_store.errors import DamageError, InputError, MismatchError, MissingFileError, StoreError
+from knowledge_store.format.commits import CommitRecord, commit_records, read_commit
 from knowledge_store.format.layout import (
     COMMITS,
     FORMAT_NAME,
     FORMAT_VERSION,
-    MANIFEST_FILE,
     SEQUENCES,
     STORE_FILE,
-    TOKENS_FILE,
     check_dump_name,
-    commit_path,
-    commit_shard,
-    table_path,
+    commit_file,
+    manifest_file,
+    table_file,
+    tokens_file,
 )
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.parquet import (
     FileRecord,
+    TableFile,
     check_whole,
-    describe,
     publish_table,
-    read_file,
+    read_table,
     same_rows,
-    write_readable,
     write_table,
 )
 from knowledge_store.format.records import seal
-from knowledge_store.format.sequences import TOKENS_ENCODING, sequences_table
+from knowledge_store.format.sequences import TOKENS_ENCODING, TOKENS_SCHEMA, sequences_table
 from knowledge_store.kinds import KINDS, Arrays, Kind, check_kinds
 from knowledge_store.kinds.kind import check_lists
 from knowledge_store.kinds.positions import positions_of
-from knowledge_store.storage.local import (
-    TEMPORARY_PREFIX,
-    disk_errors,
-    exclusive_lock,
-    fsync_folder,
-    make_folder,
-    prepared,
-    publish_bytes,
-    put_in_place,
-    remove_leftovers,
-    write_bytes,
-)
-from knowledge_store.store import check_store, check_store_file
+from knowledge_store.storage import Storage, Write, open_storage
+from knowledge_store.store import check_store_file, occupied
 from knowledge_store.writing.verification import shard_damage
 
 ROW_GROUP_POSITIONS = 32_768
@@ -90,26 +76,31 @@ class Shard:
     made_by: dict[str, Any] = field(default_factory=dict)
 
 
-def create_store(path: Path) -> None:
-    """Make `path` a store, unless it is one.
+def write_bytes(file: BinaryIO, data: bytes) -> None:
+    """Write contents that are at hand."""
+    file.write(data)
+
+
+def create_store(storage: Storage) -> None:
+    """Make a place a store, unless it is one.
 
     Raises:
-        StoreError: it is a file, or a folder with something else in it, or the disk refuses.
+        StoreError: it is a file, or has something else in it, or the storage refuses.
     """
-    with disk_errors("read", path):
-        # Listed before store.json is looked for: another writer may be making the same store, and makes that file first.
-        others = path.is_dir() and any(not each.name.startswith(TEMPORARY_PREFIX) for each in path.iterdir())
-        if others and not (path / STORE_FILE).exists():
-            raise StoreError(f"{path} is a folder with something else in it: name a new or empty folder, or a store")
-        possible = not path.exists() or path.is_dir()
-    if possible:
-        make_folder(path)
-        publish_bytes(path / STORE_FILE, seal({"format": FORMAT_NAME, "version": FORMAT_VERSION}))
-    check_store(path)
+    # Listed before store.json is looked for: another writer may be making the same store, and makes that file first.
+    if occupied(storage):
+        try:
+            storage.size(STORE_FILE)
+        except MissingFileError:
+            raise StoreError(
+                f"{storage.address} is a folder with something else in it: name a new or empty folder, or a store"
+            ) from None
+    storage.create(STORE_FILE, partial(write_bytes, data=seal({"format": FORMAT_NAME, "version": FORMAT_VERSION})))
+    check_store_file(storage)
 
 
-def repair_store_file(path: Path) -> bool:
-    """Write a store's damaged or missing store.json anew: nothing but the format's name and version is in it.
+def repair_store_file(store: str | Path | Storage) -> bool:
+    """Write a store's damaged or missing store.json again: nothing but the format's name and version is in it.
 
     Returns:
         whether it was damaged.
@@ -117,14 +108,13 @@ def repair_store_file(path: Path) -> bool:
     Raises:
         StoreError: it cannot be read or written.
     """
-    place = path / STORE_FILE
+    storage = open_storage(store)
     try:
-        check_store_file(place)
+        check_store_file(storage)
         return False
     except DamageError:
         data = seal({"format": FORMAT_NAME, "version": FORMAT_VERSION})
-        with prepared(place, partial(write_bytes, data=data)) as temporary:
-            put_in_place(temporary, place)
+        storage.replace([(STORE_FILE, partial(write_bytes, data=data))])
         return True
 
 
@@ -148,45 +138,52 @@ def _has_nan(table: pa.Table) -> bool:
     return any(pc.any(pc.is_nan(column)).as_py() for column in columns if pa.types.is_floating(column.type))
 
 
-def _same_rows(path: Path, record: FileRecord, table: pa.Table) -> pa.Table:
+def _same_rows(file: TableFile, table: pa.Table) -> pa.Table:
     """A sound file as a table, which has the sequences and tokens of `table` (MismatchError)."""
-    found = read_file(path, record)
-    if not same_rows(found, table):
+    standing = read_table(file)
+    if not same_rows(standing, table):
         raise MismatchError(
-            f"{path} is sound, and what was made now has other tokens: mend the shard where the dump was made, with the same"
-            " version of the tokenizer"
+            f"{file.path} is sound, and what was made now has other tokens: repair the shard where the dump was made, with the"
+            " same version of the tokenizer"
         )
-    return found
+    return standing
 
 
-def _check_committed(folder: Path, manifest: Manifest) -> None:
-    """Make sure that a manifest may be published in a folder: no shard was committed there that was made from something else.
+def _row_groups(table: pa.Table, rows_in_groups: list[int]) -> Iterator[pa.Table]:
+    start = 0
+    for rows in rows_in_groups:
+        yield table.slice(start, rows)
+        start += rows
+
+
+def _check_committed(storage: Storage, manifest: Manifest) -> None:
+    """Make sure that a manifest may be published: no shard was committed that was made from something else.
 
     Raises:
-        MismatchError: a shard was made from something else, or does not say from what.
+        MismatchError: a shard was made from something else, or no record says from what.
         DamageError, StoreError: the commit records cannot be listed, or one is of another format version.
     """
-    shards = [shard for path in files_in_commits(folder) if (shard := commit_shard(path.name)) is not None]
-    found: dict[int, CommitRecord] = {}
+    shards = list(commit_records(storage, manifest.dump))
+    records: dict[int, CommitRecord] = {}
     for shard in shards:
         try:
-            found[shard] = read_commit(commit_path(folder, shard))
+            records[shard] = read_commit(storage, manifest.dump, shard)
         except DamageError:  # to be repaired
             continue
-    others = [shard for shard, record in found.items() if record.identity != manifest.identity_sha256]
-    if others or (shards and not found):
-        path = commit_path(folder, min(others or shards))
+    others = [shard for shard, record in records.items() if record.identity != manifest.identity_sha256]
+    if others or (shards and not records):
+        path = storage.locate(commit_file(manifest.dump, min(others or shards)))
         raise MismatchError(
-            f"{folder} has lost its {MANIFEST_FILE}, and {path} was made from something else than this, or does not say from"
-            " what: put back a copy of that file, or give this dump another --name"
+            f"{storage.locate(manifest_file(manifest.dump))} is lost, and {path} was made from something else than this, or"
+            " does not say from what: put back a copy of the manifest, or give this dump another --name"
         )
 
 
-def repair_manifest(store: Path, manifest: Manifest) -> bool:
+def repair_manifest(store: str | Path | Storage, manifest: Manifest) -> bool:
     """Take a damaged manifest away, so that `DumpWriter.open` makes it again.
 
     Args:
-        store: the store's folder.
+        store: the store.
         manifest: what the dump was made from, as far as whoever calls knows.
 
     Returns:
@@ -194,37 +191,40 @@ def repair_manifest(store: Path, manifest: Manifest) -> bool:
 
     Raises:
         MismatchError: shards were committed that were made from something else.
-        StoreError: the disk refuses.
+        StoreError: the storage refuses.
     """
-    folder = store / manifest.dump
-    with exclusive_lock(folder):
+    storage = open_storage(store)
+    with storage.exclusive_lock(manifest.dump):
         try:
-            read_manifest(folder)
+            read_manifest(storage, manifest.dump)
             return False
         except DamageError:
-            _check_committed(folder, manifest)
-        with disk_errors("remove", folder / MANIFEST_FILE):
-            (folder / MANIFEST_FILE).unlink(missing_ok=True)
-            fsync_folder(folder)
+            _check_committed(storage, manifest)
+        storage.remove(manifest_file(manifest.dump))
         return True
 
 
 class DumpWriter:
     """Publishes the shards of one dump."""
 
-    def __init__(self, store: Path, manifest: Manifest):
-        self.folder = store / manifest.dump
+    def __init__(self, store: str | Path | Storage, manifest: Manifest):
+        self.storage = open_storage(store)
+        self.dump = manifest.dump
         self.manifest = manifest
-        with disk_errors("read", self.folder / MANIFEST_FILE):
-            self._standing = (self.folder / MANIFEST_FILE).read_bytes()
-        self._lasting: set[str] = set()  # names of commit records that are known to survive a power cut
+        self._standing = self.storage.read(manifest_file(self.dump))
+        self._lasting: set[int] = set()  # shards whose commit records are known to survive a power cut
+
+    @property
+    def address(self) -> str:
+        """Where the dump is, as people name it."""
+        return self.storage.locate(self.dump)
 
     @classmethod
-    def open(cls, store: Path, manifest: Manifest, tokens: pa.Table) -> DumpWriter:
-        """Create the store and the dump, or go on with the dump of that name.
+    def open(cls, store: str | Path | Storage, manifest: Manifest, tokens: pa.Table) -> DumpWriter:
+        """Create the store and the dump, or resume the dump of that name.
 
         Args:
-            store: the store's folder, made if need be.
+            store: the store's folder or storage, made if need be.
             manifest: what the dump is to be; `derived["tokens"]` is filled in here.
             tokens: the `tokens` table.
 
@@ -238,36 +238,35 @@ class DumpWriter:
         unknown = sorted(set(manifest.kinds) - KINDS.keys())
         if unknown:
             raise InputError(f"dump {manifest.dump!r} cannot be made: unknown kinds of knowledge, {', '.join(unknown)}")
-        check_kinds(manifest, str(store))
-        create_store(store)
-        folder = store / manifest.dump
-        make_folder(folder)
-        with disk_errors("read", folder):
-            standing = (folder / MANIFEST_FILE).exists()
-        if not standing:
-            _check_committed(folder, manifest)
-            record, found_tokens = publish_table(folder / TOKENS_FILE, tokens, [len(tokens)], TOKENS_ENCODING)
-            if not found_tokens.equals(tokens):
+        storage, dump = open_storage(store), manifest.dump
+        check_kinds(manifest, storage.address)
+        create_store(storage)
+        try:
+            storage.size(manifest_file(dump))
+        except MissingFileError:
+            _check_committed(storage, manifest)
+            name = tokens_file(dump)
+            record, published = publish_table(storage, name, TOKENS_SCHEMA, [tokens], TOKENS_ENCODING)
+            if not published and not read_table(TableFile(storage, name, record, TOKENS_SCHEMA)).equals(tokens):
                 raise MismatchError(
-                    f"{folder / TOKENS_FILE} is from a run with another vocabulary, which is either beginning just now or was"
-                    f" cut off: give this dump another --name, or, when nobody writes {folder} any more, remove that folder"
-                )
+                    f"{storage.locate(name)} is from a run with another vocabulary, which is either beginning just now or was"
+                    f" cut off: give this dump another --name, or, when nobody writes {storage.locate(dump)} any more, remove"
+                    " that folder"
+                ) from None
             complete = replace(manifest, derived={**manifest.derived, "tokens": record.as_dict()})
-            publish_bytes(folder / MANIFEST_FILE, complete.to_bytes())
+            storage.create(manifest_file(dump), partial(write_bytes, data=complete.to_bytes()))
         # What stands there decides, whoever wrote it: two writers may start the same dump at once.
-        found = read_manifest(folder)
-        differences = found.differences(manifest)
+        commit_records(storage, dump)  # DamageError now, rather than after a shard's work, where it is no folder
+        standing = read_manifest(storage, dump)
+        differences = standing.differences(manifest)
         if differences:
             raise MismatchError(
-                f"dump {manifest.dump!r} in {store} was made differently: {'; '.join(differences)}."
+                f"dump {dump!r} in {storage.address} was made differently: {'; '.join(differences)}."
                 " Use what it was made with, or give this dump another --name"
             )
-        tables = [folder / table for table in (SEQUENCES, *manifest.kinds, COMMITS)]
-        for table in tables:
-            make_folder(table)
-        for each in (store, folder, *tables):
-            remove_leftovers(each)
-        return cls(store, found)
+        for prefix in ("", dump, *(f"{dump}/{table}" for table in (SEQUENCES, *manifest.kinds, COMMITS))):
+            storage.remove_leftovers(prefix)
+        return cls(storage, standing)
 
     def _check_standing(self) -> None:
         """Make sure that the dump is still the one that was opened: files of one dump must not end up in another.
@@ -275,13 +274,12 @@ class DumpWriter:
         Raises:
             StoreError: it was removed, or removed and made anew from something else.
         """
-        with disk_errors("read", self.folder / MANIFEST_FILE):
-            try:
-                unchanged = (self.folder / MANIFEST_FILE).read_bytes() == self._standing
-            except FileNotFoundError:
-                raise StoreError(f"{self.folder} was removed while it was being written") from None
+        try:
+            unchanged = self.storage.read(manifest_file(self.dump)) == self._standing
+        except MissingFileError:
+            raise StoreError(f"{self.address} was removed while it was being written") from None
         if not unchanged:
-            raise StoreError(f"{self.folder} was removed, and made anew from something else, while it was being written")
+            raise StoreError(f"{self.address} was removed, and made again from something else, while it was being written")
 
     def committed(self, shard: int) -> bool:
         """Whether a shard's commit record is there, to stay.
@@ -289,16 +287,16 @@ class DumpWriter:
         Raises:
             StoreError: the disk refuses.
         """
-        path = commit_path(self.folder, shard)
-        with disk_errors("read", path):
-            try:
-                os.lstat(path)  # a link to nothing is a damaged record
-            except (FileNotFoundError, NotADirectoryError):
-                return False
-            if path.name not in self._lasting:  # whoever published it may have died before its name was flushed
-                found = {each.name for each in path.parent.iterdir()}
-                fsync_folder(path.parent)
-                self._lasting = found
+        try:
+            self.storage.size(commit_file(self.dump, shard))
+        except MissingFileError:
+            return False
+        except DamageError:  # a record that is a link to nothing, say, is to be repaired
+            return True
+        if shard not in self._lasting:  # whoever published it may have died before its name was flushed
+            recorded = set(commit_records(self.storage, self.dump))
+            self.storage.make_lasting(f"{self.dump}/{COMMITS}")
+            self._lasting = recorded
         return True
 
     def repair_tokens(self, tokens: pa.Table) -> bool:
@@ -313,36 +311,35 @@ class DumpWriter:
         Raises:
             StoreError: it cannot be written.
         """
-        path, manifest_path = self.folder / TOKENS_FILE, self.folder / MANIFEST_FILE
-        with exclusive_lock(self.folder), ExitStack() as stack:
-            self.manifest = read_manifest(self.folder)
-            record = FileRecord.from_dict(self.manifest.derived["tokens"])
+        with self.storage.exclusive_lock(self.dump):
+            self.manifest = read_manifest(self.storage, self.dump)
             if not self.tokens_damage():
                 return False
-            write = partial(write_table, tokens, row_groups=[len(tokens)], encoding=TOKENS_ENCODING)
-            ready = [(stack.enter_context(prepared(path, write)), path)]
-            found = describe(ready[0][0])
-            if found != record:
-                self.manifest = replace(self.manifest, derived={**self.manifest.derived, "tokens": found.as_dict()})
-                write = partial(write_bytes, data=self.manifest.to_bytes())
-                ready.append((stack.enter_context(prepared(manifest_path, write)), manifest_path))
-            for temporary, place in ready:
-                put_in_place(temporary, place)
-            with disk_errors("read", manifest_path):
-                self._standing = manifest_path.read_bytes()
+            standing = self.manifest
+
+            def write_tokens(file: BinaryIO) -> None:
+                record = write_table(file, TOKENS_SCHEMA, [tokens], TOKENS_ENCODING)
+                self.manifest = replace(standing, derived={**standing.derived, "tokens": record.as_dict()})
+
+            def write_manifest(file: BinaryIO) -> bool:
+                file.write(self.manifest.to_bytes())
+                return self.manifest != standing
+
+            self.storage.replace([(tokens_file(self.dump), write_tokens), (manifest_file(self.dump), write_manifest)])
+            self._standing = self.storage.read(manifest_file(self.dump))
             return True
 
     def tokens_damage(self) -> str | None:
         """What is damaged of tokens.parquet, in a sentence, if anything is (StoreError: it cannot be read)."""
         try:
-            check_whole(self.folder / TOKENS_FILE, FileRecord.from_dict(self.manifest.derived["tokens"]))
+            check_whole(self.storage, tokens_file(self.dump), FileRecord.from_dict(self.manifest.derived["tokens"]))
         except DamageError as error:
             return str(error)
         return None
 
     def damaged(self, shard: int) -> list[str]:
         """What is damaged of a committed shard, one sentence for each file; of one that is not committed, nothing."""
-        return list(shard_damage(self.folder, self.manifest, shard).values()) if self.committed(shard) else []
+        return list(shard_damage(self.storage, self.manifest, shard).values()) if self.committed(shard) else []
 
     def commit(self, shard: Shard) -> CommitRecord:
         """Publish a shard's files, then its commit record.
@@ -360,18 +357,19 @@ class DumpWriter:
         for name, (table, rows_in_groups) in tables.items():
             self._check_standing()
             try:
-                files[name], published = publish_table(table_path(self.folder, name, shard.number), table, rows_in_groups)
+                file = table_file(self.dump, name, shard.number)
+                files[name], published = publish_table(self.storage, file, table.schema, _row_groups(table, rows_in_groups))
             except DamageError:  # of a dump that was removed meanwhile, no file is where it was
                 self._check_standing()
                 raise
-            if name in KINDS and published is not table:  # another writer's
-                statistics.update(KINDS[name].statistics(KINDS[name].unpack(published, self.manifest), self.manifest))
+            if name in KINDS and not published:  # another writer's
+                standing = read_table(TableFile(self.storage, file, files[name], table.schema))
+                statistics.update(KINDS[name].statistics(KINDS[name].unpack(standing, self.manifest), self.manifest))
         record = self._record(shard, files, statistics)
-        path = commit_path(self.folder, shard.number)
         self._check_standing()
-        if publish_bytes(path, record.to_bytes()):
+        if self.storage.create(commit_file(self.dump, shard.number), partial(write_bytes, data=record.to_bytes())):
             return record
-        return read_commit(path)
+        return read_commit(self.storage, self.dump, shard.number)
 
     def repair(self, shard: Shard) -> CommitRecord:
         """Put what is damaged of a committed shard in order. What is sound of it stays as it is.
@@ -387,32 +385,40 @@ class DumpWriter:
             InputError, StoreError: as for `commit`.
         """
         tables, statistics = self._tables(shard)
-        path = commit_path(self.folder, shard.number)
-        with exclusive_lock(path.parent), ExitStack() as stack:
-            damage = shard_damage(self.folder, self.manifest, shard.number)
+        number, storage = shard.number, self.storage
+        with storage.exclusive_lock(f"{self.dump}/{COMMITS}"):
+            damage = shard_damage(storage, self.manifest, number)
             if not damage:
-                return read_commit(path)  # another process was quicker
-            standing = None if COMMITS in damage else read_commit(path)
+                return read_commit(storage, self.dump, number)  # another process was quicker
+            standing = None if COMMITS in damage else read_commit(storage, self.dump, number)
             files: dict[str, FileRecord] = {}
-            ready: list[tuple[Path, Path]] = []
+            replaced: list[tuple[str, Write]] = []
             for name, (table, rows_in_groups) in tables.items():
-                place = table_path(self.folder, name, shard.number)
+                file = table_file(self.dump, name, number)
                 if standing is not None and name not in damage:
-                    files[name], sound = standing.files[name], _same_rows(place, standing.files[name], table)
+                    files[name] = standing.files[name]
+                    sound = _same_rows(TableFile(storage, file, files[name], table.schema), table)
                     if name in KINDS:
                         statistics.update(KINDS[name].statistics(KINDS[name].unpack(sound, self.manifest), self.manifest))
                 else:
-                    write = partial(write_readable, table, row_groups=rows_in_groups)
-                    temporary = stack.enter_context(prepared(place, write))
-                    files[name] = describe(temporary)
-                    ready.append((temporary, place))
-            if standing is None or files != standing.files:
+                    replaced.append((file, partial(self._write_table, name, table, rows_in_groups, files)))
+
+            def write_record(file: BinaryIO) -> bool:
+                nonlocal standing
+                if standing is not None and files == standing.files:
+                    return False
                 standing = self._record(shard, files, statistics)
-                write = partial(write_bytes, data=standing.to_bytes())
-                ready.append((stack.enter_context(prepared(path, write)), path))
-            for temporary, place in ready:
-                put_in_place(temporary, place)
+                file.write(standing.to_bytes())
+                return True
+
+            storage.replace([*replaced, (commit_file(self.dump, number), write_record)])
+            assert standing is not None
             return standing
+
+    def _write_table(
+        self, name: str, table: pa.Table, rows_in_groups: list[int], files: dict[str, FileRecord], file: BinaryIO
+    ) -> None:
+        files[name] = write_table(file, table.schema, _row_groups(table, rows_in_groups))
 
     def _record(self, shard: Shard, files: dict[str, FileRecord], statistics: dict[str, float]) -> CommitRecord:
         """The record of a shard that is committed now."""

@@ -1,1 +1,1 @@
-"""Calibration of students and of what they learn from: fitting on a dump, and knowledge re-calibrated."""
+"""Calibration of a dump's teacher without the teacher: fitted from what the dump keeps."""

@@ -1,4 +1,4 @@
-"""`student-train calibrate`: what puts right a teacher that is too sure of itself, fitted from a store alone.
+"""Fitting what corrects an over-confident teacher, from a store alone: the work of `student-train calibrate`.
 
 Two things can be fitted from what a dump keeps, with no model at hand:
 
@@ -22,23 +22,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store import KnowledgeStore
+from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
 from knowledge_store.calibration.file import Calibration
+from knowledge_store.calibration.temperature import fit_temperature
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import corpus_column
 from knowledge_store.kinds.positions import positions_of
-from knowledge_store.terminal.progress import progress_bar
-from student_train.evaluation.metrics import (
-    Interval,
-    bootstrap_calibration_error,
-    bootstrap_interval,
-    brier_from_sums,
-    expected_calibration_error,
-    fit_temperature,
-    log_sum_exp,
-)
+from knowledge_store.reporter import SILENT, Reporter
+from student_train.calibration.configuration import FIT_METHODS
+from student_train.evaluation.bootstrap import Interval, bootstrap_calibration_error, bootstrap_interval
+from student_train.evaluation.metrics import brier_from_sums, log_sum_exp
 
-FIT_METHODS = ("first", "temperature")
-FEW_TARGETS = 200
+MIN_TARGETS = 200
 # More say nothing new about one number; they are spread evenly over the sequences.
 MAX_TARGETS = 500_000
 COARSE_STEP, FINE_STEP = 0.1, 0.02
@@ -96,7 +91,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class StoreFit:
-    """A calibration that was fitted to a dump, and what is good to know of it.
+    """A calibration that was fitted to a dump, and how far it can be trusted.
 
     Attributes:
         calibration: of method `first` or `bucket-temperature`.
@@ -117,7 +112,14 @@ class StoreFit:
     sampled: bool
 
 
-def calibrate(store: KnowledgeStore, dump: str | None = None, *, method: str = "first", split: str | None = None) -> StoreFit:
+def calibrate(
+    store: KnowledgeStore,
+    dump: str | None = None,
+    *,
+    method: str = "first",
+    split: str | None = None,
+    reporter: Reporter = SILENT,
+) -> StoreFit:
     """Fit a calibration to a dump's teacher, from what the dump keeps.
 
     Args:
@@ -125,12 +127,13 @@ def calibrate(store: KnowledgeStore, dump: str | None = None, *, method: str = "
         dump: which dump; may be left out when there is one.
         method: one of `FIT_METHODS`.
         split: `COLUMN=VALUE`: fit on the sequences whose column of the table `sequences` has that value; None for all.
+        reporter: hears of progress.
 
     Raises:
         InputError: the dump has no candidates, no such column or value, or no target there.
     """
     if method not in FIT_METHODS:
-        raise InputError(f"there is no --method {method}: choose {' or '.join(FIT_METHODS)}")
+        raise InputError(f"there is no method {method!r}: choose {' or '.join(FIT_METHODS)}")
     name = store.dump(dump)
     manifest = store.manifest(name)
     kept = positions_of(manifest)
@@ -138,7 +141,7 @@ def calibrate(store: KnowledgeStore, dump: str | None = None, *, method: str = "
         raise InputError(f"the dump {name} has no candidates ({kept.selection}): there is nothing to re-calibrate")
     table = store.sequences(name)
     ordinals = np.arange(len(table)) if split is None else split_rows(table, name, split)
-    labelled, sampled = _labelled(store, name, table, ordinals)
+    labelled, sampled = _labelled(store, name, table, ordinals, reporter)
     fitted: dict[str, Any] = {"dump": name, "corpus": manifest.corpus.get("files", [])}
     if split is not None:
         fitted |= dict(zip(("column", "value"), split.split("=", 1), strict=True))
@@ -173,24 +176,28 @@ def split_rows(table: pa.Table, dump: str, split: str) -> np.ndarray:
     """
     column, equals, value = split.partition("=")
     if not (column and equals and value):
-        raise InputError(f"--split is COLUMN=VALUE, such as split=calibration, not {split!r}")
-    found = column if column in table.column_names else corpus_column(column)
-    if found not in table.column_names:
+        raise InputError(f"--split is {split!r}; it must be COLUMN=VALUE, such as split=calibration")
+    name = column if column in table.column_names else corpus_column(column)
+    if name not in table.column_names:
         raise InputError(f"the sequences of {dump} have no column {column!r}: they have {', '.join(table.column_names)}")
-    values = table[found]
+    values = table[name]
     try:
-        wanted = pa.scalar(value).cast(values.type)
+        scalar = pa.scalar(value).cast(values.type)
     except pa.ArrowInvalid:
-        wanted = None
-    rows = np.flatnonzero(pc.equal(values, wanted).fill_null(False).to_numpy()) if wanted is not None else np.empty(0, np.int64)
+        scalar = None
+    rows = np.flatnonzero(pc.equal(values, scalar).fill_null(False).to_numpy()) if scalar is not None else np.empty(0, np.int64)
     if not len(rows):
-        there = sorted(map(str, pc.unique(values).drop_null().slice(0, 1000).to_pylist()))
-        more = " …" if len(there) > 8 else ""
-        raise InputError(f"no sequence of {dump} has {column}={value}: its values are {', '.join(there[:8]) or 'null'}{more}")
+        existing = sorted(map(str, pc.unique(values).drop_null().slice(0, 1000).to_pylist()))
+        more = " …" if len(existing) > 8 else ""
+        raise InputError(
+            f"no sequence of {dump} has {column}={value}: its values are {', '.join(existing[:8]) or 'null'}{more}"
+        )
     return rows
 
 
-def _labelled(store: KnowledgeStore, dump: str, table: pa.Table, ordinals: np.ndarray) -> tuple[Labelled, bool]:
+def _labelled(
+    store: KnowledgeStore, dump: str, table: pa.Table, ordinals: np.ndarray, reporter: Reporter
+) -> tuple[Labelled, bool]:
     """The targets of some sequences, and whether there are more of them than are taken."""
     targets = table["targets"].to_numpy()
     ordinals = ordinals[targets[ordinals] > 0]
@@ -201,7 +208,7 @@ def _labelled(store: KnowledgeStore, dump: str, table: pa.Table, ordinals: np.nd
         places = np.linspace(0, len(ordinals) - 1, max(1, len(ordinals) * MAX_TARGETS // total))
         ordinals = ordinals[np.unique(places.round().astype(np.int64))]
     parts: list[dict[str, np.ndarray]] = []
-    with progress_bar("reading the store", int(targets[ordinals].sum()), "targets") as advance:
+    with reporter.progress("reading the store", int(targets[ordinals].sum()), "targets") as advance:
         for batch in store.batches(dump, BATCH, ordinals=ordinals, shuffle=False, kinds=("positions",)):
             chosen = batch["is_target"]
             names = ("input_ids", "token_logprob", "candidate_ids", "candidate_logprobs", "tail_logprob")
@@ -278,12 +285,12 @@ def first_ceiling(c: float, candidates: int) -> float:
 
 
 def _fit_bucket(labelled: Labelled, facts: dict[str, Any]) -> tuple[Calibration, Outcome, bool]:
-    found = fit_temperature(lambda temperature: float(at_bucket_temperature(labelled, temperature).nll.mean()))
-    temperature = round(found.temperature, 4)
+    fitted = fit_temperature(lambda temperature: float(at_bucket_temperature(labelled, temperature).nll.mean()))
+    temperature = round(fitted.temperature, 4)
     after = at_bucket_temperature(labelled, temperature)
     before = at_bucket_temperature(labelled, 1.0).figures()
     calibration = Calibration(method="bucket-temperature", value=temperature, before=before, after=after.figures(), **facts)
-    return calibration, after, found.at_edge
+    return calibration, after, fitted.at_edge
 
 
 def _fit_first(labelled: Labelled, facts: dict[str, Any]) -> tuple[Calibration, Outcome, bool]:
@@ -300,7 +307,7 @@ def _fit_first(labelled: Labelled, facts: dict[str, Any]) -> tuple[Calibration, 
 
     coarse = best([round(COARSE_STEP * step, 2) for step in range(1, 11)])
     fine = (round(coarse + FINE_STEP * step, 2) for step in range(-4, 5))
-    c = best([each for each in fine if 0 < each <= 1])
+    c = best([value for value in fine if 0 < value <= 1])
     after = at_first_c(labelled, c)
     plain = at_bucket_temperature(labelled, 1.0)
     before = replace(plain, nll=plain.nll[labelled.covered]).figures()
@@ -314,57 +321,3 @@ def _fit_first(labelled: Labelled, facts: dict[str, Any]) -> tuple[Calibration, 
         **facts,
     )
     return calibration, after, c in (min(grid), 1.0)
-
-
-# ---- in words
-
-
-def describe(fit: StoreFit) -> list[str]:
-    """A fit as a small table, and what it means."""
-    calibration = fit.calibration
-    first = calibration.method == "first"
-    before, after = calibration.before, calibration.after
-    columns = {"as it is": before, f"{'c' if first else 'T'} = {calibration.value:g}": after}
-    if fit.own is not None:
-        columns[f"dump's T = {fit.own_temperature:g}"] = fit.own
-    lines = [" " * 28 + "".join(f"{label:>18}" for label in columns)]
-    for name, label, form in (
-        ("nll", "loss, nats per target", ".4f"),
-        ("ece_10", "calibration error, 10 bins", ".2%"),
-        ("ece_15", "calibration error, 15 bins", ".2%"),
-        ("brier", "Brier score", ".4f"),
-    ):
-        lines.append(f"{label:<28}" + "".join(f"{format(figures[name], form):>18}" for figures in columns.values()))
-    lines.append("Brier score: over the candidates and everything else as one more class")
-    if first:
-        lines.append(
-            f"{calibration.uncovered:,} of {calibration.targets:,} targets have a token that is not among the candidates:"
-            " FIRST gives it nothing, and the loss of the first two columns leaves them out"
-        )
-        lines.append(f"no confidence comes out above {fit.ceiling:.3f} at this c, however sure the teacher is")
-    elif fit.own is not None:
-        better = "better" if fit.own["nll"] < after["nll"] else "no better"
-        lines.append(f"by its loss, the dump's own temperature of the whole distribution is {better} than this one")
-    return lines
-
-
-def doubts(fit: StoreFit) -> list[str]:
-    """What speaks against a fit, in words; empty when nothing does."""
-    calibration = fit.calibration
-    before, after, targets = calibration.before, calibration.after, calibration.targets
-    found = []
-    if targets < FEW_TARGETS:
-        told = "they are of so few sequences that no interval can be told"
-        if not math.isnan(fit.ece_10[0] + fit.nll[0]):
-            told = (
-                f"with 95 % confidence the calibration error is {fit.ece_10[0]:.1%} to {fit.ece_10[1]:.1%}, and the loss"
-                f" {fit.nll[0]:.3f} to {fit.nll[1]:.3f} nats"
-            )
-        found.append(f"{targets} targets are few (fit on {FEW_TARGETS} or more): {told}")
-    if fit.at_edge:
-        found.append(f"{calibration.value:g} is where the search ends: the best value may lie beyond it")
-    if calibration.method == "bucket-temperature" and after["nll"] > before["nll"] * (1 - 1e-3):
-        found.append(f"a temperature does not help: {calibration.value:g} lowers the loss by less than 0.1%")
-    if after["ece_10"] > before["ece_10"]:
-        found.append("the calibration error is higher with it than without")
-    return found

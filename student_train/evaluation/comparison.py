@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from student_train.evaluation.metrics import (
+from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
+from student_train.evaluation.bootstrap import (
     bootstrap,
     bootstrap_calibration_error,
     bootstrap_interval,
-    expected_calibration_error,
     gap_error,
     gap_error_difference,
     mean_of_sums,
@@ -64,26 +64,26 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Differe
 
 
 def _of_questions(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Difference]:
-    found = {}
+    result = {}
     for name, column in (("nll", "nll"), ("accuracy", "correct"), ("brier", "brier")):
         values, others = np.array(one[column], np.float64), np.array(other[column], np.float64)
-        found[name] = Difference(float((values - others).mean()), *bootstrap_interval(values, others))
-    mine, theirs = ((np.array(side["confidence"]), np.array(side["correct"])) for side in (one, other))
+        result[name] = Difference(float((values - others).mean()), *bootstrap_interval(values, others))
+    first, second = ((np.array(side["confidence"]), np.array(side["correct"])) for side in (one, other))
     for bins in (10, 15):
-        value = expected_calibration_error(*mine, bins) - expected_calibration_error(*theirs, bins)
-        found[f"ece_{bins}"] = Difference(value, *bootstrap_calibration_error(*mine, bins, theirs))
-    return found
+        value = expected_calibration_error(*first, bins) - expected_calibration_error(*second, bins)
+        result[f"ece_{bins}"] = Difference(value, *bootstrap_calibration_error(*first, bins, second))
+    return result
 
 
 def _of_sequences(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Difference]:
     counts = np.array(one["targets"], np.float64)
-    found = {}
+    result = {}
     for name in SCORES:
         if name in one and name in other:
             sums = (np.array(one[name]) - np.array(other[name]))[:, None]
-            found[name] = Difference(float(sums.sum() / counts.sum()), *bootstrap(sums, counts, mean_of_sums))
+            result[name] = Difference(float(sums.sum() / counts.sum()), *bootstrap(sums, counts, mean_of_sums))
     gaps = np.concatenate([np.array(side["gaps_15"]) for side in (one, other)], axis=1)
     total = counts.sum(keepdims=True)
-    mine, theirs = (float(gap_error(part.sum(axis=0, keepdims=True), total)[0]) for part in np.split(gaps, 2, axis=1))
-    found["ece_15"] = Difference(mine - theirs, *bootstrap(gaps, counts, gap_error_difference))
-    return found
+    first, second = (float(gap_error(part.sum(axis=0, keepdims=True), total)[0]) for part in np.split(gaps, 2, axis=1))
+    result["ece_15"] = Difference(first - second, *bootstrap(gaps, counts, gap_error_difference))
+    return result

@@ -25,18 +25,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.calibration.temperature import FittedTemperature, fit_temperature
+from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.metrics import (
-    FittedTemperature,
     brier,
     brier_from_sums,
     describe_answers,
-    fit_temperature,
     negative_log_likelihood,
+    rounded,
     softmax,
 )
 from student_train.evaluation.questions import TokenisedQuestion
-from student_train.training.models import head_at
+from student_train.losses.head import head_at
 
 CONFIDENCES = ("first_token", "options", "sequence")
 # Questions that a temperature is fitted on at most: their logits over the whole vocabulary are held.
@@ -90,6 +90,7 @@ def score(
     temperatures: Sequence[float] = (1.0,),
     keep_logits: bool = False,
     title: str = "evaluating",
+    reporter: Reporter = SILENT,
 ) -> Scores:
     """Ask a model, which stays on its device and is put in evaluation mode.
 
@@ -99,37 +100,38 @@ def score(
         batch_size: prompts in a forward pass: one for a question of single-token options, else one for each longer option.
         temperatures: at which log-sum-exps over the vocabulary are taken.
         keep_logits: whether to keep all logits at the first token.
-        title: of the progress bar.
+        title: of the progress that the reporter hears of.
+        reporter: hears of progress.
     """
-    prompts = sorted(_prompts(questions), key=lambda each: -len(each.tokens))
-    parts = np.bincount([each.question for each in prompts])
+    prompts = sorted(_prompts(questions), key=lambda prompt: -len(prompt.tokens))
+    parts = np.bincount([prompt.question for prompt in prompts])
     widest = max(len(question.completions) for question in questions)
     first, sequence = (np.full((len(questions), widest), _EMPTY) for _ in range(2))
     totals = {temperature: np.zeros(len(questions)) for temperature in temperatures}
     kept: Tensor | None = None
     model.eval()
-    with torch.inference_mode(), progress_bar(title, len(questions), "questions") as advance:
+    with torch.inference_mode(), reporter.progress(title, len(questions), "questions") as advance:
         for begin in range(0, len(prompts), batch_size):
             batch = prompts[begin : begin + batch_size]
             logits, places = _logits(model, questions, batch)
             total = torch.logsumexp(logits, dim=-1)
-            for each, place in zip(batch, places, strict=True):
-                question = questions[each.question]
-                if each.is_first:
+            for prompt, place in zip(batch, places, strict=True):
+                question = questions[prompt.question]
+                if prompt.is_first:
                     chosen = logits[place, list(question.first_tokens)]
-                    first[each.question, : len(chosen)] = chosen.cpu().double().numpy()
+                    first[prompt.question, : len(chosen)] = chosen.cpu().double().numpy()
                     for temperature in temperatures:
-                        totals[temperature][each.question] = torch.logsumexp(logits[place] / temperature, dim=-1).item()
+                        totals[temperature][prompt.question] = torch.logsumexp(logits[place] / temperature, dim=-1).item()
                     if keep_logits:
                         if kept is None:
                             kept = logits.new_empty(len(questions), logits.shape[-1])
-                        kept[each.question] = logits[place]
-                for option in each.options:
+                        kept[prompt.question] = logits[place]
+                for option in prompt.options:
                     tokens = question.completions[option]
                     rows = torch.arange(place, place + len(tokens), device=logits.device)
                     likelihood = logits[rows, list(tokens)] - total[rows]
-                    sequence[each.question, option] = likelihood.cpu().double().sum().item()
-                advance(1 / parts[each.question])
+                    sequence[prompt.question, option] = likelihood.cpu().double().sum().item()
+                advance(1 / parts[prompt.question])
     return Scores(
         answers=np.array([question.answer for question in questions]),
         told_apart=np.array([question.told_apart for question in questions]),
@@ -159,18 +161,18 @@ def _logits(
     """Logits (P, V), float32, at the positions that predict a token of an option, prompt after prompt, and where each
     prompt's begin."""
     device = next(model.parameters()).device
-    longest = max(len(each.tokens) for each in batch)
-    input_ids = np.zeros((len(batch), longest), np.int64)
-    mask = np.zeros((len(batch), longest), np.int64)
+    length = max(len(prompt.tokens) for prompt in batch)
+    input_ids = np.zeros((len(batch), length), np.int64)
+    mask = np.zeros((len(batch), length), np.int64)
     rows: list[int] = []
     columns: list[int] = []
     places = []
-    for row, each in enumerate(batch):
-        input_ids[row, : len(each.tokens)] = each.tokens
-        mask[row, : len(each.tokens)] = 1
+    for row, prompt in enumerate(batch):
+        input_ids[row, : len(prompt.tokens)] = prompt.tokens
+        mask[row, : len(prompt.tokens)] = 1
         places.append(len(rows))
-        columns += range(each.start - 1, len(each.tokens))
-        rows += [row] * (len(each.tokens) - each.start + 1)
+        columns += range(prompt.start - 1, len(prompt.tokens))
+        rows += [row] * (len(prompt.tokens) - prompt.start + 1)
     tokens, attended = torch.from_numpy(input_ids).to(device), torch.from_numpy(mask).to(device)
     with head_at(model, torch.tensor(rows, device=device), torch.tensor(columns, device=device)):
         logits = model(input_ids=tokens, attention_mask=attended, use_cache=False).logits[0]
@@ -215,7 +217,7 @@ def figures(scores: Scores, temperatures: dict[str, float] | None = None) -> dic
         gives, and `answers`: confidence, correct, nll and brier of each of these questions, in their order.
     """
     temperatures = temperatures or {}
-    found = {}
+    by_confidence = {}
     for name in CONFIDENCES:
         temperature = temperatures.get(name, 1.0)
         served = np.flatnonzero(scores.told_apart | (name == "sequence"))
@@ -238,7 +240,7 @@ def figures(scores: Scores, temperatures: dict[str, float] | None = None) -> dic
             score = brier(probabilities, answers)
         choice = values.argmax(axis=1)
         confidence, correct = probabilities[row, choice], choice == answers
-        found[name] = {
+        by_confidence[name] = {
             "questions": len(served),
             **describe_answers(confidence, correct, {"nll": nll, "brier": score}),
             "answers": {
@@ -248,12 +250,7 @@ def figures(scores: Scores, temperatures: dict[str, float] | None = None) -> dic
                 "brier": rounded(score),
             },
         }
-    return found
-
-
-def rounded(values: np.ndarray) -> list[Any]:
-    """Numbers, or rows of them, with five significant digits, for JSON."""
-    return [rounded(value) if isinstance(value, np.ndarray) else float(f"{value:.5g}") for value in values]
+    return by_confidence
 
 
 def measure_questions(
@@ -263,6 +260,7 @@ def measure_questions(
     batch_size: int = 8,
     fit_on: Sequence[TokenisedQuestion] | None = None,
     temperature: float | None = None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """All figures of a model in memory on questions, and again with a post-hoc temperature.
 
@@ -272,6 +270,7 @@ def measure_questions(
         batch_size: as in `score`.
         fit_on: other questions, to fit a temperature for each confidence on; the first `FIT_QUESTIONS` of them are used.
         temperature: one for all confidences, used as it stands.
+        reporter: hears of progress.
 
     Returns:
         The confidences as `figures` gives them, and `post_hoc` when asked for: `questions` (how many were fitted on) and
@@ -282,19 +281,19 @@ def measure_questions(
     if fit_on is not None:
         fit_on = fit_on[:FIT_QUESTIONS]
         title = "fitting the temperature"
-        fitted = fit_temperatures(score(model, fit_on, batch_size=batch_size, keep_logits=True, title=title))
-        temperatures = {name: each.temperature for name, each in fitted.items()}
+        fitted = fit_temperatures(score(model, fit_on, batch_size=batch_size, keep_logits=True, title=title, reporter=reporter))
+        temperatures = {name: fit.temperature for name, fit in fitted.items()}
     elif temperature is not None:
         temperatures = dict.fromkeys(CONFIDENCES, temperature)
-    wanted = tuple(dict.fromkeys((1.0, temperatures.get("first_token", 1.0))))
-    scores = score(model, questions, batch_size=batch_size, temperatures=wanted)
+    at_temperatures = tuple(dict.fromkeys((1.0, temperatures.get("first_token", 1.0))))
+    scores = score(model, questions, batch_size=batch_size, temperatures=at_temperatures, reporter=reporter)
     result: dict[str, Any] = figures(scores)
     if temperatures:
-        scaled = {name: each for name, each in figures(scores, temperatures).items() if name in temperatures}
-        for name, each in scaled.items():
-            each["temperature"] = temperatures[name]
+        scaled = {name: answers for name, answers in figures(scores, temperatures).items() if name in temperatures}
+        for name, answers in scaled.items():
+            answers["temperature"] = temperatures[name]
             if name in fitted:
-                each["at_edge"] = fitted[name].at_edge
-                each["fitted_nll"] = [fitted[name].nll_before, fitted[name].nll]
+                answers["at_edge"] = fitted[name].at_edge
+                answers["fitted_nll"] = [fitted[name].nll_before, fitted[name].nll]
         result["post_hoc"] = {**({"questions": len(fit_on)} if fit_on is not None else {}), **scaled}
     return result

@@ -86,7 +86,8 @@ def read_questions(path: str | Path, answer_as: str = "letter") -> list[Question
         InputError: the file cannot be read, has no questions, or a line is no question; names file and line.
     """
     path = Path(path)
-    check_answer_as(answer_as)
+    if answer_as not in ANSWER_AS:
+        raise InputError(f"answer_as is {answer_as!r}; it must be {' or '.join(ANSWER_AS)}")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
@@ -99,12 +100,6 @@ def read_questions(path: str | Path, answer_as: str = "letter") -> list[Question
     if not questions:
         raise InputError(f"{path} has no questions: one JSON object with `question`, `options` and `answer` on each line")
     return questions
-
-
-def check_answer_as(answer_as: str) -> None:
-    """Refuse a way of answering that there is none of."""
-    if answer_as not in ANSWER_AS:
-        raise InputError(f"--answer-as is {' or '.join(ANSWER_AS)}, not {answer_as!r}")
 
 
 def _question(line: str, place: str, answer_as: str) -> Question:
@@ -174,7 +169,7 @@ def tokenise(
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     answer_as: str = "letter",
-    longest: int | None = None,
+    max_tokens: int | None = None,
 ) -> list[TokenisedQuestion]:
     """Questions as token ids, as a dump of their `corpus_row` has them.
 
@@ -184,7 +179,7 @@ def tokenise(
         questions: as `read_questions` gives them.
         tokenizer: the model's.
         answer_as: "letter" or "text".
-        longest: most tokens that the model can take; None for no limit.
+        max_tokens: how many tokens the model can take; None for no limit.
 
     Raises:
         InputError: a question with its longest option has more tokens than that, or the tokenizer makes nothing of an
@@ -209,8 +204,8 @@ def tokenise(
         if len(set(ends)) < len(ends):
             raise InputError(f"{question.place}: two options are the same tokens")
         size = shared + max(map(len, ends))
-        if longest is not None and size > longest:
-            raise InputError(f"{question.place}: the question has {size:,} tokens, and the model takes {longest:,} at most")
+        if max_tokens is not None and size > max_tokens:
+            raise InputError(f"{question.place}: the question has {size:,} tokens, and the model takes at most {max_tokens:,}")
         tokenised.append(TokenisedQuestion(tuple(answered[0][:shared]), ends, question.answer))
     return tokenised
 

@@ -16,15 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
-from student_train.losses.divergences import Batch, Targets, predicting, targets_of
-from student_train.training.models import head_at
+from student_train.losses.head import has_plain_head, head_at, in_place_of_head, untouched
+from student_train.losses.targets import Batch, Targets, predicting, targets_of
 
 # Of the logits of one slice. Each slice adds to the whole gradient of the head's weight, which must not take long beside its
 # product: at a vocabulary of 262,144 a step with slices of 64 positions took 1.2 times as long as one with 256.
@@ -78,7 +76,7 @@ def sum_over_slices(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
 
     Args:
         model, batch: as in `sliced_loss`.
-        prepare: is given the number of rows of the head, V, and gives a function of a slice's logits (n, V) and of which
+        prepare: is given the vocabulary size of the head, V, and gives a function of a slice's logits (n, V) and of which
             positions they are of, in the order of `select_targets`. It returns a scalar, or without gradients a tensor of
             any shape, and must not keep the logits, whose memory is used again. Without positions it is called once, with
             none.
@@ -94,9 +92,9 @@ def sum_over_slices(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return sliced(hidden[rows, columns], weight, bias, prepare(len(weight)))
 
-    with _in_place_of_head(inner.get_output_embeddings(), compute) as results:
+    with in_place_of_head(inner.get_output_embeddings(), compute) as results:
         outputs = model(**inputs)
-    if not _untouched(outputs, results):
+    if not untouched(outputs, results):
         raise RuntimeError(f"a {type(inner).__name__} changed after its first pass what it does to its logits")
     return outputs.logits
 
@@ -113,7 +111,7 @@ def sliced(hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share) ->
         bias: (V,) or None.
         share: as `prepare` of `sum_over_slices` gives it.
     """
-    if torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in (hidden, weight, bias)):
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (hidden, weight, bias)):
         return _Sliced.apply(hidden, weight, bias, share)
     with _exact(hidden) as dtype:
         return _total(share(logits, rows) for rows, logits in _slices(hidden.to(dtype), weight.to(dtype), bias))
@@ -125,9 +123,9 @@ class _Sliced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share) -> Tensor:
         gradients = [
-            torch.zeros_like(each, dtype=torch.promote_types(each.dtype, torch.float32)) if needed else None
-            for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-            if each is not None
+            torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) if needed else None
+            for part, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+            if part is not None
         ]
         of_hidden, of_weight, of_bias = (*gradients, None)[:3]
 
@@ -150,9 +148,9 @@ class _Sliced(torch.autograd.Function):
 
         with _exact(hidden) as dtype:
             total = _total(shares(dtype))
-        given = [each for each in (of_hidden, of_weight, of_bias) if each is not None]
-        ctx.save_for_backward(*given)
-        ctx.dtypes = [None if each is None else each.dtype for each in (hidden, weight, bias)]
+        gradients = [gradient for gradient in (of_hidden, of_weight, of_bias) if gradient is not None]
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [None if part is None else part.dtype for part in (hidden, weight, bias)]
         return total
 
     @staticmethod
@@ -164,76 +162,9 @@ class _Sliced(torch.autograd.Function):
         results: list[Tensor | None] = []
         for needed, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False):
             # In place, which autograd notices: a second pass is refused instead of multiplying twice.
-            each = next(saved) if needed else None
-            results.append(None if each is None else (each if one else each.mul_(gradient)).to(dtype))
+            part = next(saved) if needed else None
+            results.append(None if part is None else (part if one else part.mul_(gradient)).to(dtype))
         return (*results, None)
-
-
-def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether a model's logits are what a linear head gives, and nothing is done to them afterwards.
-
-    Looked up once for a model, by a pass over two tokens in which the head is replaced: what comes out must be the very
-    object that went in. A model that is to be wrapped is best looked at before.
-    """
-    head: nn.Module = model.get_output_embeddings()
-    # Quantised, adapted, offloaded or hooked heads are more than their weight.
-    if type(head) is not nn.Linear or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
-        return False
-    if model not in _plain:
-        _plain[model] = _passes_untouched(model, head)
-    return _plain[model]
-
-
-_plain: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def _passes_untouched(model: nn.Module, head: nn.Linear) -> bool:
-    tokens = torch.zeros((1, 2), dtype=torch.int64, device=head.weight.device)
-    shapes = []
-
-    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        shapes.append(hidden.shape)
-        return torch.zeros((), dtype=torch.float32, device=hidden.device)
-
-    devices = [head.weight.device] if head.weight.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), _in_place_of_head(head, compute) as results:
-        try:
-            outputs = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
-        except Exception:  # it does something with its logits that a number without dimensions does not allow
-            return False
-    return shapes == [(1, 2, head.in_features)] and _untouched(outputs, results)
-
-
-def _untouched(outputs: Any, results: list[tuple[Tensor, int]]) -> bool:
-    """Whether the head was called once, and its result came through as it was. Under a wrapper for mixed precision too,
-    which copies outputs of 16 bits alone."""
-    logits = getattr(outputs, "logits", None)
-    return len(results) == 1 and logits is results[0][0] and _version(logits) == results[0][1]
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was changed in place."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def _in_place_of_head(
-    head: nn.Linear, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-) -> Iterator[list[tuple[Tensor, int]]]:
-    """Within it, the head gives what `compute` makes of its input, weight and bias; all of it is collected, with its
-    version."""
-    results: list[tuple[Tensor, int]] = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        result = compute(hidden, head.weight, head.bias)
-        results.append((result, _version(result)))
-        return result
-
-    head.forward = forward  # type: ignore[method-assign, assignment]
-    try:
-        yield results
-    finally:
-        del head.forward
 
 
 def _unwrapped(model: nn.Module) -> Any:
@@ -254,8 +185,8 @@ def _exact(hidden: Tensor) -> Iterator[torch.dtype]:
 def _slices(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Logits (n, V) of slices of about the same length, in memory that the next slice uses again."""
     limit = SLICE_BYTES if hidden.device.type == "cpu" else ACCELERATOR_SLICE_BYTES
-    longest = max(1, limit // (len(weight) * hidden.element_size()))
-    count = max(1, -(-len(hidden) // longest))
+    max_length = max(1, limit // (len(weight) * hidden.element_size()))
+    count = max(1, -(-len(hidden) // max_length))
     length = max(1, -(-len(hidden) // count))
     memory = hidden.new_empty(min(length, len(hidden)), len(weight))
     for start in range(0, max(1, len(hidden)), length):
@@ -266,6 +197,6 @@ def _slices(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tup
 
 def _total(shares: Iterator[Tensor]) -> Tensor:
     total = next(shares)
-    for each in shares:
-        total = total + each
+    for share in shares:
+        total = total + share
     return total

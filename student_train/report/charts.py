@@ -121,21 +121,21 @@ def _shares(panel: Panel) -> np.ndarray:
 
 
 def _reliability(above: Axes, below: Axes, panel: Panel, highest: float) -> None:
-    found = {name: np.array(values) for name, values in panel.figures["reliability"].items()}
-    bins = len(found["counts"])
-    centres = (np.arange(bins) + 0.5) / bins
-    width = 0.9 / bins
+    columns = {name: np.array(values) for name, values in panel.figures["reliability"].items()}
+    count = len(columns["counts"])
+    centres = (np.arange(count) + 0.5) / count
+    width = 0.9 / count
     scaled = panel.temperature is not None
     face = {"facecolor": "none", "edgecolor": panel.colour, "linewidth": 1.4} if scaled else {"color": panel.colour}
     for few in (False, True):
-        there = (found["counts"] > 0) & ((found["counts"] < FEW) == few)
-        if not there.any():
+        filled = (columns["counts"] > 0) & ((columns["counts"] < FEW) == few)
+        if not filled.any():
             continue
-        accuracy, confidence = found["accuracy"][there], found["confidence"][there]
+        accuracy, confidence = columns["accuracy"][filled], columns["confidence"][filled]
         both = np.minimum(accuracy, confidence)
-        above.bar(centres[there], both, width, alpha=0.3 if few else 1.0, **face)
+        above.bar(centres[filled], both, width, alpha=0.3 if few else 1.0, **face)
         for shade, gap in ((_OVER, confidence - both), (_UNDER, accuracy - both)):
-            above.bar(centres[there], gap, width, bottom=both, color=shade, alpha=0.18 if few else 0.5, linewidth=0)
+            above.bar(centres[filled], gap, width, bottom=both, color=shade, alpha=0.18 if few else 0.5, linewidth=0)
     above.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
     words = f"ECE {panel.figures['ece_15']:.1%}\nNLL {panel.figures['nll']:.2f}"
     words += f"\nT = {panel.temperature:.3g}" if scaled else ""
@@ -175,13 +175,13 @@ def learning_curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], descript
     return svg(figure, description, "learning curves")
 
 
-def coverage(found: dict[str, Any], place: str) -> str:
+def coverage(figures: dict[str, Any], place: str) -> str:
     """How much of the teacher's probability the candidates hold, by position and by how many are kept."""
     figure = Figure(figsize=(11.1, 3.2), layout="constrained")
     spread, ranks = figure.subplots(1, 2, width_ratios=[2, 1])
-    edges = np.array(found["histogram"]["edges"])
-    counts = np.array(found["histogram"]["counts"])
-    means = found["mean_by_rank"]
+    edges = np.array(figures["histogram"]["edges"])
+    counts = np.array(figures["histogram"]["counts"])
+    means = figures["mean_by_rank"]
     spread.bar(edges[:-1], counts / counts.sum(), np.diff(edges) * 0.9, align="edge", color=TEACHER, linewidth=0)
     spread.axvline(means[-1], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     left = means[-1] > 0.5
@@ -195,7 +195,7 @@ def coverage(found: dict[str, Any], place: str) -> str:
         va="top",
         fontsize=10,
     )
-    spread.set_title("How much the candidates hold, by position")
+    spread.set_title("Top-k coverage, by position")
     spread.set(xlim=(0, 1), xlabel=f"probability of the {len(means)} candidates together", ylabel="share of positions")
     for axis in (spread.xaxis, spread.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))

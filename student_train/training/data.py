@@ -27,12 +27,12 @@ from knowledge_store.reading.batches import check_snapshot
 IGNORED = -100  # the label that every library's cross-entropy leaves out
 
 
-class DistillationDataset(IterableDataset[dict[str, Tensor]]):
+class DistillationDataset(IterableDataset[dict[str, Any]]):
     """Batches of a dump as dictionaries of tensors; give it to a `DataLoader` with `batch_size=None`.
 
-    Each batch has every column that `KnowledgeStore.batches` gives (see there for shapes), as tensors, and `labels`
-    (B, T): `input_ids` where a position counts, −100 elsewhere. Rows of padding, whose `sequence_id` is −1, attend to
-    their first token so that no model divides by an empty softmax; none of their positions counts.
+    Each batch has every column that `KnowledgeStore.batches` gives (see there for shapes), as tensors (texts as lists), and
+    `labels` (B, T): `input_ids` where a position counts, −100 elsewhere. Rows of padding, whose `sequence_id` is −1, attend
+    to their first token so that no model divides by an empty softmax; none of their positions counts.
 
     Args:
         store: an open store.
@@ -44,7 +44,7 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
             gives both.
         ordinals: read only these sequences (positions in the dump's order), as `split_ordinals` gives them.
         shuffle: False reads in the dump's order.
-        endless: go on with the next epoch instead of stopping. Such a dataset has no length.
+        endless: continue with the next epoch instead of stopping. Such a dataset has no length.
         kinds: read only these kinds of knowledge; None for all that the dump holds.
         snapshot: of the dump when the order was begun, which must be the same still; `state_after` gives it too.
     """
@@ -104,7 +104,7 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         consumed += batches * self.batch_size * self.world_size
         return {"seed": self.seed, "epoch": epoch, "consumed": consumed, "snapshot": self.snapshot}
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # A forked worker must not share open files with its parent, and must not see shards that were committed meanwhile.
@@ -138,25 +138,27 @@ class DistillationDataset(IterableDataset[dict[str, Tensor]]):
         return max(0, -(-(self.sequences - consumed) // (self.batch_size * self.world_size)))
 
 
-def tensors(batch: dict[str, np.ndarray]) -> dict[str, Tensor]:
-    """A batch of arrays as tensors, with `labels`."""
-    result = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
-    result["attention_mask"] = result["attention_mask"].long()
-    result["attention_mask"][result["sequence_id"] < 0, :1] = 1
-    result["labels"] = torch.where(result["is_target"], result["input_ids"], IGNORED)
+def tensors(batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of arrays as tensors, with `labels` where it has the text. Lists, which hold texts, stay as they are."""
+    result = {
+        name: torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+        for name, value in batch.items()
+    }
+    if "input_ids" in result:
+        result["attention_mask"] = result["attention_mask"].long()
+        result["attention_mask"][result["sequence_id"] < 0, :1] = 1
+        result["labels"] = torch.where(result["is_target"], result["input_ids"], IGNORED)
     return result
 
 
-def padding_batch(like: dict[str, Tensor]) -> dict[str, Tensor]:
+def padding_batch(like: dict[str, Any]) -> dict[str, Any]:
     """A batch of one row of padding, with the columns of another: takes part in a step and adds nothing to it."""
-    result = {name: value[:1].clone() for name, value in like.items()}
-    for name, value in result.items():
-        if value.ndim > 1 and value.shape[:2] == like["input_ids"][:1].shape:
-            result[name] = value[:, :1].clone()
+    result = {name: value[:1].clone() if isinstance(value, Tensor) else value[:1] for name, value in like.items()}
     result["sequence_id"].fill_(-1)
-    result["is_target"].fill_(False)
-    result["labels"].fill_(IGNORED)
-    result["attention_mask"].fill_(1)
+    if "input_ids" in result:
+        result["is_target"].fill_(False)
+        result["labels"].fill_(IGNORED)
+        result["attention_mask"].fill_(0)[:, :1] = 1
     return result
 
 
@@ -183,13 +185,13 @@ def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fract
     table = store.sequences(name).select(["file", "row"])
     rows = list(zip(table["file"].to_pylist(), table["row"].to_pylist(), strict=True))
     ranked = sorted(set(rows), key=lambda row: hashlib.sha256(f"{row[0]}\n{row[1]}".encode()).digest())
-    wanted = max(1, round(eval_fraction * len(ranked))) if eval_fraction else 0
-    if wanted >= len(ranked):
+    count = max(1, round(eval_fraction * len(ranked))) if eval_fraction else 0
+    if count >= len(ranked):
         raise InputError(
             f"the dump {name} has {len(ranked)} document(s), so --eval-fraction {eval_fraction} leaves none to train"
             " on: use --eval-fraction 0"
         )
-    held_out = set(ranked[:wanted])
+    held_out = set(ranked[:count])
     chosen = np.fromiter((row in held_out for row in rows), dtype=bool, count=len(rows))
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
@@ -237,10 +239,10 @@ def check_student(
             " Train a student with the teacher's tokenizer"
         )
     needed = max(kept, default=-1) + 1
-    rows = config.get_text_config().vocab_size
-    if rows < needed:
+    vocabulary_size = config.get_text_config().vocab_size
+    if vocabulary_size < needed:
         raise InputError(
-            f"{name} has embeddings for {rows:,} tokens and the dump {dump} uses ids up to {needed - 1:,}:"
+            f"{name} has embeddings for {vocabulary_size:,} tokens and the dump {dump} uses ids up to {needed - 1:,}:"
             " resize its embeddings, or choose another student"
         )
 
@@ -271,7 +273,7 @@ def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()
         left_out = sum(summary.column_bytes[f"positions.{name}"] for name in set(kind.stored_schema(manifest).names) - needed)
     return {
         "name": dump,
-        "store": str(store.path),
+        "store": store.address,
         "teacher": manifest.teacher.get("name", ""),
         "vocabulary_size": manifest.vocabulary_size,
         "selection": str(kept.selection) if kept else "",

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from knowledge_store.errors import InputError
-from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors
-from knowledge_store.terminal.console import silence
+from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors, silence
+from student_train.training.model_folder import check_model_folder
 
 
 def quieten() -> None:
@@ -35,7 +32,7 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
         InputError: there is none, or it cannot be read; the message names the model.
     """
     quieten()
-    _check_place(model, gguf_file)
+    check_model_folder(model, gguf_file)
     try:
         with silence(), panics_as_errors():
             return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **_gguf(gguf_file))
@@ -55,7 +52,7 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
         InputError: there is none, or it cannot be read; the message names the model.
     """
     quieten()
-    _check_place(model, gguf_file)
+    check_model_folder(model, gguf_file)
     folder = Path(model) if Path(model).is_dir() else hub_folder(model, gguf_file=gguf_file)
     if gguf_file:
         check_gguf(folder, gguf_file)
@@ -153,45 +150,6 @@ def _gguf(gguf_file: str | None) -> dict[str, str]:
     return {"gguf_file": gguf_file} if gguf_file else {}
 
 
-def _check_place(model: str, gguf_file: str | None) -> None:
-    """Say what is wrong with a local folder in our words; anything else is left to the library (a hub id)."""
-    folder = Path(model)
-    if folder.is_file():
-        raise InputError(f"{model} is a file: give the model's folder (and --gguf-file for a GGUF file in it)")
-    if not folder.is_dir():
-        # A hub id has one slash at most, and no folder here is called as its owner.
-        local = folder.is_absolute() or model.startswith((".", "~")) or len(folder.parts) > 2
-        if local or (len(folder.parts) == 2 and folder.parent.is_dir()):
-            raise InputError(f"there is no model folder {model}")
-        return
-    if gguf_file:
-        check_gguf(folder, gguf_file)
-    elif not (folder / "config.json").is_file():
-        raise InputError(f"{model} is not a model folder: it has no config.json")
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def head_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Within it, the model's head computes the logits of some positions only, and its `.logits` are (1, N, V).
-
-    The head is the largest product of a small model, and most positions of a prompt with its answer need none. What a model
-    does to its logits after the head stays done, and the forward pass is still the wrapped module's own.
-
-    Args:
-        model: a causal language model; within a wrapper, the model that is wrapped.
-        rows, columns: int64 (N,) each, which positions.
-    """
-
-    def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
-
-    handle = model.get_output_embeddings().register_forward_pre_hook(choose)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -12,26 +12,28 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.format.records import check_shape
 from knowledge_store.model_files import check_weights
 from knowledge_store.storage.local import TEMPORARY_PREFIX
-from student_train.evaluation.results import RUN_FILE, printable, read_object
 from student_train.training.configuration import TrainConfig
+from student_train.training.model_folder import model_sha256
 
+Record = dict[str, Any]
+
+RUN_FILE = "run.json"
+HISTORY_FILE = "history.json"
 COMPLETE_FILE = "complete.json"
 
-# What may change between an interrupted run and the one that goes on with it.
+# What may change between an interrupted run and the one that resumes it.
 _FREE = {"store", "output", "report_to", "save_steps", "workers", "cache_size"}
 # What is compared as what follows from it: the number of steps, and of sequences in a step.
 _DERIVED = {"epochs", "steps", "batch_size", "gradient_accumulation"}
@@ -61,16 +63,6 @@ def run_identity(
     }
 
 
-def model_sha256(model: str) -> str:
-    """SHA-256 over the names and contents of a model folder's configuration and weights; of a hub id, over the id."""
-    digest = hashlib.sha256(b"" if Path(model).is_dir() else model.encode())
-    for path in sorted(Path(model).glob("*")):
-        if path.suffix in (".safetensors", ".gguf") or path.name == "config.json":
-            with open(path, "rb") as file:
-                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
 def check_output(output: Path, identity: dict[str, Any]) -> None:
     """Refuse an output that is something else, or a run of another configuration."""
     if output.is_file():
@@ -78,17 +70,17 @@ def check_output(output: Path, identity: dict[str, Any]) -> None:
     # A run that was killed while it wrote its first file leaves that under a temporary name, and nothing else.
     if not output.is_dir() or all(path.name.startswith(TEMPORARY_PREFIX) for path in output.iterdir()):
         return
-    record = read_object(output / RUN_FILE)
-    if record is None or not isinstance(before := record.get("identity"), dict):
+    record = read_run(output)
+    if not record:
         raise InputError(f"{output} is not empty and holds no training run: choose another --output")
+    previous = record["identity"]
     differing = [
-        f"{_label(name)} was {before.get(name)} and is now {identity.get(name)}"
-        for name in identity.keys() | before.keys()
-        if before.get(name) != identity.get(name)
+        f"{_label(name)} was {previous.get(name)} and is now {identity.get(name)}"
+        for name in identity.keys() | previous.keys()
+        if previous.get(name) != identity.get(name)
     ]
     if differing:
-        found = printable("; ".join(sorted(differing)))
-        raise InputError(f"{output} holds another run ({found}): choose another --output, or remove it")
+        raise InputError(f"{output} holds another run ({'; '.join(sorted(differing))}): choose another --output, or remove it")
 
 
 def _label(name: str) -> str:
@@ -97,7 +89,7 @@ def _label(name: str) -> str:
 
 
 class Checkpoint(NamedTuple):
-    """Where a run can go on.
+    """Where a run can resume.
 
     Attributes:
         step: after which it was written.
@@ -118,16 +110,9 @@ class Checkpoint(NamedTuple):
         write_json(self.folder / COMPLETE_FILE, {name: getattr(self, name) for name in self._fields if name != "folder"})
 
 
-def _read_checkpoint(path: Path) -> Checkpoint | None:
-    """None: its record cannot be read, so it is not complete."""
-    with suppress(InputError, ValueError):
-        record = {"unlogged_loss": 0.0, **(read_object(path) or {})}
-        check_shape(record, {"step": int, "seconds": int | float, "unlogged_loss": int | float})
-        record.setdefault("logged_at", record["step"])  # earlier versions kept neither of the two
-        check_shape(record, {"logged_at": int})
-        if 0 <= record["logged_at"] <= record["step"] and 0 <= record["seconds"] < math.inf:
-            return Checkpoint(folder=path.parent, **{name: record[name] for name in Checkpoint._fields if name != "folder"})
-    return None
+def _read_checkpoint(path: Path) -> Checkpoint:
+    record = read_record(path, ("step", "seconds", "logged_at", "unlogged_loss"), "record of a checkpoint")
+    return Checkpoint(folder=path.parent, **{name: record[name] for name in Checkpoint._fields if name != "folder"})
 
 
 def last_checkpoint(output: Path) -> Checkpoint | None:
@@ -136,15 +121,14 @@ def last_checkpoint(output: Path) -> Checkpoint | None:
     Raises:
         InputError: it would not be loaded from safetensors files alone.
     """
-    found = [_read_checkpoint(path) for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    last = max((each for each in found if each), default=None)
+    last = max((_read_checkpoint(path) for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}")), default=None)
     # Without this file the trainer takes a pickle instead, before safetensors in several files.
     if last and not (last.folder / "model.safetensors").is_file():
         pickles = sorted(path.name for path in last.folder.glob("*.bin*") if path.name != "training_args.bin")
         if pickles:
             raise InputError(
                 f"{last.folder} has {pickles[0]} instead of model.safetensors: a pickle can run code, and is never loaded."
-                " Remove that folder, and the run goes on from what was kept before it"
+                " Remove that folder, and the run resumes from the checkpoint before it"
             )
         check_weights(last.folder)
     return last
@@ -163,6 +147,36 @@ def prepare_output(output: Path, checkpoint: Checkpoint | None) -> None:
         path.unlink()
 
 
+def read_run(folder: Path) -> Record:
+    """What a run wrote of itself before its first step; empty when there is none. Raises InputError."""
+    return read_record(folder / RUN_FILE, ("identity", "config"), "record of a training run")
+
+
+def read_history(folder: Path) -> Record:
+    """A run's losses so far; empty before the first log. Raises InputError."""
+    return read_record(folder / HISTORY_FILE, ("finished", "seconds", "entries"), "history of a training run")
+
+
+def read_record(path: Path, names: Sequence[str], description: str) -> Record:
+    """The object in a JSON file, which has these keys; empty when there is no such file.
+
+    Raises:
+        InputError: it cannot be read, or holds something else than such an object; names the file.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a JSON file: {error}") from None
+    missing = names if not isinstance(record, dict) else [name for name in names if name not in record]
+    if missing:
+        raise InputError(f"{path} is not the {description}: it has no {missing[0]!r}")
+    return record
+
+
 def write_json(path: Path, record: dict[str, Any]) -> None:
     """Write a JSON file in one go: a reader sees the old one or the new one."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
@@ -174,10 +188,10 @@ def _json_text(value: Any, line: str) -> str:
     """JSON with a line for each key and a line for each list of plain values, however long."""
     inner = f"{line} "
     if isinstance(value, dict) and value:
-        items = [f"{json.dumps(key)}: {_json_text(each, inner)}" for key, each in value.items()]
+        items = [f"{json.dumps(key)}: {_json_text(item, inner)}" for key, item in value.items()]
         return "{" + inner + f",{inner}".join(items) + line + "}"
-    if isinstance(value, list | tuple) and any(isinstance(each, dict | list | tuple) for each in value):
-        return "[" + inner + f",{inner}".join(_json_text(each, inner) for each in value) + line + "]"
+    if isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value):
+        return "[" + inner + f",{inner}".join(_json_text(item, inner) for item in value) + line + "]"
     return json.dumps(value, default=str)
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from knowledge_store.catalogue.summary import DENSE_BYTES_PER_LOGPROB
 from knowledge_store.errors import InputError
@@ -84,11 +83,8 @@ def _bytes(manifest: Manifest, arrays: Arrays, lengths: list[int]) -> int:
             "position": pa.array(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])),
         }
     )
-    file = io.BytesIO()
     table = KINDS["positions"].pack(KINDS["positions"].table(keys, arrays, manifest), manifest)
-    write_table(table, file, [len(table)])
-    group = pq.read_metadata(io.BytesIO(file.getvalue())).row_group(0)
-    return sum(group.column(column).total_compressed_size for column in range(group.num_columns))
+    return sum(write_table(io.BytesIO(), table.schema, [table]).column_bytes.values())
 
 
 def estimate(config: DumpConfig, teacher: Teacher | None = None) -> Estimate:

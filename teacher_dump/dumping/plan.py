@@ -13,6 +13,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.layout import MANIFEST_FILE
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.kinds.positions import PositionsParameters
+from knowledge_store.storage import open_storage
 from knowledge_store.storage.local import disk_errors
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.corpus.documents import (
@@ -96,7 +97,7 @@ def make_manifest(config: DumpConfig, teacher: Teacher, anew: bool = False) -> M
     with disk_errors("read", folder):
         begun = (folder / MANIFEST_FILE).is_file()
     if begun and not anew:
-        standing = read_manifest(folder)
+        standing = read_manifest(open_storage(config.store), config.dump_name)
         if standing.differences(manifest):
             return manifest  # the writer refuses it, and says what differs
         _check_bad_rows(config, standing.derived["bad_rows"], standing.derived["first_problem"])

@@ -14,24 +14,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from knowledge_store.calibration.file import read_calibration
-from knowledge_store.errors import DamageError, InputError
-from knowledge_store.format.commits import CommitRecord, files_in_commits
-from knowledge_store.format.layout import MANIFEST_FILE, STORE_FILE, TOKENS_FILE, commit_shard
+from knowledge_store.errors import DamageError, InputError, MissingFileError
+from knowledge_store.format.commits import CommitRecord, commit_records
+from knowledge_store.format.layout import STORE_FILE, commit_file, manifest_file, tokens_file
 from knowledge_store.format.manifest import Manifest, check_version, read_manifest
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reporter import Advance
-from knowledge_store.storage.local import TEMPORARY_PREFIX, disk_errors
-from knowledge_store.store import check_store
+from knowledge_store.storage import Storage, open_storage
+from knowledge_store.store import check_store, occupied
 from knowledge_store.terminal.console import note
 from knowledge_store.terminal.progress import progress_bar
 from knowledge_store.writing.writer import DumpWriter, Shard, repair_manifest, repair_store_file
@@ -94,40 +93,39 @@ def dump(
             raise InputError(f"no extractor is known for knowledge of kind {kind!r}")
     # What can be seen at once is seen before a large teacher is loaded.
     check_files(config.corpus)
-    with disk_errors("read", config.store):
-        _check_versions(config.store / config.dump_name)
+    storage = open_storage(config.store)
+    _check_versions(storage, config.dump_name)
     pending: list[int] = []
     standing: Manifest | None = None
     if repair:
-        standing = _manifest_to_repair(config)
-        if repair_store_file(config.store):
-            note(f"{config.store / STORE_FILE} was damaged, and is written anew")
+        standing = _manifest_to_repair(storage, config.dump_name)
+        if repair_store_file(storage):
+            note(f"{storage.locate(STORE_FILE)} was damaged, and is written anew")
         if standing is not None:
-            writer = DumpWriter(config.store, standing)
+            writer = DumpWriter(storage, standing)
             pending = _damaged(writer, range(rank, standing.shard_count, world_size))
             if not pending and not writer.tokens_damage():
                 return DumpReport(standing.dump, 0, 0, standing.shard_count, 0, 0.0, 0)  # no teacher is asked for nothing
-    with disk_errors("read", config.store):
-        _check_store(config.store)
+    if occupied(storage):  # else it can become a store; one that another worker is just making counts
+        check_store(storage)
     if config.calibration is not None:
         read_calibration(config.calibration).to_manifest()
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
     planned = make_manifest(config, teacher, anew=repair and standing is None)
     reader, first = ShardReader(config, planned, tokenizer), None
-    with disk_errors("read", config.store):
-        begun = (config.store / planned.dump).exists()
+    begun = planned.dump in storage.folders("")
     if rank < len(planned.derived.get("shards", ())) and not begun:
         first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
     tokens = tokens_table(*teacher.tokens())
-    remade = repair and standing is None and repair_manifest(config.store, planned)
-    writer = DumpWriter.open(config.store, planned, tokens)
+    remade = repair and standing is None and repair_manifest(storage, planned)
+    writer = DumpWriter.open(storage, planned, tokens)
     if repair and writer.repair_tokens(tokens):
-        note(f"{writer.folder / TOKENS_FILE} was damaged, and is written anew")
+        note(f"{storage.locate(tokens_file(planned.dump))} was damaged, and is written anew")
     manifest = writer.manifest
     mine = range(rank, manifest.shard_count, world_size)
     if remade:
-        note(f"{writer.folder / MANIFEST_FILE} was damaged, and is written anew")
+        note(f"{storage.locate(manifest_file(planned.dump))} was damaged, and is written anew")
         pending = _damaged(writer, mine)
     if not repair:
         pending = [shard for shard in mine if not writer.committed(shard)]
@@ -147,13 +145,7 @@ def dump(
     )
 
 
-def _check_store(path: Path) -> None:
-    """Make sure that `path` is a store or can become one (StoreError). A store that another worker is just making counts."""
-    if path.exists() and not (path.is_dir() and all(each.name.startswith(TEMPORARY_PREFIX) for each in path.iterdir())):
-        check_store(path)
-
-
-def _check_versions(folder: Path) -> None:
+def _check_versions(storage: Storage, dump: str) -> None:
     """Make sure that a dump can be gone on with here: which shards are there is told by the names of their records alone, and a
     newer knowledge-store may have written one. Each record is read, which takes 0.2 ms.
 
@@ -162,27 +154,25 @@ def _check_versions(folder: Path) -> None:
         DamageError: its `commits` is not a folder.
         StoreError: one cannot be read.
     """
-    records = [path for path in files_in_commits(folder) if commit_shard(path.name) is not None]
-    if not folder.is_dir():
-        return
-    for path in (folder / MANIFEST_FILE, *records):
+    for name in (manifest_file(dump), *(commit_file(dump, shard) for shard in commit_records(storage, dump))):
         with suppress(DamageError):  # missing, or for --repair
-            check_version(read_record(path), path)
+            check_version(read_record(storage, name), storage.locate(name))
 
 
-def _manifest_to_repair(config: DumpConfig) -> Manifest | None:
+def _manifest_to_repair(storage: Storage, dump: str) -> Manifest | None:
     """The manifest of the dump to repair; None where it is damaged itself, and has to be made again first.
 
     Raises:
         InputError: there is no dump of that name.
         DamageError: its `commits` is not a folder.
     """
-    folder = config.store / config.dump_name
-    records = [path for path in files_in_commits(folder) if path.suffix == ".json"]
-    if not records and not (folder / MANIFEST_FILE).exists():
-        raise InputError(f"there is no dump {config.dump_name!r} in {config.store} to repair")
     try:
-        return read_manifest(folder)
+        return read_manifest(storage, dump)
+    except MissingFileError as error:
+        if not commit_records(storage, dump):
+            raise InputError(f"there is no dump {dump!r} in {storage.address} to repair") from None
+        note(f"Damage: {error}")
+        return None
     except DamageError as error:
         note(f"Damage: {error}")
         return None

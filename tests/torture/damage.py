@@ -9,12 +9,11 @@ Before that, every STEPth bit of every Parquet and JSON file is flipped once and
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import count
@@ -24,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import commit, drawn_sequences, make_manifest, random_sequences, words
+from stores import commit, drawn_sequences, make_manifest, random_sequences, table_file_of, words
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, StoreError, verify
 from knowledge_store.format.integrity import CheckedFile
@@ -32,9 +31,9 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import unseal
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays
+from knowledge_store.storage.local import LocalStorage
 from torture.heartbeat import beat
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 VOCABULARY = 211
 ORDER = "ORDER BY dump, sequence_id"
 QUERIES = {
@@ -172,7 +171,7 @@ def read_batches(store: KnowledgeStore) -> Any:
 def fresh(sound: Sound) -> KnowledgeStore:
     """The store opened again as far as Parquet files go: what they do not hold is as it was."""
     opened = sound.opened
-    return KnowledgeStore(opened.path, list(opened._manifests.values()), opened._index, cache_size=0)
+    return KnowledgeStore(LocalStorage(opened.address), list(opened._manifests.values()), opened._index, cache_size=0)
 
 
 def take_stock(path: Path) -> Sound:
@@ -205,7 +204,7 @@ def fault_of(seed: int, number: int, sound: Sound) -> tuple[str, dict[Path, byte
     names = [*CHANGES, "files swapped"]
     name = chance.choices(names, [*(weight for weight, _ in CHANGES.values()), SWAPPED])[0]
     path = chance.choice(by_sort[sort])
-    if name == "files swapped" and sound.stranger and sort not in ("store.json", "index.duckdb") and chance.random() < 0.5:
+    if name == "files swapped" and sound.stranger and sort != "store.json" and chance.random() < 0.5:
         return f"files of another store: {sort}", strange(path, sort, sound, chance), chance
     others = [other for other in by_sort[sort] if sound.files[other] != sound.files[path]]
     if name == "files swapped" and others:
@@ -233,7 +232,7 @@ def strange(path: Path, sort: str, sound: Sound, chance: random.Random) -> dict[
 def readings(sound: Sound, files: Collection[Path], chance: random.Random) -> list[tuple[str, Callable[[], Any]]]:
     """All that could meet a fault in such a file. A store is opened anew for each; now and then from the very beginning."""
     sort = sort_of(next(iter(files)))
-    from_records = any(sort_of(each) in ("commits", "manifest.json", "store.json", "index.duckdb") for each in files)
+    from_records = any(sort_of(each) in ("commits", "manifest.json", "store.json") for each in files)
     whole = from_records or chance.random() < 0.05
 
     def opened() -> KnowledgeStore:
@@ -253,10 +252,8 @@ def flip_in_turn(sound: Sound, first: int, step: int, end: float = math.inf) -> 
         end: when to stop at the latest, on the monotonic clock.
     """
     counts: Counter[str] = Counter()
-    records = {each.path: each for dump in sound.opened.dumps for each in file_records(sound, dump)}
+    published = {path: table_file_of(path) for path in sound.files if path.suffix == ".parquet"}
     for path, data in sound.files.items():
-        if path.name == "index.duckdb":
-            continue
         sealed = None if path.suffix == ".parquet" else unseal(data, path)
         for bit in range(first % step, 8 * len(data), step):
             if time.monotonic() > end:
@@ -270,7 +267,7 @@ def flip_in_turn(sound: Sound, first: int, step: int, end: float = math.inf) -> 
             try:
                 if sealed is None:
                     path.write_bytes(harmed)
-                    read = CheckedFile(path, *records[path].must_be).read()
+                    read = CheckedFile(published[path]).read()
                     right = bytes(read) == data
                 else:
                     right = unseal(bytes(harmed), path) == sealed
@@ -282,26 +279,6 @@ def flip_in_turn(sound: Sound, first: int, step: int, end: float = math.inf) -> 
             counts["survived"] += 1
         path.write_bytes(data)
     return counts
-
-
-@dataclass
-class Record:
-    """A Parquet file and what CheckedFile is to be told of it."""
-
-    path: Path
-    must_be: tuple[int, str, str]
-
-
-def file_records(sound: Sound, dump: str) -> list[Record]:
-    """The Parquet files of a dump."""
-    tokens = sound.opened.manifest(dump).derived["tokens"]
-    names = ("bytes", "sha256", "footer_sha256")
-    found = [Record(sound.path / dump / "tokens.parquet", tuple(tokens[name] for name in names))]
-    for path in sorted((sound.path / dump / "commits").glob("*.json")):
-        for table, file in json.loads(path.read_bytes())["files"].items():
-            place = sound.path / dump / table / f"{path.stem}.parquet"
-            found.append(Record(place, tuple(file[name] for name in names)))
-    return found
 
 
 def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
@@ -336,10 +313,7 @@ def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
                 named = any(str(path) in str(error) for path in files)
                 assert named, f"{told} is blamed on something else by {reading}: {error}"
                 counts["refused by name"] += 1
-        if sort == "index.duckdb":
-            if path.exists() and path.read_bytes() != data:
-                counts["index rebuilt"] += 1
-        elif chance.random() < 0.1:
+        if chance.random() < 0.1:
             damage = verify(sound.path).damage
             same = all(data.split() == sound.files[path].split() for path, data in files.items())
             assert same or any(str(path) in sentence for path in files for sentence in damage), f"verify misses {told}"
@@ -348,9 +322,6 @@ def try_fault(seed: int, number: int, sound: Sound) -> Counter[str]:
         for path in files:
             path.write_bytes(sound.files[path])
             os.utime(path, ns=(stamps[path].st_atime_ns, stamps[path].st_mtime_ns))
-        index = sound.path / "index.duckdb"
-        if index.read_bytes() != sound.files[index]:
-            index.write_bytes(sound.files[index])
     counts["survived"] += 1
     return counts
 
@@ -389,51 +360,44 @@ def try_leftover(seed: int, number: int, sound: Sound) -> Counter[str]:
                 )
             counts["right answers"] += 1
     finally:
-        for each in (path, record, sound.path / "index.duckdb"):
+        for each in (path, record):
             each.write_bytes(sound.files[each])
         for each in sound.path.rglob(".tmp-*"):
             each.unlink()
         # The index knows a record by its size and time.
         sound.opened._index = KnowledgeStore.open(sound.path, rebuild_index=True, cache_size=0)._index
-        sound.files[sound.path / "index.duckdb"] = (sound.path / "index.duckdb").read_bytes()
     counts["survived"] += 1
     return counts
 
 
-def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Sound]:
+def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Sound:
     """The store to damage."""
     folder.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr("knowledge_store.format.integrity._computed", OrderedDict())  # of blocks of that size
-    stores = [make_store(folder / "new", monkeypatch)]
+    store = make_store(folder / "store", monkeypatch)
     other = make_store(folder / "stranger", monkeypatch, seed=50)
-    sounds = [take_stock(store) for store in stores]
-    sounds[0].stranger.update(
-        {
-            path: (other / path.relative_to(stores[0])).read_bytes()
-            for path in sounds[0].files
-            if path.name not in ("store.json", "index.duckdb")
-        }
+    sound = take_stock(store)
+    sound.stranger.update(
+        {path: (other / path.relative_to(store)).read_bytes() for path in sound.files if path.name != "store.json"}
     )
-    return sounds
+    return sound
 
 
 def try_faults(
     seed: int, numbers: Iterable[int], folder: Path, step: int | None = None, flips_end: float = math.inf
 ) -> dict[str, int]:
-    """Make the faults of these numbers, one after the other; the store of this version gets three in four.
+    """Make the faults of these numbers, one after the other.
 
     Args:
-        step: flip every `step`th bit of the stores first, one at a time; None for none.
+        step: flip every `step`th bit of the store first, one at a time; None for none.
         flips_end: when to stop that at the latest, on the monotonic clock.
     """
     counts: Counter[str] = Counter({"silent": 0})
     with pytest.MonkeyPatch.context() as monkeypatch:
-        sounds = prepare(folder, monkeypatch)
-        for sound in sounds if step else []:
+        sound = prepare(folder, monkeypatch)
+        if step:
             counts.update(flip_in_turn(sound, seed, step, flips_end))
         for number in numbers:
-            sound = sounds[0]
-            counts.update(try_leftover(seed, number, sounds[0]) if number % LEFTOVERS == 0 else try_fault(seed, number, sound))
+            counts.update((try_fault if number % LEFTOVERS else try_leftover)(seed, number, sound))
     return dict(counts)
 
 

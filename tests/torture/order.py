@@ -180,7 +180,8 @@ def train_until(settings: dict[str, Any], moment: int | None, number: int) -> No
     import torch
 
     from student_train.training.configuration import TrainConfig
-    from student_train.training.run import DistillationTrainer, train
+    from student_train.training.run import train
+    from student_train.training.trainer import DistillationTrainer
 
     torch.set_num_threads(1)
     output = settings["output"]

@@ -12,7 +12,7 @@ from stores import DOCUMENTS, commit, contents, make_manifest, random_sequences,
 
 from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.format import parquet
-from knowledge_store.format.layout import COMMITS, SEQUENCES, commit_shard, table_path
+from knowledge_store.format.layout import COMMITS, SEQUENCES, commit_shard, table_file
 from knowledge_store.format.sequences import WINDOW_BITS, tokens_table
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from knowledge_store.terminal.console import command_errors
@@ -87,7 +87,7 @@ def leftovers(store: Path) -> list[Path]:
 
 def rows(store: Path, shard: int) -> list[pa.Table]:
     """The tables of a shard as they are stored, whatever their bytes."""
-    return [read_whole(table_path(store / DUMP, table, shard)) for table in (SEQUENCES, "positions")]
+    return [read_whole(store / table_file(DUMP, table, shard)) for table in (SEQUENCES, "positions")]
 
 
 def check_standing(store: Path, acknowledged: set[int], whole: Path) -> set[int]:
@@ -136,7 +136,7 @@ def published(store: Path) -> dict[str, tuple[Any, ...]]:
     """Every file under its own name: which file it is, when it was written, and its bytes."""
     found = {}
     for path in store.rglob("*"):
-        if path.is_file() and not path.name.startswith(TEMPORARY_PREFIX) and path.name != "index.duckdb":
+        if path.is_file() and not path.name.startswith(TEMPORARY_PREFIX):
             status = path.stat()
             found[str(path)] = status.st_ino, status.st_mtime_ns, path.read_bytes()
     return found

@@ -208,7 +208,7 @@ def published(store: Path) -> dict[str, tuple[int, bytes]]:
     """Every file that has its name for good: inode and contents."""
     found = {}
     for path in store.rglob("*"):
-        if path.is_file() and not path.name.startswith(".tmp-") and path.name != "index.duckdb":
+        if path.is_file() and not path.name.startswith(".tmp-"):
             found[str(path.relative_to(store))] = path.stat().st_ino, path.read_bytes()
     return found
 

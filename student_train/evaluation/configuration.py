@@ -1,0 +1,109 @@
+"""What `student-train evaluate` is asked to do, and what can be refused before a model is loaded. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from knowledge_store.errors import InputError
+from knowledge_store.options import check_options, option
+from student_train.evaluation.questions import ANSWER_AS
+from student_train.evaluation.results import read_evaluation
+from student_train.training.model_folder import check_model_folder
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """An evaluation; each field is an option of `student-train evaluate`."""
+
+    model: str = option(help="Folder or hub id of the model to evaluate.")
+    store: str | None = option(None, argument=True, help="The store's folder, to evaluate on a held-out dump.")
+    dump: str | None = option(None, help="Name of the dump. It may be left out when the store has only one.")
+    batch_size: int = option(8, min=1, help="Sequences in one forward pass.")
+    limit: int | None = option(None, min=1, help="Evaluate only this many sequences or questions, spread evenly over them all.")
+    output: str | None = option(
+        None,
+        help="File to write. The default is MODEL/evaluations/DUMP.json or MODEL/evaluations/QUESTIONS.letter.json, and nothing"
+        " for a hub id.",
+    )
+    gguf_file: str | None = option(None, help="Name of a GGUF file in the model's folder, to evaluate that.")
+    questions: str | None = option(
+        None,
+        help="JSON Lines file of multiple-choice questions (`question`, `options`, `answer`), to evaluate on these instead.",
+    )
+    answer_as: str = option(
+        "letter", choices=ANSWER_AS, help="How the model answers questions: by their letter, or by the text of the option."
+    )
+    post_hoc_temperature: str | None = option(
+        None,
+        help="Evaluate a second time at a temperature of the model, from a file of other questions (.jsonl) to fit one on, or"
+        " from the model's own calibration (.json) of `teacher-dump calibrate`.",
+    )
+
+    @property
+    def questions_name(self) -> str:
+        """What the file of questions is called in results."""
+        return Path(str(self.questions)).name.removesuffix(".jsonl")
+
+    @property
+    def calibration(self) -> Path | None:
+        """The calibration file that the post-hoc temperature comes from; None where it is fitted on questions."""
+        path = self.post_hoc_temperature
+        return Path(path) if path and Path(path).suffix == ".json" else None
+
+
+def check_evaluation(config: EvaluateConfig) -> Path | None:
+    """Check everything that needs no model, and give the file that the result goes to, if any.
+
+    Raises:
+        InputError: options do not fit each other; a file, the store, the dump or the model's folder is missing; or the result
+            would take the place of something else.
+    """
+    from knowledge_store import KnowledgeStore
+
+    check_options(config)
+    if (config.store is None) == (config.questions is None):
+        raise InputError("give either STORE, to evaluate on a dump, or --questions, to evaluate on a file of questions")
+    if config.questions and config.dump:
+        raise InputError("--dump names a dump of a store, and has no meaning with --questions")
+    if config.store and config.answer_as != EvaluateConfig.answer_as:
+        raise InputError("--answer-as says how --questions are answered, and has no meaning with a store")
+    if config.store and config.post_hoc_temperature and not config.calibration:
+        raise InputError(
+            "--post-hoc-temperature takes a file of questions only with --questions: for a dump, fit the model's temperature"
+            " with `teacher-dump calibrate` and give its calibration (.json)"
+        )
+    for path in (config.questions, None if config.calibration else config.post_hoc_temperature):
+        if path and not Path(path).is_file():
+            raise InputError(f"there is no file {path}")
+    if config.calibration and not config.calibration.is_file():
+        raise InputError(f"there is no calibration file {config.calibration}")
+    dump = KnowledgeStore.open(config.store).dump(config.dump) if config.store else None
+    output = _checked_output(config, dump)
+    check_model_folder(config.model, config.gguf_file)
+    return output
+
+
+def output_path(config: EvaluateConfig, dump: str | None = None) -> Path | None:
+    """Where a result goes; None for a hub id without --output."""
+    if config.output:
+        return Path(config.output)
+    folder = Path(config.model)
+    name = f"{config.questions_name}.{config.answer_as}" if config.questions else dump
+    return folder / "evaluations" / f"{name}.json" if folder.is_dir() else None
+
+
+def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
+    """Raises InputError where a result cannot go, or would take the place of one of something else."""
+    path = output_path(config, dump)
+    if path and path.is_dir():
+        raise InputError(f"--output {path} is a folder: name a file")
+    if path and not config.output and path.exists():
+        try:
+            previous = read_evaluation(path)["config"]
+        except InputError as error:
+            raise InputError(f"{error}. Give --output to write the result somewhere else") from None
+        source = previous["questions"] or previous["store"]
+        if Path(source).resolve() != Path(str(config.questions or config.store)).resolve():
+            raise InputError(f"{path} holds the results on {source}: give --output for those on another")
+    return path

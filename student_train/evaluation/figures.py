@@ -1,0 +1,90 @@
+"""FIGURES: what is measured of a model on a held-out dump, for each kind of knowledge; and the measuring of a whole dump."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.errors import InputError
+from knowledge_store.reporter import SILENT, Reporter
+from student_train.evaluation.positions import position_figures
+
+
+class Figures(Protocol):
+    """Measures a model by one kind of knowledge of a dump.
+
+    It is given the sequences to read as `ordinals`, int64 (S,), the longest first, and returns what is to be kept in the result
+    of an evaluation, ready for JSON, under names that no other kind uses. The model is in evaluation mode and on its device.
+    With a temperature, the model is measured a second time with its logits divided by that.
+    """
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        store: KnowledgeStore,
+        dump: str,
+        ordinals: np.ndarray,
+        *,
+        batch_size: int,
+        temperature: float | None,
+        reporter: Reporter,
+    ) -> dict[str, Any]: ...
+
+
+FIGURES: dict[str, Figures] = {"positions": position_figures}
+
+
+def measure(
+    model: PreTrainedModel,
+    store: KnowledgeStore,
+    dump: str,
+    *,
+    batch_size: int = 8,
+    limit: int | None = None,
+    temperature: float | None = None,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """The figures of `evaluate` for a model in memory, which stays on its device and is put in evaluation mode.
+
+    Args:
+        model: a causal language model.
+        store: an open store.
+        dump: which dump.
+        batch_size: sequences in one forward pass.
+        limit: measure on this many sequences, spread evenly over the dump; None for all.
+        temperature: measure the model a second time with its logits divided by this.
+        reporter: hears of progress, and of kinds of knowledge that nothing is measured by.
+
+    Returns:
+        sequences (how many), seconds, `not_evaluated` (names of kinds), and what the kinds' functions return.
+
+    Raises:
+        InputError: the dump holds no kind of knowledge that a model can be measured by, or no target.
+    """
+    kinds = tuple(store.manifest(dump).kinds)
+    unmeasured = [kind for kind in kinds if kind not in FIGURES]
+    if len(unmeasured) == len(kinds):
+        raise InputError(
+            f"the dump {dump} holds {', '.join(kinds)}, which no figures exist for: evaluate on a dump that holds"
+            f" {' or '.join(FIGURES)}"
+        )
+    for kind in unmeasured:
+        reporter.note(f"The kind {kind} of the dump {dump} is not evaluated: no figures exist for it.")
+    lengths = store.sequences(dump)["length"].to_numpy()
+    ordinals = np.arange(len(lengths))
+    if limit is not None and limit < len(lengths):
+        ordinals = np.linspace(0, len(lengths) - 1, limit).round().astype(np.int64)
+    # Sequences of one length together leave little padding.
+    ordinals = ordinals[np.argsort(-lengths[ordinals], kind="stable")]
+    model.eval()
+    started = time.monotonic()
+    result: dict[str, Any] = {"sequences": len(ordinals), "not_evaluated": unmeasured}
+    for kind in kinds:
+        if kind in FIGURES:
+            options: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature, "reporter": reporter}
+            result |= FIGURES[kind](model, store, dump, ordinals, **options)
+    return {**result, "seconds": round(time.monotonic() - started, 3)}

@@ -1,0 +1,190 @@
+"""The figures of the kind `positions`: a model on held-out text, against the text and against the teacher.
+
+Only target positions count, and the teacher's own figures come straight from the store, on the same positions. The divergence
+is over candidates and tail, so it is a lower bound of the full one: a model can be further from the teacher than this says,
+never closer. Logits are read a slice of positions at a time beyond the model's own output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import positions_of
+from knowledge_store.reporter import SILENT, Reporter
+from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, group_sums
+from student_train.evaluation.metrics import (
+    FullVocabularyCalibration,
+    brier_from_sums,
+    describe_answers,
+    describe_scores,
+    rounded,
+)
+from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.head import head_at
+from student_train.losses.targets import Targets, predicting, select_targets
+from student_train.training.data import DistillationDataset
+
+# Positions looked at in one go: bounds what the metrics need beyond the logits themselves.
+SLICE = 512
+COVERAGE_BINS = 20
+
+
+def position_figures(
+    model: PreTrainedModel,
+    store: KnowledgeStore,
+    dump: str,
+    ordinals: np.ndarray,
+    *,
+    batch_size: int = 8,
+    temperature: float | None = None,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """What `figures.Figures` asks for, from the kind `positions`.
+
+    Returns:
+        `positions` (how many targets); `student` and `teacher` with what `describe_answers` gives of nll (nats per token) and
+        the student's brier (full vocabulary); the student's full_ece, kl_lower_bound (nats per token) and top_1_agreement;
+        `per_sequence`, the student's sums over each sequence; `coverage`, how much of the teacher's probability the top-k
+        candidates hold. With a temperature, `post_hoc`: the student once more. A dump of draws alone knows no candidates, and
+        everything that needs them is left out.
+
+    Raises:
+        InputError: the sequences have no target positions.
+    """
+    positions = int(store.sequences(dump)["targets"].to_numpy()[ordinals].sum())
+    if not positions:
+        raise InputError(f"the dump {dump} has no target positions to evaluate on")
+    candidates = positions_of(store.manifest(dump)).selection.candidates
+    dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=("positions",))
+    device = next(model.parameters()).device
+    students = [_Student(1.0), *([] if temperature is None else [_Student(temperature)])]
+    parts: list[dict[str, np.ndarray]] = []
+    with torch.no_grad(), reporter.progress("evaluating", positions, "positions") as advance:
+        for batch in DataLoader(dataset, batch_size=None):
+            batch = {name: value.to(device) for name, value in batch.items()}
+            with head_at(model, *predicting(batch)):
+                outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            logits, targets = select_targets(outputs.logits, batch)
+            rows = batch["is_target"][:, 1:].nonzero()[:, 0]
+            parts.append({"sequence": _numpy(batch["sequence_id"][rows]), **_stored(targets, candidates)})
+            for start in range(0, len(logits), SLICE):
+                part = targets.part(slice(start, start + SLICE))
+                for student in students:
+                    student.add(logits[start : start + SLICE], part, candidates)
+                advance(len(part.token_ids))
+    stored = _joined(parts)
+    result: dict[str, Any] = {
+        "positions": positions,
+        "student": students[0].figures(stored),
+        "teacher": _teacher(stored, candidates),
+        "per_sequence": students[0].per_sequence(stored),
+    }
+    if candidates:
+        result["coverage"] = _coverage(stored["cumulative"])
+    if temperature is not None:
+        scaled = students[1]
+        result["post_hoc"] = {
+            "temperature": temperature,
+            "student": scaled.figures(stored),
+            "per_sequence": scaled.per_sequence(stored),
+        }
+    return result
+
+
+def _numpy(column: Tensor) -> np.ndarray:
+    return column.cpu().numpy()
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _stored(targets: Targets, candidates: int) -> dict[str, np.ndarray]:
+    """Of N positions: the text's token and what the store says of the teacher, whose choice is its first candidate."""
+    columns = {"token": targets.token_ids, "teacher_nll": -targets.token_logprob}
+    if candidates:
+        kept = torch.exp(targets.candidate_logprobs)
+        cumulative = kept.cumsum(dim=-1)
+        # Batches of top-p differ in how many candidates they have.
+        missing = candidates - cumulative.shape[-1]
+        columns |= {
+            "teacher_choice": targets.candidate_ids[:, 0],
+            "teacher_confidence": kept[:, 0],
+            "cumulative": torch.cat([cumulative, cumulative[:, -1:].expand(-1, missing)], dim=-1),
+        }
+    return {name: _numpy(column) for name, column in columns.items()}
+
+
+def _teacher(stored: dict[str, np.ndarray], candidates: int) -> dict[str, Any]:
+    scores = {"nll": stored["teacher_nll"]}
+    if not candidates:  # of a teacher that was only drawn from, nobody knows what it finds likeliest
+        return describe_scores(scores, stored["sequence"])
+    confidence = np.minimum(stored["teacher_confidence"], 1.0)
+    return describe_answers(confidence, stored["teacher_choice"] == stored["token"], scores, stored["sequence"])
+
+
+class _Student:
+    """A model's figures at a temperature, collected slice by slice."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
+        self.vocabulary = FullVocabularyCalibration()
+        self.parts: list[dict[str, np.ndarray]] = []
+        self.columns: dict[str, np.ndarray] = {}
+
+    def add(self, logits: Tensor, targets: Targets, candidates: int) -> None:
+        """Take in N positions."""
+        logits = logits.float() / self.temperature
+        nll = cross_entropy(logits, targets)
+        probabilities = torch.softmax(logits, dim=-1)
+        confidence, choice = probabilities.max(dim=-1)
+        self.vocabulary.add(probabilities, targets.token_ids)
+        squares = probabilities.square_().sum(dim=-1)
+        columns = {"nll": nll, "confidence": confidence, "choice": choice, "squares": squares}
+        if candidates:
+            columns["kl_lower_bound"] = forward_kl(logits, targets, tail="bucket")
+        self.parts.append({name: _numpy(column) for name, column in columns.items()})
+
+    def _columns(self, stored: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Confidence, correct, and the scores to average."""
+        self.columns = columns = self.columns or _joined(self.parts)
+        nll = columns["nll"]
+        scores = {"nll": nll, "brier": brier_from_sums(columns["squares"], np.exp(-nll.astype(np.float64)))}
+        if "teacher_choice" in stored:
+            scores["kl_lower_bound"] = columns["kl_lower_bound"]
+            scores["top_1_agreement"] = columns["choice"] == stored["teacher_choice"]
+        return np.minimum(columns["confidence"], 1.0), columns["choice"] == stored["token"], scores
+
+    def figures(self, stored: dict[str, np.ndarray]) -> dict[str, Any]:
+        """For JSON."""
+        confidence, correct, scores = self._columns(stored)
+        return {**describe_answers(confidence, correct, scores, stored["sequence"]), "full_ece": self.vocabulary.error}
+
+    def per_sequence(self, stored: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Sums over the targets of each sequence, for the comparison of two models: how many there are, scores, correct
+        answers, and `gaps_15`, which is `calibration_gaps` in 15 bins."""
+        confidence, correct, scores = self._columns(stored)
+        groups = stored["sequence"]
+        sums = {name: group_sums(values, groups) for name, values in {**scores, "accuracy": correct}.items()}
+        return {
+            "targets": group_sizes(len(groups), groups).astype(int).tolist(),
+            **{name: rounded(values) for name, values in sums.items()},
+            "gaps_15": rounded(calibration_gaps(confidence, correct, 15, groups=groups)),
+        }
+
+
+def _coverage(cumulative: np.ndarray) -> dict[str, Any]:
+    """Top-k coverage, how much of the teacher's probability the candidates hold: (N, K) cumulative over ranks."""
+    counts, edges = np.histogram(np.clip(cumulative[:, -1], 0, 1), bins=COVERAGE_BINS, range=(0, 1))
+    return {
+        "mean_by_rank": cumulative.mean(axis=0, dtype=np.float64).tolist(),
+        "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+    }

@@ -1,0 +1,89 @@
+"""LOSSES: what `--loss` chooses from, and what each entry needs of a dump and of the student. Imports no torch.
+
+A loss has one of two shapes:
+
+* one loss per target position: `f(logits (N, V), targets, **options) -> (N,)`, as every function in `divergences`. The trainer
+  pairs logits with positions, gives it a slice of them at a time, sums, and divides by the number of targets of the step.
+* anything else, with `whole_batch=True`: `f(*outputs, batch, **options)`. There is one of the student's outputs for each of
+  the entry's `inputs` (`.logits` (B, T, V), `.hidden_states` when the entry says `hidden_states=True`), and `batch` is
+  everything that the store gave for these sequences, so a kind of knowledge that adds `batch["vector"]` (B, D) is at hand. It
+  returns one loss per target (`unit="target"`), in the order of `batch["is_target"].nonzero()`, or one per sequence
+  (`unit="sequence"`, shape (B,); rows of padding are left out by the trainer).
+
+A new loss is one function and one entry. Training checks that the dump holds what an entry names before it starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+TAILS = ("auto", "draws", "bucket")
+TEXT = ("input_ids",)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One entry of `LOSSES`: a function, and what it needs. The head of this module describes the two shapes of functions.
+
+    Attributes:
+        function: the loss.
+        kinds: kinds of knowledge that the dump must hold.
+        columns: arrays of a batch that the function reads, besides those of its inputs.
+        inputs: token arrays of a batch that the student runs on, one forward pass for each. The text itself, "input_ids", has
+            the mask "attention_mask"; any other array `NAME` (B, L) of ids holds −1 where a sequence has ended.
+        options: keyword arguments of the function that a run sets.
+        whole_batch: which shape the function has.
+        unit: what a whole-batch function returns one loss for.
+        hidden_states: whether the student's hidden states are needed.
+        takes_draws: whether the function can use draws from the tail, and so a dump that has no candidates.
+    """
+
+    function: Callable[..., Any]
+    kinds: tuple[str, ...] = ("positions",)
+    columns: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = TEXT
+    options: tuple[str, ...] = ()
+    whole_batch: bool = False
+    unit: Literal["target", "sequence"] = "target"
+    hidden_states: bool = False
+    takes_draws: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.whole_batch and self.inputs != TEXT:
+            raise ValueError("a loss of each target runs on input_ids alone: give whole_batch=True for other inputs")
+        if self.unit == "target" and TEXT[0] not in self.inputs:
+            raise ValueError("a loss that does not run on input_ids knows no targets: give unit='sequence'")
+
+
+def _function(name: str) -> Callable[..., Any]:
+    """The function of `divergences` of that name. It is imported when it is first called, so that this table needs no torch."""
+
+    def function(*arguments: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module("student_train.losses.divergences"), name)(*arguments, **options)
+
+    function.__name__ = name
+    return function
+
+
+_CANDIDATES = ("candidate_ids", "candidate_logprobs")
+_divergence = functools.partial(Loss, columns=(*_CANDIDATES, "tail_logprob"))
+
+LOSSES: dict[str, Loss] = {
+    "forward-kl": _divergence(_function("forward_kl"), options=("temperature", "tail"), takes_draws=True),
+    "reverse-kl": _divergence(_function("reverse_kl"), options=("temperature",)),
+    "jensen-shannon": _divergence(_function("jensen_shannon"), options=("temperature", "beta")),
+    "total-variation": _divergence(_function("total_variation"), options=("temperature",)),
+    "skewed-kl": _divergence(_function("skewed_kl"), options=("temperature", "skew")),
+    "skewed-reverse-kl": _divergence(_function("skewed_reverse_kl"), options=("temperature", "skew")),
+    "adaptive-kl": _divergence(_function("adaptive_kl"), options=("temperature",)),
+    "first": Loss(_function("first"), columns=_CANDIDATES, options=("c",)),
+    "conditional-kl": Loss(_function("conditional_kl"), columns=_CANDIDATES),
+    "label-smoothing": Loss(_function("label_smoothing"), columns=_CANDIDATES, options=("smoothing",)),
+    "residual-to-gold": _divergence(_function("residual_to_gold")),
+    "top-k-renormalised": Loss(_function("top_k_renormalised"), columns=_CANDIDATES, options=("temperature",)),
+    "ce": Loss(_function("cross_entropy")),
+}

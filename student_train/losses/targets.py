@@ -1,0 +1,110 @@
+"""Targets: what a store holds of the teacher at the positions that count, beside the student's logits that predict them.
+
+Here the two are shifted against each other, candidates that the student's head has no row for are moved to the tail, and draws
+become weights. `divergences` has the functions of logits and targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Batch = Mapping[str, Tensor]
+EMPTY = float("-inf")
+
+
+class Targets(NamedTuple):
+    """What the teacher said at N positions that count. Log-probabilities are nats, at temperature 1.
+
+    Candidates are likeliest first; a row with fewer than K of them is filled up with a log-probability of −inf. K may be
+    0. `exp(candidate_logprobs).sum(-1) + exp(tail_logprob)` is one. Draws exist when the dump keeps them; a row with
+    fewer than M different ones is filled up with a weight of 0.
+    """
+
+    token_ids: Tensor  # (N,) int64, the token that stands here
+    token_logprob: Tensor  # (N,) float, the teacher's log-probability of it
+    candidate_ids: Tensor  # (N, K) int64
+    candidate_logprobs: Tensor  # (N, K) float
+    tail_logprob: Tensor  # (N,) float, −inf when the candidates are the whole vocabulary
+    draw_ids: Tensor | None = None  # (N, M) int64, different tokens outside the candidates
+    draw_weights: Tensor | None = None  # (N, M) float, the probability each stands for; a row sums to the tail
+    tail_logsumexp: Tensor | None = None  # (N,) float, the tail at the dump's own temperature T: log Σ p^(1/T) over it
+
+    def part(self, rows: slice) -> Targets:
+        """Some of the positions."""
+        return Targets._make(None if column is None else column[rows] for column in self)
+
+
+def select_targets(
+    logits: Tensor, batch: Batch, recalibrate: Callable[[Targets], Targets] | None = None
+) -> tuple[Tensor, Targets]:
+    """Pair the student's logits with the positions that count.
+
+    Position t of a batch describes the prediction of token t, which the student makes at t − 1: this is the one place
+    where the two are shifted against each other.
+
+    Args:
+        logits: (B, T, V), any float dtype; or those at the predicting positions alone, (1, N, V), as a model gives them
+            within `head.head_at`.
+        batch: columns as `DistillationDataset` yields them; `is_target` (B, T) picks the positions.
+        recalibrate: what to make of the teacher's targets before anything else, such as `recalibration.recalibrated`.
+
+    Returns:
+        logits (N, V) at the predicting positions, and their `Targets`, both in row-major order of `is_target`.
+        Candidates that the student's head has no row for (a teacher's head padded further) are moved to the tail. Draws
+        that it has no row for are left out, and the position's others stand for the whole tail that they came from.
+    """
+    return predicting_logits(logits, batch), targets_of(batch, logits.shape[-1], recalibrate)
+
+
+def predicting_logits(logits: Tensor, batch: Batch) -> Tensor:
+    """The logits (N, V) of `select_targets` alone."""
+    whole = logits.shape[:2] == batch["is_target"].shape
+    return logits[:, :-1][batch["is_target"][:, 1:].bool()] if whole else logits[0]
+
+
+def target_tokens(batch: Batch) -> Tensor:
+    """The tokens that stand at the targets, int64 (N,), in the order of `select_targets`."""
+    return batch["input_ids"][:, 1:][batch["is_target"][:, 1:].bool()]
+
+
+def targets_of(batch: Batch, vocabulary_size: int, recalibrate: Callable[[Targets], Targets] | None = None) -> Targets:
+    """The `Targets` of `select_targets` alone, for a student whose head has logits for `vocabulary_size` tokens."""
+    chosen = batch["is_target"][:, 1:].bool()
+    tail = batch["tail_logprob"][:, 1:][chosen]
+    draw_ids = draw_weights = None
+    if "tail_ids" in batch:
+        draw_ids, counts = batch["tail_ids"][:, 1:][chosen], batch["tail_counts"][:, 1:][chosen]
+        counts = torch.where(draw_ids < vocabulary_size, counts, 0)
+        draw_ids = torch.where(draw_ids < vocabulary_size, draw_ids, 0)
+        share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+        draw_weights = (torch.exp(tail).unsqueeze(-1) * share).to(tail.dtype)
+    targets = Targets(
+        token_ids=target_tokens(batch),
+        token_logprob=batch["token_logprob"][:, 1:][chosen],
+        candidate_ids=batch["candidate_ids"][:, 1:][chosen],
+        candidate_logprobs=batch["candidate_logprobs"][:, 1:][chosen],
+        tail_logprob=tail,
+        draw_ids=draw_ids,
+        draw_weights=draw_weights,
+        tail_logsumexp=batch["tail_logsumexp"][:, 1:][chosen] if "tail_logsumexp" in batch else None,
+    )
+    if recalibrate is not None:
+        targets = recalibrate(targets)
+    outside = targets.candidate_ids >= vocabulary_size
+    moved = torch.where(outside, targets.candidate_logprobs, EMPTY)
+    return targets._replace(
+        candidate_ids=torch.where(outside, 0, targets.candidate_ids),
+        candidate_logprobs=torch.where(outside, EMPTY, targets.candidate_logprobs),
+        tail_logprob=torch.logsumexp(torch.cat([moved, targets.tail_logprob.unsqueeze(-1)], dim=-1), dim=-1),
+        tail_logsumexp=None,  # of the candidates as they were
+    )
+
+
+def predicting(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64 (N,) each, of the positions that predict a target, in the order of `select_targets`."""
+    rows, columns = batch["is_target"][:, 1:].bool().nonzero(as_tuple=True)
+    return rows, columns

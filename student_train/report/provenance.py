@@ -1,0 +1,62 @@
+"""The section that says where everything on the page comes from: dumps, options, versions."""
+
+from __future__ import annotations
+
+import html
+
+from knowledge_store.terminal.quantities import duration
+from student_train.report.runs import Run, records
+from student_train.report.training import selection
+from student_train.training.run_folder import Record
+
+
+def provenance(runs: list[Run]) -> str:
+    dumps: dict[str, Record] = {}
+    for run in runs:
+        for record in records(run):
+            if "dump" in record:
+                dumps[record["dump"]["name"]] = record["dump"]
+    stored = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(dump['teacher']))}</td><td>{dump['sequences']:,}</td>"
+        f"<td>{dump['positions']:,}</td><td>{_bytes(dump)}</td><td>{html.escape(selection(dump))}</td>"
+        f"<td>{dump['quantisation_step']:g}</td><td>{dump['vocabulary_size']:,}</td></tr>"
+        for name, dump in dumps.items()
+    )
+    store_table = (
+        '<div class="scroll"><table class="small"><thead><tr><th>Dump</th><th>Teacher</th><th>Sequences</th><th>Positions'
+        "</th><th>Size</th><th>Selection</th><th>Step, nats</th><th>Vocabulary</th></tr></thead>"
+        f"<tbody>{stored}</tbody></table></div>"
+        if stored
+        else ""
+    )
+    return store_table + "".join(_run_details(run) for run in runs)
+
+
+def _bytes(dump: Record) -> str:
+    size = dump.get("bytes")
+    if not size:
+        return "–"
+    return f"{size / 1e6:,.2f} MB ({size / max(dump['positions'], 1):.1f} bytes a position)"
+
+
+def _run_details(run: Run) -> str:
+    facts: Record = {}
+    if run.run:
+        facts |= {name: value for name, value in run.run["config"].items() if value is not None}
+        facts["parameters"] = f"{run.run['parameters']:,}"
+        facts["sequences"] = ", ".join(f"{count:,} {side}" for side, count in run.run["sequences"].items())
+        facts["processes"] = run.run["world_size"]
+    elif run.evaluations:
+        facts["parameters"] = f"{next(iter(run.evaluations.values()))['parameters']:,}"
+    for name, result in run.evaluations.items():
+        size = f"{result['questions']['count']:,} questions" if "questions" in result else f"{result['positions']:,} positions"
+        facts[f"evaluated on {name}"] = f"{size} in {duration(result['seconds'])}"
+        if "post_hoc" in result:
+            facts[f"temperature for {name}"] = f"from {result['post_hoc']['file']}"
+    sources = [record["versions"] for record in records(run) if "versions" in record]
+    if sources:
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in sources[0].items())
+    items = "".join(
+        f"<dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items()
+    )
+    return f"<details><summary>{html.escape(run.name)}</summary><dl>{items}</dl></details>"

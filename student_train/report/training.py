@@ -1,0 +1,123 @@
+"""The sections on training: what each run cost, and its learning curves."""
+
+from __future__ import annotations
+
+import html
+
+from knowledge_store.terminal.quantities import duration
+from student_train.report import charts
+from student_train.report.runs import Run, listed
+from student_train.training.run_folder import Record
+
+
+def costs(runs: list[Run]) -> str:
+    """What each run learned from, in bytes, and how long it took."""
+    trained = [(index, run) for index, run in enumerate(runs) if run.run or run.history]
+    if not trained:
+        return ""
+    rows = []
+    for index, run in trained:
+        dump = run.run.get("dump", {})
+        positions = dump.get("positions")
+        per_position = f"{dump['bytes'] / positions:.1f}" if dump.get("bytes") and positions else "–"
+        size = f"{dump['bytes'] / 1e6:,.2f} MB" if dump.get("bytes") else "–"
+        dense = dump.get("targets", 0) * dump.get("vocabulary_size", 0) * 4
+        ratio = f"{dense / dump['bytes']:,.0f}×" if dense and dump.get("bytes") else "–"
+        parameters = f"{run.run['parameters']:,}" if "parameters" in run.run else "–"
+        read = dump.get("bytes_read")
+        used = f"<small>{read / positions:.1f} of what its loss reads</small>" if read and positions else ""
+        rows.append(
+            f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}<small>{_described(run)}</small></th>"
+            f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(selection(dump))}</small></td>"
+            f"<td>{per_position}{used}</td><td>{size}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
+        )
+    body = "\n".join(rows)
+    return f"""
+<section>
+<h2>What it cost</h2>
+<p>The dump that each run learned from, as it lies on disk, everything in it but the vocabulary. Beside it, how much larger the
+teacher's whole distributions would be: targets × vocabulary × 4 bytes. In small type, what is left without the columns that the
+run's loss has no use for.</p>
+<div class="scroll"><table><thead><tr><th></th><th>Dump<small>selection</small></th><th>Bytes<small>a position</small></th>
+<th>On disk</th><th>Dense<small>as many times that</small></th><th>Parameters<small>of the student</small></th>
+<th>Training<small>wall clock</small></th></tr></thead><tbody>{body}</tbody></table></div>
+</section>"""
+
+
+def selection(dump: Record) -> str:
+    if "selection" in dump:
+        return str(dump["selection"])
+    return f"top-k {dump['top_k']}" if "top_k" in dump else ""
+
+
+# Options of a run that are worth a word where they matter: the field, the loss that takes it (None: any), and its word.
+_OPTIONS = [
+    ("first_c", "first", "c"),
+    ("beta", "jensen-shannon", "β"),
+    ("skew", "skewed-kl", "λ"),
+    ("skew", "skewed-reverse-kl", "λ"),
+    ("smoothing", "label-smoothing", "smoothing"),
+]
+
+
+def _described(run: Run) -> str:
+    config = run.run.get("config", {})
+    if not config:
+        return "no training run here"
+    words = [str(config["loss"])]
+    if config["loss"] != "ce" and config["ce_weight"]:
+        words.append(f"{config['ce_weight']:g} cross-entropy")
+    if config["temperature"] != 1:
+        words.append(f"temperature {config['temperature']:g}")
+    words += [f"{word} {config[field]:g}" for field, loss, word in _OPTIONS if config["loss"] == loss and field in config]
+    if config.get("tail", "auto") != "auto":
+        words.append(f"tail as {config['tail']}")
+    if config.get("calibration"):
+        words.append("re-calibrated")
+    return html.escape(", ".join(words))
+
+
+def _trained(run: Run) -> str:
+    if not run.history:
+        return "–"
+    time = duration(run.history.get("seconds", 0.0))
+    return time if run.history.get("finished") else f"{time}, not finished"
+
+
+def learning(runs: list[Run]) -> str:
+    curves = [(index, run, run.history.get("entries", [])) for index, run in enumerate(runs)]
+    panels = [
+        ("eval_kl", "KL to the teacher", "nats per token, lower bound"),
+        ("eval_nll", "Loss on the text", "nats per token"),
+    ]
+    shown = [panel for panel in panels if any(panel[0] in entry for _, _, entries in curves for entry in entries)]
+    words = "Measured during training, on documents of the training dump that were kept out of it."
+    if not shown:
+        shown = [("loss", "Training loss", "each run's own loss, nats per target")]
+        words = "No documents were kept out of training, so this is each run's own training loss."
+        if not any("loss" in entry for _, _, entries in curves for entry in entries):
+            words = "None of these folders has a history of training."
+            return f'<section><h2>Learning curves</h2><p class="missing">{words}</p></section>'
+    drawn = [
+        (
+            title,
+            unit,
+            [
+                charts.Curve(charts.colour(index), [(entry["step"], entry[name]) for entry in entries if name in entry])
+                for index, _, entries in curves
+            ],
+        )
+        for name, title, unit in shown
+    ]
+    without = [run.name for _, run, entries in curves if not any(shown[0][0] in entry for entry in entries)]
+    missing = f'<p class="missing">No curve for {listed(without)}.</p>' if without else ""
+    trained = [(index, run.name) for index, run, entries in curves if entries]
+    legend = "".join(f"<li>{charts.swatch(index)}{html.escape(name)}</li>" for index, name in trained)
+    return f"""
+<section>
+<h2>Learning curves</h2>
+<p>{words}</p>
+<ul class="legend">{legend}</ul>
+{charts.learning_curves(drawn, "Learning curves of " + ", ".join(name for _, name in trained))}
+{missing}
+</section>"""
