@@ -7,6 +7,7 @@ that revision's own tests/stores.py. What lies elsewhere in older revisions is l
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -123,6 +124,7 @@ TASKS = {
 
 def main() -> None:
     """Answer each line of standard input, the name of a task, with a line: its seconds."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     answers = os.fdopen(os.dup(1), "w")  # what the project prints goes to standard error
     os.dup2(2, 1)
     settings = json.loads(sys.stdin.readline())
