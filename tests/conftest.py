@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from torture.heartbeat import PATIENCE
 
 # Set before any library reads them: no test may reach the network, and every process shares two cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -20,6 +22,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # A shell that runs tests in the background has them ignore Ctrl-C, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes is no property of what is tested.
+UNCHECKED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("tests", deadline=None, suppress_health_check=UNCHECKED)
+settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -165,4 +172,4 @@ def run_command(package: str, *arguments: object, **options) -> subprocess.Compl
     """Run one of the three commands as a user would, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}
     command = [sys.executable, "-m", f"{package}.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False, **options)

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from torture.heartbeat import wait_for
+import psutil
+from torture.heartbeat import wait_for, wait_until
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     ["teacher_dump.dumping.run", "teacher_dump.dumping.estimate", "teacher_dump.cli", "student_train.training.run", "stores"]
 )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a process gets a signal: once `reached(folder)` is true, before it does anything more to a file of the folder.
+
+    The process looks for itself, so that the moment is the same however busy the machine is.
+    """
+
+    folder: Path
+    reached: Callable[[Path], bool]
+    signal: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
@@ -52,10 +68,19 @@ class Running:
 
 
 class Command(Running):
-    """A running `teacher-dump ARGUMENTS…`."""
+    """A running `teacher-dump ARGUMENTS…` or another of the commands, which may get a signal at a moment of its life."""
 
-    def __init__(self, *arguments: object, folder: Path):
-        super().__init__(_teacher_dump, [str(each) for each in arguments], folder=folder)
+    def __init__(self, *arguments: object, folder: Path, package: str = "teacher_dump", at: Moment | None = None):
+        super().__init__(_command, package, [str(each) for each in arguments], at, folder=folder)
+
+    def wait_until_stopped(self) -> None:
+        """Wait until SIGSTOP has stopped it; SIGCONT lets it go on.
+
+        Raises:
+            AssertionError: it ends before that.
+        """
+        process = psutil.Process(self.process.pid)
+        wait_until(lambda: process.status() == psutil.STATUS_STOPPED, self.process.is_alive)
 
 
 def _run(function: Callable[..., None], arguments: tuple, out: str, err: str) -> None:
@@ -65,11 +90,27 @@ def _run(function: Callable[..., None], arguments: tuple, out: str, err: str) ->
     function(*arguments)
 
 
-def _teacher_dump(arguments: list[str]) -> None:
+def _await(moment: Moment) -> None:
+    looking, passed = threading.local(), threading.Event()
+
+    def watch(event: str, arguments: tuple) -> None:
+        if event not in ("open", "os.link", "os.rename", "os.remove", "os.mkdir") or passed.is_set() or hasattr(looking, "now"):
+            return
+        if any(isinstance(each, str | Path) and Path(each).is_relative_to(moment.folder) for each in arguments[:2]):
+            looking.now = True
+            if moment.reached(moment.folder):
+                passed.set()
+                os.kill(os.getpid(), moment.signal)
+            del looking.now
+
+    sys.addaudithook(watch)
+
+
+def _command(package: str, arguments: list[str], at: Moment | None) -> None:
     import torch
 
-    from teacher_dump.cli import main
-
+    if at is not None:
+        _await(at)
     torch.set_num_threads(1)
-    sys.argv = ["teacher-dump", *arguments]
-    main()
+    sys.argv = [package.replace("_", "-"), *arguments]
+    importlib.import_module(f"{package}.cli").main()

@@ -89,7 +89,7 @@ def test_the_order_is_that_of_the_hash(store, ids):
     assert taken(store.batches(batch_size=4, shuffle=False)) == ids
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     legs=st.lists(st.tuples(st.sampled_from([1, 2, 3, 8]), st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=4),
     seed=st.integers(0, 5),

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
@@ -180,7 +180,6 @@ def test_parts_end_at_paragraph_ends_or_else_lines_or_else_words():
     assert list(cut_text("x" * 25, 10)) == ["x" * 10, "x" * 10, "x" * 5]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(prose, st.integers(1, 60), st.integers(1, 9), st.booleans())
 def test_a_text_file_is_cut_as_it_would_be_in_memory_whatever_is_read_at_once(tmp_path, text, limit, chunk, mark):
     path = tmp_path / "a.txt"
@@ -227,7 +226,7 @@ def mixed_files(tmp_path_factory) -> tuple[Path, ...]:
     return tuple(sorted(folder.iterdir()))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.permutations(range(5)), st.integers(1, 20), st.integers(20, 150))
 def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, shard_size, limit):
     files = tuple(mixed_files[index] for index in order)
@@ -257,7 +256,7 @@ class Plan:
         self.derived = {"documents": found.documents, "shards": [vars(start) for start in found.shards]}
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 20), st.data())
 def test_shards_read_in_any_order_hold_what_a_full_reading_holds(mixed_files, shard_size, data):
     config = DumpConfig("teacher", mixed_files, Path("store"), max_length=2, shard_size=shard_size)

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import commit, make_manifest, random_sequences, words, write_store
+from torture.heartbeat import PATIENCE
 
 from knowledge_store import DumpWriter, KnowledgeStore
 from knowledge_store.format.sequences import tokens_table
@@ -67,7 +68,7 @@ def test_the_second_epoch_decodes_nothing_and_is_the_same(cache, tmp_path, monke
     assert sorted(folder.rglob("*")) == standing
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20)
 @given(
     opened_before=st.booleans(),
     damage=st.lists(
@@ -221,7 +222,7 @@ def test_killed_while_it_is_built(cache, tmp_path):
     folder = write_store(tmp_path / "store", shards=2, size=6)
     KnowledgeStore.open(folder)  # makes the index
     killed = reader(folder, 1, "kill")
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=PATIENCE)
     assert killed.returncode == -signal.SIGKILL
     assert len(files(cache)) == 2 and len(list(cache.glob("*/.tmp-*"))) == 1
     assert_same(epoch(folder), epoch(folder, cache_size=0))
@@ -254,7 +255,7 @@ def test_readers_at_once_with_the_cache_deleted_under_them(cache, tmp_path):
 DTYPES = st.sampled_from(["int64", "int32", "uint8", "uint16", "float32", "float64", "bool"])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     fields=st.lists(st.tuples(DTYPES, st.lists(st.integers(0, 3), max_size=2)), min_size=1, max_size=4),

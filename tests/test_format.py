@@ -285,7 +285,7 @@ def test_position_t_is_the_prediction_of_token_t(tmp_path):
 VOCABULARIES = st.one_of(st.integers(1, 40), st.sampled_from([65_536, 65_537, 131_072, 131_073, 2**32 - 1, 2**32]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     vocabulary=VOCABULARIES,
     k=st.integers(1, 9),

@@ -6,6 +6,8 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -23,15 +25,10 @@ def loaded(code: str) -> set[str]:
     return set(answer.stdout.split())
 
 
-MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for path in (ROOT / "knowledge_store").rglob("*.py")
-)
-
-
 def test_a_fresh_process_loads_no_torch():
-    assert len(MODULES) > 15
-    assert loaded("\n".join(f"import {module}" for module in MODULES)) == set()
+    names = modules("knowledge_store")
+    assert len(names) > 15
+    assert loaded("\n".join(f"import {module}" for module in names)) == set()
 
 
 def test_that_check_can_fail():
@@ -62,6 +59,142 @@ def test_packages_import_in_one_direction(package):
     assert sources
     for path in sources:
         assert not imported(path.read_text(), package) & FORBIDDEN[package], path
+
+
+# Who besides the commands' files uses the terminal, so far: whoever changes one takes it off this list; none is added.
+TERMINAL_USERS = {
+    "knowledge_store/isolation/child.py",
+    "knowledge_store/sql/limits.py",
+    "knowledge_store/sql/query.py",
+    "student_train/calibration/fit.py",
+    "student_train/evaluation/multiple_choice.py",
+    "student_train/evaluation/run.py",
+    "student_train/report/report.py",
+    "student_train/training/models.py",
+    "student_train/training/run.py",
+    "teacher_dump/calibration.py",
+    "teacher_dump/checking/agreement.py",
+    "teacher_dump/dumping/estimate.py",
+    "teacher_dump/dumping/fingerprints.py",
+    "teacher_dump/dumping/plan.py",
+    "teacher_dump/dumping/run.py",
+    "teacher_dump/teachers/local.py",
+}
+
+
+def modules(package: str) -> dict[str, Path]:
+    """The files of a package, by the names of their modules."""
+    paths = sorted((ROOT / package).rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+
+
+def mentioned(tree: ast.AST, *, nested: bool) -> Iterator[str]:
+    """The names that a module imports, with those of what it takes from them; those inside functions only if `nested`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from mentioned(node, nested=nested) if nested else ()
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from mentioned(node, nested=nested)
+
+
+def test_only_commands_use_the_terminal():
+    users = {
+        str(path.relative_to(ROOT))
+        for package in FORBIDDEN
+        for name, path in modules(package).items()
+        if not name.startswith("knowledge_store.terminal")
+        and any(each.startswith("knowledge_store.terminal") for each in mentioned(ast.parse(path.read_text()), nested=True))
+    }
+    commands = {f"{package}/cli.py" for package in FORBIDDEN}
+    assert users - commands <= TERMINAL_USERS
+
+
+def imports_among(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which of some modules each of them imports when it is imported.
+
+    A package's `__init__` counts only where something of it is asked for that is no module: `from package import module` does
+    not need what its `__init__` imports later.
+    """
+    found = {}
+    for name, source in sources.items():
+        names = set(mentioned(ast.parse(source), nested=False))
+        taken = {each for each in names if each in sources}
+        packages = {each.rpartition(".")[0] for each in names - sources.keys()}
+        parts = {each.rpartition(".")[0] for each in names & sources.keys()}
+        found[name] = {each for each in taken if each not in parts or each in packages} - {name}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next and the last the first; none if there are no such."""
+    done: set[str] = set()
+
+    def search(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name not in done:
+            for each in sorted(graph[name]):
+                if around := search(each, [*path, name]):
+                    return around
+        done.add(name)
+        return []
+
+    return next((around for name in graph if (around := search(name, []))), [])
+
+
+def test_no_imports_in_a_circle():
+    sources = {name: path.read_text() for package in FORBIDDEN for name, path in modules(package).items()}
+    graph = imports_among(sources)
+    assert sum(map(len, graph.values())) > 100
+    assert circle(graph) == []
+
+
+def test_that_circles_are_seen():
+    sources = {
+        "a": "from a.b import x\n",
+        "a.b": "def f():\n    import a.c",
+        "a.c": "try:\n    from a import d\nexcept ImportError:\n    pass",
+        "a.d": "import a.c",
+    }
+    graph = imports_among(sources)
+    assert graph == {"a": {"a.b"}, "a.b": set(), "a.c": {"a.d"}, "a.d": {"a.c"}}
+    assert circle(graph) == ["a.c", "a.d"]
+    assert circle(imports_among(sources | {"a.d": "from a import f"})) == []
+    assert circle(imports_among(sources | {"a.d": "from a import f", "a.b": "import a.d"})) == ["a", "a.b", "a.d"]
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_any_module_can_be_imported_first(package):
+    """Whatever a circle would hide: each module is imported by a process that has imported nothing else of the project."""
+    program = f"""
+import importlib, os, sys, traceback
+names = {list(modules(package))!r}
+for module in names:
+    importlib.import_module(module)
+for module in list(sys.modules):  # those of others stay, since they take their time
+    if module.partition(".")[0] in {list(FORBIDDEN)!r}:
+        del sys.modules[module]
+for module in names:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            importlib.import_module(module)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]:
+        sys.exit(f"{{module}} cannot be imported first")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert answer.returncode == 0, answer.stderr
 
 
 def test_that_the_static_check_sees_every_import():

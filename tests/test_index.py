@@ -14,6 +14,7 @@ import duckdb
 import pytest
 from conftest import ROOT
 from stores import commit, commit_of, index_of, make_manifest, manifest_of, random_sequences, words, write_store
+from torture.heartbeat import PATIENCE
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore
 from knowledge_store.catalogue.index import INDEX_SCHEMA
@@ -165,7 +166,7 @@ def test_several_processes_refresh_it_at_once(tmp_path):
     for shard in range(3, 8):
         commit(writer, shard, random_sequences(shard, 2))
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, errors
     assert KnowledgeStore.open(store).info()[0].complete
     assert [path.name for path in store.iterdir() if path.name.startswith(".tmp-")] == []

@@ -123,7 +123,7 @@ def test_full_vocabulary_by_hand():
     assert FullVocabularyCalibration().error == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 30),
@@ -230,7 +230,7 @@ def test_groups_of_uneven_size_keep_their_weight():
     assert bootstrap_interval(values, groups=groups, level=0.01) == (0.75, 0.75)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ANSWERS.filter(lambda answers: len(answers[0]) >= 10), st.sampled_from([1, 10, 15]), st.booleans())
 def test_the_interval_of_a_calibration_error(answers, bins, adaptive):
     """Against the error of each resample, computed one by one."""
@@ -270,7 +270,7 @@ def test_many_values_are_resampled_piece_by_piece(monkeypatch):
 # ---- temperature
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(0.2, 6), st.integers(0, 1000))
 def test_a_known_temperature_is_found(temperature, seed):
     """Labels that follow softmax(logits) exactly (as weights): logits times T have their best temperature at T."""

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from stores import commit, make_manifest, random_sequences, rewrite, words, write_store
+from torture.heartbeat import PATIENCE
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, verify
 from knowledge_store.format.parquet import TableFile, publish_table, read_table, write_table
@@ -39,7 +40,8 @@ def write(file):
     file.write(b"half a file")
     file.flush()
     print("writing", flush=True)
-    time.sleep(600)
+    while True:
+        time.sleep(1)
 publish(Path(sys.argv[1]), write)
 """
 
@@ -226,7 +228,7 @@ def test_processes_that_create_one_dump_at_once_agree(tmp_path):
             process.stdin.write("go\n")
             process.stdin.flush()
         for process in processes:
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=PATIENCE)
             assert process.returncode == 0, errors
         assert verify(store).damage == []
         assert temporary_files(store) == []
@@ -248,7 +250,7 @@ except KnowledgeStoreError as error:
 
 def test_a_disk_that_takes_no_more(tmp_path):
     """A real limit on file sizes stands for a full disk: one sentence that names the file, and nothing half-written."""
-    output, errors = python(FULL_DISK, tmp_path / "store").communicate(timeout=60)
+    output, errors = python(FULL_DISK, tmp_path / "store").communicate(timeout=PATIENCE)
     assert errors == ""
     assert output.startswith(f"StoreError: cannot write {tmp_path}/store/small/")
     assert output.endswith(": File too large\n")

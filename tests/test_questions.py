@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_tokenizer, write_jsonl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
@@ -132,7 +132,7 @@ TOKENIZERS = {"plain": make_tokenizer(), "opened": opened(make_tokenizer())}
 TEXT = st.text(st.sampled_from("abc lighthouse? .\nÄ字"), min_size=1, max_size=20).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(
     text=TEXT,
     options=st.lists(TEXT, min_size=2, max_size=4, unique_by=str.strip),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import save_teacher, story_rows, write_jsonl
-from processes import Command
+from processes import Command, Moment
 from stores import contents
 
 from knowledge_store import KnowledgeStore
@@ -123,30 +123,34 @@ def wait_until(command: Command, condition) -> None:
         time.sleep(0.0005)
 
 
-MOMENTS = {
-    "before the manifest": lambda store: store.exists(),
-    "writing knowledge": lambda store: any(store.glob("d/positions/.tmp-*")) and any(store.glob("d/commits/*.json")),
-    "between knowledge and its commit": lambda store: (
-        len(list(store.glob("d/positions/*.parquet"))) > len(list(store.glob("d/commits/*.json"))) > 3
-    ),
-    "half way": lambda store: len(list(store.glob("d/commits/*.json"))) > 10,
-}
+def before_the_manifest(store: Path) -> bool:
+    return store.exists() and not (store / "d/manifest.json").exists()
 
 
-def test_killed_at_any_moment_and_gone_on_with_by_others(config, uninterrupted, tmp_path, loaded_teacher):
-    for number, (moment, reached) in enumerate(MOMENTS.items()):
-        config = replace(config, store=tmp_path / f"store{number}")
-        command = Command(*arguments(config), folder=tmp_path / "log")
-        wait_until(command, lambda reached=reached, store=config.store: reached(store))
-        os.kill(command.process.pid, signal.SIGKILL)
-        assert command.wait().returncode == -signal.SIGKILL
-        assert commits(config) < SHARDS, moment
-        if (config.store / "d/manifest.json").exists():
-            assert verify(config.store).damage == []
-            assert KnowledgeStore.open(config.store).info()[0].shards == commits(config)
-        for rank in range(2):
-            dump(config, rank, 2, teacher=loaded_teacher)
-        assert contents(config.store) == uninterrupted, moment
+def writing_knowledge(store: Path) -> bool:
+    return any(store.glob("d/positions/.tmp-*")) and any(store.glob("d/commits/*.json"))
+
+
+def between_knowledge_and_its_commit(store: Path) -> bool:
+    return len(list(store.glob("d/positions/*.parquet"))) > len(list(store.glob("d/commits/*.json"))) > 3
+
+
+def half_way(store: Path) -> bool:
+    return len(list(store.glob("d/commits/*.json"))) > 10
+
+
+@pytest.mark.parametrize("moment", [before_the_manifest, writing_knowledge, between_knowledge_and_its_commit, half_way])
+def test_killed_at_any_moment_and_resumed_by_others(config, uninterrupted, tmp_path, loaded_teacher, moment):
+    killed = Command(*arguments(config), folder=tmp_path / "log", at=Moment(config.store, moment)).wait()
+    assert killed.returncode == -signal.SIGKILL, killed
+    assert moment(config.store)
+    assert commits(config) < SHARDS
+    if (config.store / "d/manifest.json").exists():
+        assert verify(config.store).damage == []
+        assert KnowledgeStore.open(config.store).info()[0].shards == commits(config)
+    for rank in range(2):
+        dump(config, rank, 2, teacher=loaded_teacher)
+    assert contents(config.store) == uninterrupted
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -105,7 +105,7 @@ def test_draws_beside_candidates_vary_less_than_random_sampling_of_as_many_ids()
     assert mixed < 0.7 * sampled
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     vocabulary=st.sampled_from([1, 7, 256, 257, 511, 1024, 1500, 4001]),
     count=st.integers(1, 9),
@@ -123,7 +123,7 @@ def test_the_likeliest_are_those_of_a_plain_ranking(vocabulary, count, distinct,
     assert all(len(set(row)) == count for row in ids.tolist())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     vocabulary=st.sampled_from([1, 2, 255, 256, 257, 700, 3 * BLOCK]),
     draws=st.integers(1, 4),

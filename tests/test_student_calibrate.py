@@ -54,7 +54,7 @@ def with_tail(teacher: np.ndarray, targets, temperature: float):
 
 
 @given(st.integers(0, 1000), st.floats(0.3, 4), st.sampled_from([1, 5, 22, 23]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_temperature_gives_exactly_the_tempered_softmax(seed, temperature, k):
     """Candidates, tail and the token's own, of unrounded knowledge, against softmax(z / T) over the whole vocabulary."""
     _, teacher, _ = random_case(seed, k=1)
@@ -71,7 +71,7 @@ def test_a_temperature_gives_exactly_the_tempered_softmax(seed, temperature, k):
 
 
 @given(st.integers(0, 1000), st.floats(0.3, 4), st.sampled_from([1, 5, 22]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_bucket_temperature_tempers_the_symbols_and_leaves_shares_of_the_tail(seed, temperature, k):
     _, teacher, _ = random_case(seed, k=1)
     tokens = np.random.default_rng(seed).integers(0, teacher.shape[1], len(teacher))

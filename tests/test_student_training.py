@@ -19,6 +19,7 @@ import torch
 from conftest import ROOT, make_tokenizer, save_teacher
 from safetensors.torch import load_file
 from torture import order
+from torture.heartbeat import PATIENCE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -348,7 +349,9 @@ def test_two_processes_are_one_with_twice_the_batch(settings, tmp_path, monkeypa
     (tmp_path / "rank.py").write_text(RANK)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]
     pair = settings | {"output": str(tmp_path / "pair"), "batch_size": 1, "gradient_accumulation": 2}
-    done = subprocess.run(launch + command(pair), env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        launch + command(pair), env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is finished") == 1
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]

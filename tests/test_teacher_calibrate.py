@@ -143,7 +143,7 @@ def test_an_optimum_beyond_the_grid_is_said(loaded_teacher, teacher_folder, tmp_
 
 
 @given(st.floats(0.3, 3.8), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_root_of_the_slopes_is_where_the_slope_is_zero(temperature, seed):
     """For 40 positions whose true distribution is softmax(z / T), the slope over 1/T passes zero at T."""
     logits = np.random.default_rng(seed).normal(0, 2, (40, 12))

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, save_teacher, story_rows, write_jsonl
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
 from processes import Command
@@ -494,7 +494,6 @@ def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_te
         np.testing.assert_allclose(each.mean, abs(np.mean(moved[name])) / 8, atol=2e-3)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_what_is_kept_lies_within_half_a_step_of_what_is_rounded(data):
     """Of every version and selection, for any distribution: the bound that `check` takes off."""

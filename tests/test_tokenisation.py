@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, TEXT, make_tokenizer
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
@@ -95,7 +95,6 @@ def test_only_the_last_part_of_a_text_is_closed(tokenizer):
     assert ends[0] != END and ends[1] == END
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.text(st.characters(codec="utf-8"), max_size=80), st.integers(4, 20), st.booleans())
 def test_no_sequence_is_too_long_or_trains_on_what_nothing_predicts(tokenizer, opened, text, max_length, with_opening):
     corpus_tokenizer = CorpusTokenizer(opened if with_opening else tokenizer, max_length)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import random
 import shutil
+import signal
 import time
 from contextlib import contextmanager
 
 import pytest
 from conftest import save_teacher, story_rows, write_jsonl
-from processes import Command
+from processes import Command, Moment
 from stores import commit, make_manifest, random_sequences, words, write_store
 from torture import workers
+from torture.heartbeat import wait_until
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, StoreError, verify
 from knowledge_store.format.sequences import tokens_table
@@ -32,15 +35,14 @@ def test_killed_workers_of_changing_worlds_and_their_readers(tmp_path):
 @pytest.mark.skipif(workers.FAKETIME is None, reason="libfaketime is not installed (Debian: apt-get install libfaketime)")
 def test_a_worker_and_a_reader_whose_clocks_are_a_year_off(tmp_path):
     store, stop, passes = tmp_path / "store", tmp_path / "stop", tmp_path / "passes"
-    arguments = (str(store), 0, 1, 4, 0, 0.0)
+    arguments, before = (str(store), 0, 1, 4, 0, 0.0), time.time()
     reader = workers.Elsewhere(workers.read, (str(store), str(passes), str(stop), str(tmp_path / "cache")), "-365d")
     assert workers.ended(workers.Elsewhere(workers.work, arguments, "+365d")) == "done"
     workers.check_complete(store, tmp_path, 4, {0})
+    years = {time.gmtime(moment + 365 * 24 * 3600).tm_year for moment in (before, time.time())}
     times = KnowledgeStore.open(store).sql("SELECT committed_at FROM shards")["committed_at"].to_pylist()
-    assert {int(each[:4]) for each in times} == {time.gmtime().tm_year + 1}  # or the clock was not off at all
-    while not passes.exists():
-        assert reader.process.poll() is None, reader.wait()
-        time.sleep(0.01)
+    assert {int(each[:4]) for each in times} <= years  # or the clock was not off at all
+    wait_until(passes.exists, lambda: reader.process.poll() is None)
     stop.touch()
     workers.ended(reader)
 
@@ -124,23 +126,35 @@ def test_an_order_is_not_gone_on_with_in_a_dump_of_as_many_other_sequences(tmp_p
         opened.batches(batch_size=3, **state)
 
 
-def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder):
+def four_shards(store):
+    return len(list(store.glob("d/commits/*.json"))) >= 4
+
+
+def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder, monkeypatch):
     """The same student as from a copy of the store with the shards there were at the start."""
     from student_train.training.configuration import TrainConfig
-    from student_train.training.run import train
+    from student_train.training.run import DistillationTrainer, train
 
     corpus = write_jsonl(tmp_path / "rows.jsonl", story_rows(120))
     store, frozen = tmp_path / "store", tmp_path / "frozen"
     options = ["--name", "d", "--max-length", "32", "--batch-size", "2", "--shard-size", "2"]
-    dump = Command("run", "--teacher", teacher_folder, "--corpus", corpus, "--store", store, *options, folder=tmp_path / "log")
-    while len(list(store.glob("d/commits/*.json"))) < 4:
-        assert dump.process.is_alive(), dump.wait()
-        time.sleep(0.001)
+    arguments = ["run", "--teacher", teacher_folder, "--corpus", corpus, "--store", store, *options]
+    dump = Command(*arguments, folder=tmp_path / "log", at=Moment(store, four_shards, signal.SIGSTOP))
+    dump.wait_until_stopped()
     settings = {
         "student": str(save_teacher(tmp_path / "student", layers=1, seed=1)), "steps": 4, "batch_size": 4, "eval_fraction": 0.0,
         "workers": 2,
     }  # fmt: skip
-    result = train(TrainConfig(store=str(store), output=str(tmp_path / "run"), **settings))
+    draw = DistillationTrainer.get_batch_samples
+
+    def drawing(self, *arguments):
+        assert len(list(store.glob("d/commits/*.json"))) == 4 or self.state.global_step
+        os.kill(dump.process.pid, signal.SIGCONT)  # it goes on while the student is trained
+        return draw(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "get_batch_samples", drawing)
+        result = train(TrainConfig(store=str(store), output=str(tmp_path / "run"), **settings))
     assert result.finished
     assert dump.wait().returncode == 0
     assert verify(store).damage == []

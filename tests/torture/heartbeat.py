@@ -20,7 +20,7 @@ LENGTH = 400  # bytes of the name of a case
 SPINNING = 60.0  # seconds of processor time for one case of a loop, which takes a few at most
 PROCESS_SPINNING = 300.0  # seconds of processor time for all that one worker process does, training a little model included
 IDLE = 60.0  # seconds
-PATIENCE = 1800.0  # seconds for what no watch is kept over: only so that nothing waits for ever
+PATIENCE = 1000.0  # seconds for what no watch is kept over: only so that nothing waits for ever
 ACTIVE = 0.01  # share of one processor; what wakes up now and then to look whether it may go on takes less
 
 _descriptor: int | None = None

@@ -79,14 +79,29 @@ def pause(seconds: float) -> None:
 
 
 def work(
-    store: str, rank: int, world_size: int, shards: int, machine: int, begin: float, teacher: str = "one", prefix: str = "w"
+    store: str,
+    rank: int,
+    world_size: int,
+    shards: int,
+    machine: int,
+    begin: float,
+    teacher: str = "one",
+    prefix: str = "w",
+    held_at: int | None = None,
+    until: str = "",
 ) -> None:
-    """Commit the shards of one rank that no worker has committed. Prints how it ended."""
+    """Commit the shards of one rank that no worker has committed. Prints how it ended.
+
+    Args:
+        held_at: a shard; from there on it waits until there is a file `until`, for ever if that has no name.
+    """
     pause(begin - time.monotonic())
     manifest, tokens = plan(shards, teacher, prefix)
     try:
         writer = DumpWriter.open(Path(store), manifest, tokens)
         for shard in range(rank, shards, world_size):
+            while held_at is not None and shard >= held_at and not (until and Path(until).exists()):
+                pause(0.01)
             if not writer.committed(shard):
                 commit(writer, shard, knowledge(shard, machine))
         print("done")
@@ -262,24 +277,25 @@ def disturbed_dump(chance: random.Random, folder: Path, kills: int, shards: int 
     machines = {0} if chance.random() < 0.5 else set(range(MACHINES))
     off = iter(CLOCKS if clocks and FAKETIME else ())
 
-    def worker(clock: str | None = None) -> Process:
+    def worker(clock: str | None = None, held_at: int | None = None) -> Process:
         world_size = chance.choice(WORLDS)
         machine = chance.choice(sorted(machines))
         counts["clocks a year off"] += clock is not None
-        arguments = str(store), chance.randrange(world_size), world_size, shards, machine, 0.0
+        arguments = str(store), chance.randrange(world_size), world_size, shards, machine, 0.0, "one", "w", held_at
         return start(work, *arguments, folder=log, clock=clock)
 
     def reader(clock: str | None = None) -> Process:
         return start(read, str(store), str(passes), str(stop), str(folder / "cache"), folder=log, clock=clock)
 
     readers = [reader(), reader(next(off, None))]
-    workers = [worker(next(off, None) if number == 0 else None) for number in range(WORKERS)]
+    # The first cannot end before it is killed: however long this process is kept from its work, one is there to be killed.
+    workers = [worker(next(off, None), shards // 2), *(worker() for _ in range(WORKERS - 1))]
     before: dict[str, tuple[int, bytes]] = {}
     try:
         while counts["kills"] < kills:
             beat(f"{folder}, after {counts['kills']} kills and {counts['ended by themselves']} workers that ended")
             time.sleep(chance.expovariate(1 / 0.02))
-            victim = chance.randrange(WORKERS)
+            victim = chance.randrange(WORKERS) if counts["kills"] else 0
             if kill(workers[victim]):
                 counts["kills"] += 1
             else:
@@ -340,11 +356,16 @@ def race_for_a_name(difference: str, folder: Path, racers: int = 4, shards: int 
 def removed_and_made_anew(chance: random.Random, folder: Path, shards: int = SHARDS) -> Counter[str]:
     """A dump is removed and begun anew with another teacher while workers of the first still run: they stop."""
     store, log = folder / "store", folder / "log"
-    first = [start(work, str(store), rank, 2, 40 * shards, 1, 0.0, "old", folder=log) for rank in range(2)]
+    # They still run when the dump is removed, and go on when it is made anew.
+    anew, held_at = folder / "anew", 20 * shards
+    first = [
+        start(work, str(store), rank, 2, 40 * shards, 1, 0.0, "old", "w", held_at, str(anew), folder=log) for rank in range(2)
+    ]
     wanted = chance.randrange(1, 4)
     wait_until(lambda: len(list(store.glob("d/commits/*.json"))) >= wanted)
     KnowledgeStore.open(store).remove("d")
     assert ended(start(work, str(store), 0, 1, shards, 0, 0.0, folder=log)) == "done"
+    anew.touch()
     for each in first:
         assert ended(each).split(":")[0] in (StoreError.__name__, MismatchError.__name__), each.wait()
     check_complete(store, folder.parent, shards, {0})
