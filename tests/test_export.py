@@ -75,16 +75,16 @@ def test_what_is_refused_leaves_no_file(store, tmp_path, arguments, error, messa
 
 def test_the_commands(store, tmp_path):
     run = CliRunner()
-    shown = run.invoke(app, ["view", str(store.path), "plain"])
+    shown = run.invoke(app, ["view", store.storage.address, "plain"])
     assert shown.exit_code == 0
     assert shown.stdout.strip() == store.view("plain")
     file = tmp_path / "plain.parquet"
-    written = run.invoke(app, ["export", str(store.path), "plain", "--output", str(file), "--where", "is_target"])
+    written = run.invoke(app, ["export", store.storage.address, "plain", "--output", str(file), "--where", "is_target"])
     assert written.exit_code == 0
     targets = store.sql("SELECT count(*) AS n FROM positions WHERE dump = 'plain' AND is_target").to_pylist()[0]["n"]
     assert f"{targets} rows" in written.stdout
     assert pq.read_metadata(file).num_rows == targets
-    again = run.invoke(app, ["export", str(store.path), "plain", "--output", str(file)])
+    again = run.invoke(app, ["export", store.storage.address, "plain", "--output", str(file)])
     assert again.exit_code == 2
     assert "exists already" in again.stderr
 
@@ -93,11 +93,11 @@ def test_a_statement_from_a_file_or_standard_input(store, tmp_path):
     run = CliRunner()
     sql = "SELECT count(*) AS n FROM sequences"
     (tmp_path / "q.sql").write_text(f"-- how many\n{sql}")
-    expected = run.invoke(app, ["sql", str(store.path), sql, "--format", "csv"]).stdout
-    assert run.invoke(app, ["sql", str(store.path), "--file", str(tmp_path / "q.sql"), "--format", "csv"]).stdout == expected
-    assert run.invoke(app, ["sql", str(store.path), "-", "--format", "csv"], input=sql).stdout == expected
+    expected = run.invoke(app, ["sql", store.storage.address, sql, "--format", "csv"]).stdout
+    assert run.invoke(app, ["sql", store.storage.address, "--file", str(tmp_path / "q.sql"), "--format", "csv"]).stdout == expected
+    assert run.invoke(app, ["sql", store.storage.address, "-", "--format", "csv"], input=sql).stdout == expected
     for arguments in ([], [sql, "--file", str(tmp_path / "q.sql")], ["--file", str(tmp_path / "missing.sql")]):
-        refused = run.invoke(app, ["sql", str(store.path), *arguments])
+        refused = run.invoke(app, ["sql", store.storage.address, *arguments])
         assert refused.exit_code == 2
         assert len(refused.stderr.splitlines()) == 1
 
