@@ -203,5 +203,22 @@ def test_every_link_leads_somewhere(document):
     assert [link for link in links if not link.startswith("https://") and not (folder / link).exists()] == []
 
 
+def test_the_readme_quotes_committed_figures():
+    def figures(name: str):
+        return json.loads((ROOT / "benchmarks" / name).read_text())["figures"]
+
+    text = (ROOT / "README.md").read_text()
+    size = figures("results/size.json")["teachers"][0]
+    assert f"**{size['bytes_per_position_with_draws']:.1f} bytes**" in text
+    assert f"{size['bytes_per_position']:.1f} bytes without draws, {size['ratio']:,} times smaller" in text
+    layouts = [value for name, value in size["per_k"]["5"].items() if name != "knowledge-store"]
+    assert f"{min(layouts):.1f} to {max(layouts):.1f} bytes" in text
+    way = figures("studies/fidelity.json")["fine-tuned"]["methods"]["top-5 + 4 tail draws"]["way"]
+    assert f"**{100 * way['mean']:.1f} ± {100 * way['sd']:.1f} %**" in text
+    steps = figures("results/training.json")["vocabularies"]["32,768"]["methods"]
+    assert f"**{steps['store, sliced']['step_seconds_against_cross_entropy']:.2f}** of the time" in text
+    assert f"{steps['online']['step_seconds_against_cross_entropy']:.1f} times as long" in text
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
