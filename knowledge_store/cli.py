@@ -76,7 +76,10 @@ def _print_summary(summary: DumpSummary) -> None:
         ("positions", amount(summary.positions)),
     ]
     if summary.skipped_rows:
-        lines.append(("rows left out", f"{summary.skipped_rows:,}"))
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in summary.skip_reasons.items())
+        lines.append(("skipped rows", f"{summary.skipped_rows:,}: {reasons}"))
+    if summary.truncated:
+        lines.append(("truncated", f"{summary.truncated:,} sequences"))
     lines += summary.lines
     if summary.bytes_per_position is not None:
         on_disk = f"{byte_size(summary.bytes)}, {summary.bytes_per_position:.2f} bytes a position"
