@@ -61,7 +61,8 @@ def test_packages_import_in_one_direction(package):
         assert not imported(path.read_text(), package) & FORBIDDEN[package], path
 
 
-# Who besides the commands' files uses the terminal, so far (numbers as people read them, `quantities`, are for everybody): whoever changes one takes it off this list; none is added.
+# Who besides the commands' files uses the terminal, so far: whoever changes one takes it off this list; none is added. Numbers
+# as people read them, `quantities`, are for everybody.
 TERMINAL_USERS = {
     "teacher_dump/calibration.py",
     "teacher_dump/checking/agreement.py",
