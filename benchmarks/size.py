@@ -45,11 +45,14 @@ from knowledge_store.kinds.field import PLAIN, SPLIT
 from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids, quantise
 from knowledge_store.kinds.positions import positions_of
 from knowledge_store.terminal.progress import progress_bar
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.configuration import DumpConfig
-from teacher_dump.dumping.plan import ShardInput, ShardReader, length_batches, make_manifest
-from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
-from teacher_dump.teachers.local import Teacher, load_teacher
+from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.plan import ShardInput, ShardReader, make_manifest
+from teacher_dump.dumping.teacher_pass import shard_of
+from teacher_dump.extraction.positions import positions_parameters
+from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.protocol import Teacher
 
 MAX_K = 50
 KEPT = (5, 16, 50)
@@ -66,13 +69,13 @@ def ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, path: Path) -> 
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     if not path.exists():
         found: list[Arrays] = [{}] * len(lengths)
-        many = replace(config, top_k=MAX_K, tail_draws=0)
+        both = [positions_parameters(each, teacher) for each in (replace(config, top_k=MAX_K, tail_draws=0), config)]
         with progress_bar(f"asking {config.dump_name}", sum(lengths), "positions") as advance:
             for indices in length_batches(lengths, config.batch_size * config.max_length):
                 sequences = [shard.sequences[index] for index in indices]
                 prediction = predict_batch(config, teacher, sequences)
-                both = [extract_batch(each, prediction, sequences, None)["positions"] for each in (many, config)]
-                for index, arrays, drawn in zip(indices, *both, strict=True):
+                extracted = [extract_batch(config, {"positions": each}, prediction, sequences)["positions"] for each in both]
+                for index, arrays, drawn in zip(indices, *extracted, strict=True):
                     found[index] = {**arrays, **{name: drawn[name] for name in ("tail_ids", "tail_counts")}}
                 advance(sum(len(sequence.token_ids) for sequence in sequences))
         unfinished = path.with_suffix(".unfinished.npz")
@@ -131,7 +134,8 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
         folder, replace(manifest, kinds={"positions": replace(positions_of(manifest), selection=rule).to_record()}), tokens
     )
     for shard, sequences in zip(shards, knowledge, strict=True):
-        publish_shard(writer, shard, {"positions": [fewer(arrays, k, draws) for arrays in sequences]}, {"device": "numbers"})
+        positions = [fewer(arrays, k, draws) for arrays in sequences]
+        writer.commit(shard_of(writer.manifest, shard, {"positions": positions}, {"device": "numbers"}))
     store = KnowledgeStore.open(folder)
     [summary] = store.info()
     files = [path for path in folder.rglob("*") if path.is_file()]

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
-from knowledge_store.errors import InputError, KnowledgeStoreError
-from knowledge_store.isolation.child import asked
+from knowledge_store.errors import InputError, KnowledgeStoreError, LimitError
+from knowledge_store.isolation.child import MEMORY_LIMIT as READING_LIMIT
+from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
+from knowledge_store.sql.isolated import asked
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.terminal.commands import Command, StoreArgument, application, command
 from knowledge_store.terminal.console import messages, note, output
 from knowledge_store.terminal.progress import TerminalReporter
-from knowledge_store.terminal.quantities import amount, byte_size
 
 if TYPE_CHECKING:
     from knowledge_store.catalogue.summary import DumpSummary
@@ -162,14 +163,23 @@ def export(
 
 
 @command(app)
-def verify(store: StoreArgument) -> None:
+def verify(
+    store: StoreArgument,
+    memory_limit: Annotated[float, typer.Option(help="For reading one shard, in GiB.")] = READING_LIMIT / 2**30,
+) -> None:
     """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged.
+
+    The store may come from anybody: it is read in a process of its own, which does not outlive its limits.
 
     Example: `knowledge-store verify knowledge/`
     """
-    from knowledge_store.writing.verification import verify as verify_store
+    from knowledge_store.writing.isolated import verify_isolated
 
-    found = verify_store(store, TerminalReporter())
+    try:
+        found = verify_isolated(str(store), TerminalReporter(), int(memory_limit * 2**30))
+    except LimitError as error:
+        messages.print(f"Limits: {visible(str(error))}", style="red", markup=False)
+        raise typer.Exit(DAMAGED) from None
     for sentence in found.notes:
         note(f"Note: {sentence}")
     for sentence in found.damage:

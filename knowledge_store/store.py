@@ -16,7 +16,6 @@ from knowledge_store.format.manifest import Manifest, check_version, read_manife
 from knowledge_store.format.parquet import read_table
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import sequences_schema
-from knowledge_store.isolation.child import isolated_answer
 from knowledge_store.kinds import KINDS, Arrays, check_kinds, item_mask
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
@@ -25,6 +24,7 @@ from knowledge_store.reading.reader import DumpReader, shard_files
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.export import export
+from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.query import read_tokens, run_query
 from knowledge_store.sql.view import dump_views

@@ -61,19 +61,6 @@ def test_packages_import_in_one_direction(package):
         assert not imported(path.read_text(), package) & FORBIDDEN[package], path
 
 
-# Who besides the commands' files uses the terminal, so far: whoever changes one takes it off this list; none is added. Numbers
-# as people read them, `quantities`, are for everybody.
-TERMINAL_USERS = {
-    "teacher_dump/calibration.py",
-    "teacher_dump/checking/agreement.py",
-    "teacher_dump/dumping/estimate.py",
-    "teacher_dump/dumping/fingerprints.py",
-    "teacher_dump/dumping/plan.py",
-    "teacher_dump/dumping/run.py",
-    "teacher_dump/teachers/local.py",
-}
-
-
 def modules(package: str) -> dict[str, Path]:
     """The files of a package, by the names of their modules."""
     paths = sorted((ROOT / package).rglob("*.py"))
@@ -100,13 +87,10 @@ def test_only_commands_use_the_terminal():
         for package in FORBIDDEN
         for name, path in modules(package).items()
         if not name.startswith("knowledge_store.terminal")
-        and any(
-            each.startswith("knowledge_store.terminal") and not each.startswith("knowledge_store.terminal.quantities")
-            for each in mentioned(ast.parse(path.read_text()), nested=True)
-        )
+        and any(each.startswith("knowledge_store.terminal") for each in mentioned(ast.parse(path.read_text()), nested=True))
     }
     commands = {f"{package}/cli.py" for package in FORBIDDEN}
-    assert users - commands <= TERMINAL_USERS
+    assert users <= commands
 
 
 def imports_among(sources: dict[str, str]) -> dict[str, set[str]]:

@@ -18,7 +18,8 @@ from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
 from student_train.training.run_folder import read_history
 from teacher_dump import DumpConfig, dump
-from teacher_dump.extraction.positions import EXTRACTORS
+from teacher_dump.extraction import EXTRACTORS, Extractor
+from teacher_dump.teachers.protocol import Ability
 
 SUMMARIES = Kind(
     name="summaries",
@@ -42,7 +43,7 @@ def match_summaries(outputs, batch):
 
 def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teacher_folder, loaded_teacher):
     monkeypatch.setitem(KINDS, "summaries", SUMMARIES)
-    monkeypatch.setitem(EXTRACTORS, "summaries", extract_summaries)
+    monkeypatch.setitem(EXTRACTORS, "summaries", Extractor(frozenset({Ability.HIDDEN_STATES}), extract_summaries))
     needs = {"kinds": ("summaries",), "columns": ("vector",), "hidden_states": True}
     monkeypatch.setitem(LOSSES, "summaries", Loss(match_summaries, whole_batch=True, unit="sequence", **needs))
 

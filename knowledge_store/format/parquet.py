@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -25,6 +25,7 @@ from knowledge_store.format.integrity import (
     FileRecord,
     TableFile,
     check_whole,
+    column_sizes,
     describe,
     unreadable,
 )
@@ -146,22 +147,30 @@ def publish_table(
         return records[0], True
     for _ in noted():
         pass
-    # Nothing vouches for that file yet, its footer included (whose statistics decide what SQL leaves out), and from now on a
-    # record will: it is used only if its rows, written again, give the same bytes.
+    # Nothing vouches for that file yet, its footer included, and from now on a record will: whatever can be checked is.
     try:
         record = describe(storage, name)
-        groups = list(read_row_groups(open_table(TableFile(storage, name, record, schema))))
+        standing = open_table(TableFile(storage, name, record, schema))
+        groups = list(read_row_groups(standing))
         if not _joined(groups, schema, columns).equals(_joined(keys, schema, columns)):
             raise ValueError("it does not have the rows that belong there")
-        rewritten = write_table(io.BytesIO(), schema, groups, columns)
-        if rewritten.sha256 != record.sha256:
-            raise ValueError("it is damaged, or another version of pyarrow wrote it")
+        rewritten = io.BytesIO()
+        write_table(rewritten, schema, groups, columns)
+        if _statistics(standing.metadata) != _statistics(pq.read_metadata(rewritten)):  # by which SQL leaves out row groups
+            raise ValueError("its statistics are not those of its rows")
+        return replace(record, column_bytes=column_sizes(standing.metadata)), False
     except (DamageError, ValueError) as error:
         raise DamageError(
             f"{storage.locate(name)} has no commit record that vouches for it, and cannot be used ({error}): delete that file"
             " and run the same command again"
         ) from None
-    return rewritten, False
+
+
+def _statistics(metadata: pq.FileMetaData) -> list[list[dict[str, object] | None]]:
+    """Of each column of each row group."""
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    columns = [[group.column(index).statistics for index in range(metadata.num_columns)] for group in groups]
+    return [[each and each.to_dict() for each in group] for group in columns]
 
 
 def _joined(tables: Iterable[pa.Table], schema: pa.Schema, columns: Columns) -> pa.Table:
@@ -211,7 +220,7 @@ def read_row_group(table: OpenTable, group: int, columns: list[str] | None = Non
     """
     try:
         return table.read_row_group(group, columns=columns, use_threads=False).replace_schema_metadata(None)
-    except (OSError, MemoryError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(table.file.path, error) from None
 
 

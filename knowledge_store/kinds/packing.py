@@ -1,8 +1,8 @@
 """How a prediction is rounded, and how the table of positions stands on disk: whole steps, and nothing said twice.
 
-`positions.FIELDS` are the table that everything else works with. `pack` makes the stored one of what an extractor gives,
-`unpack` makes the table of that, and VIEW is `unpack` in SQL. What is rounded is not each log-probability but what follows it
-freely:
+`positions.FIELDS` are the table that everything else works with. `pack_predictions` makes the stored columns of what an
+extractor gives, `unpack_predictions` makes the table of those, and VIEW is the same in SQL. What is rounded is not each
+log-probability but what follows it freely:
 
     token_steps      steps of the token's log-probability below 0; null where the token is a candidate
     candidate_ids    side by side, the most significant byte first, in as many bytes each as the vocabulary needs
@@ -71,7 +71,7 @@ def id_bytes(vocabulary: int) -> int:
     return next(size for size in (2, 3, 4) if vocabulary <= 256**size)
 
 
-def view(more: Sequence[str], step: float, vocabulary: int) -> str:
+def predictions_view(more: Sequence[str], step: float, vocabulary: int) -> str:
     """SQL that gives the table, `{rows}` standing for the stored one; `more` are its columns that are stored as they are."""
     literals = {"step": repr(float(step)), "zero": ZERO, "most": MAX_LOG_ODDS, "bytes": id_bytes(vocabulary)}
     return VIEW.format(**literals, more="".join(f", {name}" for name in more), rows="{rows}")
@@ -166,7 +166,7 @@ def _counted(column: pa.ChunkedArray) -> np.ndarray:
     return found
 
 
-def pack(arrays: Arrays, step: float, vocabulary: int) -> dict[str, pa.Array]:
+def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, pa.Array]:
     """The stored columns PACKED of N positions.
 
     Args:
@@ -231,7 +231,7 @@ def _unpacked_ids(column: pa.ChunkedArray, size: int) -> tuple[np.ndarray, np.nd
     return words.view(">u4")[:, 0].astype(np.uint32), lengths // size
 
 
-def unpack(table: pa.Table, step: float, vocabulary: int) -> dict[str, pa.Array]:
+def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[str, pa.Array]:
     """The columns that PACKED stands for in a stored table.
 
     Raises:

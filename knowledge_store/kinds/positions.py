@@ -4,6 +4,18 @@ Position t describes the prediction *of* token t, made from the tokens before it
 full vocabulary at temperature 1, rounded in steps as `packing` says. The tail is a rounded value of its own: derived from
 rounded candidates instead, it would carry twenty times the error.
 
+In a batch of B sequences of at most T positions with at most K candidates these are
+
+    input_ids           (B, T)    int64    0 on padding, which is on the right
+    is_target           (B, T)    bool     counts for training
+    has_knowledge       (B, T)    bool     what the teacher predicted here is kept
+    token_logprob       (B, T)    float32  the teacher's log-probability (nats) of the token that stands here
+    candidate_ids       (B, T, K) int64    likeliest first; 0 where there are none
+    candidate_logprobs  (B, T, K) float32  −inf where there are none; with the tail they sum to one
+    tail_logprob        (B, T)    float32  log of the probability outside the candidates
+
+so pair position t with a model's output at t − 1. Without knowledge (position 0, context, padding) all mass is in the tail.
+
 A selection with draws adds `tail_ids` and `tail_counts`: which tokens outside the candidates were drawn, and how often each. A
 calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
 the log-softmax of candidates / T and of this.
@@ -12,7 +24,7 @@ the log-softmax of candidates / T and of this.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +34,25 @@ import pyarrow as pa
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
-from knowledge_store.kinds import packing
 from knowledge_store.kinds.columns import Arrays, list_offsets, padded_lists
+from knowledge_store.kinds.display import show
 from knowledge_store.kinds.field import PLAIN, Field
 from knowledge_store.kinds.invariants import invariants, tokens_match
 from knowledge_store.kinds.kind import Codec, Kind, Totals
-from knowledge_store.kinds.packing import NO_MASS, in_steps, quantise, total_mass
+from knowledge_store.kinds.packing import (
+    NO_MASS,
+    PACKED,
+    SOURCES,
+    in_steps,
+    pack_predictions,
+    predictions_view,
+    quantise,
+    total_mass,
+    unpack_predictions,
+)
+from knowledge_store.kinds.packing import exact_steps as exact_prediction_steps
 from knowledge_store.kinds.selection import Selection
-from knowledge_store.terminal.quantities import byte_size
+from knowledge_store.quantities import byte_size
 
 FIELDS = (
     Field("token_id", pa.uint32(), encoding=PLAIN, identifying=True),  # phrases repeat, which Zstandard finds by itself
@@ -140,7 +163,7 @@ def fields(manifest: Manifest) -> tuple[Field, ...]:
 
 def stored(manifest: Manifest) -> tuple[Field, ...]:
     """The columns of a dump's files."""
-    return (*FIELDS[:AS_THEY_ARE], *packing.PACKED, *_more(manifest))
+    return (*FIELDS[:AS_THEY_ARE], *PACKED, *_more(manifest))
 
 
 def row_bytes(manifest: Manifest) -> int:
@@ -167,7 +190,7 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
     if parameters.selection.candidates:
         ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
         there = logprobs != NO_MASS
-        steps, tail_steps = packing.exact_steps(logprobs, tail, step)
+        steps, tail_steps = exact_prediction_steps(logprobs, tail, step)
         among = ((ids == arrays["token_id"][:, None]) & there).any(axis=1)
         found["token_logprob"][among] = np.nan
         there[:, 0] = False
@@ -198,7 +221,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         **dict(zip(keys.column_names, keys.columns, strict=True)),
         "token_id": pa.array(arrays["token_id"], pa.uint32()),
         "is_target": pa.array(arrays["is_target"]),
-        **packing.pack(arrays, parameters.quantisation_step, manifest.vocabulary_size),
+        **pack_predictions(arrays, parameters.quantisation_step, manifest.vocabulary_size),
     }
     if parameters.selection.draws:
         drawn = (arrays["tail_counts"] > 0) & kept[:, None]
@@ -214,7 +237,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
 
 def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
     """The table that a stored one stands for. ValueError: it stands for none."""
-    columns = packing.unpack(table, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+    columns = unpack_predictions(table, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
     schema = POSITIONS.schema(manifest)
     return pa.table(
         [columns[each.name].cast(each.type) if each.name in columns else table[each.name] for each in schema], schema=schema
@@ -224,7 +247,7 @@ def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
 def view(manifest: Manifest) -> str:
     """`unpack` as SQL."""
     more = [each.name for each in _more(manifest)]
-    return packing.view(more, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+    return predictions_view(more, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
 
 
 def decode(table: pa.Table) -> Arrays:
@@ -342,32 +365,6 @@ def _selection(manifest: Manifest) -> str:
     return f"{kept.selection}{at}"
 
 
-def show(knowledge: Arrays, text: Callable[[int], str]) -> tuple[list[str], list[list[str]]]:
-    """A sequence as a person reads it: each token, and what the teacher expected there."""
-    rows = []
-    for position, token in enumerate(knowledge["input_ids"]):
-        row = [str(position), text(token), "", ""]
-        if knowledge["has_knowledge"][position]:
-            listed = zip(knowledge["candidate_ids"][position], knowledge["candidate_logprobs"][position], strict=True)
-            candidates = {candidate: logprob for candidate, logprob in listed if logprob > NO_MASS}
-            words = [f"{text(candidate)} {math.exp(logprob):.0%}" for candidate, logprob in candidates.items()]
-            others = f"(others {math.exp(knowledge['tail_logprob'][position]):.0%}{_drawn(knowledge, position, text)})"
-            # Among the candidates it is normalised with them; elsewhere it is as it was kept.
-            logprob = candidates.get(token, knowledge["token_logprob"][position])
-            row[2:] = [f"{math.exp(logprob):.1%}", "  ".join([*words, others])]
-        rows.append(row)
-    return ["position", "token", "probability", "what the teacher expected"], rows
-
-
-def _drawn(knowledge: Arrays, position: int, text: Callable[[int], str]) -> str:
-    """Which tokens were drawn from the tail, and how often each of them that came more than once."""
-    if "tail_ids" not in knowledge:
-        return ""
-    drawn = zip(knowledge["tail_ids"][position], knowledge["tail_counts"][position], strict=True)
-    words = [text(token) + (f" ×{count}" if count > 1 else "") for token, count in drawn if count]
-    return f", drawn: {' '.join(words)}" if words else ""
-
-
 POSITIONS = Kind(
     name="positions",
     per="position",
@@ -378,7 +375,7 @@ POSITIONS = Kind(
         pack=pack,
         unpack=unpack,
         view=view,
-        sources=packing.SOURCES,
+        sources=SOURCES,
         decode=decode,
         arrays=arrays_of,
     ),

@@ -20,22 +20,14 @@ class Batches:
     Iterate it, or index a step: `batches[s]` is the same batch whatever was read before. `len()` counts steps, and is the
     same for all ranks: a rank with too few items gets padding rows, which have no targets.
 
-    A batch is a dict of numpy arrays, B sequences of at most T positions with at most K candidates:
+    A batch is a dict of the arrays of all kinds that are read, of B sequences of at most T positions:
 
-        sequence_id         (B,)      int64    −1 for a padding row
-        input_ids           (B, T)    int64    0 on padding, which is on the right
-        attention_mask      (B, T)    bool
-        is_target           (B, T)    bool     counts for training
-        has_knowledge       (B, T)    bool     what the teacher predicted here is kept
-        token_logprob       (B, T)    float32  the teacher's log-probability (nats) of the token that stands here
-        candidate_ids       (B, T, K) int64    likeliest first; 0 where there are none
-        candidate_logprobs  (B, T, K) float32  −inf where there are none; with the tail they sum to one
-        tail_logprob        (B, T)    float32  log of the probability outside the candidates
+        sequence_id     (B,)       int64  −1 for a padding row
+        attention_mask  (B, T)     bool   where a kind per position is read; padding is on the right
+        KIND_mask       (B, I)     bool   which items of a kind per item there are
 
-    Beside these, which are of the kind `positions`, there are the arrays of each other kind that is read; see `collate`.
-
-    Position t holds the prediction of token t, made from the tokens before it: pair it with a model's output at t − 1. Without
-    knowledge (position 0, context, padding) all mass is in the tail.
+    What else is in it, the kinds say (of predictions, `kinds.positions`). Arrays of a kind per position are (B, T, …), per
+    sequence (B, …), per item (B, I, …); texts are lists.
     """
 
     def __init__(self, reader: DumpReader, plan: ReadPlan):

@@ -27,10 +27,10 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import FileRecord, TableFile, dataset, read_table
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.kinds import KINDS
+from knowledge_store.quantities import binary_size
 from knowledge_store.reading.reader import shard_files
 from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.storage import Storage
-from knowledge_store.terminal.quantities import binary_size
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
 LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes

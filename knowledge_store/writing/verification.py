@@ -30,7 +30,7 @@ from knowledge_store.storage import Storage, open_storage
 from knowledge_store.store import check_store, manifest_exists
 
 # How a file of good hashes and bad contents fails in the code that looks into it.
-_UNSOUND = (OSError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError, pa.ArrowException)
+_UNSOUND = (OSError, ArithmeticError, LookupError, TypeError, ValueError, pa.ArrowException)
 
 
 @dataclass
@@ -114,6 +114,8 @@ def shard_damage(storage: Storage, manifest: Manifest, shard: int) -> dict[str, 
             tables[name] = _check_file(file)
         except DamageError as error:
             damage[name] = str(error)
+        except MemoryError:
+            raise
         except _UNSOUND as error:
             damage[name] = f"{file.path} is damaged: {error}"
     if damage:
@@ -122,6 +124,8 @@ def shard_damage(storage: Storage, manifest: Manifest, shard: int) -> dict[str, 
         _check_contents(manifest, commit, files, tables)
     except DamageError as error:
         return {COMMITS: str(error)}
+    except MemoryError:
+        raise
     except _UNSOUND as error:
         return {COMMITS: f"shard {shard} of {storage.locate(dump)} is damaged: {error}"}
     return {}
@@ -165,10 +169,13 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
         result.damage.append(str(error))
         return
     tokens = TableFile(storage, tokens_file(dump), FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)
+    advance(0, reading=f"the vocabulary of {dump}")
     try:
         _check_file(tokens)
     except (DamageError, StoreError) as error:
         result.damage.append(str(error))
+    except MemoryError:
+        raise
     except _UNSOUND as error:
         result.damage.append(f"{tokens.path} is damaged: {error}")
     try:
@@ -181,7 +188,7 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
         for name in storage.leftovers(f"{dump}/{COMMITS}")
     ]
     for shard in committed:
-        advance(0, reading=storage.locate(commit_file(dump, shard)))
+        advance(0, reading=f"shard {shard} of {dump}")
         try:
             damage = list(shard_damage(storage, manifest, shard).values())
         except NewerVersionError:
@@ -229,7 +236,10 @@ def verify(store: str | Path | Storage, reporter: Reporter = SILENT) -> Verifica
         store: the store's folder or storage.
         reporter: hears of progress in shards, and which one is being read.
 
+    A store from somebody else is read with limits by `verify_isolated`, as the command does.
+
     Raises:
+        MemoryError: there is not enough for a shard; that is no damage.
         StoreError: there is no store at all.
         NewerVersionError: a file has a newer format version. What is there cannot be judged.
     """
