@@ -6,6 +6,7 @@ KnowledgeStoreError          base of all: a command prints it as one line and ex
 │   ├── NewerVersionError    a file is of a format version that this code does not know
 │   └── MismatchError        the dump was made differently; says which things differ
 ├── QueryError               SQL that is refused or does not run
+├── LimitError               work on what somebody else made needs more memory or time than it may
 └── DamageError              bytes on disk are not the bytes that were published; names the file
     └── MissingFileError     a file is not there
 """
@@ -39,6 +40,10 @@ class MismatchError(StoreError):
 
 class QueryError(KnowledgeStoreError):
     """A query that is refused, or that DuckDB cannot run."""
+
+
+class LimitError(KnowledgeStoreError):
+    """Work on what somebody else made needs more memory or time than it may."""
 
 
 class DamageError(KnowledgeStoreError):

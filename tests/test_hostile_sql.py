@@ -16,12 +16,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_command
 from hostile_sql import BOMBS, EXPRESSION_BOMBS, HARMLESS, REFUSED, ROW_BOMBS
+from processes import child_process
 from stores import write_store
 from torture.heartbeat import wait_for, wait_until
 from torture.hostile_sql import Stand, run
 
 from knowledge_store import DamageError, InputError, KnowledgeStore, QueryError, StoreError
-from knowledge_store.isolation.child import _check_end
+from knowledge_store.isolation.child import Killed
+from knowledge_store.sql.isolated import _result
 from knowledge_store.sql.query import QUERY_THREAD, Query
 
 MIB = 2**20
@@ -160,14 +162,15 @@ def test_no_setting_names_the_home(store, name, isolated):
 SLOW = """
 import os, resource, time
 from knowledge_store import KnowledgeStore
-from knowledge_store.isolation import child as isolation
-isolation.OPENING_TIME = 0.5
+from knowledge_store.isolation.child import main
+from knowledge_store.sql import isolated
+isolated.OPENING_TIME = 0.5
 def slow(*args, **options):
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] < 2**34
     while True:
         time.sleep(1)
 KnowledgeStore.open = slow
-isolation.main(os.getppid())
+main(os.getppid())
 """
 
 
@@ -176,16 +179,30 @@ def test_opening_a_store_has_limits_of_its_own(stand):
     request = {"store": str(stand.outside / "store"), "sql": "SELECT 1", "form": "arrow", "memory_limit": 2**28, "timeout": 0.1}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SLOW]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
+    with child_process(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
         assert child.stdin and child.stderr
-        child.stdin.write(json.dumps(request).encode() + b"\n")
+        child.stdin.write(json.dumps({"task": "knowledge_store.sql.isolated:answer", "request": request}).encode() + b"\n")
         child.stdin.flush()
         report = child.stderr.read().decode()
     assert (child.returncode, report) == (-signal.SIGALRM, "")
-    with pytest.raises(StoreError, match=r"could not be opened within 300 s and 4 GiB"):
-        _check_end(child.returncode, report, 2**28, 0.1, print)
+    with pytest.raises(StoreError, match=r"could not be opened within 300 s and 4 GiB \(the process ended by SIGALRM\)"):
+        _result(Ended(signal.SIGALRM), 2**28, 0.1)
     with pytest.raises(QueryError, match="interrupted"):
-        _check_end(child.returncode, "opened\n", 2**28, 0.1, print)
+        _result(Ended(signal.SIGALRM, {"state": "opened"}), 2**28, 0.1)
+    with pytest.raises(QueryError, match="SIGABRT"):
+        _result(Ended(signal.SIGABRT, {"state": "opened"}), 2**28, 0.1)
+
+
+class Ended:
+    """A child that a signal ended after some reports."""
+
+    def __init__(self, number: int, *reports: dict):
+        self.number, self.reports = number, reports
+
+    def result(self, hear):
+        for report in self.reports:
+            hear(report)
+        raise Killed(self.number)
 
 
 @pytest.mark.parametrize("isolated", [False, True])
@@ -295,7 +312,7 @@ def test_the_query_ends_with_its_command(stand, number, query):
     arguments = [sys.executable, "-m", "knowledge_store.cli", "sql", str(stand.outside / "store"), query]
     arguments += ["--timeout", str(AMPLE)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with child_process(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: bool(children(process.pid)), lambda: process.poll() is None)
         [child] = children(process.pid)
         # It may enlarge no file once it has opened the store; then it begins with the query.
@@ -314,7 +331,7 @@ def test_the_query_ends_with_its_command(stand, number, query):
 def test_a_query_whose_parent_was_gone_already_ends():
     program = "from knowledge_store.isolation.child import main; main(1 << 30)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment) as child:
+    with child_process([sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment) as child:
         assert child.wait() == 1  # though its standard input is open still
 
 
@@ -373,7 +390,7 @@ print("done")
 def test_the_clock_stands_still_while_a_reader_is_waited_for():
     """What is read is read only once the clock stands still: otherwise this never ends."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", CLOCK], env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with child_process([sys.executable, "-c", CLOCK], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert wait_for(process.pid, lambda: process.poll() is not None) is None
         assert process.stdout is not None
         assert process.stdout.read() == "done\n"
@@ -388,7 +405,7 @@ def test_a_slow_reader_gets_all_of_the_answer(stand):
     arguments = [sys.executable, "-m", "knowledge_store.cli", "sql", str(stand.outside / "store")]
     arguments += ["SELECT range AS n FROM range(100000)", "--format", "json", "--timeout", str(AMPLE)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with child_process(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         begun = process.stdout.read(10)
         wait_until(lambda: waiting_bytes(process.stdout.fileno()) > 2**15)  # pipes hold 2**16

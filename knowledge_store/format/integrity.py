@@ -139,6 +139,11 @@ class DigestingFile:
 
 def _record(size: int, sha256: str, footer: bytes) -> FileRecord:
     metadata = parse_footer(footer)
+    return FileRecord(size, sha256, hashlib.sha256(footer).hexdigest(), metadata.num_rows, column_sizes(metadata))
+
+
+def column_sizes(metadata: pq.FileMetaData) -> dict[str, int]:
+    """Compressed bytes of each top-level column."""
     column_bytes: dict[str, int] = {}
     for group in range(metadata.num_row_groups):
         row_group = metadata.row_group(group)
@@ -146,7 +151,7 @@ def _record(size: int, sha256: str, footer: bytes) -> FileRecord:
             chunk = row_group.column(index)
             column = chunk.path_in_schema.split(".")[0]
             column_bytes[column] = column_bytes.get(column, 0) + chunk.total_compressed_size
-    return FileRecord(size, sha256, hashlib.sha256(footer).hexdigest(), metadata.num_rows, column_bytes)
+    return column_bytes
 
 
 def parse_footer(footer: bytes) -> pq.FileMetaData:
@@ -176,8 +181,8 @@ def read_footer(storage: Storage, name: str, size: int) -> bytes:
 
 
 def describe(storage: Storage, name: str) -> FileRecord:
-    """The record of a file as it stands, all of which is read, without `column_bytes`: of a footer that nothing vouches for,
-    pyarrow can be asked how many rows there are, and hardly more without risk to this process.
+    """The record of a file as it stands, all of which is hashed, without `column_bytes`: pyarrow may end this process if asked
+    for the columns of a footer that nothing vouches for, unless their rows were read before.
 
     Raises:
         DamageError: it is missing or no Parquet file.
@@ -220,9 +225,9 @@ def check_whole(storage: Storage, name: str, record: FileRecord) -> None:
         raise DamageError(f"{path} does not match its record: its footer, rows or columns are others")
 
 
-def unreadable(path: str, error: Exception) -> KnowledgeStoreError:
+def unreadable(path: str, error: Exception) -> Exception:
     """What to say of a file that could not be read: what the system refuses is not the file's damage."""
-    if isinstance(error, KnowledgeStoreError):
+    if isinstance(error, KnowledgeStoreError | MemoryError):
         return error
     if isinstance(error, OSError) and error.errno:
         return StoreError(f"cannot read {path}: {os.strerror(error.errno)}")
@@ -298,9 +303,9 @@ class CheckedFile:
         """The bytes from one place in the file to another (DamageError, StoreError: as of `read`)."""
         try:
             return self._checked(start, min(end, self.size))
-        except (KnowledgeStoreError, OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        except (KnowledgeStoreError, OSError, ValueError, pa.ArrowException) as error:
             reason = unreadable(self.file.path, error)
-            if self._errors is not None:
+            if self._errors is not None and isinstance(reason, KnowledgeStoreError):
                 # Another one of the same words: this one's traceback leads to whoever holds this file.
                 self._errors.append(type(reason)(str(reason)))
             raise reason from None

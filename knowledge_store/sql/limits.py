@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from knowledge_store.errors import InputError, QueryError
-from knowledge_store.terminal.quantities import binary_size
+from knowledge_store.errors import InputError, QueryError, StoreError
+from knowledge_store.quantities import binary_size
 
 MEMORY_LIMIT = 2 * 2**30
 TIMEOUT = 60.0
@@ -26,3 +26,15 @@ def check_limits(memory_limit: float, timeout: float) -> None:
 def interrupted(timeout: float) -> QueryError:
     """What to say of a query that had its time."""
     return QueryError(f"this SQL was interrupted: it had not been answered after {timeout:g} s, its limit of time")
+
+
+def not_opened(timeout: float, memory_limit: float, reason: str) -> StoreError:
+    """What to say of a store that a process with limits could not open."""
+    return StoreError(f"the store could not be opened within {timeout:g} s and {binary_size(memory_limit)} ({reason})")
+
+
+def broken(reason: str, memory_limit: float) -> QueryError:
+    """What to say of a query that ended its process."""
+    return QueryError(
+        f"this SQL broke the process that ran it ({reason}): it may need more memory than its {binary_size(memory_limit)}"
+    )

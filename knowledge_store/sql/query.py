@@ -27,10 +27,10 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import FileRecord, TableFile, dataset, read_table
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.kinds import KINDS
+from knowledge_store.quantities import binary_size
 from knowledge_store.reading.reader import shard_files
 from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.storage import Storage
-from knowledge_store.terminal.quantities import binary_size
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
 LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes
@@ -80,6 +80,13 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+def _readable(column: pa.Field) -> pa.Field:
+    """A column as DuckDB can read it: it knows no float16."""
+    if pa.types.is_list(column.type):
+        return pa.field(column.name, pa.list_(_readable(column.type.value_field)))
+    return column.with_type(pa.float32()) if pa.types.is_float16(column.type) else column
+
+
 class _Catalogue:
     """Gives a store's tables to a connection, and makes its relations as views over them."""
 
@@ -105,7 +112,7 @@ class _Catalogue:
         """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
         files = shard_files(self._storage, self._index, manifest.dump, table, schema)
-        return dataset(list(files.values()), schema, self.errors)
+        return dataset(list(files.values()), pa.schema([_readable(column) for column in schema]), self.errors)
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""

@@ -25,6 +25,15 @@ GRACE = 60.0  # seconds of processor time that a query may take beside its limit
 OWN_MEMORY = 256 * 2**20  # of the process that answers, before it saw the query
 
 
+def _peak(who: int) -> int:
+    """Most bytes in memory at once."""
+    return resource.getrusage(who).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _children_peak() -> int:
+    return _peak(resource.RUSAGE_CHILDREN)
+
+
 def _processor_time() -> float:
     """Seconds of processor time of this process and of the queries' processes. However busy a machine is, it adds none."""
     times = os.times()
@@ -100,6 +109,7 @@ class Stand:
         self._store = KnowledgeStore.open(folder / "store")
         self._store.sql("SELECT 1")
         self._before = standing(folder)
+        self._others = _children_peak()  # of processes that other tests had before
         self.counts: Counter[str] = Counter()
 
     def attempt(self, sql: str, *, isolated: bool = False, timeout: float = TIMEOUT) -> str:
@@ -136,11 +146,9 @@ class Stand:
         """Make sure that nothing has changed, and that no process took more memory than it may."""
         now = standing(self.outside)
         assert now == self._before, f"{what} changed {sorted(set(now.items()) ^ set(self._before.items()))}"
-        units = 1 if sys.platform == "darwin" else 1024
         # Linux counts what a process had before it became another: our own peak.
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * units
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * units
-        assert peak <= max(own, OWN_MEMORY + MEMORY_LIMIT), f"{what} took {peak / 2**20:.0f} MiB"
+        own, peak = _peak(resource.RUSAGE_SELF), _children_peak()
+        assert peak <= max(own, self._others, OWN_MEMORY + MEMORY_LIMIT), f"{what} took {peak / 2**20:.0f} MiB"
 
 
 def run(seed: int, minutes: float, folder: Path, combinations: int | None = None) -> dict[str, int]:

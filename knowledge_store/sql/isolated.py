@@ -1,0 +1,139 @@
+"""A query in a process of its own, for SQL that comes from somebody else (see `isolation.child`).
+
+DuckDB looks at its limits of memory and time between rows. One long expression (`repeat('x', 2000000000)`, a list of a billion
+numbers, two long strings compared) goes past both. So such SQL is read, run and put into words by a child, whose memory and
+time the system limits. DuckDB is told four fifths of the memory, so as to say what it lacked while there is room to say it.
+
+Before, the child opens the store, which may be somebody else's too, and has limits of its own for that: generous ones
+(OPENING_MEMORY, OPENING_TIME, or the query's where those are larger), since a large store whose index is out of date takes its
+time. Once the index is written, it can enlarge no file.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from knowledge_store import errors
+from knowledge_store.isolation import child as isolation
+from knowledge_store.isolation.child import MAX_SECONDS, Child, Killed, Report, forbid_files, limit, started
+from knowledge_store.sql.answers import Format, write_answer
+from knowledge_store.sql.limits import (
+    MAX_MEMORY_LIMIT,
+    MEMORY_LIMIT,
+    TIMEOUT,
+    broken,
+    check_limits,
+    interrupted,
+    not_opened,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ARROW = "arrow"
+DUCKDB_SHARE = 0.8
+OPENING_MEMORY = isolation.MEMORY_LIMIT
+OPENING_TIME = 300.0
+OPENED = "opened"
+
+
+@contextmanager
+def asked(
+    store: str | Path, sql: str, form: str, memory_limit: float, timeout: float, remark: Callable[[str], None]
+) -> Iterator[IO[bytes]]:
+    """Ask a store in a process of its own, which ends with this context, and with the thread that entered it.
+
+    Args:
+        store: its address.
+        sql: one SELECT statement, from anybody.
+        form: ARROW (an Arrow stream), or a Format.
+        memory_limit: in bytes, for all that the query needs, its answer and its text included.
+        timeout: in seconds.
+        remark: is told what a person should know of the answer.
+
+    Yields:
+        the answer, as it comes.
+
+    Raises:
+        InputError: a limit is none.
+        KnowledgeStoreError: as `KnowledgeStore.open` and `KnowledgeStore.sql`, when all there is of the answer was read.
+    """
+    check_limits(memory_limit, timeout)
+    limits = {"memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS)}
+    request = {"store": str(store), "sql": sql, "form": form, **limits}
+    with started("knowledge_store.sql.isolated:answer", request) as child:
+        yield child.answer
+        sentence = _result(child, memory_limit, timeout)
+        if sentence:
+            remark(sentence)
+
+
+def _result(child: Child, memory_limit: float, timeout: float) -> Any:
+    reports: list[dict[str, Any]] = []
+    try:
+        return child.result(reports.append)
+    except Killed as killed:
+        if OPENED not in [report.get("state") for report in reports]:
+            raise not_opened(
+                max(timeout, OPENING_TIME), max(memory_limit, OPENING_MEMORY), f"the process ended by {killed}"
+            ) from None
+        if killed.signal == signal.SIGALRM:
+            raise interrupted(timeout) from None
+        raise broken(str(killed), memory_limit) from None
+
+
+def isolated_answer(store: str, sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT) -> pa.Table:
+    """`run_query` in a process of its own, which opens the store again (see `asked`)."""
+    import pyarrow as pa
+
+    child = asked(store, sql, ARROW, memory_limit, timeout, lambda _: None)
+    # Where the stream ends too soon, how the child ended says why.
+    with child as answer, suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(answer) as reader:
+        table: pa.Table = reader.read_all()
+        return table
+    raise errors.QueryError("this SQL was not answered in full")
+
+
+def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | None:
+    """The child's task: answer one statement. Returns what a person should know of the answer."""
+    import pyarrow as pa
+
+    from knowledge_store.sql.query import Query, connect
+    from knowledge_store.store import KnowledgeStore
+
+    memory_limit, timeout = request["memory_limit"], request["timeout"]
+    limit(max(memory_limit, OPENING_MEMORY), max(timeout, OPENING_TIME))
+    try:
+        store = KnowledgeStore.open(request["store"], cache_size=0)
+    except MemoryError:
+        raise not_opened(max(timeout, OPENING_TIME), max(memory_limit, OPENING_MEMORY), "it needs more memory") from None
+    os.environ.pop("HOME", None)  # DuckDB's messages would name it
+    with connect(DUCKDB_SHARE * memory_limit) as connection:
+        forbid_files()
+        report({"state": OPENED})  # before the clock begins: however short the time is, it is the query's
+        limit(memory_limit, timeout)
+        try:
+            query = Query(connection, *store.parts, request["sql"], memory_limit)
+            schema, batches = query.answer()
+            remark = None
+            if request["form"] == ARROW:
+                with pa.ipc.new_stream(outlet, schema) as writer:
+                    for batch in batches:
+                        writer.write_batch(batch)
+            else:
+                text = io.TextIOWrapper(outlet, encoding="utf-8", newline="")
+                remark = write_answer(schema, batches, Format(request["form"]), text)
+                text.flush()
+                text.detach()
+            outlet.flush()
+        except errors.KnowledgeStoreError:
+            raise
+        except Exception as error:  # SQL from anybody may find ways to fail that nobody thought of
+            raise errors.QueryError(f"this SQL was not answered: {type(error).__name__}: {str(error)[:1000]}") from None
+        return remark
