@@ -98,7 +98,11 @@ def compare(task: str, this: Worker, other: Worker, turns: int) -> dict[str, Any
     for turn in range(turns + 1):
         for worker in (this, other) if turn % 2 else (other, this):
             times[worker].append(worker.ask(task))
-    return {name: figures([(a[name], b[name]) for a, b in zip(times[this], times[other], strict=True)][1:]) for name in CLOCKS}
+    pairs = list(zip(times[this], times[other], strict=True))[1:]
+    found = {clock: figures([(a[clock], b[clock]) for a, b in pairs]) for clock in CLOCKS}
+    for clock, each in found.items():
+        print(f"{task:<24} {clock:<18} {each['ratio']:.3f} {each['interval']}  {each['verdict']}", file=sys.stderr, flush=True)
+    return found
 
 
 def figures(turns: list[tuple[float, float]]) -> dict[str, Any]:
@@ -162,9 +166,6 @@ def main() -> None:
         this.close()
         other.close()
     keep("revisions", found)
-    for task, clocks in found["tasks"].items():
-        for clock, each in clocks.items():
-            print(f"{task:<24} {clock:<18} {each['ratio']:.3f} {each['interval']}  {each['verdict']}", file=sys.stderr)
 
 
 if __name__ == "__main__":

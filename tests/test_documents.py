@@ -40,7 +40,7 @@ SUBSTITUTIONS = (
     ("quickstart/heldout.jsonl", "heldout.jsonl"),
     ("quickstart/chat.jsonl", "chat.jsonl"),
     ("benchmarks.tiny_model quickstart", "benchmarks.tiny_model quickstart --steps 1"),
-    ("--steps 60", "--steps 2"),
+    ("--steps 40", "--steps 2"),
     ("--steps 100", "--steps 2"),
     ("--epochs 1", "--steps 2"),
     ("max_steps=20", "max_steps=2"),
