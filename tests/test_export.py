@@ -94,7 +94,9 @@ def test_a_statement_from_a_file_or_standard_input(store, tmp_path):
     sql = "SELECT count(*) AS n FROM sequences"
     (tmp_path / "q.sql").write_text(f"-- how many\n{sql}")
     expected = run.invoke(app, ["sql", store.storage.address, sql, "--format", "csv"]).stdout
-    assert run.invoke(app, ["sql", store.storage.address, "--file", str(tmp_path / "q.sql"), "--format", "csv"]).stdout == expected
+    assert (
+        run.invoke(app, ["sql", store.storage.address, "--file", str(tmp_path / "q.sql"), "--format", "csv"]).stdout == expected
+    )
     assert run.invoke(app, ["sql", store.storage.address, "-", "--format", "csv"], input=sql).stdout == expected
     for arguments in ([], [sql, "--file", str(tmp_path / "q.sql")], ["--file", str(tmp_path / "missing.sql")]):
         refused = run.invoke(app, ["sql", store.storage.address, *arguments])
