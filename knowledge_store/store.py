@@ -26,7 +26,7 @@ from knowledge_store.sql.answers import visible
 from knowledge_store.sql.export import export
 from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.sql.query import read_tokens, run_query
+from knowledge_store.sql.query import Parameters, read_tokens, run_query
 from knowledge_store.sql.view import dump_views
 from knowledge_store.storage import Storage, open_storage
 
@@ -167,7 +167,13 @@ class KnowledgeStore:
         return self.storage, self._index, list(self._manifests.values())
 
     def sql(
-        self, query: str, *, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT, isolated: bool = False
+        self,
+        query: str,
+        parameters: Parameters | None = None,
+        *,
+        memory_limit: int = MEMORY_LIMIT,
+        timeout: float = TIMEOUT,
+        isolated: bool = False,
     ) -> pa.Table:
         """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
@@ -175,6 +181,7 @@ class KnowledgeStore:
 
         Args:
             query: the statement.
+            parameters: values for its `?` or `$1`, in order, or by name for its `$name`.
             memory_limit: in bytes, for what the query keeps in memory, and for its answer.
             timeout: in seconds.
             isolated: for a query that somebody else wrote: answer it in a process of its own, which the system holds to the
@@ -188,8 +195,8 @@ class KnowledgeStore:
             DamageError: a file it reads is not what was published.
         """
         if isolated:
-            return isolated_answer(self.storage.address, query, memory_limit, timeout)
-        return run_query(*self.parts, query, memory_limit, timeout)
+            return isolated_answer(self.storage.address, query, memory_limit, timeout, parameters)
+        return run_query(*self.parts, query, memory_limit, timeout, parameters)
 
     def view(self, dump: str | None = None) -> str:
         """SQL statements that create a dump's relations in any DuckDB, over the committed files (see `sql.view`)."""

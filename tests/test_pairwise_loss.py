@@ -13,10 +13,9 @@ from conftest import make_tokenizer, save_teacher
 from stores import DOCUMENTS, MADE_BY, make_manifest
 from torch.nn import functional
 
-from knowledge_store import KINDS, DumpWriter, Kind, Shard
+from knowledge_store import KINDS, DumpWriter, Field, Kind, Shard
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
-from knowledge_store.kinds.field import Field
 from student_train.evaluation.configuration import EvaluateConfig
 from student_train.evaluation.run import evaluate
 from student_train.losses.step import model_inputs, run_student, step_loss
