@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from memory_storage import PLACES, MemoryStorage, new_place
-from stores import commit, joined, make_manifest, random_sequences, words, write_store
+from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DumpWriter, KnowledgeStore, QueryError
 from knowledge_store.format.sequences import tokens_table
