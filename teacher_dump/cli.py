@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import signal
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -100,7 +101,7 @@ def _show_report(report: DumpReport, done: str) -> None:
         f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
     )
     if report.skipped:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in report.skipped.items())
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in Counter(report.skipped).most_common())
         note(f"{report.skipped_rows:,} rows were skipped: {reasons}")
     if report.truncated:
         note(f"{report.truncated:,} sequences were truncated at the maximum length")

@@ -6,12 +6,15 @@ import importlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torture.heartbeat import wait_for, wait_until
@@ -57,6 +60,16 @@ class Finished:
     returncode: int
     stdout: str
     stderr: str
+
+
+@contextmanager
+def child_process(command: list[Any], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A `Popen` that does not outlive its test, however that ends."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 class Running:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,7 +24,8 @@ class DumpSummary:
     Attributes:
         dump, teacher, kinds, max_length, vocabulary_size: from the manifest.
         documents, shards: committed; documents_planned, shards_planned: in the plan.
-        skipped_rows: rows of the corpus left out.
+        skipped_rows: rows of the corpus that were skipped; skip_reasons: how many for each reason, most first.
+        truncated: sequences that were truncated at the maximum length.
         sequences: committed; positions: all their tokens.
         bytes: everything of the dump but its vocabulary (tokens.parquet), commit records included.
         column_bytes: compressed bytes of each column, as "table.column".
@@ -42,6 +44,8 @@ class DumpSummary:
     shards: int
     shards_planned: int
     skipped_rows: int
+    skip_reasons: dict[str, int]
+    truncated: int
     sequences: int
     positions: int
     bytes: int
@@ -60,6 +64,12 @@ class DumpSummary:
     def bytes_per_position(self) -> float | None:
         """Bytes on disk for each position, the vocabulary left out."""
         return self.bytes / self.positions if self.positions else None
+
+    def to_record(self) -> dict[str, Any]:
+        """The summary as plain JSON values."""
+        record = asdict(self)
+        del record["lines"]
+        return {**record, "complete": self.complete, "bytes_per_position": self.bytes_per_position}
 
 
 def _sum(column: pa.ChunkedArray) -> int:
@@ -86,11 +96,12 @@ def _statistics(shards: pa.Table, kind: Kind) -> dict[str, float | None]:
     return found
 
 
-def _column_bytes(shards: pa.Table) -> dict[str, int]:
-    """Compressed bytes of each column ("table.column") over all shards."""
-    maps = shards["column_bytes"].combine_chunks()
-    columns = pa.table({"column": maps.keys, "bytes": maps.items}).group_by("column", use_threads=False)
-    return {row["column"]: row["bytes_sum"] for row in columns.aggregate([("bytes", "sum")]).to_pylist()}
+def _added(column: pa.ChunkedArray) -> dict[str, int]:
+    """The sum of each key's values over all shards, largest first."""
+    maps = column.combine_chunks()
+    sums = pa.table({"key": maps.keys, "value": maps.items}).group_by("key", use_threads=False).aggregate([("value", "sum")])
+    ordered = sums.sort_by([("value_sum", "descending"), ("key", "ascending")])
+    return {row["key"]: row["value_sum"] for row in ordered.to_pylist()}
 
 
 def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary:
@@ -115,11 +126,13 @@ def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary
         shards=len(shards),
         shards_planned=manifest.shard_count,
         skipped_rows=_sum(shards["skipped_rows"]),
+        skip_reasons=_added(shards["skip_reasons"]),
+        truncated=_sum(shards["truncated"]),
         sequences=_sum(shards["sequences"]),
         positions=_sum(shards["positions"]),
         bytes=size,
         tokens_bytes=manifest.derived["tokens"]["bytes"],
-        column_bytes=_column_bytes(shards),
+        column_bytes=_added(shards["column_bytes"]),
         statistics={f"{name}.{key}": value for name, each in totals.items() for key, value in each.statistics.items()},
         facts={f"{name}.{key}": value for name, facts in stated.items() for key, value in facts.items()},
         lines=[line for name, each in totals.items() for line in KINDS[name].lines(manifest, each)],

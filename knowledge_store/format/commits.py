@@ -40,7 +40,7 @@ class CommitRecord:
         first_document, documents: the part of the plan it covers.
         files: for each table (`sequences` and each kind), the record of its Parquet file.
         statistics: named counts and means over the shard, "TABLE.NAME", for the index (see each kind's `statistics`).
-        skipped: rows of the corpus that were left out, as {"file", "row", "reason"}.
+        skipped: rows of the corpus that were skipped, as {"file", "row", "reason"}, and "detail" where there is more to say.
         made_by: library versions, device, host and times; for people, never compared.
     """
 

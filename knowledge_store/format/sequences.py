@@ -38,6 +38,7 @@ CORPUS_TYPES: dict[str, pa.DataType] = {
 
 SEQUENCES_COLUMNS = Columns({"sequence_id": COUNTING}, identifying=("sequence_id", "token_hash"))
 POSITIONS_STATISTIC = "sequences.positions"  # of a shard: how many tokens its sequences have together
+TRUNCATED_STATISTIC = "sequences.truncated"  # of a shard: how many of its sequences were truncated
 
 TOKENS_SCHEMA = pa.schema([("token_id", pa.uint32()), ("text", pa.string()), ("token", pa.string())])
 TOKENS_COLUMNS = Columns({"token_id": COUNTING, "text": TEXT, "token": TEXT}, identifying=("token_id",))
@@ -46,6 +47,14 @@ TOKENS_COLUMNS = Columns({"token_id": COUNTING, "text": TEXT, "token": TEXT}, id
 def sequence_id(document: int, window: int) -> int:
     """The id of a document's window (both counted from 0)."""
     return document << WINDOW_BITS | window
+
+
+def sequences_statistics(sequences: pa.Table) -> dict[str, float]:
+    """What a commit record says of a shard's `sequences`."""
+    return {
+        POSITIONS_STATISTIC: int(sequences["length"].to_numpy().sum(dtype=np.int64)),
+        TRUNCATED_STATISTIC: int(sequences["truncated"].to_numpy().sum()),
+    }
 
 
 def token_hash(token_ids: np.ndarray) -> int:

@@ -14,7 +14,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.layout import SEQUENCES
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import Columns
-from knowledge_store.format.sequences import POSITIONS_STATISTIC, SEQUENCES_COLUMNS, sequences_schema, sequences_table
+from knowledge_store.format.sequences import SEQUENCES_COLUMNS, sequences_schema, sequences_statistics, sequences_table
 from knowledge_store.kinds import KINDS, Arrays, Kind, joined
 from knowledge_store.kinds.columns import check_lists
 from knowledge_store.kinds.field import KEYS
@@ -32,7 +32,7 @@ class Shard:
         first_document, documents: what part of the plan it covers.
         sequences: rows of the `sequences` table, in order.
         knowledge: for each kind, what was taken of each sequence, in order: arrays of one entry a row (see the kind's `pack`).
-        skipped: rows of the corpus that were left out: {"file", "row", "reason"}.
+        skipped: rows of the corpus that were skipped: {"file", "row", "reason"}, and "detail" where there is more to say.
         made_by: versions, device, host, times.
     """
 
@@ -70,7 +70,7 @@ def pack_shard(shard: Shard, manifest: Manifest) -> tuple[dict[str, StoredTable]
     tables = {
         SEQUENCES: StoredTable(sequences_schema(manifest), [sequences] if len(sequences) else [], SEQUENCES_COLUMNS),
     }
-    statistics: dict[str, float] = {POSITIONS_STATISTIC: sum(row["length"] for row in shard.sequences)}
+    statistics: dict[str, float] = sequences_statistics(sequences)
     for name in manifest.kinds:
         kind = KINDS[name]
         row_groups, parts = [], []

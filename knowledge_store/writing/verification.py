@@ -21,7 +21,7 @@ from knowledge_store.format.layout import (
 )
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, open_table, read_table
-from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema
+from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema, sequences_statistics
 from knowledge_store.kinds import KINDS, check_kinds
 from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.kinds.statistics import added, measured, qualified
@@ -139,7 +139,7 @@ def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, T
     longest = max(sequences["length"].to_pylist(), default=0)
     if longest > manifest.plan["max_length"]:
         raise DamageError(f"{files[SEQUENCES].path} has a sequence of {longest:,} tokens")
-    statistics: dict[str, float] = {POSITIONS_STATISTIC: int(sequences["length"].to_numpy().sum(dtype=np.int64))}
+    statistics: dict[str, float] = sequences_statistics(sequences)
     for name in manifest.kinds:
         kind = KINDS[name]
         path = files[name].path

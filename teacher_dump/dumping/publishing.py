@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from knowledge_store.format.commits import CommitRecord
+from knowledge_store.format.sequences import TRUNCATED_STATISTIC
 from knowledge_store.kinds import Arrays
 from teacher_dump.dumping.plan import ShardInput
 
@@ -39,7 +40,7 @@ class Committed:
             positions=self.positions + shard.positions,
             bytes=self.bytes + sum(file.bytes for file in record.files.values()),
             skipped=Counter(self.skipped) + Counter(row["reason"] for row in record.skipped),
-            truncated=self.truncated + sum(sequence.truncated for sequence in shard.sequences),
+            truncated=self.truncated + int(record.statistics[TRUNCATED_STATISTIC]),
         )
 
 
