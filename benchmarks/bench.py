@@ -20,7 +20,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from benchmarks.demo import GGUF_FILE, teacher_folder
-from knowledge_store.terminal.quantities import duration
+from knowledge_store.quantities import duration
 
 ROOT = Path(__file__).parent.parent
 WORK = Path(".bench")

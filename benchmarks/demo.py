@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from knowledge_store.terminal.quantities import duration
+from knowledge_store.quantities import duration
 
 HOME = Path(".demo")
 STORE = HOME / "store"

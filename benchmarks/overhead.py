@@ -35,13 +35,14 @@ import torch
 
 from benchmarks.measurement import keep
 from knowledge_store.terminal.console import note
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
-from teacher_dump.dumping.configuration import DumpConfig
-from teacher_dump.dumping.plan import ShardReader, length_batches, make_manifest
-from teacher_dump.dumping.run import batch_arrays, dump
-from teacher_dump.extraction import positions as extraction
+from teacher_dump.dumping.batches import batch_arrays, length_batches
+from teacher_dump.dumping.plan import ShardReader, make_manifest
+from teacher_dump.dumping.run import dump
+from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.teachers import local as teacher_module
-from teacher_dump.teachers.local import Teacher, load_teacher
+from teacher_dump.teachers.local import LocalTeacher, load_teacher
 
 GOAL = 0.97
 DUMPS = {"top-5 + 4 draws": 4}
@@ -50,7 +51,7 @@ CHARACTERS_PER_POSITION = 4
 WINDOWS_IN_A_ROW = 8
 
 
-def batches_of(config: DumpConfig, teacher: Teacher) -> list[list[TokenSequence]]:
+def batches_of(config: DumpConfig, teacher: LocalTeacher) -> list[list[TokenSequence]]:
     """The batches of a dump, as it makes them."""
     manifest = make_manifest(config, teacher)
     reader = ShardReader(config, manifest, CorpusTokenizer(teacher.tokenizer, config.max_length))
@@ -63,25 +64,26 @@ def batches_of(config: DumpConfig, teacher: Teacher) -> list[list[TokenSequence]
     return batches
 
 
-def synchronise(teacher: Teacher) -> None:
+def synchronise(teacher: LocalTeacher) -> None:
     """Wait until a GPU has done what it was given."""
     if teacher.device.type == "cuda":
         torch.cuda.synchronize(teacher.device)
 
 
-def run_bare(teacher: Teacher, batches: list[list[TokenSequence]]) -> float:
+def run_bare(teacher: LocalTeacher, batches: list[list[TokenSequence]]) -> float:
     """Positions/s of the bare teacher: its forward pass, whole logits and nothing else."""
     synchronise(teacher)
     started = time.monotonic()
     for sequences in batches:
-        tokens, mask = (torch.from_numpy(each).to(teacher.device) for each in batch_arrays(sequences))
+        padded = batch_arrays([sequence.token_ids for sequence in sequences])
+        tokens, mask = (torch.from_numpy(each).to(teacher.device) for each in padded)
         with torch.inference_mode():
             teacher.model(input_ids=tokens, attention_mask=mask.long(), use_cache=False)
     synchronise(teacher)
     return sum(len(each.token_ids) for sequences in batches for each in sequences) / (time.monotonic() - started)
 
 
-def run_dump(config: DumpConfig, teacher: Teacher) -> float:
+def run_dump(config: DumpConfig, teacher: LocalTeacher) -> float:
     """Positions/s of a dump's pass, into a store of its own beside `config.store`."""
     with tempfile.TemporaryDirectory(dir=config.store.parent) as folder:
         report = dump(replace(config, store=Path(folder) / "store"), teacher=teacher)
@@ -98,7 +100,7 @@ def resident(name: str) -> float:
     return int(found[1]) / 2**10
 
 
-def peak_memory(config: DumpConfig, teacher: Teacher, bare: bool) -> dict[str, float]:
+def peak_memory(config: DumpConfig, teacher: LocalTeacher, bare: bool) -> dict[str, float]:
     """MiB that this process holds with the teacher loaded, and the most that it holds while it works."""
     batches = batches_of(config, teacher) if bare else []
     cuda = teacher.device.type == "cuda"
@@ -147,7 +149,7 @@ class Profile:
     What a function spends in another that is timed counts for that one alone.
     """
 
-    def __init__(self, teacher: Teacher):
+    def __init__(self, teacher: LocalTeacher):
         self.seconds: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
         self._teacher = teacher
         self._inner = threading.local()
@@ -176,13 +178,13 @@ class Profile:
 
 # Which function is which part, by where the dump looks it up.
 ON_THE_TEACHERS_THREAD = {
-    "forward of the body": ["teacher_dump.teachers.local.Teacher.predict"],
+    "forward of the body": ["teacher_dump.teachers.local.LocalTeacher.predict"],
     "head's matrix product": [],  # a module, which `_head` gives
     "top-k": ["teacher_dump.extraction.positions.likeliest"],
     "log-sum-exp": ["teacher_dump.extraction.positions.knowledge_of"],
     "draws": [f"teacher_dump.extraction.positions.{name}" for name in ("_points", "draw", "counted")],
     "checks and gathering": [],  # the extractor, looked up in a dict
-    "progress figures": ["teacher_dump.dumping.run._Meter.batch"],
+    "progress figures": ["teacher_dump.dumping.teacher_pass._Meter.batch"],
 }
 BESIDE_IT = {
     "reading and tokenising": ["teacher_dump.dumping.plan.ShardReader.read"],
@@ -190,11 +192,11 @@ BESIDE_IT = {
     "compressing": ["knowledge_store.format.parquet.write_table"],
     "hashing": ["knowledge_store.format.parquet.describe"],
     "fsync": ["os.fsync"],
-    "rows and statistics": ["teacher_dump.dumping.run.publish_shard"],
+    "rows and statistics": ["teacher_dump.dumping.teacher_pass.shard_of"],
 }
 
 
-def profile(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
+def profile(config: DumpConfig, teacher: LocalTeacher) -> dict[str, Any]:
     """Where the time of a dump goes: each part's share of its pass, in percent, on the teacher's thread or beside it."""
     found, head = Profile(teacher), teacher_module._head
     with ExitStack() as stack:
@@ -203,8 +205,9 @@ def profile(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
                 stack.enter_context(patch(place, found.timed(part, resolve_name(place))))
         product = "head's matrix product"
         stack.enter_context(patch.object(teacher_module, "_head", lambda model: found.timed(product, head(model))))
-        extract = found.timed("checks and gathering", extraction.extract_positions)
-        stack.enter_context(patch.dict(extraction.EXTRACTORS, positions=extract))
+        extractor = EXTRACTORS["positions"]
+        extractor = replace(extractor, function=found.timed("checks and gathering", extractor.function))
+        stack.enter_context(patch.dict(EXTRACTORS, positions=extractor))
         with tempfile.TemporaryDirectory(dir=config.store.parent) as folder:
             report = dump(replace(config, store=Path(folder) / "store"), teacher=teacher)
 
@@ -238,7 +241,7 @@ def spread(values: list[float], digits: int) -> dict[str, float]:
     return {name: round(value, digits) for name, value in numbers.items()}
 
 
-def measure(config: DumpConfig, teacher: Teacher, repeats: int) -> dict[str, Any]:
+def measure(config: DumpConfig, teacher: LocalTeacher, repeats: int) -> dict[str, Any]:
     """Everything about one teacher in one precision."""
     batches = batches_of(config, teacher)
     runs: dict[str, Callable[[], float]] = {"bare": lambda: run_bare(teacher, batches)}

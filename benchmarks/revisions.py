@@ -6,8 +6,9 @@ Each side is one warm process with the packages of its own checkout (`revision_w
 store of the same corpus, because formats differ between revisions. They take turns, and the side that goes first changes from
 turn to turn; the first turn of each task warms up and is not counted. A ratio is the other revision's time over this one's in
 the same turn: how fast this one is as a multiple of the other. Its interval is made of order statistics and holds the median
-of the ratios with a confidence of at least 95 %. Without a teacher the one of `tiny_model.py` is made, beside which the
-project's own work weighs most.
+of the ratios with a confidence of at least 95 %. Beside the clock's time stands the processor's, of all threads, which other
+work on the machine disturbs less. Without a teacher the one of `tiny_model.py` is made, beside which the project's own work
+weighs most.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ ROOT = HERE.parent
 LIMIT = 0.97  # a revision should be at least so fast as a multiple of the one before it
 CONFIDENCE = 0.95
 MIN_TURNS = 9
+CLOCKS = ("seconds", "processor_seconds")
 
 
 class Worker:
@@ -92,16 +94,24 @@ def verdict(low: float, high: float) -> str:
 
 def compare(task: str, this: Worker, other: Worker, turns: int) -> dict[str, Any]:
     """The figures of one task."""
-    seconds: dict[Worker, list[float]] = {this: [], other: []}
+    times: dict[Worker, list[dict[str, float]]] = {this: [], other: []}
     for turn in range(turns + 1):
         for worker in (this, other) if turn % 2 else (other, this):
-            seconds[worker].append(worker.ask(task)["seconds"])
-    mine, others = seconds[this][1:], seconds[other][1:]
-    ratios = [theirs / own for own, theirs in zip(mine, others, strict=True)]
+            times[worker].append(worker.ask(task))
+    pairs = list(zip(times[this], times[other], strict=True))[1:]
+    found = {clock: figures([(a[clock], b[clock]) for a, b in pairs]) for clock in CLOCKS}
+    for clock, each in found.items():
+        print(f"{task:<24} {clock:<18} {each['ratio']:.3f} {each['interval']}  {each['verdict']}", file=sys.stderr, flush=True)
+    return found
+
+
+def figures(turns: list[tuple[float, float]]) -> dict[str, Any]:
+    """What follows from the times of both in each turn, this revision's first."""
+    ratios = [other / this for this, other in turns]
     low, high = interval(ratios)
     return {
-        "seconds": round(statistics.median(mine), 4),
-        "other_seconds": round(statistics.median(others), 4),
+        "this": round(statistics.median(this for this, _ in turns), 4),
+        "other": round(statistics.median(other for _, other in turns), 4),
         "ratio": round(statistics.median(ratios), 3),
         "interval": [round(low, 3), round(high, 3)],
         "verdict": verdict(low, high),
@@ -146,7 +156,7 @@ def main() -> None:
         other = Worker(options.other.resolve(), work / "other", settings)
         if this.facts != other.facts:
             sys.exit(f"the two dumps differ: {this.facts} here, {other.facts} there")
-        figures: dict[str, Any] = {
+        found: dict[str, Any] = {
             "this": revision(ROOT),
             "other": revision(options.other),
             "positions": this.facts["positions"],
@@ -155,9 +165,7 @@ def main() -> None:
         }
         this.close()
         other.close()
-    keep("revisions", figures)
-    for task, found in figures["tasks"].items():
-        print(f"{task:<24} {found['ratio']:.3f} {found['interval']}  {found['verdict']}", file=sys.stderr)
+    keep("revisions", found)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ from knowledge_store.storage.local import LocalStorage
 from knowledge_store.terminal.progress import progress_bar
 
 STATISTICS = """
-    SELECT dump, count(*) AS shards, min(mean_top_k_mass), max(mean_top_k_mass), sum(sequences) AS sequences,
-           sum(positions) AS positions, sum(bytes) / sum(positions) AS bytes_per_position
+    SELECT dump, count(*) AS shards, min("positions.mean_top_k_mass"), max("positions.mean_top_k_mass"),
+           sum(sequences) AS sequences, sum(positions) AS positions, sum(bytes) / sum(positions) AS bytes_per_position
     FROM shards GROUP BY dump"""
 
 HISTOGRAM = """
@@ -136,6 +136,12 @@ def sequence_rows(first_document: int, tokens: np.ndarray) -> list[dict[str, Any
     ]
 
 
+def split(arrays: Arrays, sequences: int) -> list[Arrays]:
+    """The arrays of each of some sequences of one length."""
+    parts = {name: np.split(array, sequences) for name, array in arrays.items()}
+    return [{name: part[index] for name, part in parts.items()} for index in range(sequences)]
+
+
 def write_shards(store: Path, shards: int, written: int, sequences: int, length: int) -> CommitRecord:
     """A dump of `shards` shards in the plan, the first `written` of which are written; returns the last one's commit record."""
     texts: list[str | None] = [f"w{token}" for token in range(VOCABULARY)]
@@ -145,7 +151,14 @@ def write_shards(store: Path, shards: int, written: int, sequences: int, length:
         arrays = knowledge(random, sequences, length)
         rows = sequence_rows(shard * sequences, arrays["token_id"].reshape(sequences, length))
         record = writer.commit(
-            Shard(shard, shard * sequences, sequences, rows, {"positions": arrays}, made_by={"device": "numbers"})
+            Shard(
+                shard,
+                shard * sequences,
+                sequences,
+                rows,
+                {"positions": split(arrays, sequences)},
+                made_by={"device": "numbers"},
+            )
         )
     return record
 
@@ -161,7 +174,7 @@ def copy_shard(store: Path, record: CommitRecord, shard: int) -> None:
 
 def many_shards(store: Path, shards: int, spare: int) -> CommitRecord:
     """A store of small shards (see above), with `spare` more in its plan; returns the first one's commit record."""
-    with patch.object(knowledge_store.writing.writer, "ROW_GROUP_POSITIONS", 32):
+    with patch.object(knowledge_store.writing.shard, "ROW_GROUP_BYTES", 32 * 2048):
         record = write_shards(store, shards + spare, 1, 16, 16)
     for shard in range(1, shards):
         copy_shard(store, record, shard)

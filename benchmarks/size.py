@@ -38,17 +38,21 @@ from benchmarks.layouts import LAYOUTS, Records
 from benchmarks.measurement import RESULTS, keep
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest
 from knowledge_store.format.layout import TOKENS_FILE, table_file
-from knowledge_store.format.parquet import write_table
+from knowledge_store.format.parquet import COUNTING, TEXT, Columns, write_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids
-from knowledge_store.kinds.positions import positions_of, quantise
+from knowledge_store.kinds.field import PLAIN, SPLIT
+from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids, quantise
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.terminal.progress import progress_bar
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.configuration import DumpConfig
-from teacher_dump.dumping.plan import ShardInput, ShardReader, length_batches, make_manifest
-from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
-from teacher_dump.teachers.local import Teacher, load_teacher
+from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.plan import ShardInput, ShardReader, make_manifest
+from teacher_dump.dumping.teacher_pass import shard_of
+from teacher_dump.extraction.positions import positions_parameters
+from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.protocol import Teacher
 
 MAX_K = 50
 KEPT = (5, 16, 50)
@@ -65,13 +69,13 @@ def ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, path: Path) -> 
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     if not path.exists():
         found: list[Arrays] = [{}] * len(lengths)
-        many = replace(config, top_k=MAX_K, tail_draws=0)
+        both = [positions_parameters(each, teacher) for each in (replace(config, top_k=MAX_K, tail_draws=0), config)]
         with progress_bar(f"asking {config.dump_name}", sum(lengths), "positions") as advance:
             for indices in length_batches(lengths, config.batch_size * config.max_length):
                 sequences = [shard.sequences[index] for index in indices]
                 prediction = predict_batch(config, teacher, sequences)
-                both = [extract_batch(each, prediction, sequences, None)["positions"] for each in (many, config)]
-                for index, arrays, drawn in zip(indices, *both, strict=True):
+                extracted = [extract_batch(config, {"positions": each}, prediction, sequences)["positions"] for each in both]
+                for index, arrays, drawn in zip(indices, *extracted, strict=True):
                     found[index] = {**arrays, **{name: drawn[name] for name in ("tail_ids", "tail_counts")}}
                 advance(sum(len(sequence.token_ids) for sequence in sequences))
         unfinished = path.with_suffix(".unfinished.npz")
@@ -130,7 +134,8 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
         folder, replace(manifest, kinds={"positions": replace(positions_of(manifest), selection=rule).to_record()}), tokens
     )
     for shard, sequences in zip(shards, knowledge, strict=True):
-        publish_shard(writer, shard, {"positions": [fewer(arrays, k, draws) for arrays in sequences]}, {"device": "numbers"})
+        positions = [fewer(arrays, k, draws) for arrays in sequences]
+        writer.commit(shard_of(writer.manifest, shard, {"positions": positions}, {"device": "numbers"}))
     store = KnowledgeStore.open(folder)
     [summary] = store.info()
     files = [path for path in folder.rglob("*") if path.is_file()]
@@ -142,7 +147,7 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
         vocabulary_bytes=(folder / config.dump_name / TOKENS_FILE).stat().st_size,
         index_bytes=index,
         column_bytes=summary.column_bytes,
-        dense_bytes=summary.dense_bytes,
+        dense_bytes=int(summary.facts["positions.dense_bytes"] or 0),
     )
 
 
@@ -257,10 +262,25 @@ def by_frequency(ids: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
     return numbers
 
 
+def encodings(schema: pa.Schema) -> Columns:
+    """How the store would encode these columns, of which some are made up here."""
+    chosen = {name: COUNTING for name in schema.names if name in ("sequence_id", "position")}
+    for column in schema:
+        value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
+        path = f"{column.name}.list.element" if pa.types.is_list(column.type) else column.name
+        if column.name.endswith("_steps"):
+            chosen[path] = SPLIT
+        elif pa.types.is_binary(column.type):
+            chosen[path] = TEXT
+        elif value_type == pa.uint32():
+            chosen[path] = PLAIN
+    return Columns(chosen)
+
+
 def table_bytes(groups: list[pa.Table]) -> int:
     """Bytes of a file with these row groups, by the writer of every shard."""
     file = io.BytesIO()
-    write_table(file, groups[0].schema, groups)
+    write_table(file, groups[0].schema, groups, encodings(groups[0].schema))
     return len(file.getvalue())
 
 
@@ -301,7 +321,7 @@ def ideas(store: Path, dump: Dump) -> dict[str, dict[str, float]]:
         renumbered.append(changed(one, {"candidate_ids": octets, "token_id": tokens}))
     mapping = io.BytesIO()
     table = pa.table({"token_id": np.argsort(numbers).astype(np.uint32)})
-    write_table(mapping, table.schema, [table])
+    write_table(mapping, table.schema, [table], encodings(table.schema))
     left_out["ids numbered by frequency, the table of numbers not counted"] = -saved(renumbered)
     left_out["ids numbered by frequency"] = round(-saved(renumbered) - len(mapping.getvalue()) / dump.positions, 3)
     larger = [pa.concat_tables(stored[at : at + 4]).combine_chunks() for at in range(0, len(stored), 4)]

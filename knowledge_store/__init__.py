@@ -18,11 +18,12 @@ if TYPE_CHECKING:
         StoreError,
     )
     from knowledge_store.format.manifest import Manifest
-    from knowledge_store.kinds import KINDS, Kind
+    from knowledge_store.kinds import KINDS, Field, Kind
     from knowledge_store.reading.batches import Batches
     from knowledge_store.store import KnowledgeStore
+    from knowledge_store.writing.shard import Shard
     from knowledge_store.writing.verification import Verification, verify
-    from knowledge_store.writing.writer import DumpWriter, Shard
+    from knowledge_store.writing.writer import DumpWriter
 
 # Where each name is. It is loaded when it is first asked for: the command need not wait for libraries that its child loads.
 _MODULES = {
@@ -30,11 +31,12 @@ _MODULES = {
     "catalogue.summary": ("DumpSummary",),
     "errors": ("DamageError", "InputError", "KnowledgeStoreError", "MismatchError", "QueryError", "StoreError"),
     "format.manifest": ("Manifest",),
-    "kinds": ("KINDS", "Kind"),
+    "kinds": ("KINDS", "Field", "Kind"),
     "reading.batches": ("Batches",),
     "store": ("KnowledgeStore",),
     "writing.verification": ("Verification", "verify"),
-    "writing.writer": ("DumpWriter", "Shard"),
+    "writing.shard": ("Shard",),
+    "writing.writer": ("DumpWriter",),
 }
 
 
@@ -52,6 +54,7 @@ __all__ = [
     "DamageError",
     "DumpSummary",
     "DumpWriter",
+    "Field",
     "InputError",
     "Kind",
     "KnowledgeStore",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import math
+import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,13 +14,13 @@ from rich.text import Text
 
 from knowledge_store.errors import InputError, KnowledgeStoreError, LimitError
 from knowledge_store.isolation.child import MEMORY_LIMIT as READING_LIMIT
+from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.terminal.commands import Command, StoreArgument, application, command
 from knowledge_store.terminal.console import messages, note, output
 from knowledge_store.terminal.progress import TerminalReporter
-from knowledge_store.terminal.quantities import amount, byte_size
 
 if TYPE_CHECKING:
     from knowledge_store.catalogue.summary import DumpSummary
@@ -57,12 +56,23 @@ def _open(store: Path, **options: Any) -> KnowledgeStore:
 
 
 @command(app)
-def info(store: StoreArgument) -> None:
-    """Show what a store holds: dumps, sizes, ratio to dense logits, mass of the candidates.
+def info(
+    store: StoreArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array with an object for each dump.")] = False,
+) -> None:
+    """Show what a store holds: dumps, sizes, what was skipped or truncated, and what each kind of knowledge says of itself.
 
     Example: `knowledge-store info knowledge/`
     """
-    summaries = _open(store).info()
+    opened = _open(store)
+    summaries = opened.info()
+    if opened.closed and not summaries:
+        opened.dump(next(iter(opened.closed)))  # says why
+    for sentence in opened.closed.values():
+        note(f"Closed: {sentence}")
+    if as_json:
+        typer.echo(json.dumps([summary.to_record() for summary in summaries], indent=1, ensure_ascii=False))
+        return
     if not summaries:
         note(f"{store} holds no dump yet")
     for summary in summaries:
@@ -73,28 +83,20 @@ def _print_summary(summary: DumpSummary) -> None:
     shards = f"{summary.shards} of {summary.shards_planned} shards"
     lines = [
         ("teacher", f"{summary.teacher} (vocabulary {summary.vocabulary_size:,})"),
-        ("selection", f"{summary.selection}, log-probabilities in steps of {summary.quantisation_step} nats"),
         ("documents", f"{summary.documents:,} of {summary.documents_planned:,}"),
         ("sequences", f"{summary.sequences:,} of at most {summary.max_length} tokens"),
-        ("positions", f"{amount(summary.positions)}, {summary.predictions:,} with knowledge"),
+        ("positions", amount(summary.positions)),
     ]
     if summary.skipped_rows:
-        lines.append(("rows left out", f"{summary.skipped_rows:,}"))
-    if summary.mean_top_k_mass is not None:
-        lines.append(("mass of the candidates", f"{summary.mean_top_k_mass:.4f} on average"))
-    if summary.mean_nll is not None:
-        loss = f"{summary.mean_nll:.4f} nats a token (perplexity {math.exp(summary.mean_nll):.2f})"
-        lines.append(("teacher's own loss", loss))
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in summary.skip_reasons.items())
+        lines.append(("skipped rows", f"{summary.skipped_rows:,}: {reasons}"))
+    if summary.truncated:
+        lines.append(("truncated", f"{summary.truncated:,} sequences"))
+    lines += summary.lines
     if summary.bytes_per_position is not None:
-        lines += [
-            (
-                "on disk",
-                f"{byte_size(summary.bytes)}, {summary.bytes_per_position:.2f} bytes a position"
-                f" (and {byte_size(summary.tokens_bytes)} for the vocabulary)",
-            ),
-            ("kept whole (float32)", f"{byte_size(summary.dense_bytes)}: {summary.ratio:,.0f} times as much"),
-        ]
-    state = "complete" if summary.complete else "incomplete: run the same `teacher-dump run` again to go on"
+        on_disk = f"{byte_size(summary.bytes)}, {summary.bytes_per_position:.2f} bytes a position"
+        lines.append(("on disk", f"{on_disk} (and {byte_size(summary.tokens_bytes)} for the vocabulary)"))
+    state = "complete" if summary.complete else "incomplete: run the same `teacher-dump run` again to resume"
     output.print(f"[bold]{summary.dump}[/bold]  {shards}, {state}")
     for label, value in lines:
         output.print(f"  {label:<23} {visible(value)}", markup=False)
@@ -249,46 +251,13 @@ def sequence(
     """
     opened = _open(store)
     name = opened.dump(dump)
-    if "positions" not in opened.manifest(name).kinds:
-        raise InputError(f"dump {name!r} holds no knowledge of kind 'positions', and this shows no other")
     ids = opened.sequences(name)["sequence_id"].to_numpy()
     ordinal = int(ids.searchsorted(sequence_id))
     if ordinal == len(ids) or ids[ordinal] != sequence_id:
         raise InputError(f"dump {name!r} has no sequence {sequence_id}: `SELECT sequence_id FROM sequences` lists them")
-    _print_sequence(opened, name, ordinal)
-
-
-def _print_sequence(store: KnowledgeStore, dump: str, ordinal: int) -> None:
-    texts = store.tokens(dump)["text"].to_pylist()
-    knowledge = store[dump, ordinal]
-
-    def shown(token: int) -> str:
-        text = texts[token] if token < len(texts) else None
-        return f"<{token}>" if text is None else visible(text.replace(" ", "␣"))
-
-    rows = []
-    for position, token in enumerate(knowledge["input_ids"]):
-        row = [str(position), shown(token), "", ""]
-        if knowledge["has_knowledge"][position]:
-            listed = zip(knowledge["candidate_ids"][position], knowledge["candidate_logprobs"][position], strict=True)
-            candidates = {candidate: logprob for candidate, logprob in listed if logprob > -math.inf}
-            words = [f"{shown(candidate)} {math.exp(logprob):.0%}" for candidate, logprob in candidates.items()]
-            others = f"(others {math.exp(knowledge['tail_logprob'][position]):.0%}{_drawn(knowledge, position, shown)})"
-            # Among the candidates it is normalised with them; elsewhere it is as it was kept.
-            logprob = candidates.get(token, knowledge["token_logprob"][position])
-            row[2:] = [f"{math.exp(logprob):.1%}", "  ".join([*words, others])]
-        rows.append(row)
-    for number, line in enumerate(aligned(["position", "token", "probability", "what the teacher expected"], rows)):
-        output.print(Text(line, style="" if number else "bold"))
-
-
-def _drawn(knowledge: dict[str, Any], position: int, shown: Callable[[int], str]) -> str:
-    """Which tokens were drawn from the tail, and how often each of them that came more than once."""
-    if "tail_ids" not in knowledge:
-        return ""
-    drawn = zip(knowledge["tail_ids"][position], knowledge["tail_counts"][position], strict=True)
-    words = [shown(token) + (f" ×{count}" if count > 1 else "") for token, count in drawn if count]
-    return f", drawn: {' '.join(words)}" if words else ""
+    for header, rows in opened.shown(ordinal, name):
+        for number, line in enumerate(aligned(header, rows)):
+            output.print(Text(line, style="" if number else "bold"))
 
 
 def main() -> None:

@@ -16,15 +16,17 @@ from knowledge_store.format.manifest import Manifest, check_version, read_manife
 from knowledge_store.format.parquet import read_table
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import sequences_schema
-from knowledge_store.kinds import KINDS, Arrays, check_kinds
+from knowledge_store.kinds import KINDS, Arrays, check_kinds, item_mask
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
+from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader, shard_files
 from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.sql.answers import visible
 from knowledge_store.sql.export import export
 from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.sql.query import read_tokens, run_query
+from knowledge_store.sql.query import Parameters, read_tokens, run_query
 from knowledge_store.sql.view import dump_views
 from knowledge_store.storage import Storage, open_storage
 
@@ -211,7 +213,13 @@ class KnowledgeStore:
         return self.storage, self._index, list(self._manifests.values())
 
     def sql(
-        self, query: str, *, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT, isolated: bool = False
+        self,
+        query: str,
+        parameters: Parameters | None = None,
+        *,
+        memory_limit: int = MEMORY_LIMIT,
+        timeout: float = TIMEOUT,
+        isolated: bool = False,
     ) -> pa.Table:
         """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
@@ -219,6 +227,7 @@ class KnowledgeStore:
 
         Args:
             query: the statement.
+            parameters: values for its `?` or `$1`, in order, or by name for its `$name`.
             memory_limit: in bytes, for what the query keeps in memory, and for its answer.
             timeout: in seconds.
             isolated: for a query that somebody else wrote: answer it in a process of its own, which the system holds to the
@@ -232,8 +241,8 @@ class KnowledgeStore:
             DamageError: a file it reads is not what was published.
         """
         if isolated:
-            return isolated_answer(self.storage.address, query, memory_limit, timeout)
-        return run_query(*self.parts, query, memory_limit, timeout)
+            return isolated_answer(self.storage.address, query, memory_limit, timeout, parameters)
+        return run_query(*self.parts, query, memory_limit, timeout, parameters)
 
     def view(self, dump: str | None = None) -> str:
         """SQL statements that create a dump's relations in any DuckDB, over the committed files (see `sql.view`)."""
@@ -297,26 +306,20 @@ class KnowledgeStore:
 
         Args:
             dump: which dump; None when there is only one.
-            batch_size: sequences in a batch, for each rank.
-            seed, epoch: decide the order, the same for every rank and any number of ranks.
-            rank, world_size: step s of rank r takes items [(sW + r)B, (sW + r + 1)B) of the order.
-            consumed: items that all ranks together have taken before (see `Batches.state`).
-            ordinals: read only these sequences.
-            shuffle: False reads them in order.
-            kinds: which kinds of knowledge; None means all the dump has.
-            snapshot: of the dump when the order was begun (see `Batches.state`).
+            batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, kinds, snapshot: see `ReadPlan`.
 
         Raises:
             InputError: no such dump, rank or kind; nothing to read; or the dump has grown since the order was begun.
         """
+        plan = ReadPlan(batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, kinds, snapshot)
+        return self.read(plan, dump)
+
+    def read(self, plan: ReadPlan, dump: str | None = None) -> Batches:
+        """`batches` of a plan."""
         reader = self._reader(dump)
         if not len(reader):
             raise InputError(f"dump {self.dump(dump)!r} of {self.address} has no committed shard yet")
-        wanted = tuple(reader.manifest.kinds) if kinds is None else kinds
-        for kind in wanted:
-            if kind not in reader.manifest.kinds:
-                raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
-        return Batches(reader, wanted, batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, snapshot)
+        return Batches(reader, plan)
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together."""
@@ -336,26 +339,48 @@ class KnowledgeStore:
             sequence_id, knowledge = reader.sequence(int(ordinal), tuple(reader.manifest.kinds))
         except InputError as error:
             raise IndexError(str(error)) from None
-        found: Arrays = {"sequence_id": np.int64(sequence_id)}  # type: ignore[dict-item]
+        found: Arrays = {"sequence_id": np.int64(sequence_id)}
         for kind, arrays in knowledge.items():
-            if KINDS[kind].per == "position":
-                found.update(arrays)
-                found.setdefault("attention_mask", np.ones(len(next(iter(arrays.values()))), dtype=bool))
-            else:
-                found.update({name: array[0] for name, array in arrays.items()})
+            if KINDS[kind].per == "sequence":
+                found |= {name: rows[0] for name, rows in arrays.items()}
+                continue
+            found |= arrays
+            mask = "attention_mask" if KINDS[kind].per == "position" else item_mask(kind)
+            found.setdefault(mask, np.ones(len(next(iter(arrays.values()))), dtype=bool))
         return found
 
-    def kept(self, ordinal: int, dump: str | None = None) -> tuple[pa.Table, int]:
-        """A sequence's positions as they were kept (rounded, not normalised), and the hash of its token ids in `sequences`.
+    def stored(self, ordinal: int, kind: str, dump: str | None = None) -> tuple[pa.Table, int]:
+        """A sequence's rows of a kind as they were kept, and the hash of its token ids in `sequences`.
 
         Raises:
-            InputError: there is no such dump or sequence, or the dump holds no positions.
+            InputError: there is no such dump or sequence, or the dump holds no such kind.
             DamageError: what was read is not what was published.
         """
         reader = self._reader(dump)
-        if "positions" not in reader.manifest.kinds:
-            raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind 'positions'")
-        return reader.kept(ordinal, "positions")
+        if kind not in reader.manifest.kinds:
+            raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
+        return reader.stored(ordinal, kind)
+
+    def shown(self, ordinal: int, dump: str | None = None) -> list[tuple[list[str], list[list[str]]]]:
+        """A sequence as a person reads it: for each kind that can be shown, a table's header and rows.
+
+        Raises:
+            InputError: there is no such dump or sequence, or it holds no kind that can be shown.
+        """
+        name = self.dump(dump)
+        kinds = [KINDS[kind] for kind in self._manifests[name].kinds]
+        shows = [kind.show for kind in kinds if kind.show is not None]
+        if not shows:
+            raise InputError(
+                f"dump {name!r} holds no knowledge that can be shown, only {', '.join(kind.name for kind in kinds)}"
+            )
+        texts, knowledge = self.tokens(name)["text"].to_pylist(), self[name, ordinal]
+
+        def text(token: int) -> str:
+            found = texts[token] if token < len(texts) else None
+            return f"<{token}>" if found is None else visible(found.replace(" ", "␣"))
+
+        return [show(knowledge, text) for show in shows]
 
     def snapshot(self, dump: str | None = None) -> int:
         """A number that stands for a dump's sequences in their order: it is another one when shards were added or lost."""

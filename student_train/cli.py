@@ -45,14 +45,10 @@ def init(config: InitialiseConfig) -> None:
 
     Example: `student-train init --from teacher/ --keep-layers 0,6,12,18,24,29 --output student/`
     """
-    from student_train.training.model_folder import check_model_folder
+    from student_train.training.initialisation import initialise
 
-    layers = parse_layers(config.keep_layers)
-    check_model_folder(config.source, config.gguf_file)
     with _libraries():
-        from student_train.training.initialisation import initialise
-
-        made = initialise(config.source, layers, config.output, gguf_file=config.gguf_file)
+        made = initialise(config.source, parse_layers(config.keep_layers), config.output, gguf_file=config.gguf_file)
     output.print(
         f"{made.output}: {made.layers} of {made.layers_before} layers,"
         f" {_millions(made.parameters)} of {_millions(made.parameters_before)} parameters",

@@ -7,24 +7,45 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from teacher_dump.calibration import TemperatureFit, calibrate
-    from teacher_dump.checking.agreement import Agreement, check
-    from teacher_dump.dumping.configuration import DumpConfig
+    from teacher_dump.checking.run import check
+    from teacher_dump.checking.verdicts import Agreement
+    from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig
     from teacher_dump.dumping.estimate import Estimate, estimate
-    from teacher_dump.dumping.run import DumpReport, dump
-
-__all__ = ["Agreement", "DumpConfig", "DumpReport", "Estimate", "TemperatureFit", "calibrate", "check", "dump", "estimate"]
+    from teacher_dump.dumping.repair import repair
+    from teacher_dump.dumping.report import DumpReport
+    from teacher_dump.dumping.run import dump
 
 _MODULES = {
-    "Agreement": "teacher_dump.checking.agreement",
-    "check": "teacher_dump.checking.agreement",
-    "DumpConfig": "teacher_dump.dumping.configuration",
-    "DumpReport": "teacher_dump.dumping.run",
-    "dump": "teacher_dump.dumping.run",
+    "Agreement": "teacher_dump.checking.verdicts",
+    "CalibrateConfig": "teacher_dump.configuration",
+    "CheckConfig": "teacher_dump.configuration",
+    "DumpConfig": "teacher_dump.configuration",
+    "DumpReport": "teacher_dump.dumping.report",
+    "Estimate": "teacher_dump.dumping.estimate",
+    "EstimateConfig": "teacher_dump.configuration",
     "TemperatureFit": "teacher_dump.calibration",
     "calibrate": "teacher_dump.calibration",
-    "Estimate": "teacher_dump.dumping.estimate",
+    "check": "teacher_dump.checking.run",
+    "dump": "teacher_dump.dumping.run",
     "estimate": "teacher_dump.dumping.estimate",
+    "repair": "teacher_dump.dumping.repair",
 }
+
+__all__ = [
+    "Agreement",
+    "CalibrateConfig",
+    "CheckConfig",
+    "DumpConfig",
+    "DumpReport",
+    "Estimate",
+    "EstimateConfig",
+    "TemperatureFit",
+    "calibrate",
+    "check",
+    "dump",
+    "estimate",
+    "repair",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Is a teacher as sure as it is right, and which temperature makes it so? Fitted on text that it was not trained on.
+"""Is a teacher as confident as it is right, and which temperature makes it so? Fitted on text that it was not trained on.
 
 The temperature T minimises the negative log-likelihood of the text's tokens under softmax(z / T), over the whole vocabulary
 (Guo et al. 2017, arXiv 1706.04599). That is convex in 1 / T, with the slope E[z] − z(token), so one pass over a grid of
@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +23,16 @@ from knowledge_store.calibration.expected_calibration_error import expected_cali
 from knowledge_store.calibration.file import Calibration
 from knowledge_store.calibration.temperature import root_of_slopes
 from knowledge_store.errors import InputError
-from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.reporter import SILENT, Advance, Reporter
+from teacher_dump.configuration import CalibrateConfig
 from teacher_dump.corpus.documents import check_files, problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
-from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
-from teacher_dump.dumping.configuration import DumpConfig
-from teacher_dump.dumping.plan import check_options, identity_manifest, length_batches
-from teacher_dump.dumping.run import predict_batch
-from teacher_dump.teachers.local import Teacher, load_teacher
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
+from teacher_dump.dumping.batches import length_batches, predict_batch
+from teacher_dump.dumping.plan import corpus_files
+from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.protocol import Teacher
 
-LIMIT = 20_000
 FEW_TARGETS = 200
 MIN_GAIN = 1e-3  # of the negative log-likelihood, below which a temperature does not help
 GRID = np.geomspace(0.25, 4, 17)  # 1 is one of them
@@ -49,7 +49,7 @@ class TemperatureFit:
         gain: by how much it lowers the negative log-likelihood, nats per target.
         gain_error: the standard error of that, over sequences; None for a single one.
         at_edge: whether the grid ends at the optimum, which may then lie beyond.
-        skipped_rows: rows of the corpus that were left out.
+        skipped_rows: rows of the corpus that were skipped.
     """
 
     calibration: Calibration
@@ -71,51 +71,48 @@ class TemperatureFit:
         """What speaks against using it, in words; empty when nothing does."""
         before, after = self.calibration.before, self.calibration.after
         temperature, targets = self.calibration.temperature, self.calibration.targets
-        found = []
+        doubts = []
         if self.at_edge:
-            found.append(
+            doubts.append(
                 f"the best temperature is {temperature:g} or beyond, where the search ends: look at teacher and corpus"
             )
         if self.gain < MIN_GAIN * before["nll"]:
-            found.append(f"a temperature does not help: {temperature:g} lowers the loss by less than {MIN_GAIN:.1%}")
+            doubts.append(f"a temperature does not help: {temperature:g} lowers the loss by less than {MIN_GAIN:.1%}")
         elif self.interval is None or self.interval[0] <= 0:
-            found.append("the gain may be chance: its 95% interval holds 0 or cannot be told")
+            doubts.append("the gain may be chance: its 95% interval holds 0 or there is none")
         if after["ece_15"] > before["ece_15"]:
-            found.append("the calibration error is higher with it than without")
+            doubts.append("the calibration error is higher with it than without")
         if targets < FEW_TARGETS:
-            found.append(f"{targets} targets are few: fit on {FEW_TARGETS} or more")
-        return found
+            doubts.append(f"{targets} targets are few: fit on {FEW_TARGETS} or more")
+        return doubts
 
 
-def calibrate(config: DumpConfig, limit: int = LIMIT, teacher: Teacher | None = None) -> TemperatureFit:
-    """Fit a temperature to a teacher.
+def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> TemperatureFit:
+    """Fit a temperature to a teacher. Nothing is written (see `knowledge_store.write_calibration`).
 
     Args:
-        config: the teacher, and in `corpus` text that it was not trained on; selection and store are not used.
-        limit: about how many targets to fit on: a uniform random sample of the corpus's documents that holds as many.
+        config: the teacher, and text that it was not trained on.
         teacher: already loaded as `config` says; loaded here when None.
+        reporter: hears of progress.
 
     Raises:
         InputError: something given cannot be used, or the corpus holds no target.
     """
-    if limit < 1:
-        raise InputError(f"--limit is {limit}; it must be at least 1")
     check_files(config.corpus)
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device)
-    check_options(config, teacher)
-    sequences, skipped_rows = _sample(config, CorpusTokenizer(teacher.tokenizer, config.max_length), limit)
+    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    files = corpus_files(config, config.corpus, teacher, reporter)
+    sequences, skipped_rows = _sample(config, CorpusTokenizer(teacher.tokenizer, config.max_length), reporter)
     targets = sum(int(sequence.is_target.sum()) for sequence in sequences)
-    with progress_bar("asking the teacher", 2 * targets, "targets") as advance:
+    with reporter.progress("asking the teacher", 2 * targets, "targets") as advance:
         temperature, at_edge = _fit(config, teacher, sequences, advance)
         measured = _measure(config, teacher, sequences, temperature, advance)
     gain, error = mean_and_error(measured.nll[0] - measured.nll[1], measured.sequence)
-    manifest = identity_manifest(config, teacher)
     calibration = Calibration(
         method="temperature",
         value=temperature,
-        teacher=manifest.teacher,
-        tokenizer=manifest.tokenizer,
-        fitted_on={"corpus": manifest.corpus["files"]},
+        teacher=teacher.description,
+        tokenizer=describe_tokenizer(teacher.tokenizer),
+        fitted_on={"corpus": files},
         targets=targets,
         before=measured.figures(0),
         after=measured.figures(1),
@@ -123,8 +120,8 @@ def calibrate(config: DumpConfig, limit: int = LIMIT, teacher: Teacher | None = 
     return TemperatureFit(calibration, len(sequences), gain, error, at_edge, skipped_rows)
 
 
-def _sample(config: DumpConfig, tokenizer: CorpusTokenizer, limit: int) -> tuple[list[TokenSequence], int]:
-    """The sequences of a uniform random sample of documents with about `limit` targets, and how many rows were left out.
+def _sample(config: CalibrateConfig, tokenizer: CorpusTokenizer, reporter: Reporter) -> tuple[list[TokenSequence], int]:
+    """The sequences of a uniform random sample of documents with about `config.limit` targets, and how many rows were skipped.
 
     Each document gets a random number, and those with the lowest are kept: the highest makes room while the others are
     enough, so that most documents of a large corpus are read and never tokenised.
@@ -132,33 +129,33 @@ def _sample(config: DumpConfig, tokenizer: CorpusTokenizer, limit: int) -> tuple
     generator = random.Random(0)
     kept: list[tuple[float, int, int, list[TokenSequence]]] = []  # a heap: −random number, document, targets, sequences
     total = skipped = 0
-    with progress_bar("reading the corpus", None) as advance:
+    with reporter.progress("reading the corpus", None) as advance:
         for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
             advance(document.characters)
             key = generator.random()
-            if document.problem is None and total >= limit and key >= -kept[0][0]:
+            if document.problem is None and total >= config.limit and key >= -kept[0][0]:
                 continue
             try:
                 sequences = tokenizer.sequences(document)
             except BadRow as reason:
                 if not config.skip_bad_rows:
                     place = problem_text(config.corpus, document.file, document.row, str(reason))
-                    raise InputError(f"{place}. Mend the corpus, or pass --skip-bad-rows to leave such rows out") from None
+                    raise InputError(f"{place}. Repair the corpus, or pass --skip-bad-rows to leave such rows out") from None
                 skipped += 1
                 continue
             if targets := sum(int(sequence.is_target.sum()) for sequence in sequences):
                 heapq.heappush(kept, (-key, document.number, targets, sequences))
                 total += targets
-            while kept and total - kept[0][2] >= limit:
+            while kept and total - kept[0][2] >= config.limit:
                 total -= heapq.heappop(kept)[2]
     if not kept:
         raise InputError("the corpus has no target to fit a temperature on")
-    kept.sort(key=lambda each: each[1])
+    kept.sort(key=lambda entry: entry[1])
     return [sequence for *_, sequences in kept for sequence in sequences], skipped
 
 
 def _logits(
-    config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Callable[[float], None]
+    config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Advance
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """For slices of all targets: each one's sequence (n,), its logits float32 (n, V), and its token (n,)."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
@@ -168,8 +165,9 @@ def _logits(
         pairs = [np.flatnonzero(sequence.is_target) for sequence in batch]
         rows = np.repeat(np.arange(len(batch)), [len(positions) for positions in pairs])
         positions = np.concatenate(pairs)
-        tokens = np.concatenate([each.token_ids[where] for each, where in zip(batch, pairs, strict=True)])
-        places, before, found = (torch.from_numpy(each).to(teacher.device) for each in (rows, positions - 1, tokens))
+        tokens = np.concatenate([sequence.token_ids[own] for sequence, own in zip(batch, pairs, strict=True)])
+        arrays = (rows, positions - 1, tokens)
+        places, before, targets = (torch.from_numpy(array).to(teacher.device) for array in arrays)
         for part, logits in prediction.logit_slices(places, before):
             if not (logits.amin().isfinite() and logits.amax().isfinite()):
                 document = batch[rows[part][0]].document
@@ -177,13 +175,11 @@ def _logits(
                     f"the teacher's logits are NaN or infinite at row {document.row} of corpus file {document.file + 1} or"
                     " soon after it. Check the teacher's weights; if its dtype is a short one, use --dtype float32"
                 )
-            yield indices[rows[part]], logits, found[part]
-            advance(len(found[part]))
+            yield indices[rows[part]], logits, targets[part]
+            advance(len(targets[part]))
 
 
-def _fit(
-    config: DumpConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Callable[[float], None]
-) -> tuple[float, bool]:
+def _fit(config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequence], advance: Advance) -> tuple[float, bool]:
     """The temperature with the least negative log-likelihood, and whether it is where the grid ends."""
     slopes = np.zeros(len(GRID))
     for _, logits, tokens in _logits(config, teacher, sequences, advance):
@@ -216,27 +212,27 @@ class _Measured:
 
 
 def _measure(
-    config: DumpConfig,
+    config: CalibrateConfig,
     teacher: Teacher,
     sequences: list[TokenSequence],
     temperature: float,
-    advance: Callable[[float], None],
+    advance: Advance,
 ) -> _Measured:
     """How the teacher does at temperature 1 and at `temperature`, over the whole vocabulary."""
     numbers: list[np.ndarray] = []
     correct: list[np.ndarray] = []
     figures: list[np.ndarray] = []
     for sequence, logits, tokens in _logits(config, teacher, sequences, advance):
-        found = []
-        for each in (1.0, temperature):
-            logprobs = torch.log_softmax(logits / each, dim=1)
+        rows = []
+        for divisor in (1.0, temperature):
+            logprobs = torch.log_softmax(logits / divisor, dim=1)
             own = logprobs.gather(1, tokens[:, None])[:, 0]
             confidence = logprobs.amax(dim=1).exp()
             squares = logprobs.mul_(2).exp_().sum(dim=1)
-            found.append(torch.stack([-own, confidence, 1 - 2 * own.exp() + squares]))
+            rows.append(torch.stack([-own, confidence, 1 - 2 * own.exp() + squares]))
         numbers.append(sequence)
         correct.append((logits.argmax(dim=1) == tokens).cpu().numpy())
-        figures.append(torch.stack(found).cpu().numpy().astype(np.float64))
+        figures.append(torch.stack(rows).cpu().numpy().astype(np.float64))
     nll, confidence, brier = np.concatenate(figures, axis=2).transpose(1, 0, 2)
     return _Measured(np.concatenate(numbers), np.concatenate(correct), nll, confidence, brier)
 

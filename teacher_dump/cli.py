@@ -1,261 +1,48 @@
-"""The command `teacher-dump`: a thin layer over `dump`, `estimate`, `calibrate` and `check`."""
+"""The command `teacher-dump`: a thin layer over `dump`, `repair`, `estimate`, `calibrate` and `check`."""
 
 from __future__ import annotations
 
 import importlib.util
 import signal
-import sys
-from pathlib import Path
-from typing import Annotated
+from collections import Counter
+from typing import Annotated, Any
 
 import typer
 
 from knowledge_store.calibration.file import check_output, write_calibration
-from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output
-from knowledge_store.terminal.quantities import amount, byte_size, duration
-from teacher_dump.dumping.configuration import DumpConfig
+from knowledge_store.errors import InputError
+from knowledge_store.quantities import amount, byte_size, duration
+from knowledge_store.terminal.commands import Command, application, command
+from knowledge_store.terminal.console import command_errors, note, output
+from knowledge_store.terminal.progress import TerminalReporter
+from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig
+from teacher_dump.corpus.documents import check_files
+from teacher_dump.dumping.report import DumpReport
+from teacher_dump.teachers.files import check_local_teacher
 
 NOT_THE_SAME = 1
 
-app = typer.Typer(
-    help="Run a teacher once over a corpus and keep its knowledge in a store.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
-
-TeacherOption = Annotated[str, typer.Option("--teacher", help="A local folder or a hub id of a causal language model.")]
-CorpusOption = Annotated[
-    list[Path],
-    typer.Option("--corpus", help="Files: .jsonl, .jsonl.zst, .parquet or .txt."),
-]
-StoreOption = Annotated[Path, typer.Option("--store", help="The store's folder; made if need be.")]
-NameOption = Annotated[str | None, typer.Option("--name", help="The dump's name. [default: from teacher and corpus]")]
-SelectionOption = Annotated[
-    str, typer.Option("--selection", help="top-k, top-p (as many candidates as it takes) or random-sampling (draws alone).")
-]
-TopKOption = Annotated[int, typer.Option("--top-k", help="Candidates kept at each position, with top-k.")]
-TailDrawsOption = Annotated[
-    int, typer.Option("--tail-draws", help="Draws from beyond the candidates: an unbiased target. 0 keeps none.")
-]
-TopPOption = Annotated[float, typer.Option("--top-p", help="The probability that the candidates reach, with top-p.")]
-MaxKOption = Annotated[int, typer.Option("--max-k", help="Candidates at most, with top-p.")]
-DrawsOption = Annotated[int, typer.Option("--draws", help="Draws at each position, with random-sampling.")]
-MaxLengthOption = Annotated[int, typer.Option("--max-length", help="Longest sequence, in tokens.")]
-BatchSizeOption = Annotated[
-    int, typer.Option("--batch-size", help="Sequences of the maximum length in a forward pass; shorter ones share the room.")
-]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="auto (float32 on a CPU, the model's own elsewhere), float32, bfloat16 or float16.")
-]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps …")]
-ShardSizeOption = Annotated[int, typer.Option("--shard-size", help="Documents in a shard.")]
-GgufOption = Annotated[str | None, typer.Option("--gguf-file", help="A GGUF file within the teacher's folder.")]
-KeepContextOption = Annotated[bool, typer.Option("--keep-context", help="Keep knowledge at context positions (prompts) too.")]
-SkipBadRowsOption = Annotated[
-    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used, and count them, instead of stopping.")
-]
-CalibrationOption = Annotated[
-    Path | None,
-    typer.Option("--calibration", help="A file of `calibrate`: the tail is then kept at its temperature too."),
-]
+app = application("Run a teacher once over a corpus and keep its knowledge in a store.")
 
 
-def _exists_or_exit() -> None:
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        note(f"Error: teacher-dump needs {' and '.join(missing)}: pip install 'knowledge-store[teacher]'")
-        raise typer.Exit(BAD_INPUT)
+class CorpusCommand(Command):
+    """A command that takes several files after one `--corpus`, as a shell's glob gives them."""
 
-
-def _interrupt(signal_number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-@app.command()
-def run(
-    teacher: TeacherOption,
-    corpus: CorpusOption,
-    store: StoreOption,
-    name: NameOption = None,
-    selection: SelectionOption = "top-k",
-    top_k: TopKOption = DumpConfig.top_k,
-    tail_draws: TailDrawsOption = DumpConfig.tail_draws,
-    top_p: TopPOption = DumpConfig.top_p,
-    max_k: MaxKOption = DumpConfig.max_k,
-    draws: DrawsOption = DumpConfig.draws,
-    max_length: MaxLengthOption = 512,
-    batch_size: BatchSizeOption = 16,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    shard_size: ShardSizeOption = 512,
-    gguf_file: GgufOption = None,
-    keep_context: KeepContextOption = False,
-    skip_bad_rows: SkipBadRowsOption = False,
-    calibration: CalibrationOption = None,
-    rank: Annotated[int, typer.Option("--rank", help="This worker's number, from 0.")] = 0,
-    world_size: Annotated[int, typer.Option("--world-size", help="How many workers share the dump.")] = 1,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Dump instead the shards that are damaged, each again, and put the rest in order.")
-    ] = False,
-) -> None:
-    """Dump a teacher's knowledge of a corpus. The same command again goes on where it stopped.
-
-    Example: `teacher-dump run --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl --store knowledge/`
-
-    Several workers: give each `--world-size W` and its own `--rank`; any of them may stop and start at any time.
-    """
-    _exists_or_exit()
-    with command_errors():
-        from teacher_dump.dumping.run import dump
-
-        config = DumpConfig(
-            teacher, tuple(corpus), store, name, selection, top_k, tail_draws, top_p, max_k, draws, max_length, batch_size,
-            dtype, device, shard_size, gguf_file, keep_context, skip_bad_rows, calibration,
-        )  # fmt: skip
-        signal.signal(signal.SIGTERM, _interrupt)
-        report = dump(config, rank, world_size, repair=repair)
-        standing = f", {report.shards_standing} were there" if report.shards_standing and not repair else ""
-        speed = f" at {report.positions / report.seconds:,.0f} positions/s" if report.positions else ""
-        done = "repaired" if repair else "dumped"
-        note(
-            f"{report.dump}: {report.shards} of {report.shards_planned} shards {done}{standing};"
-            f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
-        )
-        if report.skipped_rows:
-            note(f"{report.skipped_rows} rows were left out; the commit records say which and why")
-
-
-@app.command()
-def estimate(
-    teacher: TeacherOption,
-    corpus: CorpusOption,
-    store: StoreOption = Path("store"),
-    name: NameOption = None,
-    selection: SelectionOption = "top-k",
-    top_k: TopKOption = DumpConfig.top_k,
-    tail_draws: TailDrawsOption = DumpConfig.tail_draws,
-    top_p: TopPOption = DumpConfig.top_p,
-    max_k: MaxKOption = DumpConfig.max_k,
-    draws: DrawsOption = DumpConfig.draws,
-    max_length: MaxLengthOption = 512,
-    batch_size: BatchSizeOption = 16,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    shard_size: ShardSizeOption = 512,
-    gguf_file: GgufOption = None,
-    keep_context: KeepContextOption = False,
-    skip_bad_rows: SkipBadRowsOption = False,
-    calibration: CalibrationOption = None,
-) -> None:
-    """Predict what a dump takes, from a small sample. Takes the arguments of `run`, and writes nothing.
-
-    Example: `teacher-dump estimate --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl --store knowledge/`
-    """
-    _exists_or_exit()
-    with command_errors():
-        from teacher_dump.dumping.estimate import estimate as predict
-
-        config = DumpConfig(
-            teacher, tuple(corpus), store, name, selection, top_k, tail_draws, top_p, max_k, draws, max_length, batch_size,
-            dtype, device, shard_size, gguf_file, keep_context, skip_bad_rows, calibration,
-        )  # fmt: skip
-        found = predict(config)
-        masses = " · ".join(f"k={k}: {mass:.3f}" for k, mass in found.top_k_mass.items())
-        for label, value in (
-            ("documents", f"{found.documents:,}"),
-            ("positions", amount(found.positions)),
-            ("time, one worker like this", f"{duration(found.seconds)} at {found.positions_per_second:,.0f} positions/s"),
-            ("on disk", f"{byte_size(found.bytes)}, {found.bytes_per_position:.1f} bytes a position"),
-            ("kept whole (float32)", byte_size(found.dense_bytes)),
-            ("ratio", f"{found.ratio:,.0f}×"),
-            ("mass of the k likeliest", masses),
-            ("sample", f"{found.sample_positions:,} positions"),
-        ):
-            output.print(f"{label:<27} {value}", markup=False)
-        if found.unusable_documents:
-            note(f"{found.unusable_documents} of the sampled rows cannot be used: `run` says why, and leaves them out if asked")
-
-
-@app.command()
-def calibrate(
-    teacher: TeacherOption,
-    corpus: CorpusOption,
-    file: Annotated[Path, typer.Option("--output", help="The calibration's file; an older one is replaced.")] = Path(
-        "calibration.json"
-    ),
-    limit: Annotated[
-        int, typer.Option("--limit", help="About how many targets to fit on, of documents drawn at random.")
-    ] = 20_000,
-    max_length: MaxLengthOption = 512,
-    batch_size: BatchSizeOption = 16,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    gguf_file: GgufOption = None,
-    skip_bad_rows: SkipBadRowsOption = False,
-) -> None:
-    """Fit the temperature at which a teacher is as sure as it is right, on text that it was not trained on.
-
-    Example: `teacher-dump calibrate --teacher HuggingFaceTB/SmolLM2-135M --corpus heldout.jsonl --output calibration.json`
-    """
-    _exists_or_exit()
-    with command_errors():
-        from teacher_dump.calibration import calibrate as fit_temperature
-        from teacher_dump.calibration import describe
-
-        check_output(file)
-        config = DumpConfig(
-            teacher, tuple(corpus), Path("store"), "calibration", max_length=max_length, batch_size=batch_size, dtype=dtype,
-            device=device, gguf_file=gguf_file, skip_bad_rows=skip_bad_rows, top_k=1,
-        )  # fmt: skip
-        fit = fit_temperature(config, limit)
-        write_calibration(file, fit.calibration)
-        for line in describe(fit, file):
-            output.print(line, markup=False)
-        for doubt in fit.doubts:
-            note(f"Warning: {doubt}")
-        if fit.skipped_rows:
-            note(f"{fit.skipped_rows} rows were left out")
-
-
-@app.command()
-def check(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")],
-    teacher: TeacherOption,
-    dump: Annotated[str | None, typer.Option("--dump", help="Which dump, when there are several.")] = None,
-    sample: Annotated[int, typer.Option("--sample", help="How many sequences to ask again, drawn at random.")] = 200,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which ones.")] = 0,
-    batch_size: BatchSizeOption = 16,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = "auto",
-    gguf_file: GgufOption = None,
-) -> None:
-    """Ask the teacher again about some of a dump, and tell numeric noise from damage and from another teacher or tokenizer.
-
-    Needs no corpus. Exit code 1 when the verdict is anything but `agrees`.
-
-    Example: `teacher-dump check knowledge/ --teacher HuggingFaceTB/SmolLM2-135M --sample 200`
-    """
-    _exists_or_exit()
-    with command_errors():
-        from teacher_dump.checking.agreement import AGREES, describe
-        from teacher_dump.checking.agreement import check as ask_again
-
-        found = ask_again(
-            store, teacher, dump=dump, sample=sample, seed=seed, batch_size=batch_size, dtype=dtype, device=device,
-            gguf_file=gguf_file,
-        )  # fmt: skip
-        for line in describe(found):
-            output.print(line, markup=False)
-        for sentence in found.notes:
-            note(f"Note: {sentence}")
-        if found.verdict != AGREES:
-            raise typer.Exit(NOT_THE_SAME)
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        spread = _spread_files(args)
+        values, _, _ = self.make_parser(ctx).parse_args(args=list(spread))
+        needs_store = any(parameter.name == "store" for parameter in self.params)
+        if needs_store and values.get("store") is None and not values.get("help"):
+            with command_errors():
+                raise InputError(
+                    "STORE is missing: name the store's folder before the options, as in"
+                    f" `{ctx.command_path} knowledge/ --teacher … --corpus …` (what follows --corpus are files of the corpus)"
+                )
+        return super().parse_args(ctx, spread)
 
 
 def _spread_files(arguments: list[str]) -> list[str]:
-    """`--corpus a b c` as `--corpus a --corpus b --corpus c`, so that a shell's glob can be given."""
+    """`--corpus a b c` as `--corpus a --corpus b --corpus c`."""
     spread: list[str] = []
     inside = first = False
     for argument in arguments:
@@ -269,9 +56,136 @@ def _spread_files(arguments: list[str]) -> list[str]:
     return spread
 
 
+def _check_packages() -> None:
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"teacher-dump needs {' and '.join(missing)}: pip install 'knowledge-store[teacher]'")
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+@command(app, DumpConfig, cls=CorpusCommand)
+def run(
+    config: DumpConfig,
+    rank: Annotated[int, typer.Option(help="Number of this worker, counted from 0.")] = 0,
+    world_size: Annotated[int, typer.Option(help="How many workers share the dump.")] = 1,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Repair the dump instead: make damaged shards and files again, and no others.")
+    ] = False,
+) -> None:
+    """Dump a teacher's knowledge of a corpus. If it was stopped, the same command resumes it.
+
+    Example: `teacher-dump run knowledge/ --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl`
+
+    Several workers: give each `--world-size W` and its own `--rank`; any of them may stop and start at any time.
+    """
+    _check_packages()
+    signal.signal(signal.SIGTERM, _interrupt)
+    if repair:
+        from teacher_dump.dumping.repair import repair as repair_dump
+
+        _show_report(repair_dump(config, rank, world_size, reporter=TerminalReporter()), "repaired")
+    else:
+        from teacher_dump.dumping.run import dump
+
+        _show_report(dump(config, rank, world_size, reporter=TerminalReporter()), "dumped")
+
+
+def _show_report(report: DumpReport, done: str) -> None:
+    existing = f", {report.shards_existing} existed" if report.shards_existing and done == "dumped" else ""
+    speed = f" at {report.positions / report.seconds:,.0f} positions/s" if report.positions else ""
+    note(
+        f"{report.dump}: {report.shards} of {report.shards_planned} shards {done}{existing};"
+        f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
+    )
+    if report.skipped:
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in Counter(report.skipped).most_common())
+        note(f"{report.skipped_rows:,} rows were skipped: {reasons}")
+    if report.truncated:
+        note(f"{report.truncated:,} sequences were truncated at the maximum length")
+
+
+@command(app, EstimateConfig, cls=CorpusCommand)
+def estimate(config: EstimateConfig) -> None:
+    """Predict what a dump takes, from a small sample of the corpus. Nothing is written.
+
+    Example: `teacher-dump estimate --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl`
+    """
+    _check_packages()
+    check_files(config.corpus)
+    check_local_teacher(config.teacher, config.gguf_file)
+    from teacher_dump.dumping.estimate import estimate as predict
+
+    prediction = predict(config, reporter=TerminalReporter())
+    for label, value in (
+        ("documents", f"{prediction.documents:,}"),
+        ("positions", amount(prediction.positions)),
+        ("time, one worker like this", f"{duration(prediction.seconds)} at {prediction.positions_per_second:,.0f} positions/s"),
+        ("on disk", f"{byte_size(prediction.bytes)}, {prediction.bytes_per_position:.1f} bytes a position"),
+        ("full distributions (float32)", byte_size(prediction.dense_bytes)),
+        ("ratio", f"{prediction.ratio:,.0f}×"),
+        *((name, f"{value:.3f}") for name, value in prediction.figures.items()),
+        ("sample", f"{prediction.sample_positions:,} positions"),
+    ):
+        output.print(f"{label:<29} {value}", markup=False)
+    if prediction.unusable_documents:
+        note(
+            f"{prediction.unusable_documents} of the sampled rows cannot be used: `teacher-dump run` says why, and"
+            " --skip-bad-rows leaves them out"
+        )
+
+
+@command(app, CalibrateConfig, cls=CorpusCommand)
+def calibrate(config: CalibrateConfig) -> None:
+    """Fit the temperature at which a teacher is as confident as it is right, on text that it was not trained on.
+
+    Example: `teacher-dump calibrate --teacher HuggingFaceTB/SmolLM2-135M --corpus heldout.jsonl --output calibration.json`
+    """
+    _check_packages()
+    check_files(config.corpus)
+    check_local_teacher(config.teacher, config.gguf_file)
+    check_output(config.output)
+    from teacher_dump.calibration import calibrate as fit_temperature
+    from teacher_dump.calibration import describe
+
+    fit = fit_temperature(config, reporter=TerminalReporter())
+    write_calibration(config.output, fit.calibration)
+    for line in describe(fit, config.output):
+        output.print(line, markup=False)
+    for doubt in fit.doubts:
+        note(f"Warning: {doubt}")
+    if fit.skipped_rows:
+        note(f"{fit.skipped_rows} rows were skipped")
+
+
+@command(app, CheckConfig)
+def check(config: CheckConfig) -> None:
+    """Ask the teacher again about some of a dump, and tell numeric noise from damage and from another teacher or tokenizer.
+
+    It needs no corpus. The exit code is 1 when the verdict is anything but `agrees`.
+
+    Example: `teacher-dump check knowledge/ --teacher HuggingFaceTB/SmolLM2-135M --sample 200`
+    """
+    _check_packages()
+    from teacher_dump.checking.run import check as ask_again
+
+    agreement = ask_again(config, reporter=TerminalReporter())
+    from teacher_dump.checking.report import describe
+    from teacher_dump.checking.verdicts import AGREES
+
+    for line in describe(agreement):
+        output.print(line, markup=False)
+    for sentence in agreement.notes:
+        note(f"Note: {sentence}")
+    if agreement.verdict != AGREES:
+        raise typer.Exit(NOT_THE_SAME)
+
+
 def main() -> None:
     """Entry point of the command."""
-    app(args=_spread_files(sys.argv[1:]))
+    app()
 
 
 if __name__ == "__main__":

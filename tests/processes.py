@@ -6,20 +6,39 @@ import importlib
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torture.heartbeat import wait_for, wait_until
 
+from knowledge_store.reporter import Reporter
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
-    ["teacher_dump.dumping.run", "teacher_dump.dumping.estimate", "teacher_dump.cli", "student_train.training.run", "stores"]
+    [
+        *("teacher_dump.cli", "teacher_dump.dumping.repair", "teacher_dump.dumping.run", "teacher_dump.dumping.estimate"),
+        *("teacher_dump.checking.run", "teacher_dump.checking.verdicts", "student_train.training.run", "stores"),
+    ]
 )
+
+
+class Notes(Reporter):
+    """A reporter that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        """Remember it."""
+        self.notes.append(sentence)
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,16 @@ class Finished:
     returncode: int
     stdout: str
     stderr: str
+
+
+@contextmanager
+def child_process(command: list[Any], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A `Popen` that does not outlive its test, however that ends."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 class Running:

@@ -105,9 +105,12 @@ def sequence_row(document: int, knowledge: Arrays, window: int = 0, **own: Any) 
     }
 
 
-def joined(knowledge: list[Arrays]) -> Arrays:
-    """The arrays of several sequences, one after the other."""
-    return {name: np.concatenate([arrays[name] for arrays in knowledge]) for name in knowledge[0]} if knowledge else {}
+def apart(arrays: Arrays, rows: list[dict[str, Any]]) -> list[Arrays]:
+    """The reverse of `joined`, for sequences of these rows of `sequences`."""
+    ends = np.cumsum([row["length"] for row in rows])
+    return [
+        {name: array[end - row["length"] : end] for name, array in arrays.items()} for end, row in zip(ends, rows, strict=True)
+    ]
 
 
 def random_sequences(seed: int, count: int, vocabulary: int = 11, k: int = 3, longest: int = 9) -> list[Arrays]:
@@ -125,7 +128,7 @@ def commit(writer: DumpWriter, shard: int, knowledge: list[Arrays], repair: bool
         for index, arrays in enumerate(knowledge)
     ]
     publish = writer.repair if repair else writer.commit
-    publish(Shard(shard, first, DOCUMENTS, rows, {"positions": joined(knowledge)}, made_by=MADE_BY))
+    publish(Shard(shard, first, DOCUMENTS, rows, {"positions": knowledge}, made_by=MADE_BY))
 
 
 def write_store(

@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus import text as text_files
 from teacher_dump.corpus.documents import check_files, file_names, read_documents
 from teacher_dump.corpus.rows import Start
 from teacher_dump.corpus.scan import column_value, scan
 from teacher_dump.corpus.text import cut_text
-from teacher_dump.dumping.configuration import DumpConfig
 from teacher_dump.dumping.plan import ShardReader
 
 BEGINNING = Start(0, 0, 1, 0, 0)

@@ -16,7 +16,8 @@ from torture.damage import page_places, try_faults
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, verify
 from knowledge_store.format.integrity import BLOCK_BYTES, DIGEST_BYTES, DIGESTS_KEY, CheckedFile
 from knowledge_store.format.parquet import publish_table, read_table
-from knowledge_store.format.sequences import tokens_table
+from knowledge_store.format.sequences import SEQUENCES_COLUMNS, tokens_table
+from knowledge_store.kinds import KINDS
 from knowledge_store.storage.local import LocalStorage
 
 
@@ -179,13 +180,14 @@ def test_what_an_unfinished_run_left_is_not_believed(sound, tmp_path, table):
     whole = path.read_bytes()
     length = int.from_bytes(whole[-8:-4], "little") + 8
     expected = pq.read_table(path)
+    columns = SEQUENCES_COLUMNS if table == "sequences" else KINDS[table].columns(make_manifest())
     refused = 0
     for bit in np.random.default_rng(0).integers(8 * (len(whole) - length), 8 * len(whole), 150).tolist():
         harmed = bytearray(whole)
         harmed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(harmed)
         try:
-            record, published = publish_table(LocalStorage(path.parent), path.name, expected.schema, [expected])
+            record, published = publish_table(LocalStorage(path.parent), path.name, expected.schema, [expected], columns)
         except DamageError as error:
             assert f"{path} has no commit record" in str(error) and "delete that file" in str(error)
             refused += 1

@@ -30,7 +30,7 @@ from knowledge_store.reading.cache import DecodedCache
 def cache(tmp_path, monkeypatch) -> Path:
     """The cache's folder, of this test alone; row groups are small, so that a shard has several."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("knowledge_store.writing.writer.ROW_GROUP_POSITIONS", 12)
+    monkeypatch.setattr("knowledge_store.writing.shard.ROW_GROUP_BYTES", 12 * 2048)
     return tmp_path / "cache" / "knowledge-store" / "decoded"
 
 
@@ -131,7 +131,7 @@ def test_another_dump_of_that_name_and_other_code_find_nothing(cache, tmp_path, 
     commit(writer, 0, random_sequences(77, 4))
     assert_same(epoch(folder), epoch(folder, cache_size=0))
     before = len(files(cache))
-    monkeypatch.setattr("knowledge_store.reading.cache._decoders", lambda: b"changed")
+    monkeypatch.setattr("knowledge_store.reading.cache._decoders", lambda manifest: b"changed")
     epoch(folder)
     assert len(files(cache)) > before
 

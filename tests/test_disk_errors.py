@@ -7,7 +7,6 @@ import resource
 import shutil
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from knowledge_store.format.parquet import describe, read_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.writing.writer import repair_manifest
 from teacher_dump import DumpConfig, dump
+from teacher_dump.dumping.publishing import ShardPublisher
 
 
 def test_a_disk_that_refuses_calls_of_chance(memory_folder):
@@ -37,7 +37,7 @@ def test_a_disk_that_refuses_calls_of_chance(memory_folder):
 
 def test_a_writer_that_dies_stops_the_dump_at_the_next_batch(tmp_path, loaded_teacher, monkeypatch):
     died, noted, asked = threading.Event(), threading.Event(), []
-    predict, set_exception = type(loaded_teacher).predict, Future.set_exception
+    predict, work = type(loaded_teacher).predict, ShardPublisher._work
 
     def dies(*arguments):
         died.set()
@@ -49,13 +49,12 @@ def test_a_writer_that_dies_stops_the_dump_at_the_next_batch(tmp_path, loaded_te
             noted.wait(PATIENCE)  # the dump may know from now on
         return predict(teacher, *arguments)
 
-    def note(future, error):
-        set_exception(future, error)
-        if isinstance(error, MemoryError):
-            noted.set()
+    def works(publisher):
+        work(publisher)
+        noted.set()
 
     monkeypatch.setattr(DumpWriter, "commit", dies)
-    monkeypatch.setattr(Future, "set_exception", note)
+    monkeypatch.setattr(ShardPublisher, "_work", works)
     monkeypatch.setattr(type(loaded_teacher), "predict", asks)
     corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(32))
     with pytest.raises(MemoryError, match="the writer's"):

@@ -40,7 +40,7 @@ SUBSTITUTIONS = (
     ("quickstart/heldout.jsonl", "heldout.jsonl"),
     ("quickstart/chat.jsonl", "chat.jsonl"),
     ("benchmarks.tiny_model quickstart", "benchmarks.tiny_model quickstart --steps 1"),
-    ("--steps 60", "--steps 2"),
+    ("--steps 40", "--steps 2"),
     ("--steps 100", "--steps 2"),
     ("--epochs 1", "--steps 2"),
     ("max_steps=20", "max_steps=2"),
@@ -201,6 +201,23 @@ def test_every_link_leads_somewhere(document):
     folder = (ROOT / document).parent
     links = re.findall(r"\]\(([^)#\s]+)", (ROOT / document).read_text())
     assert [link for link in links if not link.startswith("https://") and not (folder / link).exists()] == []
+
+
+def test_the_readme_quotes_committed_figures():
+    def figures(name: str):
+        return json.loads((ROOT / "benchmarks" / name).read_text())["figures"]
+
+    text = (ROOT / "README.md").read_text()
+    size = figures("results/size.json")["teachers"][0]
+    assert f"**{size['bytes_per_position_with_draws']:.1f} bytes**" in text
+    assert f"{size['bytes_per_position']:.1f} bytes without draws, {size['ratio']:,} times smaller" in text
+    layouts = [value for name, value in size["per_k"]["5"].items() if name != "knowledge-store"]
+    assert f"{min(layouts):.1f} to {max(layouts):.1f} bytes" in text
+    way = figures("studies/fidelity.json")["fine-tuned"]["methods"]["top-5 + 4 tail draws"]["way"]
+    assert f"**{100 * way['mean']:.1f} ± {100 * way['sd']:.1f} %**" in text
+    steps = figures("results/training.json")["vocabularies"]["32,768"]["methods"]
+    assert f"**{steps['store, sliced']['step_seconds_against_cross_entropy']:.2f}** of the time" in text
+    assert f"{steps['online']['step_seconds_against_cross_entropy']:.1f} times as long" in text
 
 
 def test_the_readme_is_short():

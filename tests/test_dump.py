@@ -12,13 +12,15 @@ import transformers
 from conftest import story_rows, write_jsonl
 
 from knowledge_store import KnowledgeStore
-from knowledge_store.kinds import KINDS, Kind
+from knowledge_store.kinds import KINDS, Field, Kind
 from knowledge_store.writing.verification import verify
 from teacher_dump import DumpConfig, dump
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.run import extract_batch, predict_batch
-from teacher_dump.extraction.positions import EXTRACTORS, UnsoundLogits
+from teacher_dump.dumping.batches import extract_batch, predict_batch
+from teacher_dump.extraction import EXTRACTORS, Extractor
+from teacher_dump.extraction.positions import UnsoundLogits, positions_parameters
 from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.protocol import Ability
 
 STEP = 1 / 8
 # A value may be rounded by half a step; what comes on top is float32, in batches of other shapes than the dump's.
@@ -128,7 +130,9 @@ def test_a_sequence_has_the_same_row_in_any_batch(tmp_path, loaded_teacher):
     config = DumpConfig("tiny", (Path("c.jsonl"),), Path("s"))
 
     def ask(*some):
-        return extract_batch(config, predict_batch(config, loaded_teacher, list(some)), list(some), None)["positions"]
+        parameters = {"positions": positions_parameters(config, loaded_teacher)}
+        prediction = predict_batch(config, loaded_teacher, list(some))
+        return extract_batch(config, parameters, prediction, list(some))["positions"]
 
     together = ask(*sequences)
     for sequence, among in zip(sequences, together, strict=True):
@@ -274,7 +278,7 @@ def test_logits_that_are_no_numbers_are_not_written_and_earlier_shards_stay(tmp_
     sequence = 0 if everywhere else 5 << 16
     with pytest.raises(UnsoundLogits, match=rf"NaN or infinite in sequence {sequence} \(row {1 if everywhere else 6} "):
         dump(config, teacher=teacher)
-    commits = sorted(path.name for path in (tmp_path / "s" / "poisoned-c" / "commits").iterdir())
+    commits = sorted(path.name for path in (tmp_path / "s" / "poisoned-c").glob("commits/*"))
     assert commits == ([] if everywhere else ["00000.json", "00001.json"])
     assert verify(tmp_path / "s").damage == []
     if not everywhere:
@@ -285,15 +289,13 @@ def test_logits_that_are_no_numbers_are_not_written_and_earlier_shards_stay(tmp_
 
 
 def test_a_new_kind_takes_a_schema_an_extractor_and_a_line_for_each(tmp_path, loaded_teacher, monkeypatch):
-    schema = pa.schema([("sequence_id", pa.int64()), ("pooled", pa.list_(pa.field("element", pa.float32())))])
-
     def extract_pooled(batch):
         hidden, mask = batch.prediction.hidden.float(), torch.from_numpy(batch.attention_mask)[..., None]
         means = (hidden * mask).sum(1) / mask.sum(1)
         return [{"pooled": mean[None].numpy()} for mean in means]
 
-    monkeypatch.setitem(KINDS, "pooled", Kind("pooled", "sequence", lambda manifest: schema))
-    monkeypatch.setitem(EXTRACTORS, "pooled", extract_pooled)
+    monkeypatch.setitem(KINDS, "pooled", Kind("pooled", "sequence", lambda manifest: (Field("pooled", pa.float32(), 32),)))
+    monkeypatch.setitem(EXTRACTORS, "pooled", Extractor(frozenset({Ability.HIDDEN_STATES}), extract_pooled))
     corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(7))
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=24, shard_size=3, kinds=("positions", "pooled"))
     dump(config, teacher=loaded_teacher)

@@ -41,20 +41,21 @@ def test_near_the_dump_itself_and_nothing_is_written(config, loaded_teacher):
     assert predicted.positions == pytest.approx(real.positions, rel=0.15)
     knowledge = sum(size for name, size in real.column_bytes.items() if name.startswith("positions."))
     assert predicted.bytes == pytest.approx(knowledge, rel=0.25)
-    assert predicted.dense_bytes == pytest.approx(real.dense_bytes, rel=0.15)
+    assert predicted.dense_bytes == pytest.approx(real.facts["positions.dense_bytes"], rel=0.15)
     assert predicted.ratio == pytest.approx(predicted.dense_bytes / predicted.bytes, rel=1e-3)
-    assert predicted.top_k_mass[5] == pytest.approx(real.mean_top_k_mass, abs=0.02)
+    assert predicted.figures["top-5 coverage"] == pytest.approx(real.statistics["positions.mean_top_k_mass"], abs=0.02)
     assert predicted.seconds > 0 and predicted.positions_per_second > 0 and predicted.unusable_documents == 0
 
 
-def test_masses_grow_with_k_to_one(config, tmp_path, loaded_teacher):
+def test_coverage_grows_with_k_to_one(config, tmp_path, loaded_teacher):
     few = write_jsonl(tmp_path / "few.jsonl", story_rows(5))
     whole = replace(config, corpus=(few,), top_k=loaded_teacher.vocabulary_size)
-    found = estimate(whole, teacher=loaded_teacher).top_k_mass
-    assert list(found) == [1, 5, 16, 50, loaded_teacher.vocabulary_size]
-    assert sorted(found.values()) == list(found.values())
-    assert 0 < found[1] < found[50] < 1
-    assert found[loaded_teacher.vocabulary_size] == pytest.approx(1, abs=1e-5)
+    figures = estimate(whole, teacher=loaded_teacher).figures
+    depths = [1, 5, 16, 50, loaded_teacher.vocabulary_size]
+    assert list(figures) == [f"top-{depth} coverage" for depth in depths]
+    coverages = list(figures.values())
+    assert sorted(coverages) == coverages and 0 < coverages[0] < coverages[3] < 1
+    assert coverages[4] == pytest.approx(1, abs=1e-5)
 
 
 def test_more_candidates_take_more_room(config, loaded_teacher):
@@ -83,14 +84,13 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, loaded_teacher):
 
 def test_the_command_takes_the_arguments_of_run(config, tmp_path):
     result = Command(
-        "estimate", "--teacher", config.teacher, "--corpus", *config.corpus, "--store", tmp_path / "store", "--top-k", 7,
+        "estimate", "--teacher", config.teacher, "--corpus", *config.corpus, "--top-k", 7,
         "--max-length", 48, folder=tmp_path / "log",
     ).wait()  # fmt: skip
     assert result.returncode == 0, result
-    labels = [line[:27].strip() for line in result.stdout.splitlines()]
+    labels = [line[:29].strip() for line in result.stdout.splitlines()]
     assert labels == [
-        "documents", "positions", "time, one worker like this", "on disk", "kept whole (float32)", "ratio",
-        "mass of the k likeliest", "sample",
+        "documents", "positions", "time, one worker like this", "on disk", "full distributions (float32)", "ratio",
+        *(f"top-{depth} coverage" for depth in (1, 5, 7, 16, 50)), "sample",
     ]  # fmt: skip
-    assert "k=1: " in result.stdout and "k=7: " in result.stdout and "k=50: " in result.stdout
-    assert not (tmp_path / "store").exists()
+    assert not list(tmp_path.glob("store*"))

@@ -42,8 +42,8 @@ def one_thread() -> Iterator[None]:
 def result(teacher_folder, store_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluation") / "heldout.json"
     found = evaluate(EvaluateConfig(str(teacher_folder), str(store_folder), "heldout", batch_size=3, output=str(output)))
-    assert json.loads(output.read_text())["student"] == found["student"]
-    return found
+    assert json.loads(output.read_text())["figures"] == found["figures"]
+    return {**found, **found["figures"]["positions"]}
 
 
 def plainly(model_folder, store_folder, temperature: float = 1.0) -> dict[str, np.ndarray]:
@@ -132,8 +132,8 @@ def calibration(folder: Path, model: Path, temperature: float, **changes) -> Pat
 def test_a_post_hoc_temperature(result, teacher_folder, store_folder, tmp_path):
     path = calibration(tmp_path, teacher_folder, 2.5)
     config = EvaluateConfig(str(teacher_folder), str(store_folder), "heldout", output=str(tmp_path / "e.json"))
-    found = evaluate(replace(config, post_hoc_temperature=str(path)))
-    assert found["post_hoc"]["temperature"] == 2.5 and found["post_hoc"]["file"] == str(path)
+    found = evaluate(replace(config, post_hoc_temperature=str(path)))["figures"]["positions"]
+    assert found["post_hoc"]["temperature"] == 2.5
     check_student_figures(found["post_hoc"]["student"], plainly(teacher_folder, store_folder, 2.5))
     assert found["student"]["nll"] == pytest.approx(result["student"]["nll"], abs=1e-5)
     assert found["post_hoc"]["student"]["accuracy"] == found["student"]["accuracy"]
@@ -171,7 +171,7 @@ def draws_folder(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
 def test_a_dump_without_candidates(teacher_folder, draws_folder, tmp_path):
     """What needs candidates is left out; the rest is there."""
     path = tmp_path / "e.json"
-    found = evaluate(EvaluateConfig(str(teacher_folder), str(draws_folder), output=str(path)))
+    found = evaluate(EvaluateConfig(str(teacher_folder), str(draws_folder), output=str(path)))["figures"]["positions"]
     check_student_figures(found["student"], plainly(teacher_folder, draws_folder))
     assert set(found["teacher"]) == {"nll", "intervals"}
     assert found["teacher"]["nll"] == pytest.approx(found["student"]["nll"], abs=0.05)
@@ -195,7 +195,8 @@ def top_p_folder(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
 
 
 def test_coverage_of_uneven_candidates(teacher_folder, top_p_folder, tmp_path):
-    found = evaluate(EvaluateConfig(str(teacher_folder), str(top_p_folder), batch_size=1, output=str(tmp_path / "e.json")))
+    config = EvaluateConfig(str(teacher_folder), str(top_p_folder), batch_size=1, output=str(tmp_path / "e.json"))
+    found = evaluate(config)["figures"]["positions"]
     means = found["coverage"]["mean_by_rank"]
     assert len(means) == 30 and all(np.diff(means) >= 0) and 0.4 < means[-1] <= 1
     assert found["student"]["kl_lower_bound"] < 0.01

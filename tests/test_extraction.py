@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
+from conftest import story_rows, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import PositionsParameters
 from knowledge_store.kinds.selection import Selection
+from teacher_dump import DumpConfig, dump, estimate
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.extraction.positions import ExtractionBatch, UnsoundLogits, extract_positions, knowledge_of
+from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
+from teacher_dump.extraction.positions import UnsoundLogits, extract_positions, knowledge_of
 from teacher_dump.teachers import local as teacher_module
-from teacher_dump.teachers.local import Prediction
+from teacher_dump.teachers.local import LocalPrediction
+from teacher_dump.teachers.protocol import Ability
 
 # Float32's rounding of log-probabilities as large as 160 nats, three operations deep.
 TOLERANCE = 1e-4
@@ -92,8 +101,8 @@ class Given:
 
 
 def batch_of(sequences, logits: torch.Tensor, **arguments) -> ExtractionBatch:
-    wanted = {"selection": Selection("top-k", 3), "keep_context": False, **arguments}
-    return ExtractionBatch(sequences, Prediction(Given(), None, logits), **wanted)
+    parameters = PositionsParameters(**{"selection": Selection("top-k", 3), **arguments})
+    return ExtractionBatch(sequences, LocalPrediction(Given(), None, logits), parameters)
 
 
 @pytest.fixture
@@ -149,3 +158,31 @@ def test_what_is_not_kept_may_be_anything(sequences):
     logits[2, :3] = torch.nan  # a prompt's predictions
     logits[1, 2:] = torch.nan  # padding
     assert len(extract_positions(batch_of(sequences, logits))) == 4
+
+
+# --- what an extractor needs --------------------------------------------------------------------------------------------
+
+
+class Server:
+    """A teacher behind a server, that gives the likeliest tokens alone."""
+
+    description: ClassVar = {"name": "served"}
+    abilities = frozenset({Ability.LIKELIEST, Ability.TEXT})
+
+
+def test_what_a_teacher_cannot_give_is_refused_by_name():
+    with pytest.raises(InputError, match="kind 'positions' needs whole next-token distributions, which the teacher 'served'"):
+        check_needs(("positions",), Server())
+    with pytest.raises(InputError, match="no extractor is known for knowledge of kind 'moods'"):
+        check_needs(("moods",), Server())
+
+
+def test_what_a_teacher_cannot_give_is_refused_before_anything_is_read_or_made(monkeypatch, tmp_path, loaded_teacher):
+    asked = replace(EXTRACTORS["positions"], needs=frozenset({Ability.DISTRIBUTIONS, Ability.GRADIENTS}))
+    monkeypatch.setitem(EXTRACTORS, "positions", asked)
+    corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(3))
+    config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=40)
+    for call in (dump, estimate):
+        with pytest.raises(InputError, match=r"needs gradients, which the teacher 'tiny' cannot give"):
+            call(config, teacher=loaded_teacher)
+    assert list(tmp_path.iterdir()) == [corpus]

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from stores import (
     assert_close,
     commit,
-    joined,
     knowledge_of,
     log_softmax,
     make_manifest,
@@ -34,9 +33,10 @@ from knowledge_store import DumpWriter, InputError, KnowledgeStore, Shard, verif
 from knowledge_store.format.parquet import FileRecord
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS
-from knowledge_store.kinds.kind import list_offsets
-from knowledge_store.kinds.positions import quantise
-from knowledge_store.writing.writer import row_groups
+from knowledge_store.kinds.columns import list_offsets
+from knowledge_store.kinds.packing import quantise
+from knowledge_store.kinds.positions import damage
+from knowledge_store.writing.shard import group_sizes
 
 POSITIONS_SCHEMA = """\
 required group field_id=-1 schema {
@@ -185,7 +185,7 @@ def test_json_files(tmp_path):
 
 
 def test_row_groups_hold_whole_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr("knowledge_store.writing.writer.ROW_GROUP_POSITIONS", 20)
+    monkeypatch.setattr("knowledge_store.writing.shard.ROW_GROUP_BYTES", 20 * 2048)
     store = write_store(tmp_path / "store", shards=1, size=30)
     lengths = pq.read_table(store / "small/sequences/00000.parquet")["length"].to_pylist()
     metadata = pq.read_metadata(store / "small/positions/00000.parquet")
@@ -201,9 +201,14 @@ def test_row_groups_hold_whole_sequences(tmp_path, monkeypatch):
 
 
 def test_row_groups_of_lengths():
-    assert row_groups(np.array([], np.int64)) == []
-    assert row_groups(np.array([40_000, 1, 2])) == [1, 2]  # a longer sequence has a group to itself
-    assert row_groups(np.array([512] * 65)) == [64, 1]
+    def sizes(*lengths: int, k: int = 3) -> list[int]:
+        kind, manifest = KINDS["positions"], make_manifest(vocabulary=2048, k=k)
+        return group_sizes(kind, [{}] * len(lengths), np.array(lengths, np.int64), manifest)
+
+    assert sizes() == []
+    assert sizes(40_000, 1, 2) == [1, 2]  # a longer sequence has a group to itself
+    assert sizes(*[512] * 65) == [64, 1]
+    assert sizes(*[512] * 65, k=1024) == [32, 32, 1]  # decoded, lists are padded
 
 
 def test_decoded_values_by_hand(tmp_path):
@@ -318,11 +323,10 @@ def test_encode_and_decode(vocabulary, k, length, step, seed, data):
     manifest = make_manifest(vocabulary=vocabulary, k=k, quantisation_step=step)
     keys = pa.table({"sequence_id": np.zeros(length, np.int64), "position": np.arange(length, dtype=np.int32)})
     kind = KINDS["positions"]
-    table = kind.table(keys, arrays, manifest)
-    assert list(kind.damage(table, manifest)) == []
-    packed = kind.pack(table, manifest)
+    packed = kind.pack(keys, arrays, manifest)
     assert packed.schema.equals(kind.stored_schema(manifest))
-    assert kind.unpack(packed, manifest).equals(table)
+    table = kind.unpack(packed, manifest)
+    assert list(damage(table, manifest)) == []
     assert kind.unpack(packed.slice(length // 2), manifest).equals(table.slice(length // 2))
     assert_close(plain_sql(packed, kind.view(manifest), table.schema), table)
 
@@ -333,7 +337,7 @@ def test_encode_and_decode(vocabulary, k, length, step, seed, data):
         assert np.abs(row - meant).max() <= most
     assert table["candidate_ids"].to_pylist() == [row.tolist() if keep else None for row, keep in zip(ids, kept, strict=True)]
 
-    read = kind.decode(table)
+    read = kind.decode(table, manifest)
     assert np.array_equal(read["has_knowledge"], kept)
     assert np.array_equal(read["input_ids"], ids[:, 0])
     if kept.any():
@@ -431,9 +435,8 @@ def test_no_id_outside_the_vocabulary_s_bytes_is_packed():
     arrays["candidate_ids"][1, 0] = 65_536
     length = len(arrays["token_id"])
     keys = pa.table({"sequence_id": np.zeros(length, np.int64), "position": np.arange(length, dtype=np.int32)})
-    table = KINDS["positions"].table(keys, arrays, make_manifest())
     with pytest.raises(InputError, match="65536, is far above the vocabulary size, 11"):
-        KINDS["positions"].pack(table, make_manifest())
+        KINDS["positions"].pack(keys, arrays, make_manifest())
 
 
 def test_ids_and_hashes():
@@ -459,8 +462,8 @@ def test_a_shard_without_sequences(tmp_path):
     commit(writer, 0, [])
     commit(writer, 1, random_sequences(1, 2))
     skipped = [{"file": "numbers.jsonl", "row": row, "reason": "no text"} for row in range(201, 205)]
-    record = writer.commit(Shard(2, 200, 100, [], {"positions": {}}, skipped))
-    assert (record.files["positions"].rows, record.statistics["predictions"]) == (0, 0)
+    record = writer.commit(Shard(2, 200, 100, [], {"positions": []}, skipped))
+    assert (record.files["positions"].rows, record.statistics["positions.predictions"]) == (0, 0)
     found = verify(store)
     assert (found.damage, found.shards) == ([], 3)
     opened = KnowledgeStore.open(store)
@@ -480,7 +483,7 @@ def test_context_without_knowledge_and_with_it(tmp_path):
     kept = {**knowledge_of(tokens, logits, 3, targets), "has_knowledge": np.arange(6) > 0}
     writer = small_dump(tmp_path / "store", shards=1)
     rows = [sequence_row(0, dropped), sequence_row(1, kept)]
-    writer.commit(Shard(0, 0, 100, rows, {"positions": joined([dropped, kept])}))
+    writer.commit(Shard(0, 0, 100, rows, {"positions": [dropped, kept]}))
     assert not verify(tmp_path / "store").damage
     opened = KnowledgeStore.open(tmp_path / "store")
     assert opened[0]["has_knowledge"].tolist() == [False, False, False, True, True, True]

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_command
 from hostile_sql import BOMBS, EXPRESSION_BOMBS, HARMLESS, REFUSED, ROW_BOMBS
+from processes import child_process
 from stores import write_store
 from torture.heartbeat import wait_for, wait_until
 from torture.hostile_sql import Stand, run
@@ -178,7 +179,7 @@ def test_opening_a_store_has_limits_of_its_own(stand):
     request = {"store": str(stand.outside / "store"), "sql": "SELECT 1", "form": "arrow", "memory_limit": 2**28, "timeout": 0.1}
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SLOW]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
+    with child_process(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as child:
         assert child.stdin and child.stderr
         child.stdin.write(json.dumps({"task": "knowledge_store.sql.isolated:answer", "request": request}).encode() + b"\n")
         child.stdin.flush()
@@ -311,7 +312,7 @@ def test_the_query_ends_with_its_command(stand, number, query):
     arguments = [sys.executable, "-m", "knowledge_store.cli", "sql", str(stand.outside / "store"), query]
     arguments += ["--timeout", str(AMPLE)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with child_process(arguments, env=environment, stderr=subprocess.PIPE, text=True) as process:
         wait_until(lambda: bool(children(process.pid)), lambda: process.poll() is None)
         [child] = children(process.pid)
         # It may enlarge no file once it has opened the store; then it begins with the query.
@@ -330,7 +331,7 @@ def test_the_query_ends_with_its_command(stand, number, query):
 def test_a_query_whose_parent_was_gone_already_ends():
     program = "from knowledge_store.isolation.child import main; main(1 << 30)"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment) as child:
+    with child_process([sys.executable, "-c", program], stdin=subprocess.PIPE, env=environment) as child:
         assert child.wait() == 1  # though its standard input is open still
 
 
@@ -389,7 +390,7 @@ print("done")
 def test_the_clock_stands_still_while_a_reader_is_waited_for():
     """What is read is read only once the clock stands still: otherwise this never ends."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", CLOCK], env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with child_process([sys.executable, "-c", CLOCK], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert wait_for(process.pid, lambda: process.poll() is not None) is None
         assert process.stdout is not None
         assert process.stdout.read() == "done\n"
@@ -404,7 +405,7 @@ def test_a_slow_reader_gets_all_of_the_answer(stand):
     arguments = [sys.executable, "-m", "knowledge_store.cli", "sql", str(stand.outside / "store")]
     arguments += ["SELECT range AS n FROM range(100000)", "--format", "json", "--timeout", str(AMPLE)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with child_process(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         begun = process.stdout.read(10)
         wait_until(lambda: waiting_bytes(process.stdout.fileno()) > 2**15)  # pipes hold 2**16

@@ -61,26 +61,6 @@ def test_packages_import_in_one_direction(package):
         assert not imported(path.read_text(), package) & FORBIDDEN[package], path
 
 
-# Who besides the commands' files uses the terminal, so far: whoever changes one takes it off this list; none is added.
-TERMINAL_USERS = {
-    "knowledge_store/sql/limits.py",
-    "knowledge_store/sql/query.py",
-    "student_train/calibration/fit.py",
-    "student_train/evaluation/multiple_choice.py",
-    "student_train/evaluation/run.py",
-    "student_train/report/report.py",
-    "student_train/training/models.py",
-    "student_train/training/run.py",
-    "teacher_dump/calibration.py",
-    "teacher_dump/checking/agreement.py",
-    "teacher_dump/dumping/estimate.py",
-    "teacher_dump/dumping/fingerprints.py",
-    "teacher_dump/dumping/plan.py",
-    "teacher_dump/dumping/run.py",
-    "teacher_dump/teachers/local.py",
-}
-
-
 def modules(package: str) -> dict[str, Path]:
     """The files of a package, by the names of their modules."""
     paths = sorted((ROOT / package).rglob("*.py"))
@@ -110,7 +90,7 @@ def test_only_commands_use_the_terminal():
         and any(each.startswith("knowledge_store.terminal") for each in mentioned(ast.parse(path.read_text()), nested=True))
     }
     commands = {f"{package}/cli.py" for package in FORBIDDEN}
-    assert users - commands <= TERMINAL_USERS
+    assert users <= commands
 
 
 def imports_among(sources: dict[str, str]) -> dict[str, set[str]]:

@@ -100,16 +100,18 @@ def test_shards_with_other_statistics(store):
     manifest = manifest_of(store)
     larger = replace(manifest, derived=make_manifest(shards=4).derived | {"tokens": manifest.derived["tokens"]})
     (store / "small/manifest.json").write_bytes(larger.to_bytes())
-    other = replace(last, shard=3, statistics={"predictions": 5, "mean_other": 0.5})
+    other = replace(last, shard=3, statistics={"positions.predictions": 5, "other.mean": 0.5})
     (store / "small/commits/00003.json").write_bytes(other.to_bytes())
     for rebuild in (False, False, True):  # merged into the index, read from it, and made anew
         opened = KnowledgeStore.open(store, rebuild_index=rebuild)
-        rows = opened.sql("SELECT mean_nll, mean_other FROM shards ORDER BY shard").to_pylist()
-        assert [row["mean_other"] for row in rows] == [None, None, None, 0.5]
-        assert [row["mean_nll"] is None for row in rows] == [False, False, False, True]
+        rows = opened.sql('SELECT "positions.mean_nll", "other.mean" FROM shards ORDER BY shard').to_pylist()
+        assert [row["other.mean"] for row in rows] == [None, None, None, 0.5]
+        assert [row["positions.mean_nll"] is None for row in rows] == [False, False, False, True]
         facts = opened.info()[0]
-        assert facts.predictions == before.predictions + 5
-        assert facts.mean_nll == pytest.approx(before.mean_nll)  # of the shards that have one
+        assert facts.statistics["positions.predictions"] == before.statistics["positions.predictions"] + 5
+        assert facts.statistics["positions.mean_nll"] == pytest.approx(
+            before.statistics["positions.mean_nll"]
+        )  # of the shards that have one
         assert facts.column_bytes["positions.token_id"] > before.column_bytes["positions.token_id"]
 
 

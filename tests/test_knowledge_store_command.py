@@ -60,7 +60,7 @@ def test_info(store):
     for piece in (
         "numbers (vocabulary 5)",
         "top-k 5, log-probabilities in steps of 0.125 nats",
-        f"{facts.positions}, {facts.predictions} with knowledge",
+        f"{facts.statistics['positions.predictions']:,.0f} positions with knowledge",
         "1.0000 on average",
         f"{facts.bytes_per_position:.2f} bytes a position",
         "positions.candidate_ids",

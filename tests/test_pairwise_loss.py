@@ -13,7 +13,7 @@ from conftest import make_tokenizer, save_teacher
 from stores import DOCUMENTS, MADE_BY, make_manifest
 from torch.nn import functional
 
-from knowledge_store import KINDS, DumpWriter, Kind, Shard
+from knowledge_store import KINDS, DumpWriter, Field, Kind, Shard
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
 from student_train.evaluation.configuration import EvaluateConfig
@@ -24,11 +24,12 @@ from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
 from student_train.training.run_folder import read_history
 
-TOKENS = pa.list_(pa.field("element", pa.int32()))
 PAIRS = Kind(
     name="pairs",
     per="sequence",
-    schema=lambda manifest: pa.schema([("sequence_id", pa.int64()), ("chosen_ids", TOKENS), ("rejected_ids", TOKENS)]),
+    fields=lambda manifest: tuple(
+        Field(name, pa.int32(), shape="ragged", padding=-1) for name in ("chosen_ids", "rejected_ids")
+    ),
 )
 
 
@@ -58,7 +59,7 @@ def store(tmp_path, monkeypatch) -> Path:
     writer = DumpWriter.open(tmp_path / "store", manifest, tokens_table(names, names))
     random = np.random.default_rng(0)
     for shard in range(2):
-        chosen, rejected = ([random.integers(5, 300, 7) for _ in range(6)] for _ in range(2))
+        chosen, rejected = ([random.integers(5, 300, length) for length in random.integers(2, 9, 6)] for _ in range(2))
         rows = [
             {
                 "sequence_id": sequence_id(DOCUMENTS * shard + index, 0),
@@ -74,8 +75,8 @@ def store(tmp_path, monkeypatch) -> Path:
             }
             for index, tokens in enumerate(chosen)
         ]
-        arrays = {"chosen_ids": np.stack(chosen), "rejected_ids": np.stack(rejected)}
-        writer.commit(Shard(shard, DOCUMENTS * shard, DOCUMENTS, rows, {"pairs": arrays}, made_by=MADE_BY))
+        knowledge = [{"chosen_ids": [one], "rejected_ids": [other]} for one, other in zip(chosen, rejected, strict=True)]
+        writer.commit(Shard(shard, DOCUMENTS * shard, DOCUMENTS, rows, {"pairs": knowledge}, made_by=MADE_BY))
     return tmp_path / "store"
 
 

@@ -18,9 +18,8 @@ from torture.heartbeat import PATIENCE
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, verify
 from knowledge_store.format.parquet import TableFile, publish_table, read_table, write_table
-from knowledge_store.format.sequences import TOKENS_ENCODING, tokens_table
+from knowledge_store.format.sequences import TOKENS_COLUMNS, tokens_table
 from knowledge_store.storage.local import LocalStorage, make_folder, publish, publish_bytes, remove_leftovers
-from knowledge_store.writing.writer import row_groups
 
 TOKENS = tokens_table(words(11), words(11))
 
@@ -152,7 +151,11 @@ def test_files_of_an_uncommitted_shard_are_committed_as_they_stand(tmp_path):
     assert (Path(writer.address) / "positions/00000.parquet").read_bytes() == standing
     assert verify(store).damage == []
     summaries = [KnowledgeStore.open(each).info()[0] for each in (store, tmp_path / "twin", other)]
-    assert summaries[0].mean_nll == summaries[1].mean_nll != summaries[2].mean_nll
+    assert (
+        summaries[0].statistics["positions.mean_nll"]
+        == summaries[1].statistics["positions.mean_nll"]
+        != summaries[2].statistics["positions.mean_nll"]
+    )
 
 
 def test_a_standing_commit_record_wins(tmp_path):
@@ -189,7 +192,7 @@ def test_another_vocabulary_of_a_run_that_was_cut_off(tmp_path):
     (store / "other").mkdir()
     other = tokens_table([f"v{token}" for token in range(11)], words(11))
     with open(store / "other/tokens.parquet", "wb") as file:
-        write_table(file, other.schema, [other], TOKENS_ENCODING)
+        write_table(file, other.schema, [other], TOKENS_COLUMNS)
     with pytest.raises(MismatchError, match="another vocabulary"):
         DumpWriter.open(store, make_manifest("other"), TOKENS)
     assert not (store / "other/manifest.json").exists()
@@ -369,11 +372,3 @@ def test_many_equal_values_in_few_bytes_are_read(tmp_path):
     record, _ = publish_table(storage, "counts.parquet", table.schema, [table])
     assert record.bytes < 10_000
     assert read_table(TableFile(storage, "counts.parquet", record, table.schema)).equals(table)
-
-
-def test_row_groups_are_smaller_where_lists_are_long():
-    lengths = np.full(100, 1000)
-    assert max(row_groups(lengths)) == 32
-    assert max(row_groups(lengths, 512)) == 32
-    assert max(row_groups(lengths, 4096)) == 4
-    assert sum(row_groups(lengths, 10**9)) == len(row_groups(lengths, 10**9)) == 100

@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from conftest import story_rows, write_jsonl
-from processes import Command
+from processes import Command, Notes
 from stores import (
+    apart,
     commit,
     commit_of,
-    joined,
     make_manifest,
     random_sequences,
     read_whole,
@@ -38,8 +38,9 @@ from knowledge_store import (
 from knowledge_store.format.layout import FORMAT_VERSION
 from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds import joined
 from knowledge_store.storage import local as publication
-from teacher_dump import DumpConfig, dump
+from teacher_dump import DumpConfig, dump, repair
 
 TABLES = {"positions": "parquet", "sequences": "parquet", "commits": "json"}
 
@@ -71,15 +72,15 @@ def identities(store: Path) -> dict[str, tuple[int, int]]:
     return {str(path.relative_to(store)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in store.rglob("*.*")}
 
 
-@pytest.mark.parametrize("repair", [False, True])
+@pytest.mark.parametrize("call", [dump, repair])
 @pytest.mark.parametrize("name", ["d/manifest.json", "d/commits/00002.json"])
-def test_what_a_newer_version_wrote_is_refused_and_stays(config, name, repair):
+def test_what_a_newer_version_wrote_is_refused_and_stays(config, name, call):
     (config.store / name).write_bytes(seal({**sealed_json(config.store / name), "version": FORMAT_VERSION + 1}))
     (config.store / "d/commits/00001.json").unlink()
     before = identities(config.store)
     versions = f"{name} has format version {FORMAT_VERSION + 1}, and this is knowledge-store for version {FORMAT_VERSION}"
     with pytest.raises(StoreError, match=versions):  # whoever's shard it is, and before a teacher is loaded
-        dump(replace(config, teacher="a-teacher/that-is-not-here"), 0, 2, repair=repair)
+        call(replace(config, teacher="a-teacher/that-is-not-here"), 0, 2)
     assert identities(config.store) == before
 
 
@@ -87,7 +88,7 @@ def test_only_the_damaged_shards_are_dumped_again(config, dumped, loaded_teacher
     (config.store / "d/positions/00000.parquet").unlink()
     flip(config.store / "d/sequences/00002.parquet")
     before = identities(config.store)
-    report = dump(config, teacher=loaded_teacher, repair=True)
+    report = repair(config, teacher=loaded_teacher)
     assert report.shards == 2
     assert verify(config.store).damage == []
     assert contents(config.store) == contents(dumped.store)
@@ -95,28 +96,28 @@ def test_only_the_damaged_shards_are_dumped_again(config, dumped, loaded_teacher
     changed = {name for name in after if after[name] != before.get(name)}
     # Made again byte for byte, they are what their records say: those stay too.
     assert changed == {"d/positions/00000.parquet", "d/sequences/00002.parquet"}
-    assert dump(replace(config, teacher="a-teacher/that-is-not-here"), repair=True).shards == 0  # none is loaded for nothing
+    assert repair(replace(config, teacher="a-teacher/that-is-not-here")).shards == 0  # none is loaded for nothing
 
 
 def test_ranks_share_the_damaged_shards(config, dumped, loaded_teacher):
     for shard in range(3):
         flip(config.store / f"d/commits/{shard:05d}.json")
-    assert dump(config, 1, 2, teacher=loaded_teacher, repair=True).shards == 1
+    assert repair(config, 1, 2, teacher=loaded_teacher).shards == 1
     assert len(verify(config.store).damage) == 2
-    assert dump(config, 0, 2, teacher=loaded_teacher, repair=True).shards == 2
+    assert repair(config, 0, 2, teacher=loaded_teacher).shards == 2
     assert contents(config.store) == contents(dumped.store)
 
 
 def test_a_missing_shard_is_not_a_damaged_one(config, loaded_teacher):
     (config.store / "d/commits/00001.json").unlink()
-    assert dump(config, teacher=loaded_teacher, repair=True).shards == 0
+    assert repair(config, teacher=loaded_teacher).shards == 0
     assert dump(config, teacher=loaded_teacher).shards == 1
 
 
 def test_vocabulary_and_store_file(config, dumped, loaded_teacher):
     flip(config.store / "d/tokens.parquet")
     flip(config.store / "store.json")
-    assert dump(config, teacher=loaded_teacher, repair=True).shards == 0
+    assert repair(config, teacher=loaded_teacher).shards == 0
     assert verify(config.store).damage == []
     assert contents(config.store) == contents(dumped.store)
 
@@ -124,38 +125,39 @@ def test_vocabulary_and_store_file(config, dumped, loaded_teacher):
 def test_a_vocabulary_that_another_version_writes_otherwise(config, loaded_teacher, monkeypatch):
     flip(config.store / "d/tokens.parquet")
     monkeypatch.setattr("knowledge_store.format.parquet.COMPRESSION_LEVEL", 1)
-    dump(config, teacher=loaded_teacher, repair=True)
+    repair(config, teacher=loaded_teacher)
     assert verify(config.store).damage == []
-    assert dump(config, teacher=loaded_teacher).shards_standing == 3  # the same dump still
+    assert dump(config, teacher=loaded_teacher).shards_existing == 3  # the same dump still
 
 
 def test_what_cannot_be_repaired_is_said_at_once(config, loaded_teacher):
     with pytest.raises(InputError, match="no dump 'other'"):
-        dump(replace(config, name="other"), repair=True)
+        repair(replace(config, name="other"))
 
 
-@pytest.mark.parametrize("repair", [True, False])
-def test_commits_that_are_no_folder_are_said_at_once(config, repair):
+@pytest.mark.parametrize("call", [dump, repair])
+def test_commits_that_are_no_folder_are_said_at_once(config, call):
     shutil.rmtree(config.store / "d/commits")
     (config.store / "d/commits").touch()
     with pytest.raises(DamageError, match="d/commits is damaged: it is not a folder"):
-        dump(replace(config, teacher="a-teacher/that-is-not-here"), repair=repair)
+        call(replace(config, teacher="a-teacher/that-is-not-here"))
 
 
 @pytest.mark.parametrize("lost", [True, False])
-def test_a_manifest_is_made_again_by_what_made_it(config, dumped, loaded_teacher, lost, capfd):
+def test_a_manifest_is_made_again_by_what_made_it(config, dumped, loaded_teacher, lost):
     """Every shard's record says what it was made from, so a manifest of something else cannot take its place."""
     path = config.store / "d/manifest.json"
     flip(path)
     if lost:
         path.unlink()
     flip(config.store / "d/positions/00001.parquet")
-    for repair in (True, False) if lost else (True,):
+    for call in (repair, dump) if lost else (repair,):
         with pytest.raises(MismatchError, match=r"commits/0000\d\.json was made from something else"):
-            dump(replace(config, max_length=39), teacher=loaded_teacher, repair=repair)
+            call(replace(config, max_length=39), teacher=loaded_teacher)
     assert path.exists() != lost
-    assert dump(config, teacher=loaded_teacher, repair=True).shards == 1
-    assert f"{path} was damaged, and is written anew" in capfd.readouterr().err
+    reporter = Notes()
+    assert repair(config, teacher=loaded_teacher, reporter=reporter).shards == 1
+    assert f"Repaired: {path} was damaged, and is written again" in reporter.notes
     assert verify(config.store).damage == []
     assert contents(config.store) == contents(dumped.store)
 
@@ -171,7 +173,7 @@ def test_files_that_are_sound_and_do_not_belong_together(config, dumped, loaded_
     (other / "commits/00001.json").write_bytes(replace(record, files=files).to_bytes())
     [sentence] = verify(config.store).damage
     assert "do not match its token_hash" in sentence
-    assert dump(config, teacher=loaded_teacher, repair=True).shards == 1
+    assert repair(config, teacher=loaded_teacher).shards == 1
     assert contents(config.store) == contents(dumped.store)
 
 
@@ -187,7 +189,7 @@ def test_the_command(config, dumped, tmp_path):
 # With shards of numpy
 
 
-def repair(store: Path, shard: int, change=lambda arrays: None) -> None:
+def repair_shard(store: Path, shard: int, change=lambda arrays: None) -> None:
     """Repair a shard of `write_store`, its knowledge changed before."""
     tokens = tokens_table(words(11), words(11))
     writer = DumpWriter.open(store, make_manifest(), tokens)
@@ -195,7 +197,7 @@ def repair(store: Path, shard: int, change=lambda arrays: None) -> None:
     arrays = joined(knowledge)
     change(arrays)
     rows = [sequence_row(100 * shard + index, each) for index, each in enumerate(knowledge)]
-    writer.repair(Shard(shard, 100 * shard, 100, rows, {"positions": arrays}, made_by={"host": "elsewhere"}))
+    writer.repair(Shard(shard, 100 * shard, 100, rows, {"positions": apart(arrays, rows)}, made_by={"host": "elsewhere"}))
 
 
 def other_digits(arrays) -> None:
@@ -214,7 +216,7 @@ def test_other_digits_get_a_record_of_their_own(tmp_path, damaged):
     store = write_store(tmp_path / "store")
     flip(store / f"small/{damaged}/00001.{TABLES[damaged]}")
     before = identities(store)
-    repair(store, 1, other_digits)
+    repair_shard(store, 1, other_digits)
     assert verify(store).damage == []
     after = identities(store)
     changed = {name for name in after if after[name] != before[name]}
@@ -229,7 +231,7 @@ def test_other_tokens_beside_sound_files_are_refused(tmp_path):
     store = write_store(tmp_path / "store")
     flip(store / "small/sequences/00001.parquet")
     with pytest.raises(MismatchError, match=r"positions/00001\.parquet is sound"):
-        repair(store, 1, other_tokens)
+        repair_shard(store, 1, other_tokens)
     assert len(verify(store).damage) == 1
     assert not list(store.rglob(".tmp-*"))
 
@@ -237,7 +239,7 @@ def test_other_tokens_beside_sound_files_are_refused(tmp_path):
 def test_a_sound_shard_is_left_alone(tmp_path):
     store = write_store(tmp_path / "store")
     before = identities(store)
-    repair(store, 1, other_digits)
+    repair_shard(store, 1, other_digits)
     assert identities(store) == before
 
 
@@ -270,7 +272,7 @@ def test_cut_off_anywhere(tmp_path, monkeypatch, damaged):
             patch.setattr(publication.os, "fsync", counted(publication.os.fsync))
             patch.setattr(Path, "replace", counted(Path.replace))
             try:
-                repair(store, 1, other_digits)
+                repair_shard(store, 1, other_digits)
                 done = True
             except Cut:
                 done = False
@@ -281,7 +283,7 @@ def test_cut_off_anywhere(tmp_path, monkeypatch, damaged):
         if done:
             assert not sentences
             break
-        repair(store, 1)
+        repair_shard(store, 1)
         assert verify(store).damage == []
         assert not list(store.rglob(".tmp-*"))
     else:
@@ -301,7 +303,7 @@ def test_a_full_disk_changes_nothing(tmp_path, monkeypatch):
         patch.setattr("knowledge_store.storage.local.fsync_folder", lambda folder: None)
         patch.setattr(publication.os, "fsync", full)
         with pytest.raises(StoreError, match=r"cannot write .*positions/00001\.parquet: No space left"):
-            repair(store, 1)
+            repair_shard(store, 1)
     assert identities(store) == before
 
 
@@ -310,7 +312,7 @@ def test_a_store_open_meanwhile_answers_from_before_or_says_so(tmp_path):
     opened = KnowledgeStore.open(store, cache_size=0)
     expected = opened[7]["candidate_logprobs"].tolist()
     flip(store / "small/positions/00001.parquet")
-    repair(store, 1, other_digits)
+    repair_shard(store, 1, other_digits)
     assert opened[7]["candidate_logprobs"].tolist() == expected
     with pytest.raises(DamageError, match="positions/00001"):
         opened.sql("SELECT * FROM positions")

@@ -57,19 +57,23 @@ def evaluation(nll: float, kl: float, boast: float = 0.0) -> dict:
         "model": "model",
         "parameters": 1234,
         "dump": DUMP,
-        "positions": 4000,
         "sequences": 20,
         "seconds": 3.5,
-        "student": {**describe_answers(confidence, correct, scores, sequence), "full_ece": 0.1234},
-        "teacher": describe_answers(confidence, correct, {"nll": scores["nll"]}, sequence),
-        "per_sequence": {
-            "targets": group_sizes(400, sequence).tolist(),
-            **sums,
-            "gaps_15": calibration_gaps(confidence, correct, 15, groups=sequence).tolist(),
-        },
-        "coverage": {
-            "mean_by_rank": [0.3, 0.4, 0.5, 0.55, 0.62],
-            "histogram": {"edges": np.linspace(0, 1, 21).tolist(), "counts": [200] * 20},
+        "figures": {
+            "positions": {
+                "positions": 4000,
+                "student": {**describe_answers(confidence, correct, scores, sequence), "full_ece": 0.1234},
+                "teacher": describe_answers(confidence, correct, {"nll": scores["nll"]}, sequence),
+                "per_sequence": {
+                    "targets": group_sizes(400, sequence).tolist(),
+                    **sums,
+                    "gaps_15": calibration_gaps(confidence, correct, 15, groups=sequence).tolist(),
+                },
+                "coverage": {
+                    "mean_by_rank": [0.3, 0.4, 0.5, 0.55, 0.62],
+                    "histogram": {"edges": np.linspace(0, 1, 21).tolist(), "counts": [200] * 20},
+                },
+            }
         },
         "config": {"store": "store", "questions": None},
         "versions": {"python": "3.11"},
@@ -107,7 +111,8 @@ def answered(boast: float, temperature: float | None = 1.8, clashing: int = 0, *
     }
     if temperature:
         scaled = {name: confidence_of(4, boast / 4, temperature=temperature) for name in names}
-        result["post_hoc"] = {"file": "other.jsonl", "questions": 90, **scaled}
+        result["post_hoc"] = {"questions": 90, **scaled}
+        result["config"]["post_hoc_temperature"] = "other.jsonl"
     return result
 
 
@@ -158,7 +163,10 @@ def test_a_full_page(tmp_path):
     )
     assert text.count("<svg") == 3 + 1 + 1  # reliability of two students and the teacher, coverage, curves
     best = re.findall(r'<td class="best">([^<]*)<', text)
-    assert best[:2] == ["61.0%", f"{evaluation(3.2, 0.8)['student']['accuracy']:.1%}"]  # ties are both marked
+    assert best[:2] == [
+        "61.0%",
+        f"{evaluation(3.2, 0.8)['figures']['positions']['student']['accuracy']:.1%}",
+    ]  # ties are both marked
     assert "3.100" in best and "0.500" in best and "3.200" not in best
     assert "lower bound" in text and "1 min 23 s" in text and "62.0%" in text and "12.34%" in text
     assert "a &lt;teacher&gt; &amp; friends" in text and "<teacher>" not in text
@@ -250,14 +258,15 @@ def test_a_dump_without_candidates(tmp_path):
     folder = write_run(tmp_path / "one", measured=(3.2, 0.8))
     path = folder / "evaluations" / "heldout.json"
     result = json.loads(path.read_text())
-    del result["coverage"]
+    figures = result["figures"]["positions"]
+    del figures["coverage"]
     for name in ("kl_lower_bound", "top_1_agreement"):
-        del result["student"][name], result["per_sequence"][name]
-    result["teacher"] = {"nll": 2.0}
+        del figures["student"][name], figures["per_sequence"][name]
+    figures["teacher"] = {"nll": 2.0}
     path.write_text(json.dumps(result))
     text = page(tmp_path, folder)
     assert text.count("<svg") == 1 + 1  # one student, curves
-    assert "Agreement" not in cells(text, "On held-out text")[""] and "What the store kept" not in text
+    assert "Agreement" not in cells(text, "On held-out text")[""] and "Top-k coverage" not in text
 
 
 @pytest.mark.parametrize("boast", [0.0, 0.2])
@@ -269,7 +278,7 @@ def test_differences_on_questions_and_on_sequences(boast):
     assert found["nll"].value == pytest.approx(np.mean(one["nll"]) - np.mean(other["nll"]))
     assert found["accuracy"].value == 0 and not found["accuracy"].clear
     assert found["ece_15"].clear == (boast > 0)
-    found = differences(evaluation(3, 1, boast)["per_sequence"], evaluation(3, 1)["per_sequence"])
+    found = differences(*(evaluation(3, 1, size)["figures"]["positions"]["per_sequence"] for size in (boast, 0.0)))
     mine, theirs = (expected_calibration_error(*answers_of(3, each)[:2]) for each in (boast, 0.0))
     assert found["ece_15"].value == pytest.approx(mine - theirs)
     assert found["ece_15"].low <= found["ece_15"].value <= found["ece_15"].high

@@ -1,4 +1,4 @@
-"""Whatever stops a dump, and whoever goes on with it, the store is the one that an uninterrupted run makes."""
+"""Whatever stops a dump, and whoever resumes it, the store is the one that an uninterrupted run makes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import save_teacher, story_rows, write_jsonl
 from processes import Command, Moment
 from stores import contents
@@ -19,8 +21,9 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, MismatchError, StoreError
 from knowledge_store.storage import local as publication
 from knowledge_store.writing.verification import verify
-from teacher_dump import DumpConfig, dump
-from teacher_dump.dumping import fingerprints
+from teacher_dump import DumpConfig, dump, fingerprints, repair
+from teacher_dump.extraction.sampling import systematic_points
+from teacher_dump.teachers import local as teachers
 from teacher_dump.teachers.local import load_teacher
 
 SHARDS = 20
@@ -58,10 +61,10 @@ def uninterrupted(tmp_path_factory, corpus, teacher_folder, loaded_teacher) -> d
 def arguments(config: DumpConfig, **more: object) -> list[object]:
     """The command line that says what `config` says."""
     options = {
-        "teacher": config.teacher, "store": config.store, "name": config.name, "max-length": config.max_length,
+        "teacher": config.teacher, "name": config.name, "max-length": config.max_length,
         "batch-size": config.batch_size, "shard-size": config.shard_size, **more,
     }  # fmt: skip
-    line: list[object] = ["run", "--corpus", *config.corpus, "--skip-bad-rows"]
+    line: list[object] = ["run", config.store, "--corpus", *config.corpus, "--skip-bad-rows"]
     return line + [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
@@ -85,7 +88,7 @@ def test_any_ranks_in_any_order_make_the_same_store(config, loaded_teacher, unin
     shards = 0
     for rank, world_size in runs:
         report = dump(config, rank, world_size, teacher=loaded_teacher)
-        assert report.shards + report.shards_standing == len(range(rank, SHARDS, world_size))
+        assert report.shards + report.shards_existing == len(range(rank, SHARDS, world_size))
         shards += report.shards
     assert shards == SHARDS
     assert contents(config.store) == uninterrupted
@@ -162,11 +165,11 @@ def test_a_signal_ends_it_cleanly(config, uninterrupted, tmp_path, loaded_teache
     assert result.returncode == 130, result
     committed = commits(config)
     assert 2 <= committed < SHARDS
-    assert f"Stopped: {committed} shards were committed by this run. The same command goes on from there." in result.stderr
+    assert f"Stopped: {committed} shards were committed by this run. The same command resumes the dump." in result.stderr
     assert "Traceback" not in result.stderr
     assert not list(config.store.rglob(".tmp-*"))
     again = dump(config, teacher=loaded_teacher)
-    assert (again.shards, again.shards_standing) == (SHARDS - committed, committed)
+    assert (again.shards, again.shards_existing) == (SHARDS - committed, committed)
     assert contents(config.store) == uninterrupted
 
 
@@ -175,12 +178,12 @@ def test_an_error_in_the_reading_thread_is_the_dumps_and_leaves_no_thread(tmp_pa
     rows = [*story_rows(6), {"prompt": "The lamp " * 50, "completion": "x"}, *story_rows(2)]
     corpus = write_jsonl(tmp_path / "c.jsonl", rows)
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=30, shard_size=2)
-    with pytest.raises(InputError, match=r"c\.jsonl, line 7: the prompt has \d+ tokens.*--skip-bad-rows"):
+    with pytest.raises(InputError, match=r"c\.jsonl, line 7: the prompt leaves no room .*--skip-bad-rows"):
         dump(config, teacher=loaded_teacher)
     assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
     assert sorted(path.name for path in (tmp_path / "s/tiny-c/commits").iterdir()) == ["00000.json", "00001.json", "00002.json"]
     report = dump(replace(config, skip_bad_rows=True), teacher=loaded_teacher)
-    assert (report.shards_standing, report.shards, report.skipped_rows) == (3, 2, 1)
+    assert (report.shards_existing, report.shards, report.skipped_rows) == (3, 2, 1)
 
 
 def test_an_error_in_the_writing_thread_is_the_dumps_and_leaves_no_thread(config, loaded_teacher, uninterrupted, monkeypatch):
@@ -201,11 +204,11 @@ def test_an_error_in_the_writing_thread_is_the_dumps_and_leaves_no_thread(config
     assert contents(config.store) == uninterrupted
 
 
-# --- gone on with by the wrong command ----------------------------------------------------------------------------------
+# --- resumed by the wrong command ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def standing(config, loaded_teacher) -> DumpConfig:
+def existing(config, loaded_teacher) -> DumpConfig:
     """A dump whose first half is there."""
     dump(config, 0, 2, teacher=loaded_teacher)
     return config
@@ -214,53 +217,130 @@ def standing(config, loaded_teacher) -> DumpConfig:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"top_k": 3}, "positions.selection.k was 5 and is now 3"),
+        ({"top_k": 3}, "kinds.positions.selection.k was 5 and is now 3"),
         ({"max_length": 41}, "plan.max_length was 40 and is now 41"),
         ({"shard_size": 3}, "plan.shard_size was 2 and is now 3"),
-        ({"keep_context": True}, "positions.keep_context was False and is now True"),
+        ({"keep_context": True}, "kinds.positions.keep_context was False and is now True"),
     ],
 )
-def test_going_on_with_another_option_is_refused_and_changes_nothing(standing, loaded_teacher, change, named):
-    before = contents(standing.store)
+def test_resuming_with_another_option_is_refused_and_changes_nothing(existing, loaded_teacher, change, named):
+    before = contents(existing.store)
     with pytest.raises(MismatchError, match=r"'d' in .* was made differently") as caught:
-        dump(replace(standing, **change), teacher=loaded_teacher)
+        dump(replace(existing, **change), teacher=loaded_teacher)
     assert named in str(caught.value)
-    assert contents(standing.store) == before
+    assert contents(existing.store) == before
 
 
-def test_going_on_with_another_corpus_is_refused_and_changes_nothing(standing, loaded_teacher, tmp_path, corpus):
-    before = contents(standing.store)
+def test_resuming_with_another_corpus_is_refused_and_changes_nothing(existing, loaded_teacher, tmp_path, corpus):
+    before = contents(existing.store)
     other = tmp_path / corpus.name
     other.write_bytes(corpus.read_bytes().replace(b"lamp", b"LAMP"))
     with pytest.raises(MismatchError, match=r"corpus\.files\[0\]\.sha256 was"):
-        dump(replace(standing, corpus=(other,)), teacher=loaded_teacher)
+        dump(replace(existing, corpus=(other,)), teacher=loaded_teacher)
     with pytest.raises(MismatchError, match=r"corpus\.files\[1\]"):
-        dump(replace(standing, corpus=(corpus, other)), teacher=loaded_teacher)
-    assert contents(standing.store) == before
+        dump(replace(existing, corpus=(corpus, other)), teacher=loaded_teacher)
+    assert contents(existing.store) == before
 
 
-def test_going_on_with_another_teacher_or_precision_is_refused(standing, tmp_path):
-    before = contents(standing.store)
+def test_resuming_with_another_teacher_or_precision_is_refused(existing, tmp_path):
+    before = contents(existing.store)
     other = save_teacher(tmp_path / "other", seed=7)
     for teacher, named in (
         (load_teacher(str(other), device="cpu"), "teacher.files.model.safetensors was"),
-        (load_teacher(standing.teacher, dtype="bfloat16", device="cpu"), "teacher.dtype was float32 and is now bfloat16"),
+        (load_teacher(existing.teacher, dtype="bfloat16", device="cpu"), "teacher.dtype was float32 and is now bfloat16"),
     ):
         with pytest.raises(MismatchError) as caught:
-            dump(standing, teacher=teacher)
+            dump(existing, teacher=teacher)
         assert named in str(caught.value)
-    assert contents(standing.store) == before
+    assert contents(existing.store) == before
 
 
-def test_teacher_and_corpus_may_be_moved_and_renamed(standing, tmp_path, corpus, uninterrupted):
-    moved = shutil.copytree(standing.teacher, tmp_path / "elsewhere")
+def test_teacher_and_corpus_may_be_moved_and_renamed(existing, tmp_path, corpus, uninterrupted):
+    moved = shutil.copytree(existing.teacher, tmp_path / "elsewhere")
     renamed = shutil.copy(corpus, tmp_path / "renamed.jsonl")
-    config = replace(standing, teacher=str(moved), corpus=(Path(renamed),))
+    config = replace(existing, teacher=str(moved), corpus=(Path(renamed),))
     assert dump(config, teacher=load_teacher(str(moved), device="cpu")).shards == SHARDS // 2
-    found = contents(standing.store)
+    found = contents(existing.store)
     assert {name: data for name, data in found.items() if not name.endswith("manifest.json")} == {
         name: data for name, data in uninterrupted.items() if not name.endswith("manifest.json")
     }
+
+
+# --- what is no part of a dump's identity -------------------------------------------------------------------------------
+
+
+def logged_points(patch) -> dict[int, list]:
+    """The points that draws are made at from here on, by sequence: one array for each time it is asked for."""
+    logged: dict[int, list] = {}
+
+    def points(sequence, length, draws):
+        found = systematic_points(sequence, length, draws)
+        logged.setdefault(sequence, []).append(found)
+        return found
+
+    patch.setattr("teacher_dump.extraction.positions.systematic_points", points)
+    return logged
+
+
+def test_out_of_memory_a_dump_resumes_with_a_smaller_batch(config, loaded_teacher, uninterrupted, monkeypatch, tmp_path):
+    """Its shards are those of an uninterrupted dump: tokens and draw points the same, values up to numeric noise."""
+    predict = type(loaded_teacher).predict
+
+    def small_device(teacher, token_ids, mask):
+        if len(token_ids) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return predict(teacher, token_ids, mask)
+
+    larger = replace(config, batch_size=8)
+    dump(larger, 0, 2, teacher=loaded_teacher)
+    half = commits(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(loaded_teacher), "predict", small_device)
+        with pytest.raises(InputError, match=r"give a smaller --batch-size \(now 8\); what is committed stays"):
+            dump(larger, teacher=loaded_teacher)
+        points = logged_points(patch)
+        resumed = dump(replace(config, batch_size=1), teacher=loaded_teacher)
+    assert (resumed.shards_existing, resumed.shards) == (half, SHARDS - half)
+    assert (config.store / "d/manifest.json").read_bytes() == uninterrupted["d/manifest.json"]
+    for name in (f"d/sequences/{shard:05d}.parquet" for shard in range(SHARDS)):
+        assert (config.store / name).read_bytes() == uninterrupted[name]
+    with monkeypatch.context() as patch:
+        whole = logged_points(patch)
+        dump(replace(config, store=tmp_path / "again"), teacher=loaded_teacher)
+    for sequence, (drawn_at,) in points.items():
+        np.testing.assert_array_equal(drawn_at, whole[sequence][0])
+    ours, theirs = (
+        KnowledgeStore.open(store).sql("SELECT * FROM positions ORDER BY sequence_id, position")
+        for store in (config.store, tmp_path / "again")
+    )
+    assert ours["token_id"].equals(theirs["token_id"]) and len(ours) > 500
+    differing = 0
+    for one, other in zip(ours.to_pylist(), theirs.to_pylist(), strict=True):
+        if one != other:  # a value on the edge between two steps, or two candidates that are nearly as likely
+            differing += 1
+            assert one["token_logprob"] == pytest.approx(other["token_logprob"], abs=0.26)
+            assert one["candidate_logprobs"] == pytest.approx(other["candidate_logprobs"], abs=0.26)
+    assert differing < 0.01 * len(ours)
+
+
+def test_the_dtype_that_a_dump_was_begun_in_is_used_by_a_resume_and_a_repair(config, teacher_folder, monkeypatch):
+    """What `auto` stands for depends on the device: here a dump that was begun where it was bfloat16."""
+    dump(replace(config, dtype="bfloat16", device="cpu"), 0, 2)
+    load, dtypes = teachers.load_teacher, []
+
+    def noted(teacher, gguf_file, dtype, device, **options):
+        dtypes.append(dtype)
+        return load(teacher, gguf_file, dtype, device, **options)
+
+    monkeypatch.setattr(teachers, "load_teacher", noted)
+    assert config.dtype == "auto"
+    assert dump(replace(config, device="cpu"), 1, 2).shards == SHARDS // 2
+    (config.store / "d/positions/00001.parquet").unlink()
+    assert repair(replace(config, device="cpu")).shards == 1
+    assert dtypes == ["bfloat16", "bfloat16"]
+    with pytest.raises(MismatchError, match=r"teacher.dtype was bfloat16 and is now float32\. Leave --dtype out"):
+        dump(replace(config, dtype="float32"))
+    assert verify(config.store).damage == []
 
 
 def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
@@ -274,7 +354,7 @@ def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
     monkeypatch.setattr("teacher_dump.dumping.plan.scan", nobody)
     monkeypatch.setattr(type(loaded_teacher), "predict", nobody)
     report = dump(config, teacher=loaded_teacher)
-    assert (report.shards, report.shards_standing, report.positions) == (0, SHARDS, 0)
+    assert (report.shards, report.shards_existing, report.positions) == (0, SHARDS, 0)
     assert {path: path.stat().st_mtime_ns for path in config.store.rglob("*")} == before
 
 
@@ -284,7 +364,7 @@ def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
 def test_a_file_is_hashed_once_until_its_size_or_time_changes(tmp_path, monkeypatch):
     hashed = []
     compute = fingerprints._hash
-    monkeypatch.setattr(fingerprints, "_hash", lambda path, size: hashed.append(path) or compute(path, size))
+    monkeypatch.setattr(fingerprints, "_hash", lambda path, *more: hashed.append(path) or compute(path, *more))
     path = tmp_path / "f"
     path.write_bytes(b"one")
     first = fingerprints.file_sha256(path)

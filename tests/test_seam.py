@@ -8,7 +8,7 @@ from __future__ import annotations
 import pyarrow as pa
 from conftest import save_teacher, story_rows, write_jsonl
 
-from knowledge_store import KINDS, Kind, KnowledgeStore, verify
+from knowledge_store import KINDS, Field, Kind, KnowledgeStore, verify
 from knowledge_store.reporter import Reporter
 from student_train.evaluation.configuration import EvaluateConfig
 from student_train.evaluation.figures import FIGURES
@@ -18,12 +18,13 @@ from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
 from student_train.training.run_folder import read_history
 from teacher_dump import DumpConfig, dump
-from teacher_dump.extraction.positions import EXTRACTORS
+from teacher_dump.extraction import EXTRACTORS, Extractor
+from teacher_dump.teachers.protocol import Ability
 
 SUMMARIES = Kind(
     name="summaries",
     per="sequence",
-    schema=lambda manifest: pa.schema([("sequence_id", pa.int64()), ("vector", pa.list_(pa.field("element", pa.float32())))]),
+    fields=lambda manifest: (Field("vector", pa.float32(), shape=32),),
 )
 
 
@@ -42,7 +43,7 @@ def match_summaries(outputs, batch):
 
 def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teacher_folder, loaded_teacher):
     monkeypatch.setitem(KINDS, "summaries", SUMMARIES)
-    monkeypatch.setitem(EXTRACTORS, "summaries", extract_summaries)
+    monkeypatch.setitem(EXTRACTORS, "summaries", Extractor(frozenset({Ability.HIDDEN_STATES}), extract_summaries))
     needs = {"kinds": ("summaries",), "columns": ("vector",), "hidden_states": True}
     monkeypatch.setitem(LOSSES, "summaries", Loss(match_summaries, whole_batch=True, unit="sequence", **needs))
 
@@ -79,4 +80,4 @@ def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teache
     assert notes == ["The kind summaries of the dump both is not evaluated: no figures exist for it."]
     monkeypatch.setitem(FIGURES, "summaries", lambda model, store, dump, ordinals, **_: {"distance": len(ordinals)})
     measured = evaluate(question)
-    assert measured["distance"] == measured["sequences"] == len(store) and not measured["not_evaluated"]
+    assert measured["figures"]["summaries"]["distance"] == measured["sequences"] == len(store) and not measured["not_evaluated"]

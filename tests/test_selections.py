@@ -100,15 +100,17 @@ def test_the_columns(store):
     [row] = opened.sql("SELECT count(tail_ids) AS n FROM positions WHERE dump = 'plain'").to_pylist()
     assert row["n"] == 0
     summaries = {summary.dump: summary for summary in opened.info()}
-    assert [summaries[name].selection for name in SELECTIONS] == [
+    assert [summaries[name].facts["positions.selection"] for name in SELECTIONS] == [
         "top-k 5",
         "top-k 5 + 4 tail draws",
         "top-p 0.6, at most 12 + 2 tail draws",
         "random-sampling, 9 draws",
     ]
-    assert summaries["sampled"].mean_top_k_mass is None
-    assert 0.5 < summaries["nucleus"].mean_top_k_mass < 1  # twelve do not always reach it
-    assert summaries["sampled"].mean_nll == pytest.approx(summaries["plain"].mean_nll, abs=1e-3)
+    assert summaries["sampled"].statistics["positions.mean_top_k_mass"] is None
+    assert 0.5 < summaries["nucleus"].statistics["positions.mean_top_k_mass"] < 1  # twelve do not always reach it
+    assert summaries["sampled"].statistics["positions.mean_nll"] == pytest.approx(
+        summaries["plain"].statistics["positions.mean_nll"], abs=1e-3
+    )
     answer = run_command("knowledge_store", "info", store)
     assert answer.returncode == 0
     assert "random-sampling, 9 draws" in answer.stdout
@@ -158,7 +160,7 @@ def test_a_sequence_as_a_person_reads_it(store, name):
     [
         ({"selection": "top-q"}, "there is no --selection top-q"),
         ({"tail_draws": -1}, "--tail-draws is -1; it must be at least 0"),
-        ({"tail_draws": 70_000}, "--tail-draws is 70000; it must be at most 65,535"),
+        ({"tail_draws": 70_000}, "--tail-draws is 70000; it must be at least 0 and at most 65,535"),
         ({"draws": 9}, "--draws is not an option of the selection top-k"),
         ({"selection": "random-sampling", "top_k": 9}, "--top-k is not an option of the selection random-sampling"),
         ({"selection": "random-sampling", "draws": 0}, "--draws is 0; it must be at least 1"),
@@ -174,7 +176,7 @@ def test_options_that_make_no_sense(options, message):
 
 
 def test_the_command_refuses_them_in_one_line(tmp_path, teacher_folder, corpus):
-    arguments = ("--teacher", teacher_folder, "--corpus", corpus, "--store", tmp_path / "s")
+    arguments = (tmp_path / "s", "--teacher", teacher_folder, "--corpus", corpus)
     answer = run_command("teacher_dump", "run", *arguments, "--selection", "top-p", "--max-k", "500")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert "--max-k 500 is above the teacher's vocabulary of 408 tokens" in answer.stderr
@@ -185,7 +187,7 @@ def test_the_command_refuses_them_in_one_line(tmp_path, teacher_folder, corpus):
 
 
 def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teacher):
-    from teacher_dump.teachers.local import describe_tokenizer
+    from teacher_dump.corpus.tokenisation import describe_tokenizer
 
     figures = {"nll": 1.0, "ece_10": 0.1, "ece_15": 0.1, "brier": 0.5}
     calibration = Calibration(

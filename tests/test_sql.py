@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 from memory_storage import PLACES, MemoryStorage, new_place
-from stores import commit, joined, make_manifest, random_sequences, words, write_store
+from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DumpWriter, KnowledgeStore, QueryError
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds import joined
 
 SEQUENCES = [
     *("dump", "sequence_id", "document", "file", "row", "part", "window", "length", "targets", "truncated", "token_hash"),
@@ -24,14 +25,16 @@ COLUMNS = {
     "sequences": SEQUENCES,
     "tokens": ["dump", "token_id", "text", "token"],
     "shards": [
-        *("dump", "shard", "first_document", "documents", "sequences", "positions", "mean_nll", "mean_top_1_accuracy"),
-        *("mean_top_k_mass", "predictions", "skipped_rows", "bytes", "committed_at"),
+        *("dump", "shard", "first_document", "documents", "sequences", "positions"),
+        *("positions.mean_nll", "positions.mean_top_1_accuracy", "positions.mean_top_k_mass", "positions.predictions"),
+        *("positions.rows", "skipped_rows", "bytes", "committed_at"),
     ],
     "dumps": [
-        *("dump", "teacher", "selection", "quantisation_step", "max_length", "vocabulary_size", "documents"),
+        *("dump", "teacher", "max_length", "vocabulary_size", "documents"),
         *("documents_planned", "shards", "shards_planned", "complete", "skipped_rows", "sequences", "positions"),
-        *("predictions", "mean_top_k_mass", "mean_nll", "mean_top_1_accuracy", "bytes", "bytes_per_position"),
-        *("dense_bytes", "ratio"),
+        *("bytes", "bytes_per_position", "positions.selection", "positions.quantisation_step", "positions.dense_bytes"),
+        *("positions.ratio", "positions.rows", "positions.predictions", "positions.mean_nll", "positions.mean_top_k_mass"),
+        "positions.mean_top_1_accuracy",
     ],
 }
 
@@ -187,10 +190,10 @@ def test_statistics_are_those_of_the_positions(store):
            FROM (SELECT *, list_sum(list_transform(candidate_logprobs, lambda x: exp(x::DOUBLE))) AS mass FROM positions)
            WHERE dump = 'first'""",
     )
-    assert (facts["positions"], facts["predictions"]) == (computed["positions"], computed["predictions"])
+    assert (facts["positions"], facts["positions.predictions"]) == (computed["positions"], computed["predictions"])
     for ours, theirs in (("mean_nll", "nll"), ("mean_top_k_mass", "mass"), ("mean_top_1_accuracy", "accuracy")):
-        assert facts[ours] == pytest.approx(computed[theirs], abs=1e-6)
-    assert facts["dense_bytes"] == facts["predictions"] * 11 * 4
+        assert facts[f"positions.{ours}"] == pytest.approx(computed[theirs], abs=1e-6)
+    assert facts["positions.dense_bytes"] == facts["positions.predictions"] * 11 * 4
 
 
 @pytest.mark.parametrize(

@@ -381,13 +381,14 @@ def test_other_bad_input(labelled, tmp_path):
 @pytest.fixture(scope="module")
 def dumps(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
     """A folder with a store of the tiny teacher: dumps `plain`, `tempered` (at 1.7, with draws) and `drawn` (no candidates)."""
-    from teacher_dump import DumpConfig, dump
+    from teacher_dump import CalibrateConfig, DumpConfig, dump
     from teacher_dump import calibrate as fit_temperature
 
     folder = tmp_path_factory.mktemp("dumps")
     corpus = write_jsonl(folder / "corpus.jsonl", story_rows(14))
     config = DumpConfig(str(teacher_folder), (corpus,), folder / "store", max_length=48, batch_size=8, calibration=None)
-    fitted = fit_temperature(config, limit=100, teacher=loaded_teacher).calibration
+    held_out = CalibrateConfig(str(teacher_folder), (corpus,), max_length=48, batch_size=8, limit=100)
+    fitted = fit_temperature(held_out, teacher=loaded_teacher).calibration
     write_calibration(folder / "t.json", replace(fitted, value=1.7))
     write_calibration(folder / "cooler.json", replace(fitted, value=0.9))
     dump(replace(config, name="plain"), teacher=loaded_teacher)

@@ -78,6 +78,7 @@ RUN = ["run", "STORE", "--student", "TEACHER", "--output", "o"]
     ("arguments", "message"),
     [
         (["init", "--from", "/absent", "--keep-layers", "0", "--output", "o"], "there is no model folder /absent"),
+        (["init", "--from", "TEACHER", "--keep-layers", "0", "--output", "TEACHER"], "exists already: choose another --output"),
         (["run", "/absent", "--student", "TEACHER", "--output", "o"], "there is no store at /absent"),
         ([*RUN, "--dump", "absent"], "no dump 'absent'"),
         ([*RUN, "--dump", "train", "--loss", "nonsense"], "there is no loss 'nonsense'"),
@@ -154,7 +155,7 @@ def test_interrupt_says_how_to_resume(teacher_folder, store_folder, tmp_path, mo
         (["init", "--from", "/absent", "--keep-layers", "0", "--output", "x"], "there is no model folder /absent"),
         (["init", "--from", ".", "--keep-layers", "one", "--output", "x"], "--keep-layers"),
         (["run", "/absent", "--student", ".", "--output", "x"], "there is no store at /absent"),
-        (["run", ".", "--student", ".", "--output", "x"], "not a knowledge store"),
+        (["run", ".", "--student", ".", "--output", "x"], "there is no store at ."),
         (["evaluate", "/absent", "--model", "/absent"], "there is no store at /absent"),
         (["evaluate", "--model", "/absent"], "give either STORE"),
         (["evaluate", "--model", "/absent", "--questions", "/absent.jsonl"], "there is no file /absent.jsonl"),

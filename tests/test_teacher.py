@@ -12,11 +12,13 @@ import pytest
 import torch
 import transformers
 from conftest import TEXT, make_model, make_tokenizer, save_teacher
+from processes import Notes
 
 from knowledge_store.errors import InputError
 from student_train.training.models import load_model, load_tokenizer
 from teacher_dump.teachers import local as teacher_module
 from teacher_dump.teachers.local import find_device, load_teacher
+from teacher_dump.teachers.protocol import Ability
 
 VOCABULARY = 408
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -67,11 +69,15 @@ def sliced_logits(teacher, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_the_models_own_and_padding_changes_nothing(tmp_path, name, capsys, monkeypatch):
+def test_logits_are_the_models_own_and_padding_changes_nothing(tmp_path, name, monkeypatch):
     config_class, arguments, changes_logits = MODELS[name]
-    teacher = load_teacher(str(make_teacher(tmp_path / name, config_class, arguments)), device="cpu")
+    reporter = Notes()
+    folder = make_teacher(tmp_path / name, config_class, arguments)
+    teacher = load_teacher(str(folder), device="cpu", reporter=reporter)
     assert teacher.whole_logits is changes_logits
-    assert ("changes its logits after the head, so whole logits are used" in capsys.readouterr().err) is changes_logits
+    assert (Ability.HIDDEN_STATES in teacher.abilities) is not changes_logits
+    assert len(reporter.notes) == changes_logits
+    assert all("changes its logits after the head, so whole logits are used" in note for note in reporter.notes)
     monkeypatch.setitem(teacher_module.SLICE_LOGITS, "cpu", 5 * teacher.vocabulary_size)  # five positions a slice
 
     lengths = [3, 11, 7]
@@ -114,7 +120,7 @@ def test_a_decoder_that_drops_leading_spaces_still_shows_them(loaded_teacher):
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    teacher = teacher_module.Teacher(
+    teacher = teacher_module.LocalTeacher(
         loaded_teacher.model, tokenizer, {"vocabulary_size": 7}, loaded_teacher.device, whole_logits=False
     )
     assert teacher.tokens()[0] == ["<unk>", " the", " lamp", "s", " a", "\n", None]

@@ -20,7 +20,7 @@ from knowledge_store.calibration.expected_calibration_error import expected_cali
 from knowledge_store.calibration.temperature import root_of_slopes
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.kinds.positions import positions_of
-from teacher_dump import DumpConfig, calibrate, dump
+from teacher_dump import CalibrateConfig, DumpConfig, calibrate, dump
 from teacher_dump.calibration import GRID, describe, mean_and_error
 from teacher_dump.cli import app
 from teacher_dump.teachers.local import load_teacher
@@ -69,14 +69,19 @@ def words(tmp_path_factory) -> Path:
     return folder
 
 
-def word_config(words: Path, teacher: str, **changes) -> DumpConfig:
-    given = {"max_length": LENGTH, "batch_size": 32, "device": "cpu", "top_k": 1, **changes}
+def fit_config(words: Path, teacher: str, **changes) -> CalibrateConfig:
+    given = {"max_length": LENGTH, "batch_size": 32, "device": "cpu", **changes}
+    return CalibrateConfig(str(words / teacher), (words / "corpus.jsonl",), **given)
+
+
+def dump_config(words: Path, teacher: str, **changes) -> DumpConfig:
+    given = {"max_length": LENGTH, "batch_size": 32, "device": "cpu", **changes}
     return DumpConfig(str(words / teacher), (words / "corpus.jsonl",), words / "store", "words", **given)
 
 
 def test_logits_multiplied_by_two_come_back_with_a_temperature_of_two(words):
     """160 × 23 targets: the temperature is known to about 0.03."""
-    fit = calibrate(word_config(words, "doubled"))
+    fit = calibrate(fit_config(words, "doubled"))
     calibration = fit.calibration
     assert calibration.targets == 160 * (LENGTH - 1) and fit.sequences == 160
     assert calibration.temperature == pytest.approx(2, abs=0.1)
@@ -87,10 +92,10 @@ def test_logits_multiplied_by_two_come_back_with_a_temperature_of_two(words):
 
 
 def test_a_teacher_that_is_right_is_left_alone_and_said_so(words):
-    fit = calibrate(word_config(words, "plain"))
+    fit = calibrate(fit_config(words, "plain"))
     assert fit.calibration.temperature == pytest.approx(1, abs=0.05)
     assert any("does not help" in doubt for doubt in fit.doubts)
-    doubled = calibrate(word_config(words, "doubled")).calibration
+    doubled = calibrate(fit_config(words, "doubled")).calibration
     # The doubled teacher at its temperature is this one at its own.
     assert doubled.after["nll"] == pytest.approx(fit.calibration.after["nll"], abs=1e-4)
     assert doubled.temperature == pytest.approx(2 * fit.calibration.temperature, rel=2e-3)
@@ -123,7 +128,7 @@ def plain_figures(logits: np.ndarray, tokens: np.ndarray, temperature: float) ->
 
 
 def test_the_figures_are_those_of_a_plain_computation(words):
-    calibration = calibrate(word_config(words, "doubled")).calibration
+    calibration = calibrate(fit_config(words, "doubled")).calibration
     logits, tokens = word_logits(words, "doubled")
     for figures, temperature in ((calibration.before, 1.0), (calibration.after, calibration.temperature)):
         assert figures == pytest.approx(plain_figures(logits, tokens, temperature), abs=1e-5)
@@ -136,10 +141,10 @@ def test_the_figures_are_those_of_a_plain_computation(words):
 def test_an_optimum_beyond_the_grid_is_said(loaded_teacher, teacher_folder, tmp_path):
     """Random weights know nothing of English: no temperature is high enough."""
     corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(20))
-    fit = calibrate(DumpConfig(str(teacher_folder), (corpus,), tmp_path / "s", max_length=48), teacher=loaded_teacher)
+    fit = calibrate(CalibrateConfig(str(teacher_folder), (corpus,), max_length=48), teacher=loaded_teacher)
     assert fit.at_edge and fit.calibration.temperature == GRID[-1] == 4
     assert "or beyond" in fit.doubts[0]
-    assert not (tmp_path / "s").exists()
+    assert list(tmp_path.iterdir()) == [corpus]
 
 
 @given(st.floats(0.3, 3.8), st.integers(0, 1000))
@@ -175,18 +180,18 @@ def test_calibration_error_and_standard_error_of_known_numbers():
 
 
 def test_a_limit_takes_a_sample_from_all_over_the_corpus(words):
-    few = calibrate(word_config(words, "doubled"), limit=100)
+    few = calibrate(fit_config(words, "doubled", limit=100))
     assert few.calibration.targets == 5 * (LENGTH - 1) and few.sequences == 5
     assert any("115 targets are few" in doubt for doubt in few.doubts)
-    assert calibrate(word_config(words, "doubled"), limit=100).calibration == few.calibration
+    assert calibrate(fit_config(words, "doubled", limit=100)).calibration == few.calibration
     first = words / "first.jsonl"
     first.write_text("".join((words / "corpus.jsonl").read_text().splitlines(keepends=True)[:5]))
-    assert calibrate(replace(word_config(words, "doubled"), corpus=(first,))).calibration.after != few.calibration.after
+    assert calibrate(replace(fit_config(words, "doubled"), corpus=(first,))).calibration.after != few.calibration.after
 
 
 def test_one_sequence_has_no_interval(words, tmp_path):
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "w1 w2 w3 a w5 w6"}])
-    fit = calibrate(replace(word_config(words, "doubled"), corpus=(corpus,)))
+    fit = calibrate(replace(fit_config(words, "doubled"), corpus=(corpus,)))
     assert fit.interval is None and fit.calibration.targets == 5
     assert "95% interval" not in "\n".join(describe(fit, Path("c.json")))
 
@@ -194,11 +199,11 @@ def test_one_sequence_has_no_interval(words, tmp_path):
 def test_only_targets_count(words, tmp_path):
     rows = [{"prompt": "w1 w2 w3", "completion": " w4 w5"}] * 3
     corpus = write_jsonl(tmp_path / "c.jsonl", rows)
-    assert calibrate(replace(word_config(words, "plain"), corpus=(corpus,))).calibration.targets == 6
+    assert calibrate(replace(fit_config(words, "plain"), corpus=(corpus,))).calibration.targets == 6
 
 
 def test_what_it_belongs_to_is_recorded(words, tmp_path):
-    calibration = calibrate(word_config(words, "doubled"), limit=50).calibration
+    calibration = calibrate(fit_config(words, "doubled", limit=50)).calibration
     assert calibration.method == "temperature"
     assert calibration.teacher["name"] == "doubled" and "model.safetensors" in calibration.teacher["files"]
     assert calibration.tokenizer["size"] == WORDS
@@ -211,7 +216,7 @@ def test_what_it_belongs_to_is_recorded(words, tmp_path):
 def test_rows_that_cannot_be_used(words, tmp_path):
     corpus = tmp_path / "c.jsonl"
     corpus.write_text('{"text": "w1 w2 w3"}\nbroken\n{"text": "w4 w5"}\n')
-    config = replace(word_config(words, "plain"), corpus=(corpus,))
+    config = replace(fit_config(words, "plain"), corpus=(corpus,))
     with pytest.raises(InputError, match=r"c\.jsonl, line 2: not JSON.*--skip-bad-rows"):
         calibrate(config)
     fit = calibrate(replace(config, skip_bad_rows=True))
@@ -219,16 +224,16 @@ def test_rows_that_cannot_be_used(words, tmp_path):
 
 
 def test_bad_input_is_refused(words, tmp_path):
-    config = word_config(words, "plain")
+    config = fit_config(words, "plain")
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "w1"}, {"text": ""}])
-    for changed, limit, message in (
-        (config, 0, "--limit is 0"),
-        (replace(config, corpus=(tmp_path / "none.jsonl",)), 9, "there is no corpus file"),
-        (replace(config, corpus=(corpus,)), 9, "no target to fit"),
-        (replace(config, max_length=300), 9, "--max-length 300 is above the 256 positions"),
+    for changes, message in (
+        ({"limit": 0}, "--limit is 0"),
+        ({"corpus": (tmp_path / "none.jsonl",)}, "there is no corpus file"),
+        ({"corpus": (corpus,)}, "no target to fit"),
+        ({"max_length": 300}, "--max-length 300 is above the 256 positions"),
     ):
         with pytest.raises(InputError, match=message):
-            calibrate(changed, limit)
+            calibrate(replace(config, **changes))
 
 
 def test_a_broken_teacher_is_noticed(words):
@@ -236,7 +241,7 @@ def test_a_broken_teacher_is_noticed(words):
     with torch.no_grad():
         teacher.model.model.norm.weight[0] = math.nan
     with pytest.raises(InputError, match="NaN or infinite at row"):
-        calibrate(word_config(words, "plain"), teacher=teacher)
+        calibrate(fit_config(words, "plain"), teacher=teacher)
 
 
 # --- a dump at a temperature ----------------------------------------------------------------------------------------------
@@ -245,8 +250,8 @@ def test_a_broken_teacher_is_noticed(words):
 @pytest.fixture(scope="module")
 def calibrated(words) -> DumpConfig:
     """A dump that was made with a calibration of the doubled teacher."""
-    write_calibration(words / "doubled.json", calibrate(word_config(words, "doubled")).calibration)
-    config = word_config(words, "doubled", calibration=words / "doubled.json", top_k=5)
+    write_calibration(words / "doubled.json", calibrate(fit_config(words, "doubled")).calibration)
+    config = dump_config(words, "doubled", calibration=words / "doubled.json", top_k=5)
     dump(config)
     return config
 
@@ -270,8 +275,8 @@ def test_a_calibrated_dump_keeps_the_tail_at_the_temperature(calibrated, words):
     assert difference.max() <= positions_of(manifest).quantisation_step / 2 + 1e-4
 
 
-def test_a_dump_goes_on_with_the_same_calibration_alone(calibrated, words):
-    assert dump(calibrated).shards_standing == 1
+def test_a_dump_is_resumed_with_the_same_calibration_alone(calibrated, words):
+    assert dump(calibrated).shards_existing == 1
     with pytest.raises(MismatchError, match=r"calibration\.temperature was .* and is now absent"):
         dump(replace(calibrated, calibration=None))
     other = replace(read_calibration(calibrated.calibration), value=1.25)
@@ -282,7 +287,7 @@ def test_a_dump_goes_on_with_the_same_calibration_alone(calibrated, words):
 
 def test_a_calibration_of_something_else_is_refused_before_anything_is_made(calibrated, words, tmp_path):
     sound = read_calibration(calibrated.calibration)
-    config = replace(word_config(words, "plain", calibration=tmp_path / "c.json"), store=tmp_path / "store")
+    config = replace(dump_config(words, "plain", calibration=tmp_path / "c.json"), store=tmp_path / "store")
     for calibration, message in (
         (sound, "belongs to another teacher: it was fitted to 'doubled'"),
         (replace(sound, method="first", value=0.5), "of method first"),
@@ -317,7 +322,7 @@ def test_the_command_writes_the_file_and_says_what_it_found(words, tmp_path):
     assert "Warning: 161 targets are few" in done.stderr
     refused = invoke(*given, "--output", words / "corpus.jsonl")
     assert refused.exit_code == 2 and refused.stderr.count("\n") == 1 and "is no calibration" in refused.stderr
-    run = ["run", "--teacher", words / "plain", "--corpus", words / "corpus.jsonl", "--store", tmp_path / "store"]
+    run = ["run", tmp_path / "store", "--teacher", words / "plain", "--corpus", words / "corpus.jsonl"]
     refused = invoke(*run, "--calibration", tmp_path / "c.json", "--max-length", LENGTH)
     assert refused.exit_code == 2 and "belongs to another teacher" in refused.stderr
     assert [each.name for each in tmp_path.iterdir()] == ["c.json"]
@@ -329,11 +334,12 @@ def test_help_has_an_example():
 
 
 def test_a_temperature_makes_estimates_larger(loaded_teacher, teacher_folder, tmp_path):
-    from teacher_dump import estimate
+    from teacher_dump import EstimateConfig, estimate
 
     corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(20))
-    config = DumpConfig(str(teacher_folder), (corpus,), tmp_path / "s", max_length=48)
-    write_calibration(tmp_path / "c.json", calibrate(config, limit=100, teacher=loaded_teacher).calibration)
+    fit = calibrate(CalibrateConfig(str(teacher_folder), (corpus,), max_length=48, limit=100), teacher=loaded_teacher)
+    write_calibration(tmp_path / "c.json", fit.calibration)
+    config = EstimateConfig(str(teacher_folder), (corpus,), max_length=48)
     plain, tempered = (
         estimate(replace(config, calibration=each), teacher=loaded_teacher) for each in (None, tmp_path / "c.json")
     )

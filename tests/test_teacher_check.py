@@ -8,7 +8,6 @@ import math
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +23,20 @@ from safetensors.torch import load_file, save_file
 from stores import knowledge_of, make_manifest
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from knowledge_store import KINDS, KnowledgeStore, Manifest
+from knowledge_store import KINDS, KnowledgeStore
 from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError
-from knowledge_store.format.layout import FORMAT_VERSION
 from knowledge_store.format.sequences import token_hash
-from knowledge_store.kinds.positions import encode, exact_steps
-from teacher_dump import DumpConfig, dump
-from teacher_dump.checking.agreement import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, check, describe
-from teacher_dump.dumping import run as teacher_pass
-from teacher_dump.dumping.plan import QUANTISATION_STEP, describe_tokenizer
-from teacher_dump.extraction.positions import extract_positions
-from teacher_dump.teachers.local import Teacher, load_teacher
+from knowledge_store.kinds.positions import exact_steps
+from teacher_dump import CheckConfig, DumpConfig, dump
+from teacher_dump import check as check_dump
+from teacher_dump.checking.report import describe
+from teacher_dump.checking.verdicts import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, Agreement
+from teacher_dump.corpus.tokenisation import describe_tokenizer
+from teacher_dump.dumping import teacher_pass
+from teacher_dump.extraction import EXTRACTORS
+from teacher_dump.extraction.positions import POSITIONS, QUANTISATION_STEP, extract_positions
+from teacher_dump.teachers.local import LocalTeacher, load_teacher
 
 SELECTIONS = {
     "top-k": {},
@@ -45,10 +46,16 @@ SELECTIONS = {
 }
 
 
+def check(store: Path, teacher: str | LocalTeacher, **options) -> Agreement:
+    """Check with a loaded teacher, or with the teacher in a folder."""
+    if isinstance(teacher, str):
+        return check_dump(CheckConfig(store, teacher, **options))
+    return check_dump(CheckConfig(store, "loaded", **options), teacher)
+
+
 @pytest.fixture
-def make_dump(tmp_path, teacher_folder, loaded_teacher, monkeypatch):
-    def make(version=FORMAT_VERSION, teacher=loaded_teacher, **options) -> Path:
-        monkeypatch.setattr("teacher_dump.dumping.plan.Manifest", partial(Manifest, version=version))
+def make_dump(tmp_path, teacher_folder, loaded_teacher):
+    def make(teacher=loaded_teacher, **options) -> Path:
         corpus = write_jsonl(tmp_path / "corpus.jsonl", story_rows(9))
         store = tmp_path / f"store{len(list(tmp_path.iterdir()))}"
         config = DumpConfig(str(teacher_folder), (corpus,), store, "d", max_length=40, shard_size=4, **options)
@@ -77,17 +84,12 @@ def spoil_draws(monkeypatch, change) -> None:
             arrays["tail_counts"] = np.take_along_axis(arrays["tail_counts"], order, axis=1)
         return found
 
-    monkeypatch.setitem(teacher_pass.EXTRACTORS, "positions", extract)
+    monkeypatch.setitem(EXTRACTORS, "positions", replace(POSITIONS, function=extract))
 
 
-VERSIONS = [FORMAT_VERSION]
-
-
-@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_the_teacher_itself_agrees(make_dump, loaded_teacher, selection, version):
-    store = make_dump(version, **SELECTIONS[selection])
-    assert KnowledgeStore.open(store).manifest().version == version
+def test_the_teacher_itself_agrees(make_dump, loaded_teacher, selection):
+    store = make_dump(**SELECTIONS[selection])
     found = check(store, loaded_teacher, batch_size=1)
     assert (found.verdict, found.sequences_off, found.notes) == (AGREES, 0, ())
     assert found.sequences == KnowledgeStore.open(store).sequence_count() and found.positions > 100
@@ -99,13 +101,12 @@ def test_the_teacher_itself_agrees(make_dump, loaded_teacher, selection, version
     assert found.moved_draws is None if selection == "no draws" else found.moved_draws < 0.01
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_a_calibrated_dump_agrees(make_dump, loaded_teacher, tmp_path, version):
+def test_a_calibrated_dump_agrees(make_dump, loaded_teacher, tmp_path):
     figures = {"nll": 1.0, "ece_10": 0.1, "ece_15": 0.1, "brier": 0.5}
     tokenizer = describe_tokenizer(loaded_teacher.tokenizer)
     calibration = Calibration("temperature", 1.7, loaded_teacher.description, tokenizer, {}, 9, figures, figures)
     write_calibration(tmp_path / "c.json", calibration)
-    found = check(make_dump(version, calibration=tmp_path / "c.json"), loaded_teacher)
+    found = check(make_dump(calibration=tmp_path / "c.json"), loaded_teacher)
     assert found.verdict == AGREES
     assert found.differences["tail at T=1.7"].quantiles[-1] < 1e-3
 
@@ -222,13 +223,13 @@ CHANGES = {
 }
 
 
-ALTERED = [(change, version, "float32", "top-k") for change in CHANGES for version in VERSIONS]
-ALTERED += [("draws", FORMAT_VERSION, "float32", "random-sampling")]
-ALTERED += [("draws", FORMAT_VERSION, "bfloat16", selection) for selection in ("top-k", "top-p", "random-sampling")]
+ALTERED = [(change, "float32", "top-k") for change in CHANGES]
+ALTERED += [("draws", "float32", "random-sampling")]
+ALTERED += [("draws", "bfloat16", selection) for selection in ("top-k", "top-p", "random-sampling")]
 
 
-@pytest.mark.parametrize(("change", "version", "dtype", "selection"), ALTERED)
-def test_values_altered_through_the_writer_are_damage(make_dump, teachers, monkeypatch, change, version, dtype, selection):
+@pytest.mark.parametrize(("change", "dtype", "selection"), ALTERED)
+def test_values_altered_through_the_writer_are_damage(make_dump, teachers, monkeypatch, change, dtype, selection):
     """One position of one sequence: the file is published as it is, and its hashes are right."""
     spoil, says = CHANGES[change]
     spoilt = []
@@ -241,15 +242,14 @@ def test_values_altered_through_the_writer_are_damage(make_dump, teachers, monke
                 spoilt.append(sequence)
         return found
 
-    monkeypatch.setitem(teacher_pass.EXTRACTORS, "positions", extract)
-    store = make_dump(version, teachers[dtype], **SELECTIONS[selection])
+    monkeypatch.setitem(EXTRACTORS, "positions", replace(POSITIONS, function=extract))
+    store = make_dump(teachers[dtype], **SELECTIONS[selection])
     assert spoilt
     found = check(store, teachers[dtype])
     assert found.verdict == DAMAGE and found.sequences_off == len(spoilt)
     numbers = {(5 << 16) + sequence.window for sequence in spoilt}
     assert {int(re.match(r"sequence (\d+)", reason)[1]) for reason in found.reasons} == numbers
-    if version == FORMAT_VERSION:  # before, one altered value shows in others too
-        assert all(f", position 3: {says}" in reason for reason in found.reasons)
+    assert all(f", position 3: {says}" in reason for reason in found.reasons)
 
 
 @pytest.mark.parametrize("asked", ["float32", "bfloat16"])
@@ -302,8 +302,8 @@ def test_sequences_longer_than_the_dump_s_longest_are_never_asked(make_dump, loa
         asked.append(token_ids.shape[1])
         return original(teacher, token_ids, mask)
 
-    original = Teacher.predict
-    monkeypatch.setattr(Teacher, "predict", predict)
+    original = LocalTeacher.predict
+    monkeypatch.setattr(LocalTeacher, "predict", predict)
     found = check(store, loaded_teacher)
     too_long = sum(length > 20 for length in lengths)
     assert 0 < too_long < len(lengths) and max(asked) <= 20
@@ -323,7 +323,7 @@ def test_too_little_memory_is_said_in_one_line(store_folder, loaded_teacher, mon
     def predict(*_):
         raise error
 
-    monkeypatch.setattr(Teacher, "predict", predict)
+    monkeypatch.setattr(LocalTeacher, "predict", predict)
     with pytest.raises(InputError, match=r"on \d+ sequences of up to \d+ tokens: give a smaller --batch-size \(now 8"):
         check(store_folder, loaded_teacher, dump="train", batch_size=8)
     error = RuntimeError("a kernel failed")
@@ -341,7 +341,7 @@ def test_what_no_selection_keeps_is_damage(make_dump, loaded_teacher, monkeypatc
                 arrays["candidate_ids"][3, 1] = arrays["candidate_ids"][3, 0]
         return found
 
-    monkeypatch.setitem(teacher_pass.EXTRACTORS, "positions", extract)
+    monkeypatch.setitem(EXTRACTORS, "positions", replace(POSITIONS, function=extract))
     found = check(make_dump(), loaded_teacher)
     assert (found.verdict, found.sequences_off) == (DAMAGE, 1)
     assert found.reasons == (f"sequence {5 << 16}: a token stands twice among the candidates of one position",)
@@ -354,7 +354,7 @@ def test_values_altered_everywhere_are_damage_where_the_weights_are_the_dump_s_o
             arrays["token_logprob"] = arrays["token_logprob"] - 0.5
         return found
 
-    monkeypatch.setitem(teacher_pass.EXTRACTORS, "positions", extract)
+    monkeypatch.setitem(EXTRACTORS, "positions", replace(POSITIONS, function=extract))
     found = check(make_dump(), loaded_teacher)
     assert found.verdict == DAMAGE and "values were altered, or this machine computes wrongly" in found.reasons[0]
 
@@ -387,7 +387,7 @@ def spoil_one_way(monkeypatch, quantity, by, documents=range(9)) -> list:
                 spoilt.append(sequence)
         return found
 
-    monkeypatch.setitem(teacher_pass.EXTRACTORS, "positions", extract)
+    monkeypatch.setitem(EXTRACTORS, "positions", replace(POSITIONS, function=extract))
     return spoilt
 
 
@@ -453,10 +453,9 @@ def test_other_tokens_and_damaged_pages_are_damage(make_dump, loaded_teacher, mo
     assert found.verdict == DAMAGE and any(f"{path} is damaged" in each for each in found.reasons)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_teacher, version):
+def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_teacher):
     """Against a float64 reference of what FORMAT.md says is rounded, asked of a teacher that is a little off."""
-    store = make_dump(version)
+    store = make_dump()
     altered = replace(loaded_teacher, model=copy.deepcopy(loaded_teacher.model))
     altered.model.get_output_embeddings().weight.data *= 1.02
     found = check(store, altered)
@@ -468,19 +467,14 @@ def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_te
         moved[name].append(round(asked * 8) - round(kept * 8))
 
     for ordinal in range(opened.sequence_count()):
-        rows, _ = opened.kept(ordinal)
+        rows, _ = opened.stored(ordinal, "positions")
         with torch.inference_mode():
             logits = altered.model(torch.from_numpy(rows["token_id"].to_numpy().astype(np.int64)[None])).logits[0].double()
         for row, logprobs in zip(rows.to_pylist()[1:], torch.log_softmax(logits, 1).tolist(), strict=False):
             ids, kept, tail = row["candidate_ids"], row["candidate_logprobs"], row["tail_logprob"]
             left = math.log(sum(math.exp(each) for token, each in enumerate(logprobs) if token not in ids))
-            if version < 3 or row["token_id"] not in ids:
+            if row["token_id"] not in ids:
                 compare("token", row["token_logprob"], logprobs[row["token_id"]])
-            if version < 3:
-                for token, value in zip(ids, kept, strict=True):
-                    compare("candidates", value, logprobs[token])
-                compare("tail", tail, left)
-                continue
             for token, value in zip(ids[1:], kept[1:], strict=True):
                 compare("candidates", kept[0] - value, logprobs[ids[0]] - logprobs[token])
             odds = tail - math.log(sum(map(math.exp, kept)))
@@ -496,19 +490,17 @@ def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_te
 
 @given(st.data())
 def test_what_is_kept_lies_within_half_a_step_of_what_is_rounded(data):
-    """Of every version and selection, for any distribution: the bound that `check` takes off."""
-    version, step = data.draw(st.just(FORMAT_VERSION)), data.draw(st.sampled_from([1 / 64, 1 / 8, 1.0]))
+    """Of every selection, for any distribution: the bound that `check` takes off."""
+    step = data.draw(st.sampled_from([1 / 64, 1 / 8, 1.0]))
     k = data.draw(st.integers(0, 5))
     logits = data.draw(numpy_strategies.arrays(np.float32, (4, 5), elements=st.floats(-30, 30, width=32)))
     selection = {"name": "top-k", "k": k} if k else {"name": "random-sampling", "draws": 1}
     calibration = {"temperature": 2.0, "sha256": ""}
-    manifest = make_manifest(
-        vocabulary=5, selection=selection, calibration=calibration, quantisation_step=step, version=version
-    )
+    manifest = make_manifest(vocabulary=5, selection=selection, calibration=calibration, quantisation_step=step)
     said = knowledge_of(np.arange(4), logits, k)
     said |= {"tail_logsumexp": said["tail_logprob"] / 2, "tail_ids": np.zeros((4, 1)), "tail_counts": np.ones((4, 1), np.int64)}
     keys = pa.table({"sequence_id": np.zeros(4, np.int64), "position": np.arange(4, dtype=np.int32)})
-    rows = KINDS["positions"].unpack(KINDS["positions"].pack(encode(keys, said, manifest), manifest), manifest).slice(1)
+    rows = KINDS["positions"].unpack(KINDS["positions"].pack(keys, said, manifest), manifest).slice(1)
     kept = {name: rows[name].to_numpy() for name in ("token_id", "token_logprob", "tail_logprob", "tail_logsumexp")}
     for name in ("candidate_ids", "candidate_logprobs"):
         kept[name] = np.array(rows[name].to_pylist(), np.float64).reshape(3, -1)

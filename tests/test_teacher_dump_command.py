@@ -21,12 +21,12 @@ def command(tmp_path, teacher_folder):
     """`teacher-dump` in a folder of its own, with a teacher, a corpus and a store unless others are given."""
     write_jsonl(tmp_path / "corpus.jsonl", story_rows(6))
 
-    def run(verb: str = "run", *arguments: object, teacher: object = teacher_folder, **options: object) -> Finished:
-        given = {"teacher": teacher, "store": tmp_path / "store", "max-length": 40, **options}
+    def run(*arguments: object, store: object = tmp_path / "store", teacher: object = teacher_folder, **options) -> Finished:
+        given = {"teacher": teacher, "max_length": 40, **options}
         line = [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", value)]
         if "--corpus" not in arguments:
             line += ["--corpus", tmp_path / "corpus.jsonl"]
-        return Command(verb, *line, *arguments, folder=tmp_path.parent / f"{tmp_path.name}-log").wait()
+        return Command("run", store, *line, *arguments, folder=tmp_path.parent / f"{tmp_path.name}-log").wait()
 
     return run
 
@@ -40,39 +40,48 @@ def refused(result: Finished, *says: str) -> None:
         assert words in errors[0]
 
 
-def test_a_run_says_what_it_did_and_a_second_that_nothing_was_left_to_do(command, tmp_path):
-    first = command("run", shard_size=4)
+def test_a_run_says_what_it_did_and_a_second_one_that_nothing_was_left_to_do(command, tmp_path):
+    first = command(shard_size=4)
     assert first.returncode == 0 and first.stdout == ""
     assert "tiny-corpus: 2 of 2 shards dumped;" in first.stderr and "positions/s" in first.stderr
-    for figure in ("bytes/position", "candidates' mass", "100%"):
+    for figure in ("bytes/position", "top-k coverage", "100%"):
         assert figure in first.stderr
-    second = command("run", shard_size=4)
+    second = command(shard_size=4)
     assert second.returncode == 0
-    assert "tiny-corpus: 0 of 2 shards dumped, 2 were there; 0 positions" in second.stderr
+    assert "tiny-corpus: 0 of 2 shards dumped, 2 existed; 0 positions" in second.stderr
     assert KnowledgeStore.open(tmp_path / "store").info()[0].complete
 
 
 def test_several_corpus_files_after_one_option(command, tmp_path):
     for name in "abc":
         write_jsonl(tmp_path / f"{name}.jsonl", story_rows(2))
-    result = command("run", "--corpus", *(tmp_path / f"{name}.jsonl" for name in "abc"), "--name", "three")
+    result = command("--corpus", *(tmp_path / f"{name}.jsonl" for name in "abc"), "--name", "three")
     assert result.returncode == 0, result
     files = KnowledgeStore.open(tmp_path / "store").sql("SELECT DISTINCT file FROM sequences ORDER BY file")
     assert files["file"].to_pylist() == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
-def test_skipped_rows_are_counted(command, tmp_path):
-    (tmp_path / "corpus.jsonl").write_text('{"text": "The lamp burns."}\nbroken\n{}\n')
-    refused(command(), "corpus.jsonl, line 2: not JSON", "(1 more rows cannot be used)", "--skip-bad-rows")
+def test_skipped_rows_are_counted_by_reason_and_truncated_sequences_too(command, tmp_path):
+    long = json.dumps({"prompt": "Far?", "completion": " As far" * 40})
+    rows = ['{"text": "The lamp burns."}', "broken", "worse", "{}", long]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(rows))
+    refused(command(), "corpus.jsonl, line 2: not JSON", "(2 more rows cannot be used)", "--skip-bad-rows")
     assert not (tmp_path / "store").exists()
-    result = command("run", "--skip-bad-rows")
-    assert result.returncode == 0 and "2 rows were left out" in result.stderr
-
-
-def test_help_shows_examples(command):
-    for verb in ("run", "estimate"):
-        result = command(verb, "--help")
-        assert result.returncode == 0 and f"teacher-dump {verb} --teacher" in " ".join(result.stdout.split())
+    result = command("--skip-bad-rows")
+    assert result.returncode == 0, result
+    assert "3 rows were skipped: 2 not JSON; 1 none of the columns `text`" in result.stderr
+    assert "1 sequences were truncated at the maximum length" in result.stderr
+    [summary] = KnowledgeStore.open(tmp_path / "store").info()
+    assert summary.truncated == 1 and list(summary.skip_reasons.items()) == [
+        ("not JSON", 2),
+        ("none of the columns `text`, `prompt` and `completion`, or `messages`", 1),
+    ]
+    record = json.loads((tmp_path / "store/tiny-corpus/commits/00000.json").read_text())
+    assert [(row["row"], row["reason"], row.get("detail", "").split(" (")[0]) for row in record["skipped"]] == [
+        (2, "not JSON", "not JSON"),
+        (3, "not JSON", "not JSON"),
+        (4, "none of the columns `text`, `prompt` and `completion`, or `messages`", ""),
+    ]
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------------
@@ -85,7 +94,7 @@ CORPORA = {
     "empty texts alone": (b'{"text": ""}\n', "no row that can be used: it has no text"),
     "no such columns": (b'{"text": "x"}\n{"title": "x"}\n', "corpus.jsonl, line 2: none of the columns"),
     "not UTF-8": (b'{"text": "x"}\n{"text": "\xff"}\n', "corpus.jsonl, line 2: not UTF-8 (byte 11 of the line)"),
-    "a prompt too long": (b'{"text": "x"}\n' + TOO_LONG.encode(), "corpus.jsonl, line 2: the prompt has "),
+    "a prompt too long": (b'{"text": "x"}\n' + TOO_LONG.encode(), "corpus.jsonl, line 2: the prompt leaves no room"),
     "no assistant": (b'{"messages": [{"role": "user", "content": "x"}]}', "corpus.jsonl, line 1: no message has the role"),
 }
 
@@ -116,32 +125,32 @@ OPTIONS = [
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS)
 def test_an_option_that_cannot_be_used(command, tmp_path, options, message):
-    refused(command("run", **options), message)
+    refused(command(**options), message)
     assert not (tmp_path / "store").exists()
 
 
 def test_a_corpus_file_that_is_not_there(command, tmp_path):
-    refused(command("run", "--corpus", tmp_path / "none.jsonl"), "there is no corpus file", "none.jsonl")
-    refused(command("run", "--corpus", tmp_path), "is a folder")
+    refused(command("--corpus", tmp_path / "none.jsonl"), "there is no corpus file", "none.jsonl")
+    refused(command("--corpus", tmp_path), "is a folder")
     assert not (tmp_path / "store").exists()
 
 
 def test_a_teacher_that_cannot_be_loaded(command, tmp_path, teacher_folder):
     broken = shutil.copytree(teacher_folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"not weights at all")
-    refused(command("run", teacher=broken), "the teacher in", "cannot be loaded")
+    refused(command(teacher=broken), "the teacher in", "cannot be loaded")
     (broken / "model.safetensors").rename(broken / "pytorch_model.bin")
-    refused(command("run", teacher=broken), "weights must be safetensors or GGUF files")
+    refused(command(teacher=broken), "weights must be safetensors or GGUF files")
     assert not (tmp_path / "store").exists()
 
 
 def test_a_store_path_that_is_something_else_is_left_as_it_is(command, tmp_path):
     (tmp_path / "file").write_text("mine")
-    refused(command("run", store=tmp_path / "file"), "is a file, not a store")
+    refused(command(store=tmp_path / "file"), "is a file, not a store")
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
-    refused(command("run", store=tmp_path / "photos"), "photos is not a knowledge store")
+    refused(command(store=tmp_path / "photos"), "photos is not a knowledge store")
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"]
 
 
@@ -150,9 +159,9 @@ def test_an_empty_folder_becomes_a_store(command, tmp_path):
     assert command().returncode == 0
 
 
-def test_going_on_with_something_else_is_refused_and_what_differs_is_said(command):
+def test_resuming_with_something_else_is_refused_and_what_differs_is_said(command):
     assert command().returncode == 0
-    refused(command("run", top_k=4), "selection.k was 5 and is now 4", "another --name")
+    refused(command(top_k=4), "positions.selection.k was 5 and is now 4", "another --name")
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
@@ -165,9 +174,9 @@ def test_a_missing_extra_is_named(tmp_path, missing):
         "    @classmethod\n"
         "    def find_spec(cls, name, path=None, target=None):\n"
         f"        return None if name.split('.')[0] == {missing!r} else PathFinder.find_spec(name, path, target)\n"
-        "sys.meta_path = [each for each in sys.meta_path if each is not PathFinder] + [Without]\n"
+        "sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]\n"
     )
-    line = [sys.executable, "-m", "teacher_dump.cli", "run", "--teacher", "t", "--corpus", "c.jsonl", "--store", "s"]
+    line = [sys.executable, "-m", "teacher_dump.cli", "run", "s", "--teacher", "t", "--corpus", "c.jsonl"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     result = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert result.returncode == 2

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from torture.heartbeat import Reading, Watch, wait_until
+from processes import child_process
+from torture.heartbeat import Reading, Watch, wait_for, wait_until
 from torture.supervision import WORK, Processes, run_loop
 
 CASE = "from torture.heartbeat import beat; import os, signal, threading, time; beat('case 7'); "
@@ -54,6 +55,13 @@ def test_a_loop_that_hangs_is_broken_and_says_where(tmp_path, monkeypatch):
 def test_a_loop_whose_time_is_over_is_cut_off_and_not_broken(tmp_path):
     ending = Processes().run(CASE + "signal.pause()", tmp_path / "loop", [], seconds=0)
     assert ending.hung is None and ending.cut_off is not None
+
+
+@pytest.mark.parametrize(("code", "idle"), [("while True: pass", False), ("import signal; signal.pause()", True)])
+def test_a_worker_that_hangs_is_not_waited_for(code, idle):
+    with child_process([sys.executable, "-c", code]) as process:
+        hung = wait_for(process.pid, lambda: process.poll() is not None, spinning=1, idle=2)
+    assert hung is not None and ("no processor time" in hung) == idle
 
 
 def watched(readings: Iterable[tuple[float, str, float, bool]]) -> Iterator[str | None]:
@@ -112,7 +120,7 @@ def test_an_interrupted_torture_leaves_no_process_and_no_file(tmp_path):
     mark, output = uuid.uuid4().hex, tmp_path / "torture.json"
     environment = {**os.environ, "MARK": mark, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.torture", "workers", "--minutes", "600", "--output", str(output)]
-    with subprocess.Popen(
+    with child_process(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as torture:
         # Itself, the loop, and what that starts.

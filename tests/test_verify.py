@@ -10,12 +10,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_command
-from stores import joined, make_manifest, random_sequences, sealed_json, sequence_row, words, write_store
+from stores import apart, make_manifest, random_sequences, sealed_json, sequence_row, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.format.layout import FORMAT_VERSION
 from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds import joined
 from knowledge_store.reporter import Reporter
 
 FILES = [
@@ -321,7 +322,7 @@ def broken_rule(change) -> str:
         arrays = joined(knowledge)
         change(arrays, rows)
         writer = DumpWriter.open(folder, make_manifest(shards=1), tokens_table(words(11), words(11)))
-        writer.commit(Shard(0, 0, 100, rows, {"positions": arrays}))
+        writer.commit(Shard(0, 0, 100, rows, {"positions": apart(arrays, rows)}))
         return verify(folder).damage
 
     return build

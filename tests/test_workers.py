@@ -138,7 +138,7 @@ def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder, monkeypatch):
     corpus = write_jsonl(tmp_path / "rows.jsonl", story_rows(120))
     store, frozen = tmp_path / "store", tmp_path / "frozen"
     options = ["--name", "d", "--max-length", "32", "--batch-size", "2", "--shard-size", "2"]
-    arguments = ["run", "--teacher", teacher_folder, "--corpus", corpus, "--store", store, *options]
+    arguments = ["run", store, "--teacher", teacher_folder, "--corpus", corpus, *options]
     dump = Command(*arguments, folder=tmp_path / "log", at=Moment(store, four_shards, signal.SIGSTOP))
     dump.wait_until_stopped()
     settings = {

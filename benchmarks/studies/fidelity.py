@@ -39,7 +39,7 @@ from student_train.losses.divergences import cross_entropy
 from student_train.losses.table import LOSSES
 from student_train.losses.targets import Targets, select_targets
 from student_train.training.data import DistillationDataset
-from teacher_dump.dumping.configuration import DumpConfig
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.run import dump
 from teacher_dump.extraction.positions import knowledge_of
 from teacher_dump.extraction.sampling import independent_points, systematic_points

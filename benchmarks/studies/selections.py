@@ -25,11 +25,12 @@ from knowledge_store import DumpWriter, KnowledgeStore
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays
 from knowledge_store.terminal.progress import progress_bar
+from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.configuration import DumpConfig
-from teacher_dump.dumping.plan import ShardReader, length_batches, make_manifest
-from teacher_dump.dumping.run import extract_batch, predict_batch, publish_shard
-from teacher_dump.extraction.positions import knowledge_of
+from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.plan import ShardReader, make_manifest
+from teacher_dump.dumping.teacher_pass import shard_of
+from teacher_dump.extraction.positions import knowledge_of, positions_parameters
 from teacher_dump.extraction.sampling import independent_points, systematic_points
 from teacher_dump.teachers.local import load_teacher
 
@@ -72,6 +73,7 @@ def main() -> None:
     configs = {
         name: replace(base, name=f"selection-{number}", **options) for number, (name, options) in enumerate(SELECTIONS.items())
     }
+    parameters = {name: positions_parameters(config, teacher) for name, config in configs.items()}
     manifest = make_manifest(base, teacher)
     tokens = tokens_table(*teacher.tokens())
     writers = {
@@ -89,7 +91,7 @@ def main() -> None:
                 sequences = [shard.sequences[index] for index in indices]
                 prediction = predict_batch(base, teacher, sequences)
                 for name, config in configs.items():
-                    extracted = extract_batch(config, prediction, sequences, None)["positions"]
+                    extracted = extract_batch(config, {"positions": parameters[name]}, prediction, sequences)["positions"]
                     for index, arrays in zip(indices, extracted, strict=True):
                         knowledge[name][index] = arrays
                 if positions < ERROR_POSITIONS:
@@ -107,7 +109,7 @@ def main() -> None:
                         positions += len(logits)
                 advance(sum(len(sequence.token_ids) for sequence in sequences))
         for name, writer in writers.items():
-            publish_shard(writer, shard, {"positions": knowledge[name]}, {})
+            writer.commit(shard_of(writer.manifest, shard, {"positions": knowledge[name]}, {}))
     store = KnowledgeStore.open(arguments.work)
     figures: dict[str, Any] = {"teacher": manifest.teacher["name"], "vocabulary_size": manifest.vocabulary_size}
     summaries = {summary.dump: summary for summary in store.info()}
@@ -121,7 +123,7 @@ def main() -> None:
             "positions": summary.positions,
             "bytes_per_position": summary.bytes / summary.positions,
             "ids": sum(value for value in ids.values() if value is not None),
-            "mass_of_candidates": summary.mean_top_k_mass,
+            "mass_of_candidates": summary.statistics["positions.mean_top_k_mass"],
             "squared_error": float(torch.cat(errors[name]).mean()),
         }
         if f"{name}, independent" in errors:

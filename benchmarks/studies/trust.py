@@ -619,12 +619,12 @@ def report(arguments: argparse.Namespace, journal: Journal) -> None:
             },
             "dumps": {
                 each.dump: {
-                    "selection": str(each.selection),
+                    "selection": str(each.facts["positions.selection"]),
                     "bytes": each.bytes,
-                    "predictions": each.predictions,
-                    "bytes_per_prediction": round(each.bytes / each.predictions, 2),
-                    "dense_bytes": each.dense_bytes,
-                    "mean_top_k_mass": each.mean_top_k_mass,
+                    "predictions": each.statistics["positions.predictions"],
+                    "bytes_per_prediction": round(each.bytes / each.statistics["positions.predictions"], 2),
+                    "dense_bytes": each.facts["positions.dense_bytes"],
+                    "mean_top_k_mass": each.statistics["positions.mean_top_k_mass"],
                 }
                 for each in store.info()
             },

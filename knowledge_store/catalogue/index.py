@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -23,6 +24,7 @@ from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.format.commits import CommitRecord, commit_records, misplaced, read_commit
 from knowledge_store.format.layout import FORMAT_VERSION, SEQUENCES, user_cache
 from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.sequences import POSITIONS_STATISTIC, TRUNCATED_STATISTIC
 from knowledge_store.storage import Storage
 from knowledge_store.storage.local import make_folder, replace_bytes
 
@@ -37,7 +39,9 @@ SHARDS = pa.schema(
         ("documents", pa.int64()),
         ("sequences", pa.int64()),
         ("positions", pa.int64()),
+        ("truncated", pa.int64()),
         ("skipped_rows", pa.int64()),
+        ("skip_reasons", pa.map_(pa.string(), pa.int64())),
         ("bytes", pa.int64()),
         ("committed_at", pa.string()),
         ("column_bytes", pa.map_(pa.string(), pa.int64())),
@@ -57,7 +61,8 @@ FILES = pa.schema(
 )
 
 STATISTIC = "statistic "
-INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 4"
+OWN_STATISTICS = (POSITIONS_STATISTIC, TRUNCATED_STATISTIC)  # which are columns of SHARDS
+INDEX_SCHEMA = f"format {FORMAT_VERSION}, index 6"
 ORDER = [("dump", "ascending"), ("shard", "ascending")]
 
 Versions = dict[tuple[str, int], tuple[int, str]]
@@ -68,9 +73,10 @@ class Index:
     """The committed shards of a store and their files (schema FILES), both ordered by dump and shard.
 
     Questions about shards are answered from the first table alone, column by column: Python objects for each of ten
-    thousand shards would take longer than DuckDB's whole answer. It has the columns of SHARDS, where `sequences` and
-    `positions` are rows of those tables (null without one), `bytes` are of all files, and the keys of `column_bytes` are
-    "table.column"; then one column (float64) for each statistic of the commit records, its name after STATISTIC.
+    thousand shards would take longer than DuckDB's whole answer. It has the columns of SHARDS, where `sequences` are
+    rows of that table, `positions` all their tokens, `truncated` how many were truncated, `bytes` are of all files, and
+    the keys of `column_bytes` are "table.column"; then one column (float64) for each statistic of the commit records, its
+    name after STATISTIC.
     """
 
     shards: pa.Table
@@ -100,12 +106,15 @@ def _shard_row(commit: CommitRecord, version: tuple[int, str]) -> dict[str, obje
         "record_version": version[1],
         "first_document": commit.first_document,
         "documents": commit.documents,
-        **{table: commit.files[table].rows for table in (SEQUENCES, "positions") if table in commit.files},
+        "sequences": commit.files[SEQUENCES].rows if SEQUENCES in commit.files else None,
+        "positions": int(commit.statistics.get(POSITIONS_STATISTIC, 0)),
+        "truncated": int(commit.statistics.get(TRUNCATED_STATISTIC, 0)),
         "skipped_rows": len(commit.skipped),
+        "skip_reasons": list(Counter(str(row.get("reason", "")) for row in commit.skipped).items()),
         "bytes": sum(file.bytes for file in commit.files.values()),
         "committed_at": commit.made_by.get("committed_at"),
         "column_bytes": list(columns.items()),
-        **{f"{STATISTIC}{name}": value for name, value in commit.statistics.items()},
+        **{f"{STATISTIC}{name}": value for name, value in commit.statistics.items() if name not in OWN_STATISTICS},
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,10 +12,10 @@ import pyarrow.compute as pc
 from knowledge_store.catalogue.index import STATISTIC, Index
 from knowledge_store.format.layout import manifest_file
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds import KINDS, Kind, Totals
+from knowledge_store.kinds.kind import ROWS
+from knowledge_store.kinds.statistics import added
 from knowledge_store.storage import Storage
-
-DENSE_BYTES_PER_LOGPROB = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -21,22 +23,21 @@ class DumpSummary:
     """What one dump holds, over its committed shards.
 
     Attributes:
-        dump, teacher, kinds, selection, quantisation_step, max_length: from the manifest.
+        dump, teacher, kinds, max_length, vocabulary_size: from the manifest.
         documents, shards: committed; documents_planned, shards_planned: in the plan.
-        skipped_rows: rows of the corpus left out.
-        sequences, positions, predictions: rows; predictions are positions with knowledge.
-        mean_top_k_mass, mean_nll, mean_top_1_accuracy: means over predictions (nats); None before the first shard,
-            and the first and last for a selection without candidates.
+        skipped_rows: rows of the corpus that were skipped; skip_reasons: how many for each reason, most first.
+        truncated: sequences that were truncated at the maximum length.
+        sequences: committed; positions: all their tokens.
         bytes: everything of the dump but its vocabulary (tokens.parquet), commit records included.
         column_bytes: compressed bytes of each column, as "table.column".
-        dense_bytes: predictions × vocabulary × 4, the float32 log-probabilities that were not kept.
+        statistics: of each kind over all its rows, as "KIND.NAME"; None where no shard has one.
+        facts: what else each kind states, as "KIND.NAME".
+        lines: what each kind tells a person: label and value.
     """
 
     dump: str
     teacher: str
     kinds: tuple[str, ...]
-    selection: str
-    quantisation_step: float
     max_length: int
     vocabulary_size: int
     documents: int
@@ -44,16 +45,16 @@ class DumpSummary:
     shards: int
     shards_planned: int
     skipped_rows: int
+    skip_reasons: dict[str, int]
+    truncated: int
     sequences: int
     positions: int
-    predictions: int
-    mean_top_k_mass: float | None
-    mean_nll: float | None
-    mean_top_1_accuracy: float | None
     bytes: int
     tokens_bytes: int
     column_bytes: dict[str, int]
-    dense_bytes: int
+    statistics: dict[str, float | None]
+    facts: dict[str, str | float | int | None]
+    lines: list[tuple[str, str]]
 
     @property
     def complete(self) -> bool:
@@ -65,42 +66,32 @@ class DumpSummary:
         """Bytes on disk for each position, the vocabulary left out."""
         return self.bytes / self.positions if self.positions else None
 
-    @property
-    def ratio(self) -> float | None:
-        """Dense bytes for each byte on disk."""
-        return self.dense_bytes / self.bytes if self.bytes else None
-
-
-def _selection(manifest: Manifest) -> str:
-    if "positions" not in manifest.kinds:
-        return ""
-    kept = positions_of(manifest)
-    at = f", tail also at temperature {kept.temperature:g}" if kept.temperature else ""
-    return f"{kept.selection}{at}"
-
-
-def _statistic(shards: pa.Table, name: str) -> pa.ChunkedArray:
-    """One statistic of each shard, null where it has none of that name."""
-    column = f"{STATISTIC}{name}"
-    return shards[column] if column in shards.column_names else pa.chunked_array([pa.nulls(len(shards), pa.float64())])
+    def to_record(self) -> dict[str, Any]:
+        """The summary as plain JSON values."""
+        record = asdict(self)
+        del record["lines"]
+        return {**record, "complete": self.complete, "bytes_per_position": self.bytes_per_position}
 
 
 def _sum(column: pa.ChunkedArray) -> int:
     return int(pc.sum(column).as_py() or 0)
 
 
-def _mean(shards: pa.Table, name: str) -> float | None:
-    """A mean over predictions, from the means of the shards that have one."""
-    means, weights = _statistic(shards, name), _statistic(shards, "predictions")
-    weight = pc.sum(pc.if_else(pc.is_valid(means), weights, 0)).as_py()
-    return pc.sum(pc.multiply(means, weights)).as_py() / weight if weight else None
+def _statistics(shards: pa.Table, kind: Kind) -> dict[str, float | None]:
+    """A kind's statistics over shards, from those of each; None where no shard has one."""
+    names = [ROWS, *kind.statistics]
+    columns = {name: f"{STATISTIC}{kind.name}.{name}" for name in names}
+    present = {name: shards[column].to_pylist() for name, column in columns.items() if column in shards.column_names}
+    found = added(kind, [dict(zip(present, values, strict=True)) for values in zip(*present.values(), strict=True)])
+    return {name: found.get(name) for name in names}
 
 
-def _column_bytes(shards: pa.Table) -> dict[str, int]:
-    """Compressed bytes of each column ("table.column") over all shards."""
-    maps = shards["column_bytes"].combine_chunks()
-    columns = pa.table({"column": maps.keys, "bytes": maps.items}).group_by("column", use_threads=False)
-    return {row["column"]: row["bytes_sum"] for row in columns.aggregate([("bytes", "sum")]).to_pylist()}
+def _added(column: pa.ChunkedArray) -> dict[str, int]:
+    """The sum of each key's values over all shards, largest first."""
+    maps = column.combine_chunks()
+    sums = pa.table({"key": maps.keys, "value": maps.items}).group_by("key", use_threads=False).aggregate([("value", "sum")])
+    ordered = sums.sort_by([("value_sum", "descending"), ("key", "ascending")])
+    return {row["key"]: row["value_sum"] for row in ordered.to_pylist()}
 
 
 def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary:
@@ -110,14 +101,14 @@ def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary
         DamageError: its manifest is gone.
     """
     shards = index.shards.filter(pc.field("dump") == manifest.dump)
-    predictions = _sum(_statistic(shards, "predictions"))
     own = storage.size(manifest_file(manifest.dump))
+    size = _sum(shards["bytes"]) + _sum(shards["record_bytes"]) + own
+    totals = {name: Totals(_statistics(shards, KINDS[name]), size) for name in manifest.kinds}
+    stated = {name: KINDS[name].facts(manifest, each) for name, each in totals.items()}
     return DumpSummary(
         dump=manifest.dump,
         teacher=manifest.teacher["name"],
         kinds=tuple(manifest.kinds),
-        selection=_selection(manifest),
-        quantisation_step=positions_of(manifest).quantisation_step if "positions" in manifest.kinds else 0.0,
         max_length=manifest.plan["max_length"],
         vocabulary_size=manifest.vocabulary_size,
         documents=_sum(shards["documents"]),
@@ -125,16 +116,16 @@ def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary
         shards=len(shards),
         shards_planned=manifest.shard_count,
         skipped_rows=_sum(shards["skipped_rows"]),
+        skip_reasons=_added(shards["skip_reasons"]),
+        truncated=_sum(shards["truncated"]),
         sequences=_sum(shards["sequences"]),
         positions=_sum(shards["positions"]),
-        predictions=predictions,
-        mean_top_k_mass=_mean(shards, "mean_top_k_mass"),
-        mean_nll=_mean(shards, "mean_nll"),
-        mean_top_1_accuracy=_mean(shards, "mean_top_1_accuracy"),
-        bytes=_sum(shards["bytes"]) + _sum(shards["record_bytes"]) + own,
+        bytes=size,
         tokens_bytes=manifest.derived["tokens"]["bytes"],
-        column_bytes=_column_bytes(shards),
-        dense_bytes=min(predictions * manifest.vocabulary_size * DENSE_BYTES_PER_LOGPROB, 2**63 - 1),
+        column_bytes=_added(shards["column_bytes"]),
+        statistics={f"{name}.{key}": value for name, each in totals.items() for key, value in each.statistics.items()},
+        facts={f"{name}.{key}": value for name, facts in stated.items() for key, value in facts.items()},
+        lines=[line for name, each in totals.items() for line in KINDS[name].lines(manifest, each)],
     )
 
 
@@ -142,8 +133,6 @@ DUMPS = pa.schema(
     [
         ("dump", pa.string()),
         ("teacher", pa.string()),
-        ("selection", pa.string()),
-        ("quantisation_step", pa.float64()),
         ("max_length", pa.int32()),
         ("vocabulary_size", pa.int64()),
         ("documents", pa.int64()),
@@ -154,23 +143,25 @@ DUMPS = pa.schema(
         ("skipped_rows", pa.int64()),
         ("sequences", pa.int64()),
         ("positions", pa.int64()),
-        ("predictions", pa.int64()),
-        ("mean_top_k_mass", pa.float64()),
-        ("mean_nll", pa.float64()),
-        ("mean_top_1_accuracy", pa.float64()),
         ("bytes", pa.int64()),
         ("bytes_per_position", pa.float64()),
-        ("dense_bytes", pa.int64()),
-        ("ratio", pa.float64()),
     ]
 )
 
 
 def dumps_table(storage: Storage, index: Index, manifests: list[Manifest]) -> pa.Table:
-    """The relation `dumps`: one row per dump (schema DUMPS)."""
+    """The relation `dumps`: one row per dump, with DUMPS, and columns "KIND.NAME" for facts and statistics of their kinds."""
     summaries = [summarise(storage, index, manifest) for manifest in manifests]
-    rows = [{name: getattr(summary, name) for name in DUMPS.names} for summary in summaries]
-    return pa.Table.from_pylist(rows, schema=DUMPS)
+    rows = [{**{name: getattr(each, name) for name in DUMPS.names}, **each.facts, **each.statistics} for each in summaries]
+    names = dict.fromkeys(name for each in summaries for name in each.facts)
+    facts = {name: _type(each.facts.get(name) for each in summaries) for name in names}
+    statistics = {name: pa.float64() for each in summaries for name in each.statistics}
+    return pa.Table.from_pylist(rows, schema=pa.schema([*DUMPS, *facts.items(), *statistics.items()]))
+
+
+def _type(values: Iterable[str | float | int | None]) -> pa.DataType:
+    types = {type(value) for value in values if value is not None}
+    return pa.string() if str in types else pa.int64() if types == {int} else pa.float64()
 
 
 def shards_table(index: Index) -> pa.Table:

@@ -25,7 +25,7 @@ _SHAPE = {
     "made_by": {"committed_at": str},
 }
 
-_STATISTIC = re.compile("[A-Za-z][A-Za-z0-9_]{0,99}")  # they become columns of the relation `shards`
+_STATISTIC = re.compile(r"[a-z][a-z0-9_]{0,63}\.[a-z][a-z0-9_]{0,63}")  # TABLE.NAME: columns of the relation `shards`
 MAX_STATISTICS = 256
 MAX_COUNT = 2**53  # whole numbers that a float holds
 
@@ -39,8 +39,8 @@ class CommitRecord:
         identity: `identity_sha256` of the manifest it was made by.
         first_document, documents: the part of the plan it covers.
         files: for each table (`sequences` and each kind), the record of its Parquet file.
-        statistics: named counts and means over the shard, for the index (see each kind's `statistics`).
-        skipped: rows of the corpus that were left out, as {"file", "row", "reason"}.
+        statistics: named counts and means over the shard, "TABLE.NAME", for the index (see each kind's `statistics`).
+        skipped: rows of the corpus that were skipped, as {"file", "row", "reason"}, and "detail" where there is more to say.
         made_by: library versions, device, host and times; for people, never compared.
     """
 
@@ -59,10 +59,15 @@ class CommitRecord:
         return seal({"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)})
 
 
+def is_statistic(name: str) -> bool:
+    """Whether something can be the name of a statistic: "TABLE.NAME"."""
+    return _STATISTIC.fullmatch(name) is not None
+
+
 def _check_limits(record: dict[str, Any]) -> None:
     """ValueError: a number of a commit record is one that nothing can be made of, or a statistic has no name for a column."""
     statistics = record["statistics"]
-    if len(statistics) > MAX_STATISTICS or not all(map(_STATISTIC.fullmatch, statistics)):
+    if len(statistics) > MAX_STATISTICS or not all(map(is_statistic, statistics)):
         raise ValueError("its statistics are too many, or have names that are none")
     if not all(abs(value) <= MAX_COUNT for value in statistics.values()):
         raise ValueError("one of its statistics is not possible")

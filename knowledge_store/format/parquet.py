@@ -8,8 +8,8 @@ reader ignores page checksums.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import pyarrow as pa
@@ -35,14 +35,13 @@ __all__ = [
     "COUNTING",
     "FILE_SHAPE",
     "TEXT",
+    "Columns",
     "FileRecord",
     "OpenTable",
     "TableFile",
     "check_whole",
     "dataset",
     "describe",
-    "encodings",
-    "leaf",
     "open_table",
     "publish_table",
     "read_row_group",
@@ -58,60 +57,55 @@ COMPRESSION = "zstd"
 COMPRESSION_LEVEL = 19
 COUNTING = "DELTA_BINARY_PACKED"
 TEXT = "DELTA_LENGTH_BYTE_ARRAY"
-IDENTIFYING = ("sequence_id", "position", "item", "token_id", "is_target", "token_hash")
 STATISTICS = {"sequence_id", "document", "length", "targets"}
 
 
-def leaf(field: pa.Field) -> str:
-    """The path of a column's values in a Parquet schema."""
-    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
+@dataclass(frozen=True)
+class Columns:
+    """How the columns of a table are stored, as those who make the table declare.
 
-
-def encodings(schema: pa.Schema) -> dict[str, str]:
-    """How each column is encoded, by its path; a column left out has a dictionary.
-
-    Keys count up. Token ids repeat as phrases, which Zstandard finds in the plain values and a dictionary's packed
-    codes hide from it (7.0 against 6.0 bytes for five candidates). Steps are small numbers above a power of two: byte by byte,
-    all but the lowest are the same, and that one takes hardly more than its entropy.
+    Attributes:
+        encoding: Parquet's name of it, by the column's path; one that is left out has a dictionary.
+        levels: of the compression, by the column's path; COMPRESSION_LEVEL for one that is left out.
+        identifying: names of the columns that any two writers make alike; the others may differ in their last digits.
     """
-    chosen = {name: COUNTING for name in schema.names if name in ("sequence_id", "position")}
-    for column in schema:
-        if column.name.endswith("_steps"):
-            chosen[leaf(column)] = "BYTE_STREAM_SPLIT"
-        elif pa.types.is_binary(column.type):
-            chosen[column.name] = TEXT
-            continue
-        value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
-        if value_type == pa.uint32():
-            chosen[leaf(column)] = "PLAIN"
-    return chosen
+
+    encoding: Mapping[str, str] = field(default_factory=dict)
+    levels: Mapping[str, int] = field(default_factory=dict)
+    identifying: tuple[str, ...] = ()
 
 
-def write_table(
-    file: BinaryIO, schema: pa.Schema, row_groups: Iterable[pa.Table], encoding: dict[str, str] | None = None
-) -> FileRecord:
+UNDECLARED = Columns()
+
+
+def _leaf(column: pa.Field) -> str:
+    """The path of a column's values in a Parquet schema."""
+    return f"{column.name}.list.element" if pa.types.is_list(column.type) else column.name
+
+
+def write_table(file: BinaryIO, schema: pa.Schema, row_groups: Iterable[pa.Table], columns: Columns = UNDECLARED) -> FileRecord:
     """Write tables of one schema as the row groups of a Parquet file, each as it comes.
 
     Args:
         file: open, to be written from its beginning.
         schema: of each table.
         row_groups: each is exactly one row group.
-        encoding: of each column, by its path; `encodings(schema)` when None.
+        columns: how they are stored.
 
     Returns:
         the file's record, from the bytes as they were written.
     """
-    chosen = encodings(schema) if encoding is None else encoding
+    paths = [_leaf(column) for column in schema]
     digesting = DigestingFile(file)
     with pq.ParquetWriter(
         digesting,
         schema,
         compression=COMPRESSION,
-        compression_level=COMPRESSION_LEVEL,
+        compression_level={path: columns.levels.get(path, COMPRESSION_LEVEL) for path in paths},
         write_page_checksum=True,
         store_schema=False,
-        use_dictionary=[leaf(column) for column in schema if leaf(column) not in chosen],
-        column_encoding=chosen,
+        use_dictionary=[path for path in paths if path not in columns.encoding],
+        column_encoding=dict(columns.encoding),
         write_statistics=[name for name in schema.names if name in STATISTICS],
     ) as writer:
         for table in row_groups:
@@ -125,13 +119,13 @@ def publish_table(
     name: str,
     schema: pa.Schema,
     row_groups: Iterable[pa.Table],
-    encoding: dict[str, str] | None = None,
+    columns: Columns = UNDECLARED,
 ) -> tuple[FileRecord, bool]:
     """Publish a table, or take the file that has its name already: another writer's, which may differ in its last digits.
 
     Args:
         storage, name: of the file.
-        schema, row_groups, encoding: as of `write_table`; all row groups are taken from the iterable, whoever published it.
+        schema, row_groups, columns: as of `write_table`; all row groups are taken from the iterable, whoever published it.
 
     Returns:
         the record of what stands there, and whether this call published it.
@@ -146,10 +140,10 @@ def publish_table(
 
     def noted() -> Iterator[pa.Table]:
         for table in remaining:
-            keys.append(_identifying(table))
+            keys.append(table.select(columns.identifying))
             yield table
 
-    if storage.create(name, lambda file: records.append(write_table(file, schema, noted(), encoding))):
+    if storage.create(name, lambda file: records.append(write_table(file, schema, noted(), columns))):
         return records[0], True
     for _ in noted():
         pass
@@ -158,10 +152,10 @@ def publish_table(
         record = describe(storage, name)
         standing = open_table(TableFile(storage, name, record, schema))
         groups = list(read_row_groups(standing))
-        if not _joined([_identifying(group) for group in groups], schema).equals(_joined(keys, schema)):
+        if not _joined(groups, schema, columns).equals(_joined(keys, schema, columns)):
             raise ValueError("it does not have the rows that belong there")
         rewritten = io.BytesIO()
-        write_table(rewritten, schema, groups, encoding)
+        write_table(rewritten, schema, groups, columns)
         if _statistics(standing.metadata) != _statistics(pq.read_metadata(rewritten)):  # by which SQL leaves out row groups
             raise ValueError("its statistics are not those of its rows")
         return replace(record, column_bytes=column_sizes(standing.metadata)), False
@@ -179,17 +173,15 @@ def _statistics(metadata: pq.FileMetaData) -> list[list[dict[str, object] | None
     return [[each and each.to_dict() for each in group] for group in columns]
 
 
-def _identifying(table: pa.Table) -> pa.Table:
-    return table.select([name for name in IDENTIFYING if name in table.column_names])
+def _joined(tables: Iterable[pa.Table], schema: pa.Schema, columns: Columns) -> pa.Table:
+    """The identifying columns of tables of one schema."""
+    return pa.concat_tables([table.select(columns.identifying) for table in (schema.empty_table(), *tables)])
 
 
-def _joined(tables: list[pa.Table], schema: pa.Schema) -> pa.Table:
-    return pa.concat_tables(tables) if tables else _identifying(schema.empty_table())
-
-
-def same_rows(one: pa.Table, other: pa.Table) -> bool:
+def same_rows(one: pa.Table, other: pa.Table, columns: Columns) -> bool:
     """Whether two tables are of the same sequences and tokens. Their knowledge may be another device's."""
-    return one.schema.equals(other.schema) and _identifying(one).equals(_identifying(other))
+    names = list(columns.identifying)
+    return one.schema.equals(other.schema) and one.select(names).equals(other.select(names))
 
 
 class OpenTable(pq.ParquetFile):

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from knowledge_store.errors import StoreError
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.parquet import COUNTING, TEXT
+from knowledge_store.format.parquet import COUNTING, TEXT, Columns
 
 # A sequence's id is its document and, in the low bits, its place among the document's windows. A worker knows the ids of
 # its sequences from the plan alone, without tokenising what comes before.
@@ -36,13 +36,25 @@ CORPUS_TYPES: dict[str, pa.DataType] = {
     "string": pa.string(),
 }
 
+SEQUENCES_COLUMNS = Columns({"sequence_id": COUNTING}, identifying=("sequence_id", "token_hash"))
+POSITIONS_STATISTIC = "sequences.positions"  # of a shard: how many tokens its sequences have together
+TRUNCATED_STATISTIC = "sequences.truncated"  # of a shard: how many of its sequences were truncated
+
 TOKENS_SCHEMA = pa.schema([("token_id", pa.uint32()), ("text", pa.string()), ("token", pa.string())])
-TOKENS_ENCODING = {"token_id": COUNTING, "text": TEXT, "token": TEXT}
+TOKENS_COLUMNS = Columns({"token_id": COUNTING, "text": TEXT, "token": TEXT}, identifying=("token_id",))
 
 
 def sequence_id(document: int, window: int) -> int:
     """The id of a document's window (both counted from 0)."""
     return document << WINDOW_BITS | window
+
+
+def sequences_statistics(sequences: pa.Table) -> dict[str, float]:
+    """What a commit record says of a shard's `sequences`."""
+    return {
+        POSITIONS_STATISTIC: int(sequences["length"].to_numpy().sum(dtype=np.int64)),
+        TRUNCATED_STATISTIC: int(sequences["truncated"].to_numpy().sum()),
+    }
 
 
 def token_hash(token_ids: np.ndarray) -> int:

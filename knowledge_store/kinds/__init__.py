@@ -4,33 +4,57 @@ Nothing outside this room knows the columns of a kind.
 """
 
 from knowledge_store.errors import DamageError, StoreError
-from knowledge_store.format.layout import MANIFEST_FILE
+from knowledge_store.format.layout import COMMITS, MANIFEST_FILE, SEQUENCES
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.kinds.kind import Arrays, Kind
+from knowledge_store.kinds.columns import Arrays, joined
+from knowledge_store.kinds.field import Field
+from knowledge_store.kinds.kind import Codec, Kind, NoParameters, Totals
 from knowledge_store.kinds.positions import POSITIONS
 
-__all__ = ["KINDS", "Arrays", "Kind", "check_kinds"]
+__all__ = ["KINDS", "Arrays", "Codec", "Field", "Kind", "NoParameters", "Totals", "check_kinds", "item_mask", "joined"]
 
 KINDS: dict[str, Kind] = {
     "positions": POSITIONS,
 }
 
+# Names that batches and SQL have for themselves.
+BATCH_NAMES = ("sequence_id", "attention_mask")
+RELATIONS = (SEQUENCES, "tokens", "shards", "dumps")
+
+
+def item_mask(kind: str) -> str:
+    """The name of the array of a batch that says which items of a kind per item there are."""
+    return f"{kind}_mask"
+
 
 def check_kinds(manifest: Manifest, address: str) -> None:
-    """Make sure that the kinds of a dump are known, and that their parameters can be used.
+    """Make sure that the kinds of a dump can be used together: each is known, its parameters are ones, and no two have one name
+    for an array of a batch or for a relation.
 
     Args:
         manifest: of the dump.
         address: of its store, for messages.
 
     Raises:
-        StoreError: a kind is unknown here.
-        DamageError: its parameters are none.
+        StoreError: a kind is unknown here, or two of them do not go together.
+        DamageError: a kind's parameters are none.
     """
+    arrays = dict.fromkeys(BATCH_NAMES, "every batch")
+    relations = dict.fromkeys((*RELATIONS, COMMITS), "every store")
     for name, record in manifest.kinds.items():
         if name not in KINDS:
             raise StoreError(f"dump {manifest.dump!r} of {address} holds knowledge of kind {name!r}, unknown here")
+        kind = KINDS[name]
         try:
-            KINDS[name].parameters.from_record(record)
+            kind.parameters.from_record(record)
         except ValueError as error:
             raise DamageError(f"{address}/{manifest.dump}/{MANIFEST_FILE} is damaged: of {name!r}, {error}") from None
+        owned = [*kind.arrays(manifest), *([item_mask(name)] if kind.per == "item" else [])]
+        for taken, what, names in ((arrays, "array", owned), (relations, "relation", {name: None, **kind.relations})):
+            for each in names:
+                if each in taken:
+                    raise StoreError(
+                        f"dump {manifest.dump!r} of {address} cannot hold the kinds {taken[each]!r} and {name!r} together: both"
+                        f" have {'an' if what == 'array' else 'a'} {what} named {each!r}"
+                    )
+                taken[each] = name

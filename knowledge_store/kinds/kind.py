@@ -1,101 +1,22 @@
-"""What a kind of knowledge has to say about itself, and the defaults that most kinds need no more than."""
+"""What a kind of knowledge has to say about itself. Everything else in the project goes by that alone."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.parquet import Columns
+from knowledge_store.kinds.columns import Arrays, decode_columns, encode_columns
+from knowledge_store.kinds.field import KEYS, Field
 
-Arrays = dict[str, np.ndarray]
-
-MAX_PADDED = 2**27  # values of a padded row group, 1 GiB
-
-
-def list_offsets(lengths: np.ndarray) -> pa.Array:
-    """Where each list of an Arrow list array begins and ends, from the lists' lengths.
-
-    Raises:
-        InputError: more values than one array can hold.
-    """
-    ends = np.cumsum(lengths, dtype=np.int64)
-    if len(ends) and ends[-1] >= 2**31:
-        raise InputError("a row group would hold 2^31 values or more: keep fewer candidates, or give a smaller maximum length")
-    return pa.array(np.concatenate([[0], ends]).astype(np.int32))
-
-
-def encode_columns(keys: pa.Table, arrays: Arrays, schema: pa.Schema) -> pa.Table:
-    """Arrow table of `keys` and of arrays with one entry, a number or a vector, per row."""
-    columns = []
-    for column in schema:
-        if column.name in keys.column_names:
-            columns.append(keys[column.name].cast(column.type))
-            continue
-        array = arrays[column.name]
-        if array.ndim == 1:
-            columns.append(pa.array(array, column.type))
-        else:
-            offsets = list_offsets(np.full(len(array), array.shape[1]))
-            values = pa.array(array.reshape(-1), column.type.value_type)
-            columns.append(pa.ListArray.from_arrays(offsets, values).cast(column.type))
-    return pa.table(columns, schema=schema)
-
-
-def decode_columns(table: pa.Table) -> Arrays:
-    """The reverse of `encode_columns`: numpy arrays with one entry per row, keys left out."""
-    arrays = {}
-    for name in table.column_names:
-        if name in ("sequence_id", "position"):
-            continue
-        column = table[name]
-        if pa.types.is_list(column.type):
-            values = pc.list_flatten(column).to_numpy()
-            arrays[name] = values.reshape(len(column), len(values) // max(len(column), 1))
-        else:
-            arrays[name] = column.to_numpy()
-    return arrays
-
-
-def no_statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
-    """For kinds whose shards need no statistics."""
-    return {}
-
-
-def check_lists(table: pa.Table) -> None:
-    """Make sure that `padded_lists` can be made of a table's columns: of one long list among many short ones it would take all
-    memory there is.
-
-    Raises:
-        ValueError: they cannot; says why.
-    """
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if pa.types.is_list(column.type):
-            longest = pc.max(pc.list_value_length(column)).as_py() or 0
-            values = pc.list_flatten(column)
-            if longest * len(column) > max(MAX_PADDED, 4 * len(values)):
-                raise ValueError(f"a list of {longest:,} values stands among lists of few")
-            if values.null_count:
-                raise ValueError(f"{name} has a null among its values")
-
-
-def padded_lists(column: pa.ChunkedArray, fill: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of up to K values as (N, K), and their lengths (N,); null counts as empty."""
-    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
-    width = int(lengths.max(initial=0))
-    padded: np.ndarray = np.full((len(column), width), fill, dtype=dtype)
-    padded[np.arange(width) < lengths[:, None]] = pc.list_flatten(column).to_numpy()
-    return padded, lengths
-
-
-def no_damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
-    """For kinds with no invariants beyond their keys and schema."""
-    return iter(())
+_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
+ROWS = "rows"  # the statistic that every kind has
 
 
 class Parameters(Protocol):
@@ -129,22 +50,63 @@ class NoParameters:
 
 
 @dataclass(frozen=True)
-class Packing:
-    """How a kind's table stands on disk, where that is not as it is used.
+class Totals:
+    """What is known of a kind's committed rows without opening a shard.
 
     Attributes:
-        schema: the stored columns, from those of the table.
-        pack: the table, to the one to store.
-        unpack: the reverse, exactly, given the columns; ValueError where what is stored stands for no table.
-        view: `unpack` as SQL, given the columns; `{rows}` stands for the stored table.
-        sources: the stored columns that a column is made of; one that is not named is stored as it is.
+        statistics: of the kind, over all shards; None where no shard has it.
+        bytes: of the dump on disk, without its vocabulary.
     """
 
-    schema: Callable[[pa.Schema], pa.Schema]
-    pack: Callable[[pa.Table, Manifest], pa.Table]
-    unpack: Callable[[pa.Table, pa.Schema, Manifest], pa.Table]
-    view: Callable[[pa.Schema, Manifest], str]
+    statistics: Mapping[str, float | None]
+    bytes: int
+
+    def count(self, name: str) -> int:
+        """A total, 0 before the first shard."""
+        return int(self.statistics.get(name) or 0)
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a kind's rows stand on disk, where that is not as its fields say, and what a batch has of them.
+
+    Attributes:
+        stored: the columns of its Parquet files, keys left out.
+        pack: key columns and an extractor's arrays to the stored table, by row group.
+        unpack: a stored table, or a slice of it, to the table; ValueError where what is stored stands for none.
+        view: `unpack` as SQL; `{rows}` stands for the stored table.
+        sources: the stored columns that a column is made of; one that is not named is stored as it is.
+        decode: the table to the arrays of a batch, one entry a row.
+        arrays: the names of these arrays, and what stands in a batch where there is no value.
+    """
+
+    stored: Callable[[Manifest], tuple[Field, ...]]
+    pack: Callable[[pa.Table, Arrays, Manifest], pa.Table]
+    unpack: Callable[[pa.Table, Manifest], pa.Table]
+    view: Callable[[Manifest], str]
     sources: Mapping[str, tuple[str, ...]]
+    decode: Callable[[pa.Table], Arrays]
+    arrays: Callable[[Manifest], dict[str, Any]]
+
+
+def no_measures(table: pa.Table, manifest: Manifest) -> dict[str, float]:
+    """For kinds that are not measured."""
+    return {}
+
+
+def no_checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator[str]:
+    """For kinds with no invariants beyond their keys and fields."""
+    return iter(())
+
+
+def no_lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
+    """For kinds of which there is nothing more to tell."""
+    return []
+
+
+def no_facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | None]:
+    """For kinds of which there is nothing more to tell."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -153,57 +115,106 @@ class Kind:
 
     Attributes:
         name: of its table, its folder and its SQL relation.
-        per: whether a row stands for a position or for a sequence. The first column is `sequence_id`, the second, for a kind
-            per position, is `position`; each sequence has all its rows, in order.
-        schema: the table's Arrow schema in a given dump.
-        decode: the table, or a slice of it, to the arrays a batch is made of, one entry per row.
-        padding: for each array of a kind per position, the value on padding (0 when left out).
-        statistics: named numbers over one shard's table; a name that begins with "mean_" is a mean over `predictions` or, where
-            the kind has none, over rows.
-        damage: sentences that say what is wrong with a table, none when it is sound.
+        per: what a row stands for: a position, a sequence, or an item, of which a sequence has any number. Its key columns are
+            `sequence_id` and, for the first and last, `position` or `item`, which count from 0 in each sequence.
+        fields: its other columns, in a given dump.
+        parameters: the dataclass of what the manifest keeps under its name.
+        codec: how rows are stored; None as the fields say.
+        row_bytes: of a decoded row, by which row groups are cut; None computes it from the fields.
+        statistics: names of numbers over a shard's rows. A total has None; a mean has the name of the total it is a mean over
+            ("rows" is one of every kind). Commit records, SQL and `info` have them as "KIND.NAME".
+        measure: those numbers, of some of a shard's rows.
+        checks: given its table, the `sequences` table and the manifest, sentences that say what is wrong; none when all is
+            sound.
         relations: SQL of the relations it offers, by name; one that is just the table is added by itself. `{rows}` stands for
             the table, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the
             text of each token id.
-        parameters: the dataclass of what the manifest says of it, with `to_record` and `from_record`.
-        encode: the extractor's arrays, one entry per row, to the table; None when each array is a column as it is.
-        packing: how it is stored; None as it is.
+        lines: what `info` tells of it: label and value.
+        facts: what the relation `dumps` has of it besides the statistics: columns "KIND.NAME".
+        show: header and rows of a table that shows a sequence to a person, given its arrays and the text of a token id.
     """
 
     name: str
-    per: Literal["position", "sequence"]
-    schema: Callable[[Manifest], pa.Schema]
-    decode: Callable[[pa.Table], Arrays] = decode_columns
-    padding: dict[str, Any] = field(default_factory=dict)
-    statistics: Callable[[pa.Table, Manifest], dict[str, float]] = no_statistics
-    damage: Callable[[pa.Table, Manifest], Iterator[str]] = no_damage
-    relations: dict[str, str] = field(default_factory=dict)
+    per: Literal["position", "sequence", "item"]
+    fields: Callable[[Manifest], tuple[Field, ...]]
     parameters: type[Parameters] = NoParameters
-    encode: Callable[[pa.Table, Arrays, Manifest], pa.Table] | None = None
-    packing: Packing | None = None
+    codec: Codec | None = None
+    row_bytes: Callable[[Manifest], int] | None = None
+    statistics: Mapping[str, str | None] = field(default_factory=dict)
+    measure: Callable[[pa.Table, Manifest], dict[str, float]] = no_measures
+    checks: Callable[[pa.Table, pa.Table, Manifest], Iterator[str]] = no_checks
+    relations: dict[str, str] = field(default_factory=dict)
+    lines: Callable[[Manifest, Totals], list[tuple[str, str]]] = no_lines
+    facts: Callable[[Manifest, Totals], dict[str, str | float | int | None]] = no_facts
+    show: Callable[[Arrays, Callable[[int], str]], tuple[list[str], list[list[str]]]] | None = None
 
-    def table(self, keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
-        """The table, from its key columns and the extractor's arrays."""
-        if self.encode is None:
-            return encode_columns(keys, arrays, self.schema(manifest))
-        return self.encode(keys, arrays, manifest)
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.statistics):
+            if not _NAME.fullmatch(name):
+                raise InputError(f"{name!r} names no kind or statistic: use small letters, digits and '_'")
+        if ROWS in self.statistics or any(of not in (None, ROWS, *self.statistics) for of in self.statistics.values()):
+            raise InputError(
+                f"the kind {self.name!r} declares a mean over a total that it does not declare, or {ROWS!r} itself"
+            )
+
+    def _stored(self, manifest: Manifest) -> tuple[Field, ...]:
+        return (*KEYS[self.per], *(self.codec.stored(manifest) if self.codec else self.fields(manifest)))
+
+    def schema(self, manifest: Manifest) -> pa.Schema:
+        """The columns of its table."""
+        return pa.schema([each.column for each in (*KEYS[self.per], *self.fields(manifest))])
 
     def stored_schema(self, manifest: Manifest) -> pa.Schema:
         """The columns of its Parquet files."""
-        return self.packing.schema(self.schema(manifest)) if self.packing else self.schema(manifest)
+        return pa.schema([each.column for each in self._stored(manifest)])
 
     def stored_columns(self, columns: Collection[str], manifest: Manifest) -> frozenset[str]:
         """The columns of its Parquet files that some of the table's are made of."""
-        sources = self.packing.sources if self.packing else {}
+        sources = self.codec.sources if self.codec else {}
         return frozenset(stored for column in columns for stored in sources.get(column, (column,)))
 
-    def pack(self, table: pa.Table, manifest: Manifest) -> pa.Table:
-        """What to store of a table."""
-        return self.packing.pack(table, manifest) if self.packing else table
+    def columns(self, manifest: Manifest) -> Columns:
+        """How its Parquet files store their columns."""
+        stored = self._stored(manifest)
+        return Columns(
+            {each.path: each.encoding for each in stored if each.encoding},
+            {each.path: each.level for each in stored},
+            tuple(each.name for each in stored if each.identifying),
+        )
+
+    def arrays(self, manifest: Manifest) -> dict[str, Any]:
+        """The names of its arrays in a batch, and what stands there where there is no value (text: None)."""
+        if self.codec:
+            return self.codec.arrays(manifest)
+        return {each.name: None if each.is_text else each.padding for each in self.fields(manifest)}
+
+    def has_text(self, manifest: Manifest) -> bool:
+        """Whether some of its arrays are lists of str: then it never enters the decoded cache."""
+        return self.codec is None and any(each.is_text for each in self.fields(manifest))
+
+    def pack(self, keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
+        """What to store of a row group.
+
+        Args:
+            keys: the key columns.
+            arrays: an extractor's, one entry a row (see `columns.encode_columns`, or the kind's codec).
+            manifest: of the dump.
+
+        Raises:
+            InputError: the arrays are not what the kind declares.
+        """
+        if self.codec:
+            return self.codec.pack(keys, arrays, manifest)
+        return encode_columns(keys, arrays, self.fields(manifest))
 
     def unpack(self, stored: pa.Table, manifest: Manifest) -> pa.Table:
         """The table, or a slice of it, that was stored. ValueError: what is stored stands for none."""
-        return self.packing.unpack(stored, self.schema(manifest), manifest) if self.packing else stored
+        return self.codec.unpack(stored, manifest) if self.codec else stored
+
+    def decode(self, table: pa.Table, manifest: Manifest) -> Arrays:
+        """The arrays of a batch that a table, or a slice of it, stands for; one entry a row. ValueError: it stands for none."""
+        return self.codec.decode(table) if self.codec else decode_columns(table, self.fields(manifest))
 
     def view(self, manifest: Manifest) -> str | None:
         """SQL of the table over `{rows}`, the stored one; None where they are the same."""
-        return self.packing.view(self.schema(manifest), manifest) if self.packing else None
+        return self.codec.view(manifest) if self.codec else None

@@ -1,7 +1,8 @@
-"""How a prediction is rounded, and how the table of positions stands on disk: whole steps, and nothing told twice.
+"""How a prediction is rounded, and how the table of positions stands on disk: whole steps, and nothing said twice.
 
-`positions.schema` is the table that everything else works with. `pack` makes the stored one of it, `unpack` the reverse,
-exactly, and VIEW is `unpack` in SQL. What is rounded is not each log-probability but what follows it freely:
+`positions.FIELDS` are the table that everything else works with. `pack_predictions` makes the stored columns of what an
+extractor gives, `unpack_predictions` makes the table of those, and VIEW is the same in SQL. What is rounded is not each
+log-probability but what follows it freely:
 
     token_steps      steps of the token's log-probability below 0; null where the token is a candidate
     candidate_ids    side by side, the most significant byte first, in as many bytes each as the vocabulary needs
@@ -19,19 +20,23 @@ stays as it is: phrases repeat, which Zstandard finds by itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.errors import InputError
-from knowledge_store.kinds.kind import list_offsets, padded_lists
+from knowledge_store.format.parquet import TEXT
+from knowledge_store.kinds.columns import Arrays, list_offsets
+from knowledge_store.kinds.field import SPLIT, Field
 
-PACKED = {
-    "token_steps": pa.float32(),
-    "candidate_ids": pa.binary(),
-    "gap_steps": pa.list_(pa.field("element", pa.float32())),
-    "tail_steps": pa.float32(),
-}
+PACKED = (
+    Field("token_steps", pa.float32(), nullable=True, encoding=SPLIT),
+    Field("candidate_ids", pa.binary(), nullable=True, encoding=TEXT),
+    Field("gap_steps", pa.float32(), "ragged", nullable=True, encoding=SPLIT),
+    Field("tail_steps", pa.float32(), nullable=True, encoding=SPLIT),
+)
 SOURCES = {
     "token_logprob": ("token_id", "token_steps", "candidate_ids", "gap_steps", "tail_steps"),
     "candidate_logprobs": ("gap_steps", "tail_steps"),
@@ -41,6 +46,7 @@ SOURCES = {
 ZERO = 2**23  # what no steps are stored as
 MAX_STEPS = 2**22  # further down every exp is 0
 MAX_LOG_ODDS = 16  # nats: candidates that hold less than 1e-7 together are kept as holding that
+NO_MASS = -np.inf
 
 VIEW = """\
 SELECT sequence_id, "position", token_id, is_target,
@@ -65,22 +71,10 @@ def id_bytes(vocabulary: int) -> int:
     return next(size for size in (2, 3, 4) if vocabulary <= 256**size)
 
 
-def packed_schema(logical: pa.Schema) -> pa.Schema:
-    """The stored columns of a table with the columns `logical`."""
-    before = [column for column in logical if column.name in ("sequence_id", "position", "token_id", "is_target")]
-    return pa.schema([*before, *PACKED.items(), *_more(logical)])
-
-
-def _more(logical: pa.Schema) -> list[pa.Field]:
-    """The columns that are stored as they are: draws, and the tail at a temperature."""
-    return list(logical)[logical.get_field_index("tail_logprob") + 1 :]
-
-
-def view(logical: pa.Schema, step: float, vocabulary: int) -> str:
-    """SQL that gives the columns `logical`, `{rows}` standing for the stored table."""
-    more = "".join(f", {column.name}" for column in _more(logical))
+def predictions_view(more: Sequence[str], step: float, vocabulary: int) -> str:
+    """SQL that gives the table, `{rows}` standing for the stored one; `more` are its columns that are stored as they are."""
     literals = {"step": repr(float(step)), "zero": ZERO, "most": MAX_LOG_ODDS, "bytes": id_bytes(vocabulary)}
-    return VIEW.format(**literals, more=more, rows="{rows}")
+    return VIEW.format(**literals, more="".join(f", {name}" for name in more), rows="{rows}")
 
 
 def _sum_of_exp(exponents: np.ndarray) -> np.ndarray:
@@ -139,11 +133,23 @@ def steps_of(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.
     return np.round(below), np.round(tail_steps)
 
 
-def rounded(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates (N, K) and tail (N,) as they are kept: float32, nats, summing to one. Arguments as those of `steps_of`."""
-    if not candidates.shape[1]:
-        return candidates.astype(np.float32), tail.astype(np.float32)
-    return logprobs_of(*steps_of(candidates, tail, step), step)
+def in_steps(logprobs: np.ndarray, step: float) -> np.ndarray:
+    """Log-probabilities (nats) in steps, what lies more than MAX_STEPS below 0 put there; −inf stays."""
+    steps = logprobs.astype(np.float64) / step
+    return np.where(np.isneginf(steps), steps, np.maximum(steps, -MAX_STEPS))
+
+
+def quantise(logprobs: np.ndarray, step: float) -> np.ndarray:
+    """Round log-probabilities (nats) to multiples of `step`, as float32; −inf stays, −0 becomes 0.
+
+    What lies more than MAX_STEPS below 0, such as a token whose logit is masked, is put there: its exp is 0 all the same.
+    """
+    return (np.round(in_steps(logprobs, step)) * step + 0.0).astype(np.float32)
+
+
+def total_mass(candidate_logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
+    """Σ exp(candidates) + exp(tail) for each row, in float64."""
+    return np.exp(candidate_logprobs.astype(np.float64)).sum(axis=1) + np.exp(tail_logprob.astype(np.float64))
 
 
 def _stored(steps: np.ndarray, absent: np.ndarray | None = None) -> pa.Array:
@@ -160,40 +166,40 @@ def _counted(column: pa.ChunkedArray) -> np.ndarray:
     return found
 
 
-def pack(table: pa.Table, step: float, vocabulary: int) -> pa.Table:
-    """The stored table of N positions, from one with the logical columns.
+def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, pa.Array]:
+    """The stored columns PACKED of N positions.
+
+    Args:
+        arrays: token_id (N,), has_knowledge (N,) and, in nats and meaningful where `has_knowledge`: token_logprob (N,),
+            candidate_ids (N, K), candidate_logprobs (N, K) (−inf: no candidate), tail_logprob (N,).
+        step: nats.
+        vocabulary: its size.
 
     Raises:
         InputError: a token id does not fit the vocabulary.
     """
     size = id_bytes(vocabulary)
-    kept = table["candidate_ids"].is_valid().to_numpy()
-    padded, counts = padded_lists(table["candidate_logprobs"], -np.inf, np.float32)
+    kept, token_id, logprobs = arrays["has_knowledge"], arrays["token_id"], arrays["candidate_logprobs"]
+    present = (logprobs != NO_MASS) & kept[:, None]
+    counts = present.sum(axis=1)
     some = counts > 0
-    token_id = table["token_id"].to_numpy()
-    ids = pc.list_flatten(table["candidate_ids"]).to_numpy()
+    ids = arrays["candidate_ids"][present]
     if len(ids) and ids.max() >= 256**size:
         raise InputError(f"a token id, {ids.max()}, is far above the vocabulary size, {vocabulary}")
-
-    tail = table["tail_logprob"].fill_null(-np.inf).to_numpy()
-    below, tail_steps = np.zeros(padded.shape), np.zeros(len(table))
+    below, tail_steps = np.zeros(logprobs.shape), np.zeros(len(kept))
     if some.any():
-        below[some], tail_steps[some] = steps_of(padded[some], tail[some], step)
-    rows = np.repeat(np.arange(len(table)), counts)
-    told = np.zeros(len(table), bool)
-    told[rows[ids == token_id[rows]]] = True
-    token_steps = np.round(table["token_logprob"].fill_null(0).to_numpy().astype(np.float64) / -step)
-    later = np.arange(1, padded.shape[1]) < counts[:, None]
-    columns = {
-        "token_steps": _stored(token_steps, ~kept | told),
+        below[some], tail_steps[some] = steps_of(logprobs[some], arrays["tail_logprob"][some], step)
+    among = ((arrays["candidate_ids"] == token_id[:, None]) & present).any(axis=1)
+    later = np.arange(1, logprobs.shape[1]) < counts[:, None]
+    gaps = below[:, 1:][later] - below[:, :-1][later]
+    return {
+        "token_steps": _stored(np.round(-in_steps(arrays["token_logprob"], step)), ~kept | among),
         "candidate_ids": packed_ids(ids, counts, kept, size),
         "gap_steps": pa.ListArray.from_arrays(
-            list_offsets(counts - some), _stored(below[:, 1:][later] - below[:, :-1][later]), mask=pa.array(~kept)
+            list_offsets(counts - some), _stored(gaps), type=PACKED[2].column.type, mask=pa.array(~kept)
         ),
         "tail_steps": _stored(tail_steps, ~some),
     }
-    wanted = packed_schema(table.schema)
-    return pa.table([columns[each.name] if each.name in columns else table[each.name] for each in wanted], schema=wanted)
 
 
 def packed_ids(ids: np.ndarray, counts: np.ndarray, kept: np.ndarray, size: int) -> pa.Array:
@@ -225,8 +231,8 @@ def _unpacked_ids(column: pa.ChunkedArray, size: int) -> tuple[np.ndarray, np.nd
     return words.view(">u4")[:, 0].astype(np.uint32), lengths // size
 
 
-def unpack(table: pa.Table, logical: pa.Schema, step: float, vocabulary: int) -> pa.Table:
-    """The table with the columns `logical` that a stored one stands for.
+def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[str, pa.Array]:
+    """The columns that PACKED stands for in a stored table.
 
     Raises:
         ValueError: it stands for none; says why.
@@ -244,35 +250,32 @@ def unpack(table: pa.Table, logical: pa.Schema, step: float, vocabulary: int) ->
     if not np.array_equal(has_tail, some):
         raise ValueError("tail_steps is null although there are candidates, or the reverse")
 
-    there = np.arange(counts.max(initial=0)) < counts[:, None]
-    gaps = np.zeros(there.shape)
-    gaps[:, 1:][there[:, 1:]] = _counted(pc.list_flatten(table["gap_steps"]))
-    below = np.where(there, np.cumsum(gaps, axis=1), np.inf)
+    present = np.arange(counts.max(initial=0)) < counts[:, None]
+    gaps = np.zeros(present.shape)
+    gaps[:, 1:][present[:, 1:]] = _counted(pc.list_flatten(table["gap_steps"]))
+    below = np.where(present, np.cumsum(gaps, axis=1), np.inf)
     candidates, tail = np.zeros(below.shape, np.float32), np.zeros(len(table), np.float32)
     tail_steps = _counted(table["tail_steps"])
     if (tail_steps < 0).any():
         raise ValueError("tail_steps is below 0")
     if some.any():
         candidates[some], tail[some] = logprobs_of(below[some], tail_steps[some], step)
-    logprobs = candidates[there]
+    logprobs = candidates[present]
 
     token_logprob = (0.0 - step * _counted(table["token_steps"])).astype(np.float32)
     rows = np.repeat(np.arange(len(table)), counts)
     own = np.flatnonzero(ids == table["token_id"].to_numpy()[rows])
-    told = np.zeros(len(table), bool)
-    told[rows[own]] = True
-    if not np.array_equal(has_token, kept & ~told):
+    among = np.zeros(len(table), bool)
+    among[rows[own]] = True
+    if not np.array_equal(has_token, kept & ~among):
         raise ValueError("token_steps is null although the token is no candidate, or the reverse")
     token_logprob[rows[own]] = logprobs[own]
 
     offsets = list_offsets(counts)
     absent = pa.array(~kept)
-    columns = {
+    return {
         "token_logprob": pa.array(token_logprob, mask=~kept),
         "candidate_ids": pa.ListArray.from_arrays(offsets, pa.array(ids), mask=absent),
         "candidate_logprobs": pa.ListArray.from_arrays(offsets, pa.array(logprobs), mask=absent),
         "tail_logprob": pa.array(tail, mask=~some),
     }
-    return pa.table(
-        [columns[each.name].cast(each.type) if each.name in columns else table[each.name] for each in logical], schema=logical
-    )

@@ -4,6 +4,18 @@ Position t describes the prediction *of* token t, made from the tokens before it
 full vocabulary at temperature 1, rounded in steps as `packing` says. The tail is a rounded value of its own: derived from
 rounded candidates instead, it would carry twenty times the error.
 
+In a batch of B sequences of at most T positions with at most K candidates these are
+
+    input_ids           (B, T)    int64    0 on padding, which is on the right
+    is_target           (B, T)    bool     counts for training
+    has_knowledge       (B, T)    bool     what the teacher predicted here is kept
+    token_logprob       (B, T)    float32  the teacher's log-probability (nats) of the token that stands here
+    candidate_ids       (B, T, K) int64    likeliest first; 0 where there are none
+    candidate_logprobs  (B, T, K) float32  −inf where there are none; with the tail they sum to one
+    tail_logprob        (B, T)    float32  log of the probability outside the candidates
+
+so pair position t with a model's output at t − 1. Without knowledge (position 0, context, padding) all mass is in the tail.
+
 A selection with draws adds `tail_ids` and `tail_counts`: which tokens outside the candidates were drawn, and how often each. A
 calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
 the log-softmax of candidates / T and of this.
@@ -11,6 +23,7 @@ the log-softmax of candidates / T and of this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,28 +34,47 @@ import pyarrow as pa
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
-from knowledge_store.kinds import packing
-from knowledge_store.kinds.kind import Arrays, Kind, Packing, list_offsets, padded_lists
-from knowledge_store.kinds.selection import Selection
-
-SCHEMA = pa.schema(
-    [
-        ("sequence_id", pa.int64()),
-        ("position", pa.int32()),
-        ("token_id", pa.uint32()),
-        ("is_target", pa.bool_()),
-        ("token_logprob", pa.float32()),
-        ("candidate_ids", pa.list_(pa.field("element", pa.uint32()))),
-        ("candidate_logprobs", pa.list_(pa.field("element", pa.float32()))),
-        ("tail_logprob", pa.float32()),
-    ]
+from knowledge_store.kinds.columns import Arrays, list_offsets, padded_lists
+from knowledge_store.kinds.display import show
+from knowledge_store.kinds.field import PLAIN, Field
+from knowledge_store.kinds.invariants import invariants, tokens_match
+from knowledge_store.kinds.kind import Codec, Kind, Totals
+from knowledge_store.kinds.packing import (
+    NO_MASS,
+    PACKED,
+    SOURCES,
+    in_steps,
+    pack_predictions,
+    predictions_view,
+    quantise,
+    total_mass,
+    unpack_predictions,
 )
-DRAWS = {"tail_ids": pa.list_(pa.field("element", pa.uint32())), "tail_counts": pa.list_(pa.field("element", pa.uint16()))}
-TEMPERED = {"tail_logsumexp": pa.float32()}
+from knowledge_store.kinds.packing import exact_steps as exact_prediction_steps
+from knowledge_store.kinds.selection import Selection
+from knowledge_store.quantities import byte_size
 
-NO_MASS = -np.inf
+FIELDS = (
+    Field("token_id", pa.uint32(), encoding=PLAIN, identifying=True),  # phrases repeat, which Zstandard finds by itself
+    Field("is_target", pa.bool_(), identifying=True),
+    Field("token_logprob", pa.float32(), nullable=True),
+    Field("candidate_ids", pa.uint32(), "ragged", nullable=True),
+    Field("candidate_logprobs", pa.float32(), "ragged", nullable=True, padding=NO_MASS),
+    Field("tail_logprob", pa.float32(), nullable=True),
+)
+DRAWS = (
+    Field("tail_ids", pa.uint32(), "ragged", nullable=True, encoding=PLAIN),
+    Field("tail_counts", pa.uint16(), "ragged", nullable=True),
+)
+TEMPERED = (Field("tail_logsumexp", pa.float32(), nullable=True),)
+AS_THEY_ARE = 2  # of FIELDS, the first so many are stored as they are
+
 MIN_STEP, MAX_STEP = 2.0**-24, 2.0**10  # nats; beyond these nothing can be computed with
-MAX_STEPS = packing.MAX_STEPS
+MIN_ROW_BYTES = 2048  # of a position, with up to 512 candidates: row groups of 32,768 positions
+DENSE_BYTES = 4  # of a log-probability that is not kept: float32
+DECODED = (
+    *("input_ids", "is_target", "has_knowledge", "token_logprob", "candidate_ids", "candidate_logprobs", "tail_logprob"),
+)
 MAX_EXCESS = 1e-3  # nats by which a teacher's float32 candidates and tail may miss one together
 
 RELATIONS = {
@@ -118,25 +150,26 @@ def positions_of(manifest: Manifest) -> PositionsParameters:
     return PositionsParameters.from_record(manifest.kinds["positions"])
 
 
-def schema(manifest: Manifest) -> pa.Schema:
-    """The columns of a dump's table: SCHEMA, DRAWS where its selection draws, and TEMPERED where it is calibrated."""
+def _more(manifest: Manifest) -> tuple[Field, ...]:
+    """The columns that some dumps have: draws, and the tail at a temperature."""
     parameters = positions_of(manifest)
-    more = {**(DRAWS if parameters.selection.draws else {}), **(TEMPERED if parameters.temperature else {})}
-    return pa.schema([*SCHEMA, *more.items()])
+    return (*(DRAWS if parameters.selection.draws else ()), *(TEMPERED if parameters.temperature else ()))
 
 
-def _in_steps(logprobs: np.ndarray, step: float) -> np.ndarray:
-    """Log-probabilities (nats) in steps, what lies more than MAX_STEPS below 0 put there; −inf stays."""
-    steps = logprobs.astype(np.float64) / step
-    return np.where(np.isneginf(steps), steps, np.maximum(steps, -MAX_STEPS))
+def fields(manifest: Manifest) -> tuple[Field, ...]:
+    """The columns of a dump's table: FIELDS, DRAWS where its selection draws, and TEMPERED where it is calibrated."""
+    return (*FIELDS, *_more(manifest))
 
 
-def quantise(logprobs: np.ndarray, step: float) -> np.ndarray:
-    """Round log-probabilities (nats) to multiples of `step`, as float32; −inf stays, −0 becomes 0.
+def stored(manifest: Manifest) -> tuple[Field, ...]:
+    """The columns of a dump's files."""
+    return (*FIELDS[:AS_THEY_ARE], *PACKED, *_more(manifest))
 
-    What lies more than MAX_STEPS below 0, such as a token whose logit is masked, is put there: its exp is 0 all the same.
-    """
-    return (np.round(_in_steps(logprobs, step)) * step + 0.0).astype(np.float32)
+
+def row_bytes(manifest: Manifest) -> int:
+    """Bytes of a decoded position, by which row groups are cut: all lists of a row group are padded to the longest."""
+    rule = positions_of(manifest).selection
+    return max(MIN_ROW_BYTES, 4 * max(rule.candidates, rule.draws))
 
 
 def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
@@ -153,22 +186,22 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
     """
     parameters = positions_of(manifest)
     step = parameters.quantisation_step
-    found = {"token_logprob": _in_steps(arrays["token_logprob"], step)}
+    found = {"token_logprob": in_steps(arrays["token_logprob"], step)}
     if parameters.selection.candidates:
         ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
         there = logprobs != NO_MASS
-        steps, tail_steps = packing.exact_steps(logprobs, tail, step)
+        steps, tail_steps = exact_prediction_steps(logprobs, tail, step)
         among = ((ids == arrays["token_id"][:, None]) & there).any(axis=1)
         found["token_logprob"][among] = np.nan
         there[:, 0] = False
         found |= {"candidate_logprobs": np.where(there, steps, np.nan), "tail_logprob": tail_steps}
     if parameters.temperature:
-        found["tail_logsumexp"] = _in_steps(arrays["tail_logsumexp"], step)
+        found["tail_logsumexp"] = in_steps(arrays["tail_logsumexp"], step)
     return found
 
 
-def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
-    """The table of N positions.
+def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
+    """The stored table of N positions.
 
     Args:
         keys: sequence_id and position, N rows.
@@ -178,51 +211,43 @@ def encode(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         manifest: of the dump; gives the quantisation step and the columns.
 
     Raises:
-        InputError: candidates and tail do not sum to one.
+        InputError: candidates and tail do not sum to one, or a token id does not fit the vocabulary.
     """
-    kept = arrays["has_knowledge"]
-    parameters = positions_of(manifest)
-    step, rule = parameters.quantisation_step, parameters.selection
-    absent = pa.array(~kept)
-
-    def lists(there: np.ndarray, **values: np.ndarray) -> dict[str, pa.Array]:
-        """Of arrays (N, K), the entries that are there, as one list a row."""
-        there = there & kept[:, None]
-        offsets = list_offsets(there.sum(axis=1))
-        return {name: pa.ListArray.from_arrays(offsets, pa.array(each[there]), mask=absent) for name, each in values.items()}
-
-    logprobs, tail = arrays["candidate_logprobs"], arrays["tail_logprob"]
-    there, token_logprob = logprobs != NO_MASS, quantise(arrays["token_logprob"], step)
-    if rule.candidates and (np.abs(np.log(_total_mass(logprobs[kept], tail[kept]))) > MAX_EXCESS).any():
+    kept, parameters = arrays["has_knowledge"], positions_of(manifest)
+    logprobs, tail = arrays["candidate_logprobs"][kept], arrays["tail_logprob"][kept]
+    if parameters.selection.candidates and (np.abs(np.log(total_mass(logprobs, tail))) > MAX_EXCESS).any():
         raise InputError("candidates and tail of a position do not sum to one: the extractor is wrong; nothing is written")
-    logprobs, tail = logprobs.astype(np.float32), tail.astype(np.float32)
-    logprobs[kept], tail[kept] = packing.rounded(logprobs[kept], tail[kept], step)
-    among = (arrays["candidate_ids"] == arrays["token_id"][:, None]) & there
-    token_logprob = np.where(among.any(axis=1), np.where(among, logprobs, 0).sum(axis=1), token_logprob)
-    # Where nothing is a candidate there is no tail either: the draws are from the whole distribution.
-    no_tail = ~kept if rule.candidates else np.ones_like(kept)
     columns = {
-        **lists(there, candidate_ids=arrays["candidate_ids"], candidate_logprobs=logprobs),
+        **dict(zip(keys.column_names, keys.columns, strict=True)),
         "token_id": pa.array(arrays["token_id"], pa.uint32()),
         "is_target": pa.array(arrays["is_target"]),
-        "token_logprob": pa.array(token_logprob, mask=~kept),
-        "tail_logprob": pa.array(tail, mask=no_tail),
+        **pack_predictions(arrays, parameters.quantisation_step, manifest.vocabulary_size),
     }
-    if rule.draws:
-        counts = arrays["tail_counts"]
-        columns |= lists(counts > 0, tail_ids=arrays["tail_ids"], tail_counts=counts)
+    if parameters.selection.draws:
+        drawn = (arrays["tail_counts"] > 0) & kept[:, None]
+        offsets, absent = list_offsets(drawn.sum(axis=1)), pa.array(~kept)
+        for field in DRAWS:
+            values = pa.array(arrays[field.name][drawn]).cast(field.type)
+            columns[field.name] = pa.ListArray.from_arrays(offsets, values, type=field.column.type, mask=absent)
     if parameters.temperature:
-        columns["tail_logsumexp"] = pa.array(quantise(arrays["tail_logsumexp"], step), mask=~kept)
-    wanted = schema(manifest)
+        columns["tail_logsumexp"] = pa.array(quantise(arrays["tail_logsumexp"], parameters.quantisation_step), mask=~kept)
+    schema = POSITIONS.stored_schema(manifest)
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
+    """The table that a stored one stands for. ValueError: it stands for none."""
+    columns = unpack_predictions(table, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+    schema = POSITIONS.schema(manifest)
     return pa.table(
-        [keys[each.name] if each.name in keys.column_names else columns[each.name].cast(each.type) for each in wanted],
-        schema=wanted,
+        [columns[each.name].cast(each.type) if each.name in columns else table[each.name] for each in schema], schema=schema
     )
 
 
-def _total_mass(candidate_logprobs: np.ndarray, tail_logprob: np.ndarray) -> np.ndarray:
-    """Σ exp(candidates) + exp(tail) for each row, in float64."""
-    return np.exp(candidate_logprobs.astype(np.float64)).sum(axis=1) + np.exp(tail_logprob.astype(np.float64))
+def view(manifest: Manifest) -> str:
+    """`unpack` as SQL."""
+    more = [each.name for each in _more(manifest)]
+    return predictions_view(more, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
 
 
 def decode(table: pa.Table) -> Arrays:
@@ -245,7 +270,7 @@ def decode(table: pa.Table) -> Arrays:
     candidate_logprobs, _ = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     tail_logprob = table["tail_logprob"].fill_null(0).to_numpy()
     with np.errstate(all="ignore"):
-        excess = np.log(_total_mass(candidate_logprobs, tail_logprob))
+        excess = np.log(total_mass(candidate_logprobs, tail_logprob))
     if not np.isfinite(excess).all():
         raise ValueError("candidates and tail are no probabilities")
     more = {}
@@ -266,11 +291,14 @@ def decode(table: pa.Table) -> Arrays:
     }
 
 
-PADDING = {"candidate_logprobs": NO_MASS}
+def arrays_of(manifest: Manifest) -> dict[str, float]:
+    """The arrays that `decode` gives of a dump's positions, and what stands where there is no position."""
+    names = [*DECODED, *(each.name for each in _more(manifest))]
+    return {name: NO_MASS if name == "candidate_logprobs" else 0 for name in names}
 
 
-def statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
-    """Over the positions with knowledge: how many, the teacher's mean negative log-likelihood (nats per token) and, where
+def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
+    """How many positions have knowledge, and over them the teacher's mean negative log-likelihood (nats per token) and, where
     there are candidates, their mean mass, and how often the first of them is the token that stands there."""
     arrays = decode(table)
     kept = arrays["has_knowledge"]
@@ -290,127 +318,73 @@ def statistics(table: pa.Table, manifest: Manifest) -> dict[str, float]:
 
 
 def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with a table of positions: its invariants, in words."""
-    parameters, vocabulary = positions_of(manifest), manifest.vocabulary_size
-    rule, step = parameters.selection, parameters.quantisation_step
-    kept = table["candidate_ids"].is_valid().to_numpy()
-    for name in table.column_names[table.column_names.index("token_logprob") :]:
-        there = kept if rule.candidates or name != "tail_logprob" else np.zeros_like(kept)
-        if not np.array_equal(table[name].is_valid().to_numpy(), there):
-            yield f"{name} is null where candidate_ids is not, or the reverse"
-            return
-    position = table["position"].to_numpy()
-    if kept[position == 0].any():
-        yield "position 0, which nothing predicts, has candidates"
-    if (table["is_target"].to_numpy() & ~kept).any():
-        yield "a target has no candidates"
-
-    ids, id_counts = padded_lists(table["candidate_ids"], -1, np.int64)
-    logprobs, logprob_counts = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
-    width = min(rule.candidates, vocabulary)
-    least = min(width, 1) if rule.name == "top-p" else width
-    counts = id_counts[kept]
-    if (counts < least).any() or (counts > width).any() or (logprob_counts[kept] != counts).any():
-        yield f"a position does not have {width if least == width else f'{least} to {width}'} candidates"
-        return
-    if not rule.candidates:
-        # Nothing is kept but the token's own log-probability, and the draws.
-        ids, logprobs = np.full((len(kept), 1), -1), np.zeros((len(kept), 1), np.float32)
-        counts = np.ones_like(counts)
-    ids, logprobs = ids[kept], logprobs[kept]
-    filled = np.arange(ids.shape[1]) < counts[:, None]
-    token_id = table["token_id"].to_numpy()[kept].astype(np.int64)
-    token_logprob = table["token_logprob"].to_numpy()[kept]
-    tail = table["tail_logprob"].fill_null(NO_MASS).to_numpy()[kept]
-
-    if (table["token_id"].to_numpy() >= vocabulary).any() or (ids >= vocabulary).any():
-        yield f"a token id is not below the vocabulary size, {vocabulary}"
-    # Each filler is another number below every id.
-    distinct = np.where(filled, ids, -1 - np.arange(ids.shape[1]))
-    if (np.diff(np.sort(distinct, axis=1), axis=1) == 0).any():
-        yield "a token stands twice among the candidates of one position"
-    if not (np.isfinite(logprobs[filled]).all() and np.isfinite(token_logprob).all()) or np.isnan(tail).any():
-        yield "a log-probability is not a finite number"
-        return
-    if ((logprobs[:, 1:] > logprobs[:, :-1]) & filled[:, 1:]).any():
-        yield "candidates are not sorted, likeliest first"
-    if rule.candidates and (np.isneginf(tail) != (counts == vocabulary)).any():
-        yield "the tail is empty although candidates are left out, or the reverse"
-    values = np.concatenate([logprobs[filled], token_logprob, tail[np.isfinite(tail)]])
-    if (values > 0).any():
-        yield "a log-probability is above zero"
-    if (np.abs(np.log(_total_mass(logprobs, tail))) > 1e-4).any():  # room for float32
-        yield "candidates and tail do not sum to one within the rounding"
-    among = ids == token_id[:, None]
-    if (np.where(among, logprobs, 0).sum(axis=1)[among.any(axis=1)] != token_logprob[among.any(axis=1)]).any():
-        yield "token_logprob is not the log-probability of the candidate it equals"
-    if "tail_logsumexp" in table.column_names:
-        yield from _tempered_damage(table["tail_logsumexp"].to_numpy()[kept], counts == vocabulary, step)
-    if rule.draws:
-        yield from _draws_damage(table, kept, distinct, counts == vocabulary, rule.draws, vocabulary)
+    """What is wrong with a table of positions, or with a part of one: its invariants, in words."""
+    parameters = positions_of(manifest)
+    return invariants(table, parameters.selection, parameters.quantisation_step, manifest.vocabulary_size)
 
 
-def _tempered_damage(tail_logsumexp: np.ndarray, whole: np.ndarray, step: float) -> Iterator[str]:
-    """What is wrong with the tail at the calibration's temperature; `whole`: the candidates are the whole vocabulary."""
-    finite = tail_logsumexp[~whole]
-    if not np.isfinite(finite).all() or not np.isneginf(tail_logsumexp[whole]).all():
-        yield "tail_logsumexp is not a finite number although there is a tail, or the reverse"
-    elif (quantise(finite, step) != finite).any():
-        yield f"tail_logsumexp is not a multiple of {step}"
+def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with a shard's positions: whether they are of its sequences, and their invariants."""
+    yield from tokens_match(table, sequences)
+    yield from damage(table, manifest)
 
 
-def _draws_damage(
-    table: pa.Table, kept: np.ndarray, candidates: np.ndarray, whole: np.ndarray, draws: int, vocabulary: int
-) -> Iterator[str]:
-    """What is wrong with the draws; candidates (N, K) of the N kept positions, fillers below 0; `whole` as above."""
-    drawn, id_counts = padded_lists(table["tail_ids"], -1, np.int64)
-    counts, count_counts = padded_lists(table["tail_counts"], 0, np.int64)
-    if not np.array_equal(id_counts, count_counts):
-        yield "tail_ids and tail_counts do not pair up"
-        return
-    drawn, counts, id_counts = drawn[kept], counts[kept], id_counts[kept]
-    filled = np.arange(drawn.shape[1]) < id_counts[:, None]
-    if (drawn >= vocabulary).any():
-        yield f"a drawn token's id is not below the vocabulary size, {vocabulary}"
-    if (counts[filled] < 1).any() or (counts.sum(axis=1) != np.where(whole, 0, draws)).any():
-        yield f"a position does not have {draws} draws"
-    if ((drawn[:, 1:] <= drawn[:, :-1]) & filled[:, 1:]).any():
-        yield "drawn tokens are not in the order of their ids, each once"
-    if any(((drawn == candidate[:, None]) & filled).any() for candidate in candidates.T):
-        yield "a drawn token is among the candidates"
+def lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
+    """What `info` tells of a dump's positions."""
+    step, dense = positions_of(manifest).quantisation_step, _dense_bytes(manifest, totals)
+    found = [("selection", f"{_selection(manifest)}, log-probabilities in steps of {step} nats")]
+    found.append(("predictions", f"{totals.count('predictions'):,} positions with knowledge"))
+    if (mass := totals.statistics.get("mean_top_k_mass")) is not None:
+        found.append(("mass of the candidates", f"{mass:.4f} on average"))
+    if (nll := totals.statistics.get("mean_nll")) is not None:
+        found.append(("teacher's own loss", f"{nll:.4f} nats a token (perplexity {math.exp(nll):.2f})"))
+    if dense:
+        found.append(("kept whole (float32)", f"{byte_size(dense)}: {dense / totals.bytes:,.0f} times as much"))
+    return found
 
 
-def pack(table: pa.Table, manifest: Manifest) -> pa.Table:
-    """The stored table of a dump's positions (see `packing.pack`)."""
-    return packing.pack(table, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+def facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | None]:
+    """What the relation `dumps` has of them: how they were selected, and what the log-probabilities that were not kept would
+    take (predictions × vocabulary × 4 bytes), also for each byte on disk."""
+    dense = _dense_bytes(manifest, totals)
+    return {
+        "selection": _selection(manifest),
+        "quantisation_step": float(positions_of(manifest).quantisation_step),
+        "dense_bytes": dense,
+        "ratio": dense / totals.bytes if totals.bytes else None,
+    }
 
 
-def unpack(stored: pa.Table, logical: pa.Schema, manifest: Manifest) -> pa.Table:
-    """The reverse of `pack` (see `packing.unpack`)."""
-    return packing.unpack(stored, logical, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+def _dense_bytes(manifest: Manifest, totals: Totals) -> int:
+    return min(totals.count("predictions") * manifest.vocabulary_size * DENSE_BYTES, 2**63 - 1)
 
 
-def view(logical: pa.Schema, manifest: Manifest) -> str:
-    """`unpack` as SQL (see `packing.view`)."""
-    return packing.view(logical, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+def _selection(manifest: Manifest) -> str:
+    kept = positions_of(manifest)
+    at = f", tail also at temperature {kept.temperature:g}" if kept.temperature else ""
+    return f"{kept.selection}{at}"
 
 
 POSITIONS = Kind(
     name="positions",
     per="position",
-    schema=schema,
-    encode=encode,
-    decode=decode,
-    padding=PADDING,
-    statistics=statistics,
-    damage=damage,
-    relations=RELATIONS,
+    fields=fields,
     parameters=PositionsParameters,
-    packing=Packing(
-        schema=packing.packed_schema,
+    codec=Codec(
+        stored=stored,
         pack=pack,
         unpack=unpack,
         view=view,
-        sources=packing.SOURCES,
+        sources=SOURCES,
+        decode=decode,
+        arrays=arrays_of,
     ),
+    row_bytes=row_bytes,
+    statistics={"predictions": None, **dict.fromkeys(("mean_nll", "mean_top_k_mass", "mean_top_1_accuracy"), "predictions")},
+    measure=measure,
+    checks=checks,
+    relations=RELATIONS,
+    lines=lines,
+    facts=facts,
+    show=show,
 )

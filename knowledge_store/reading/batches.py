@@ -8,8 +8,10 @@ import numpy as np
 
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
+from knowledge_store.reading.collate import collate
 from knowledge_store.reading.order import batch_items, shuffled, step_count
-from knowledge_store.reading.reader import DumpReader, collate
+from knowledge_store.reading.plan import ReadPlan
+from knowledge_store.reading.reader import DumpReader
 
 
 class Batches:
@@ -18,65 +20,43 @@ class Batches:
     Iterate it, or index a step: `batches[s]` is the same batch whatever was read before. `len()` counts steps, and is the
     same for all ranks: a rank with too few items gets padding rows, which have no targets.
 
-    A batch is a dict of numpy arrays, B sequences of at most T positions with at most K candidates:
+    A batch is a dict of the arrays of all kinds that are read, of B sequences of at most T positions:
 
-        sequence_id         (B,)      int64    −1 for a padding row
-        input_ids           (B, T)    int64    0 on padding, which is on the right
-        attention_mask      (B, T)    bool
-        is_target           (B, T)    bool     counts for training
-        has_knowledge       (B, T)    bool     what the teacher predicted here is kept
-        token_logprob       (B, T)    float32  the teacher's log-probability (nats) of the token that stands here
-        candidate_ids       (B, T, K) int64    likeliest first; 0 where there are none
-        candidate_logprobs  (B, T, K) float32  −inf where there are none; with the tail they sum to one
-        tail_logprob        (B, T)    float32  log of the probability outside the candidates
+        sequence_id     (B,)       int64  −1 for a padding row
+        attention_mask  (B, T)     bool   where a kind per position is read; padding is on the right
+        KIND_mask       (B, I)     bool   which items of a kind per item there are
 
-    Position t holds the prediction of token t, made from the tokens before it: pair it with a model's output at t − 1. Without
-    knowledge (position 0, context, padding) all mass is in the tail.
+    What else is in it, the kinds say (of predictions, `kinds.positions`). Arrays of a kind per position are (B, T, …), per
+    sequence (B, …), per item (B, I, …); texts are lists.
     """
 
-    def __init__(
-        self,
-        reader: DumpReader,
-        kinds: tuple[str, ...],
-        batch_size: int,
-        seed: int,
-        epoch: int,
-        rank: int,
-        world_size: int,
-        consumed: int,
-        ordinals: np.ndarray | None,
-        shuffle: bool,
-        snapshot: int | None = None,
-    ):
-        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size or consumed < 0:
-            raise InputError(f"no such batches: batch size {batch_size}, rank {rank} of {world_size}, {consumed} consumed")
-        check_snapshot(reader.manifest.dump, reader.snapshot, snapshot)
-        chosen = np.arange(len(reader)) if ordinals is None else np.asarray(ordinals, dtype=np.int64)
+    def __init__(self, reader: DumpReader, plan: ReadPlan):
+        manifest = reader.manifest
+        self._kinds = tuple(manifest.kinds) if plan.kinds is None else plan.kinds
+        for kind in self._kinds:
+            if kind not in manifest.kinds:
+                raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}")
+        check_snapshot(manifest.dump, reader.snapshot, plan.snapshot)
+        chosen = np.arange(len(reader)) if plan.ordinals is None else np.asarray(plan.ordinals, dtype=np.int64)
         if ((chosen < 0) | (chosen >= len(reader))).any():
             raise InputError(f"some of the ordinals are not those of a sequence: the dump has {len(reader)}, counted from 0")
-        self._reader = reader
-        self._kinds = kinds
-        self._batch_size = batch_size
-        self._rank = rank
-        self._world_size = world_size
-        self._start = consumed
+        self._reader, self._plan = reader, plan
         self._taken = 0
-        self._seed = seed
-        self._epoch = epoch
-        self._order = chosen[shuffled(len(chosen), seed, epoch)] if shuffle else chosen
+        self._order = chosen[shuffled(len(chosen), plan.seed, plan.epoch)] if plan.shuffle else chosen
 
     def __len__(self) -> int:
-        return step_count(len(self._order) - self._start, self._world_size, self._batch_size)
+        return step_count(len(self._order) - self._plan.consumed, self._plan.world_size, self._plan.batch_size)
 
     @property
     def state(self) -> dict[str, int]:
         """Where all ranks stand after the batches yielded so far; `store.batches(…, **state)` goes on from there, with any
         number of ranks. `snapshot` stands for the dump's sequences: a dump that has others now is read in another order,
         and refused."""
-        consumed = self._start + self._taken * self._world_size * self._batch_size
+        plan = self._plan
+        consumed = plan.consumed + self._taken * plan.world_size * plan.batch_size
         return {
-            "seed": self._seed,
-            "epoch": self._epoch,
+            "seed": plan.seed,
+            "epoch": plan.epoch,
             "consumed": min(consumed, len(self._order)),
             "snapshot": self._reader.snapshot,
         }
@@ -84,11 +64,12 @@ class Batches:
     def __getitem__(self, step: int) -> Arrays:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
-        items = self._order[batch_items(step, self._rank, self._world_size, self._batch_size, self._start)]
+        plan = self._plan
+        items = self._order[batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)]
         sequences = [self._reader.sequence(int(ordinal), self._kinds) for ordinal in items]
         template = sequences[0] if sequences else self._reader.sequence(int(self._order[0]), self._kinds)
-        padding = [None] * (self._batch_size - len(sequences))
-        return collate([*sequences, *padding], self._kinds, template[1])
+        padding = [None] * (plan.batch_size - len(sequences))
+        return collate([*sequences, *padding], self._kinds, template[1], self._reader.manifest)
 
     def __iter__(self) -> Iterator[Arrays]:
         for step in range(len(self)):

@@ -35,10 +35,11 @@ from knowledge_store import kinds as kinds_package
 from knowledge_store.errors import StoreError
 from knowledge_store.format.layout import user_cache
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.kinds import Arrays
+from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.storage.local import make_folder, remove_folder, remove_leftovers, replace_bytes
 
 CACHE_SIZE = 10_000_000_000
+PLAIN = "biuf"  # kinds of number types: what is written is what is read
 HEADERS = 1024  # kept in memory, a few kB each, or 160 kB where sequences have 16 tokens
 OPEN_FILES = 64
 USED_FILE = "used"  # how many bytes the folder holds: written under a lock by whoever adds to it
@@ -135,10 +136,12 @@ def _read_group(path: str) -> _Group | None:
         return None
 
 
-def _decoders() -> bytes:
-    """The code of everything that decodes, this file's layout included."""
+def _decoders(manifest: Manifest) -> bytes:
+    """The code of everything that decodes, this file's layout included, and what the kinds of a dump declare."""
     folders = [Path(folder) for folder in kinds_package.__path__]
-    return b"".join(path.read_bytes() for path in [Path(__file__), *(each for folder in folders for each in _sources(folder))])
+    declared = repr({name: KINDS[name].fields(manifest) for name in manifest.kinds}).encode()
+    sources = [Path(__file__), *(path for folder in folders for path in _sources(folder))]
+    return b"".join([declared, *(path.read_bytes() for path in sources)])
 
 
 def _sources(folder: Path) -> list[Path]:
@@ -159,7 +162,7 @@ class DecodedCache:
             self.root = user_cache("decoded")
         except RuntimeError:  # whoever runs this has no home
             self.root, size = Path(os.devnull), 0
-        self.folder = self.root / hashlib.sha256(manifest.to_bytes() + _decoders()).hexdigest()[:32]
+        self.folder = self.root / hashlib.sha256(manifest.to_bytes() + _decoders(manifest)).hexdigest()[:32]
         self._size = size
         self._groups: dict[str, _Group] = {}
         self._file = lru_cache(OPEN_FILES)(_File)
@@ -204,7 +207,7 @@ class DecodedCache:
             starts: first row of each sequence in the arrays, and the end.
             arrays: of the whole row group.
         """
-        if not self._adding:
+        if not self._adding or any(array.dtype.kind not in PLAIN for array in arrays.values()):
             return
         path = Path(self._path(sha256, group))
         try:

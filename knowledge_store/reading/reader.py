@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -24,7 +25,7 @@ from knowledge_store.format.parquet import FileRecord, OpenTable, TableFile, ope
 from knowledge_store.format.records import json_sha256
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays
-from knowledge_store.kinds.kind import check_lists
+from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.reading.cache import DecodedCache
 from knowledge_store.storage import Storage
 
@@ -82,6 +83,7 @@ class DumpReader:
         # Per instance, so that closing a store lets go of its files.
         self._shard = lru_cache(SHARDS)(self._read_shard)
         self._row_groups = lru_cache(SHARDS)(self._read_row_groups)
+        self._first_rows = lru_cache(SHARDS)(self._read_first_rows)
         self._open = lru_cache(OPEN_FILES)(self._open_table)
 
     def __len__(self) -> int:
@@ -107,10 +109,15 @@ class DumpReader:
     def _open_table(self, kind: str, place: int) -> OpenTable:
         return open_table(self._files[kind][place])
 
-    def _first_rows(self, kind: str, place: int) -> np.ndarray:
+    def _read_first_rows(self, kind: str, place: int) -> np.ndarray:
         """First row of each sequence in the table of a kind, and the end."""
-        _, first_row = self._shard(place)
-        return first_row if KINDS[kind].per == "position" else np.arange(len(first_row))
+        ids, first_row = self._shard(place)
+        if KINDS[kind].per == "position":
+            return first_row
+        if KINDS[kind].per == "sequence":
+            return np.arange(len(first_row))
+        rows = read_table(self._files[kind][place], ["sequence_id"])["sequence_id"].to_numpy()
+        return np.cumsum([0, *row_counts(rows, ids)])
 
     def _read_row_groups(self, kind: str, place: int) -> RowGroups:
         metadata = self._open(kind, place).metadata
@@ -118,26 +125,32 @@ class DumpReader:
         first_row = self._first_rows(kind, place)
         if first_row[-1] != rows[-1] or not np.isin(rows, first_row).all():
             raise DamageError(f"{self._files[kind][place].path} is damaged: its row groups do not hold its shard's sequences")
-        group = np.searchsorted(rows, first_row[:-1], side="right") - 1
-        return RowGroups(rows, np.searchsorted(first_row, rows), group.astype(np.int32))
+        # A sequence without items is in the group of those after it, the last ones in that of those before them.
+        first, group = np.searchsorted(first_row, rows), np.searchsorted(rows, first_row[:-1], side="right") - 1
+        if len(rows) == 1:  # no items at all
+            return RowGroups(rows, np.array([0, len(group)]), np.zeros(len(group), np.int32))
+        first[-1] = len(group)
+        return RowGroups(rows, first, np.minimum(group, len(rows) - 2).astype(np.int32))
 
     def _decode(self, kind: str, place: int, group: int) -> Arrays:
         """A row group's arrays, kept in memory and on disk."""
-        table = read_row_group(self._open(kind, place), group)
+        described, schema = KINDS[kind], KINDS[kind].stored_schema(self.manifest)
+        groups = self._row_groups(kind, place)
+        table = read_row_group(self._open(kind, place), group) if len(groups.rows) > 1 else schema.empty_table()
         try:
-            unpacked = KINDS[kind].unpack(table, self.manifest)
+            unpacked = described.unpack(table, self.manifest)
             check_lists(unpacked)
-            arrays = KINDS[kind].decode(unpacked)
+            arrays = described.decode(unpacked, self.manifest)
         except (ArithmeticError, LookupError, MemoryError, TypeError, ValueError, pa.ArrowException) as error:
             raise DamageError(f"{self._files[kind][place].path} is damaged: {error}") from None
-        groups = self._row_groups(kind, place)
-        starts = self._first_rows(kind, place)[groups.first[group] : groups.first[group + 1] + 1] - groups.rows[group]
-        self._cache.add(self._files[kind][place].record.sha256, group, starts, arrays)
+        if len(table) and not described.has_text(self.manifest):
+            starts = self._first_rows(kind, place)[groups.first[group] : groups.first[group + 1] + 1] - groups.rows[group]
+            self._cache.add(self._files[kind][place].record.sha256, group, starts, arrays)
         self._decoded[kind, place, group] = arrays
-        self._decoded_bytes += sum(array.nbytes for array in arrays.values())
+        self._decoded_bytes += _size(arrays)
         while self._decoded_bytes > MEMORY_BYTES and len(self._decoded) > 1:
             _, oldest = self._decoded.popitem(last=False)
-            self._decoded_bytes -= sum(array.nbytes for array in oldest.values())
+            self._decoded_bytes -= _size(oldest)
         return arrays
 
     def _knowledge(self, kind: str, place: int, within: int) -> Arrays:
@@ -154,20 +167,22 @@ class DumpReader:
                 return cached
             arrays = self._decode(kind, place, group)
         start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
-        return {name: array[start:end].copy() for name, array in arrays.items()}
+        return {name: copy(array[start:end]) for name, array in arrays.items()}
 
-    def kept(self, ordinal: int, kind: str) -> tuple[pa.Table, int]:
-        """A sequence's rows of a kind per position as they were kept (rounded, not normalised), and its `token_hash`.
+    def stored(self, ordinal: int, kind: str) -> tuple[pa.Table, int]:
+        """A sequence's rows of a kind as they were kept (positions: rounded, not normalised), and its `token_hash`.
 
         Raises:
             InputError: there is no such sequence.
             DamageError: what was read is not what was published.
         """
         place, within = self._place(ordinal)
-        group = int(self._row_groups(kind, place).group[within])
+        groups = self._row_groups(kind, place)
+        group = int(groups.group[within])
         path = self._files[kind][place].path
-        stored = read_row_group(self._open(kind, place), group)
-        start, end = self._first_rows(kind, place)[within : within + 2] - self._row_groups(kind, place).rows[group]
+        schema = KINDS[kind].stored_schema(self.manifest)
+        stored = read_row_group(self._open(kind, place), group) if len(groups.rows) > 1 else schema.empty_table()
+        start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
         try:
             rows = KINDS[kind].unpack(stored.slice(start, end - start), self.manifest)
             check_lists(rows)
@@ -195,41 +210,6 @@ class DumpReader:
         return int(ids[within]), {kind: self._knowledge(kind, place, within) for kind in kinds}
 
 
-def collate(
-    sequences: list[tuple[int, dict[str, Arrays]] | None], kinds: tuple[str, ...], template: dict[str, Arrays]
-) -> Arrays:
-    """One batch of sequences, padded on the right to the longest.
-
-    Args:
-        sequences: from `DumpReader.sequence`; None stands for a padding row (sequence_id −1, no position attended).
-        kinds: which kinds to put together; arrays of a kind per position become (B, T, …), others (B, …).
-        template: any sequence's knowledge: gives names, types and widths when every row is padding (T is 1 then).
-    """
-    batch: Arrays = {"sequence_id": np.array([-1 if each is None else each[0] for each in sequences], np.int64)}
-    for kind in kinds:
-        per_position = KINDS[kind].per == "position"
-        for name, example in template[kind].items():
-            arrays = [None if each is None else each[1][kind][name] for each in sequences]
-            batch[name] = _stack(arrays, example, KINDS[kind].padding.get(name, 0), per_position)
-            if per_position and "attention_mask" not in batch:
-                lengths = np.array([0 if array is None else len(array) for array in arrays])
-                batch["attention_mask"] = np.arange(batch[name].shape[1]) < lengths[:, None]
-    return batch
-
-
-def _stack(arrays: list[np.ndarray | None], example: np.ndarray, padding: object, per_position: bool) -> np.ndarray:
-    """Arrays of (rows, …) as one of (B, longest, …), or of (1, …) as one of (B, …); None becomes `padding`."""
-    shapes = [array.shape for array in arrays if array is not None] or [example[:1].shape]
-    shape = tuple(map(max, zip(*shapes, strict=True)))
-    stacked: np.ndarray = np.empty((len(arrays), *(shape if per_position else shape[1:])), dtype=example.dtype)
-    for row, array in enumerate(arrays):
-        if array is None:
-            stacked[row] = padding
-        elif not per_position:
-            stacked[row] = array[0]
-        elif array.shape == shape:
-            stacked[row] = array
-        else:
-            stacked[row] = padding
-            stacked[row][tuple(map(slice, array.shape))] = array
-    return stacked
+def _size(arrays: Arrays) -> int:
+    """About how many bytes decoded rows take in memory."""
+    return sum(each.nbytes if isinstance(each, np.ndarray) else len(str(each)) for each in arrays.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from knowledge_store.errors import InputError, QueryError, StoreError
-from knowledge_store.terminal.quantities import binary_size
+from knowledge_store.quantities import binary_size
 
 MEMORY_LIMIT = 2 * 2**30
 TIMEOUT = 60.0

@@ -5,9 +5,8 @@ Results go to standard output, so that they can be piped; progress, notes and er
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 
 import typer
 from rich.console import Console
@@ -38,10 +37,3 @@ def command_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         note("Interrupted.")
         raise typer.Exit(INTERRUPTED) from None
-
-
-@contextmanager
-def silence() -> Iterator[None]:
-    """Keep a library's bars and notices off standard error while the body runs; what fails is raised all the same."""
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-        yield

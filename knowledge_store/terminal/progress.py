@@ -20,9 +20,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from knowledge_store.quantities import duration
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.terminal.console import messages, note
-from knowledge_store.terminal.quantities import duration
 
 LOG_SECONDS = 10.0
 

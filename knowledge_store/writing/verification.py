@@ -21,9 +21,10 @@ from knowledge_store.format.layout import (
 )
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, open_table, read_table
-from knowledge_store.format.sequences import TOKENS_SCHEMA, sequences_schema, token_hash
+from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema, sequences_statistics
 from knowledge_store.kinds import KINDS, check_kinds
-from knowledge_store.kinds.kind import check_lists
+from knowledge_store.kinds.columns import check_lists, row_counts
+from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.reporter import SILENT, Advance, Reporter
 from knowledge_store.storage import Storage, open_storage
 from knowledge_store.store import check_store, manifest_exists
@@ -56,36 +57,25 @@ def _check_file(file: TableFile) -> pa.Table:
 
 
 def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, file: TableFile) -> None:
-    """The rows of a kind are those of its sequences: all of them, in order, positions counted from 0."""
+    """The rows of a kind are those of its sequences: all of them, in order, positions and items counted from 0."""
     path = file.path
     ids, lengths = sequences["sequence_id"].to_numpy(), sequences["length"].to_numpy()
-    if min(lengths, default=1) < 1 or (per == "position" and lengths.sum(dtype=np.int64) != len(knowledge)):
+    rows = knowledge["sequence_id"].to_numpy()
+    counts = {"position": lengths, "sequence": np.ones_like(lengths), "item": row_counts(rows, ids)}[per]
+    if (
+        min(lengths, default=1) < 1
+        or counts.sum(dtype=np.int64) != len(rows)
+        or not np.array_equal(rows, np.repeat(ids, counts))
+    ):
         raise DamageError(f"{path} does not have the rows of its sequences")
-    expected = np.repeat(ids, lengths) if per == "position" else ids
-    if not np.array_equal(knowledge["sequence_id"].to_numpy(), expected):
-        raise DamageError(f"{path} does not have the rows of its sequences")
-    ends = np.cumsum(lengths) if per == "position" else np.arange(1, len(ids) + 1)
+    ends = np.cumsum(counts)
     metadata = open_table(file).metadata
     group_ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
     if not np.isin(group_ends, [0, *ends]).all():
         raise DamageError(f"{path} does not have whole sequences in its row groups")
-    if per == "position":
-        starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        if not np.array_equal(knowledge["position"].to_numpy(), np.arange(len(knowledge)) - starts):
-            raise DamageError(f"{path} does not count positions from 0 in each sequence")
-
-
-def _check_tokens(sequences: pa.Table, positions: pa.Table, path: str) -> None:
-    """Token hashes and numbers of targets are those of the positions."""
-    ends = np.cumsum(sequences["length"].to_numpy())
-    tokens = positions["token_id"].to_numpy()
-    targets = positions["is_target"].to_numpy()
-    rows = zip(*(sequences[name].to_pylist() for name in ("sequence_id", "length", "targets", "token_hash")), strict=True)
-    for (sequence, length, target_count, expected), end in zip(rows, ends, strict=True):
-        if token_hash(tokens[end - length : end]) != expected:
-            raise DamageError(f"{path}: the token ids of sequence {sequence} do not match its token_hash")
-        if int(targets[end - length : end].sum()) != target_count:
-            raise DamageError(f"{path}: sequence {sequence} does not have {target_count} targets")
+    expected = np.arange(len(rows)) - np.repeat(ends - counts, counts)
+    if per != "sequence" and not np.array_equal(knowledge[per].to_numpy(), expected):
+        raise DamageError(f"{path} does not count {per}s from 0 in each sequence")
 
 
 def shard_damage(storage: Storage, manifest: Manifest, shard: int) -> dict[str, str]:
@@ -149,7 +139,7 @@ def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, T
     longest = max(sequences["length"].to_pylist(), default=0)
     if longest > manifest.plan["max_length"]:
         raise DamageError(f"{files[SEQUENCES].path} has a sequence of {longest:,} tokens")
-    statistics: dict[str, float] = {}
+    statistics: dict[str, float] = sequences_statistics(sequences)
     for name in manifest.kinds:
         kind = KINDS[name]
         path = files[name].path
@@ -159,11 +149,9 @@ def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, T
         except ValueError as error:
             raise DamageError(f"{path}: {error}") from None
         _check_alignment(sequences, table, kind.per, files[name])
-        if name == "positions":
-            _check_tokens(sequences, table, path)
-        for complaint in kind.damage(table, manifest):
+        for complaint in kind.checks(table, sequences, manifest):
             raise DamageError(f"{path}: {complaint}")
-        statistics.update(kind.statistics(table, manifest))
+        statistics |= qualified(kind, added(kind, [measured(kind, table, manifest)]))
     stated = commit.statistics
     if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
         path = files[SEQUENCES].storage.locate(commit_file(manifest.dump, commit.shard))
@@ -209,10 +197,10 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
             damage = [str(error)]
         result.damage += damage
         if not damage:
-            files = read_commit(storage, dump, shard).files
+            commit = read_commit(storage, dump, shard)
             result.shards += 1
-            result.positions += files["positions"].rows if "positions" in files else 0
-            result.bytes += sum(file.bytes for file in files.values())
+            result.positions += int(commit.statistics[POSITIONS_STATISTIC])
+            result.bytes += sum(file.bytes for file in commit.files.values())
         advance(1)
     for table in (SEQUENCES, *manifest.kinds):
         for entry in storage.files(f"{dump}/{table}"):

@@ -7,15 +7,12 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from knowledge_store.errors import DamageError, InputError, MismatchError, MissingFileError, StoreError
 from knowledge_store.format.commits import CommitRecord, commit_records, read_commit
@@ -42,38 +39,13 @@ from knowledge_store.format.parquet import (
     write_table,
 )
 from knowledge_store.format.records import seal
-from knowledge_store.format.sequences import TOKENS_ENCODING, TOKENS_SCHEMA, sequences_table
-from knowledge_store.kinds import KINDS, Arrays, Kind, check_kinds
-from knowledge_store.kinds.kind import check_lists
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
+from knowledge_store.kinds import KINDS, Kind, check_kinds
+from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.storage import Storage, Write, open_storage
 from knowledge_store.store import check_store_file, occupied
+from knowledge_store.writing.shard import Shard, StoredTable, pack_shard
 from knowledge_store.writing.verification import shard_damage
-
-ROW_GROUP_POSITIONS = 32_768
-ROW_GROUP_VALUES = 2**24  # of lists, filled up to the longest: readers take them all into memory
-
-
-@dataclass(frozen=True)
-class Shard:
-    """All there is to publish of a shard.
-
-    Attributes:
-        number: in the plan.
-        first_document, documents: what part of the plan it covers.
-        sequences: rows of the `sequences` table, in order.
-        knowledge: for each kind, its arrays over all rows of the shard (see each kind's `encode`).
-        skipped: rows of the corpus that were left out: {"file", "row", "reason"}.
-        made_by: versions, device, host, times.
-    """
-
-    number: int
-    first_document: int
-    documents: int
-    sequences: list[dict[str, Any]]
-    knowledge: dict[str, Arrays]
-    skipped: list[dict[str, Any]] = field(default_factory=list)
-    made_by: dict[str, Any] = field(default_factory=dict)
 
 
 def write_bytes(file: BinaryIO, data: bytes) -> None:
@@ -118,30 +90,10 @@ def repair_store_file(store: str | Path | Storage) -> bool:
         return True
 
 
-def row_groups(lengths: np.ndarray, values: int = 1) -> list[int]:
-    """How many sequences go into each row group: whole sequences, about ROW_GROUP_POSITIONS positions, or fewer where one has
-    lists of up to so many `values`."""
-    most = min(ROW_GROUP_POSITIONS, ROW_GROUP_VALUES // max(values, 1))
-    groups, count, positions = [], 0, 0
-    for length in lengths.tolist():
-        if count and positions + length > most:
-            groups.append(count)
-            count = positions = 0
-        count += 1
-        positions += length
-    return [*groups, count] if count else groups
-
-
-def _has_nan(table: pa.Table) -> bool:
-    """Whether some number of a table is NaN, which means nothing in any kind of knowledge."""
-    columns = [pc.list_flatten(column) if pa.types.is_list(column.type) else column for column in table.columns]
-    return any(pc.any(pc.is_nan(column)).as_py() for column in columns if pa.types.is_floating(column.type))
-
-
-def _same_rows(file: TableFile, table: pa.Table) -> pa.Table:
-    """A sound file as a table, which has the sequences and tokens of `table` (MismatchError)."""
+def _same_rows(file: TableFile, packed: StoredTable) -> pa.Table:
+    """A sound file as a table, which has the sequences and tokens of `packed` (MismatchError)."""
     standing = read_table(file)
-    if not same_rows(standing, table):
+    if not same_rows(standing, pa.concat_tables([packed.schema.empty_table(), *packed.row_groups]), packed.columns):
         raise MismatchError(
             f"{file.path} is sound, and what was made now has other tokens: repair the shard where the dump was made, with the"
             " same version of the tokenizer"
@@ -149,11 +101,9 @@ def _same_rows(file: TableFile, table: pa.Table) -> pa.Table:
     return standing
 
 
-def _row_groups(table: pa.Table, rows_in_groups: list[int]) -> Iterator[pa.Table]:
-    start = 0
-    for rows in rows_in_groups:
-        yield table.slice(start, rows)
-        start += rows
+def _statistics(kind: Kind, stored: pa.Table, manifest: Manifest) -> dict[str, float]:
+    """A kind's statistics over a stored table, by the names that commit records have."""
+    return qualified(kind, added(kind, [measured(kind, kind.unpack(stored, manifest), manifest)]))
 
 
 def _check_committed(storage: Storage, manifest: Manifest) -> None:
@@ -246,7 +196,7 @@ class DumpWriter:
         except MissingFileError:
             _check_committed(storage, manifest)
             name = tokens_file(dump)
-            record, published = publish_table(storage, name, TOKENS_SCHEMA, [tokens], TOKENS_ENCODING)
+            record, published = publish_table(storage, name, TOKENS_SCHEMA, [tokens], TOKENS_COLUMNS)
             if not published and not read_table(TableFile(storage, name, record, TOKENS_SCHEMA)).equals(tokens):
                 raise MismatchError(
                     f"{storage.locate(name)} is from a run with another vocabulary, which is either beginning just now or was"
@@ -318,7 +268,7 @@ class DumpWriter:
             standing = self.manifest
 
             def write_tokens(file: BinaryIO) -> None:
-                record = write_table(file, TOKENS_SCHEMA, [tokens], TOKENS_ENCODING)
+                record = write_table(file, TOKENS_SCHEMA, [tokens], TOKENS_COLUMNS)
                 self.manifest = replace(standing, derived={**standing.derived, "tokens": record.as_dict()})
 
             def write_manifest(file: BinaryIO) -> bool:
@@ -352,19 +302,19 @@ class DumpWriter:
             DamageError: a file of an unfinished run does not belong there; names it.
             StoreError: a file cannot be written (names it), or the dump was removed.
         """
-        tables, statistics = self._tables(shard)
+        tables, statistics = pack_shard(shard, self.manifest)
         files: dict[str, FileRecord] = {}
-        for name, (table, rows_in_groups) in tables.items():
+        for name, packed in tables.items():
             self._check_standing()
             try:
                 file = table_file(self.dump, name, shard.number)
-                files[name], published = publish_table(self.storage, file, table.schema, _row_groups(table, rows_in_groups))
+                files[name], published = publish_table(self.storage, file, packed.schema, packed.row_groups, packed.columns)
             except DamageError:  # of a dump that was removed meanwhile, no file is where it was
                 self._check_standing()
                 raise
             if name in KINDS and not published:  # another writer's
-                standing = read_table(TableFile(self.storage, file, files[name], table.schema))
-                statistics.update(KINDS[name].statistics(KINDS[name].unpack(standing, self.manifest), self.manifest))
+                standing = read_table(TableFile(self.storage, file, files[name], packed.schema))
+                statistics |= _statistics(KINDS[name], standing, self.manifest)
         record = self._record(shard, files, statistics)
         self._check_standing()
         if self.storage.create(commit_file(self.dump, shard.number), partial(write_bytes, data=record.to_bytes())):
@@ -384,7 +334,7 @@ class DumpWriter:
             MismatchError: a sound file of the shard has other rows than these.
             InputError, StoreError: as for `commit`.
         """
-        tables, statistics = self._tables(shard)
+        tables, statistics = pack_shard(shard, self.manifest)
         number, storage = shard.number, self.storage
         with storage.exclusive_lock(f"{self.dump}/{COMMITS}"):
             damage = shard_damage(storage, self.manifest, number)
@@ -393,15 +343,15 @@ class DumpWriter:
             standing = None if COMMITS in damage else read_commit(storage, self.dump, number)
             files: dict[str, FileRecord] = {}
             replaced: list[tuple[str, Write]] = []
-            for name, (table, rows_in_groups) in tables.items():
+            for name, packed in tables.items():
                 file = table_file(self.dump, name, number)
                 if standing is not None and name not in damage:
                     files[name] = standing.files[name]
-                    sound = _same_rows(TableFile(storage, file, files[name], table.schema), table)
+                    sound = _same_rows(TableFile(storage, file, files[name], packed.schema), packed)
                     if name in KINDS:
-                        statistics.update(KINDS[name].statistics(KINDS[name].unpack(sound, self.manifest), self.manifest))
+                        statistics |= _statistics(KINDS[name], sound, self.manifest)
                 else:
-                    replaced.append((file, partial(self._write_table, name, table, rows_in_groups, files)))
+                    replaced.append((file, partial(self._write_table, name, packed, files)))
 
             def write_record(file: BinaryIO) -> bool:
                 nonlocal standing
@@ -415,10 +365,8 @@ class DumpWriter:
             assert standing is not None
             return standing
 
-    def _write_table(
-        self, name: str, table: pa.Table, rows_in_groups: list[int], files: dict[str, FileRecord], file: BinaryIO
-    ) -> None:
-        files[name] = write_table(file, table.schema, _row_groups(table, rows_in_groups))
+    def _write_table(self, name: str, packed: StoredTable, files: dict[str, FileRecord], file: BinaryIO) -> None:
+        files[name] = write_table(file, packed.schema, packed.row_groups, packed.columns)
 
     def _record(self, shard: Shard, files: dict[str, FileRecord], statistics: dict[str, float]) -> CommitRecord:
         """The record of a shard that is committed now."""
@@ -433,76 +381,3 @@ class DumpWriter:
             skipped=shard.skipped,
             made_by={**shard.made_by, "committed_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")},
         )
-
-    def _tables(self, shard: Shard) -> tuple[dict[str, tuple[pa.Table, list[int]]], dict[str, float]]:
-        """The tables of a shard as they are stored, with how many rows go into each row group, and the shard's statistics.
-
-        Raises:
-            InputError: the knowledge is not made of finite numbers.
-        """
-        lengths = np.array([row["length"] for row in shard.sequences], dtype=np.int64)
-        ids = np.array([row["sequence_id"] for row in shard.sequences], dtype=np.int64)
-        groups = row_groups(lengths, self._values())
-        tables = {SEQUENCES: (sequences_table(shard.sequences, self.manifest), [len(shard.sequences)])}
-        statistics: dict[str, float] = {}
-        for name in self.manifest.kinds:
-            table, rows_in_groups = self._knowledge(KINDS[name], shard.knowledge[name], ids, lengths, groups)
-            numbers = self._statistics(KINDS[name], table)
-            if _has_nan(table) or not np.isfinite(list(numbers.values())).all():
-                what = f"knowledge of shard {shard.number} of {self.manifest.dump!r}"
-                raise InputError(f"{what} is NaN or infinite: it is not written")
-            tables[name] = self._packed(KINDS[name], table, rows_in_groups), rows_in_groups
-            statistics.update(numbers)
-        return tables, statistics
-
-    def _values(self) -> int:
-        """Of the longest list of one position."""
-        if "positions" not in self.manifest.kinds:
-            return 1
-        rule = positions_of(self.manifest).selection
-        return max(rule.candidates, rule.draws)
-
-    def _knowledge(
-        self, kind: Kind, arrays: Arrays, ids: np.ndarray, lengths: np.ndarray, groups: list[int]
-    ) -> tuple[pa.Table, list[int]]:
-        """The table of one kind, and how many rows go into each row group, from the numbers of sequences that do."""
-        keys = pa.table({"sequence_id": pa.array(ids)})
-        rows_in_groups = groups
-        if kind.per == "position":
-            positions = [np.arange(length, dtype=np.int32) for length in lengths]
-            keys = pa.table(
-                {
-                    "sequence_id": pa.array(np.repeat(ids, lengths)),
-                    "position": pa.array(np.concatenate(positions) if positions else np.empty(0, np.int32)),
-                }
-            )
-            ends = np.cumsum(groups)
-            rows_in_groups = [int(lengths[end - count : end].sum()) for end, count in zip(ends, groups, strict=True)]
-        # By row group: one Arrow list array cannot hold the values of a large shard.
-        tables = [kind.schema(self.manifest).empty_table()]
-        start = 0
-        for count in rows_in_groups:
-            part = {name: array[start : start + count] for name, array in arrays.items()}
-            tables.append(kind.table(keys.slice(start, count), part, self.manifest))
-            try:
-                check_lists(tables[-1])
-            except ValueError as error:
-                raise InputError(f"a row group could not be read again: {error}; give a smaller --max-length") from None
-            start += count
-        return pa.concat_tables(tables), rows_in_groups
-
-    def _statistics(self, kind: Kind, table: pa.Table) -> dict[str, float]:
-        """A table's statistics; not a number, where what it is made of is infinite."""
-        try:
-            return kind.statistics(table, self.manifest)
-        except ValueError:
-            return {"": np.nan}
-
-    def _packed(self, kind: Kind, table: pa.Table, rows_in_groups: list[int]) -> pa.Table:
-        """What to store of a table, by row group too."""
-        parts = [kind.stored_schema(self.manifest).empty_table()]
-        start = 0
-        for count in rows_in_groups:
-            parts.append(kind.pack(table.slice(start, count), self.manifest))
-            start += count
-        return pa.concat_tables(parts)

@@ -13,7 +13,7 @@ FIT_METHODS = ("first", "temperature")
 class CalibrateConfig:
     """A calibration of a dump's teacher; each field is an option of `student-train calibrate`."""
 
-    store: str = option(argument=True, help="The store's folder.")
+    store: str = option(argument=True, metavar="STORE", help="The store's folder.")
     dump: str | None = option(None, help="Name of the dump. It may be left out when the store has only one.")
     method: str = option(
         "first",

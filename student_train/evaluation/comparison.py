@@ -44,8 +44,8 @@ def comparable(one: dict[str, Any], other: dict[str, Any]) -> bool:
         same = ("sha256", "answer_as", "shared_first_token")
         return all(one["questions"].get(name) == other["questions"].get(name) for name in same)
     if "dump" in one and "dump" in other:
-        sizes = [(side["positions"], side.get("per_sequence", {}).get("targets")) for side in (one, other)]
-        return one["dump"]["name"] == other["dump"]["name"] and sizes[0] == sizes[1]
+        targets = [side["figures"].get("positions", {}).get("per_sequence", {}).get("targets") for side in (one, other)]
+        return one["dump"]["name"] == other["dump"]["name"] and targets[0] == targets[1]
     return False
 
 

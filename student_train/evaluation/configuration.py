@@ -17,7 +17,7 @@ class EvaluateConfig:
     """An evaluation; each field is an option of `student-train evaluate`."""
 
     model: str = option(help="Folder or hub id of the model to evaluate.")
-    store: str | None = option(None, argument=True, help="The store's folder, to evaluate on a held-out dump.")
+    store: str | None = option(None, argument=True, metavar="STORE", help="The store's folder, to evaluate on a held-out dump.")
     dump: str | None = option(None, help="Name of the dump. It may be left out when the store has only one.")
     batch_size: int = option(8, min=1, help="Sequences in one forward pass.")
     limit: int | None = option(None, min=1, help="Evaluate only this many sequences or questions, spread evenly over them all.")

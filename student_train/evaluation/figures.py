@@ -18,7 +18,7 @@ class Figures(Protocol):
     """Measures a model by one kind of knowledge of a dump.
 
     It is given the sequences to read as `ordinals`, int64 (S,), the longest first, and returns what is to be kept in the result
-    of an evaluation, ready for JSON, under names that no other kind uses. The model is in evaluation mode and on its device.
+    of an evaluation, ready for JSON. The model is in evaluation mode and on its device.
     With a temperature, the model is measured a second time with its logits divided by that.
     """
 
@@ -60,7 +60,8 @@ def measure(
         reporter: hears of progress, and of kinds of knowledge that nothing is measured by.
 
     Returns:
-        sequences (how many), seconds, `not_evaluated` (names of kinds), and what the kinds' functions return.
+        sequences (how many), seconds, `figures` (by the name of a kind, what its function returns), and `not_evaluated` (the
+        names of the dump's other kinds).
 
     Raises:
         InputError: the dump holds no kind of knowledge that a model can be measured by, or no target.
@@ -82,9 +83,11 @@ def measure(
     ordinals = ordinals[np.argsort(-lengths[ordinals], kind="stable")]
     model.eval()
     started = time.monotonic()
-    result: dict[str, Any] = {"sequences": len(ordinals), "not_evaluated": unmeasured}
-    for kind in kinds:
-        if kind in FIGURES:
-            options: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature, "reporter": reporter}
-            result |= FIGURES[kind](model, store, dump, ordinals, **options)
-    return {**result, "seconds": round(time.monotonic() - started, 3)}
+    options: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature, "reporter": reporter}
+    figures = {kind: FIGURES[kind](model, store, dump, ordinals, **options) for kind in kinds if kind in FIGURES}
+    return {
+        "sequences": len(ordinals),
+        "seconds": round(time.monotonic() - started, 3),
+        "figures": figures,
+        "not_evaluated": unmeasured,
+    }

@@ -62,8 +62,6 @@ def _evaluate_dump(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]
     check_student(store, dump, model.config, tokenizer, name=config.model)
     options: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "temperature": temperature}
     measured = measure(_on_device(model), store, dump, **options, reporter=reporter)
-    if "post_hoc" in measured:
-        measured["post_hoc"] = {"file": str(config.post_hoc_temperature), **measured["post_hoc"]}
     return {"parameters": model.num_parameters(), "dump": describe_dump(store, dump), **measured}
 
 
@@ -86,7 +84,7 @@ def _evaluate_questions(config: EvaluateConfig, reporter: Reporter) -> dict[str,
         _on_device(model), asked, batch_size=config.batch_size, fit_on=fit_on, temperature=temperature, reporter=reporter
     )
     clashing = sum(not question.told_apart for question in asked)
-    result = {
+    return {
         "parameters": model.num_parameters(),
         "questions": {
             "name": config.questions_name,
@@ -102,9 +100,6 @@ def _evaluate_questions(config: EvaluateConfig, reporter: Reporter) -> dict[str,
         "seconds": round(time.monotonic() - started, 3),
         **measured,
     }
-    if "post_hoc" in result:
-        result["post_hoc"] = {"file": str(config.post_hoc_temperature), **result["post_hoc"]}
-    return result
 
 
 def _others(candidates: list[Question], questions: list[Question], config: EvaluateConfig) -> list[Question]:

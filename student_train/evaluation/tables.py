@@ -43,8 +43,8 @@ def tables(result: dict[str, Any]) -> Iterator[Table]:
         title = f"{asked['count']:,} questions of {asked['name']}, {result['seconds']:,.0f} s"
         yield from _on_questions(title, result)
         yield from _on_questions("At a post-hoc temperature", result.get("post_hoc", {}))
-    elif "student" in result:
-        yield _on_text(result)
+    elif "positions" in result["figures"]:
+        yield _on_text(result, result["figures"]["positions"])
 
 
 def remarks(result: dict[str, Any]) -> Iterator[str]:
@@ -65,12 +65,12 @@ def remarks(result: dict[str, Any]) -> Iterator[str]:
         yield f"The temperature is fitted on {fitted_on:,} questions, which are few: use {MIN_QUESTIONS} or more."
 
 
-def _on_text(result: dict[str, Any]) -> Table:
-    columns = {"student": result["student"], "teacher": result["teacher"]}
-    if "post_hoc" in result:
-        columns[f"at T = {result['post_hoc']['temperature']:.3g}"] = result["post_hoc"]["student"]
-    title = f"{result['positions']:,} positions of {result['dump']['name']}, {result['seconds']:,.0f} s"
-    rows = [row for row in ON_TEXT if row[1] in result["student"]]
+def _on_text(result: dict[str, Any], figures: dict[str, Any]) -> Table:
+    columns = {"student": figures["student"], "teacher": figures["teacher"]}
+    if "post_hoc" in figures:
+        columns[f"at T = {figures['post_hoc']['temperature']:.3g}"] = figures["post_hoc"]["student"]
+    title = f"{figures['positions']:,} positions of {result['dump']['name']}, {result['seconds']:,.0f} s"
+    rows = [row for row in ON_TEXT if row[1] in figures["student"]]
     return _table(title, columns, rows, CAPTION.format("sequences"))
 
 

@@ -78,22 +78,23 @@ def evaluated(runs: list[Run], name: str, on_questions: bool) -> str:
 
 
 def _on_text(measured: list[tuple[int, Run, Record]], name: str) -> list[str]:
-    largest = max((result for _, _, result in measured), key=lambda result: result["positions"])
+    dump = measured[0][2]["dump"]["name"]
+    texts = [(index, run, result, result["figures"]["positions"]) for index, run, result in measured]
+    largest = max((text for *_, text in texts), key=lambda text: text["positions"])
     sides = []
-    for index, run, result in measured:
-        sides.append(Side(run.name, index, result["student"], result.get("per_sequence"), result))
-        if "post_hoc" in result:
-            scaled = result["post_hoc"]
-            kept, temperature = scaled["per_sequence"], scaled["temperature"]
-            sides.append(Side(run.name, index, scaled["student"], kept, result, temperature))
-    teacher = Side("teacher", None, largest["teacher"], None, largest)
-    positions = listed_numbers({result["positions"] for _, _, result in measured})
+    for index, run, result, text in texts:
+        sides.append(Side(run.name, index, text["student"], text["per_sequence"], result))
+        if "post_hoc" in text:
+            scaled = text["post_hoc"]
+            sides.append(Side(run.name, index, scaled["student"], scaled["per_sequence"], result, scaled["temperature"]))
+    teacher = Side("teacher", None, largest["teacher"], None, measured[0][2])
+    positions = listed_numbers({text["positions"] for *_, text in texts})
     candidates = " KL is over the kept candidates and their tail as one more symbol: the true one is at least that."
     has_kl = any("kl_lower_bound" in side.figures for side in sides)
     panels = [_panel(side) for side in (*sides, teacher) if "reliability" in side.figures]
     parts = [
         f"<h2>On held-out text: {html.escape(name)}</h2>"
-        f"<p>{positions} target positions of the dump <b>{html.escape(largest['dump']['name'])}</b>.</p>",
+        f"<p>{positions} target positions of the dump <b>{html.escape(dump)}</b>.</p>",
         table([("", [*sides, teacher])], ON_TEXT),
         f'<p class="note">{_INTERVALS.format(units="sequences")}{candidates if has_kl else ""}</p>',
         compared([("", sides)], ON_TEXT),
@@ -101,13 +102,12 @@ def _on_text(measured: list[tuple[int, Run, Record]], name: str) -> list[str]:
         charts.reliability_row(panels, f"text {name}"),
     ]
     if "coverage" in largest:
-        parts.append(f"<h3>What the store kept of the teacher</h3><p>{_coverage_words(largest)}</p>")
+        parts.append(f"<h3>Top-k coverage of the teacher</h3><p>{_coverage_words(largest['coverage']['mean_by_rank'])}</p>")
         parts.append(charts.coverage(largest["coverage"], f"coverage {name}"))
     return parts
 
 
-def _coverage_words(result: Record) -> str:
-    means = result["coverage"]["mean_by_rank"]
+def _coverage_words(means: list[float]) -> str:
     return (
         f"The candidates, {len(means)} at most, hold {means[-1]:.1%} of the teacher's probability on average, the likeliest"
         f" alone {means[0]:.1%}. What is left over is the tail."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from knowledge_store.terminal.quantities import duration
+from knowledge_store.quantities import duration
 from student_train.report.runs import Run, records
 from student_train.report.training import selection
 from student_train.training.run_folder import Record
@@ -49,10 +49,10 @@ def _run_details(run: Run) -> str:
     elif run.evaluations:
         facts["parameters"] = f"{next(iter(run.evaluations.values()))['parameters']:,}"
     for name, result in run.evaluations.items():
-        size = f"{result['questions']['count']:,} questions" if "questions" in result else f"{result['positions']:,} positions"
+        size = f"{result['questions']['count']:,} questions" if "questions" in result else f"{result['sequences']:,} sequences"
         facts[f"evaluated on {name}"] = f"{size} in {duration(result['seconds'])}"
-        if "post_hoc" in result:
-            facts[f"temperature for {name}"] = f"from {result['post_hoc']['file']}"
+        if result["config"].get("post_hoc_temperature"):
+            facts[f"temperature for {name}"] = f"from {result['config']['post_hoc_temperature']}"
     sources = [record["versions"] for record in records(run) if "versions" in record]
     if sources:
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in sources[0].items())

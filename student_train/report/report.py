@@ -52,7 +52,12 @@ def write_report(runs: Iterable[str | Path], output: str | Path) -> Path:
 
 
 def _page(runs: list[Run]) -> str:
-    places = dict.fromkeys(("questions" in result, name) for run in runs for name, result in run.evaluations.items())
+    places = dict.fromkeys(
+        ("questions" in result, name)
+        for run in runs
+        for name, result in run.evaluations.items()
+        if "questions" in result or "positions" in result["figures"]
+    )
     sections = [evaluated(runs, name, on_questions) for on_questions, name in places]
     unmeasured = [run.name for run in runs if not run.evaluations]
     if unmeasured:

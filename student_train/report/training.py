@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from knowledge_store.terminal.quantities import duration
+from knowledge_store.quantities import duration
 from student_train.report import charts
 from student_train.report.runs import Run, listed
 from student_train.training.run_folder import Record

@@ -24,7 +24,7 @@ class InitialiseConfig:
 class TrainConfig:
     """A training run; each field is an option of `student-train run`."""
 
-    store: str = option(argument=True, help="The store's folder.")
+    store: str = option(argument=True, metavar="STORE", help="The store's folder.")
     student: str = option(help="Folder or hub id of the model to train.")
     output: str = option(help="Folder of the run, which becomes the trained model.")
     dump: str | None = option(None, help="Name of the dump to learn from. It may be left out when the store has only one.")

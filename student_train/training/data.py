@@ -248,10 +248,10 @@ def check_student(
 
 
 def _difference(token_id: int, kept: dict[int, str], own: dict[int, str]) -> str:
-    def there(tokens: dict[int, str]) -> str:
+    def name(tokens: dict[int, str]) -> str:
         return repr(tokens[token_id]) if token_id in tokens else "absent"
 
-    return f"token id {token_id} is {there(kept)} in the dump and {there(own)} in the student"
+    return f"token id {token_id} is {name(kept)} in the dump and {name(own)} in the student"
 
 
 def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()) -> dict[str, Any]:

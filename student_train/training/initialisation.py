@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knowledge_store.errors import InputError
-from student_train.training.models import layer_count, load_model, load_tokenizer, rebuild
+from student_train.training.model_folder import check_model_folder
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ def initialise(source: str, keep_layers: list[int], output: str | Path, *, gguf_
         raise InputError(f"layer {repeated[0]} is named twice in --keep-layers")
     if keep_layers != sorted(keep_layers):
         raise InputError("the layers of --keep-layers must be in ascending order")
+    check_model_folder(source, gguf_file)
+    # Imports torch, which takes seconds: mistakes are found before.
+    from student_train.training.models import layer_count, load_model, load_tokenizer, rebuild
+
     tokenizer = load_tokenizer(source, gguf_file)
     model = load_model(source, gguf_file)
     total = layer_count(model)

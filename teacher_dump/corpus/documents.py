@@ -55,7 +55,7 @@ class Document:
     def characters(self) -> int:
         """Roughly how much text there is."""
         contents = (self.text, self.prompt, self.completion, self.messages)
-        return sum(len(each) if isinstance(each, str) else len(str(each)) for each in contents if each is not None)
+        return sum(len(str(content)) for content in contents if content is not None)
 
 
 def check_files(files: tuple[Path, ...]) -> None:
@@ -111,7 +111,7 @@ def _row_content(record: Any) -> dict[str, Any] | str:
         prompt, completion = given.get("prompt"), given.get("completion")
         strings = isinstance(prompt, str) and isinstance(completion, str)
         if not strings and not (is_conversation(prompt) and is_conversation(completion)):
-            return "`prompt` and `completion` must both be there, both strings or both lists of messages"
+            return "`prompt` and `completion` must both be given, both strings or both lists of messages"
         return {"prompt": prompt, "completion": completion, "template_arguments": template_arguments(given)}
     if "messages" in given:
         if not is_conversation(given["messages"]):

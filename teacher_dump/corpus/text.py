@@ -18,7 +18,7 @@ _SPACE = re.compile(r"\s")
 
 
 def cut_point(text: str, limit: int, start: int = 0) -> int:
-    """Where to cut a text that goes on for more than `limit` characters from `start`: after the last paragraph that fits, or
+    """Where to cut a text of more than `limit` characters from `start` on: after the last paragraph that fits, or
     else line, or else word, in the second half of what fits; or else after `limit` characters."""
     for ending in (_PARAGRAPH_END, _LINE_END, _SPACE):
         ends = [match.end() for match in ending.finditer(text, start + limit // 2, start + limit)]

@@ -12,12 +12,14 @@ What is longer than `max_length` and no plain text is cut at its end, as TRL doe
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from knowledge_store.errors import InputError
+from knowledge_store.format.records import json_sha256
 from teacher_dump.corpus.conversations import ChatTemplate
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.rows import BadRow
@@ -75,7 +77,9 @@ class CorpusTokenizer:
             token_ids, is_target = self._completion(document)
         first = int(np.argmax(is_target)) if is_target.any() else len(token_ids)
         if first >= self.max_length:
-            raise BadRow(f"the prompt has {first} tokens, and --max-length {self.max_length} leaves nothing of what follows it")
+            raise BadRow(
+                f"the prompt leaves no room for what follows it (it has {first} tokens, and --max-length is {self.max_length})"
+            )
         sequence = self._sequence(document, 0, token_ids, is_target, len(token_ids) > self.max_length)
         return [sequence] if sequence.is_target.any() else []
 
@@ -136,3 +140,17 @@ def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if whole[start : start + len(plain)] == plain:
             return list(whole[:start])
     return []
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What goes into the manifest about a tokenizer: the hash of its vocabulary (token → id), its size and special ids."""
+    vocabulary = tokenizer.get_vocab()
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    return {
+        "vocabulary_sha256": json_sha256(vocabulary),
+        "size": len(vocabulary),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+    }

@@ -1,1 +1,1 @@
-"""A dump: its options, its plan, its run, its repair, and an estimate of what it will take."""
+"""Making a dump: its plan, the teacher's pass, repair, and what it will take. Nothing here knows a kind of knowledge."""

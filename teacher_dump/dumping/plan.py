@@ -1,64 +1,55 @@
-"""The plan of a dump: its manifest, whether new or standing already, and the sequences and batches of each shard."""
+"""The plan of a dump: its manifest, whether new or existing, and the sequences of each shard."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from knowledge_store.calibration.file import check_calibration, read_calibration
 from knowledge_store.errors import InputError
-from knowledge_store.format.layout import MANIFEST_FILE
-from knowledge_store.format.manifest import Manifest, read_manifest
-from knowledge_store.kinds.positions import PositionsParameters
-from knowledge_store.storage import open_storage
-from knowledge_store.storage.local import disk_errors
-from knowledge_store.terminal.progress import progress_bar
-from teacher_dump.corpus.documents import (
-    SUFFIXES_READ_THROUGH,
-    Document,
-    check_files,
-    file_names,
-    problem_text,
-    read_documents,
-)
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.kinds import KINDS
+from knowledge_store.kinds.kind import Parameters
+from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
+from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check_files, file_names, problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value, scan
-from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
-from teacher_dump.dumping.configuration import QUANTISATION_STEP, DumpConfig
-from teacher_dump.dumping.fingerprints import file_sha256
-from teacher_dump.teachers.local import Teacher, describe_tokenizer
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
+from teacher_dump.extraction import EXTRACTORS
+from teacher_dump.fingerprints import file_sha256
+from teacher_dump.teachers.protocol import Teacher
 
 
-def check_options(config: DumpConfig, teacher: Teacher) -> None:
-    """Make sure the options fit the teacher, and the corpus files are there.
+def corpus_files(config: CorpusOptions, files: tuple[Path, ...], teacher: Teacher, reporter: Reporter) -> list[dict[str, Any]]:
+    """What a manifest says of a corpus: name, bytes and SHA-256 of each file.
 
     Raises:
-        InputError: naming what does not fit.
+        InputError: a file cannot be used, or the sequences are longer than the teacher knows positions.
     """
-    most = {"top-k": ("--top-k", config.top_k), "top-p": ("--max-k", config.max_k)}.get(config.selection)
-    if most is not None and most[1] > teacher.vocabulary_size:
-        raise InputError(f"{most[0]} {most[1]} is above the teacher's vocabulary of {teacher.vocabulary_size:,} tokens")
     positions = teacher.description["max_positions"]
     if positions is not None and config.max_length > positions:
         raise InputError(f"--max-length {config.max_length} is above the {positions} positions the teacher knows")
-    check_files(config.corpus)
-
-
-def identity_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
-    """The manifest of the dump that `config` asks for, with nothing derived yet."""
-    files = [
-        {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        for name, path in zip(file_names(config.corpus), config.corpus, strict=True)
+    check_files(files)
+    return [
+        {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path, reporter=reporter)}
+        for name, path in zip(file_names(files), files, strict=True)
     ]
+
+
+def identity_manifest(config: EstimateConfig, teacher: Teacher, dump: str, *, reporter: Reporter = SILENT) -> Manifest:
+    """The manifest of the dump that `config` asks for, with nothing derived yet.
+
+    Raises:
+        InputError: the corpus cannot be used, or an option does not fit the teacher.
+    """
     return Manifest(
-        dump=config.dump_name,
-        kinds={name: _parameters(name, config, teacher) for name in config.kinds},
+        dump=dump,
+        kinds={name: _parameters(name, config, teacher).to_record() for name in config.kinds},
         teacher=teacher.description,
         tokenizer=describe_tokenizer(teacher.tokenizer),
-        corpus={"files": files},
+        corpus={"files": corpus_files(config, config.corpus, teacher, reporter)},
         plan={
             "max_length": config.max_length,
             "shard_size": config.shard_size,
@@ -68,57 +59,47 @@ def identity_manifest(config: DumpConfig, teacher: Teacher) -> Manifest:
     )
 
 
-def _parameters(kind: str, config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
-    """The record of a kind's parameters. InputError: the calibration belongs to another teacher or tokenizer."""
-    if kind != "positions":
-        return {}
-    calibration = _calibration(config, teacher)
-    return PositionsParameters(config.rule, QUANTISATION_STEP, calibration, config.keep_context).to_record()
+def _parameters(kind: str, config: EstimateConfig, teacher: Teacher) -> Parameters:
+    parameters = EXTRACTORS[kind].parameters
+    return KINDS[kind].parameters() if parameters is None else parameters(config, teacher)
 
 
-def _calibration(config: DumpConfig, teacher: Teacher) -> dict[str, Any]:
-    """What the manifest says of the dump's calibration. InputError: it belongs to another teacher or tokenizer."""
-    if config.calibration is None:
-        return {}
-    calibration = read_calibration(config.calibration)
-    check_calibration(calibration, teacher.description, describe_tokenizer(teacher.tokenizer))
-    return calibration.to_manifest()
+def kept_parameters(manifest: Manifest) -> dict[str, Parameters]:
+    """The parameters of each kind of a dump."""
+    return {name: KINDS[name].parameters.from_record(record) for name, record in manifest.kinds.items()}
 
 
-def make_manifest(config: DumpConfig, teacher: Teacher, anew: bool = False) -> Manifest:
-    """The manifest of a dump. The corpus is scanned only where no such dump stands yet, or `anew`.
+def make_manifest(
+    config: DumpConfig, teacher: Teacher, existing: Manifest | None = None, *, reporter: Reporter = SILENT
+) -> Manifest:
+    """The manifest of a dump: the one that exists, where it is the same dump; else a new one, for which the corpus is scanned.
 
     Raises:
         InputError: the corpus cannot be used, or an option does not fit the teacher.
     """
-    check_options(config, teacher)
-    manifest = identity_manifest(config, teacher)
-    folder = config.store / config.dump_name
-    with disk_errors("read", folder):
-        begun = (folder / MANIFEST_FILE).is_file()
-    if begun and not anew:
-        standing = read_manifest(open_storage(config.store), config.dump_name)
-        if standing.differences(manifest):
-            return manifest  # the writer refuses it, and says what differs
-        _check_bad_rows(config, standing.derived["bad_rows"], standing.derived["first_problem"])
-        return standing
-    return replace(manifest, derived=_scan_corpus(config))
+    manifest = identity_manifest(config, teacher, config.dump_name, reporter=reporter)
+    if existing is None:
+        return replace(manifest, derived=_scan_corpus(config, reporter))
+    if existing.differences(manifest):
+        return manifest  # the writer refuses it, and says what differs
+    _check_bad_rows(config, existing.derived["bad_rows"], existing.derived["first_problem"])
+    return existing
 
 
-def _scan_corpus(config: DumpConfig) -> dict[str, Any]:
+def _scan_corpus(config: DumpConfig, reporter: Reporter) -> dict[str, Any]:
     # Characters are not known before they are read; for plain text bytes are close, and nothing hangs on it.
     size = sum(path.stat().st_size for path in config.corpus) if all(_plain(path.name) for path in config.corpus) else None
-    with progress_bar("reading the corpus", size) as advance:
-        found = scan(config.corpus, config.shard_size, config.part_characters, advance)
-    _check_bad_rows(config, found.bad_rows, found.first_problem)
-    if not any(shard.characters for shard in found.shards):
-        raise InputError(f"the corpus has no row that can be used: {found.first_problem or 'it has no text'}")
+    with reporter.progress("reading the corpus", size) as advance:
+        scanned = scan(config.corpus, config.shard_size, config.part_characters, advance)
+    _check_bad_rows(config, scanned.bad_rows, scanned.first_problem)
+    if not any(shard.characters for shard in scanned.shards):
+        raise InputError(f"the corpus has no row that can be used: {scanned.first_problem or 'it has no text'}")
     return {
-        "documents": found.documents,
-        "bad_rows": found.bad_rows,
-        "first_problem": found.first_problem,
-        "columns": found.columns,
-        "shards": [asdict(start) for start in found.shards],
+        "documents": scanned.documents,
+        "bad_rows": scanned.bad_rows,
+        "first_problem": scanned.first_problem,
+        "columns": scanned.columns,
+        "shards": [asdict(start) for start in scanned.shards],
     }
 
 
@@ -129,12 +110,12 @@ def _plain(name: str) -> bool:
 def _check_bad_rows(config: DumpConfig, bad_rows: int, first_problem: str | None) -> None:
     if bad_rows and not config.skip_bad_rows:
         more = f" ({bad_rows - 1} more rows cannot be used)" if bad_rows > 1 else ""
-        raise InputError(f"{first_problem}{more}. Mend the corpus, or pass --skip-bad-rows to leave such rows out")
+        raise InputError(f"{first_problem}{more}. Repair the corpus, or pass --skip-bad-rows to leave such rows out")
 
 
 @dataclass(frozen=True)
 class ShardInput:
-    """The sequences of one shard, in order, and the rows that were left out."""
+    """The sequences of one shard, in order, and the rows that were skipped."""
 
     shard: int
     first_document: int
@@ -149,10 +130,16 @@ class ShardInput:
         return sum(len(sequence.token_ids) for sequence in self.sequences)
 
 
+def _skipped(file: str, row: int, problem: str) -> dict[str, Any]:
+    """What a commit record says of a skipped row; `reason` has no numbers or quotations in it, so that it can be counted by."""
+    reason = problem.split(" (")[0].split(": ")[0]
+    return {"file": file, "row": row, "reason": reason, **({"detail": problem} if problem != reason else {})}
+
+
 class ShardReader:
     """Reads and tokenises shards.
 
-    A shard that follows the last one read goes on from there, and so does any later one of a file that cannot be entered in
+    A shard that follows the last one read is read from there on, and so is any later one of a file that cannot be entered in
     the middle (a compressed one, or a Parquet row group): a corpus is then read once, not once for each shard.
     """
 
@@ -177,17 +164,17 @@ class ShardReader:
         self._go_to(start)
         while (document := self._next) is not None and document.number < end:
             try:
-                found = self._tokenizer.sequences(document)
-                sequences.extend(found)
-                if not found:
-                    skipped.append({"file": names[document.file], "row": document.row, "reason": "no text to learn from"})
+                own = self._tokenizer.sequences(document)
+                sequences.extend(own)
+                if not own:
+                    skipped.append(_skipped(names[document.file], document.row, "no text to learn from"))
             except BadRow as reason:
                 if not config.skip_bad_rows:
                     place = problem_text(config.corpus, document.file, document.row, str(reason))
                     raise InputError(
-                        f"{place}. Pass --skip-bad-rows to leave such rows out, or mend it and dump under another --name"
+                        f"{place}. Pass --skip-bad-rows to leave such rows out, or repair it and dump under another --name"
                     ) from None
-                skipped.append({"file": names[document.file], "row": document.row, "reason": str(reason)})
+                skipped.append(_skipped(names[document.file], document.row, str(reason)))
             self._next = next(self._documents, None)
         return ShardInput(shard, start.document, end - start.document, start.characters, sequences, skipped)
 
@@ -200,21 +187,6 @@ class ShardReader:
             self._next = next(self._documents, None)
         while self._next is not None and self._next.number < start.document:
             self._next = next(self._documents, None)
-
-
-def length_batches(lengths: list[int], room: int) -> list[np.ndarray]:
-    """Batches of sequences of like length, longest first: each has at most `room` positions, padding included.
-
-    A longest-first order meets the largest batch at once, so that a device too small for it fails at the start.
-    """
-    batches: list[np.ndarray] = []
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > room:
-            batches.append(np.array(batch))
-            batch = []
-        batch.append(index)
-    return [*batches, np.array(batch)] if batch else batches
 
 
 def corpus_columns(manifest: Manifest, sequence: TokenSequence) -> dict[str, Any]:

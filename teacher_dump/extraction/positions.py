@@ -1,24 +1,24 @@
-"""What is taken from a teacher's prediction, for each kind of knowledge.
-
-An extractor gets one batch and gives, for each of its sequences, the arrays of its kind. To add a kind, write an extractor and
-add its line to `EXTRACTORS`.
-"""
+"""Knowledge of kind `positions`: the likeliest tokens of each distribution, draws from the others, and exactly what is left."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from knowledge_store.calibration.file import check_calibration, read_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import sequence_id
 from knowledge_store.kinds import Arrays
+from knowledge_store.kinds.positions import PositionsParameters
 from knowledge_store.kinds.selection import Selection
-from teacher_dump.corpus.tokenisation import TokenSequence
+from teacher_dump.configuration import EstimateConfig
+from teacher_dump.corpus.tokenisation import TokenSequence, describe_tokenizer
+from teacher_dump.extraction.extractor import ExtractionBatch, Extractor, Total
 from teacher_dump.extraction.sampling import (
     block_sums,
     counted,
@@ -28,35 +28,10 @@ from teacher_dump.extraction.sampling import (
     precise,
     systematic_points,
 )
-from teacher_dump.teachers.local import Prediction
+from teacher_dump.teachers.protocol import Ability, Teacher
 
-
-@dataclass(frozen=True)
-class ExtractionBatch:
-    """What an extractor is given.
-
-    Attributes:
-        sequences: the B sequences of the batch.
-        prediction: the teacher's, for token ids padded on the right; hidden states (B, T, H), logits slice by slice.
-        selection: what to keep at a position.
-        keep_context: keep knowledge at context positions too.
-        temperature: at which to keep the tail too.
-    """
-
-    sequences: list[TokenSequence]
-    prediction: Prediction
-    selection: Selection
-    keep_context: bool
-    temperature: float | None = None
-
-    @property
-    def attention_mask(self) -> np.ndarray:
-        """Which positions are tokens of a sequence, not padding on the right: bool (B, T)."""
-        lengths = np.array([len(sequence.token_ids) for sequence in self.sequences])
-        return np.arange(lengths.max(initial=0)) < lengths[:, None]
-
-
-Extractor = Callable[[ExtractionBatch], list[Arrays]]
+QUANTISATION_STEP = 1 / 8  # nats
+SAMPLE_DEPTHS = (1, 5, 16, 50)  # of candidates, whose coverage `estimate` tells
 
 
 class UnsoundLogits(InputError):
@@ -98,7 +73,7 @@ def knowledge_of(
     logits.scatter_(1, ids, candidates.masked_fill(needed, -torch.inf))
     candidates = candidates.masked_fill(~needed, -torch.inf)
     highest = pad(values, (0, 1), value=-torch.inf).gather(1, needed.sum(dim=1, keepdim=True))
-    whole = highest.isneginf()  # nothing is left over
+    whole = highest.isneginf()  # the candidates hold all of it
     highest = highest.masked_fill(whole, 0)
     logits.sub_(highest)
     if temperature is not None:
@@ -107,7 +82,7 @@ def knowledge_of(
     sums = block_sums(weights)
     tail = (sums.sum(dim=1).log() + precise(highest[:, 0])).float().to(logits.device)
     total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
-    found = {
+    knowledge = {
         "token_logprob": token_logit - total,
         "candidate_ids": ids,
         "candidate_logprobs": candidates - total[:, None],
@@ -115,13 +90,13 @@ def knowledge_of(
     }
     if points is not None:
         # Something to draw, which then counts for nothing.
-        for each in (weights, sums):
-            each[:, 0].masked_fill_(whole[:, 0].to(each.device), 1)
-        found["tail_ids"], counts = counted(draw(weights, sums, points))
-        found["tail_counts"] = counts.masked_fill(whole, 0)
+        for masses in (weights, sums):
+            masses[:, 0].masked_fill_(whole[:, 0].to(masses.device), 1)
+        knowledge["tail_ids"], counts = counted(draw(weights, sums, points))
+        knowledge["tail_counts"] = counts.masked_fill(whole, 0)
     if temperature is not None:
-        found["tail_logsumexp"] = (tempered + precise(highest[:, 0] - total) / temperature).float().to(logits.device)
-    return found
+        knowledge["tail_logsumexp"] = (tempered + precise(highest[:, 0] - total) / temperature).float().to(logits.device)
+    return knowledge
 
 
 def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
@@ -135,10 +110,10 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
     positions = np.concatenate([np.arange(length) for length in lengths])
     token_ids = np.concatenate([sequence.token_ids for sequence in batch.sequences])
     is_target = np.concatenate([sequence.is_target for sequence in batch.sequences])
-    kept = positions > 0 if batch.keep_context else is_target
-    found = _ask(batch, rows[kept], positions[kept], token_ids[kept], _points(batch, lengths)[kept])
+    kept = positions > 0 if batch.parameters.keep_context else is_target
+    answers = _ask(batch, rows[kept], positions[kept], token_ids[kept], _points(batch, lengths)[kept])
     arrays: Arrays = {"token_id": token_ids.astype(np.uint32), "is_target": is_target, "has_knowledge": kept}
-    for name, values in found.items():
+    for name, values in answers.items():
         arrays[name] = np.zeros((len(kept), *values.shape[1:]), values.dtype)
         arrays[name][kept] = values
     ends = np.cumsum(lengths)
@@ -150,7 +125,7 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
 
 def _points(batch: ExtractionBatch, lengths: np.ndarray) -> np.ndarray:
     """The random points of all positions of a batch, float64 (sum of lengths, draws)."""
-    selection = batch.selection
+    selection = batch.parameters.selection
     points = systematic_points if selection.candidates else independent_points
     return np.concatenate(
         [
@@ -162,30 +137,31 @@ def _points(batch: ExtractionBatch, lengths: np.ndarray) -> np.ndarray:
 
 def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, points: np.ndarray) -> Arrays:
     """What the teacher predicts of the N tokens at (rows[i], positions[i]), int64 (N,) each; no position is 0."""
-    device = batch.prediction.teacher.device
-    places, before, tokens = (torch.from_numpy(each).to(device) for each in (rows, positions - 1, token_ids))
-    drawn = torch.from_numpy(points) if batch.selection.draws else None
-    sound: list[Tensor] = []
+    device, parameters = batch.prediction.teacher.device, batch.parameters
+    places, before, tokens = (torch.from_numpy(array).to(device) for array in (rows, positions - 1, token_ids))
+    drawn = torch.from_numpy(points) if parameters.selection.draws else None
+    finite: list[Tensor] = []
     results: list[dict[str, Tensor]] = []
     for part, logits in batch.prediction.logit_slices(places, before):
         lowest = logits.amin(dim=1)
-        at = None if drawn is None else drawn[part]
-        results.append(knowledge_of(logits, tokens[part], batch.selection, at, batch.temperature))
+        own = None if drawn is None else drawn[part]
+        results.append(knowledge_of(logits, tokens[part], parameters.selection, own, parameters.temperature))
         # A logit that is NaN or +inf makes the normaliser so, and with it the token's log-probability.
-        sound.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
+        finite.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
     if not results:
         nothing = torch.zeros((0, batch.prediction.teacher.vocabulary_size))
-        results.append(knowledge_of(nothing, torch.zeros(0, dtype=torch.int64), batch.selection, drawn, batch.temperature))
-    unsound = ~torch.cat(sound).cpu().numpy() if sound else np.zeros(0, bool)
-    if unsound.any():
+        tokens = torch.zeros(0, dtype=torch.int64)
+        results.append(knowledge_of(nothing, tokens, parameters.selection, drawn, parameters.temperature))
+    not_finite = ~torch.cat(finite).cpu().numpy() if finite else np.zeros(0, bool)
+    if not_finite.any():
         raise UnsoundLogits(
-            f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[unsound][0]])}:"
+            f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[not_finite][0]])}:"
             " nothing of its shard was written. Check the teacher's weights; if its dtype is a short one,"
             " dump under another --name with --dtype float32"
         )
-    found = {name: torch.cat([each[name] for each in results]).cpu().numpy() for name in results[0]}
+    arrays = {name: torch.cat([result[name] for result in results]).cpu().numpy() for name in results[0]}
     # Half the room until the shard is written.
-    return {name: array.astype(np.uint32) if array.dtype == np.int64 else array for name, array in found.items()}
+    return {name: array.astype(np.uint32) if array.dtype == np.int64 else array for name, array in arrays.items()}
 
 
 def _number(sequence: TokenSequence) -> int:
@@ -197,6 +173,50 @@ def _place(sequence: TokenSequence) -> str:
     return f"sequence {_number(sequence)} (row {document.row} of corpus file {document.file + 1}, window {sequence.window})"
 
 
-EXTRACTORS: dict[str, Extractor] = {
-    "positions": extract_positions,
-}
+def positions_parameters(config: EstimateConfig, teacher: Teacher) -> PositionsParameters:
+    """What the options say of this kind.
+
+    Raises:
+        InputError: there are more candidates than tokens, or the calibration belongs to another teacher or tokenizer.
+    """
+    wanted = {"top-k": ("--top-k", config.top_k), "top-p": ("--max-k", config.max_k)}.get(config.selection)
+    if wanted is not None and wanted[1] > teacher.vocabulary_size:
+        raise InputError(f"{wanted[0]} {wanted[1]} is above the teacher's vocabulary of {teacher.vocabulary_size:,} tokens")
+    calibration: dict[str, Any] = {}
+    if config.calibration is not None:
+        file = read_calibration(config.calibration)
+        check_calibration(file, teacher.description, describe_tokenizer(teacher.tokenizer))
+        calibration = file.to_manifest()
+    return PositionsParameters(config.rule, QUANTISATION_STEP, calibration, config.keep_context)
+
+
+def _masses(knowledge: list[Arrays]) -> np.ndarray:
+    """Probabilities of the candidates of all positions with knowledge, float64 (N, K)."""
+    return np.concatenate(
+        [np.exp(arrays["candidate_logprobs"][arrays["has_knowledge"]].astype(np.float64)) for arrays in knowledge]
+    )
+
+
+def coverage(knowledge: list[Arrays]) -> Total:
+    """The probability that the candidates hold, over all positions with knowledge."""
+    masses = _masses(knowledge)
+    return float(masses.sum()), len(masses) if masses.shape[1] else 0
+
+
+def coverage_by_depth(batch: ExtractionBatch) -> dict[str, Total]:
+    """The probability that the k likeliest tokens hold, for several k, and for the selection's own where it is top-k."""
+    selection, vocabulary = batch.parameters.selection, batch.prediction.teacher.vocabulary_size
+    depths = sorted({*SAMPLE_DEPTHS, *([selection.candidates] if selection.name == "top-k" else [])})
+    deepest = Selection("top-k", min(depths[-1], vocabulary))
+    masses = _masses(extract_positions(replace(batch, parameters=replace(batch.parameters, selection=deepest, calibration={}))))
+    sums = masses.sum(axis=0).cumsum()
+    return {f"top-{depth} coverage": (float(sums[min(depth, len(sums)) - 1]), len(masses)) for depth in depths}
+
+
+POSITIONS = Extractor(
+    needs=frozenset({Ability.DISTRIBUTIONS}),
+    function=extract_positions,
+    parameters=positions_parameters,
+    figures={"top-k coverage": coverage},
+    sample_figures=coverage_by_depth,
+)

@@ -43,19 +43,19 @@ def precise(values: Tensor) -> Tensor:
 def block_wise(reduce: Callable[..., Tensor], values: Tensor, fill: float) -> Tensor:
     """A reduction over each block of `BLOCK` tokens (N, blocks), of values (N, V); the last block is filled up with `fill`."""
     whole = values.shape[1] // BLOCK
-    found = reduce(values[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)), dim=2)
+    reduced = reduce(values[:, : whole * BLOCK].unflatten(1, (whole, BLOCK)), dim=2)
     rest = values[:, whole * BLOCK :]
     if not rest.shape[1]:
-        return found
-    return torch.cat([found, reduce(pad(rest, (0, BLOCK - rest.shape[1]), value=fill), dim=1, keepdim=True)], dim=1)
+        return reduced
+    return torch.cat([reduced, reduce(pad(rest, (0, BLOCK - rest.shape[1]), value=fill), dim=1, keepdim=True)], dim=1)
 
 
 def _in_blocks(values: Tensor, blocks: Tensor, fill: float) -> Tensor:
     """What some blocks (N, M) of values (N, V) hold, (N, M, BLOCK); past the end of the vocabulary it is `fill`."""
     ids = blocks[:, :, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)
     last = values.shape[1] - 1
-    found = values.gather(1, ids.clamp(max=last).flatten(1)).view(ids.shape)
-    return found if last % BLOCK == BLOCK - 1 else found.masked_fill_(ids > last, fill)
+    inside = values.gather(1, ids.clamp(max=last).flatten(1)).view(ids.shape)
+    return inside if last % BLOCK == BLOCK - 1 else inside.masked_fill_(ids > last, fill)
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

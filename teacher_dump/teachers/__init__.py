@@ -1,1 +1,1 @@
-"""Teachers: the protocol, and one file for each engine that runs them."""
+"""Teachers: what the pass asks of one (`protocol`), and those of this machine (`files`, `local`). No corpus is read here."""

@@ -1,4 +1,4 @@
-"""A teacher: any causal language model of transformers, its tokenizer, and its logits one slice of positions at a time.
+"""A teacher on this machine: any causal language model of transformers, its logits one slice of positions at a time.
 
 The logits of a batch, (batch, length, vocabulary), are the largest thing a teacher makes and are never held whole: the backbone
 runs once, then the head runs on slices of its hidden states. Some models do more than a matrix product there (Gemma 2 caps its
@@ -9,7 +9,6 @@ and a model that differs is asked for its whole logits instead.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +20,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from knowledge_store.errors import InputError
-from knowledge_store.format.records import json_sha256
-from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors
-from knowledge_store.terminal.console import note, silence
-from teacher_dump.dumping.fingerprints import file_sha256
+from knowledge_store.model_files import panics_as_errors, silence
+from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.fingerprints import file_sha256
+from teacher_dump.teachers.files import find_folder, model_files
+from teacher_dump.teachers.protocol import Ability
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 
 # Logits held at once, little beside a batch's: 64 MB in float32 on a CPU, 256 MB on a GPU. Smaller ones do not pay: the head's
 # product slows down with fewer rows, and what follows it gains nothing measurable from staying in cache.
@@ -47,8 +34,8 @@ SLICE_LOGITS = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
 
 
 @dataclass
-class Teacher:
-    """A loaded teacher.
+class LocalTeacher:
+    """A loaded teacher (see `protocol.Teacher`).
 
     Attributes:
         model: in evaluation mode, on `device`.
@@ -69,7 +56,18 @@ class Teacher:
         """How many tokens its distribution is over: the rows of its head."""
         return int(self.description["vocabulary_size"])
 
-    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> Prediction:
+    @property
+    def device_name(self) -> str:
+        """Where it runs, for people."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def abilities(self) -> frozenset[Ability]:
+        """What it can give: hidden states only where the backbone is run by itself."""
+        hidden = set() if self.whole_logits else {Ability.HIDDEN_STATES}
+        return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | hidden)
+
+    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> LocalPrediction:
         """Run the teacher on a batch.
 
         Args:
@@ -84,9 +82,9 @@ class Teacher:
             arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
         with torch.inference_mode():
             if self.whole_logits:
-                return Prediction(self, None, self.model(**arguments, use_cache=False).logits)
+                return LocalPrediction(self, None, self.model(**arguments, use_cache=False).logits)
             hidden = _backbone(self.model)(**arguments, use_cache=False).last_hidden_state
-            return Prediction(self, hidden, None)
+            return LocalPrediction(self, hidden, None)
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
@@ -107,8 +105,8 @@ class Teacher:
 
 
 @dataclass
-class Prediction:
-    """A teacher's prediction for a batch.
+class LocalPrediction:
+    """A teacher's prediction for a batch (see `protocol.Prediction`).
 
     Attributes:
         teacher: whose.
@@ -116,7 +114,7 @@ class Prediction:
         logits: (B, T, V) in the model's dtype; only where logits are whole.
     """
 
-    teacher: Teacher
+    teacher: LocalTeacher
     hidden: torch.Tensor | None
     logits: torch.Tensor | None
 
@@ -195,46 +193,9 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
-    """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
-
-    Raises:
-        InputError: there is neither such a folder nor such a hub id.
-    """
-    folder = Path(teacher)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
-    try:
-        return hub_folder(teacher, TOKENIZER_FILES, gguf_file)
-    except InputError as error:
-        raise InputError(f"there is no teacher folder {teacher}, and {error}") from None
-
-
-def _model_files(folder: Path, gguf_file: str | None) -> list[Path]:
-    """The files that decide what a teacher answers, weights first.
-
-    Raises:
-        InputError: weights, configuration or tokenizer are missing, or the weights are of a kind that can run code.
-    """
-    if gguf_file is not None:
-        check_gguf(folder, gguf_file)
-        return [folder / gguf_file]
-    weights = sorted(folder.glob("*.safetensors"))
-    ggufs = ", ".join(sorted(path.name for path in folder.glob("*.gguf")))
-    if not weights and ggufs:
-        raise InputError(f"{folder} has no weights that can be used: it has {ggufs}; pass --gguf-file")
-    if weights and not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json")
-    check_weights(folder)
-    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in tokenizer):
-        raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
-    return [*weights, folder / "config.json", *tokenizer]
-
-
-def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto", device: str = "auto") -> Teacher:
+def load_teacher(
+    teacher: str, gguf_file: str | None = None, dtype: str = "auto", device: str = "auto", *, reporter: Reporter = SILENT
+) -> LocalTeacher:
     """Load a teacher and hash its files.
 
     Args:
@@ -242,6 +203,7 @@ def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto"
         gguf_file: name of a GGUF file in it.
         dtype: "auto" (float32 on a CPU, the model's own elsewhere) or a key of DTYPES.
         device: see `find_device`.
+        reporter: hears of progress, and of a model that takes more memory.
 
     Raises:
         InputError: it cannot be used; says why.
@@ -250,7 +212,7 @@ def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto"
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype} is not known: use auto, {', '.join(DTYPES)}")
     folder = find_folder(teacher, gguf_file)
-    files = _model_files(folder, gguf_file)
+    files = model_files(folder, gguf_file)
     wanted = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
@@ -277,7 +239,7 @@ def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto"
         raise InputError(f"the model in {folder} has no language-model head")
     whole = _needs_whole_logits(model, where)
     if whole:
-        note(f"{teacher} changes its logits after the head, so whole logits are used: this takes more memory")
+        reporter.note(f"{teacher} changes its logits after the head, so whole logits are used: this takes more memory")
     config = model.config.get_text_config()
     description = {
         # A local teacher is called by its own name: where somebody keeps it is no part of what it is.
@@ -288,20 +250,6 @@ def load_teacher(teacher: str, gguf_file: str | None = None, dtype: str = "auto"
         "vocabulary_size": head.weight.shape[0],
         "max_positions": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "files": {path.name: file_sha256(path) for path in files},
+        "files": {path.name: file_sha256(path, reporter=reporter) for path in files},
     }
-    return Teacher(model, tokenizer, description, where, whole)
-
-
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What goes into the manifest about a tokenizer: the hash of its vocabulary (token → id), its size and special ids."""
-    vocabulary = tokenizer.get_vocab()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    return {
-        "vocabulary_sha256": json_sha256(vocabulary),
-        "size": len(vocabulary),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
-    }
+    return LocalTeacher(model, tokenizer, description, where, whole)

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from knowledge_store.terminal.quantities import duration
+from knowledge_store.quantities import duration
 
 from .supervision import CHECK, RESERVED, Processes, adopt_orphans, module_of, run_loop
 

@@ -108,13 +108,16 @@ def watch_tree(pid: int, spinning: float = SPINNING, idle: float = IDLE) -> Watc
     return Watch(lambda: _reading("", processes()), spinning, idle)
 
 
-def wait_for(pid: int, ended: Callable[[], bool]) -> str | None:
+def wait_for(pid: int, ended: Callable[[], bool], spinning: float = PROCESS_SPINNING, idle: float = IDLE) -> str | None:
     """Wait until `ended` says that a process has ended, or until the process hangs.
+
+    Args:
+        spinning, idle: see `Watch`.
 
     Returns:
         why it is taken to hang; None when it ended.
     """
-    pause, watch, looked = 0.001, watch_tree(pid, PROCESS_SPINNING), time.monotonic()
+    pause, watch, looked = 0.001, watch_tree(pid, spinning, idle), time.monotonic()
     while not ended():
         time.sleep(pause)
         pause = min(1.1 * pause, 0.02)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from knowledge_store.terminal.quantities import duration
+from knowledge_store.quantities import duration
 
 from . import heartbeat
 

@@ -13,19 +13,19 @@ from conftest import make_tokenizer, story_rows, write_jsonl
 from knowledge_store import DumpWriter, Shard
 from knowledge_store.format.commits import CommitRecord
 from teacher_dump import cli
-from teacher_dump.dumping import run as teacher_pass
-from teacher_dump.teachers.local import Prediction, Teacher
+from teacher_dump.teachers import local
+from teacher_dump.teachers.local import LocalPrediction, LocalTeacher
 
 DUMP = "threads"
 ROWS, SHARD_SIZE = 8, 2
 
 
-class TableTeacher(Teacher):
+class TableTeacher(LocalTeacher):
     """A teacher whose prediction depends on the last token alone."""
 
-    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> Prediction:
+    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> LocalPrediction:
         """Logits from a table."""
-        return Prediction(self, None, torch.from_numpy(TABLE[token_ids]))
+        return LocalPrediction(self, None, torch.from_numpy(TABLE[token_ids]))
 
 
 def _teacher() -> TableTeacher:
@@ -57,7 +57,7 @@ def work(acknowledge: Callable[[int], None], corpus: str, store: str) -> None:
         return record
 
     DumpWriter.commit = acknowledged  # type: ignore[method-assign]
-    teacher_pass.load_teacher = lambda *arguments: TEACHER  # type: ignore[attr-defined, assignment]
-    options = {"teacher": "table", "corpus": corpus, "store": store, "name": DUMP, "max-length": 40, "shard-size": SHARD_SIZE}
-    sys.argv = ["teacher-dump", "run", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    local.load_teacher = lambda *arguments, **options: TEACHER  # type: ignore[assignment]
+    options = {"teacher": "table", "corpus": corpus, "name": DUMP, "max-length": 40, "shard-size": SHARD_SIZE}
+    sys.argv = ["teacher-dump", "run", store, *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
     cli.main()

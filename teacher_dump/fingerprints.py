@@ -10,7 +10,7 @@ from pathlib import Path
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import user_cache
-from knowledge_store.terminal.progress import progress_bar
+from knowledge_store.reporter import SILENT, Reporter
 
 CHUNK_BYTES = 8 * 2**20
 SHOW_PROGRESS_BYTES = 2 * 2**30
@@ -20,8 +20,12 @@ def _cache_path(path: Path) -> Path:
     return user_cache("fingerprints") / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path, *, reporter: Reporter = SILENT) -> str:
     """SHA-256 (hexadecimal) of a file, from the cache when its size and modification time are those it was computed at.
+
+    Args:
+        path: of the file.
+        reporter: hears of progress through a large one.
 
     Raises:
         InputError: the file cannot be read.
@@ -32,10 +36,10 @@ def file_sha256(path: Path) -> str:
         known = {"path": str(path), "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         cache = _cache_path(path)
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            found = json.loads(cache.read_text())
-            if isinstance(found.get("sha256"), str) and {**found, "sha256": None} == {**known, "sha256": None}:
-                return str(found["sha256"])
-        sha256 = _hash(path, status.st_size)
+            cached = json.loads(cache.read_text())
+            if isinstance(cached.get("sha256"), str) and {**cached, "sha256": None} == {**known, "sha256": None}:
+                return str(cached["sha256"])
+        sha256 = _hash(path, status.st_size, reporter)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
@@ -46,12 +50,12 @@ def file_sha256(path: Path) -> str:
     return sha256
 
 
-def _hash(path: Path, size: int) -> str:
+def _hash(path: Path, size: int, reporter: Reporter) -> str:
     if size < SHOW_PROGRESS_BYTES:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     digest = hashlib.sha256()
-    with open(path, "rb") as file, progress_bar(f"hashing {path.name}", size) as advance:
+    with open(path, "rb") as file, reporter.progress(f"hashing {path.name}", size) as advance:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             advance(len(chunk))

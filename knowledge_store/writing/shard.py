@@ -1,0 +1,185 @@
+"""A shard on its way to its files: a row group at a time, rounded and packed once, and measured as it will be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from knowledge_store.errors import InputError
+from knowledge_store.format.layout import SEQUENCES
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.parquet import Columns
+from knowledge_store.format.sequences import SEQUENCES_COLUMNS, sequences_schema, sequences_statistics, sequences_table
+from knowledge_store.kinds import KINDS, Arrays, Kind, joined
+from knowledge_store.kinds.columns import check_lists
+from knowledge_store.kinds.field import KEYS
+from knowledge_store.kinds.statistics import added, measured, qualified
+
+ROW_GROUP_BYTES = 2**26  # decoded: readers take a row group into memory whole
+
+
+@dataclass(frozen=True)
+class Shard:
+    """All there is to publish of a shard.
+
+    Attributes:
+        number: in the plan.
+        first_document, documents: what part of the plan it covers.
+        sequences: rows of the `sequences` table, in order.
+        knowledge: for each kind, what was taken of each sequence, in order: arrays of one entry a row (see the kind's `pack`).
+        skipped: rows of the corpus that were skipped: {"file", "row", "reason"}, and "detail" where there is more to say.
+        made_by: versions, device, host, times.
+    """
+
+    number: int
+    first_document: int
+    documents: int
+    sequences: list[dict[str, Any]]
+    knowledge: dict[str, list[Arrays]]
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredTable:
+    """A table of a shard as it goes into its file.
+
+    Attributes:
+        schema: of each row group.
+        row_groups: none where there are no rows.
+        columns: how they are stored.
+    """
+
+    schema: pa.Schema
+    row_groups: list[pa.Table]
+    columns: Columns
+
+
+def pack_shard(shard: Shard, manifest: Manifest) -> tuple[dict[str, StoredTable], dict[str, float]]:
+    """The tables of a shard as they are stored, and its statistics.
+
+    Raises:
+        InputError: the knowledge is not made of finite numbers, or not what its kinds declare.
+    """
+    sequences = sequences_table(shard.sequences, manifest)
+    tables = {
+        SEQUENCES: StoredTable(sequences_schema(manifest), [sequences] if len(sequences) else [], SEQUENCES_COLUMNS),
+    }
+    statistics: dict[str, float] = sequences_statistics(sequences)
+    for name in manifest.kinds:
+        kind = KINDS[name]
+        row_groups, parts = [], []
+        try:
+            for stored, numbers in _row_groups(kind, shard, manifest):
+                row_groups.append(stored)
+                parts.append(numbers)
+        except InputError as error:
+            raise InputError(f"knowledge of kind {name!r} of shard {shard.number} of {manifest.dump!r}: {error}") from None
+        tables[name] = StoredTable(kind.stored_schema(manifest), row_groups, kind.columns(manifest))
+        statistics |= qualified(kind, added(kind, parts))
+    return tables, statistics
+
+
+def _row_groups(kind: Kind, shard: Shard, manifest: Manifest) -> Iterator[tuple[pa.Table, dict[str, float]]]:
+    """The row groups of a kind, and the statistics of each."""
+    knowledge = shard.knowledge[kind.name]
+    if len(knowledge) != len(shard.sequences):
+        raise InputError(f"it is of {len(knowledge):,} sequences, and there are {len(shard.sequences):,}")
+    ids = np.array([row["sequence_id"] for row in shard.sequences], np.int64)
+    counts = np.array([_row_count(kind, arrays, row) for arrays, row in zip(knowledge, shard.sequences, strict=True)], np.int64)
+    start = 0
+    for size in group_sizes(kind, knowledge, counts, manifest):
+        end = start + size
+        keys = _keys(kind, ids[start:end], counts[start:end])
+        if len(keys):
+            yield _row_group(kind, keys, joined(knowledge[start:end]), manifest)
+        start = end
+
+
+def _row_count(kind: Kind, arrays: Arrays, sequence: dict[str, Any]) -> int:
+    lengths = {len(rows) for rows in arrays.values()}
+    expected = {"position": sequence["length"], "sequence": 1, "item": next(iter(lengths), 0)}[kind.per]
+    if lengths != {expected}:
+        found = " and ".join(f"{length:,}" for length in sorted(lengths)) or "no"
+        raise InputError(f"of sequence {sequence['sequence_id']} it has {found} rows, and {expected:,} belong there")
+    return expected
+
+
+def _keys(kind: Kind, ids: np.ndarray, counts: np.ndarray) -> pa.Table:
+    columns = [pa.array(np.repeat(ids, counts))]
+    if kind.per != "sequence":
+        columns.append(pa.array((np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)))
+    return pa.table(columns, schema=pa.schema([each.column for each in KEYS[kind.per]]))
+
+
+def _row_group(kind: Kind, keys: pa.Table, arrays: Arrays, manifest: Manifest) -> tuple[pa.Table, dict[str, float]]:
+    stored = kind.pack(keys, arrays, manifest)
+    numbers: dict[str, float] = {}
+    sound = not has_nan(stored)
+    if sound:
+        try:
+            table = kind.unpack(stored, manifest)
+            numbers = measured(kind, table, manifest)
+        except ValueError:  # what it is made of is infinite
+            sound = False
+    if not sound or not np.isfinite(list(numbers.values())).all():
+        raise InputError("it is NaN or infinite: nothing is written")
+    try:
+        check_lists(table)
+    except ValueError as error:
+        raise InputError(f"a row group could not be read again: {error}; give a smaller --max-length") from None
+    return stored, numbers
+
+
+def has_nan(table: pa.Table) -> bool:
+    """Whether some number of a table is NaN, which means nothing in any kind of knowledge."""
+    columns = [pc.list_flatten(column) if pa.types.is_list(column.type) else column for column in table.columns]
+    return any(pc.any(pc.is_nan(column)).as_py() for column in columns if pa.types.is_floating(column.type))
+
+
+def group_sizes(kind: Kind, knowledge: list[Arrays], counts: np.ndarray, manifest: Manifest) -> list[int]:
+    """How many sequences go into each row group: whole ones, of about ROW_GROUP_BYTES when they are decoded, which pads all
+    lists of a row group to the longest."""
+    groups: list[int] = []
+    size = rows = text = 0
+    widths: dict[str, int] = {}
+    for arrays, count in zip(knowledge, counts.tolist(), strict=True):
+        own_widths, own_text = _widths(kind, arrays, manifest)
+        wider = {name: max(width, widths.get(name, 0)) for name, width in own_widths.items()}
+        total = (rows + count) * _row_bytes(kind, wider, manifest) + text + own_text
+        if size and total > ROW_GROUP_BYTES:
+            groups.append(size)
+            size = rows = text = 0
+            wider = own_widths
+        size, rows, text, widths = size + 1, rows + count, text + own_text, wider
+    return [*groups, size] if size else groups
+
+
+def _widths(kind: Kind, arrays: Arrays, manifest: Manifest) -> tuple[dict[str, int], int]:
+    """The longest row of each ragged field of a sequence, and the characters of its texts."""
+    if kind.row_bytes:
+        return {}, 0
+    widths, text = {}, 0
+    for each in kind.fields(manifest):
+        rows = arrays.get(each.name, ())
+        if each.is_text:
+            text += sum(len(row) if isinstance(row, str | bytes) else sum(map(len, row)) for row in rows if row is not None)
+        elif each.shape == "ragged":
+            widths[each.name] = max((len(row) for row in rows if row is not None), default=0)
+    return widths, text
+
+
+def _row_bytes(kind: Kind, widths: dict[str, int], manifest: Manifest) -> int:
+    if kind.row_bytes:
+        return kind.row_bytes(manifest)
+    total = 8
+    for each in kind.fields(manifest):
+        if not each.is_text:
+            width = each.shape if isinstance(each.shape, int) else widths.get(each.name, 1)
+            total += width * max(each.type.bit_width // 8, 1)
+    return total

@@ -1,0 +1,97 @@
+"""Batches of sequences, padded on the right, as a teacher is asked for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from knowledge_store.errors import InputError
+from knowledge_store.kinds import Arrays
+from knowledge_store.kinds.kind import Parameters
+from teacher_dump.configuration import TeacherOptions
+from teacher_dump.corpus.tokenisation import TokenSequence
+from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
+from teacher_dump.teachers.protocol import Prediction, Teacher
+
+
+def length_batches(lengths: list[int], room: int) -> list[np.ndarray]:
+    """Batches of sequences of like length, longest first: each has at most `room` positions, padding included.
+
+    A longest-first order meets the largest batch at once, so that a device too small for it fails at the start.
+    """
+    batches: list[np.ndarray] = []
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > room:
+            batches.append(np.array(batch))
+            batch = []
+        batch.append(index)
+    return [*batches, np.array(batch)] if batch else batches
+
+
+def batch_arrays(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int64 (B, T), padded on the right, and which of them are tokens, bool (B, T), from the B sequences' own."""
+    lengths = np.array([len(token_ids) for token_ids in sequences])
+    padded = np.zeros((len(sequences), lengths.max(initial=0)), np.int64)
+    for row, token_ids in enumerate(sequences):
+        padded[row, : len(token_ids)] = token_ids
+    return padded, np.arange(padded.shape[1]) < lengths[:, None]
+
+
+def predict_batch(options: TeacherOptions, teacher: Teacher, sequences: list[TokenSequence]) -> Prediction:
+    """Run the teacher on some sequences as one batch.
+
+    Raises:
+        InputError: a token is not in the model's vocabulary, or there is too little memory.
+    """
+    for sequence in sequences:
+        if sequence.token_ids.max() >= teacher.vocabulary_size:
+            raise InputError(
+                f"the teacher's tokenizer gives token {sequence.token_ids.max()} (row {sequence.document.row} of corpus file"
+                f" {sequence.document.file + 1}), and its model knows {teacher.vocabulary_size}: they do not belong together"
+            )
+    token_ids = [sequence.token_ids for sequence in sequences]
+    with enough_memory(options, token_ids):
+        return teacher.predict(*batch_arrays(token_ids))
+
+
+def extract_batch(
+    options: TeacherOptions, parameters: dict[str, Parameters], prediction: Prediction, sequences: list[TokenSequence]
+) -> dict[str, list[Arrays]]:
+    """Take each kind of knowledge from the teacher's prediction for a batch.
+
+    Args:
+        options: for the sentence that is said where there is too little memory.
+        parameters: of each kind to take.
+        prediction: of the batch.
+        sequences: the batch.
+
+    Returns:
+        for each kind, the arrays of each sequence.
+
+    Raises:
+        InputError: there is too little memory.
+    """
+    with enough_memory(options, [sequence.token_ids for sequence in sequences]):
+        return {
+            kind: EXTRACTORS[kind].function(ExtractionBatch(sequences, prediction, own)) for kind, own in parameters.items()
+        }
+
+
+@contextmanager
+def enough_memory(options: TeacherOptions, sequences: Sequence[np.ndarray]) -> Iterator[None]:
+    """Run the body on some sequences' token ids; InputError where there is too little memory for it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # Of a CPU's memory, torch has no class for it.
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+            raise
+        longest = max(len(token_ids) for token_ids in sequences)
+        raise InputError(
+            f"the teacher ran out of memory on {len(sequences)} sequences of up to {longest} tokens:"
+            f" give a smaller --batch-size (now {options.batch_size}); what is committed stays, and the same dump resumes"
+        ) from None

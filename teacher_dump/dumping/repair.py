@@ -1,0 +1,119 @@
+"""`repair`: what is damaged of a dump is made again by the teacher that made it, and what is sound stays as it is."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from knowledge_store.errors import DamageError, InputError, MissingFileError
+from knowledge_store.format.commits import commit_records
+from knowledge_store.format.layout import STORE_FILE, manifest_file, tokens_file
+from knowledge_store.format.manifest import Manifest, read_manifest
+from knowledge_store.format.sequences import tokens_table
+from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.storage import Storage, open_storage
+from knowledge_store.writing.writer import DumpWriter, repair_manifest, repair_store_file
+from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.dumping.preconditions import check_place, check_request
+from teacher_dump.dumping.report import DumpReport
+
+if TYPE_CHECKING:
+    from teacher_dump.teachers.protocol import Teacher
+
+
+def repair(
+    config: DumpConfig, rank: int = 0, world_size: int = 1, teacher: Teacher | None = None, *, reporter: Reporter = SILENT
+) -> DumpReport:
+    """Make the damaged shards of one rank again, and the store's, the dump's and the vocabulary's files where they are damaged.
+
+    Shards that are not committed are not damaged: `dump` makes those. Where nothing is damaged, no teacher is loaded.
+
+    Args:
+        config: what the dump was made with.
+        rank, world_size: this worker's number among all.
+        teacher: already loaded as `config` says; loaded here when None and needed.
+        reporter: hears of progress, and of what is damaged and what was made again.
+
+    Raises:
+        InputError: something given cannot be used, or there is no such dump.
+        MismatchError: the dump of that name was made from something else.
+        DamageError: its folder of commit records is not a folder.
+        StoreError: the store cannot be written, or something of the dump has a newer format version.
+        KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are repaired first.
+    """
+    storage = open_storage(config.store)
+    check_request(config, storage, rank, world_size)
+    existing = _manifest_to_repair(storage, config.dump_name, reporter)
+    if repair_store_file(storage):
+        reporter.note(f"Repaired: {storage.locate(STORE_FILE)} was damaged, and is written again")
+    pending: list[int] = []
+    if existing is not None:
+        writer = DumpWriter(storage, existing)
+        pending = _damaged(writer, range(rank, existing.shard_count, world_size), reporter)
+        if not pending and not writer.tokens_damage():
+            shards = range(rank, existing.shard_count, world_size)
+            return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
+    dtype = check_place(config, storage, existing)
+
+    # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
+    from teacher_dump.dumping.plan import ShardReader, make_manifest
+    from teacher_dump.dumping.teacher_pass import dump_shards
+    from teacher_dump.extraction import check_needs
+    from teacher_dump.teachers import local
+
+    teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
+    check_needs(config.kinds, teacher)
+    planned = make_manifest(config, teacher, existing, reporter=reporter)
+    reader = ShardReader(config, planned, CorpusTokenizer(teacher.tokenizer, config.max_length))
+    tokens = tokens_table(*teacher.tokens())
+    made_again = existing is None and repair_manifest(storage, planned)
+    writer = DumpWriter.open(storage, planned, tokens)
+    if writer.repair_tokens(tokens):
+        reporter.note(f"Repaired: {storage.locate(tokens_file(config.dump_name))} was damaged, and is written again")
+    shards = range(rank, writer.manifest.shard_count, world_size)
+    if made_again:
+        reporter.note(f"Repaired: {storage.locate(manifest_file(config.dump_name))} was damaged, and is written again")
+        pending = _damaged(writer, shards, reporter)
+    started = time.monotonic()
+    repaired = dump_shards(config, teacher, reader, None, writer, pending, writer.repair, reporter)
+    return DumpReport(
+        dump=writer.manifest.dump,
+        shards=repaired.shards,
+        shards_existing=len(shards) - len(pending),
+        shards_planned=writer.manifest.shard_count,
+        positions=repaired.positions,
+        seconds=time.monotonic() - started,
+        skipped=repaired.skipped,
+        truncated=repaired.truncated,
+    )
+
+
+def _manifest_to_repair(storage: Storage, dump: str, reporter: Reporter) -> Manifest | None:
+    """The manifest of the dump to repair; None where it is damaged itself, and has to be made again first.
+
+    Raises:
+        InputError: there is no dump of that name.
+        DamageError: its `commits` is not a folder.
+    """
+    try:
+        return read_manifest(storage, dump)
+    except DamageError as error:
+        if isinstance(error, MissingFileError) and not commit_records(storage, dump):
+            raise InputError(f"there is no dump {dump!r} in {storage.address} to repair") from None
+        reporter.note(f"Damage: {error}")
+        return None
+
+
+def _damaged(writer: DumpWriter, shards: range, reporter: Reporter) -> list[int]:
+    """Those of some shards that are committed and damaged; says what is damaged of each."""
+    damaged = []
+    with reporter.progress(f"checking {writer.manifest.dump}", len(shards), "shards") as advance:
+        for shard in shards:
+            sentences = writer.damaged(shard)
+            for sentence in sentences:
+                reporter.note(f"Damage: {sentence}")
+            if sentences:
+                damaged.append(shard)
+            advance(1)
+    return damaged

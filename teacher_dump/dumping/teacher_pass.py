@@ -1,0 +1,205 @@
+"""The teacher's pass over the shards of a dump.
+
+The next shard is read and tokenised, and the last one compressed, hashed and written, each in a thread of its own, while the
+teacher works on this one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from knowledge_store.format.commits import CommitRecord
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash
+from knowledge_store.kinds.kind import Parameters
+from knowledge_store.reporter import Advance, Reporter
+from knowledge_store.writing.writer import DumpWriter, Shard
+from teacher_dump.configuration import DumpConfig
+from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.plan import ShardInput, ShardReader, corpus_columns, kept_parameters
+from teacher_dump.dumping.publishing import Committed, Knowledge, ShardPublisher
+from teacher_dump.extraction import EXTRACTORS
+from teacher_dump.teachers.protocol import Teacher
+
+RECORDED_PACKAGES = ("knowledge-store", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
+
+Publish = Callable[[Shard], CommitRecord]
+
+
+def dump_shards(
+    config: DumpConfig,
+    teacher: Teacher,
+    reader: ShardReader,
+    first: ShardInput | None,
+    writer: DumpWriter,
+    pending: list[int],
+    publish: Publish,
+    reporter: Reporter,
+) -> Committed:
+    """Ask the teacher for some shards and publish them.
+
+    Args:
+        config: of the dump.
+        teacher: that can give what its kinds need.
+        reader: of the shards. first: one that has been read already.
+        writer: of the dump.
+        pending: the shards.
+        publish: `writer.commit` or `writer.repair`; `commit` passes over a shard that another worker has committed.
+        reporter: hears of progress, and of how much was committed when Ctrl-C ends it.
+
+    Returns:
+        what was committed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; shards that had been handed over are committed first.
+    """
+    made_by, parameters = _made_by(teacher), kept_parameters(writer.manifest)
+    total = sum(writer.manifest.derived["shards"][shard]["characters"] for shard in pending)
+
+    def publish_knowledge(shard: ShardInput, knowledge: Knowledge) -> CommitRecord:
+        return publish(shard_of(writer.manifest, shard, knowledge, made_by))
+
+    publisher = ShardPublisher(publish_knowledge)
+    try:
+        with (
+            reporter.progress(f"dumping {writer.manifest.dump}", total) as advance,
+            ThreadPoolExecutor(1, "reader") as executor,
+        ):
+            meter = _Meter(advance, publisher)
+            for shard in _read_ahead(executor, reader, pending, first):
+                if publish == writer.commit and writer.committed(shard.shard):
+                    continue  # another worker was quicker
+                publisher.hand_over(shard, _ask(config, teacher, shard, parameters, meter, publisher.check))
+            publisher.close()
+            meter.show()
+        publisher.check()
+    except KeyboardInterrupt:
+        with suppress(KeyboardInterrupt):  # pressed again
+            publisher.close()
+        reporter.note(
+            f"Stopped: {publisher.committed.shards} shards were committed by this run. The same command resumes the dump."
+        )
+        publisher.check()
+        raise
+    finally:
+        publisher.close()
+    return publisher.committed
+
+
+class _Meter:
+    """Feeds the progress: characters done, and the live figures behind it."""
+
+    def __init__(self, advance: Advance, publisher: ShardPublisher):
+        self._advance, self._publisher = advance, publisher
+        self._started = time.monotonic()
+        self._positions = 0
+        self._sums: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+
+    def batch(self, characters: float, knowledge: Knowledge, positions: int) -> None:
+        """Count a batch, and show the figures with it."""
+        self._positions += positions
+        for kind, extracted in knowledge.items():
+            for name, figure in EXTRACTORS[kind].figures.items():
+                total, count = figure(extracted)
+                self._sums[name] += total  # type: ignore[assignment]
+                self._counts[name] += count
+        self.show(characters)
+
+    def show(self, characters: float = 0) -> None:
+        """Show the figures, after `characters` more."""
+        figures = {"positions/s": f"{self._positions / (time.monotonic() - self._started):,.0f}"}
+        committed = self._publisher.committed
+        if committed.positions:
+            figures["bytes/position"] = f"{committed.bytes / committed.positions:.1f}"
+        figures |= {name: f"{self._sums[name] / count:.3f}" for name, count in self._counts.items() if count}
+        self._advance(characters, **figures)
+
+
+def _read_ahead(
+    executor: ThreadPoolExecutor, reader: ShardReader, shards: list[int], first: ShardInput | None
+) -> Iterator[ShardInput]:
+    """The input of each shard, the next one being read while this one is used; `first` is one that has been read."""
+    following: Future[ShardInput] | None = None
+    for index, shard in enumerate(shards):
+        if first is not None and first.shard == shard:
+            ready, first = first, None
+        else:
+            ready = (following or executor.submit(reader.read, shard)).result()
+        following = executor.submit(reader.read, shards[index + 1]) if index + 1 < len(shards) else None
+        yield ready
+
+
+def _ask(
+    config: DumpConfig,
+    teacher: Teacher,
+    shard: ShardInput,
+    parameters: dict[str, Parameters],
+    meter: _Meter,
+    after_batch: Callable[[], None],
+) -> Knowledge:
+    """The teacher's knowledge of every sequence of a shard, in the shard's order, for each kind.
+
+    `after_batch` is called after each batch: what the writer met ends the dump there, not when the shard is done.
+    """
+    lengths = [len(sequence.token_ids) for sequence in shard.sequences]
+    knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in parameters}
+    for indices in length_batches(lengths, config.batch_size * config.max_length):
+        sequences = [shard.sequences[index] for index in indices]
+        batch = extract_batch(config, parameters, predict_batch(config, teacher, sequences), sequences)
+        for kind, extracted in batch.items():
+            for index, arrays in zip(indices, extracted, strict=True):
+                knowledge[kind][index] = arrays
+        positions = sum(len(sequence.token_ids) for sequence in sequences)
+        meter.batch(shard.characters * positions / shard.positions, batch, positions)
+        after_batch()
+    return knowledge
+
+
+def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_by: dict[str, Any]) -> Shard:
+    """What the writer takes of a shard: its sequences, and for each kind what was taken of each of them."""
+    names = [file["name"] for file in manifest.corpus["files"]]
+    rows = []
+    for sequence in shard.sequences:
+        document = sequence.document
+        own = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
+        rows.append(
+            {
+                "sequence_id": sequence_id(document.number, sequence.window),
+                "document": document.number,
+                "file": names[document.file],
+                "row": document.row,
+                "part": document.part,
+                "window": sequence.window,
+                "length": len(sequence.token_ids),
+                "targets": int(sequence.is_target.sum()),
+                "truncated": sequence.truncated,
+                "token_hash": token_hash(sequence.token_ids),
+                **own,
+            }
+        )
+    return Shard(shard.shard, shard.first_document, shard.documents, rows, knowledge, shard.skipped, made_by)
+
+
+def _made_by(teacher: Teacher) -> dict[str, Any]:
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "device": teacher.device_name,
+        "host": platform.node(),
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,70 @@
+"""The files of a teacher that is loaded from a folder, found and checked before torch is imported for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from knowledge_store.errors import InputError
+from knowledge_store.model_files import check_gguf, check_weights, hub_folder
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def check_local_teacher(teacher: str, gguf_file: str | None = None) -> None:
+    """Make sure that a teacher on this machine has the files it needs; a hub id is checked when it has been downloaded.
+
+    Raises:
+        InputError: it has not; says what is missing.
+    """
+    if Path(teacher).exists():
+        model_files(find_folder(teacher, gguf_file), gguf_file)
+
+
+def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
+    """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
+
+    Raises:
+        InputError: there is neither such a folder nor such a hub id.
+    """
+    folder = Path(teacher)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
+    try:
+        return hub_folder(teacher, TOKENIZER_FILES, gguf_file)
+    except InputError as error:
+        raise InputError(f"there is no teacher folder {teacher}, and {error}") from None
+
+
+def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
+    """The files that decide what a teacher answers, weights first.
+
+    Raises:
+        InputError: weights, configuration or tokenizer are missing, or the weights are of a kind that can run code.
+    """
+    if gguf_file is not None:
+        check_gguf(folder, gguf_file)
+        return [folder / gguf_file]
+    weights = sorted(folder.glob("*.safetensors"))
+    ggufs = ", ".join(sorted(path.name for path in folder.glob("*.gguf")))
+    if not weights and ggufs:
+        raise InputError(f"{folder} has no weights that can be used: it has {ggufs}; pass --gguf-file")
+    if weights and not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json")
+    check_weights(folder)
+    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in tokenizer):
+        raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
+    return [*weights, folder / "config.json", *tokenizer]

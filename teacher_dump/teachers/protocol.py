@@ -1,0 +1,91 @@
+"""What the pass over a corpus asks of a teacher, whatever runs it. No torch here: a teacher behind a server needs none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+
+
+class Ability(StrEnum):
+    """Something a teacher can give. Each extractor states those that it needs."""
+
+    DISTRIBUTIONS = "whole next-token distributions"
+    LIKELIEST = "the k likeliest next tokens"
+    HIDDEN_STATES = "hidden states"
+    GRADIENTS = "gradients"
+    TEXT = "generated text"
+
+
+class Prediction(Protocol):
+    """A teacher's answer for a batch of B sequences, padded to T tokens.
+
+    Attributes:
+        teacher: whose.
+        hidden: the last layer's hidden states, a torch tensor (B, T, H); None without the ability HIDDEN_STATES.
+    """
+
+    @property
+    def teacher(self) -> Teacher: ...
+
+    @property
+    def hidden(self) -> Any: ...
+
+    def logit_slices(self, rows: Any, positions: Any) -> Iterator[tuple[slice, Any]]:
+        """The logits at (rows[i], positions[i]), slice by slice, with the ability DISTRIBUTIONS.
+
+        Args:
+            rows, positions: torch tensors, int64 (N,), on the teacher's device.
+
+        Yields:
+            which of the N, and their logits, float32 (n, V), on the teacher's device. They may be changed in place.
+        """
+        ...
+
+
+class Teacher(Protocol):
+    """A teacher that can be asked.
+
+    Attributes:
+        description: what the manifest says of it: name, vocabulary_size, max_positions, dtype, and its files' SHA-256.
+        tokenizer: its own, as transformers has them.
+        device: of its tensors. device_name: for people, e.g. "cpu" or "NVIDIA H100 80GB HBM3".
+        abilities: what it can give.
+        vocabulary_size: how many tokens its distribution is over.
+    """
+
+    @property
+    def description(self) -> dict[str, Any]: ...
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def device(self) -> Any: ...
+
+    @property
+    def device_name(self) -> str: ...
+
+    @property
+    def abilities(self) -> frozenset[Ability]: ...
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> Prediction:
+        """Ask for a batch.
+
+        Args:
+            token_ids: int64 (B, T), padded on either side.
+            attention_mask: bool (B, T).
+
+        Raises:
+            MemoryError: the batch is too large for the device.
+        """
+        ...
+
+    def tokens(self) -> tuple[list[str | None], list[str | None]]:
+        """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
+        ...

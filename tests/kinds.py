@@ -1,0 +1,264 @@
+"""Kinds of knowledge shaped like those to come, and knowledge of them made of random numbers: for the contract of kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from stores import drawn_sequences, random_sequences
+
+from knowledge_store import Field, Kind
+from knowledge_store.format.parquet import TEXT
+from knowledge_store.kinds import Arrays
+from knowledge_store.kinds.field import PLAIN, SPLIT
+from knowledge_store.kinds.positions import POSITIONS
+from knowledge_store.kinds.selection import Selection
+
+HIDDEN = 576
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Of hidden states: which layer they are of."""
+
+    layer: int = 0
+
+    def to_record(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        return {"layer": self.layer}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> LayerParameters:
+        """ValueError: it is none."""
+        if record.keys() != {"layer"} or not isinstance(record["layer"], int):
+            raise ValueError("it names no layer")
+        return cls(record["layer"])
+
+
+def shares(table: pa.Table, sequences: pa.Table, manifest: Any) -> Iterator[str]:
+    """An invariant: scores lie between 0 and 1."""
+    values = table["rationale_scores"].combine_chunks().flatten().to_numpy()
+    if ((values < 0) | (values > 1)).any():
+        yield "a score is not between 0 and 1"
+
+
+def finite(table: pa.Table, sequences: pa.Table, manifest: Any) -> Iterator[str]:
+    """An invariant: there is no infinity."""
+    if not np.isfinite(table["state"].combine_chunks().flatten().to_numpy()).all():
+        yield "a state is not finite"
+
+
+def not_empty(table: pa.Table, sequences: pa.Table, manifest: Any) -> Iterator[str]:
+    """An invariant: a completion is not empty."""
+    if "" in table["completion"].to_pylist():
+        yield "a completion is empty"
+
+
+def differing(table: pa.Table, sequences: pa.Table, manifest: Any) -> Iterator[str]:
+    """An invariant: both texts of a pair are not the same."""
+    if any(one == other for one, other in zip(table["chosen"].to_pylist(), table["rejected"].to_pylist(), strict=True)):
+        yield "both texts of a pair are the same"
+
+
+def rationales(per: str) -> Kind:
+    """Tokens that explain, each with a score: ragged, per position or per sequence."""
+    return Kind(
+        name="rationales",
+        per=per,  # type: ignore[arg-type]
+        fields=lambda manifest: (
+            Field("rationale_ids", pa.uint32(), "ragged", padding=7, encoding=PLAIN),
+            Field("rationale_scores", pa.float32(), "ragged", padding=-1.0, encoding=SPLIT),
+        ),
+        statistics={"scores": None, "mean_score": "scores"},
+        measure=lambda table, manifest: scores(table),
+        checks=shares,
+        relations={
+            "explained": "SELECT {dump} AS dump, sequence_id, unnest(rationale_ids) AS token_id FROM {rows}",
+        },
+        lines=lambda manifest, totals: [("scores of rationales", f"{totals.count('scores')}")],
+    )
+
+
+def scores(table: pa.Table) -> dict[str, float]:
+    """Statistics of rationales."""
+    values = table["rationale_scores"].combine_chunks().flatten().to_numpy()
+    return {"scores": len(values), "mean_score": float(values.mean(dtype=np.float64)) if len(values) else 0.0}
+
+
+STATES = Kind(
+    name="states",
+    per="position",
+    fields=lambda manifest: (Field("state", pa.float16(), HIDDEN, padding=-1, encoding=SPLIT, level=1),),
+    parameters=LayerParameters,
+    checks=finite,
+)
+
+COMPLETIONS = Kind(
+    name="completions",
+    per="item",
+    fields=lambda manifest: (
+        Field("completion", pa.string(), encoding=TEXT),
+        Field("score", pa.float64(), nullable=True, padding=-2.5),
+        Field("words", pa.string(), "ragged"),
+        Field("token_ids", pa.int64(), "ragged", padding=-5),
+    ),
+    checks=not_empty,
+    statistics={"mean_length": "rows"},
+    measure=lambda table, manifest: {"mean_length": float(np.mean([len(each) for each in table["completion"].to_pylist()]))},
+)
+
+PREFERENCES = Kind(
+    name="preferences",
+    per="sequence",
+    fields=lambda manifest: (
+        Field("chosen", pa.string(), encoding=TEXT),
+        Field("rejected", pa.string(), nullable=True, encoding=TEXT),
+        Field("margin", pa.float64()),
+    ),
+    checks=differing,
+)
+
+
+def rationale_rows(random: np.random.Generator, count: int) -> Arrays:
+    """Rationales of so many rows, 0 to 6 tokens each."""
+    lengths = random.integers(0, 7, count)
+    return {
+        "rationale_ids": [random.integers(0, 11, length) for length in lengths],
+        "rationale_scores": [random.random(length).astype(np.float32) for length in lengths],
+    }
+
+
+def state_rows(random: np.random.Generator, count: int) -> Arrays:
+    """Hidden states of so many positions."""
+    return {"state": random.normal(0, 2, (count, HIDDEN)).astype(np.float16)}
+
+
+def completion_rows(random: np.random.Generator, count: int) -> Arrays:
+    """0 to 3 completions, whatever the count."""
+    items = int(random.integers(0, 4))
+    words = [[f"w{word}" for word in random.integers(0, 9, random.integers(1, 5))] for _ in range(items)]
+    return {
+        "completion": [" ".join(each) + " ☃" for each in words],
+        "score": np.ma.masked_array(random.random(items), np.arange(items) == 1),
+        "words": words,
+        "token_ids": [np.arange(len(each)) for each in words],
+    }
+
+
+def preference_rows(random: np.random.Generator, count: int) -> Arrays:
+    """One pair."""
+    number = int(random.integers(0, 10**6))
+    return {"chosen": [f"yes {number}\n"], "rejected": [None if number % 3 == 0 else "no"], "margin": random.random(1)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind to hold to the contract.
+
+    Attributes:
+        kind: the kind.
+        parameters: their record; for positions what `make_manifest` takes.
+        rows: a sequence's arrays, from a generator and the number of its tokens; None for positions, whose arrays the
+            sequences are made of.
+        break_invariant: alters the arrays of one sequence so that they break what `checks` asks; says so in `complaint`.
+        sequences: of a shard, from its seed.
+    """
+
+    kind: Kind
+    complaint: str
+    break_invariant: Callable[[Arrays], None]
+    rows: Callable[[np.random.Generator, int], Arrays] | None = None
+    parameters: dict[str, Any] | None = None
+    sequences: Callable[[int, int], list[Arrays]] = random_sequences
+
+
+def alter(name: str, value: Any) -> Callable[[Arrays], None]:
+    """Set the first row of an array that has one."""
+
+    def change(arrays: Arrays) -> None:
+        if len(arrays[name]):
+            arrays[name][0] = value
+
+    return change
+
+
+def prefer_the_same(arrays: Arrays) -> None:
+    """Both texts of a pair become one."""
+    arrays["rejected"] = arrays["chosen"]
+
+
+def lose_a_target(arrays: Arrays) -> None:
+    """The number of targets is no longer that of `sequences`."""
+    arrays["is_target"][-1] = False
+
+
+def nucleus(seed: int, count: int) -> list[Arrays]:
+    """Of top-p 0.5, at most 3 candidates."""
+    found = random_sequences(seed, count)
+    for arrays in found:
+        likely = np.exp(arrays["candidate_logprobs"].astype(np.float64))
+        dropped = likely.cumsum(axis=1) - likely >= 0.5
+        tail = np.exp(arrays["tail_logprob"].astype(np.float64)) + np.where(dropped, likely, 0).sum(axis=1)
+        arrays["tail_logprob"] = np.log(tail).astype(np.float32)
+        arrays["candidate_logprobs"][dropped] = -np.inf
+    return found
+
+
+def sampled(seed: int, count: int) -> list[Arrays]:
+    """Of random sampling, two draws."""
+    found = random_sequences(seed, count, k=1)
+    for arrays in found:
+        arrays["tail_ids"] = np.tile(np.array([2, 5], np.uint32), (len(arrays["token_id"]), 1))
+        arrays["tail_counts"] = np.ones_like(arrays["tail_ids"])
+        arrays["candidate_ids"], arrays["candidate_logprobs"] = (
+            arrays["candidate_ids"][:, :0],
+            arrays["candidate_logprobs"][:, :0],
+        )
+        arrays["tail_logprob"] = np.zeros(len(arrays["token_id"]), np.float32)
+    return found
+
+
+TARGETS = "sequence 0 does not have"
+CASES = {
+    "positions": Case(POSITIONS, TARGETS, lose_a_target, parameters={}),
+    "positions, drawn and tempered": Case(
+        POSITIONS,
+        TARGETS,
+        lose_a_target,
+        parameters={
+            "selection": Selection("top-k", 3, 2).to_record(),
+            "calibration": {"temperature": 2.0, "sha256": "00"},
+            "quantisation_step": 0.25,
+        },
+        sequences=drawn_sequences,
+    ),
+    "positions, top-p": Case(
+        POSITIONS,
+        TARGETS,
+        lose_a_target,
+        parameters={"selection": Selection("top-p", 3, 0, 0.5).to_record()},
+        sequences=nucleus,
+    ),
+    "positions, sampled": Case(
+        POSITIONS,
+        TARGETS,
+        lose_a_target,
+        parameters={"selection": Selection("random-sampling", 0, 2).to_record()},
+        sequences=sampled,
+    ),
+    "rationales of positions": Case(
+        rationales("position"), "a score is not between", alter("rationale_scores", [2.0]), rationale_rows
+    ),
+    "rationales of sequences": Case(
+        rationales("sequence"),
+        "a score is not between",
+        alter("rationale_scores", [2.0]),
+        lambda random, count: rationale_rows(random, 1),
+    ),
+    "states": Case(STATES, "a state is not finite", alter("state", np.inf), state_rows, {"layer": 3}),
+    "completions": Case(COMPLETIONS, "a completion is empty", alter("completion", ""), completion_rows),
+    "preferences": Case(PREFERENCES, "both texts", prefer_the_same, preference_rows),
+}  # fmt: skip

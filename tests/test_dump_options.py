@@ -1,0 +1,139 @@
+"""The options of `teacher-dump`: each is declared once and explained, and a mistake is told before torch is imported for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, story_rows, write_jsonl
+from typer.testing import CliRunner
+
+from knowledge_store.errors import InputError
+from knowledge_store.options import option_of
+from teacher_dump import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig
+from teacher_dump.cli import app
+
+COMMANDS = {"run": DumpConfig, "estimate": EstimateConfig, "calibrate": CalibrateConfig, "check": CheckConfig}
+
+
+def invoke(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_is_explained_in_whole_sentences_and_the_help_names_an_example(command):
+    for each in fields(COMMANDS[command]):
+        option = option_of(each)
+        assert option is not None and option.help[0].isupper() and option.help.endswith("."), each.name
+    result = CliRunner().invoke(app, [command, "--help"], terminal_width=200)
+    text = " ".join(result.stdout.split())
+    store = "knowledge/ " if command in ("run", "check") else ""
+    assert result.exit_code == 0 and f"Example: teacher-dump {command} {store}--teacher" in text
+    for each in fields(COMMANDS[command]):
+        assert (
+            each.name == "store"
+            or f"--{each.name.removesuffix('s') if each.name == 'kinds' else each.name}".replace("_", "-") in text
+        ), each.name
+
+
+def test_the_version():
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.stdout.startswith("knowledge-store 0.")
+
+
+@pytest.mark.parametrize("command", ["run", "estimate", "calibrate"])
+def test_an_option_given_twice_is_refused(command):
+    store = ["store"] if command == "run" else []
+    result = invoke(command, *store, "--teacher", "a", "--teacher", "b", "--corpus", "c.jsonl")
+    assert result.exit_code == 2 and "--teacher is given 2 times" in result.stderr
+
+
+@pytest.mark.parametrize("corpus", [["books.jsonl", "knowledge/"], ["books.jsonl"]])
+def test_a_store_that_was_forgotten_is_asked_for(corpus):
+    result = invoke("run", "--teacher", "t", "--corpus", *corpus)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: STORE is missing: name the store's folder before the options")
+    assert "what follows --corpus are files of the corpus" in result.stderr
+
+
+def test_several_kinds_are_chosen_by_repeating_the_option():
+    config = DumpConfig("t", (Path("c.jsonl"),), Path("s"))
+    result = invoke("run", "s", "--teacher", "t", "--corpus", "c.jsonl", "--kind", "positions", "--kind", "moods")
+    assert result.exit_code == 2 and "there is no --kind moods: choose from positions" in result.stderr
+    result = invoke("estimate", "--teacher", "t", "--corpus", "c.jsonl", "--kind", "moods")
+    assert result.exit_code == 2 and "there is no --kind moods" in result.stderr
+    with pytest.raises(InputError, match="at least one --kind"):
+        replace(config, kinds=())
+
+
+# --- what is told before torch is imported --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_torch(tmp_path_factory) -> dict[str, str]:
+    """An environment in which importing torch or transformers fails, though both are installed."""
+    folder = tmp_path_factory.mktemp("stubs")
+    for name in ("torch", "transformers"):
+        (folder / f"{name}.py").write_text("raise AssertionError('imported too early')\n")
+    return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
+def told(without_torch, folder: Path, *arguments: object) -> str:
+    """The one line that a command says in such an environment."""
+    line = [sys.executable, "-m", "teacher_dump.cli", *map(str, arguments)]
+    result = subprocess.run(line, capture_output=True, text=True, env=without_torch, cwd=folder, check=False)
+    assert result.returncode == 2 and result.stdout == "", result
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("Error: "), result.stderr
+    return result.stderr
+
+
+def test_mistakes_are_told_before_torch_is_imported(without_torch, store_folder, teacher_folder, tmp_path):
+    write_jsonl(tmp_path / "c.jsonl", story_rows(2))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").touch()
+    (tmp_path / "broken").mkdir()
+    shutil.copy(teacher_folder / "config.json", tmp_path / "broken/config.json")
+    shutil.copytree(store_folder, tmp_path / "store")
+    corpus, teacher = ["--corpus", "c.jsonl"], ["--teacher", teacher_folder]
+    train = ["--corpus", store_folder.parent / "train.jsonl", "--name", "train", *teacher]
+    for arguments, message in (
+        (["run", "new", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),
+        (["run", "new", *teacher, *corpus, "--name", "../up"], "cannot name a dump"),
+        (["run", "new", *teacher, *corpus, "--rank", 3], "--rank 3 is not one of --world-size 1"),
+        (["run", "new", *teacher, *corpus, "--calibration", "none.json"], "there is no calibration file none.json"),
+        (["run", "new", "--teacher", "broken", *corpus], "broken has no weights that can be used"),
+        (["run", "photos", *teacher, *corpus], "photos is not a knowledge store"),
+        (["run", "store", *teacher, *corpus, "--repair", "--name", "other"], "there is no dump 'other' in store to repair"),
+        (["run", "store", *train, "--dtype", "bfloat16"], "teacher.dtype was float32 and is now bfloat16"),
+        (["estimate", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),
+        (["estimate", "--teacher", "broken", *corpus], "broken has no weights that can be used"),
+        (["calibrate", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),
+        (["calibrate", *teacher, *corpus, "--output", "c.jsonl"], "is no calibration"),
+        (["check", "none", *teacher], "there is no store at none"),
+        (["check", "store", *teacher], "name a dump"),
+        (["check", "store", *teacher, "--dump", "other"], "has no dump 'other'"),
+    ):
+        assert message in told(without_torch, tmp_path, *arguments), arguments
+    assert not (tmp_path / "new").exists()
+
+
+def test_that_check_can_fail(without_torch, teacher_folder, tmp_path):
+    write_jsonl(tmp_path / "c.jsonl", story_rows(2))
+    line = [sys.executable, "-m", "teacher_dump.cli", "run", "new", "--teacher", teacher_folder, "--corpus", "c.jsonl"]
+    result = subprocess.run(line, capture_output=True, text=True, env=without_torch, cwd=tmp_path, check=False)
+    assert "imported too early" in result.stderr
+
+
+def test_the_protocol_of_teachers_and_the_corpus_import_no_torch(without_torch):
+    modules = [
+        *("teacher_dump.teachers.protocol", "teacher_dump.teachers.files", "teacher_dump.corpus.tokenisation"),
+        *("teacher_dump.dumping.run", "teacher_dump.dumping.repair", "teacher_dump.checking.run", "teacher_dump.cli"),
+    ]
+    code = "\n".join(f"import {module}" for module in modules)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=without_torch, check=False)
+    assert result.returncode == 0, result.stderr
