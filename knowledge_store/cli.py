@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -55,12 +56,18 @@ def _open(store: Path, **options: Any) -> KnowledgeStore:
 
 
 @command(app)
-def info(store: StoreArgument) -> None:
-    """Show what a store holds: dumps, sizes, ratio to dense logits, mass of the candidates.
+def info(
+    store: StoreArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array with an object for each dump.")] = False,
+) -> None:
+    """Show what a store holds: dumps, sizes, what was skipped or truncated, and what each kind of knowledge says of itself.
 
     Example: `knowledge-store info knowledge/`
     """
     summaries = _open(store).info()
+    if as_json:
+        typer.echo(json.dumps([summary.to_record() for summary in summaries], indent=1, ensure_ascii=False))
+        return
     if not summaries:
         note(f"{store} holds no dump yet")
     for summary in summaries:
@@ -84,7 +91,7 @@ def _print_summary(summary: DumpSummary) -> None:
     if summary.bytes_per_position is not None:
         on_disk = f"{byte_size(summary.bytes)}, {summary.bytes_per_position:.2f} bytes a position"
         lines.append(("on disk", f"{on_disk} (and {byte_size(summary.tokens_bytes)} for the vocabulary)"))
-    state = "complete" if summary.complete else "incomplete: run the same `teacher-dump run` again to go on"
+    state = "complete" if summary.complete else "incomplete: run the same `teacher-dump run` again to resume"
     output.print(f"[bold]{summary.dump}[/bold]  {shards}, {state}")
     for label, value in lines:
         output.print(f"  {label:<23} {visible(value)}", markup=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import duckdb
 import pyarrow.parquet as pq
 import pytest
@@ -108,3 +110,28 @@ def test_errors_name_what_there_is(store):
         store.sql("SELECT tail_probability FROM positions")
     with pytest.raises(QueryError, match="sequences, tokens, positions, candidates, dumps, shards"):
         store.sql("SELECT * FROM position")
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_parameters_of_a_statement(store, isolated):
+    by_place = "SELECT count(*) AS n FROM sequences WHERE dump = ? AND length > ?"
+    by_name = "SELECT count(*) AS n FROM sequences WHERE dump = $dump AND length > $length"
+    expected = store.sql("SELECT count(*) AS n FROM sequences WHERE dump = 'plain' AND length > 6").to_pylist()
+    assert store.sql(by_place, ["plain", 6], isolated=isolated).to_pylist() == expected
+    assert store.sql(by_name, {"dump": "plain", "length": 6}, isolated=isolated).to_pylist() == expected
+    assert store.sql(by_place, ["' OR true --", 6], isolated=isolated).to_pylist() == [{"n": 0}]
+    for parameters in (None, [], ["plain"], ["plain", 6, 7], {"dump": "plain"}):
+        with pytest.raises(QueryError):
+            store.sql(by_place, parameters, isolated=isolated)
+
+
+def test_info_as_json(store):
+    shown = CliRunner().invoke(app, ["info", store.storage.address, "--json"])
+    assert shown.exit_code == 0
+    dumps = json.loads(shown.stdout)
+    assert [dump["dump"] for dump in dumps] == ["other", "plain"]
+    rows = {row["dump"]: row for row in store.sql("SELECT * FROM dumps").to_pylist()}
+    for dump in dumps:
+        row = rows[dump["dump"]]
+        flat = {**dump, **dump["facts"], **dump["statistics"]}
+        assert {name: flat[name] for name in row} == row

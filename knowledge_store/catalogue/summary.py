@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -64,6 +65,12 @@ class DumpSummary:
     def bytes_per_position(self) -> float | None:
         """Bytes on disk for each position, the vocabulary left out."""
         return self.bytes / self.positions if self.positions else None
+
+    def to_record(self) -> dict[str, Any]:
+        """The summary as plain JSON values."""
+        record = asdict(self)
+        del record["lines"]
+        return {**record, "complete": self.complete, "bytes_per_position": self.bytes_per_position}
 
 
 def _sum(column: pa.ChunkedArray) -> int:

@@ -36,6 +36,8 @@ from knowledge_store.sql.limits import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from knowledge_store.sql.query import Parameters
+
 ARROW = "arrow"
 DUCKDB_SHARE = 0.8
 OPENING_MEMORY = isolation.MEMORY_LIMIT
@@ -45,7 +47,13 @@ OPENED = "opened"
 
 @contextmanager
 def asked(
-    store: str | Path, sql: str, form: str, memory_limit: float, timeout: float, remark: Callable[[str], None]
+    store: str | Path,
+    sql: str,
+    form: str,
+    memory_limit: float,
+    timeout: float,
+    remark: Callable[[str], None],
+    parameters: Parameters | None = None,
 ) -> Iterator[IO[bytes]]:
     """Ask a store in a process of its own, which ends with this context, and with the thread that entered it.
 
@@ -56,6 +64,7 @@ def asked(
         memory_limit: in bytes, for all that the query needs, its answer and its text included.
         timeout: in seconds.
         remark: is told what a person should know of the answer.
+        parameters: of the statement (see `query.Query`), as JSON has them.
 
     Yields:
         the answer, as it comes.
@@ -66,7 +75,7 @@ def asked(
     """
     check_limits(memory_limit, timeout)
     limits = {"memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS)}
-    request = {"store": str(store), "sql": sql, "form": form, **limits}
+    request = {"store": str(store), "sql": sql, "form": form, "parameters": parameters, **limits}
     with started("knowledge_store.sql.isolated:answer", request) as child:
         yield child.answer
         sentence = _result(child, memory_limit, timeout)
@@ -88,11 +97,17 @@ def _result(child: Child, memory_limit: float, timeout: float) -> Any:
         raise broken(str(killed), memory_limit) from None
 
 
-def isolated_answer(store: str, sql: str, memory_limit: int = MEMORY_LIMIT, timeout: float = TIMEOUT) -> pa.Table:
+def isolated_answer(
+    store: str,
+    sql: str,
+    memory_limit: int = MEMORY_LIMIT,
+    timeout: float = TIMEOUT,
+    parameters: Parameters | None = None,
+) -> pa.Table:
     """`run_query` in a process of its own, which opens the store again (see `asked`)."""
     import pyarrow as pa
 
-    child = asked(store, sql, ARROW, memory_limit, timeout, lambda _: None)
+    child = asked(store, sql, ARROW, memory_limit, timeout, lambda _: None, parameters)
     # Where the stream ends too soon, how the child ended says why.
     with child as answer, suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(answer) as reader:
         table: pa.Table = reader.read_all()
@@ -119,7 +134,7 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
         report({"state": OPENED})  # before the clock begins: however short the time is, it is the query's
         limit(memory_limit, timeout)
         try:
-            query = Query(connection, *store.parts, request["sql"], memory_limit)
+            query = Query(connection, *store.parts, request["sql"], memory_limit, request["parameters"])
             schema, batches = query.answer()
             remark = None
             if request["form"] == ARROW:

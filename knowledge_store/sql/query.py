@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -34,6 +35,8 @@ from knowledge_store.storage import Storage
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
 LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes
+Parameters = Sequence[Any] | Mapping[str, Any]
+
 QUERY_THREAD = "query"
 GRACE = 1.0  # seconds that a query's caller waits for it to stop, when its time is over
 
@@ -248,6 +251,7 @@ class Query:
     Args:
         connection: from `connect`; the tables are given to it.
         memory_limit: in bytes, for the answer; None where it is not kept in memory.
+        parameters: values for the statement's `?` or `$1`, in order, or by name for its `$name`.
 
     Raises:
         QueryError: it is refused.
@@ -262,8 +266,10 @@ class Query:
         manifests: list[Manifest],
         sql: str,
         memory_limit: int | None,
+        parameters: Parameters | None = None,
     ):
         _check_statement(connection, sql)
+        self._parameters = parameters
         self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
         self._catalogue = catalogue = _Catalogue(storage, index, manifests, connection)
         relations = catalogue.relations()
@@ -285,7 +291,7 @@ class Query:
             DamageError: a file it reads is not what was published.
         """
         with self._errors():
-            rows = self._connection.sql(self._sql)
+            rows = self._connection.sql(self._sql, params=self._parameters)
             # What DuckDB 1.4 calls otherwise.
             reader = getattr(rows, "to_arrow_reader" if hasattr(rows, "to_arrow_reader") else "fetch_record_batch")(BATCH_ROWS)
         names = _own_names(reader.schema.names)
@@ -328,6 +334,7 @@ def run_query(
     sql: str,
     memory_limit: int = MEMORY_LIMIT,
     timeout: float = TIMEOUT,
+    parameters: Parameters | None = None,
 ) -> pa.Table:
     """Answer one SELECT statement, in this process.
 
@@ -339,6 +346,7 @@ def run_query(
     Args:
         memory_limit: in bytes, for what DuckDB keeps while it answers, and for the answer.
         timeout: in seconds, after which DuckDB is asked to stop.
+        parameters: as of `Query`.
 
     Raises:
         InputError: a limit is none.
@@ -351,20 +359,21 @@ def run_query(
 
     def collect() -> None:
         try:
-            schema, batches = Query(connection, storage, index, manifests, sql, memory_limit).answer()
+            schema, batches = Query(connection, storage, index, manifests, sql, memory_limit, parameters).answer()
             found.set_result(pa.Table.from_batches(batches, schema))
         except BaseException as error:
             found.set_exception(error)
 
     def end() -> None:
-        while not found.done():  # again and again: DuckDB forgets what comes just before it begins
+        while asking.ident is not None and not found.done():  # again and again: DuckDB forgets what comes just before it begins
             connection.interrupt()
             wait([found], 0.1)
         connection.close()
 
     # On a thread of its own, so that this one hears Ctrl-C and the clock. No program waits for such threads when it ends.
-    threading.Thread(target=collect, name=QUERY_THREAD, daemon=True).start()
+    asking = threading.Thread(target=collect, name=QUERY_THREAD, daemon=True)
     try:
+        asking.start()
         wait([found], min(timeout, threading.TIMEOUT_MAX))
         if not found.done():
             raise interrupted(timeout)
