@@ -64,7 +64,12 @@ def info(
 
     Example: `knowledge-store info knowledge/`
     """
-    summaries = _open(store).info()
+    opened = _open(store)
+    summaries = opened.info()
+    if opened.closed and not summaries:
+        opened.dump(next(iter(opened.closed)))  # says why
+    for sentence in opened.closed.values():
+        note(f"Closed: {sentence}")
     if as_json:
         typer.echo(json.dumps([summary.to_record() for summary in summaries], indent=1, ensure_ascii=False))
         return

@@ -29,7 +29,7 @@ def everything(store: KnowledgeStore) -> tuple:
     batches = [{name: array.tobytes() for name, array in batch.items()} for batch in store.batches(batch_size=3)]
     rows = store.sql("SELECT * FROM positions ORDER BY sequence_id, position").to_pylist()
     facts = store.sql("SELECT * EXCLUDE (committed_at) FROM shards ORDER BY shard").to_pylist()
-    kept, _ = store.kept(0)
+    kept, _ = store.stored(0, "positions")
     return batches, rows, facts, kept, store.tokens(), store.sequences()
 
 
