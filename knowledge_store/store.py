@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from knowledge_store.catalogue.index import Index, refresh
 from knowledge_store.catalogue.summary import DumpSummary, summarise
-from knowledge_store.errors import DamageError, InputError, MissingFileError, StoreError
+from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError, MissingFileError, StoreError
 from knowledge_store.format.layout import SEQUENCES, STORE_FILE, manifest_file
 from knowledge_store.format.manifest import Manifest, check_version, read_manifest
 from knowledge_store.format.parquet import read_table
@@ -85,8 +85,16 @@ class KnowledgeStore:
     own, as another process needs. Reading never writes to the store.
     """
 
-    def __init__(self, storage: Storage, manifests: list[Manifest], index: Index, cache_size: int = CACHE_SIZE):
+    def __init__(
+        self,
+        storage: Storage,
+        manifests: list[Manifest],
+        index: Index,
+        cache_size: int = CACHE_SIZE,
+        closed: dict[str, KnowledgeStoreError] | None = None,
+    ):
         self.storage = storage
+        self._closed = closed or {}
         self.cache_size = cache_size
         self._manifests = {manifest.dump: manifest for manifest in manifests}
         self._index = index
@@ -107,15 +115,42 @@ class KnowledgeStore:
 
         Raises:
             StoreError: there is no store, or one of another format version.
-            DamageError: a manifest or commit record is altered.
+            DamageError: a commit record is altered.
+
+        A dump whose manifest cannot be used (altered, of another name than its folder, with a kind of knowledge that is unknown
+        here) is closed, and the others are open; see `closed`.
         """
         storage = open_storage(store)
         check_store(storage)
-        manifests = [read_manifest(storage, name) for name in storage.folders("") if manifest_exists(storage, name)]
-        for manifest in manifests:
-            check_kinds(manifest, storage.address)
+        manifests: list[Manifest] = []
+        closed: dict[str, KnowledgeStoreError] = {}
+        for name in storage.folders(""):
+            try:
+                manifest = read_manifest(storage, name)
+                check_kinds(manifest, storage.address)
+                manifests.append(manifest)
+            except MissingFileError:
+                continue
+            except (DamageError, StoreError, InputError) as error:
+                closed[name] = error
         index = refresh(storage, manifests, rebuild=rebuild_index)
-        return cls(storage, manifests, index, cache_size)
+        return cls(storage, manifests, index, cache_size, closed)
+
+    def __enter__(self) -> KnowledgeStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._readers.clear()
+
+    def __repr__(self) -> str:
+        dumps = [f"{each.dump}: {each.sequences:,} sequences, {each.positions:,} positions" for each in self.info()]
+        dumps += [f"{name}: closed" for name in self._closed]
+        return f"KnowledgeStore({self.address!r}: {'; '.join(dumps) or 'no dumps'})"
+
+    @property
+    def closed(self) -> dict[str, str]:
+        """The folders whose dump cannot be used, and why, in a sentence. The others are open all the same."""
+        return {name: str(error) for name, error in self._closed.items()}
 
     @property
     def address(self) -> str:
@@ -132,12 +167,16 @@ class KnowledgeStore:
 
         Raises:
             InputError: there is no such dump, or there are several and none was named.
+            DamageError, StoreError: it is closed (see `closed`).
         """
-        if name is None and len(self._manifests) == 1:
-            return next(iter(self._manifests))
+        damaged = [each for each, error in self._closed.items() if isinstance(error, DamageError) or not self._manifests]
+        if name is None and len(self._manifests) + len(damaged) == 1:
+            name = [*self._manifests, *damaged][0]
         there = ", ".join(self._manifests) or "none"
         if name is None:
             raise InputError(f"name a dump of {self.storage.address} (there: {there})")
+        if name in self._closed:
+            raise type(self._closed[name])(str(self._closed[name]))
         if name not in self._manifests:
             raise InputError(f"{self.storage.address} has no dump {name!r} (there: {there})")
         return name
@@ -163,7 +202,14 @@ class KnowledgeStore:
 
     @property
     def parts(self) -> tuple[Storage, Index, list[Manifest]]:
-        """What a `Query` needs to know of it."""
+        """What a `Query` needs to know of it.
+
+        Raises:
+            DamageError: the manifest of a dump is damaged: SQL does not answer as if that dump were not there.
+        """
+        for error in self._closed.values():
+            if isinstance(error, DamageError):
+                raise DamageError(f"{error}: repair that dump, or remove it, before SQL is asked over all dumps")
         return self.storage, self._index, list(self._manifests.values())
 
     def sql(
@@ -345,14 +391,27 @@ class KnowledgeStore:
         return len(self._reader(dump))
 
     def remove(self, dump: str) -> None:
-        """Remove a dump: it disappears at once, then its files are deleted.
+        """Remove a dump, or a folder that is closed: it disappears at once, then its files are deleted.
 
         Raises:
             InputError: there is no such dump.
             StoreError: it cannot be removed.
         """
-        name = self.dump(dump)
+        name = dump if dump in self._closed else self.dump(dump)
         self.storage.remove_folder(name)
-        del self._manifests[name]
+        self._manifests.pop(name, None)
+        self._closed.pop(name, None)
         self._readers.pop(name, None)
         self._index = refresh(self.storage, list(self._manifests.values()))
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a dump another name, where the storage can; what was cut off is finished.
+
+        Raises:
+            InputError: there is no such dump, the new name cannot be used or is taken, or the storage cannot rename.
+            DamageError, StoreError: a record is damaged, or cannot be read or written.
+        """
+        from knowledge_store.writing.rename import rename_dump  # reading does not need what writes
+
+        rename_dump(self.storage, old, new)
+        self.__dict__.update(KnowledgeStore.open(self.storage, cache_size=self.cache_size).__dict__)

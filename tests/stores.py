@@ -132,7 +132,7 @@ def commit(writer: DumpWriter, shard: int, knowledge: list[Arrays], repair: bool
 
 
 def write_store(
-    folder: Path,
+    folder: Any,
     dump: str = "small",
     shards: int = 2,
     vocabulary: int = 11,
@@ -140,8 +140,8 @@ def write_store(
     size: int = 4,
     seed: int = 0,
     **changes: Any,
-) -> Path:
-    """A store with one complete dump of random knowledge."""
+) -> Any:
+    """A store with one complete dump of random knowledge, in a folder or a storage; returns which."""
     manifest = make_manifest(dump, vocabulary, k, shards, **changes)
     writer = DumpWriter.open(folder, manifest, tokens_table(words(vocabulary), words(vocabulary)))
     for shard in range(shards):

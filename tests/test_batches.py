@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_storage import PLACES, new_place
 from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore
@@ -25,10 +26,10 @@ SHAPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture(scope="module", params=PLACES)
+def folder(request, tmp_path_factory: pytest.TempPathFactory):
     """Three shards of 1, 7 and 5 sequences: no size divides another."""
-    folder = tmp_path_factory.mktemp("batches") / "store"
+    folder = new_place(request.param, tmp_path_factory.mktemp("batches") / "store")
 
     writer = DumpWriter.open(folder, make_manifest(shards=3), tokens_table(words(11), words(11)))
     for shard, size in enumerate((1, 7, 5)):
@@ -214,11 +215,11 @@ def test_a_dump_without_a_shard_has_no_batches(tmp_path):
     assert store.sequences().num_rows == 0
 
 
-def test_a_small_cache_changes_nothing(folder, monkeypatch):
+def test_a_small_cache_changes_nothing(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("knowledge_store.reading.reader.MEMORY_BYTES", 1)
     monkeypatch.setattr("knowledge_store.writing.shard.ROW_GROUP_BYTES", 8 * 2048)
     expected = KnowledgeStore.open(folder)
-    small = write_store(folder.parent / "small", shards=3, size=6)
+    small = write_store(tmp_path / "small", shards=3, size=6)
     opened = KnowledgeStore.open(small)
     order = [17, 0, 9, 1, 16, 8, 0]
     for ordinal in order:

@@ -147,7 +147,7 @@ def test_manifests_of_the_wrong_shape(tmp_path, place, value):
     path = store / "small/manifest.json"
     altered(path, place, value)
     with pytest.raises((DamageError, StoreError)) as raised:
-        KnowledgeStore.open(store)
+        KnowledgeStore.open(store).manifest()
     assert str(path) in str(raised.value)
 
 
@@ -193,7 +193,7 @@ def test_older_formats_are_refused_by_name(tmp_path, version):
     store = write_store(tmp_path / "store", shards=1)
     altered(store / "small/manifest.json", ["version"], version)
     with pytest.raises(StoreError, match=f"manifest.json has format version {version}, which .* does not read"):
-        KnowledgeStore.open(store)
+        KnowledgeStore.open(store).manifest()
 
 
 def test_a_newer_format_is_refused(tmp_path):
@@ -202,12 +202,12 @@ def test_a_newer_format_is_refused(tmp_path):
         before = path.read_bytes()
         altered(path, ["version"], FORMAT_VERSION + 1)
         with pytest.raises(StoreError, match=rf"format version {FORMAT_VERSION + 1}.*install a newer") as raised:
-            KnowledgeStore.open(store)
+            KnowledgeStore.open(store).manifest()
         assert str(path) in str(raised.value)
         path.write_bytes(before)
     altered(store / "small/manifest.json", ["kinds", "dreams"], {})
     with pytest.raises(StoreError, match="'dreams', unknown here"):
-        KnowledgeStore.open(store)
+        KnowledgeStore.open(store).manifest()
 
 
 def test_an_unknown_column_type_is_refused(tmp_path):

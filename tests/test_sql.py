@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from memory_storage import PLACES, MemoryStorage, new_place
 from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DumpWriter, KnowledgeStore, QueryError
@@ -44,10 +45,10 @@ def new_dump(folder, name: str, columns: dict[str, str], vocabulary: int = 11) -
     return DumpWriter.open(folder, manifest, tokens_table(words(vocabulary), words(vocabulary)))
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture(scope="module", params=PLACES)
+def folder(request, tmp_path_factory: pytest.TempPathFactory):
     """Two dumps whose corpora have columns in common, of other types, and of their own."""
-    folder = tmp_path_factory.mktemp("sql") / "store"
+    folder = new_place(request.param, tmp_path_factory.mktemp("sql") / "store")
     first = new_dump(folder, "first", {"source": "string", "score": "double"})
     commit(first, 0, random_sequences(0, 4), source=["a", "b", "a", None], score=[0.5, 1.5, None, 2.0])
     second = new_dump(folder, "second", {"score": "int64", "length": "string"})
@@ -313,14 +314,21 @@ REFUSED = [
 ]
 
 
+def contents(folder) -> dict:
+    """Every file beside and in a store, and when it was written."""
+    if isinstance(folder, MemoryStorage):
+        return dict(folder.versions)
+    return {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")}
+
+
 @pytest.mark.parametrize("query", REFUSED)
 def test_everything_else_is_refused(store, folder, query):
-    before = {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")}
+    before = contents(folder)
     with pytest.raises(QueryError) as raised:
         store.sql(query.format(folder=folder) if "{folder}" in query else query)
     assert str(raised.value).strip()
     assert "\n" not in str(raised.value)
-    assert {path: path.stat().st_mtime_ns for path in folder.parent.rglob("*")} == before
+    assert contents(folder) == before
     assert rows(store, "SELECT count(*) AS n FROM sequences") == [{"n": 7}]
 
 

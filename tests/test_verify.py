@@ -259,7 +259,7 @@ def test_no_reader_answers_from_damaged_pages(store, reader):
     whole = path.read_bytes()
     for number, place in enumerate(page_bytes(path)):
         flip(path, place, number % 8)
-        opened = KnowledgeStore.open(store)
+        opened = KnowledgeStore.open(store, cache_size=0)
         if reader == "candidates" and number not in (0, 1, 10, 11, 12, 13):
             continue  # the other columns are not read
         with pytest.raises(DamageError) as raised:
@@ -275,7 +275,7 @@ def test_no_reader_answers_from_a_damaged_footer(store, reader):
     for place in range(len(whole) - footer_length(path), len(whole), 97):
         flip(path, place, place % 8)
         with pytest.raises(DamageError) as raised:
-            READERS[reader](KnowledgeStore.open(store))
+            READERS[reader](KnowledgeStore.open(store, cache_size=0))
         assert str(path) in str(raised.value)
         path.write_bytes(whole)
 
@@ -289,7 +289,7 @@ def test_no_reader_answers_from_a_file_of_another_length(store, reader, harm):
     else:
         path.write_bytes(path.read_bytes()[:-1] if harm == "cut" else path.read_bytes() + b"x")
     with pytest.raises(DamageError) as raised:
-        READERS[reader](KnowledgeStore.open(store))
+        READERS[reader](KnowledgeStore.open(store, cache_size=0))
     assert str(path) in str(raised.value)
 
 

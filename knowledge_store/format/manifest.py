@@ -162,8 +162,13 @@ def _check_limits(record: dict[str, Any]) -> None:
         raise ValueError("its list of shards does not say where each begins")
 
 
-def read_manifest(storage: Storage, dump: str) -> Manifest:
+def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manifest:
     """Read a dump's manifest.
+
+    Args:
+        storage: of the store.
+        dump: the dump's folder.
+        any_name: the manifest may say another name than the folder has.
 
     Raises:
         MissingFileError: there is none.
@@ -183,6 +188,6 @@ def read_manifest(storage: Storage, dump: str) -> Manifest:
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     manifest = Manifest(**{field.name: record[field.name] for field in fields(Manifest)})
-    if manifest.dump != dump:
-        raise DamageError(f"{path} belongs to a dump named {manifest.dump!r}, not {dump!r}: give its folder that name again")
+    if manifest.dump != dump and not any_name:
+        raise StoreError(f"{path} belongs to a dump named {manifest.dump!r}: give its folder that name, or remove the folder")
     return manifest
