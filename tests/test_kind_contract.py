@@ -293,6 +293,20 @@ def test_an_extractor_that_gives_something_else_is_refused(case, store):
     assert not (store / "other" / name / "00000.parquet").exists()
 
 
+def test_what_is_no_number_is_refused(case, store):
+    tokens, knowledge = knowledge_of(case, 0)
+    rows = [sequence_row(index, each) for index, each in enumerate(tokens)]
+    writer = DumpWriter.open(store, manifest_of(case, "other"), TOKENS)
+    for arrays in knowledge:
+        for array in arrays.values():
+            for each in array if isinstance(array, list) else [array]:
+                if isinstance(each, np.ndarray) and each.dtype.kind == "f" and len(each):
+                    each[-1] = np.nan
+    with pytest.raises(InputError, match="NaN or infinite"):
+        writer.commit(Shard(0, 0, 100, rows, {case.kind.name: knowledge}))
+    assert not (store / "other" / case.kind.name / "00000.parquet").exists()
+
+
 def test_fields_that_nothing_can_be_kept_of():
     for wrong in (
         pa.list_(pa.list_(pa.int32())),

@@ -14,7 +14,6 @@ from knowledge_store.format.layout import manifest_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Kind, Totals
 from knowledge_store.kinds.kind import ROWS
-from knowledge_store.kinds.statistics import added
 from knowledge_store.storage import Storage
 
 
@@ -79,11 +78,22 @@ def _sum(column: pa.ChunkedArray) -> int:
 
 def _statistics(shards: pa.Table, kind: Kind) -> dict[str, float | None]:
     """A kind's statistics over shards, from those of each; None where no shard has one."""
-    names = [ROWS, *kind.statistics]
-    columns = {name: f"{STATISTIC}{kind.name}.{name}" for name in names}
-    present = {name: shards[column].to_pylist() for name, column in columns.items() if column in shards.column_names}
-    found = added(kind, [dict(zip(present, values, strict=True)) for values in zip(*present.values(), strict=True)])
-    return {name: found.get(name) for name in names}
+
+    def column(name: str) -> pa.ChunkedArray:
+        full = f"{STATISTIC}{kind.name}.{name}"
+        return shards[full] if full in shards.column_names else pa.chunked_array([pa.nulls(len(shards), pa.float64())])
+
+    found: dict[str, float | None] = {}
+    for name, over in {ROWS: None, **kind.statistics}.items():
+        values = column(name)
+        if over is None:
+            total = pc.sum(values).as_py()
+            found[name] = int(total) if total is not None and total.is_integer() else total
+            continue
+        weights = column(over)
+        weight = pc.sum(pc.if_else(pc.is_valid(values), weights, 0)).as_py()
+        found[name] = pc.sum(pc.multiply(values, weights)).as_py() / weight if weight else None
+    return found
 
 
 def _added(column: pa.ChunkedArray) -> dict[str, int]:
@@ -155,7 +165,8 @@ def dumps_table(storage: Storage, index: Index, manifests: list[Manifest]) -> pa
     rows = [{**{name: getattr(each, name) for name in DUMPS.names}, **each.facts, **each.statistics} for each in summaries]
     names = dict.fromkeys(name for each in summaries for name in each.facts)
     facts = {name: _type(each.facts.get(name) for each in summaries) for name in names}
-    statistics = {name: pa.float64() for each in summaries for name in each.statistics}
+    names = dict.fromkeys(name for each in summaries for name in each.statistics)
+    statistics = {name: _type(each.statistics.get(name) for each in summaries) for name in names}
     return pa.Table.from_pylist(rows, schema=pa.schema([*DUMPS, *facts.items(), *statistics.items()]))
 
 

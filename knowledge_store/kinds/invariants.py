@@ -38,8 +38,8 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
     """
     kept = table["candidate_ids"].is_valid().to_numpy()
     for name in table.column_names[table.column_names.index("token_logprob") :]:
-        there = kept if rule.candidates or name != "tail_logprob" else np.zeros_like(kept)
-        if not np.array_equal(table[name].is_valid().to_numpy(), there):
+        expected = kept if rule.candidates or name != "tail_logprob" else np.zeros_like(kept)
+        if not np.array_equal(table[name].is_valid().to_numpy(), expected):
             yield f"{name} is null where candidate_ids is not, or the reverse"
             return
     position = table["position"].to_numpy()

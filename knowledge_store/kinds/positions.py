@@ -189,12 +189,12 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
     found = {"token_logprob": in_steps(arrays["token_logprob"], step)}
     if parameters.selection.candidates:
         ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
-        there = logprobs != NO_MASS
+        present = logprobs != NO_MASS
         steps, tail_steps = exact_prediction_steps(logprobs, tail, step)
-        among = ((ids == arrays["token_id"][:, None]) & there).any(axis=1)
+        among = ((ids == arrays["token_id"][:, None]) & present).any(axis=1)
         found["token_logprob"][among] = np.nan
-        there[:, 0] = False
-        found |= {"candidate_logprobs": np.where(there, steps, np.nan), "tail_logprob": tail_steps}
+        present[:, 0] = False
+        found |= {"candidate_logprobs": np.where(present, steps, np.nan), "tail_logprob": tail_steps}
     if parameters.temperature:
         found["tail_logsumexp"] = in_steps(arrays["tail_logsumexp"], step)
     return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from knowledge_store.errors import InputError
-from knowledge_store.kinds import Arrays
+from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.reading.collate import collate
 from knowledge_store.reading.order import batch_items, shuffled, step_count
 from knowledge_store.reading.plan import ReadPlan
@@ -36,6 +36,7 @@ class Batches:
         for kind in self._kinds:
             if kind not in manifest.kinds:
                 raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}")
+        self._arrays = {kind: KINDS[kind].arrays(manifest) for kind in self._kinds}
         check_snapshot(manifest.dump, reader.snapshot, plan.snapshot)
         chosen = np.arange(len(reader)) if plan.ordinals is None else np.asarray(plan.ordinals, dtype=np.int64)
         if ((chosen < 0) | (chosen >= len(reader))).any():
@@ -69,7 +70,7 @@ class Batches:
         sequences = [self._reader.sequence(int(ordinal), self._kinds) for ordinal in items]
         template = sequences[0] if sequences else self._reader.sequence(int(self._order[0]), self._kinds)
         padding = [None] * (plan.batch_size - len(sequences))
-        return collate([*sequences, *padding], self._kinds, template[1], self._reader.manifest)
+        return collate([*sequences, *padding], self._arrays, template[1])
 
     def __iter__(self) -> Iterator[Arrays]:
         for step in range(len(self)):

@@ -6,44 +6,42 @@ from typing import Any
 
 import numpy as np
 
-from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Arrays, item_mask
 
 
 def collate(
     sequences: list[tuple[int, dict[str, Arrays]] | None],
-    kinds: tuple[str, ...],
+    kinds: dict[str, dict[str, Any]],
     template: dict[str, Arrays],
-    manifest: Manifest,
 ) -> Arrays:
     """One batch of B sequences, padded to the longest.
 
     Args:
         sequences: from `DumpReader.sequence`; None stands for a padding row (sequence_id −1, no position attended).
-        kinds: which kinds to put together. Arrays of a kind per position become (B, T, …), per sequence (B, …), per item
-            (B, I, …) beside the mask KIND_mask, bool (B, I). Text becomes lists: of B str per sequence (None in a padding row),
-            of B lists per position or item.
+        kinds: which kinds to put together, and of each the names of its arrays with their padding (see `Kind.arrays`). Arrays
+            of a kind per position become (B, T, …), per sequence (B, …), per item (B, I, …) beside the mask KIND_mask, bool
+            (B, I). Text becomes lists: of B str per sequence (None in a padding row), of B lists per position or item.
         template: any sequence's knowledge: gives names, types and widths when every row is padding (T is 1 then).
-        manifest: of the dump.
     """
     batch: Arrays = {"sequence_id": np.array([-1 if each is None else each[0] for each in sequences], np.int64)}
-    for name in kinds:
+    for name, arrays_of in kinds.items():
         kind = KINDS[name]
         knowledge = [None if each is None else each[1][name] for each in sequences]
-        for key, padding in kind.arrays(manifest).items():
+        for key, padding in arrays_of.items():
             rows = [None if arrays is None else arrays[key] for arrays in knowledge]
             batch[key] = _together(rows, template[name][key], padding, kind.per == "sequence")
-        counts = np.array([0 if arrays is None else _row_count(arrays) for arrays in knowledge])
         if kind.per == "item":
-            batch[item_mask(name)] = np.arange(counts.max(initial=0)) < counts[:, None]
+            batch[item_mask(name)] = _mask(knowledge, least=0)
         elif kind.per == "position" and "attention_mask" not in batch:
-            longest = counts.max(initial=0) or 1
-            batch["attention_mask"] = np.arange(longest) < counts[:, None]
+            batch["attention_mask"] = _mask(knowledge, least=1)
     return batch
 
 
-def _row_count(arrays: Arrays) -> int:
-    return len(next(iter(arrays.values())))
+def _mask(knowledge: list[Arrays | None], least: int) -> np.ndarray:
+    """Which rows each sequence has, bool (B, the most of any, or `least`)."""
+    counts = [0 if arrays is None else len(next(iter(arrays.values()))) for arrays in knowledge]
+    mask: np.ndarray = np.arange(max([least, *counts])) < np.array(counts)[:, None]
+    return mask
 
 
 def _together(rows: list[Any], example: Any, padding: Any, per_sequence: bool) -> Any:

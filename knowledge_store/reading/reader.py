@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import OrderedDict
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -167,7 +166,7 @@ class DumpReader:
                 return cached
             arrays = self._decode(kind, place, group)
         start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
-        return {name: copy(array[start:end]) for name, array in arrays.items()}
+        return {name: array[start:end].copy() for name, array in arrays.items()}
 
     def stored(self, ordinal: int, kind: str) -> tuple[pa.Table, int]:
         """A sequence's rows of a kind as they were kept (positions: rounded, not normalised), and its `token_hash`.

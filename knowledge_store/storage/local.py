@@ -306,7 +306,8 @@ class LocalStorage:
         return str(self.root / name)
 
     def _unreadable(self, path: str, error: OSError) -> KnowledgeStoreError:
-        if error.errno in (errno.ENOENT, errno.ELOOP) and Path(path).is_symlink():
+        # Not `Path.is_symlink`, which raises where the disk refuses this call too.
+        if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):  # noqa: PTH114
             return DamageError(f"{path} is damaged: it cannot be read ({error.strerror})")
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             return MissingFileError(f"{path} is missing")

@@ -87,7 +87,7 @@ def pack_shard(shard: Shard, manifest: Manifest) -> tuple[dict[str, StoredTable]
 
 def _row_groups(kind: Kind, shard: Shard, manifest: Manifest) -> Iterator[tuple[pa.Table, dict[str, float]]]:
     """The row groups of a kind, and the statistics of each."""
-    knowledge = shard.knowledge[kind.name]
+    knowledge = shard.knowledge.get(kind.name, [])
     if len(knowledge) != len(shard.sequences):
         raise InputError(f"it is of {len(knowledge):,} sequences, and there are {len(shard.sequences):,}")
     ids = np.array([row["sequence_id"] for row in shard.sequences], np.int64)
