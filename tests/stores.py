@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
 from knowledge_store.storage.local import LocalStorage
+from knowledge_store.writing.repair import repair_shard
 
 MADE_BY = {"host": "here", "device": "cpu"}
 DOCUMENTS = 100  # in a shard of the plan; a test may use fewer
@@ -127,7 +129,7 @@ def commit(writer: DumpWriter, shard: int, knowledge: list[Arrays], repair: bool
         sequence_row(first + index, arrays, **{name: values[index] for name, values in more.items()})
         for index, arrays in enumerate(knowledge)
     ]
-    publish = writer.repair if repair else writer.commit
+    publish = partial(repair_shard, writer) if repair else writer.commit
     publish(Shard(shard, first, DOCUMENTS, rows, {"positions": knowledge}, made_by=MADE_BY))
 
 

@@ -19,7 +19,7 @@ from torture.heartbeat import PATIENCE
 from knowledge_store import DumpWriter, StoreError
 from knowledge_store.format.parquet import describe, read_table
 from knowledge_store.format.sequences import tokens_table
-from knowledge_store.writing.writer import repair_manifest
+from knowledge_store.writing.repair import repair_manifest, repair_tokens
 from teacher_dump import DumpConfig, dump
 from teacher_dump.dumping.publishing import ShardPublisher
 
@@ -91,7 +91,7 @@ def test_a_lock_that_cannot_be_opened_is_named(tmp_path):
     knowledge = random_sequences(0, 4)
     calls = {
         "small/commits": lambda: commit(writer, 0, knowledge, repair=True),
-        "small": lambda: writer.repair_tokens(tokens),
+        "small": lambda: repair_tokens(writer, tokens),
         "store/small": lambda: repair_manifest(store, make_manifest()),
     }
     for folder, call in calls.items():

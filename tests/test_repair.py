@@ -40,6 +40,7 @@ from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import joined
 from knowledge_store.storage import local as publication
+from knowledge_store.writing import repair as repairing
 from teacher_dump import DumpConfig, dump, repair
 
 TABLES = {"positions": "parquet", "sequences": "parquet", "commits": "json"}
@@ -197,7 +198,9 @@ def repair_shard(store: Path, shard: int, change=lambda arrays: None) -> None:
     arrays = joined(knowledge)
     change(arrays)
     rows = [sequence_row(100 * shard + index, each) for index, each in enumerate(knowledge)]
-    writer.repair(Shard(shard, 100 * shard, 100, rows, {"positions": apart(arrays, rows)}, made_by={"host": "elsewhere"}))
+    repairing.repair_shard(
+        writer, Shard(shard, 100 * shard, 100, rows, {"positions": apart(arrays, rows)}, made_by={"host": "elsewhere"})
+    )
 
 
 def other_digits(arrays) -> None:

@@ -15,6 +15,7 @@ from knowledge_store.errors import MissingFileError
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.storage.local import OPEN_FILES, LocalStorage
 from knowledge_store.writing.copy import copy
+from knowledge_store.writing.repair import damaged_files
 
 TOKENS = tokens_table(words(11), words(11))
 
@@ -129,7 +130,7 @@ def test_dumps_resume_and_damage_is_named_and_repaired(place):
     for name in ("small/positions/00001.parquet", "small/commits/00000.json"):
         change(place, name, lambda data: data[:60] + bytes([data[60] ^ 1]) + data[61:])
     change(place, "small/sequences/00001.parquet", None)
-    assert sorted(writer.damaged(1)) == sorted(sentence for sentence in verify(place).damage if "00001" in sentence)
+    assert sorted(damaged_files(writer, 1)) == sorted(sentence for sentence in verify(place).damage if "00001" in sentence)
     assert len(verify(place).damage) == 3
     for shard in (0, 1):
         commit(writer, shard, random_sequences(shard, 4), repair=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from knowledge_store.errors import DamageError, InputError, MissingFileError
@@ -12,7 +13,15 @@ from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, open_storage
-from knowledge_store.writing.writer import DumpWriter, repair_manifest, repair_store_file
+from knowledge_store.writing.repair import (
+    damaged_files,
+    repair_manifest,
+    repair_shard,
+    repair_store_file,
+    repair_tokens,
+    tokens_damage,
+)
+from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.preconditions import check_place, check_request
@@ -51,7 +60,7 @@ def repair(
     if existing is not None:
         writer = DumpWriter(storage, existing)
         pending = _damaged(writer, range(rank, existing.shard_count, world_size), reporter)
-        if not pending and not writer.tokens_damage():
+        if not pending and not tokens_damage(writer):
             shards = range(rank, existing.shard_count, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
     dtype = check_place(config, storage, existing)
@@ -69,14 +78,14 @@ def repair(
     tokens = tokens_table(*teacher.tokens())
     made_again = existing is None and repair_manifest(storage, planned)
     writer = DumpWriter.open(storage, planned, tokens)
-    if writer.repair_tokens(tokens):
+    if repair_tokens(writer, tokens):
         reporter.note(f"Repaired: {storage.locate(tokens_file(config.dump_name))} was damaged, and is written again")
     shards = range(rank, writer.manifest.shard_count, world_size)
     if made_again:
         reporter.note(f"Repaired: {storage.locate(manifest_file(config.dump_name))} was damaged, and is written again")
         pending = _damaged(writer, shards, reporter)
     started = time.monotonic()
-    repaired = dump_shards(config, teacher, reader, None, writer, pending, writer.repair, reporter)
+    repaired = dump_shards(config, teacher, reader, None, writer, pending, partial(repair_shard, writer), reporter)
     return DumpReport(
         dump=writer.manifest.dump,
         shards=repaired.shards,
@@ -110,7 +119,7 @@ def _damaged(writer: DumpWriter, shards: range, reporter: Reporter) -> list[int]
     damaged = []
     with reporter.progress(f"checking {writer.manifest.dump}", len(shards), "shards") as advance:
         for shard in shards:
-            sentences = writer.damaged(shard)
+            sentences = damaged_files(writer, shard)
             for sentence in sentences:
                 reporter.note(f"Damage: {sentence}")
             if sentences:

@@ -52,7 +52,7 @@ def dump_shards(
         reader: of the shards. first: one that has been read already.
         writer: of the dump.
         pending: the shards.
-        publish: `writer.commit` or `writer.repair`; `commit` passes over a shard that another worker has committed.
+        publish: `writer.commit`, or a repair; `commit` passes over a shard that another worker has committed.
         reporter: hears of progress, and of how much was committed when Ctrl-C ends it.
 
     Returns:

@@ -16,6 +16,7 @@ from knowledge_store.format.layout import COMMITS, SEQUENCES, commit_shard, tabl
 from knowledge_store.format.sequences import WINDOW_BITS, tokens_table
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from knowledge_store.terminal.console import command_errors
+from knowledge_store.writing.repair import damaged_files
 
 DUMP = "small"
 SHARDS = 3
@@ -54,7 +55,7 @@ def repair_dump(store: Path, acknowledge: Callable[[int], None] = lambda shard: 
     """Repair what is damaged of the small dump, as `--repair` does, and acknowledge each shard that is sound then."""
     writer = DumpWriter.open(store, make_manifest(DUMP, shards=SHARDS), tokens_table(words(11), words(11)))
     for shard in range(SHARDS):
-        if writer.damaged(shard):
+        if damaged_files(writer, shard):
             commit(writer, shard, random_sequences(shard, SIZES[shard], longest=64), repair=True)
         acknowledge(shard)
 
