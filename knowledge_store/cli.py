@@ -209,7 +209,7 @@ def verify(
 
 @command(app)
 def reindex(store: StoreArgument) -> None:
-    """Build the index anew from the commit records. Never needed: opening a store rebuilds a missing or outdated one.
+    """Build the index again from the commit records. Never needed: opening a store rebuilds a missing or outdated one.
 
     Example: `knowledge-store reindex knowledge/`
     """
@@ -229,14 +229,53 @@ def remove(
     Example: `knowledge-store remove knowledge/ smollm2-books`
     """
     opened = _open(store)
-    name = opened.dump(dump)
-    summary = next(each for each in opened.info() if each.dump == name)
-    question = f"Remove {name}: {summary.positions:,} positions, {byte_size(summary.bytes)}, for good?"
+    name = dump if dump in opened.closed else opened.dump(dump)
+    held = "it cannot be read"
+    for summary in opened.info():
+        if summary.dump == name:
+            held = f"{summary.positions:,} positions, {byte_size(summary.bytes)}"
+    question = f"Remove {name}: {held}, for good?"
     if not yes and not typer.confirm(question, default=False, err=True):
         note("Nothing was removed")
         raise typer.Exit(1)
     opened.remove(name)
     output.print(f"Removed {name}", markup=False)
+
+
+@command(app)
+def rename(
+    store: StoreArgument,
+    old: Annotated[str, typer.Argument(metavar="OLD", help="The dump's name.", autocompletion=_dump_names)],
+    new: Annotated[str, typer.Argument(metavar="NEW", help="Its new name.")],
+) -> None:
+    """Rename a dump, in a store that is a local folder.
+
+    Nothing may write to the dump at the same time. A rename that was cut off is finished by the same command.
+
+    Example: `knowledge-store rename knowledge/ smollm2-books books`
+    """
+    _open(store).rename(old, new)
+    output.print(f"Renamed {old} to {new}", markup=False)
+
+
+@command(app)
+def copy(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The store to copy from.")],
+    destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="The store to copy to; made when missing.")],
+    dump: Annotated[str | None, typer.Option("--dump", help="Copy this dump alone.")] = None,
+) -> None:
+    """Copy the committed shards of dumps into another store; each file's digest is checked on the way.
+
+    The same command again resumes a copy that was cut off, and copies the shards that were committed since.
+
+    Example: `knowledge-store copy knowledge/ /mnt/archive/knowledge/ --dump smollm2-books`
+    """
+    from knowledge_store.writing.copy import copy as copy_dumps
+
+    copied = copy_dumps(source, destination, dump, TerminalReporter())
+    existing = f", {copied.existing:,} existed already" if copied.existing else ""
+    names = ", ".join(copied.dumps) or "no dump"
+    output.print(f"Copied {names}: {copied.shards:,} shards, {byte_size(copied.bytes)}{existing}", markup=False)
 
 
 @command(app)

@@ -9,6 +9,7 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_command
@@ -276,3 +277,46 @@ def test_as_a_process_of_its_own(store, tmp_path):
     assert_refused(run_command("knowledge_store", "info", tmp_path), "there is no store at")
     assert run_command("knowledge_store", "dance", cwd=tmp_path).returncode == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_copy_and_rename(tmp_path):
+    source, destination = write_store(tmp_path / "source", "first"), tmp_path / "destination"
+    write_store(source, "second", seed=1)
+    run = CliRunner()
+
+    def invoke(*words: object) -> Any:
+        return run.invoke(app, [str(word) for word in words])
+
+    copied = invoke("copy", source, destination, "--dump", "first")
+    assert copied.exit_code == 0
+    assert copied.stdout.startswith("Copied first: 2 shards")
+    again = invoke("copy", source, destination)
+    assert again.exit_code == 0
+    assert again.stdout.startswith("Copied first, second: 2 shards") and "2 existed already" in again.stdout
+    assert invoke("verify", destination).exit_code == 0
+    renamed = invoke("rename", destination, "second", "other")
+    assert renamed.exit_code == 0
+    sql = "SELECT * EXCLUDE (dump) FROM positions WHERE dump = '{}' ORDER BY ALL"
+    before, after = KnowledgeStore.open(source), KnowledgeStore.open(destination)
+    assert after.dumps == ("first", "other")
+    assert after.sql(sql.format("other")).equals(before.sql(sql.format("second")))
+    assert invoke("verify", destination).exit_code == 0
+    for words, reason in [
+        (("rename", destination, "third", "x"), "has no dump 'third'"),
+        (("rename", destination, "first", "other"), "other"),
+        (("rename", destination, "first", "a/b"), "cannot name a dump"),
+        (("copy", tmp_path / "nowhere", destination), "there is no store"),
+        (("copy", source, destination, "--dump", "third"), "has no dump 'third'"),
+    ]:
+        refused = invoke(*words)
+        assert refused.exit_code == 2 and reason in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_copy_says_which_dump_is_left_out(tmp_path):
+    source = write_store(tmp_path / "source", "first")
+    write_store(source, "second", seed=1)
+    (source / "second" / "manifest.json").write_text("{}")
+    copied = CliRunner().invoke(app, ["copy", str(source), str(tmp_path / "destination")])
+    assert copied.exit_code == 0
+    assert "second is not copied" in copied.stderr
+    assert KnowledgeStore.open(tmp_path / "destination").dumps == ("first",)

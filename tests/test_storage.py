@@ -245,7 +245,7 @@ def test_copy(place, other, tmp_path):
     write_store(place, "second")
     target = new_place(other, tmp_path / "target")
     done = copy(place, target, "first")
-    assert (done.dumps, done.shards, done.standing) == (("first",), 3, 0)
+    assert (done.dumps, done.shards, done.existing) == (("first",), 3, 0)
     assert KnowledgeStore.open(target).dumps == ("first",)
     change(target, "first/commits/00001.json", None)  # as if it had been cut off
     change(target, "first/commits/00002.json", None)

@@ -25,13 +25,13 @@ class Copied:
     Attributes:
         dumps: their names.
         shards: copied now.
-        standing: shards that were in the destination already.
+        existing: shards that were in the destination already.
         bytes: of the shards copied now.
     """
 
     dumps: tuple[str, ...]
     shards: int
-    standing: int
+    existing: int
     bytes: int
 
 
@@ -56,9 +56,11 @@ def copy(
     origin, target = open_storage(source), open_storage(destination)
     store = KnowledgeStore.open(origin, cache_size=0)
     names = store.dumps if dump is None else (store.dump(dump),)
+    for name, reason in store.closed.items() if dump is None else ():
+        reporter.note(f"{name} is not copied: {reason}")
     create_store(target)
     records = {name: commit_records(origin, name) for name in names}
-    shards = standing = size = 0
+    shards = existing = size = 0
     with reporter.progress("copying", sum(map(len, records.values())), "shards") as advance:
         for name in names:
             manifest = read_manifest(origin, name)
@@ -66,12 +68,12 @@ def copy(
             committed = commit_records(target, name)
             for shard in records[name]:
                 if shard in committed:
-                    standing += 1
+                    existing += 1
                 else:
                     size += _copy_shard(origin, target, manifest, shard)
                     shards += 1
                 advance(1)
-    return Copied(tuple(names), shards, standing, size)
+    return Copied(tuple(names), shards, existing, size)
 
 
 def _copy_beginning(origin: Storage, target: Storage, manifest: Manifest) -> None:
