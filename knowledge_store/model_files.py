@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from knowledge_store.errors import InputError
 
 MAX_BYTES = 64 * 2**20  # of an index or a configuration
 ADAPTER = "adapter_config.json"
 MAX_LAYERS = 10_000  # several times as many as any model has; libraries would make as many as they are told to
-GGUF_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # of a number, by its type
-GGUF_WHOLE = {2: "H", 3: "h", 4: "I", 5: "i", 10: "Q", 11: "q"}  # numbers of layers may be, as `struct` names them
-GGUF_TEXT, GGUF_LIST = 8, 9
 
 
 def hub_folder(model: str, others: tuple[str, ...] = (), gguf_file: str | None = None) -> Path:
@@ -64,47 +60,6 @@ def check_gguf(folder: Path, name: str) -> None:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     if magic != b"GGUF":
         raise InputError(f"{path} cannot be loaded: it is not a GGUF file")
-    # What else is wrong with it, the library that loads it says.
-    with suppress(OSError, ValueError, OverflowError, RecursionError, struct.error), open(path, "rb") as file:
-        for key, value in _gguf_numbers(file):
-            _check_layers(key.endswith(".block_count"), key, value, path)
-
-
-def _gguf_numbers(file: IO[bytes]) -> Iterator[tuple[str, int]]:
-    """The names and values of a GGUF file's whole numbers, to which lists of one count as to those who load it.
-
-    The layout is the GGUF specification's: magic, version, number of tensors, number of pairs, and the pairs, each a name, a
-    type and a value. A big-endian file is told by its version.
-    """
-    file.seek(4)
-    order = "<" if struct.unpack("<I", file.read(4))[0] & 0xFFFF else ">"
-
-    def number(code: str) -> int:
-        found: int = struct.unpack(order + code, file.read(struct.calcsize(order + code)))[0]
-        return found
-
-    def skip(kind: int, count: int) -> None:
-        if kind in GGUF_BYTES:
-            file.seek(count * GGUF_BYTES[kind], os.SEEK_CUR)
-        elif kind in (GGUF_TEXT, GGUF_LIST):
-            for _ in range(count):
-                if kind == GGUF_TEXT:
-                    file.seek(number("Q"), os.SEEK_CUR)
-                else:
-                    skip(number("I"), number("Q"))
-        else:
-            raise ValueError(f"no type of GGUF has the number {kind}")
-
-    number("Q")
-    for _ in range(number("Q")):
-        key = file.read(min(number("Q"), MAX_BYTES)).decode(errors="replace")
-        kind, count = number("I"), 1
-        if kind == GGUF_LIST:
-            kind, count = number("I"), number("Q")
-        if kind in GGUF_WHOLE and count == 1:
-            yield key, number(GGUF_WHOLE[kind])
-        else:
-            skip(kind, count)
 
 
 def check_weights(folder: Path) -> None:
