@@ -230,7 +230,7 @@ HARMLESS = {
 # Many rows: DuckDB looks at its limits between them.
 ROW_BOMBS = {
     "cross join": "SELECT count(*) FROM range(1000000) a, range(1000000) b, range(1000000) c WHERE a.range + b.range = c.range",
-    "cross join of the store": "SELECT count(a.dump) FROM positions a, positions b, positions c, positions d, positions e",
+    "cross join of the store": f"SELECT count(p0.dump) FROM {', '.join(f'positions p{n}' for n in range(9))}",
     "endless recursion": "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT max(n) FROM t",
     "doubling recursion": "WITH RECURSIVE t(s) AS (SELECT 'x' UNION ALL SELECT s || s FROM t) SELECT max(length(s)) FROM t",
     "branching recursion": "WITH RECURSIVE t AS (SELECT 1 AS n UNION ALL SELECT n + m FROM t, range(9) r(m)) FROM t",

@@ -17,6 +17,7 @@ from knowledge_store import DumpWriter
 from knowledge_store.errors import StoreError
 from teacher_dump import DumpConfig, dump, repair
 from teacher_dump.dumping import publishing, teacher_pass
+from teacher_dump.dumping import repair as repair_module
 from teacher_dump.dumping.publishing import ShardPublisher
 
 SHARDS = 4
@@ -78,8 +79,8 @@ def test_while_the_last_shard_is_published_and_waited_for(config, loaded_teacher
         for path in config.store.glob("d/positions/*.parquet"):
             path.unlink()
     waits, wait = threading.Semaphore(0), ShardPublisher._wait
-    name = "commit" if call is dump else "repair"
-    publish = getattr(DumpWriter, name)
+    home, name = (DumpWriter, "commit") if call is dump else (repair_module, "repair_shard")
+    publish = getattr(home, name)
 
     def waited(publisher) -> None:
         waits.release()
@@ -96,7 +97,7 @@ def test_while_the_last_shard_is_published_and_waited_for(config, loaded_teacher
         return publish(writer, shard)
 
     monkeypatch.setattr(ShardPublisher, "_wait", waited)
-    monkeypatch.setattr(DumpWriter, name, pressing)
+    monkeypatch.setattr(home, name, pressing)
     check_stopped(config, loaded_teacher, SHARDS, call)
 
 
