@@ -169,17 +169,17 @@ class KnowledgeStore:
             InputError: there is no such dump, or there are several and none was named.
             DamageError, StoreError: it is closed (see `closed`).
         """
-        damaged = [each for each, error in self._closed.items() if isinstance(error, DamageError) or not self._manifests]
-        if name is None and len(self._manifests) + len(damaged) == 1:
-            name = [*self._manifests, *damaged][0]
-        there = ", ".join(self._manifests) or "none"
         if name is None:
-            raise InputError(f"name a dump of {self.storage.address} (there: {there})")
+            damaged = [each for each, error in self._closed.items() if isinstance(error, DamageError) or not self._manifests]
+            candidates = [*self._manifests, *damaged]
+            if len(candidates) != 1:
+                raise InputError(f"name a dump of {self.storage.address} (there: {', '.join(self._manifests) or 'none'})")
+            name = candidates[0]
+        if name in self._manifests:
+            return name
         if name in self._closed:
             raise type(self._closed[name])(str(self._closed[name]))
-        if name not in self._manifests:
-            raise InputError(f"{self.storage.address} has no dump {name!r} (there: {there})")
-        return name
+        raise InputError(f"{self.storage.address} has no dump {name!r} (there: {', '.join(self._manifests) or 'none'})")
 
     def manifest(self, dump: str | None = None) -> Manifest:
         """What a dump is."""
