@@ -151,7 +151,7 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
     from student_train.training.arguments import schedule, training_arguments
     from student_train.training.configuration import TrainConfig, check_config
-    from student_train.training.data import DistillationDataset
+    from student_train.training.dataset import DistillationDataset
     from student_train.training.trainer import DistillationTrainer
 
     class OneBatch(DistillationDataset):

@@ -52,7 +52,7 @@ from knowledge_store.format.manifest import read_manifest
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.positions import PositionsParameters
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 from knowledge_store.storage.local import LocalStorage
 from knowledge_store.terminal.progress import progress_bar
 

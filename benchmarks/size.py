@@ -42,8 +42,8 @@ from knowledge_store.format.parquet import COUNTING, TEXT, Columns, write_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.field import PLAIN, SPLIT
-from knowledge_store.kinds.packing import ZERO, id_bytes, packed_ids, quantise
 from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds.positions.packing import ZERO, id_bytes, packed_ids, quantise
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer

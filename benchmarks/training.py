@@ -37,7 +37,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measurement import RESULTS, keep
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.sliced import Share, sliced_loss, sum_over_slices
 from student_train.losses.targets import Batch, select_targets

@@ -23,11 +23,11 @@ from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader, shard_files
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.answers import visible
+from knowledge_store.sql.dump_views import dump_views
 from knowledge_store.sql.export import export
 from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.query import Parameters, read_tokens, run_query
-from knowledge_store.sql.view import dump_views
 from knowledge_store.storage import Storage, open_storage
 
 
@@ -245,7 +245,7 @@ class KnowledgeStore:
         return run_query(*self.parts, query, memory_limit, timeout, parameters)
 
     def view(self, dump: str | None = None) -> str:
-        """SQL statements that create a dump's relations in any DuckDB, over the committed files (see `sql.view`)."""
+        """SQL statements that create a dump's relations in any DuckDB, over the committed files (see `sql.dump_views`)."""
         return dump_views(self.storage, self._index, self.manifest(dump))
 
     def export(

@@ -47,9 +47,10 @@ if TYPE_CHECKING:
     from student_train.losses.targets import Targets, select_targets
     from student_train.report.report import write_report
     from student_train.training.configuration import TrainConfig
-    from student_train.training.data import DistillationDataset, check_student, split_ordinals
+    from student_train.training.dataset import DistillationDataset, split_ordinals
     from student_train.training.initialisation import initialise
     from student_train.training.run import TrainResult, train
+    from student_train.training.vocabulary import check_student
 
 # Where each name is defined, one module a line.
 _HOMES = {
@@ -75,7 +76,8 @@ _HOMES = {
     "student_train.losses.targets": "Targets select_targets",
     "student_train.report.report": "write_report",
     "student_train.training.configuration": "TrainConfig",
-    "student_train.training.data": "DistillationDataset check_student split_ordinals",
+    "student_train.training.dataset": "DistillationDataset split_ordinals",
+    "student_train.training.vocabulary": "check_student",
     "student_train.training.initialisation": "initialise",
     "student_train.training.run": "TrainResult train",
 }

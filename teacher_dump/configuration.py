@@ -9,7 +9,7 @@ from pathlib import Path
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
 from knowledge_store.kinds import KINDS
-from knowledge_store.kinds.selection import MAX_DRAWS, NAMES, Selection
+from knowledge_store.kinds.positions.selection import MAX_DRAWS, NAMES, Selection
 from knowledge_store.options import check_options, option
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.

@@ -15,7 +15,7 @@ from knowledge_store.format.parquet import TEXT
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.field import PLAIN, SPLIT
 from knowledge_store.kinds.positions import POSITIONS
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 
 HIDDEN = 576
 

@@ -217,7 +217,7 @@ def test_a_dump_without_a_shard_has_no_batches(tmp_path):
 
 def test_a_small_cache_changes_nothing(folder, monkeypatch, tmp_path):
     monkeypatch.setattr("knowledge_store.reading.reader.MEMORY_BYTES", 1)
-    monkeypatch.setattr("knowledge_store.writing.shard.ROW_GROUP_BYTES", 8 * 2048)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 8 * 2048)
     expected = KnowledgeStore.open(folder)
     small = write_store(tmp_path / "small", shards=3, size=6)
     opened = KnowledgeStore.open(small)

@@ -30,7 +30,7 @@ from knowledge_store.reading.cache import DecodedCache
 def cache(tmp_path, monkeypatch) -> Path:
     """The cache's folder, of this test alone; row groups are small, so that a shard has several."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("knowledge_store.writing.shard.ROW_GROUP_BYTES", 12 * 2048)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 12 * 2048)
     return tmp_path / "cache" / "knowledge-store" / "decoded"
 
 

@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import PositionsParameters
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump import DumpConfig, dump, estimate
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import TokenSequence

@@ -34,9 +34,9 @@ from knowledge_store.format.parquet import FileRecord
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.columns import list_offsets
-from knowledge_store.kinds.packing import quantise
 from knowledge_store.kinds.positions import damage
-from knowledge_store.writing.shard import group_sizes
+from knowledge_store.kinds.positions.packing import quantise
+from knowledge_store.writing.row_groups import group_sizes
 
 POSITIONS_SCHEMA = """\
 required group field_id=-1 schema {
@@ -185,7 +185,7 @@ def test_json_files(tmp_path):
 
 
 def test_row_groups_hold_whole_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr("knowledge_store.writing.shard.ROW_GROUP_BYTES", 20 * 2048)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 20 * 2048)
     store = write_store(tmp_path / "store", shards=1, size=30)
     lengths = pq.read_table(store / "small/sequences/00000.parquet")["length"].to_pylist()
     metadata = pq.read_metadata(store / "small/positions/00000.parquet")

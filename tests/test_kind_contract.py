@@ -68,7 +68,7 @@ def case(request, monkeypatch) -> Case:
 @pytest.fixture
 def store(case, tmp_path, monkeypatch) -> Path:
     """A store of the kind: two shards of several row groups each, and an empty one."""
-    monkeypatch.setattr("knowledge_store.writing.shard.ROW_GROUP_BYTES", 200 if case.kind.row_bytes is None else 12 * 2048)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 200 if case.kind.row_bytes is None else 12 * 2048)
     return write(tmp_path / "store", case)
 
 

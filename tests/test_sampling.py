@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump.extraction.positions import knowledge_of
 from teacher_dump.extraction.sampling import BLOCK, block_sums, counted, draw, independent_points, likeliest, systematic_points
 

@@ -23,7 +23,7 @@ from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds.positions import positions_of
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump import DumpConfig, dump
 
 FIXTURES = Path(__file__).parent / "fixtures"

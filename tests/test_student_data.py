@@ -17,8 +17,9 @@ from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
 from student_train.losses.table import LOSSES
 from student_train.training.configuration import TrainConfig
-from student_train.training.data import DistillationDataset, check_student, describe_dump, padding_batch, split_ordinals
+from student_train.training.dataset import DistillationDataset, describe_dump, padding_batch, split_ordinals
 from student_train.training.knowledge import unused_columns
+from student_train.training.vocabulary import check_student
 
 
 @pytest.fixture

@@ -34,11 +34,11 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from benchmarks.measurement import STUDIES, keep
 from knowledge_store import KnowledgeStore
 from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 from student_train.losses.divergences import cross_entropy
 from student_train.losses.table import LOSSES
 from student_train.losses.targets import Targets, select_targets
-from student_train.training.data import DistillationDataset
+from student_train.training.dataset import DistillationDataset
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.run import dump
 from teacher_dump.extraction.positions import knowledge_of

@@ -42,7 +42,7 @@ from student_train.evaluation.questions import Question, corpus_row, read_questi
 from student_train.losses.head import head_at
 from student_train.losses.table import LOSSES
 from student_train.training.configuration import TrainConfig
-from student_train.training.data import describe_dump
+from student_train.training.dataset import describe_dump
 from student_train.training.knowledge import unused_columns
 from student_train.training.models import load_model, load_tokenizer
 from teacher_dump.corpus.documents import Document

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measurement import STUDIES, keep
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.extraction.sampling import block_sums, draw, independent_points, systematic_points
 from teacher_dump.teachers.local import load_teacher

@@ -1,4 +1,4 @@
-"""Kinds of knowledge: what a table of the store holds. One file a kind; `kind` says what each has to declare.
+"""Kinds of knowledge: what a table of the store holds. One file or folder a kind; `kind` says what each has to declare.
 
 Nothing outside this room knows the columns of a kind.
 """

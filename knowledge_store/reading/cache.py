@@ -146,7 +146,7 @@ def _decoders(manifest: Manifest) -> bytes:
 
 def _sources(folder: Path) -> list[Path]:
     """Python files, or compiled ones where there are no others."""
-    return sorted(folder.glob("*.py")) or sorted(folder.glob("*.pyc"))
+    return sorted(folder.rglob("*.py")) or sorted(folder.rglob("*.pyc"))
 
 
 class DecodedCache:

@@ -30,7 +30,7 @@ from student_train.evaluation.metrics import (
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.head import head_at
 from student_train.losses.targets import Targets, predicting, select_targets
-from student_train.training.data import DistillationDataset
+from student_train.training.dataset import DistillationDataset
 
 # Positions looked at in one go: bounds what the metrics need beyond the logits themselves.
 SLICE = 512

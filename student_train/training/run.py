@@ -20,7 +20,7 @@ from knowledge_store.reporter import SILENT, Reporter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
 from student_train.training.configuration import TrainConfig
-from student_train.training.data import DistillationDataset, check_student, describe_dump, split_ordinals
+from student_train.training.dataset import DistillationDataset, describe_dump, split_ordinals
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run, keeps_candidates, kinds_read, unused_columns
 from student_train.training.models import load_model, load_tokenizer, quieten
@@ -35,6 +35,7 @@ from student_train.training.run_folder import (
     write_json,
 )
 from student_train.training.trainer import DistillationTrainer
+from student_train.training.vocabulary import check_student
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from student_train.losses.step import per_target, run_student, step_loss, token_
 from student_train.losses.table import TEXT, Loss
 from student_train.losses.targets import Targets, predicting_logits, target_tokens, targets_of
 from student_train.training.configuration import TrainConfig
-from student_train.training.data import DistillationDataset, padding_batch
+from student_train.training.dataset import DistillationDataset, padding_batch
 from student_train.training.run_folder import HISTORY_FILE, Checkpoint, write_json
 
 

@@ -25,6 +25,7 @@ from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.preconditions import check_place, check_request
+from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
 
 if TYPE_CHECKING:
@@ -59,9 +60,9 @@ def repair(
     pending: list[int] = []
     if existing is not None:
         writer = DumpWriter(storage, existing)
-        pending = _damaged(writer, range(rank, existing.shard_count, world_size), reporter)
+        pending = _damaged(writer, worker_shards(existing, rank, world_size), reporter)
         if not pending and not tokens_damage(writer):
-            shards = range(rank, existing.shard_count, world_size)
+            shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
     dtype = check_place(config, storage, existing)
 
@@ -80,7 +81,7 @@ def repair(
     writer = DumpWriter.open(storage, planned, tokens)
     if repair_tokens(writer, tokens):
         reporter.note(f"Repaired: {storage.locate(tokens_file(config.dump_name))} was damaged, and is written again")
-    shards = range(rank, writer.manifest.shard_count, world_size)
+    shards = worker_shards(writer.manifest, rank, world_size)
     if made_again:
         reporter.note(f"Repaired: {storage.locate(manifest_file(config.dump_name))} was damaged, and is written again")
         pending = _damaged(writer, shards, reporter)

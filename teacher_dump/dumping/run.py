@@ -12,6 +12,7 @@ from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.preconditions import check_place, check_request, existing_manifest
+from teacher_dump.dumping.remaining import remaining_shards, worker_shards
 from teacher_dump.dumping.report import DumpReport
 
 if TYPE_CHECKING:
@@ -59,14 +60,13 @@ def dump(
     if rank < len(planned.derived.get("shards", ())) and not begun:
         first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
     writer = DumpWriter.open(storage, planned, tokens_table(*teacher.tokens()))
-    shards = range(rank, writer.manifest.shard_count, world_size)
-    pending = [shard for shard in shards if not writer.committed(shard)]
+    pending = remaining_shards(writer, rank, world_size)
     started = time.monotonic()
     committed = dump_shards(config, teacher, reader, first, writer, pending, writer.commit, reporter)
     return DumpReport(
         dump=writer.manifest.dump,
         shards=committed.shards,
-        shards_existing=len(shards) - len(pending),
+        shards_existing=len(worker_shards(writer.manifest, rank, world_size)) - len(pending),
         shards_planned=writer.manifest.shard_count,
         positions=committed.positions,
         seconds=time.monotonic() - started,

@@ -15,7 +15,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import sequence_id
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions import PositionsParameters
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.tokenisation import TokenSequence, describe_tokenizer
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor, Total

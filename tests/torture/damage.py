@@ -121,7 +121,7 @@ def shards_of(seed: int) -> list[tuple[Manifest, list[list[Arrays]]]]:
 
 def make_store(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> Path:
     """Two dumps, one with draws and a calibration, in shards of several row groups, and small blocks; of a corpus `seed`."""
-    monkeypatch.setattr("knowledge_store.writing.shard.ROW_GROUP_BYTES", 20 * 2048)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 20 * 2048)
     monkeypatch.setattr("knowledge_store.format.integrity.BLOCK_BYTES", 512)
     texts = words(VOCABULARY)
     for manifest, shards in shards_of(seed):

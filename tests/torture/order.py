@@ -28,7 +28,7 @@ from stores import commit, make_manifest, random_sequences, words
 from knowledge_store import DumpWriter, KnowledgeStore
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reading.order import shuffled
-from student_train.training.data import DistillationDataset
+from student_train.training.dataset import DistillationDataset
 from torture.heartbeat import beat
 
 WORLDS = (1, 2, 3, 8)
@@ -70,7 +70,7 @@ class _Rank:
         turn = next(self._turn) % len(self._infos)
         # Which sequences come is the question here, not what is in them: nothing is read, nothing becomes a tensor.
         with patch.multiple(
-            "student_train.training.data", get_worker_info=lambda: self._infos[turn], tensors=lambda batch: batch
+            "student_train.training.dataset", get_worker_info=lambda: self._infos[turn], tensors=lambda batch: batch
         ):
             return list(next(self._iterators[turn])["sequence_id"].tolist())
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds.columns import padded_lists
-from knowledge_store.kinds.packing import NO_MASS, quantise, total_mass
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.packing import NO_MASS, quantise, total_mass
+from knowledge_store.kinds.positions.selection import Selection
 
 
 def tokens_match(table: pa.Table, sequences: pa.Table) -> Iterator[str]:

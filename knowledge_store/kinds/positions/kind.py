@@ -35,11 +35,11 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
 from knowledge_store.kinds.columns import Arrays, list_offsets, padded_lists
-from knowledge_store.kinds.display import show
 from knowledge_store.kinds.field import PLAIN, Field
-from knowledge_store.kinds.invariants import invariants, tokens_match
 from knowledge_store.kinds.kind import Codec, Kind, Totals
-from knowledge_store.kinds.packing import (
+from knowledge_store.kinds.positions.display import show
+from knowledge_store.kinds.positions.invariants import invariants, tokens_match
+from knowledge_store.kinds.positions.packing import (
     NO_MASS,
     PACKED,
     SOURCES,
@@ -50,8 +50,9 @@ from knowledge_store.kinds.packing import (
     total_mass,
     unpack_predictions,
 )
-from knowledge_store.kinds.packing import exact_steps as exact_prediction_steps
-from knowledge_store.kinds.selection import Selection
+from knowledge_store.kinds.positions.packing import exact_steps as exact_prediction_steps
+from knowledge_store.kinds.positions.relations import RELATIONS
+from knowledge_store.kinds.positions.selection import Selection
 from knowledge_store.quantities import byte_size
 
 FIELDS = (
@@ -76,19 +77,6 @@ DECODED = (
     *("input_ids", "is_target", "has_knowledge", "token_logprob", "candidate_ids", "candidate_logprobs", "tail_logprob"),
 )
 MAX_EXCESS = 1e-3  # nats by which a teacher's float32 candidates and tail may miss one together
-
-RELATIONS = {
-    "positions": """
-        SELECT {dump} AS dump, rows.*, texts.list[CAST(rows.token_id AS BIGINT) + 1] AS token_text
-        FROM {rows} AS rows, {texts} AS texts""",
-    "candidates": """
-        SELECT dump, sequence_id, "position", rank, token_id, texts.list[CAST(token_id AS BIGINT) + 1] AS token_text, logprob
-        FROM (SELECT {dump} AS dump, sequence_id, "position",
-                     CAST(generate_subscripts(candidate_ids, 1) AS INTEGER) AS rank,
-                     unnest(candidate_ids) AS token_id,
-                     unnest(candidate_logprobs) AS logprob
-              FROM {rows}) AS ranked, {texts} AS texts""",
-}
 
 
 @dataclass(frozen=True)

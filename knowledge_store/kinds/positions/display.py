@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from knowledge_store.kinds.columns import Arrays
-from knowledge_store.kinds.packing import NO_MASS
+from knowledge_store.kinds.positions.packing import NO_MASS
 
 
 def show(knowledge: Arrays, text: Callable[[int], str]) -> tuple[list[str], list[list[str]]]:

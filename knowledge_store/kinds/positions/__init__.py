@@ -1,0 +1,8 @@
+"""The kind `positions`: what the teacher predicted at each position. `kind` declares it; the other files are its parts.
+
+A kind with more to it than one file is a folder like this one.
+"""
+
+from knowledge_store.kinds.positions.kind import POSITIONS, PositionsParameters, damage, exact_steps, positions_of
+
+__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "positions_of"]
