@@ -1,6 +1,6 @@
 """Bytes a position takes in the formats in which other tools keep a teacher's top-k, on the same records.
 
-Each function writes the records in one tool's layout, anew from what that tool's public source says of its files, and measures
+Each function writes the records in one tool's layout, after what that tool's public source says of its files, and measures
 what it wrote: our writing of their layout, not their code. Where the tool leaves a choice to its user, it is the default or the
 recommended one; what depends on the run (padding, file names, how often a file is closed) is left out, in the tool's favour.
 A layout that keeps the token before the first prediction of a sequence does without it: one token in each sequence.

@@ -108,7 +108,7 @@ def peak_memory(config: DumpConfig, teacher: LocalTeacher, bare: bool) -> dict[s
         loaded = torch.cuda.memory_allocated(teacher.device) / 2**20
         torch.cuda.reset_peak_memory_stats(teacher.device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew: loading takes more than is kept
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again: loading takes more than is kept
         loaded = resident("VmRSS")
     if bare:
         run_bare(teacher, batches)

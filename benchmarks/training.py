@@ -45,7 +45,7 @@ from teacher_dump.extraction.positions import knowledge_of
 
 CANDIDATES, DRAWS = 5, 4
 BASELINE = "cross-entropy"
-POSITIONS = 100_000_000  # of the corpus whose hours are told
+POSITIONS = 100_000_000  # of the corpus whose hours are printed
 STUDENTS = (1, 2, 4, 8, 16)
 
 

@@ -16,7 +16,7 @@ MAX_CHARACTERS = 2000
 
 class KnowledgeStoreError(Exception):
     """Base class. The message is one sentence that names the thing and says what to try next, of MAX_CHARACTERS at most: what
-    it quotes may be a stranger's, and of any length."""
+    it quotes may come from anybody, and be of any length."""
 
     def __init__(self, message: str = ""):
         super().__init__(message if len(message) <= MAX_CHARACTERS else f"{message[:MAX_CHARACTERS]}…")
@@ -31,7 +31,7 @@ class StoreError(KnowledgeStoreError):
 
 
 class NewerVersionError(StoreError):
-    """A file of the store is of a newer format version: it is no damage, and nothing here may mend it."""
+    """A file of the store is of a newer format version: that is no damage, and nothing here may repair it."""
 
 
 class MismatchError(StoreError):

@@ -17,7 +17,7 @@ from knowledge_store.errors import InputError
 
 MAX_BYTES = 64 * 2**20  # of an index or a configuration
 ADAPTER = "adapter_config.json"
-MAX_LAYERS = 10_000  # several times as many as any model has; libraries would make as many as they are told to
+MAX_LAYERS = 10_000  # several times as many as any model has; libraries make as many as the file says
 
 
 def hub_folder(model: str, others: tuple[str, ...] = (), gguf_file: str | None = None) -> Path:
@@ -124,7 +124,7 @@ def _check_name(folder: Path, name: Any, where: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object of a model's folder. InputError: it is none."""
+    """A JSON object of a model's folder. InputError: it is not one."""
     try:
         with open(path, "rb") as file:
             found = json.loads(file.read(MAX_BYTES))

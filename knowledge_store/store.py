@@ -35,7 +35,7 @@ def check_store(storage: Storage) -> None:
     """Make sure that a storage holds a store that this version can read.
 
     Raises:
-        StoreError: there is none, or it is some other folder, or of another format version, or cannot be read.
+        StoreError: nothing is there, or it is some other folder, or of another format version, or cannot be read.
         DamageError: its store.json is altered.
     """
     try:
@@ -231,7 +231,7 @@ class KnowledgeStore:
             memory_limit: in bytes, for what the query keeps in memory, and for its answer.
             timeout: in seconds.
             isolated: for a query that somebody else wrote: answer it in a process of its own, which the system holds to the
-                limits (see `isolation`) and which opens the store anew. It takes a third of a second to start. Otherwise
+                limits (see `isolation`) and which opens the store again. It takes a third of a second to start. Otherwise
                 DuckDB watches the limits, and a single long expression can go past them.
 
         Raises:

@@ -79,7 +79,7 @@ class TemperatureFit:
         if self.gain < MIN_GAIN * before["nll"]:
             doubts.append(f"a temperature does not help: {temperature:g} lowers the loss by less than {MIN_GAIN:.1%}")
         elif self.interval is None or self.interval[0] <= 0:
-            doubts.append("the gain may be chance: its 95% interval holds 0 or there is none")
+            doubts.append("the gain may be chance: its 95% interval holds 0 or cannot be told")
         if after["ece_15"] > before["ece_15"]:
             doubts.append("the calibration error is higher with it than without")
         if targets < FEW_TARGETS:

@@ -8,7 +8,7 @@ every step for its whole distribution. Three experiments:
 
 * `fine-tuned`: going on from a student that keeps three of the teacher's five layers and has learnt the text by cross-entropy.
 * `epochs`: from such a student before it has learnt anything, over a small part of the text many times. Draws come out of a
-  store the same in each epoch; `fresh` methods draw anew at every step, which no store can.
+  store the same in each epoch; `fresh` methods draw again at every step, which no store can.
 * `random`: from random weights.
 
 and, on one student, the gradient of every loss against that of full distillation: the angle between them on a batch, and the
@@ -59,7 +59,7 @@ SELECTIONS = {
     **{f"rs-{n}": Selection("random-sampling", 0, n) for n in (6, 22)},
     "top-9": Selection("top-k", 9),
 }
-# Only drawn anew from the teacher, to see how the gradient varies with the number of ids; never dumped.
+# Only drawn again from the teacher, to see how the gradient varies with the number of ids; never dumped.
 ONLY_REDRAWN = {f"rs-{n}": Selection("random-sampling", 0, n) for n in (60, 120)}
 
 
@@ -170,7 +170,7 @@ class Laboratory:
         )
 
     def ids(self, batch: dict[str, Tensor], selection: Selection) -> float:
-        """Different tokens kept at a position, on average, when drawn anew."""
+        """Different tokens kept at a position, on average, when drawn again."""
         _, targets = select_targets(torch.empty(*batch["input_ids"].shape, self.teacher.config.vocab_size), batch)
         weights = self.redrawn(batch, targets, selection, 0).draw_weights
         assert weights is not None

@@ -47,7 +47,7 @@ ERROR_POSITIONS = 1024
 
 
 def squared_errors(logits: Tensor, q: Tensor, config: DumpConfig, key: int, points: Any) -> Tensor:
-    """‖q̂ − q‖² at N positions, float64 (N,), of targets drawn anew; q (N, V) is the softmax in float64."""
+    """‖q̂ − q‖² at N positions, float64 (N,), of targets drawn again; q (N, V) is the softmax in float64."""
     rule = config.rule
     at = torch.from_numpy(points(key, len(logits), rule.draws)) if rule.draws else None
     found = knowledge_of(logits.clone(), torch.zeros(len(logits), dtype=torch.long), rule, at)

@@ -6,7 +6,7 @@ themselves where they are wrong (Shum et al. 2024, arXiv 2408.12168)?
 A small teacher is fine-tuned on CommonsenseQA. A layer-dropped copy of it as it was before learns the same questions in the
 same order by each method, all from one dump. Everything is measured on held-out questions of CommonsenseQA, and on OpenBookQA,
 ARC-Easy and ARC-Challenge, which nobody was trained on. Answers are the options' texts, since a model this small does not learn
-what letters stand for. Everything is kept in the work folder, and the same command goes on from what is there.
+what letters stand for. Everything is kept in the work folder, and the same command resumes from what is there.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ CHECKPOINT_STEPS = 20
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train the student: its name in the table, and what `student-train run` is told."""
+    """A way to train the student: its name in the table, and the options of `student-train run`."""
 
     name: str
     options: tuple[str, ...]
@@ -188,7 +188,7 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def tune_teacher(arguments: argparse.Namespace) -> None:
-    """Fine-tune the teacher on the training corpus by cross-entropy of the completions; goes on from its last checkpoint."""
+    """Fine-tune the teacher on the training corpus by cross-entropy of the completions; resumes from its last checkpoint."""
     work, folder = arguments.work, arguments.work / "teacher"
     torch.manual_seed(arguments.seed)
     tokenizer = load_tokenizer(arguments.teacher, arguments.gguf_file)

@@ -134,7 +134,7 @@ def _file_rows(commit: CommitRecord) -> list[dict[str, object]]:
 
 
 def _load(path: Path) -> Index | None:
-    """The index in a file, or None when there is none that this version can use."""
+    """The index in a file, or None when this version can use nothing there."""
     if not path.is_file():
         return None
     try:

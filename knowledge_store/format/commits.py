@@ -68,7 +68,7 @@ def _check_limits(record: dict[str, Any]) -> None:
     """ValueError: a number of a commit record is one that nothing can be made of, or a statistic has no name for a column."""
     statistics = record["statistics"]
     if len(statistics) > MAX_STATISTICS or not all(map(is_statistic, statistics)):
-        raise ValueError("its statistics are too many, or have names that are none")
+        raise ValueError("its statistics are too many, or have names that cannot be used")
     if not all(abs(value) <= MAX_COUNT for value in statistics.values()):
         raise ValueError("one of its statistics is not possible")
     if not all(0 <= record[name] <= MAX_COUNT for name in ("shard", "first_document", "documents")):

@@ -128,7 +128,7 @@ def check_version(record: dict[str, Any], path: str) -> None:
 
     Raises:
         NewerVersionError: the version is newer; names the file and both versions.
-        StoreError: the version is older, or it is none of this format's files.
+        StoreError: the version is older, or it is no file of this format.
     """
     if record.get("format") != FORMAT_NAME:
         raise StoreError(f"{path} is not part of a knowledge store")
@@ -171,7 +171,7 @@ def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manife
         any_name: the manifest may say another name than the folder has.
 
     Raises:
-        MissingFileError: there is none.
+        MissingFileError: it is missing.
         DamageError: it is missing, altered, or not shaped as a manifest.
         StoreError: it is of another format version.
     """

@@ -37,7 +37,7 @@ def check_kinds(manifest: Manifest, address: str) -> None:
 
     Raises:
         StoreError: a kind is unknown here, or two of them do not go together.
-        DamageError: a kind's parameters are none.
+        DamageError: a kind's parameters cannot be used.
     """
     arrays = dict.fromkeys(BATCH_NAMES, "every batch")
     relations = dict.fromkeys((*RELATIONS, COMMITS), "every store")

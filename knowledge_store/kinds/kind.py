@@ -29,7 +29,7 @@ class Parameters(Protocol):
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Self:
-        """The parameters of a record. ValueError: it is none."""
+        """The parameters of a record. ValueError: it cannot be used."""
         ...
 
 

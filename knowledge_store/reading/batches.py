@@ -50,7 +50,7 @@ class Batches:
 
     @property
     def state(self) -> dict[str, int]:
-        """Where all ranks stand after the batches yielded so far; `store.batches(…, **state)` goes on from there, with any
+        """Where all ranks stand after the batches yielded so far; `store.batches(…, **state)` resumes there, with any
         number of ranks. `snapshot` stands for the dump's sequences: a dump that has others now is read in another order,
         and refused."""
         plan = self._plan
@@ -92,5 +92,5 @@ def check_snapshot(dump: str, found: int, expected: int | None) -> None:
     """
     if expected not in (None, found):
         raise InputError(
-            f"dump {dump!r} has other sequences than when this order was begun (it may have grown): begin anew, without a state"
+            f"dump {dump!r} has other sequences than when this order was begun (it may have grown): begin again without a state"
         )

@@ -113,7 +113,7 @@ def _contents(name: str, starts: np.ndarray, arrays: Arrays) -> bytes:
 
 
 def _read_group(path: str) -> _Group | None:
-    """The header of a file, or None when there is none that can be trusted."""
+    """The header of a file, or None when it cannot be trusted."""
     try:
         with open(path, "rb") as file:
             length, checksum = (int.from_bytes(file.read(4), "little") for _ in range(2))

@@ -191,7 +191,7 @@ class DumpReader:
         return rows, hashes["token_hash"][within].as_py()
 
     def _place(self, ordinal: int) -> tuple[int, int]:
-        """The shard that a sequence is in, and its number there (InputError: there is none)."""
+        """The shard that a sequence is in, and its number there (InputError: there is no such sequence)."""
         if not 0 <= ordinal < len(self):
             raise InputError(f"dump {self.manifest.dump!r} has no sequence {ordinal}: it has {len(self)}, counted from 0")
         place = bisect_right(self._first_ordinal, ordinal) - 1

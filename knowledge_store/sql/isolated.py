@@ -2,7 +2,7 @@
 
 DuckDB looks at its limits of memory and time between rows. One long expression (`repeat('x', 2000000000)`, a list of a billion
 numbers, two long strings compared) goes past both. So such SQL is read, run and put into words by a child, whose memory and
-time the system limits. DuckDB is told four fifths of the memory, so as to say what it lacked while there is room to say it.
+time the system limits. DuckDB's own limit is four fifths of the memory: it can then still say what it lacked.
 
 Before, the child opens the store, which may be somebody else's too, and has limits of its own for that: generous ones
 (OPENING_MEMORY, OPENING_TIME, or the query's where those are larger), since a large store whose index is out of date takes its
@@ -63,14 +63,14 @@ def asked(
         form: ARROW (an Arrow stream), or a Format.
         memory_limit: in bytes, for all that the query needs, its answer and its text included.
         timeout: in seconds.
-        remark: is told what a person should know of the answer.
+        remark: called with what a person should know of the answer.
         parameters: of the statement (see `query.Query`), as JSON has them.
 
     Yields:
         the answer, as it comes.
 
     Raises:
-        InputError: a limit is none.
+        InputError: a limit cannot be used.
         KnowledgeStoreError: as `KnowledgeStore.open` and `KnowledgeStore.sql`, when all there is of the answer was read.
     """
     check_limits(memory_limit, timeout)

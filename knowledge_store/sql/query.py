@@ -338,10 +338,10 @@ def run_query(
 ) -> pa.Table:
     """Answer one SELECT statement, in this process.
 
-    What DuckDB does row by row ends with its time. What it does not look up from (planning a statement of some thousand parts,
-    one long expression) goes on behind its caller's back, who has his error all the same, GRACE seconds after the time is over
-    at most. But while DuckDB parses, or looks for the names of tables, it keeps Python's lock, and nothing goes on.
-    Only a process of its own holds a stranger's SQL to its time (see `isolation`).
+    What DuckDB does row by row ends with its time. What it does not interrupt (planning a statement of some thousand parts,
+    one long expression) continues in the background, and the caller gets an error all the same, at most GRACE seconds after the
+    time is over. But while DuckDB parses, or looks for the names of tables, it keeps Python's lock, and all threads wait.
+    Only a process of its own limits the time of SQL that may come from anybody (see `isolation`).
 
     Args:
         memory_limit: in bytes, for what DuckDB keeps while it answers, and for the answer.
@@ -349,7 +349,7 @@ def run_query(
         parameters: as of `Query`.
 
     Raises:
-        InputError: a limit is none.
+        InputError: a limit cannot be used.
         QueryError: it is refused, DuckDB cannot run it, or it needs more than its limits.
         DamageError: a file it reads is not what was published.
     """

@@ -167,7 +167,7 @@ class DumpWriter:
         """Make sure that the dump is still the one that was opened: files of one dump must not end up in another.
 
         Raises:
-            StoreError: it was removed, or removed and made anew from something else.
+            StoreError: it was removed, or removed and made again from something else.
         """
         try:
             unchanged = self.storage.read(manifest_file(self.dump)) == self._standing

@@ -78,7 +78,7 @@ def _float64(values: Any) -> np.ndarray:
 
 
 def negative_log_likelihood(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """−log softmax(logits / temperature)[label]: (N, C) and (N,) to (N,) nats; a class of logit −inf is none."""
+    """−log softmax(logits / temperature)[label]: (N, C) and (N,) to (N,) nats; a logit of −inf stands for no class."""
     scaled = np.asarray(logits, np.float64) / temperature
     return log_sum_exp(scaled) - scaled[np.arange(len(scaled)), labels]
 
@@ -95,7 +95,7 @@ def brier_from_sums(squares: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """softmax(logits / temperature) over the last axis, float64; a class of logit −inf is none."""
+    """softmax(logits / temperature) over the last axis, float64; a logit of −inf stands for no class."""
     scaled = np.asarray(logits, np.float64) / temperature
     return np.exp(scaled - log_sum_exp(scaled)[..., None])
 

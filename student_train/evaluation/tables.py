@@ -59,7 +59,7 @@ def remarks(result: dict[str, Any]) -> Iterator[str]:
         )
     scaled = result.get("post_hoc", {})
     if any(figures.get("at_edge") for figures in scaled.values() if isinstance(figures, dict)):
-        yield "A fitted temperature is at the edge of its range: the best one lies beyond, or there is none."
+        yield "A fitted temperature is at the edge of its range: the best one lies beyond it, or does not exist."
     fitted_on = scaled.get("questions", MIN_QUESTIONS)
     if fitted_on < MIN_QUESTIONS:
         yield f"The temperature is fitted on {fitted_on:,} questions, which are few: use {MIN_QUESTIONS} or more."

@@ -1,6 +1,6 @@
 """What happens at Ctrl-C in training.
 
-1. The first Ctrl-C (or SIGTERM, which schedulers send) only sets `trainer.stop_asked`; the step that is running goes on.
+1. The first Ctrl-C (or SIGTERM, which schedulers send) only sets `trainer.stop_asked`; the step that is running is finished.
 2. When the trainer draws the batches of its next step, all processes agree to stop after it (`get_batch_samples`).
 3. At the end of that step a checkpoint is saved and training stops (`on_step_end` of the trainer's callback).
 4. `run.train` returns a result that is not finished, whose step is that of the checkpoint, and the command ends with code 130.

@@ -29,7 +29,7 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     """The tokenizer of a model folder or hub id.
 
     Raises:
-        InputError: there is none, or it cannot be read; the message names the model.
+        InputError: it is missing or cannot be read; the message names the model.
     """
     quieten()
     check_model_folder(model, gguf_file)
@@ -49,7 +49,7 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
             the model can be trained and saved.
 
     Raises:
-        InputError: there is none, or it cannot be read; the message names the model.
+        InputError: it is missing or cannot be read; the message names the model.
     """
     quieten()
     check_model_folder(model, gguf_file)

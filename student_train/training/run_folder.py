@@ -148,7 +148,7 @@ def prepare_output(output: Path, checkpoint: Checkpoint | None) -> None:
 
 
 def read_run(folder: Path) -> Record:
-    """What a run wrote of itself before its first step; empty when there is none. Raises InputError."""
+    """What a run wrote of itself before its first step; empty when it wrote nothing. Raises InputError."""
     return read_record(folder / RUN_FILE, ("identity", "config"), "record of a training run")
 
 

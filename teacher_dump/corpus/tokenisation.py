@@ -36,7 +36,7 @@ class TokenSequence:
         document: where it comes from; window: its place among the document's sequences.
         token_ids: int64 (L,), L at least 2.
         is_target: bool (L,); never true at position 0, which nothing predicts.
-        truncated: whether the document went on after max_length.
+        truncated: whether the document continues after max_length.
     """
 
     document: Document

@@ -21,7 +21,7 @@ def check_request(config: DumpConfig, storage: Storage, rank: int, world_size: i
     """Make sure that what a call of `dump` or `repair` was given can be used.
 
     Raises:
-        InputError: the rank is none, or a file of the corpus or the calibration cannot be used.
+        InputError: the rank is not one of the world size, or a file of the corpus or the calibration cannot be used.
         NewerVersionError: something of the dump has a newer format version.
         DamageError: its `commits` is not a folder, or the calibration is damaged.
         StoreError: one of the dump's records cannot be read.
@@ -72,7 +72,7 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
 
 
 def existing_manifest(storage: Storage, dump: str) -> Manifest | None:
-    """The manifest of a dump; None where there is none.
+    """The manifest of a dump; None where it is missing.
 
     Raises:
         DamageError: it is damaged.

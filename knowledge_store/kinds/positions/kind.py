@@ -114,7 +114,7 @@ class PositionsParameters:
         """The parameters of a manifest.
 
         Raises:
-            ValueError: they are none.
+            ValueError: they cannot be used.
         """
         shape = {"selection": {"name": str}, "quantisation_step": int | float, "calibration": {}, "keep_context": bool}
         check_shape(record, shape, "positions")
@@ -248,7 +248,7 @@ def decode(table: pa.Table) -> Arrays:
         dump tail_logsumexp float32 (N,).
 
     Raises:
-        ValueError: what cannot be missing is, or log-probabilities are none.
+        ValueError: what cannot be missing is, or numbers are not log-probabilities.
     """
     for name in ("token_id", "is_target"):
         if table[name].null_count:
