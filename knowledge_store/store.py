@@ -23,7 +23,7 @@ from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader, shard_files
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.answers import visible
-from knowledge_store.sql.dump_views import dump_views
+from knowledge_store.sql.create_statements import create_statements
 from knowledge_store.sql.export import export
 from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
@@ -206,10 +206,14 @@ class KnowledgeStore:
 
         Raises:
             DamageError: the manifest of a dump is damaged: SQL does not answer as if that dump were not there.
+            DamageError, StoreError: every dump is closed.
         """
         for error in self._closed.values():
             if isinstance(error, DamageError):
                 raise DamageError(f"{error}: repair that dump, or remove it, before SQL is asked over all dumps")
+        if not self._manifests:
+            for error in self._closed.values():
+                raise type(error)(str(error))
         return self.storage, self._index, list(self._manifests.values())
 
     def sql(
@@ -245,8 +249,8 @@ class KnowledgeStore:
         return run_query(*self.parts, query, memory_limit, timeout, parameters)
 
     def view(self, dump: str | None = None) -> str:
-        """SQL statements that create a dump's relations in any DuckDB, over the committed files (see `sql.dump_views`)."""
-        return dump_views(self.storage, self._index, self.manifest(dump))
+        """SQL that creates a dump's relations in any DuckDB, over the committed files (see `sql.create_statements`)."""
+        return create_statements(self.storage, self._index, self.manifest(dump))
 
     def export(
         self,

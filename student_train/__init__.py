@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from student_train.losses.sliced import sliced_loss
     from student_train.losses.table import LOSSES, Loss
     from student_train.losses.targets import Targets, select_targets
-    from student_train.report.report import write_report
+    from student_train.report.html import write_report
     from student_train.training.configuration import TrainConfig
     from student_train.training.dataset import DistillationDataset, split_ordinals
     from student_train.training.initialisation import initialise
@@ -74,7 +74,7 @@ _HOMES = {
     "student_train.losses.sliced": "sliced_loss",
     "student_train.losses.table": "LOSSES Loss",
     "student_train.losses.targets": "Targets select_targets",
-    "student_train.report.report": "write_report",
+    "student_train.report.html": "write_report",
     "student_train.training.configuration": "TrainConfig",
     "student_train.training.dataset": "DistillationDataset split_ordinals",
     "student_train.training.vocabulary": "check_student",

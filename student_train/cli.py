@@ -151,7 +151,7 @@ def report(config: ReportConfig) -> None:
     Example: `student-train report runs/fine-tuned runs/distilled --output report.html`
     """
     with _libraries():
-        from student_train.report.report import write_report
+        from student_train.report.html import write_report
 
         page = write_report(config.runs, config.output)
     output.print(str(page), markup=False)

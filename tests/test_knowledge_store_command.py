@@ -320,3 +320,15 @@ def test_a_copy_says_which_dump_is_left_out(tmp_path):
     assert copied.exit_code == 0
     assert "second is not copied" in copied.stderr
     assert KnowledgeStore.open(tmp_path / "destination").dumps == ("first",)
+
+
+def test_sql_says_which_dump_it_does_not_ask(tmp_path):
+    """A folder that was copied by hand is left out of answers, and never in silence; alone, it makes them impossible."""
+    store = write_store(tmp_path / "store", "first")
+    shutil.copytree(store / "first", store / "first copy")
+    asked = CliRunner().invoke(app, ["sql", str(store), "SELECT count(*) AS n FROM shards", "--format", "csv"])
+    assert (asked.exit_code, asked.stdout) == (0, "n\n2\n")
+    assert "not asked" in asked.stderr and "first copy" in asked.stderr
+    shutil.rmtree(store / "first")
+    refused = CliRunner().invoke(app, ["sql", str(store), "SELECT count(*) AS n FROM shards"])
+    assert refused.exit_code == 2 and "first copy" in refused.stderr and len(refused.stderr.splitlines()) == 1

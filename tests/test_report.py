@@ -18,7 +18,7 @@ from knowledge_store.errors import InputError
 from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, group_sums
 from student_train.evaluation.comparison import comparable, differences
 from student_train.evaluation.metrics import describe_answers
-from student_train.report.report import write_report
+from student_train.report.html import write_report
 
 DUMP = {
     "name": "heldout",
@@ -348,7 +348,7 @@ def test_bad_input(tmp_path):
 
 
 def test_it_needs_no_torch():
-    code = "import sys, student_train.report.report; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, student_train.report.html; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -147,6 +147,8 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
                 text.flush()
                 text.detach()
             outlet.flush()
+            sentences = [remark] if remark else []
+            remark = "; ".join([*sentences, *(f"not asked: {reason}" for reason in store.closed.values())])
         except errors.KnowledgeStoreError:
             raise
         except Exception as error:  # SQL from anybody may find ways to fail that nobody thought of

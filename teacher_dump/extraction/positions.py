@@ -100,7 +100,7 @@ def knowledge_of(
 
 
 def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
-    """What the selection keeps of every target position (and context position, where asked for); see `kinds.positions.encode`.
+    """What the selection keeps of every target position (and context position, where asked for); see `kinds.positions`.
 
     Raises:
         UnsoundLogits: a logit is NaN or infinite; names the sequence.

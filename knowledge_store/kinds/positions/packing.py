@@ -1,6 +1,6 @@
 """How a prediction is rounded, and how the table of positions stands on disk: whole steps, and nothing said twice.
 
-`positions.FIELDS` are the table that everything else works with. `pack_predictions` makes the stored columns of what an
+`kind.FIELDS` are the columns that everything else works with. `pack_predictions` makes the stored columns of what an
 extractor gives, `unpack_predictions` makes the table of those, and VIEW is the same in SQL. What is rounded is not each
 log-probability but what follows it freely:
 

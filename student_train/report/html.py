@@ -14,9 +14,9 @@ from pathlib import Path
 from knowledge_store.errors import InputError
 from student_train.report import charts
 from student_train.report.evaluations import evaluated
-from student_train.report.page import FRAME, STYLE
 from student_train.report.provenance import provenance
 from student_train.report.runs import Run, folder_names, listed, read_folder, records
+from student_train.report.style import FRAME, STYLE
 from student_train.report.training import costs, learning
 
 

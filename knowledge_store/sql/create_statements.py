@@ -20,7 +20,7 @@ from knowledge_store.storage import Storage
 from knowledge_store.storage.local import LocalStorage
 
 
-def dump_views(storage: Storage, index: Index, manifest: Manifest) -> str:
+def create_statements(storage: Storage, index: Index, manifest: Manifest) -> str:
     """Statements that create the views of one dump: `sequences`, `tokens`, and the relations of its kinds.
 
     Raises:
