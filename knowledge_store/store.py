@@ -163,23 +163,26 @@ class KnowledgeStore:
         return tuple(self._manifests)
 
     def dump(self, name: str | None = None) -> str:
-        """The dump that `name` means; None means the only one.
+        """The dump that `name` means; None means the only one, where no folder is closed.
 
         Raises:
-            InputError: there is no such dump, or there are several and none was named.
+            InputError: there is no such dump, or there are several, closed ones counted, and none was named.
             DamageError, StoreError: it is closed (see `closed`).
         """
         if name is None:
-            damaged = [each for each, error in self._closed.items() if isinstance(error, DamageError) or not self._manifests]
-            candidates = [*self._manifests, *damaged]
+            candidates = [*self._manifests, *self._closed]
             if len(candidates) != 1:
-                raise InputError(f"name a dump of {self.storage.address} (there: {', '.join(self._manifests) or 'none'})")
+                reasons = "".join(f"; {folder} is closed: {error}" for folder, error in self._closed.items())
+                raise InputError(f"name a dump of {self.address} (it has {self._names()}{reasons})")
             name = candidates[0]
         if name in self._manifests:
             return name
         if name in self._closed:
             raise type(self._closed[name])(str(self._closed[name]))
-        raise InputError(f"{self.storage.address} has no dump {name!r} (there: {', '.join(self._manifests) or 'none'})")
+        raise InputError(f"{self.address} has no dump {name!r} (it has {self._names()})")
+
+    def _names(self) -> str:
+        return ", ".join(self._manifests) or "none"
 
     def manifest(self, dump: str | None = None) -> Manifest:
         """What a dump is."""

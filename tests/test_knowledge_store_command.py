@@ -229,7 +229,7 @@ def test_what_is_no_store(tmp_path, command):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["remove", "other"], "has no dump 'other' (there: small)"),
+        (["remove", "other"], "has no dump 'other' (it has small)"),
         (["remove", "../small"], "has no dump '../small'"),
         (["sequence", "0", "--dump", "other"], "has no dump 'other'"),
         (["sequence", "1"], "has no sequence 1"),

@@ -27,12 +27,12 @@ def place(request, tmp_path) -> Path | MemoryStorage:
 
 
 def everything(store: KnowledgeStore) -> tuple:
-    """What is read of a store in every way there is."""
-    batches = [{name: array.tobytes() for name, array in batch.items()} for batch in store.batches(batch_size=3)]
+    """What is read of a store's dump `small` in every way there is."""
+    batches = [{name: array.tobytes() for name, array in batch.items()} for batch in store.batches("small", batch_size=3)]
     rows = store.sql("SELECT * FROM positions ORDER BY sequence_id, position").to_pylist()
     facts = store.sql("SELECT * EXCLUDE (committed_at) FROM shards ORDER BY shard").to_pylist()
-    kept, _ = store.stored(0, "positions")
-    return batches, rows, facts, kept, store.tokens(), store.sequences()
+    kept, _ = store.stored(0, "positions", "small")
+    return batches, rows, facts, kept, store.tokens("small"), store.sequences("small")
 
 
 # The calls
@@ -177,6 +177,8 @@ def test_a_copy_under_another_name_is_closed_and_the_store_is_open(place, tmp_pa
     assert "small copy: closed" in repr(opened)
     with pytest.raises(StoreError, match="belongs to a dump named 'small'"):
         opened.dump("small copy")
+    with pytest.raises(InputError, match=r"name a dump of .*small; small copy is closed: .*belongs to a dump named 'small'"):
+        opened.dump()
     [sentence] = verify(place).damage
     assert "small copy/manifest.json belongs to a dump named 'small'" in sentence
     opened.remove("small copy")
