@@ -244,6 +244,18 @@ def test_a_rename_that_is_cut_off_is_finished(tmp_path, monkeypatch):
     assert not verify(store).damage
 
 
+@pytest.mark.parametrize("harm", ["altered", "of another shard"])
+def test_nothing_is_renamed_where_a_record_cannot_be_used(tmp_path, harm):
+    store = write_store(tmp_path / "store", "old", shards=3)
+    opened = KnowledgeStore.open(store)
+    record = store / "old/commits/00002.json"
+    other = (store / "old/commits/00001.json").read_bytes()
+    record.write_bytes(record.read_bytes()[::-1] if harm == "altered" else other)
+    with pytest.raises(DamageError, match=r"old/commits/00002\.json is damaged"):
+        opened.rename("old", "new")
+    assert storage_of(store).folders("") == ["old"]
+
+
 @pytest.mark.parametrize("other", PLACES)
 def test_copy(place, other, tmp_path):
     write_store(place, "first", shards=3)
