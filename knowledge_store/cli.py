@@ -214,6 +214,8 @@ def reindex(store: StoreArgument) -> None:
     Example: `knowledge-store reindex knowledge/`
     """
     opened = _open(store, rebuild_index=True)
+    for sentence in opened.closed.values():
+        note(f"Closed: {sentence}")
     shards = sum(summary.shards for summary in opened.info())
     output.print(f"Indexed {shards:,} shards of {len(opened.dumps)} dumps", markup=False)
 

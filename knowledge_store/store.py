@@ -78,6 +78,16 @@ def manifest_exists(storage: Storage, folder: str) -> bool:
     return True
 
 
+def _advised(error: KnowledgeStoreError) -> KnowledgeStoreError:
+    """Why a dump is closed, with what to do where it is damaged."""
+    if not isinstance(error, DamageError):
+        return error
+    return type(error)(
+        f"{error}: `knowledge-store verify` names all that is damaged, and `teacher-dump run … --repair`, with what made the"
+        " dump, makes it again"
+    )
+
+
 class KnowledgeStore:
     """A store as it stood when it was opened: shards committed later are seen by opening it again.
 
@@ -94,7 +104,7 @@ class KnowledgeStore:
         closed: dict[str, KnowledgeStoreError] | None = None,
     ):
         self.storage = storage
-        self._closed = closed or {}
+        self._closed = {name: _advised(error) for name, error in sorted((closed or {}).items())}
         self.cache_size = cache_size
         self._manifests = {manifest.dump: manifest for manifest in manifests}
         self._index = index
@@ -115,10 +125,10 @@ class KnowledgeStore:
 
         Raises:
             StoreError: there is no store, or one of another format version.
-            DamageError: a commit record is altered.
+            DamageError: its store.json is altered.
 
-        A dump whose manifest cannot be used (altered, of another name than its folder, with a kind of knowledge that is unknown
-        here) is closed, and the others are open; see `closed`.
+        A dump that cannot be used (its manifest or a commit record is altered or cannot be read, it has another name than its
+        folder, or a kind of knowledge that is unknown here) is closed, and the others are open; see `closed`.
         """
         storage = open_storage(store)
         check_store(storage)
@@ -133,8 +143,9 @@ class KnowledgeStore:
                 continue
             except (DamageError, StoreError, InputError) as error:
                 closed[name] = error
-        index = refresh(storage, manifests, rebuild=rebuild_index)
-        return cls(storage, manifests, index, cache_size, closed)
+        index, unusable = refresh(storage, manifests, rebuild=rebuild_index)
+        manifests = [manifest for manifest in manifests if manifest.dump not in unusable]
+        return cls(storage, manifests, index, cache_size, {**closed, **unusable})
 
     def __enter__(self) -> KnowledgeStore:
         return self
@@ -208,16 +219,20 @@ class KnowledgeStore:
         """What a `Query` needs to know of it.
 
         Raises:
-            DamageError: the manifest of a dump is damaged: SQL does not answer as if that dump were not there.
+            DamageError: a manifest or a commit record is damaged: SQL does not answer as if its dump were not there.
             DamageError, StoreError: every dump is closed.
         """
-        for error in self._closed.values():
-            if isinstance(error, DamageError):
-                raise DamageError(f"{error}: repair that dump, or remove it, before SQL is asked over all dumps")
+        self._refuse_damage("SQL is refused")
         if not self._manifests:
             for error in self._closed.values():
                 raise type(error)(str(error))
         return self.storage, self._index, list(self._manifests.values())
+
+    def _refuse_damage(self, consequence: str) -> None:
+        """DamageError: a dump is damaged, so that no answer over all dumps would be true."""
+        for error in self._closed.values():
+            if isinstance(error, DamageError):
+                raise DamageError(f"{error}; {consequence} until that dump is repaired or removed")
 
     def sql(
         self,
@@ -329,7 +344,8 @@ class KnowledgeStore:
         return Batches(reader, plan)
 
     def __len__(self) -> int:
-        """How many sequences the store holds, all dumps together."""
+        """How many sequences the store holds, all dumps together (DamageError: one of them is damaged)."""
+        self._refuse_damage("sequences are not counted")
         return sum(len(self._reader(name)) for name in self._manifests)
 
     def __getitem__(self, item: int | tuple[str, int]) -> Arrays:
@@ -406,10 +422,7 @@ class KnowledgeStore:
         """
         name = dump if dump in self._closed else self.dump(dump)
         self.storage.remove_folder(name)
-        self._manifests.pop(name, None)
-        self._closed.pop(name, None)
-        self._readers.pop(name, None)
-        self._index = refresh(self.storage, list(self._manifests.values()))
+        self._open_again()
 
     def rename(self, old: str, new: str) -> None:
         """Give a dump another name, where the storage can; what was cut off is finished.
@@ -421,4 +434,7 @@ class KnowledgeStore:
         from knowledge_store.writing.rename import rename_dump  # reading does not need what writes
 
         rename_dump(self.storage, old, new)
+        self._open_again()
+
+    def _open_again(self) -> None:
         self.__dict__.update(KnowledgeStore.open(self.storage, cache_size=self.cache_size).__dict__)

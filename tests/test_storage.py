@@ -201,6 +201,40 @@ def test_a_damaged_manifest_closes_its_dump_and_sql(place):
     assert opened.sql("SELECT count(*) AS n FROM sequences").to_pylist() == [{"n": 8}]
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_an_altered_commit_record_closes_its_dump_and_sql(place, tmp_path, fresh):
+    write_store(place, "sound")
+    write_store(place, "harmed", shards=3)
+    if not fresh:
+        KnowledgeStore.open(place)
+    change(place, "harmed/commits/00001.json", lambda data: data[::-1] + b" ")
+    for _ in range(2):
+        opened = KnowledgeStore.open(place)
+        assert (opened.dumps, list(opened.closed)) == (("sound",), ["harmed"])
+        assert len(list(opened.batches("sound"))) == 1 and [each.dump for each in opened.info()] == ["sound"]
+        advice = r"harmed/commits/00001\.json is damaged.*`knowledge-store verify` .*`teacher-dump run … --repair`"
+        for ask in (opened.manifest, opened.sequences, lambda dump, store=opened: store.batches(dump)):
+            with pytest.raises(DamageError, match=advice):
+                ask("harmed")
+        with pytest.raises(DamageError, match=f"{advice}.*SQL is refused"):
+            opened.sql("SELECT count(*) FROM positions")
+        with pytest.raises(DamageError, match=f"{advice}.*not counted"):
+            len(opened)
+        with pytest.raises(InputError, match=r"name a dump .*sound; harmed is closed"):
+            opened.dump()
+    [sentence] = verify(place).damage
+    assert "harmed/commits/00001.json is damaged" in sentence
+    assert copy(place, tmp_path / "copy").dumps == ("sound",)
+    with pytest.raises(DamageError, match=advice):
+        copy(place, tmp_path / "copy", "harmed")
+    write_store(place, "other")
+    KnowledgeStore.open(place).remove("other")
+    opened = KnowledgeStore.open(place, rebuild_index=True)
+    assert (opened.dumps, list(opened.closed)) == (("sound",), ["harmed"])
+    opened.remove("harmed")
+    assert opened.sql("SELECT count(*) AS n FROM sequences").to_pylist() == [{"n": 8}]
+
+
 # Renaming and copying
 
 
