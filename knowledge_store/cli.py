@@ -191,7 +191,7 @@ def verify(
     from knowledge_store.writing.isolated import verify_isolated
 
     try:
-        found = verify_isolated(str(store), TerminalReporter(), int(memory_limit * 2**30))
+        found = verify_isolated(str(store), TerminalReporter(), memory_limit * 2**30)
     except LimitError as error:
         messages.print(f"Limits: {visible(str(error))}", style="red", markup=False)
         raise typer.Exit(DAMAGED) from None
