@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from knowledge_store.sql.create_statements import create_statements
 from knowledge_store.sql.export import export
 from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.sql.query import Parameters, read_tokens, run_query
+from knowledge_store.sql.parameters import Parameters
+from knowledge_store.sql.query import read_tokens, run_query
 from knowledge_store.storage import Storage, open_storage
 
 
@@ -228,6 +230,11 @@ class KnowledgeStore:
                 raise type(error)(str(error))
         return self.storage, self._index, list(self._manifests.values())
 
+    @property
+    def left_out(self) -> list[str]:
+        """What SQL does not ask, though it is in the store: one sentence for each closed folder."""
+        return [f"not asked: {self.storage.locate(name)} is closed: {error}" for name, error in self._closed.items()]
+
     def _refuse_damage(self, consequence: str) -> None:
         """DamageError: a dump is damaged, so that no answer over all dumps would be true."""
         for error in self._closed.values():
@@ -245,11 +252,13 @@ class KnowledgeStore:
     ) -> pa.Table:
         """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
-        It can write nothing and read nothing but the store, whoever wrote it. Ctrl-C ends it.
+        It can write nothing and read nothing but the store, whoever wrote it. Ctrl-C ends it. Where a folder of the store is
+        closed (see `closed`), though undamaged, the others are asked, and a UserWarning names it and says why.
 
         Args:
             query: the statement.
-            parameters: values for its `?` or `$1`, in order, or by name for its `$name`.
+            parameters: values for its `?` or `$1`, in order, or by name for its `$name`; numpy's numbers too. Where `isolated`,
+                they are numbers, texts, truth values, None, and lists and dicts of them: give a date as text, and cast it.
             memory_limit: in bytes, for what the query keeps in memory, and for its answer.
             timeout: in seconds.
             isolated: for a query that somebody else wrote: answer it in a process of its own, which the system holds to the
@@ -257,14 +266,21 @@ class KnowledgeStore:
                 DuckDB watches the limits, and a single long expression can go past them.
 
         Raises:
-            InputError: a limit is too small.
+            InputError: a limit is too small, or a parameter cannot be passed to another process.
             QueryError: it is not one SELECT statement, would read or write anything else, needs more than its limits, or
                 DuckDB cannot run it.
-            DamageError: a file it reads is not what was published.
+            DamageError: a file it reads is not what was published, or a dump is closed because it is damaged.
+            StoreError: every dump is closed.
         """
+        remarks: list[str] = []
         if isolated:
-            return isolated_answer(self.storage.address, query, memory_limit, timeout, parameters)
-        return run_query(*self.parts, query, memory_limit, timeout, parameters)
+            table = isolated_answer(self.storage.address, query, memory_limit, timeout, parameters, remarks.append)
+        else:
+            table = run_query(*self.parts, query, memory_limit, timeout, parameters)
+            remarks = self.left_out
+        for sentence in remarks:
+            warnings.warn(sentence, stacklevel=2)
+        return table
 
     def view(self, dump: str | None = None) -> str:
         """SQL that creates a dump's relations in any DuckDB, over the committed files (see `sql.create_statements`)."""

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -31,11 +30,11 @@ from knowledge_store.kinds import KINDS
 from knowledge_store.quantities import binary_size
 from knowledge_store.reading.reader import shard_files
 from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.sql.parameters import Parameters, plain_parameters
 from knowledge_store.storage import Storage
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
 LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes
-Parameters = Sequence[Any] | Mapping[str, Any]
 
 QUERY_THREAD = "query"
 GRACE = 1.0  # seconds that a query's caller waits for it to stop, when its time is over
@@ -269,7 +268,7 @@ class Query:
         parameters: Parameters | None = None,
     ):
         _check_statement(connection, sql)
-        self._parameters = parameters
+        self._parameters = plain_parameters(parameters)
         self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
         self._catalogue = catalogue = _Catalogue(storage, index, manifests, connection)
         relations = catalogue.relations()
