@@ -82,10 +82,10 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _readable(column: pa.Field) -> pa.Field:
+def readable(column: pa.Field) -> pa.Field:
     """A column as DuckDB can read it: it knows no float16."""
     if pa.types.is_list(column.type):
-        return pa.field(column.name, pa.list_(_readable(column.type.value_field)))
+        return pa.field(column.name, pa.list_(readable(column.type.value_field)))
     return column.with_type(pa.float32()) if pa.types.is_float16(column.type) else column
 
 
@@ -114,7 +114,7 @@ class _Catalogue:
         """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
         files = shard_files(self._storage, self._index, manifest.dump, table, schema)
-        return dataset(list(files.values()), pa.schema([_readable(column) for column in schema]), self.errors)
+        return dataset(list(files.values()), pa.schema([readable(column) for column in schema]), self.errors)
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""
