@@ -154,6 +154,7 @@ class KnowledgeStore:
 
     def __exit__(self, *error: object) -> None:
         self._readers.clear()
+        self.storage.close()
 
     def __repr__(self) -> str:
         dumps = [f"{each.dump}: {each.sequences:,} sequences, {each.positions:,} positions" for each in self.info()]

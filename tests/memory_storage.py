@@ -103,6 +103,9 @@ class MemoryStorage:
     def remove_leftovers(self, prefix: str) -> None:
         pass
 
+    def close(self) -> None:
+        pass
+
 
 PLACES = ["folder", "memory"]
 

@@ -150,11 +150,20 @@ def test_a_dump_is_removed(place):
     assert storage_of(place).folders("") == ["second"]
 
 
+def opened_below(folder: Path) -> list[str]:
+    """The files of a folder that this process has open."""
+    links = (os.path.realpath(descriptor) for descriptor in Path("/proc/self/fd").iterdir())
+    return [link for link in links if link.startswith(f"{folder}/")]
+
+
 def test_nothing_is_left_open_and_a_store_says_what_it_holds(place):
     write_store(place, shards=2)
     with KnowledgeStore.open(place) as store:
         assert len(store) == 8
+        assert store[0] and store.sql("SELECT count(token_id) FROM positions")
+        assert isinstance(place, MemoryStorage) or opened_below(place)
         assert repr(store) == f"KnowledgeStore({store.address!r}: small: 8 sequences, {store.info()[0].positions} positions)"
+    assert isinstance(place, MemoryStorage) or not opened_below(place)
 
 
 # One dump that cannot be used

@@ -429,6 +429,10 @@ class LocalStorage:
         """Remove those whose writers are gone."""
         remove_leftovers(self.root / prefix)
 
+    def close(self) -> None:
+        """Close the files that are kept open."""
+        self._files.clear()
+
     def make_lasting(self, prefix: str) -> None:
         """Make the names in a folder survive a power cut: whoever published them may have died before."""
         with disk_errors("read", self.root / prefix), suppress(FileNotFoundError):

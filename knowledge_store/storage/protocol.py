@@ -121,3 +121,7 @@ class Storage(Protocol):
     def remove_leftovers(self, prefix: str) -> None:
         """Remove those whose writers are gone."""
         ...
+
+    def close(self) -> None:
+        """Close what is kept open; it can be used again all the same."""
+        ...
