@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -310,8 +311,13 @@ def sequence(
             output.print(Text(line, style="" if number else "bold"))
 
 
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
-    """Entry point of the command."""
+    """Entry point of the command. SIGTERM ends it as Ctrl-C does: unfinished files are removed."""
+    signal.signal(signal.SIGTERM, _interrupt)
     app()
 
 

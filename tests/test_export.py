@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import duckdb
 import pyarrow.parquet as pq
 import pytest
+from conftest import ROOT
 from stores import make_manifest, words, write_store
+from torture.heartbeat import PATIENCE
 from typer.testing import CliRunner
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, QueryError
@@ -150,3 +155,26 @@ def test_info_as_json(store):
         row = rows[dump["dump"]]
         flat = {**dump, **dump["facts"], **dump["statistics"]}
         assert {name: flat[name] for name in row} == row
+
+
+ENDED_EXPORT = """
+import os, signal, sys
+import pyarrow.parquet as pq
+from knowledge_store.cli import main
+
+class Writer(pq.ParquetWriter):
+    def write_batch(self, *arguments):
+        super().write_batch(*arguments)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+pq.ParquetWriter = Writer
+main()
+"""
+
+
+def test_an_export_that_is_ended_leaves_nothing(store, tmp_path):
+    command = [sys.executable, "-c", ENDED_EXPORT, "export", store.address, "other", "--output", tmp_path / "some.parquet"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (130, "Interrupted."), ended.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -300,6 +300,18 @@ def test_nothing_is_renamed_where_a_record_cannot_be_used(tmp_path, harm):
     assert storage_of(store).folders("") == ["old"]
 
 
+def test_a_copy_removes_what_one_that_died_left(tmp_path):
+    source, target = write_store(tmp_path / "source"), tmp_path / "target"
+    copy(source, target)
+    left = [
+        target / folder / ".tmp-00001-0" for folder in (".", "small", "small/positions", "small/sequences", "small/commits")
+    ]
+    for path in left:
+        path.write_bytes(b"half")
+    copy(source, target)
+    assert not any(path.exists() for path in left)
+
+
 @pytest.mark.parametrize("other", PLACES)
 def test_copy(place, other, tmp_path):
     write_store(place, "first", shards=3)

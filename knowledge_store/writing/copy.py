@@ -15,7 +15,7 @@ from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, open_storage
 from knowledge_store.store import KnowledgeStore
-from knowledge_store.writing.writer import create_store
+from knowledge_store.writing.writer import create_store, remove_leftovers
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def copy(
         for name in names:
             manifest = read_manifest(origin, name)
             _copy_beginning(origin, target, manifest)
+            remove_leftovers(target, manifest)
             committed = commit_records(target, name)
             for shard in records[name]:
                 if shard in committed:

@@ -67,6 +67,13 @@ def create_store(storage: Storage) -> None:
     check_store_file(storage)
 
 
+def remove_leftovers(storage: Storage, manifest: Manifest) -> None:
+    """Remove what writers of a dump that died left behind."""
+    dump = manifest.dump
+    for prefix in ("", dump, *(f"{dump}/{table}" for table in (SEQUENCES, *manifest.kinds, COMMITS))):
+        storage.remove_leftovers(prefix)
+
+
 def stored_statistics(kind: Kind, stored: pa.Table, manifest: Manifest) -> dict[str, float]:
     """A kind's statistics over a stored table, by the names that commit records have."""
     return qualified(kind, added(kind, [measured(kind, kind.unpack(stored, manifest), manifest)]))
@@ -159,8 +166,7 @@ class DumpWriter:
                 f"dump {dump!r} in {storage.address} was made differently: {'; '.join(differences)}."
                 " Use what it was made with, or give this dump another --name"
             )
-        for prefix in ("", dump, *(f"{dump}/{table}" for table in (SEQUENCES, *manifest.kinds, COMMITS))):
-            storage.remove_leftovers(prefix)
+        remove_leftovers(storage, standing)
         return cls(storage, standing)
 
     def _check_standing(self) -> None:
