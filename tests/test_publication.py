@@ -19,7 +19,8 @@ from torture.heartbeat import PATIENCE
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, verify
 from knowledge_store.format.parquet import TableFile, publish_table, read_table, write_table
 from knowledge_store.format.sequences import TOKENS_COLUMNS, tokens_table
-from knowledge_store.storage.local import LocalStorage, make_folder, publish, publish_bytes, remove_leftovers
+from knowledge_store.storage import contents
+from knowledge_store.storage.local import LocalStorage, make_folder, publish, remove_leftovers
 
 TOKENS = tokens_table(words(11), words(11))
 
@@ -64,8 +65,8 @@ def temporary_files(folder: Path) -> list[Path]:
 
 def test_a_name_is_given_once(tmp_path):
     path = tmp_path / "file"
-    assert publish_bytes(path, b"first")
-    assert not publish_bytes(path, b"second")
+    assert publish(path, contents(b"first"))
+    assert not publish(path, contents(b"second"))
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -75,7 +76,7 @@ def test_a_name_taken_while_writing(tmp_path):
 
     def write(file):
         file.write(b"slow")
-        publish_bytes(path, b"quick")
+        publish(path, contents(b"quick"))
 
     assert not publish(path, write)
     assert path.read_bytes() == b"quick"
@@ -274,7 +275,7 @@ def test_files_where_folders_should_be(tmp_path):
     with pytest.raises(StoreError, match="other is not a folder"):
         DumpWriter.open(store, make_manifest("other"), TOKENS)
     with pytest.raises(StoreError, match="cannot write"):
-        publish_bytes(tmp_path / "nowhere/file", b"")
+        publish(tmp_path / "nowhere/file", contents(b""))
     assert (tmp_path / "file").read_text() == (store / "other").read_text() == "mine"
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from knowledge_store.storage.local import LocalStorage
-from knowledge_store.storage.protocol import Entry, Storage, Write
+from knowledge_store.storage.protocol import Entry, Storage, Write, contents
 
-__all__ = ["Entry", "Storage", "Write", "open_storage"]
+__all__ = ["Entry", "Storage", "Write", "contents", "open_storage"]
 
 
 def open_storage(store: str | Path | Storage) -> Storage:

@@ -120,16 +120,6 @@ def publish(path: Path, write: Write) -> bool:
     return published
 
 
-def publish_bytes(path: Path, data: bytes) -> bool:
-    """`publish` for contents that are at hand."""
-    return publish(path, lambda file: write_bytes(file, data))
-
-
-def write_bytes(file: BinaryIO, data: bytes) -> None:
-    """Write contents that are at hand."""
-    file.write(data)
-
-
 @contextmanager
 def prepared(path: Path, write: Write) -> Iterator[Path | None]:
     """Write a file that is to take the place of a damaged one, and flush it to the disk.

@@ -30,6 +30,15 @@ class Entry:
     version: str
 
 
+def contents(data: bytes) -> Write:
+    """How bytes that are at hand are written."""
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    return write
+
+
 class Storage(Protocol):
     """Holds the files of one store. Every method raises StoreError where the disk or the network refuses.
 

@@ -18,7 +18,6 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand
 
-from knowledge_store.errors import InputError
 from knowledge_store.options import flag_of, option_of
 from knowledge_store.terminal.console import command_errors, output
 
@@ -121,9 +120,3 @@ def _listed(annotation: Any, default: Any) -> tuple[Any, Any]:
     if get_origin(annotation) is tuple:
         return list[get_args(annotation)[0]], list(default) if isinstance(default, tuple) else default  # type: ignore[misc]
     return annotation, default
-
-
-def check_exists(path: Path, what: str) -> None:
-    """Make sure that a path is there, before anything large is imported for it (InputError)."""
-    if not path.exists():
-        raise InputError(f"there is no {what} {path}")

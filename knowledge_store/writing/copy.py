@@ -13,7 +13,7 @@ from knowledge_store.format.integrity import MAX_READ, FileRecord, check_whole
 from knowledge_store.format.layout import commit_file, manifest_file, table_file, tokens_file
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.reporter import SILENT, Reporter
-from knowledge_store.storage import Storage, open_storage
+from knowledge_store.storage import Storage, contents, open_storage
 from knowledge_store.store import KnowledgeStore
 from knowledge_store.writing.writer import create_store, remove_leftovers
 
@@ -83,8 +83,7 @@ def _copy_beginning(origin: Storage, target: Storage, manifest: Manifest) -> Non
         existing = read_manifest(target, manifest.dump)
     except MissingFileError:
         _copy_file(origin, target, tokens_file(manifest.dump), FileRecord.from_dict(manifest.derived["tokens"]))
-        data = manifest.to_bytes()
-        target.create(manifest_file(manifest.dump), lambda file: file.write(data))
+        target.create(manifest_file(manifest.dump), contents(manifest.to_bytes()))
         existing = read_manifest(target, manifest.dump)
     differences = existing.differences(manifest)
     if differences:
@@ -102,8 +101,7 @@ def _copy_shard(origin: Storage, target: Storage, manifest: Manifest, shard: int
         raise DamageError(complaint)
     for table, record in commit.files.items():
         _copy_file(origin, target, table_file(manifest.dump, table, shard), record)
-    data = commit.to_bytes()
-    target.create(commit_file(manifest.dump, shard), lambda file: file.write(data))
+    target.create(commit_file(manifest.dump, shard), contents(commit.to_bytes()))
     return sum(record.bytes for record in commit.files.values())
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 from knowledge_store.errors import DamageError, InputError, MissingFileError, StoreError
 from knowledge_store.format.commits import commit_records, misplaced, read_commit
 from knowledge_store.format.layout import check_dump_name, commit_file, manifest_file
 from knowledge_store.format.manifest import Manifest, read_manifest
-from knowledge_store.storage import Storage, Write
-from knowledge_store.writing.writer import write_bytes
+from knowledge_store.storage import Storage, Write, contents
 
 
 def rename_dump(storage: Storage, old: str, new: str) -> None:
@@ -29,9 +27,9 @@ def rename_dump(storage: Storage, old: str, new: str) -> None:
     manifest = read_manifest(storage, folder, any_name=folder == new)
     files: list[tuple[str, Write]] = []
     for shard in commit_records(storage, folder):
-        files.append((commit_file(new, shard), partial(write_bytes, data=_renamed(storage, manifest, folder, new, shard))))
+        files.append((commit_file(new, shard), contents(_renamed(storage, manifest, folder, new, shard))))
     # The manifest is last: until then the folder has another name than its manifest, which closes it.
-    files.append((manifest_file(new), partial(write_bytes, data=replace(manifest, dump=new).to_bytes())))
+    files.append((manifest_file(new), contents(replace(manifest, dump=new).to_bytes())))
     if folder == old:
         storage.rename_folder(old, new)
     storage.replace(files)

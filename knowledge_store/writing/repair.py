@@ -29,11 +29,11 @@ from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, r
 from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
 from knowledge_store.kinds import KINDS
-from knowledge_store.storage import Storage, Write, open_storage
+from knowledge_store.storage import Storage, Write, contents, open_storage
 from knowledge_store.store import check_store_file
 from knowledge_store.writing.shard import Shard, StoredTable, pack_shard
 from knowledge_store.writing.verification import shard_damage
-from knowledge_store.writing.writer import DumpWriter, check_committed, stored_statistics, write_bytes
+from knowledge_store.writing.writer import DumpWriter, check_committed, stored_statistics
 
 
 def repair_store_file(store: str | Path | Storage) -> bool:
@@ -51,7 +51,7 @@ def repair_store_file(store: str | Path | Storage) -> bool:
         return False
     except DamageError:
         data = seal({"format": FORMAT_NAME, "version": FORMAT_VERSION})
-        storage.replace([(STORE_FILE, partial(write_bytes, data=data))])
+        storage.replace([(STORE_FILE, contents(data))])
         return True
 
 

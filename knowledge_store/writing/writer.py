@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -39,14 +37,9 @@ from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
 from knowledge_store.kinds import KINDS, Kind, check_kinds
 from knowledge_store.kinds.statistics import added, measured, qualified
-from knowledge_store.storage import Storage, open_storage
+from knowledge_store.storage import Storage, contents, open_storage
 from knowledge_store.store import check_store_file, occupied
 from knowledge_store.writing.shard import Shard, pack_shard
-
-
-def write_bytes(file: BinaryIO, data: bytes) -> None:
-    """Write contents that are at hand."""
-    file.write(data)
 
 
 def create_store(storage: Storage) -> None:
@@ -63,7 +56,7 @@ def create_store(storage: Storage) -> None:
             raise StoreError(
                 f"{storage.address} is a folder with something else in it: name a new or empty folder, or a store"
             ) from None
-    storage.create(STORE_FILE, partial(write_bytes, data=seal({"format": FORMAT_NAME, "version": FORMAT_VERSION})))
+    storage.create(STORE_FILE, contents(seal({"format": FORMAT_NAME, "version": FORMAT_VERSION})))
     check_store_file(storage)
 
 
@@ -156,7 +149,7 @@ class DumpWriter:
                     " that folder"
                 ) from None
             complete = replace(manifest, derived={**manifest.derived, "tokens": record.as_dict()})
-            storage.create(manifest_file(dump), partial(write_bytes, data=complete.to_bytes()))
+            storage.create(manifest_file(dump), contents(complete.to_bytes()))
         # What stands there decides, whoever wrote it: two writers may start the same dump at once.
         commit_records(storage, dump)  # DamageError now, rather than after a shard's work, where it is no folder
         standing = read_manifest(storage, dump)
@@ -226,7 +219,7 @@ class DumpWriter:
                 statistics |= stored_statistics(KINDS[name], standing, self.manifest)
         record = self.record(shard, files, statistics)
         self._check_standing()
-        if self.storage.create(commit_file(self.dump, shard.number), partial(write_bytes, data=record.to_bytes())):
+        if self.storage.create(commit_file(self.dump, shard.number), contents(record.to_bytes())):
             return record
         return read_commit(self.storage, self.dump, shard.number)
 
