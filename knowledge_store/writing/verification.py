@@ -40,11 +40,13 @@ class Verification:
     Attributes:
         damage: one sentence for each thing that is wrong; each names its file.
         notes: things that are no damage: uncommitted files, shards not dumped yet.
-        dumps, shards, positions, bytes: how much was checked.
+        closed: how many of those sentences are of dumps that are closed, though not damaged: no repair helps them.
+        dumps, shards, positions, bytes: how much is sound.
     """
 
     damage: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    closed: int = 0
     dumps: int = 0
     shards: int = 0
     positions: int = 0
@@ -167,6 +169,7 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
         raise
     except (DamageError, StoreError) as error:
         result.damage.append(str(error))
+        result.closed += not isinstance(error, DamageError)
         return
     tokens = TableFile(storage, tokens_file(dump), FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)
     advance(0, reading=f"the vocabulary of {dump}")
@@ -257,8 +260,9 @@ def verify(store: str | Path | Storage, reporter: Reporter = SILENT) -> Verifica
             shards += len(commit_records(storage, dump))
     with reporter.progress("verifying", max(shards, 1), "shards") as advance:
         for dump in dumps:
-            result.dumps += 1
+            before = len(result.damage)
             _check_dump(storage, dump, result, advance)
+            result.dumps += len(result.damage) == before
     for name in storage.folders(""):
         if name not in dumps:
             _check_folder(storage, name, result)
