@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import ROOT
 from stores import make_manifest, random_sequences, sequence_row, words
 
 from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, Shard, verify
@@ -199,3 +200,15 @@ def test_a_padding_is_of_its_field():
     for of_type, padding in ((pa.uint8(), -1), (I64, 0.5), (BOOL, 2)):
         with pytest.raises(InputError, match="does not hold its padding"):
             Field("x", of_type, padding=padding)
+
+
+def test_the_kind_that_the_format_shows(tmp_path, monkeypatch, capsys):
+    """What FORMAT.md says of a kind of one's own runs as it stands, with names of `knowledge_store` alone."""
+    text = (ROOT / "knowledge_store/FORMAT.md").read_text().partition("### A kind of one's own\n")[2]
+    lines = [line.removeprefix("    ") for line in text.splitlines() if line.startswith("    ") or not line]
+    assert not any("knowledge_store." in line for line in lines)
+    monkeypatch.setitem(KINDS, "margins", KINDS["positions"])  # removed again after the test
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines), {"__name__": "document"})
+    assert capsys.readouterr().out.split() == ["[0.", "0.5", "1.5]"]
+    assert verify("toy-store").damage == []
