@@ -202,6 +202,15 @@ def test_a_padding_is_of_its_field():
             Field("x", of_type, padding=padding)
 
 
+def test_a_long_list_in_a_row_group_of_its_own_is_sound(tmp_path, monkeypatch):
+    """What is written by row groups is verified by row groups: padding all lists of a shard to the longest would take much."""
+    monkeypatch.setattr("knowledge_store.kinds.columns.MAX_PADDED", 1000)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 2000)
+    sequences = [{"x": np.zeros((100, 1))}, {"x": [np.arange(200.0)]}]
+    folder = commit(tmp_path, monkeypatch, (Field("x", F64, "ragged"),), sequences)
+    assert verify(folder).damage == []
+
+
 def test_the_kind_that_the_format_shows(tmp_path, monkeypatch, capsys):
     """What FORMAT.md says of a kind of one's own runs as it stands, with names of `knowledge_store` alone."""
     text = (ROOT / "knowledge_store/FORMAT.md").read_text().partition("### A kind of one's own\n")[2]
