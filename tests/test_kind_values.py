@@ -165,6 +165,16 @@ def test_arrays_are_those_of_the_fields(tmp_path, monkeypatch):
         commit(tmp_path / "2", monkeypatch, fields, [{"x": [0.5]}], "sequence")
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_codec_misses_an_array_by_name(tmp_path, place):
+    writer = DumpWriter.open(tmp_path, make_manifest("d", shards=1), TOKENS)
+    sequences = random_sequences(0, 2)
+    rows = [sequence_row(number, each) for number, each in enumerate(sequences)]
+    del sequences[place]["tail_logprob"]
+    with pytest.raises(InputError, match=r"kind 'positions' .*there is no array 'tail_logprob'"):
+        writer.commit(Shard(0, 0, 100, rows, {"positions": sequences}))
+
+
 def test_what_a_field_holds_is_kept(tmp_path, monkeypatch):
     """Rounded floats, infinite ones where the field says so, whole floats as integers, empty rows of any type."""
     fields = (

@@ -103,7 +103,11 @@ def _row_groups(kind: Kind, shard: Shard, manifest: Manifest) -> Iterator[tuple[
             if kind.codec is None:
                 stored = pa.concat_tables(tables[start:end]).combine_chunks()
             else:
-                stored = kind.pack(_keys(kind, ids[start:end], counts[start:end]), joined(knowledge[start:end]), manifest)
+                keys = _keys(kind, ids[start:end], counts[start:end])
+                try:
+                    stored = kind.pack(keys, joined(knowledge[start:end]), manifest)
+                except KeyError as error:
+                    raise InputError(f"there is no array {error}: the extractor leaves it out") from None
             yield stored, _measured(kind, stored, manifest)
         start = end
 
