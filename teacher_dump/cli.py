@@ -132,8 +132,8 @@ def estimate(config: EstimateConfig) -> None:
         output.print(f"{label:<29} {value}", markup=False)
     if prediction.unusable_documents:
         note(
-            f"{prediction.unusable_documents} of the sampled rows cannot be used: `teacher-dump run` says why, and"
-            " --skip-bad-rows leaves them out"
+            f"About {prediction.unusable_documents:,} of the {prediction.documents:,} documents cannot be used:"
+            " `teacher-dump run` says why, and --skip-bad-rows leaves them out"
         )
 
 
