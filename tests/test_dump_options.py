@@ -61,6 +61,15 @@ def test_a_store_that_was_forgotten_is_asked_for(corpus):
     assert "what follows --corpus are files of the corpus" in result.stderr
 
 
+@pytest.mark.parametrize("given", ["a.jsonl", Path("a.jsonl"), ["a.jsonl"], ("a.jsonl",), (Path("a.jsonl"),)])
+def test_from_python_paths_are_text_or_paths_and_a_corpus_is_one_file_or_several(given):
+    config = DumpConfig(teacher=Path("models/tiny"), corpus=given, store="store", calibration="fit.json")
+    assert config == DumpConfig("models/tiny", (Path("a.jsonl"),), Path("store"), calibration=Path("fit.json"))
+    assert config.dump_name == "tiny-a"
+    assert CalibrateConfig("tiny", given, output="o.json").output == Path("o.json")
+    assert CheckConfig("store", "tiny").store == Path("store")
+
+
 def test_several_kinds_are_chosen_by_repeating_the_option():
     config = DumpConfig("t", (Path("c.jsonl"),), Path("s"))
     result = invoke("run", "s", "--teacher", "t", "--corpus", "c.jsonl", "--kind", "positions", "--kind", "moods")

@@ -111,11 +111,11 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     unusable = 0
     for document in documents:
         try:
-            own = tokenizer.sequences(document)
+            made = tokenizer.sequences(document)
         except BadRow:
-            own = []
-        unusable += not own
-        sequences.extend(own)
+            made = []
+        unusable += not made
+        sequences.extend(made)
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
     if not tokens:
         raise InputError("no row of the sampled corpus can be used: `teacher-dump run` says why")
