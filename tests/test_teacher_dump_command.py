@@ -118,7 +118,7 @@ OPTIONS = [
     ({"device": "abacus"}, "torch has no device 'abacus'"),
     ({"name": "../up"}, "'../up' cannot name a dump"),
     ({"name": ".hidden"}, "cannot name a dump"),
-    ({"teacher": "no/such-teacher"}, "there is no teacher folder no/such-teacher"),
+    ({"teacher": "no/such-teacher"}, "there is no folder no/such-teacher"),
     ({"gguf_file": "x.gguf"}, "there is no GGUF file"),
 ]
 

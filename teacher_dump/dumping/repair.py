@@ -27,6 +27,7 @@ from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.preconditions import check_place, check_request
 from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.teachers.files import check_local_teacher
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -65,6 +66,8 @@ def repair(
             shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
     dtype = check_place(config, storage, existing)
+    if teacher is None:
+        check_local_teacher(config.teacher, config.gguf_file)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest

@@ -14,6 +14,7 @@ from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.preconditions import check_place, check_request, existing_manifest
 from teacher_dump.dumping.remaining import remaining_shards, worker_shards
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.teachers.files import check_local_teacher
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -44,6 +45,8 @@ def dump(
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
     dtype = check_place(config, storage, existing)
+    if teacher is None:
+        check_local_teacher(config.teacher, config.gguf_file)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest
