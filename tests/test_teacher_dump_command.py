@@ -161,7 +161,7 @@ def test_an_empty_folder_becomes_a_store(command, tmp_path):
 
 def test_resuming_with_something_else_is_refused_and_what_differs_is_said(command):
     assert command().returncode == 0
-    refused(command(top_k=4), "positions.selection.k was 5 and is now 4", "another --name")
+    refused(command(top_k=4), "--top-k was 5 and is now 4", "another --name")
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

@@ -63,7 +63,7 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
         return config.dtype
     if config.dtype != "auto":
         raise MismatchError(
-            f"dump {config.dump_name!r} in {storage.address} was made differently: teacher.dtype was {begun_in} and is now"
+            f"dump {config.dump_name!r} in {storage.address} was made differently: --dtype was {begun_in} and is now"
             f" {config.dtype}. Leave --dtype out to resume it, or give this dump another --name"
         )
     return str(begun_in)
