@@ -241,6 +241,16 @@ def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, sh
         assert list(found) == whole[start.document : start.document + shard_size + 1]
 
 
+def test_progress_through_a_corpus_is_in_bytes_of_its_files_and_ends_at_their_sum(mixed_files):
+    passed: list[int] = []
+    scan(mixed_files, 3, 50, passed.append)
+    assert min(passed) >= 0 and sum(passed) == sum(path.stat().st_size for path in mixed_files)
+    plain = [path for path in mixed_files if path.suffix == ".jsonl"]
+    passed.clear()
+    scan((plain[0],), 3, 1000, passed.append)
+    assert max(passed) < plain[0].stat().st_size / 3  # it moves on with each row
+
+
 class KeepDocuments:
     """Stands in for a tokenizer: each document is its own sequence."""
 

@@ -84,9 +84,7 @@ def make_manifest(
 
 
 def _scan_corpus(config: DumpConfig, reporter: Reporter) -> dict[str, Any]:
-    # Characters are not known before they are read; for plain text bytes are close, and nothing hangs on it.
-    size = sum(path.stat().st_size for path in config.corpus) if all(_plain(path.name) for path in config.corpus) else None
-    with reporter.progress("reading the corpus", size) as advance:
+    with reporter.progress("reading the corpus", sum(path.stat().st_size for path in config.corpus)) as advance:
         scanned = scan(config.corpus, config.shard_size, config.part_characters, advance)
     _check_bad_rows(config, scanned.bad_rows, scanned.first_problem)
     if not any(shard.characters for shard in scanned.shards):
@@ -98,10 +96,6 @@ def _scan_corpus(config: DumpConfig, reporter: Reporter) -> dict[str, Any]:
         "columns": scanned.columns,
         "shards": [asdict(start) for start in scanned.shards],
     }
-
-
-def _plain(name: str) -> bool:
-    return name.endswith((".txt", ".jsonl"))
 
 
 def _check_bad_rows(config: DumpConfig, bad_rows: int, first_problem: str | None) -> None:
