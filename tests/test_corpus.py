@@ -95,6 +95,8 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_by_name(tmp_path, name
         (b'{"text": ', "not JSON"),
         (b"[1, 2]", "not an object"),
         (b'{"title": "x"}', "none of the columns"),
+        (b'{"text": null, "title": "x"}', "`text` is null"),
+        (b'{"prompt": null, "completion": null}', "`prompt` and `completion` are null"),
         (b'{"text": 5}', "`text` is not a string"),
         (b'{"prompt": "x"}', "`prompt` and `completion`"),
         (b'{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}', "`prompt` and `completion`"),

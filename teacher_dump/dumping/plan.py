@@ -11,6 +11,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import Parameters
+from knowledge_store.quantities import counted
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
 from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check_files, problem_text, read_documents
@@ -99,8 +100,9 @@ def _scan_corpus(config: DumpConfig, reporter: Reporter) -> dict[str, Any]:
 
 
 def _check_bad_rows(config: DumpConfig, bad_rows: int, first_problem: str | None) -> None:
+    # At least: which rows the tokenizer refuses is known once their shards are read.
     if bad_rows and not config.skip_bad_rows:
-        more = f" ({bad_rows - 1} more rows cannot be used)" if bad_rows > 1 else ""
+        more = f" (at least {counted(bad_rows - 1, 'more row', 'more rows')} cannot be used)" if bad_rows > 1 else ""
         raise InputError(f"{first_problem}{more}. Repair the corpus, or pass --skip-bad-rows to leave such rows out")
 
 
