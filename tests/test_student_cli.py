@@ -85,6 +85,7 @@ RUN = ["run", "STORE", "--student", "TEACHER", "--output", "o"]
         ([*RUN, "--dump", "train", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         ([*RUN, "--dump", "train", "--calibration", "/absent.json"], "there is no calibration file /absent.json"),
         (["run", "STORE", "--student", "/absent", "--output", "o", "--dump", "train"], "there is no folder /absent"),
+        (["run", "STORE", "--student", "TEACHER", "--output", "STORE", "--dump", "train"], "holds no training run: choose"),
         (["calibrate", "/absent"], "there is no store at /absent"),
         (["evaluate", "/absent", "--model", "TEACHER"], "there is no store at /absent"),
         (["evaluate", "STORE", "--dump", "heldout", "--model", "/absent"], "there is no folder /absent"),
