@@ -1,4 +1,4 @@
-"""Files of model weights: which may be loaded, told before any library opens them.
+"""Files of models: where they lie, and which may be loaded, checked before any library opens them.
 
 safetensors and GGUF hold numbers alone. A pickle (.bin, .pt, .pth) is a program, and is not loaded even where a library would
 take care while it runs it: what a folder's own index or configuration names counts as much as what lies in it.
@@ -17,29 +17,62 @@ from knowledge_store.errors import InputError
 
 MAX_BYTES = 64 * 2**20  # of an index or a configuration
 ADAPTER = "adapter_config.json"
-MAX_LAYERS = 10_000  # several times as many as any model has; libraries make as many as the file says
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
-def hub_folder(model: str, others: tuple[str, ...] = (), gguf_file: str | None = None) -> Path:
-    """The folder of the hub's cache that a hub id's files lie in, downloaded if need be: its configuration, and its weights in
-    safetensors or the one GGUF file. A model is checked and loaded there, as any folder is, and no pickle comes with it.
+def check_folder_name(model: str) -> None:
+    """Refuse what can only be the path of a folder, where there is none; what may be a hub id is left to `hub_folder`.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    folder = Path(model)
+    if folder.exists():
+        return
+    # A hub id has one slash at most, and no folder here is called as its owner.
+    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) > 2
+    if local or not model or (len(folder.parts) == 2 and folder.parent.is_dir()):
+        raise InputError(f"there is no folder {model}, and it cannot be a model of the hub, whose id has the form OWNER/NAME")
+
+
+def hub_folder(model: str, gguf_file: str | None = None) -> Path:
+    """The folder of the hub's cache that a hub id's files lie in, downloaded if need be: its configuration, its tokenizer, and
+    its weights in safetensors or the one GGUF file. A model is checked and loaded there, as any folder is, and no pickle comes
+    with it.
 
     Args:
-        model: a hub id, such as OWNER/NAME.
-        others: names of other files that are wanted, where there are such.
+        model: a hub id, such as OWNER/NAME, that is no folder.
         gguf_file: name of a GGUF file, instead of safetensors.
 
     Raises:
         InputError: there is no such model, or it cannot be had.
     """
+    check_folder_name(model)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
-    wanted = ["config.json", "generation_config.json", ADAPTER, *weights, *others]
+    wanted = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, "*.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
+    except LocalEntryNotFoundError:
+        reason = "the hub, which may have a model of that name, cannot be reached"
+    except (RepositoryNotFoundError, HFValidationError):
+        reason = "the hub has no model of that name that can be read from here"
     except Exception as error:  # the hub's client raises errors of many families
-        raise InputError(f"no model {model} could be had from the hub ({type(error).__name__})") from None
+        reason = f"a model of that name could not be had from the hub ({type(error).__name__})"
+    raise InputError(f"there is no folder {model}, and {reason}")
 
 
 def check_gguf(folder: Path, name: str) -> None:
@@ -74,9 +107,6 @@ def check_weights(folder: Path) -> None:
         raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{found}")
     _check_adapter(folder)
     configuration = _read(folder / "config.json")
-    for part in (configuration, *(each for each in configuration.values() if isinstance(each, dict))):
-        for key, value in part.items():
-            _check_layers("layer" in key, key, value, folder / "config.json")
     named = configuration.get("transformers_weights")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = _read(index).get("weight_map")
@@ -104,11 +134,6 @@ def panics_as_errors() -> Iterator[None]:
         if type(error).__name__ == "PanicException":
             raise RuntimeError(str(error)) from None
         raise
-
-
-def _check_layers(is_count: bool, key: str, value: Any, path: Path) -> None:
-    if is_count and isinstance(value, int) and value > MAX_LAYERS:
-        raise InputError(f"{path} cannot be loaded: its {key} is {value:,}, and no model has more than {MAX_LAYERS:,} layers")
 
 
 def _check_adapter(folder: Path) -> None:

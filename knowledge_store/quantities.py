@@ -20,6 +20,11 @@ def amount(count: float) -> str:
     return f"{count:,.0f}"
 
 
+def counted(count: int, one: str, many: str) -> str:
+    """A count with what is counted, in the singular or the plural: `1 row`, `2,000 rows`."""
+    return f"{count:,} {one if count == 1 else many}"
+
+
 def binary_size(count: float) -> str:
     """Bytes in binary units, as limits of memory are given: `2 GiB`."""
     for unit in ("bytes", "KiB", "MiB"):

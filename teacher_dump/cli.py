@@ -11,7 +11,7 @@ import typer
 
 from knowledge_store.calibration.file import check_output, write_calibration
 from knowledge_store.errors import InputError
-from knowledge_store.quantities import amount, byte_size, duration
+from knowledge_store.quantities import amount, byte_size, counted, duration
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import command_errors, note, output
 from knowledge_store.terminal.progress import TerminalReporter
@@ -102,9 +102,9 @@ def _show_report(report: DumpReport, done: str) -> None:
     )
     if report.skipped:
         reasons = "; ".join(f"{count:,} {reason}" for reason, count in Counter(report.skipped).most_common())
-        note(f"{report.skipped_rows:,} rows were skipped: {reasons}")
+        note(f"{counted(report.skipped_rows, 'row was', 'rows were')} skipped: {reasons}")
     if report.truncated:
-        note(f"{report.truncated:,} sequences were truncated at the maximum length")
+        note(f"{counted(report.truncated, 'sequence was', 'sequences were')} truncated at the maximum length")
 
 
 @command(app, EstimateConfig, cls=CorpusCommand)
@@ -132,8 +132,8 @@ def estimate(config: EstimateConfig) -> None:
         output.print(f"{label:<29} {value}", markup=False)
     if prediction.unusable_documents:
         note(
-            f"{prediction.unusable_documents} of the sampled rows cannot be used: `teacher-dump run` says why, and"
-            " --skip-bad-rows leaves them out"
+            f"About {prediction.unusable_documents:,} of the {prediction.documents:,} documents cannot be used:"
+            " `teacher-dump run` says why, and --skip-bad-rows leaves them out"
         )
 
 
@@ -157,7 +157,7 @@ def calibrate(config: CalibrateConfig) -> None:
     for doubt in fit.doubts:
         note(f"Warning: {doubt}")
     if fit.skipped_rows:
-        note(f"{fit.skipped_rows} rows were skipped")
+        note(f"{counted(fit.skipped_rows, 'row was', 'rows were')} skipped")
 
 
 @command(app, CheckConfig)

@@ -1,10 +1,15 @@
-"""What the commands of `teacher-dump` are asked to do: a frozen dataclass for each, one field for each option."""
+"""What the commands of `teacher-dump` are asked to do: a frozen dataclass for each, one field for each option.
+
+From Python a path may be given as text or as a Path, and `corpus` as one file or as several; the fields hold Paths.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
@@ -45,6 +50,7 @@ class TeacherOptions:
     gguf_file: str | None = option(None, help="Name of a GGUF file in the teacher's folder.")
 
     def __post_init__(self) -> None:
+        _convert_paths(self)
         check_options(self)
         if self.dtype not in DTYPES:
             raise InputError(f"--dtype {self.dtype} is not known: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
@@ -170,6 +176,21 @@ class CheckConfig(TeacherOptions):
     dump: str | None = option(None, help="Which dump to check, if there are several.")
     sample: int = option(200, min=1, help="How many sequences to ask again, drawn at random.")
     seed: int = option(0, min=0, help="Seed of the random draw of sequences.")
+
+
+def _convert_paths(config: TeacherOptions) -> None:
+    """Make Paths of the paths that a configuration was given, a tuple of `corpus`, and text of the teacher's name."""
+    conversions: dict[str, Callable[[Any], Any]] = {
+        "teacher": str,
+        "store": Path,
+        "output": Path,
+        "calibration": Path,
+        "corpus": lambda files: (Path(files),) if isinstance(files, str | Path) else tuple(map(Path, files)),
+    }
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in conversions and value is not None:
+            object.__setattr__(config, field.name, conversions[field.name](value))
 
 
 def _check_corpus(corpus: tuple[Path, ...]) -> None:

@@ -7,10 +7,12 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import user_cache
 from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.corpus.documents import file_names
 
 CHUNK_BYTES = 8 * 2**20
 SHOW_PROGRESS_BYTES = 2 * 2**30
@@ -48,6 +50,18 @@ def file_sha256(path: Path, *, reporter: Reporter = SILENT) -> str:
         temporary.write_text(json.dumps({**known, "sha256": sha256}))
         temporary.replace(cache)
     return sha256
+
+
+def corpus_record(files: tuple[Path, ...], *, reporter: Reporter = SILENT) -> list[dict[str, Any]]:
+    """What a manifest says of a corpus: name, bytes and SHA-256 of each file, checked by `check_files`.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    return [
+        {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path, reporter=reporter)}
+        for name, path in zip(file_names(files), files, strict=True)
+    ]
 
 
 def _hash(path: Path, size: int, reporter: Reporter) -> str:

@@ -95,6 +95,8 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_by_name(tmp_path, name
         (b'{"text": ', "not JSON"),
         (b"[1, 2]", "not an object"),
         (b'{"title": "x"}', "none of the columns"),
+        (b'{"text": null, "title": "x"}', "`text` is null"),
+        (b'{"prompt": null, "completion": null}', "`prompt` and `completion` are null"),
         (b'{"text": 5}', "`text` is not a string"),
         (b'{"prompt": "x"}', "`prompt` and `completion`"),
         (b'{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}', "`prompt` and `completion`"),
@@ -239,6 +241,16 @@ def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, sh
     for start in plan.shards:
         found = islice(read_documents(files, replace(start, characters=0), limit), shard_size + 1)
         assert list(found) == whole[start.document : start.document + shard_size + 1]
+
+
+def test_progress_through_a_corpus_is_in_bytes_of_its_files_and_ends_at_their_sum(mixed_files):
+    passed: list[int] = []
+    scan(mixed_files, 3, 50, passed.append)
+    assert min(passed) >= 0 and sum(passed) == sum(path.stat().st_size for path in mixed_files)
+    plain = [path for path in mixed_files if path.suffix == ".jsonl"]
+    passed.clear()
+    scan((plain[0],), 3, 1000, passed.append)
+    assert max(passed) < plain[0].stat().st_size / 3  # it moves on with each row
 
 
 class KeepDocuments:

@@ -61,6 +61,15 @@ def test_a_store_that_was_forgotten_is_asked_for(corpus):
     assert "what follows --corpus are files of the corpus" in result.stderr
 
 
+@pytest.mark.parametrize("given", ["a.jsonl", Path("a.jsonl"), ["a.jsonl"], ("a.jsonl",), (Path("a.jsonl"),)])
+def test_from_python_paths_are_text_or_paths_and_a_corpus_is_one_file_or_several(given):
+    config = DumpConfig(teacher=Path("models/tiny"), corpus=given, store="store", calibration="fit.json")
+    assert config == DumpConfig("models/tiny", (Path("a.jsonl"),), Path("store"), calibration=Path("fit.json"))
+    assert config.dump_name == "tiny-a"
+    assert CalibrateConfig("tiny", given, output="o.json").output == Path("o.json")
+    assert CheckConfig("store", "tiny").store == Path("store")
+
+
 def test_several_kinds_are_chosen_by_repeating_the_option():
     config = DumpConfig("t", (Path("c.jsonl"),), Path("s"))
     result = invoke("run", "s", "--teacher", "t", "--corpus", "c.jsonl", "--kind", "positions", "--kind", "moods")
@@ -107,9 +116,18 @@ def test_mistakes_are_told_before_torch_is_imported(without_torch, store_folder,
         (["run", "new", *teacher, *corpus, "--rank", 3], "--rank 3 is not one of --world-size 1"),
         (["run", "new", *teacher, *corpus, "--calibration", "none.json"], "there is no calibration file none.json"),
         (["run", "new", "--teacher", "broken", *corpus], "broken has no weights that can be used"),
+        (["run", "new", "--teacher", "./nosuch", *corpus], "there is no folder ./nosuch, and"),
+        (["run", "new", "--teacher", "nosuch/a/b", *corpus], "there is no folder nosuch/a/b, and"),
+        (["estimate", "--teacher", "broken/nosuch", *corpus], "there is no folder broken/nosuch, and"),
         (["run", "photos", *teacher, *corpus], "photos is not a knowledge store"),
         (["run", "store", *teacher, *corpus, "--repair", "--name", "other"], "there is no dump 'other' in store to repair"),
-        (["run", "store", *train, "--dtype", "bfloat16"], "teacher.dtype was float32 and is now bfloat16"),
+        (["run", "store", *train, "--max-length", 48, "--shard-size", 8, "--top-k", 6], "--top-k was 5 and is now 6. Use"),
+        (["run", "store", *train, "--max-length", 48], "--shard-size was 8 and is now 512. Use"),
+        (
+            ["run", "store", *corpus, "--name", "train", *teacher, "--max-length", 48, "--shard-size", 8],
+            "c.jsonl has other con",
+        ),
+        (["run", "store", *train, "--dtype", "bfloat16"], "--dtype was float32 and is now bfloat16"),
         (["estimate", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),
         (["estimate", "--teacher", "broken", *corpus], "broken has no weights that can be used"),
         (["calibrate", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),

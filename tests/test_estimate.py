@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -77,9 +78,25 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, loaded_teacher):
     corpus.write_text('{"text": "The lamp burns."}\nbroken\n')
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=40)
     assert estimate(config, teacher=loaded_teacher).unusable_documents == 1
+    corpus.write_text('{"text": "The lamp burns."}\nbroken\n{"text": ""}\n')
+    report = dump(replace(config, skip_bad_rows=True), teacher=loaded_teacher)
+    assert estimate(config, teacher=loaded_teacher).unusable_documents == report.skipped_rows == 2
     corpus.write_text("broken\n")
     with pytest.raises(InputError, match="no row of the sampled corpus can be used"):
         estimate(config, teacher=loaded_teacher)
+
+
+def test_the_text_of_rows_that_cannot_be_used_becomes_no_positions(tmp_path, corpus, loaded_teacher, teacher_folder):
+    """Every other row has a prompt that leaves no room for its completion, and four times as much text as the others."""
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    good = [{"text": text} for text in texts[::2]]
+    bad = [{"prompt": " ".join(texts[index : index + 4]) + " x" * 200, "completion": " y"} for index in range(len(good))]
+    mixed = write_jsonl(tmp_path / "mixed.jsonl", [row for pair in zip(good, bad, strict=True) for row in pair])
+    config = DumpConfig(str(teacher_folder), (mixed,), tmp_path / "store", max_length=48, skip_bad_rows=True)
+    predicted = estimate(config, teacher=loaded_teacher)
+    report = dump(config, teacher=loaded_teacher)
+    assert predicted.positions == pytest.approx(report.positions, rel=0.35)
+    assert predicted.unusable_documents == pytest.approx(report.skipped_rows, rel=0.25) and report.skipped_rows == len(bad)
 
 
 def test_the_command_takes_the_arguments_of_run(config, tmp_path):

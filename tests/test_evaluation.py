@@ -233,7 +233,7 @@ def test_limit_takes_sequences_from_all_over(teacher_folder, store_folder, tmp_p
         ({"dump": "absent"}, "absent"),
         ({"limit": 0}, "--limit"),
         ({"batch_size": 0}, "--batch-size"),
-        ({"model": "/no/such/model"}, "no model folder"),
+        ({"model": "/no/such/model"}, "there is no folder"),
         ({"gguf_file": "absent.gguf"}, "no GGUF file .*absent.gguf"),
         ({"store": None, "dump": None}, "give either STORE, .* or --questions"),
         ({"questions": "q.jsonl"}, "give either STORE, .* or --questions"),

@@ -134,9 +134,9 @@ def test_draws_do_not_depend_on_batch_rank_or_restart(store, tmp_path, corpus, l
 def test_another_selection_is_another_dump(store, tmp_path, corpus, loaded_teacher):
     shutil.copytree(store, tmp_path / "s")
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", "drawn", max_length=48, shard_size=4, tail_draws=3)
-    with pytest.raises(MismatchError, match=r"selection\.tail_draws was 4 and is now 3"):
+    with pytest.raises(MismatchError, match=r"--tail-draws was 4 and is now 3"):
         dump(config, teacher=loaded_teacher)
-    with pytest.raises(MismatchError, match=r"selection\.tail_draws was 4 and is now absent"):
+    with pytest.raises(MismatchError, match=r"--tail-draws was 4 and is now 0"):
         dump(replace(config, tail_draws=0), teacher=loaded_teacher)
 
 
@@ -208,7 +208,7 @@ def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teach
         ids = sequence["candidate_ids"][position]
         np.testing.assert_allclose(kept[:-1], tempered[position][ids], atol=0.13)
         np.testing.assert_allclose(np.exp(kept[-1]), 1 - np.exp(tempered[position][ids]).sum(), atol=0.04)
-    with pytest.raises(MismatchError, match=r"calibration\.temperature was 1\.7 and is now absent"):
+    with pytest.raises(MismatchError, match=r"temperature of --calibration was 1\.7 and is now absent"):
         dump(replace(config, calibration=None), teacher=loaded_teacher)
 
 

@@ -77,17 +77,18 @@ RUN = ["run", "STORE", "--student", "TEACHER", "--output", "o"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["init", "--from", "/absent", "--keep-layers", "0", "--output", "o"], "there is no model folder /absent"),
+        (["init", "--from", "/absent", "--keep-layers", "0", "--output", "o"], "there is no folder /absent"),
         (["init", "--from", "TEACHER", "--keep-layers", "0", "--output", "TEACHER"], "exists already: choose another --output"),
         (["run", "/absent", "--student", "TEACHER", "--output", "o"], "there is no store at /absent"),
         ([*RUN, "--dump", "absent"], "no dump 'absent'"),
         ([*RUN, "--dump", "train", "--loss", "nonsense"], "there is no loss 'nonsense'"),
         ([*RUN, "--dump", "train", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         ([*RUN, "--dump", "train", "--calibration", "/absent.json"], "there is no calibration file /absent.json"),
-        (["run", "STORE", "--student", "/absent", "--output", "o", "--dump", "train"], "there is no model folder /absent"),
+        (["run", "STORE", "--student", "/absent", "--output", "o", "--dump", "train"], "there is no folder /absent"),
+        (["run", "STORE", "--student", "TEACHER", "--output", "STORE", "--dump", "train"], "holds no training run: choose"),
         (["calibrate", "/absent"], "there is no store at /absent"),
         (["evaluate", "/absent", "--model", "TEACHER"], "there is no store at /absent"),
-        (["evaluate", "STORE", "--dump", "heldout", "--model", "/absent"], "there is no model folder /absent"),
+        (["evaluate", "STORE", "--dump", "heldout", "--model", "/absent"], "there is no folder /absent"),
         (["report", "/absent"], "there is no run at /absent"),
     ],
 )
@@ -152,7 +153,7 @@ def test_interrupt_says_how_to_resume(teacher_folder, store_folder, tmp_path, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["init", "--from", "/absent", "--keep-layers", "0", "--output", "x"], "there is no model folder /absent"),
+        (["init", "--from", "/absent", "--keep-layers", "0", "--output", "x"], "there is no folder /absent"),
         (["init", "--from", ".", "--keep-layers", "one", "--output", "x"], "--keep-layers"),
         (["run", "/absent", "--student", ".", "--output", "x"], "there is no store at /absent"),
         (["run", ".", "--student", ".", "--output", "x"], "there is no store at ."),
@@ -174,3 +175,21 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line_too():
     done = run_command("student_train", "report", "/absent")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: there is no run at /absent\n"
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("student_train", ["run", "STORE", "--student", "nosuch", "--output", "o", "--dump", "train"]),
+        ("student_train", ["evaluate", "STORE", "--model", "nosuch", "--dump", "heldout"]),
+        ("teacher_dump", ["check", "STORE", "--teacher", "nosuch", "--dump", "train"]),
+    ],
+)
+def test_a_model_that_is_nowhere_is_one_line_where_the_hub_cannot_be_reached(
+    package, arguments, store_folder, tmp_path, monkeypatch
+):
+    for name, value in {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    done = run_command(package, *(store_folder if word == "STORE" else word for word in arguments), cwd=tmp_path)
+    message = "Error: there is no folder nosuch, and the hub, which may have a model of that name, cannot be reached\n"
+    assert (done.returncode, done.stderr) == (2, message)

@@ -102,7 +102,7 @@ def test_output_is_never_overwritten(deep, tmp_path):
 
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir()
-    for source, message in ((tmp_path / "empty", "no config.json"), (tmp_path / "absent", "no model folder")):
+    for source, message in ((tmp_path / "empty", "no config.json"), (tmp_path / "absent", "there is no folder")):
         with pytest.raises(InputError, match=message):
             initialise(str(source), [0], tmp_path / "student")
     broken = save_teacher(tmp_path / "broken")

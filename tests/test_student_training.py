@@ -415,7 +415,7 @@ def test_a_loss_without_its_knowledge_is_refused(settings, monkeypatch, tmp_path
         ({"schedule": "square"}, "--schedule"),
         ({"dump": "absent"}, "absent"),
         ({"dump": None}, "heldout"),
-        ({"student": "/no/such/student"}, "no model folder"),
+        ({"student": "/no/such/student"}, "there is no folder"),
         ({"report_to": "nobody"}, "nobody"),
     ],
 )

@@ -241,7 +241,10 @@ def test_a_model_of_the_hub_is_checked_as_a_folder_is(cached):
             with pytest.raises(InputError, match=message):
                 load(*(arguments or ("somebody/tiny",)))
 
-    refused("no model somebody/large could be had from the hub", "somebody/large")
+    refused(
+        "there is no folder somebody/large, and the hub, which may have a model of that name, cannot be reached",
+        "somebody/large",
+    )
     torch.save({"model.norm.weight": torch.ones(32)}, cached / "weights.bin")
     refused("is not a GGUF file", "somebody/tiny", "weights.bin")
     index = cached / "model.safetensors.index.json"
@@ -312,19 +315,9 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path):
         load_tokenizer(str(folder), "model.gguf")
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_configuration_of_millions_of_layers_is_refused_at_once(folder, nested):
-    settings = json.loads((folder / "config.json").read_text())
-    settings["num_hidden_layers"] = 20_000_000
-    (folder / "config.json").write_text(json.dumps({"text_config": settings} if nested else settings))
-    for load in (load_teacher, load_model):
-        with pytest.raises(InputError, match=r"config\.json cannot be loaded: its num_hidden_layers is 20,000,000"):
-            load(str(folder))
-
-
 def test_other_things_that_are_no_teacher(folder):
     assert "is a file: name the teacher's folder" in refusal(folder / "config.json")
-    assert "there is no teacher folder" in refusal(folder / "elsewhere")
+    assert "there is no folder" in refusal(folder / "elsewhere")
     assert "--dtype int3 is not known" in refusal(folder, dtype="int3")
     for device in ("abacus", "cuda:99", "meta"):
         with pytest.raises(InputError, match=device):

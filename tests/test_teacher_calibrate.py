@@ -277,11 +277,11 @@ def test_a_calibrated_dump_keeps_the_tail_at_the_temperature(calibrated, words):
 
 def test_a_dump_is_resumed_with_the_same_calibration_alone(calibrated, words):
     assert dump(calibrated).shards_existing == 1
-    with pytest.raises(MismatchError, match=r"calibration\.temperature was .* and is now absent"):
+    with pytest.raises(MismatchError, match=r"temperature of --calibration was .* and is now absent"):
         dump(replace(calibrated, calibration=None))
     other = replace(read_calibration(calibrated.calibration), value=1.25)
     write_calibration(words / "other.json", other)
-    with pytest.raises(MismatchError, match=r"calibration\.temperature was .* and is now 1\.25"):
+    with pytest.raises(MismatchError, match=r"temperature of --calibration was .* and is now 1\.25"):
         dump(replace(calibrated, calibration=words / "other.json"))
 
 

@@ -540,7 +540,7 @@ def test_the_command(store_folder, teacher_folder, tmp_path):
     assert found.returncode == 1 and "Verdict: another teacher" in found.stdout
     for arguments, message in (
         ((tmp_path / "none", "--teacher", teacher_folder), "there is no store at"),
-        ((store_folder, "--teacher", tmp_path / "none", "--dump", "train"), "there is no teacher folder"),
+        ((store_folder, "--teacher", tmp_path / "none", "--dump", "train"), "there is no folder"),
         ((store_folder, "--teacher", teacher_folder, "--dump", "train", "--sample", 0), "--sample is 0"),
     ):
         found = run(*arguments)

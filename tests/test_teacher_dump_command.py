@@ -65,12 +65,12 @@ def test_skipped_rows_are_counted_by_reason_and_truncated_sequences_too(command,
     long = json.dumps({"prompt": "Far?", "completion": " As far" * 40})
     rows = ['{"text": "The lamp burns."}', "broken", "worse", "{}", long]
     (tmp_path / "corpus.jsonl").write_text("\n".join(rows))
-    refused(command(), "corpus.jsonl, line 2: not JSON", "(2 more rows cannot be used)", "--skip-bad-rows")
+    refused(command(), "corpus.jsonl, line 2: not JSON", "(at least 2 more rows cannot be used)", "--skip-bad-rows")
     assert not (tmp_path / "store").exists()
     result = command("--skip-bad-rows")
     assert result.returncode == 0, result
     assert "3 rows were skipped: 2 not JSON; 1 none of the columns `text`" in result.stderr
-    assert "1 sequences were truncated at the maximum length" in result.stderr
+    assert "1 sequence was truncated at the maximum length" in result.stderr
     [summary] = KnowledgeStore.open(tmp_path / "store").info()
     assert summary.truncated == 1 and list(summary.skip_reasons.items()) == [
         ("not JSON", 2),
@@ -118,7 +118,7 @@ OPTIONS = [
     ({"device": "abacus"}, "torch has no device 'abacus'"),
     ({"name": "../up"}, "'../up' cannot name a dump"),
     ({"name": ".hidden"}, "cannot name a dump"),
-    ({"teacher": "no/such-teacher"}, "there is no teacher folder no/such-teacher"),
+    ({"teacher": "no/such-teacher"}, "there is no folder no/such-teacher"),
     ({"gguf_file": "x.gguf"}, "there is no GGUF file"),
 ]
 
@@ -161,7 +161,7 @@ def test_an_empty_folder_becomes_a_store(command, tmp_path):
 
 def test_resuming_with_something_else_is_refused_and_what_differs_is_said(command):
     assert command().returncode == 0
-    refused(command(top_k=4), "positions.selection.k was 5 and is now 4", "another --name")
+    refused(command(top_k=4), "--top-k was 5 and is now 4", "another --name")
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])

@@ -93,15 +93,19 @@ class Manifest:
         """SHA-256 of the identity, which binds commit records to their dump: two dumps of one name may be different."""
         return json_sha256(self.identity())
 
+    def changes(self, other: Manifest) -> dict[str, tuple[Any, Any]]:
+        """By dotted name, what differs between this manifest's identity and another's: both values, None where absent."""
+        own, others = self.identity(), other.identity()
+        absent = object()
+        return {
+            name: (own.get(name), others.get(name))
+            for name in sorted(own.keys() | others.keys())
+            if own.get(name, absent) != others.get(name, absent)
+        }
+
     def differences(self, other: Manifest) -> list[str]:
         """What in `other` differs from this manifest, one short sentence each; empty when they are the same dump."""
-        mine, theirs = self.identity(), other.identity()
-        absent = object()
-        return [
-            f"{name} was {_short(mine.get(name))} and is now {_short(theirs.get(name))}"
-            for name in sorted(mine.keys() | theirs.keys())
-            if mine.get(name, absent) != theirs.get(name, absent)
-        ]
+        return [f"{name} was {_short(old)} and is now {_short(new)}" for name, (old, new) in self.changes(other).items()]
 
     def to_bytes(self) -> bytes:
         """The manifest as the bytes of its file."""

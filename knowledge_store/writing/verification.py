@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,15 @@ class Verification:
 def _check_file(file: TableFile) -> pa.Table:
     check_whole(file.storage, file.name, file.record)
     return read_table(file)
+
+
+def _row_groups(table: pa.Table, file: TableFile) -> Iterator[pa.Table]:
+    """A file's table by its row groups."""
+    metadata, start = open_table(file).metadata, 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        yield table.slice(start, rows)
+        start += rows
 
 
 def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, file: TableFile) -> None:
@@ -147,13 +157,15 @@ def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, T
         path = files[name].path
         try:
             table = kind.unpack(tables[name], manifest)
-            check_lists(table)
+            row_groups = list(_row_groups(table, files[name]))
+            for group in row_groups:  # as they are written and read
+                check_lists(group)
         except ValueError as error:
             raise DamageError(f"{path}: {error}") from None
         _check_alignment(sequences, table, kind.per, files[name])
         for complaint in kind.checks(table, sequences, manifest):
             raise DamageError(f"{path}: {complaint}")
-        statistics |= qualified(kind, added(kind, [measured(kind, table, manifest)]))
+        statistics |= qualified(kind, added(kind, [measured(kind, group, manifest) for group in row_groups]))
     stated = commit.statistics
     if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
         path = files[SEQUENCES].storage.locate(commit_file(manifest.dump, commit.shard))

@@ -11,6 +11,7 @@ from knowledge_store.kinds.positions import positions_of
 from student_train.losses.table import LOSSES, TEXT, Loss
 from student_train.training.configuration import TrainConfig, check_config
 from student_train.training.model_folder import check_model_folder
+from student_train.training.run_folder import check_folder
 
 _KNOWLEDGE = frozenset(
     ("token_logprob", "candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts", "tail_logsumexp")
@@ -79,7 +80,7 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, str, Loss]:
 
     Raises:
         InputError: an option is out of range, the student's folder or the calibration's file is missing, the store cannot be
-            opened, or the dump does not hold what the loss needs.
+            opened, the output is something else than the folder of a run, or the dump does not hold what the loss needs.
     """
     loss = check_config(config)
     store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9))
@@ -88,4 +89,5 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, str, Loss]:
     if config.calibration is not None:
         read_calibration(Path(config.calibration))
     check_model_folder(config.student, config.gguf_file)
+    check_folder(Path(config.output))
     return store, dump, loss

@@ -6,19 +6,16 @@ import hashlib
 from pathlib import Path
 
 from knowledge_store.errors import InputError
-from knowledge_store.model_files import check_gguf
+from knowledge_store.model_files import check_folder_name, check_gguf
 
 
 def check_model_folder(model: str, gguf_file: str | None) -> None:
-    """Refuse a local folder that holds no model (InputError); a hub id is left to the library that loads it."""
+    """Refuse a local folder that is missing or holds no model (InputError); what may be a hub id is left to `hub_folder`."""
     folder = Path(model)
     if folder.is_file():
         raise InputError(f"{model} is a file: give the model's folder (and --gguf-file for a GGUF file in it)")
+    check_folder_name(model)
     if not folder.is_dir():
-        # A hub id has one slash at most, and no folder here is called as its owner.
-        local = folder.is_absolute() or model.startswith((".", "~")) or len(folder.parts) > 2
-        if local or (len(folder.parts) == 2 and folder.parent.is_dir()):
-            raise InputError(f"there is no model folder {model}")
         return
     if gguf_file:
         check_gguf(folder, gguf_file)

@@ -25,6 +25,13 @@ def quieten() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def _folder(model: str, gguf_file: str | None) -> Path:
+    """The folder that a model lies in. Both its parts are loaded from there: by a hub id, the library would ask the hub for
+    each file it may have, again and again where the hub cannot be reached."""
+    check_model_folder(model, gguf_file)
+    return Path(model) if Path(model).is_dir() else hub_folder(model, gguf_file)
+
+
 def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id.
 
@@ -32,10 +39,10 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
         InputError: it is missing or cannot be read; the message names the model.
     """
     quieten()
-    check_model_folder(model, gguf_file)
+    folder = _folder(model, gguf_file)
     try:
         with silence(), panics_as_errors():
-            return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **_gguf(gguf_file))
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_gguf(gguf_file))
     except Exception as error:  # the library raises whatever its parsers raise
         raise InputError(f"cannot load a tokenizer from {model}: {_first_line(error)}") from error
 
@@ -52,8 +59,7 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
         InputError: it is missing or cannot be read; the message names the model.
     """
     quieten()
-    check_model_folder(model, gguf_file)
-    folder = Path(model) if Path(model).is_dir() else hub_folder(model, gguf_file=gguf_file)
+    folder = _folder(model, gguf_file)
     if gguf_file:
         check_gguf(folder, gguf_file)
     else:

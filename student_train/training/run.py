@@ -100,7 +100,7 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
     if arguments.world_size > 1:
         _check_ranks(store.snapshot(dump), arguments.world_size)  # nobody writes before everybody has looked
     if arguments.process_index == 0:
-        prepare_output(output, checkpoint)
+        prepare_output(output)
         if not (output / RUN_FILE).exists():
             facts = {
                 "identity": identity,

@@ -63,16 +63,28 @@ def run_identity(
     }
 
 
-def check_output(output: Path, identity: dict[str, Any]) -> None:
-    """Refuse an output that is something else, or a run of another configuration."""
+def check_folder(output: Path) -> Record:
+    """What the run in a folder wrote of itself; empty where the folder is missing or free.
+
+    Raises:
+        InputError: the output is something else than the folder of a run.
+    """
     if output.is_file():
         raise InputError(f"{output} is a file: choose another --output")
     # A run that was killed while it wrote its first file leaves that under a temporary name, and nothing else.
     if not output.is_dir() or all(path.name.startswith(TEMPORARY_PREFIX) for path in output.iterdir()):
-        return
+        return {}
     record = read_run(output)
     if not record:
         raise InputError(f"{output} is not empty and holds no training run: choose another --output")
+    return record
+
+
+def check_output(output: Path, identity: dict[str, Any]) -> None:
+    """Refuse an output that is something else, or a run of another configuration."""
+    record = check_folder(output)
+    if not record:
+        return
     previous = record["identity"]
     differing = [
         f"{_label(name)} was {previous.get(name)} and is now {identity.get(name)}"
@@ -134,7 +146,7 @@ def last_checkpoint(output: Path) -> Checkpoint | None:
     return last
 
 
-def prepare_output(output: Path, checkpoint: Checkpoint | None) -> None:
+def prepare_output(output: Path) -> None:
     """Make the folder, and remove checkpoints that were never completed and files that were never finished."""
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,8 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
     count = store.sequence_count(manifest.dump)
     if not count:
         raise InputError(f"dump {manifest.dump!r} of {config.store} has no committed sequence yet")
-    check_local_teacher(config.teacher, config.gguf_file)
+    if teacher is None:
+        check_local_teacher(config.teacher, config.gguf_file)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.checking.comparison import ask, read_sequences

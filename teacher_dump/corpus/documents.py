@@ -119,6 +119,9 @@ def _row_content(record: Any) -> dict[str, Any] | str:
         return {"messages": given["messages"], "template_arguments": template_arguments(given)}
     if "text" in given:
         return {"text": given["text"]} if isinstance(given["text"], str) else "`text` is not a string"
+    nulls = [f"`{name}`" for name in ("text", "prompt", "completion", "messages") if name in record]
+    if nulls:
+        return f"{' and '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
     return "none of the columns `text`, `prompt` and `completion`, or `messages`"
 
 

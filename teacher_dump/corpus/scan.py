@@ -59,7 +59,8 @@ def scan(
         files: checked by `check_files`.
         shard_size: documents in a shard.
         part_characters: longest text that is one document.
-        progress: called with the number of characters of each document.
+        progress: called with the bytes of the files that were passed since the last call; those of a compressed file or of
+            Parquet pass as a whole, or nearly so.
 
     Raises:
         InputError: a file cannot be read as what its name says.
@@ -68,19 +69,25 @@ def scan(
     characters: list[int] = []
     columns: dict[str, str | None] = {}
     bad_rows, first_problem, count = 0, None, 0
+    sizes = [path.stat().st_size for path in files]
+    begins = [sum(sizes[:file]) for file in range(len(files))]
+    passed = 0
     for document in read_documents(files, Start(0, 0, 1, 0, 0), part_characters):
         if document.number % shard_size == 0:
             starts.append(Start(document.number, document.file, document.row, document.part, document.offset))
             characters.append(0)
         count = document.number + 1
         characters[-1] += document.characters
-        progress(document.characters)
+        place = begins[document.file] + min(document.offset, sizes[document.file])
+        progress(place - passed)
+        passed = place
         if document.problem is not None:
             bad_rows += 1
             first_problem = first_problem or problem_text(files, document.file, document.row, document.problem)
         elif document.part == 0:
             for name, value in (document.columns or {}).items():
                 columns[name] = _common_type(columns.get(name), _column_type(value))
+    progress(sum(sizes) - passed)
     shards = [
         Start(start.document, start.file, start.row, start.part, start.offset, size)
         for start, size in zip(starts, characters, strict=True)

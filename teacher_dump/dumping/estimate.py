@@ -43,7 +43,7 @@ class Estimate:
         figures: what the extractors say of the sample, by name, such as "top-5 coverage": the mean probability that the 5
             likeliest tokens hold.
         sample_positions: how large the sample was.
-        unusable_documents: of the sample, how many could not be used.
+        unusable_documents: predicted, as `dump` counts the rows that it skips; exact where the whole corpus was the sample.
     """
 
     documents: int
@@ -108,17 +108,19 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
     documents, count, characters = _sample_documents(config, reporter)
     sequences: list[TokenSequence] = []
-    unusable = sampled_characters = 0
+    unusable = 0
     for document in documents:
         try:
-            sequences.extend(tokenizer.sequences(document))
-            sampled_characters += document.characters
+            made = tokenizer.sequences(document)
         except BadRow:
-            unusable += 1
+            made = []
+        unusable += not made
+        sequences.extend(made)
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
     if not tokens:
         raise InputError("no row of the sampled corpus can be used: `teacher-dump run` says why")
-    positions = round(tokens * characters / max(sampled_characters, 1))
+    # Characters of unusable rows count on both sides: in the corpus as in the sample, they become no token.
+    positions = round(tokens * characters / max(sum(document.characters for document in documents), 1))
 
     random.Random(0).shuffle(sequences)
     chosen: list[TokenSequence] = []
@@ -165,5 +167,5 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
         ratio=dense / max(positions * bytes_per_position, 1),
         figures={name: sums[name] / number for name, number in counts.items() if number},
         sample_positions=sample,
-        unusable_documents=unusable,
+        unusable_documents=round(unusable * count / len(documents)),
     )

@@ -11,19 +11,20 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import Parameters
+from knowledge_store.quantities import counted
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
-from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check_files, file_names, problem_text, read_documents
+from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check_files, problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value, scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
 from teacher_dump.extraction import EXTRACTORS
-from teacher_dump.fingerprints import file_sha256
+from teacher_dump.fingerprints import corpus_record
 from teacher_dump.teachers.protocol import Teacher
 
 
 def corpus_files(config: CorpusOptions, files: tuple[Path, ...], teacher: Teacher, reporter: Reporter) -> list[dict[str, Any]]:
-    """What a manifest says of a corpus: name, bytes and SHA-256 of each file.
+    """What a manifest says of a corpus that a teacher is asked about (see `corpus_record`).
 
     Raises:
         InputError: a file cannot be used, or the sequences are longer than the teacher knows positions.
@@ -32,10 +33,7 @@ def corpus_files(config: CorpusOptions, files: tuple[Path, ...], teacher: Teache
     if positions is not None and config.max_length > positions:
         raise InputError(f"--max-length {config.max_length} is above the {positions} positions the teacher knows")
     check_files(files)
-    return [
-        {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path, reporter=reporter)}
-        for name, path in zip(file_names(files), files, strict=True)
-    ]
+    return corpus_record(files, reporter=reporter)
 
 
 def identity_manifest(config: EstimateConfig, teacher: Teacher, dump: str, *, reporter: Reporter = SILENT) -> Manifest:
@@ -81,15 +79,13 @@ def make_manifest(
     if existing is None:
         return replace(manifest, derived=_scan_corpus(config, reporter))
     if existing.differences(manifest):
-        return manifest  # the writer refuses it, and says what differs
+        return manifest  # which is refused: see `mismatch`
     _check_bad_rows(config, existing.derived["bad_rows"], existing.derived["first_problem"])
     return existing
 
 
 def _scan_corpus(config: DumpConfig, reporter: Reporter) -> dict[str, Any]:
-    # Characters are not known before they are read; for plain text bytes are close, and nothing hangs on it.
-    size = sum(path.stat().st_size for path in config.corpus) if all(_plain(path.name) for path in config.corpus) else None
-    with reporter.progress("reading the corpus", size) as advance:
+    with reporter.progress("reading the corpus", sum(path.stat().st_size for path in config.corpus)) as advance:
         scanned = scan(config.corpus, config.shard_size, config.part_characters, advance)
     _check_bad_rows(config, scanned.bad_rows, scanned.first_problem)
     if not any(shard.characters for shard in scanned.shards):
@@ -103,13 +99,10 @@ def _scan_corpus(config: DumpConfig, reporter: Reporter) -> dict[str, Any]:
     }
 
 
-def _plain(name: str) -> bool:
-    return name.endswith((".txt", ".jsonl"))
-
-
 def _check_bad_rows(config: DumpConfig, bad_rows: int, first_problem: str | None) -> None:
+    # At least: which rows the tokenizer refuses is known once their shards are read.
     if bad_rows and not config.skip_bad_rows:
-        more = f" ({bad_rows - 1} more rows cannot be used)" if bad_rows > 1 else ""
+        more = f" (at least {counted(bad_rows - 1, 'more row', 'more rows')} cannot be used)" if bad_rows > 1 else ""
         raise InputError(f"{first_problem}{more}. Repair the corpus, or pass --skip-bad-rows to leave such rows out")
 
 

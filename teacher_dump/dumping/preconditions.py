@@ -14,7 +14,6 @@ from knowledge_store.storage import Storage
 from knowledge_store.store import check_store, occupied
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.documents import check_files
-from teacher_dump.teachers.files import check_local_teacher
 
 
 def check_request(config: DumpConfig, storage: Storage, rank: int, world_size: int) -> None:
@@ -43,7 +42,7 @@ def _check_versions(storage: Storage, dump: str) -> None:
 
 
 def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None) -> str:
-    """Make sure that the store is one or can become one, and that the teacher's folder and dtype can be used.
+    """Make sure that the store is one or can become one, and that the teacher's dtype can be used.
 
     Args:
         config: of the dump.
@@ -59,13 +58,12 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
     """
     if occupied(storage):  # else it can become a store; so can one that another worker is just making
         check_store(storage)
-    check_local_teacher(config.teacher, config.gguf_file)
     begun_in = existing.teacher.get("dtype") if existing is not None else None
     if begun_in is None or config.dtype == begun_in:
         return config.dtype
     if config.dtype != "auto":
         raise MismatchError(
-            f"dump {config.dump_name!r} in {storage.address} was made differently: teacher.dtype was {begun_in} and is now"
+            f"dump {config.dump_name!r} in {storage.address} was made differently: --dtype was {begun_in} and is now"
             f" {config.dtype}. Leave --dtype out to resume it, or give this dump another --name"
         )
     return str(begun_in)

@@ -11,9 +11,11 @@ from knowledge_store.storage import open_storage
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.dumping.mismatch import check_options, check_same
 from teacher_dump.dumping.preconditions import check_place, check_request, existing_manifest
 from teacher_dump.dumping.remaining import remaining_shards, worker_shards
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.teachers.files import check_local_teacher
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -44,6 +46,10 @@ def dump(
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
     dtype = check_place(config, storage, existing)
+    if existing is not None:
+        check_options(config, storage, existing, reporter=reporter)
+    if teacher is None:
+        check_local_teacher(config.teacher, config.gguf_file)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest
@@ -54,7 +60,10 @@ def dump(
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
-    planned = make_manifest(config, teacher, existing or existing_manifest(storage, config.dump_name), reporter=reporter)
+    existing = existing or existing_manifest(storage, config.dump_name)
+    planned = make_manifest(config, teacher, existing, reporter=reporter)
+    if existing is not None:
+        check_same(storage, existing, planned)
     reader, first = ShardReader(config, planned, tokenizer), None
     begun = config.dump_name in storage.folders("")
     if rank < len(planned.derived.get("shards", ())) and not begun:

@@ -5,28 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from knowledge_store.errors import InputError
-from knowledge_store.model_files import check_gguf, check_weights, hub_folder
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+from knowledge_store.model_files import TOKENIZER_FILES, check_folder_name, check_gguf, check_weights, hub_folder
 
 
 def check_local_teacher(teacher: str, gguf_file: str | None = None) -> None:
     """Make sure that a teacher on this machine has the files it needs; a hub id is checked when it has been downloaded.
 
     Raises:
-        InputError: it has not; says what is missing.
+        InputError: it has not, or there is no such folder; says what is missing.
     """
+    check_folder_name(teacher)
     if Path(teacher).exists():
         model_files(find_folder(teacher, gguf_file), gguf_file)
 
@@ -38,14 +26,9 @@ def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
         InputError: there is neither such a folder nor such a hub id.
     """
     folder = Path(teacher)
-    if folder.is_dir():
-        return folder
-    if folder.exists():
+    if folder.is_file():
         raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
-    try:
-        return hub_folder(teacher, TOKENIZER_FILES, gguf_file)
-    except InputError as error:
-        raise InputError(f"there is no teacher folder {teacher}, and {error}") from None
+    return folder if folder.is_dir() else hub_folder(teacher, gguf_file)
 
 
 def model_files(folder: Path, gguf_file: str | None) -> list[Path]:

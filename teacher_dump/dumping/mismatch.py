@@ -1,0 +1,90 @@
+"""Whether a dump that exists is the one that is asked for; what differs is named as the command names it. No torch here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from knowledge_store.errors import MismatchError
+from knowledge_store.format.manifest import Manifest
+from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.storage import Storage
+from teacher_dump.configuration import DumpConfig
+from teacher_dump.fingerprints import corpus_record
+
+_SELECTION = "kinds.positions.selection."
+_NAMES = {
+    f"{_SELECTION}name": "--selection",
+    f"{_SELECTION}k": "--top-k",
+    f"{_SELECTION}p": "--top-p",
+    f"{_SELECTION}max_k": "--max-k",
+    f"{_SELECTION}tail_draws": "--tail-draws",
+    f"{_SELECTION}draws": "--draws",
+    "kinds.positions.keep_context": "--keep-context",
+    "kinds.positions.calibration.temperature": "the temperature of --calibration",
+    "plan.max_length": "--max-length",
+    "plan.shard_size": "--shard-size",
+    "teacher.dtype": "--dtype",
+}
+
+
+def check_options(config: DumpConfig, storage: Storage, existing: Manifest, *, reporter: Reporter = SILENT) -> None:
+    """Make sure that options and corpus are those that a dump was made with, as far as no teacher is needed to say so.
+
+    Raises:
+        MismatchError: they are not; names what differs.
+        InputError: a file of the corpus cannot be read.
+    """
+    kinds = {name: existing.kinds.get(name, {}) for name in config.kinds}
+    if kinds.get("positions"):
+        own = {"selection": config.rule.to_record(), "keep_context": config.keep_context}
+        kinds["positions"] = {**kinds["positions"], **own}
+    asked = {"max_length": config.max_length, "shard_size": config.shard_size, "part_characters": config.part_characters}
+    corpus = {"files": corpus_record(config.corpus, reporter=reporter)}
+    check_same(storage, existing, replace(existing, kinds=kinds, corpus=corpus, plan={**existing.plan, **asked}))
+
+
+def check_same(storage: Storage, existing: Manifest, asked: Manifest) -> None:
+    """Make sure that a dump that exists is the one that is asked for.
+
+    Raises:
+        MismatchError: it is not; names what differs.
+    """
+    sentences = _sentences(existing, asked)
+    if sentences:
+        raise MismatchError(
+            f"dump {existing.dump!r} in {storage.address} was made differently: {'; '.join(sentences)}."
+            " Use what it was made with, or give this dump another --name"
+        )
+
+
+def _sentences(existing: Manifest, asked: Manifest) -> list[str]:
+    changes = existing.changes(asked)
+    if "plan.max_length" in changes:
+        changes.pop("plan.part_characters", None)  # which follows from it
+    sentences = [_sentence(name, *values, existing, asked) for name, values in changes.items()]
+    return list(dict.fromkeys(sentences))
+
+
+def _sentence(name: str, old: Any, new: Any, existing: Manifest, asked: Manifest) -> str:
+    if file := re.fullmatch(r"corpus\.files\[(\d+)\]\..*", name):
+        index = int(file[1])
+        before, after = existing.corpus["files"], asked.corpus["files"]
+        if index >= len(before):
+            return f"corpus file {after[index]['name']} was not part of it"
+        if index >= len(after):
+            return f"corpus file {before[index]['name']} is missing"
+        return f"corpus file {after[index]['name']} has other contents"
+    if name.startswith("teacher.files."):
+        return f"the teacher's file {name.removeprefix('teacher.files.')} has other contents"
+    if (kind := name.removeprefix("kinds.")) in existing.kinds.keys() ^ asked.kinds.keys():
+        return f"--kind {kind} was {'given and is not now' if kind in existing.kinds else 'not given and is now'}"
+    if name == f"{_SELECTION}tail_draws":
+        old, new = old or 0, new or 0
+    old, new = ("absent" if value is None else str(value) for value in (old, new))
+    return f"{_NAMES.get(name, name)} was {_short(old)} and is now {_short(new)}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 24 else f"{text[:12]}…"
