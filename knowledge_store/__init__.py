@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         StoreError,
     )
     from knowledge_store.format.manifest import Manifest
+    from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
     from knowledge_store.kinds import KINDS, Field, Kind
     from knowledge_store.reading.batches import Batches
     from knowledge_store.store import KnowledgeStore
@@ -31,6 +32,7 @@ _MODULES = {
     "catalogue.summary": ("DumpSummary",),
     "errors": ("DamageError", "InputError", "KnowledgeStoreError", "MismatchError", "QueryError", "StoreError"),
     "format.manifest": ("Manifest",),
+    "format.sequences": ("sequence_id", "token_hash", "tokens_table"),
     "kinds": ("KINDS", "Field", "Kind"),
     "reading.batches": ("Batches",),
     "store": ("KnowledgeStore",),
@@ -66,6 +68,9 @@ __all__ = [
     "StoreError",
     "Verification",
     "read_calibration",
+    "sequence_id",
+    "token_hash",
+    "tokens_table",
     "verify",
     "write_calibration",
 ]

@@ -58,7 +58,10 @@ def _open(store: Path, **options: Any) -> KnowledgeStore:
 @command(app)
 def info(
     store: StoreArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array with an object for each dump.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON array, an object for each dump."),
+    ] = False,
 ) -> None:
     """Show what a store holds: dumps, sizes, what was skipped or truncated, and what each kind of knowledge says of itself.
 
@@ -71,7 +74,9 @@ def info(
     for sentence in opened.closed.values():
         note(f"Closed: {sentence}")
     if as_json:
-        typer.echo(json.dumps([summary.to_record() for summary in summaries], indent=1, ensure_ascii=False))
+        records = [{**summary.to_record(), "closed": None} for summary in summaries]
+        records += [{"dump": name, "closed": sentence} for name, sentence in opened.closed.items()]
+        typer.echo(json.dumps(records, indent=1, ensure_ascii=False))
         return
     if not summaries:
         note(f"{store} holds no dump yet")
@@ -100,10 +105,12 @@ def _print_summary(summary: DumpSummary) -> None:
     output.print(f"[bold]{summary.dump}[/bold]  {shards}, {state}")
     for label, value in lines:
         output.print(f"  {label:<23} {visible(value)}", markup=False)
+    if not summary.positions:
+        return
     shown = {name: size for name, size in summary.column_bytes.items() if size >= SHOWN_SHARE * summary.bytes}
     shown["the rest: footers, records, small columns"] = summary.bytes - sum(shown.values())
     for name, size in sorted(shown.items(), key=lambda item: -item[1]):
-        output.print(f"    {size / max(summary.positions, 1):6.2f} bytes a position  {visible(name)}", markup=False)
+        output.print(f"    {size / summary.positions:6.2f} bytes a position  {visible(name)}", markup=False)
 
 
 class _SqlCommand(Command):
@@ -191,7 +198,7 @@ def verify(
     from knowledge_store.writing.isolated import verify_isolated
 
     try:
-        found = verify_isolated(str(store), TerminalReporter(), int(memory_limit * 2**30))
+        found = verify_isolated(str(store), TerminalReporter(), memory_limit * 2**30)
     except LimitError as error:
         messages.print(f"Limits: {visible(str(error))}", style="red", markup=False)
         raise typer.Exit(DAMAGED) from None
@@ -201,8 +208,10 @@ def verify(
         messages.print(f"Damage: {visible(sentence)}", style="red", markup=False)
     checked = f"{found.dumps} dumps, {found.shards} shards, {found.positions:,} positions, {byte_size(found.bytes)}"
     if found.damage:
-        note(f"{len(found.damage)} damaged; sound: {checked}")
+        note(f"{len(found.damage)} damaged or closed; sound: {checked}")
+    if len(found.damage) > found.closed:
         note("Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair")
+    if found.damage:
         raise typer.Exit(DAMAGED)
     output.print(f"Sound: {checked}", markup=False)
 
@@ -214,6 +223,8 @@ def reindex(store: StoreArgument) -> None:
     Example: `knowledge-store reindex knowledge/`
     """
     opened = _open(store, rebuild_index=True)
+    for sentence in opened.closed.values():
+        note(f"Closed: {sentence}")
     shards = sum(summary.shards for summary in opened.info())
     output.print(f"Indexed {shards:,} shards of {len(opened.dumps)} dumps", markup=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from knowledge_store.sql.create_statements import create_statements
 from knowledge_store.sql.export import export
 from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.sql.query import Parameters, read_tokens, run_query
+from knowledge_store.sql.parameters import Parameters
+from knowledge_store.sql.query import read_tokens, run_query
 from knowledge_store.storage import Storage, open_storage
 
 
@@ -78,6 +80,16 @@ def manifest_exists(storage: Storage, folder: str) -> bool:
     return True
 
 
+def _advised(error: KnowledgeStoreError) -> KnowledgeStoreError:
+    """Why a dump is closed, with what to do where it is damaged."""
+    if not isinstance(error, DamageError):
+        return error
+    return type(error)(
+        f"{error}: `knowledge-store verify` names all that is damaged, and `teacher-dump run … --repair`, with what made the"
+        " dump, makes it again"
+    )
+
+
 class KnowledgeStore:
     """A store as it stood when it was opened: shards committed later are seen by opening it again.
 
@@ -94,7 +106,7 @@ class KnowledgeStore:
         closed: dict[str, KnowledgeStoreError] | None = None,
     ):
         self.storage = storage
-        self._closed = closed or {}
+        self._closed = {name: _advised(error) for name, error in sorted((closed or {}).items())}
         self.cache_size = cache_size
         self._manifests = {manifest.dump: manifest for manifest in manifests}
         self._index = index
@@ -115,10 +127,10 @@ class KnowledgeStore:
 
         Raises:
             StoreError: there is no store, or one of another format version.
-            DamageError: a commit record is altered.
+            DamageError: its store.json is altered.
 
-        A dump whose manifest cannot be used (altered, of another name than its folder, with a kind of knowledge that is unknown
-        here) is closed, and the others are open; see `closed`.
+        A dump that cannot be used (its manifest or a commit record is altered or cannot be read, it has another name than its
+        folder, or a kind of knowledge that is unknown here) is closed, and the others are open; see `closed`.
         """
         storage = open_storage(store)
         check_store(storage)
@@ -133,8 +145,9 @@ class KnowledgeStore:
                 continue
             except (DamageError, StoreError, InputError) as error:
                 closed[name] = error
-        index = refresh(storage, manifests, rebuild=rebuild_index)
-        return cls(storage, manifests, index, cache_size, closed)
+        index, unusable = refresh(storage, manifests, rebuild=rebuild_index)
+        manifests = [manifest for manifest in manifests if manifest.dump not in unusable]
+        return cls(storage, manifests, index, cache_size, {**closed, **unusable})
 
     def __enter__(self) -> KnowledgeStore:
         return self
@@ -163,23 +176,26 @@ class KnowledgeStore:
         return tuple(self._manifests)
 
     def dump(self, name: str | None = None) -> str:
-        """The dump that `name` means; None means the only one.
+        """The dump that `name` means; None means the only one, where no folder is closed.
 
         Raises:
-            InputError: there is no such dump, or there are several and none was named.
+            InputError: there is no such dump, or there are several, closed ones counted, and none was named.
             DamageError, StoreError: it is closed (see `closed`).
         """
         if name is None:
-            damaged = [each for each, error in self._closed.items() if isinstance(error, DamageError) or not self._manifests]
-            candidates = [*self._manifests, *damaged]
+            candidates = [*self._manifests, *self._closed]
             if len(candidates) != 1:
-                raise InputError(f"name a dump of {self.storage.address} (there: {', '.join(self._manifests) or 'none'})")
+                reasons = "".join(f"; {folder} is closed: {error}" for folder, error in self._closed.items())
+                raise InputError(f"name a dump of {self.address} (it has {self._names()}{reasons})")
             name = candidates[0]
         if name in self._manifests:
             return name
         if name in self._closed:
             raise type(self._closed[name])(str(self._closed[name]))
-        raise InputError(f"{self.storage.address} has no dump {name!r} (there: {', '.join(self._manifests) or 'none'})")
+        raise InputError(f"{self.address} has no dump {name!r} (it has {self._names()})")
+
+    def _names(self) -> str:
+        return ", ".join(self._manifests) or "none"
 
     def manifest(self, dump: str | None = None) -> Manifest:
         """What a dump is."""
@@ -205,16 +221,25 @@ class KnowledgeStore:
         """What a `Query` needs to know of it.
 
         Raises:
-            DamageError: the manifest of a dump is damaged: SQL does not answer as if that dump were not there.
+            DamageError: a manifest or a commit record is damaged: SQL does not answer as if its dump were not there.
             DamageError, StoreError: every dump is closed.
         """
-        for error in self._closed.values():
-            if isinstance(error, DamageError):
-                raise DamageError(f"{error}: repair that dump, or remove it, before SQL is asked over all dumps")
+        self._refuse_damage("SQL is refused")
         if not self._manifests:
             for error in self._closed.values():
                 raise type(error)(str(error))
         return self.storage, self._index, list(self._manifests.values())
+
+    @property
+    def left_out(self) -> list[str]:
+        """What SQL does not ask, though it is in the store: one sentence for each closed folder."""
+        return [f"not asked: {self.storage.locate(name)} is closed: {error}" for name, error in self._closed.items()]
+
+    def _refuse_damage(self, consequence: str) -> None:
+        """DamageError: a dump is damaged, so that no answer over all dumps would be true."""
+        for error in self._closed.values():
+            if isinstance(error, DamageError):
+                raise DamageError(f"{error}; {consequence} until that dump is repaired or removed")
 
     def sql(
         self,
@@ -227,11 +252,13 @@ class KnowledgeStore:
     ) -> pa.Table:
         """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
-        It can write nothing and read nothing but the store, whoever wrote it. Ctrl-C ends it.
+        It can write nothing and read nothing but the store, whoever wrote it. Ctrl-C ends it. Where a folder of the store is
+        closed (see `closed`), though undamaged, the others are asked, and a UserWarning names it and says why.
 
         Args:
             query: the statement.
-            parameters: values for its `?` or `$1`, in order, or by name for its `$name`.
+            parameters: values for its `?` or `$1`, in order, or by name for its `$name`; numpy's numbers too. Where `isolated`,
+                they are numbers, texts, truth values, None, and lists and dicts of them: give a date as text, and cast it.
             memory_limit: in bytes, for what the query keeps in memory, and for its answer.
             timeout: in seconds.
             isolated: for a query that somebody else wrote: answer it in a process of its own, which the system holds to the
@@ -239,14 +266,21 @@ class KnowledgeStore:
                 DuckDB watches the limits, and a single long expression can go past them.
 
         Raises:
-            InputError: a limit is too small.
+            InputError: a limit is too small, or a parameter cannot be passed to another process.
             QueryError: it is not one SELECT statement, would read or write anything else, needs more than its limits, or
                 DuckDB cannot run it.
-            DamageError: a file it reads is not what was published.
+            DamageError: a file it reads is not what was published, or a dump is closed because it is damaged.
+            StoreError: every dump is closed.
         """
+        remarks: list[str] = []
         if isolated:
-            return isolated_answer(self.storage.address, query, memory_limit, timeout, parameters)
-        return run_query(*self.parts, query, memory_limit, timeout, parameters)
+            table = isolated_answer(self.storage.address, query, memory_limit, timeout, parameters, remarks.append)
+        else:
+            table = run_query(*self.parts, query, memory_limit, timeout, parameters)
+            remarks = self.left_out
+        for sentence in remarks:
+            warnings.warn(sentence, stacklevel=2)
+        return table
 
     def view(self, dump: str | None = None) -> str:
         """SQL that creates a dump's relations in any DuckDB, over the committed files (see `sql.create_statements`)."""
@@ -326,7 +360,8 @@ class KnowledgeStore:
         return Batches(reader, plan)
 
     def __len__(self) -> int:
-        """How many sequences the store holds, all dumps together."""
+        """How many sequences the store holds, all dumps together (DamageError: one of them is damaged)."""
+        self._refuse_damage("sequences are not counted")
         return sum(len(self._reader(name)) for name in self._manifests)
 
     def __getitem__(self, item: int | tuple[str, int]) -> Arrays:
@@ -403,10 +438,7 @@ class KnowledgeStore:
         """
         name = dump if dump in self._closed else self.dump(dump)
         self.storage.remove_folder(name)
-        self._manifests.pop(name, None)
-        self._closed.pop(name, None)
-        self._readers.pop(name, None)
-        self._index = refresh(self.storage, list(self._manifests.values()))
+        self._open_again()
 
     def rename(self, old: str, new: str) -> None:
         """Give a dump another name, where the storage can; what was cut off is finished.
@@ -418,4 +450,7 @@ class KnowledgeStore:
         from knowledge_store.writing.rename import rename_dump  # reading does not need what writes
 
         rename_dump(self.storage, old, new)
+        self._open_again()
+
+    def _open_again(self) -> None:
         self.__dict__.update(KnowledgeStore.open(self.storage, cache_size=self.cache_size).__dict__)

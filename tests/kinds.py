@@ -91,7 +91,7 @@ def scores(table: pa.Table) -> dict[str, float]:
 STATES = Kind(
     name="states",
     per="position",
-    fields=lambda manifest: (Field("state", pa.float16(), HIDDEN, padding=-1, encoding=SPLIT, level=1),),
+    fields=lambda manifest: (Field("state", pa.float16(), HIDDEN, padding=-1, encoding=SPLIT, level=1, infinite=True),),
     parameters=LayerParameters,
     checks=finite,
 )

@@ -7,11 +7,12 @@ import json
 import duckdb
 import pyarrow.parquet as pq
 import pytest
-from stores import write_store
+from stores import make_manifest, words, write_store
 from typer.testing import CliRunner
 
-from knowledge_store import InputError, KnowledgeStore, QueryError
+from knowledge_store import DumpWriter, InputError, KnowledgeStore, QueryError
 from knowledge_store.cli import app
+from knowledge_store.format.sequences import tokens_table
 
 RELATIONS = ("sequences", "tokens", "positions", "candidates")
 
@@ -33,6 +34,20 @@ def test_duckdb_alone_answers_as_the_store_does(store, relation):
     expected = store.sql(f"SELECT * FROM {relation} WHERE dump = 'other' ORDER BY ALL")
     assert found.column_names == expected.column_names
     assert found.to_pylist() == expected.to_pylist()
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_a_dump_without_shards_has_empty_views(tmp_path, relation):
+    folder = write_store(tmp_path / "store", "full")
+    DumpWriter.open(folder, make_manifest("begun"), tokens_table(words(11), words(11)))
+    store = KnowledgeStore.open(folder)
+    answers = {}
+    for dump in ("full", "begun"):
+        with duckdb.connect() as connection:
+            connection.execute(store.view(dump))
+            answers[dump] = connection.sql(f"SELECT * FROM {relation}").to_arrow_table()
+    assert answers["begun"].schema == answers["full"].schema
+    assert len(answers["begun"]) == (11 if relation == "tokens" else 0)
 
 
 def test_an_export_holds_the_rows_of_the_relation(store, tmp_path):

@@ -43,6 +43,13 @@ def test_it_finds_what_verify_finds(store):
         verify_isolated(str(store), memory_limit=1000)
 
 
+def test_any_number_can_be_the_limit(store):
+    for limit_given, code, text in (("inf", 0, "Sound"), ("nan", 2, "a memory limit is at least")):
+        ended = run_command("knowledge_store", "verify", store, "--memory-limit", limit_given)
+        assert ended.returncode == code, ended.stderr
+        assert text in ended.stdout + ended.stderr and "Traceback" not in ended.stderr
+
+
 def make_bomb(store: Path) -> Path:
     """A table of a few kilobytes, with hashes as they should be, that stands for 64 GiB: one long text again and again."""
     rows = 2**16

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -75,7 +76,16 @@ def test_info_of_an_incomplete_dump(store, tmp_path):
     assert "1 of 2 shards, incomplete: run the same `teacher-dump run` again" in good("info", copy)
     for record in (copy / "small/commits").iterdir():
         record.unlink()
-    assert "0 of 2 shards, incomplete" in good("info", copy)
+    text = good("info", copy)
+    assert "0 of 2 shards, incomplete" in text and "bytes a position" not in text
+
+
+def test_info_of_a_closed_dump(tmp_path):
+    store = write_store(tmp_path / "store", "first")
+    shutil.copytree(store / "first", store / "second")
+    facts = json.loads(knowledge_store("info", store, "--json").stdout)
+    assert [(each["dump"], each["closed"] is None) for each in facts] == [("first", True), ("second", False)]
+    assert "belongs to a dump named 'first'" in facts[1]["closed"]
 
 
 QUERY = """
@@ -229,7 +239,7 @@ def test_what_is_no_store(tmp_path, command):
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["remove", "other"], "has no dump 'other' (there: small)"),
+        (["remove", "other"], "has no dump 'other' (it has small)"),
         (["remove", "../small"], "has no dump '../small'"),
         (["sequence", "0", "--dump", "other"], "has no dump 'other'"),
         (["sequence", "1"], "has no sequence 1"),
@@ -332,3 +342,15 @@ def test_sql_says_which_dump_it_does_not_ask(tmp_path):
     shutil.rmtree(store / "first")
     refused = CliRunner().invoke(app, ["sql", str(store), "SELECT count(*) AS n FROM shards"])
     assert refused.exit_code == 2 and "first copy" in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_dump_renamed_by_hand_can_be_renamed_by_the_command(tmp_path):
+    store = write_store(tmp_path / "store", "train")
+    (store / "train").rename(store / "mytrain")
+    verified = knowledge_store("verify", store)
+    assert verified.returncode == 1 and "--repair" not in verified.stderr
+    assert "rename the folder back" in verified.stderr and "sound: 0 dumps" in verified.stderr
+    command = re.search("`knowledge-store (rename [^`]*)`", verified.stderr)
+    good(*command[1].split())
+    assert KnowledgeStore.open(store).dumps == ("mytrain",)
+    assert "Sound: 1 dumps" in knowledge_store("verify", store).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from memory_storage import PLACES, MemoryStorage, new_place
 from stores import commit, make_manifest, random_sequences, words, write_store
 
-from knowledge_store import DumpWriter, KnowledgeStore, QueryError
+from knowledge_store import DumpWriter, InputError, KnowledgeStore, QueryError
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import joined
 
@@ -361,3 +362,30 @@ def test_the_folder_for_temporary_files_is_no_way_out(store, tmp_path, monkeypat
             store.sql(f"SELECT * FROM read_text('{path}')")
     found = store.sql("SELECT value FROM duckdb_settings() WHERE name = 'allowed_directories'")
     assert found["value"].to_pylist() == ["[]"]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_numbers_of_numpy_are_parameters(tmp_path, isolated):
+    opened = KnowledgeStore.open(write_store(tmp_path / "store"))
+    given = {"a": np.int64(2**60 + 1), "b": np.float32(0.5), "c": [np.uint8(7), None], "d": np.bool_(True), "e": "x"}
+    row = opened.sql("SELECT $a AS a, $b AS b, $c AS c, $d AS d, $e AS e", given, isolated=isolated).to_pylist()
+    assert row == [{"a": 2**60 + 1, "b": 0.5, "c": [7, None], "d": True, "e": "x"}]
+    assert opened.sql("SELECT ? + ? AS n", (np.int16(1), 2), isolated=isolated).to_pylist() == [{"n": 3}]
+
+
+@pytest.mark.parametrize("value", [datetime.date(2024, 2, 29), b"bytes", [datetime.datetime(2024, 2, 29)]])
+def test_parameters_that_another_process_cannot_be_given(tmp_path, value):
+    opened = KnowledgeStore.open(write_store(tmp_path / "store"))
+    assert len(opened.sql("SELECT ? AS value", [value])) == 1
+    with pytest.raises(InputError, match=r"no parameter of type \w+: give it as text"):
+        opened.sql("SELECT ? AS value", [value], isolated=True)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_closed_folder_that_is_not_damaged_is_named(tmp_path, isolated):
+    store = write_store(tmp_path / "store")
+    write_store(store, "train")
+    (store / "train").rename(store / "mytrain")
+    with pytest.warns(UserWarning, match="not asked: .*mytrain is closed: .*belongs to a dump named 'train'"):
+        answer = KnowledgeStore.open(store).sql("SELECT dump FROM dumps", isolated=isolated)
+    assert answer.to_pylist() == [{"dump": "small"}]

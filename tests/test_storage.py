@@ -27,12 +27,12 @@ def place(request, tmp_path) -> Path | MemoryStorage:
 
 
 def everything(store: KnowledgeStore) -> tuple:
-    """What is read of a store in every way there is."""
-    batches = [{name: array.tobytes() for name, array in batch.items()} for batch in store.batches(batch_size=3)]
+    """What is read of a store's dump `small` in every way there is."""
+    batches = [{name: array.tobytes() for name, array in batch.items()} for batch in store.batches("small", batch_size=3)]
     rows = store.sql("SELECT * FROM positions ORDER BY sequence_id, position").to_pylist()
     facts = store.sql("SELECT * EXCLUDE (committed_at) FROM shards ORDER BY shard").to_pylist()
-    kept, _ = store.stored(0, "positions")
-    return batches, rows, facts, kept, store.tokens(), store.sequences()
+    kept, _ = store.stored(0, "positions", "small")
+    return batches, rows, facts, kept, store.tokens("small"), store.sequences("small")
 
 
 # The calls
@@ -173,10 +173,13 @@ def test_a_copy_under_another_name_is_closed_and_the_store_is_open(place, tmp_pa
     opened = KnowledgeStore.open(place)
     assert (opened.dumps, set(opened.closed)) == (("small",), {"small copy"})
     assert "belongs to a dump named 'small'" in opened.closed["small copy"]
-    assert everything(opened) == before
+    with pytest.warns(UserWarning, match="not asked: .*small copy is closed: .*belongs to a dump named 'small'"):
+        assert everything(opened) == before
     assert "small copy: closed" in repr(opened)
     with pytest.raises(StoreError, match="belongs to a dump named 'small'"):
         opened.dump("small copy")
+    with pytest.raises(InputError, match=r"name a dump of .*small; small copy is closed: .*belongs to a dump named 'small'"):
+        opened.dump()
     [sentence] = verify(place).damage
     assert "small copy/manifest.json belongs to a dump named 'small'" in sentence
     opened.remove("small copy")
@@ -195,6 +198,40 @@ def test_a_damaged_manifest_closes_its_dump_and_sql(place):
         opened.manifest("harmed")
     with pytest.raises(DamageError, match=r"harmed/manifest\.json is damaged"):
         opened.sql("SELECT count(*) FROM positions")
+    opened.remove("harmed")
+    assert opened.sql("SELECT count(*) AS n FROM sequences").to_pylist() == [{"n": 8}]
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_an_altered_commit_record_closes_its_dump_and_sql(place, tmp_path, fresh):
+    write_store(place, "sound")
+    write_store(place, "harmed", shards=3)
+    if not fresh:
+        KnowledgeStore.open(place)
+    change(place, "harmed/commits/00001.json", lambda data: data[::-1] + b" ")
+    for _ in range(2):
+        opened = KnowledgeStore.open(place)
+        assert (opened.dumps, list(opened.closed)) == (("sound",), ["harmed"])
+        assert len(list(opened.batches("sound"))) == 1 and [each.dump for each in opened.info()] == ["sound"]
+        advice = r"harmed/commits/00001\.json is damaged.*`knowledge-store verify` .*`teacher-dump run … --repair`"
+        for ask in (opened.manifest, opened.sequences, lambda dump, store=opened: store.batches(dump)):
+            with pytest.raises(DamageError, match=advice):
+                ask("harmed")
+        with pytest.raises(DamageError, match=f"{advice}.*SQL is refused"):
+            opened.sql("SELECT count(*) FROM positions")
+        with pytest.raises(DamageError, match=f"{advice}.*not counted"):
+            len(opened)
+        with pytest.raises(InputError, match=r"name a dump .*sound; harmed is closed"):
+            opened.dump()
+    [sentence] = verify(place).damage
+    assert "harmed/commits/00001.json is damaged" in sentence
+    assert copy(place, tmp_path / "copy").dumps == ("sound",)
+    with pytest.raises(DamageError, match=advice):
+        copy(place, tmp_path / "copy", "harmed")
+    write_store(place, "other")
+    KnowledgeStore.open(place).remove("other")
+    opened = KnowledgeStore.open(place, rebuild_index=True)
+    assert (opened.dumps, list(opened.closed)) == (("sound",), ["harmed"])
     opened.remove("harmed")
     assert opened.sql("SELECT count(*) AS n FROM sequences").to_pylist() == [{"n": 8}]
 
@@ -240,6 +277,18 @@ def test_a_rename_that_is_cut_off_is_finished(tmp_path, monkeypatch):
     opened.rename("old", "new")
     assert opened.dumps == ("new",) and not opened.closed
     assert not verify(store).damage
+
+
+@pytest.mark.parametrize("harm", ["altered", "of another shard"])
+def test_nothing_is_renamed_where_a_record_cannot_be_used(tmp_path, harm):
+    store = write_store(tmp_path / "store", "old", shards=3)
+    opened = KnowledgeStore.open(store)
+    record = store / "old/commits/00002.json"
+    other = (store / "old/commits/00001.json").read_bytes()
+    record.write_bytes(record.read_bytes()[::-1] if harm == "altered" else other)
+    with pytest.raises(DamageError, match=r"old/commits/00002\.json is damaged"):
+        opened.rename("old", "new")
+    assert storage_of(store).folders("") == ["old"]
 
 
 @pytest.mark.parametrize("other", PLACES)

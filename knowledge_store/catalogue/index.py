@@ -19,6 +19,7 @@ from pathlib import Path
 
 import duckdb
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from knowledge_store.errors import DamageError, StoreError
 from knowledge_store.format.commits import CommitRecord, commit_records, misplaced, read_commit
@@ -162,7 +163,9 @@ def _save(index: Index, path: Path) -> None:
         replace_bytes(path, made.read_bytes())
 
 
-def refresh(storage: Storage, manifests: list[Manifest], *, rebuild: bool = False) -> Index:
+def refresh(
+    storage: Storage, manifests: list[Manifest], *, rebuild: bool = False
+) -> tuple[Index, dict[str, DamageError | StoreError]]:
     """The index of some dumps, brought up to date with the commit records that stand in the store.
 
     Args:
@@ -170,15 +173,21 @@ def refresh(storage: Storage, manifests: list[Manifest], *, rebuild: bool = Fals
         manifests: of the dumps.
         rebuild: ignore the index there is and read every commit record.
 
-    Raises:
-        DamageError: a commit record is altered, or of another dump.
-        StoreError: they cannot be listed or read.
+    Returns:
+        the index, and for each dump that it leaves out, why: a commit record is altered, of another dump, or cannot be read,
+        or all of them cannot be listed.
     """
     path = index_path(storage)
     by_name = {manifest.dump: manifest for manifest in manifests}
-    standing: Versions = {
-        (dump, shard): (entry.size, entry.version) for dump in by_name for shard, entry in commit_records(storage, dump).items()
-    }
+    unusable: dict[str, DamageError | StoreError] = {}
+    standing: Versions = {}
+    for dump in by_name:
+        try:
+            records = commit_records(storage, dump)
+        except (DamageError, StoreError) as error:
+            unusable[dump] = error
+            continue
+        standing |= {(dump, shard): (entry.size, entry.version) for shard, entry in records.items()}
     known = _load(path) if path is not None and not rebuild else None
     indexed: Versions = {}
     if known is not None:
@@ -187,27 +196,40 @@ def refresh(storage: Storage, manifests: list[Manifest], *, rebuild: bool = Fals
         if not _of_these_dumps(known.shards, by_name):  # a manifest is not what it was: which record is wrong, they say
             known, indexed = None, {}
         elif indexed == standing:
-            return known
+            return known, unusable
     shard_rows, file_rows = [], []
     for (dump, shard), version in sorted(standing.items()):
-        if indexed.get((dump, shard)) != version:
-            commit = read_commit(storage, dump, shard)
-            complaint = misplaced(commit, by_name[dump], shard, storage)
-            if complaint:
-                raise DamageError(complaint)
+        if dump not in unusable and indexed.get((dump, shard)) != version:
+            try:
+                commit = _read(storage, by_name[dump], shard)
+            except (DamageError, StoreError) as error:
+                unusable[dump] = error
+                continue
             shard_rows.append(_shard_row(commit, version))
             file_rows.extend(_file_rows(commit))
     shards = pa.Table.from_pylist(shard_rows, schema=_shards_schema(chain.from_iterable(shard_rows)))
     files = pa.Table.from_pylist(file_rows, schema=FILES)
+    keep = {key for key, version in standing.items() if indexed.get(key) == version}
     if known is not None:
-        keep = {key for key, version in standing.items() if indexed.get(key) == version}
         shards = pa.concat_tables([_keep(known.shards, keep), shards], promote_options="default")
         files = pa.concat_tables([_keep(known.files, keep), files])
     index = Index(shards.sort_by(ORDER), files.sort_by([*ORDER, ("table", "ascending")]))
-    with contextlib.suppress(duckdb.Error, OSError, StoreError):  # a cache that cannot be written costs time, nothing else
-        if path is not None:
+    if path is not None and (known is None or shard_rows or len(keep) < len(indexed)):
+        with contextlib.suppress(duckdb.Error, OSError, StoreError):  # a cache that cannot be written costs time, nothing else
             _save(index, path)
-    return index
+    if unusable:  # what can be used of them is saved, so that it is not read again
+        usable = pc.field("dump").isin(pa.array(by_name.keys() - unusable.keys(), pa.string()))
+        index = Index(index.shards.filter(usable), index.files.filter(usable))
+    return index, unusable
+
+
+def _read(storage: Storage, manifest: Manifest, shard: int) -> CommitRecord:
+    """The commit record of a shard, which is of this dump (DamageError, StoreError)."""
+    commit = read_commit(storage, manifest.dump, shard)
+    complaint = misplaced(commit, manifest, shard, storage)
+    if complaint:
+        raise DamageError(complaint)
+    return commit
 
 
 def _of_these_dumps(shards: pa.Table, manifests: dict[str, Manifest]) -> bool:

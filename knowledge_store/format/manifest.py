@@ -193,5 +193,8 @@ def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manife
         raise DamageError(f"{path} is damaged: {error}") from None
     manifest = Manifest(**{field.name: record[field.name] for field in fields(Manifest)})
     if manifest.dump != dump and not any_name:
-        raise StoreError(f"{path} belongs to a dump named {manifest.dump!r}: give its folder that name, or remove the folder")
+        raise StoreError(
+            f"{path} belongs to a dump named {manifest.dump!r}: rename the folder back, or give the dump its name with"
+            f" `knowledge-store rename {storage.address} {manifest.dump} {dump}`, or remove the folder, where it is a copy"
+        )
     return manifest

@@ -28,8 +28,8 @@ def item_mask(kind: str) -> str:
 
 
 def check_kinds(manifest: Manifest, address: str) -> None:
-    """Make sure that the kinds of a dump can be used together: each is known, its parameters are ones, and no two have one name
-    for an array of a batch or for a relation.
+    """Make sure that the kinds of a dump can be used together: each is known, its parameters can be used, and no two
+    have one name for an array of a batch or for a relation.
 
     Args:
         manifest: of the dump.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from itertools import chain
 from typing import Any
 
@@ -17,6 +17,7 @@ from knowledge_store.kinds.field import Field
 Arrays = dict[str, Any]
 
 MAX_PADDED = 2**27  # values of a padded row group, 1 GiB
+MAX_SHOWN = 60  # characters of a value in an error
 
 
 def joined(knowledge: Sequence[Arrays]) -> Arrays:
@@ -57,7 +58,7 @@ def list_offsets(lengths: np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], ends]).astype(np.int32))
 
 
-def padded_lists(column: pa.ChunkedArray, fill: float, dtype: type) -> tuple[np.ndarray, np.ndarray]:
+def padded_lists(column: pa.ChunkedArray, fill: Any, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Lists of up to K values as (N, K), and their lengths (N,); null counts as empty."""
     lengths = pc.list_value_length(column).fill_null(0).to_numpy()
     width = int(lengths.max(initial=0))
@@ -84,7 +85,7 @@ def check_lists(table: pa.Table) -> None:
 
 
 def encode_columns(keys: pa.Table, arrays: Arrays, fields: Sequence[Field]) -> pa.Table:
-    """The table of `keys` and of an extractor's arrays, one entry a row.
+    """The table of `keys` and of an extractor's arrays, one entry a row: integers exactly, floats rounded to their type.
 
     Args:
         keys: the key columns.
@@ -93,60 +94,159 @@ def encode_columns(keys: pa.Table, arrays: Arrays, fields: Sequence[Field]) -> p
         fields: of the kind.
 
     Raises:
-        InputError: an array is missing, or is not what its field declares.
+        InputError: an array is missing, no field declares it, or it has a value that its field cannot hold.
     """
+    undeclared = arrays.keys() - {field.name for field in fields}
+    if undeclared:
+        raise InputError(
+            f"no field declares the array {min(undeclared)!r}: declare a field of that name, or leave the array out"
+        )
     columns = [*keys.columns]
     for field in fields:
         if field.name not in arrays:
             raise InputError(f"there is no array {field.name!r}: the extractor leaves a field out")
         rows = arrays[field.name]
-        if len(rows) != len(keys):
-            raise InputError(f"the array {field.name!r} has {len(rows):,} rows, and {len(keys):,} belong there")
         try:
+            if not _is_list(rows):
+                raise ValueError(f"{_short(rows)} stands where one entry a row belongs")
+            if len(rows) != len(keys):
+                raise InputError(f"the array {field.name!r} has {len(rows):,} rows, and {len(keys):,} belong there")
             columns.append(_encoded(rows, field))
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"the array {field.name!r} is not what its field declares ({field.type}): {error}") from None
+            declared = field.type if field.shape == "scalar" else f"{field.shape} {field.type}"
+            raise InputError(f"the array {field.name!r} is not what its field declares ({declared}): {error}") from None
     return pa.table(columns, schema=pa.schema([*keys.schema, *(field.column for field in fields)]))
+
+
+def _is_list(values: Any) -> bool:
+    """Whether something has entries in an order: text has, and is one value."""
+    return hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0 and not isinstance(values, str | bytes | Mapping | Set)
+
+
+def _short(value: Any) -> str:
+    """A value as errors show it."""
+    shown = str(value) if isinstance(value, np.generic) else repr(value)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
 
 
 def _encoded(rows: Any, field: Field) -> pa.Array:
     absent = _absent(rows)
     if absent.any() and not field.nullable:
         raise ValueError("a value is missing, and the field is not nullable")
-    mask = pa.array(absent) if absent.any() else None
+    present: Any = np.ma.getdata(rows) if isinstance(rows, np.ndarray) else rows
+    if absent.any():
+        present = present[~absent] if isinstance(present, np.ndarray) else [row for row in rows if not _is_null(row)]
     if not field.is_list:
-        return _values(rows, field, mask)
-    if isinstance(field.shape, int) and isinstance(rows, np.ndarray) and rows.ndim == 2:
-        widths = np.where(absent, 0, rows.shape[1])
-        flat = rows[~absent].reshape(-1)
+        values = _values(present, field)
+        return values.take(pa.array(np.maximum(np.cumsum(~absent) - 1, 0), mask=absent)) if absent.any() else values
+    lengths = np.zeros(len(rows), np.int64)
+    if isinstance(present, np.ndarray) and present.ndim == 2:
+        lengths[~absent] = present.shape[1]
     else:
-        present = [() if missing else row for row, missing in zip(rows, absent, strict=True)]
-        widths = np.array([len(row) for row in present], np.int64)
-        flat = list(chain.from_iterable(present)) if field.is_text else np.concatenate([np.empty(0, _dtype(field)), *present])
-    if isinstance(field.shape, int) and (widths[~absent] != field.shape).any():
+        for row in present:
+            if not _is_list(row):
+                raise ValueError(f"{_short(row)} stands where a list of values belongs")
+        lengths[~absent] = [len(row) for row in present]
+    if isinstance(field.shape, int) and (lengths[~absent] != field.shape).any():
         raise ValueError(f"a row does not have {field.shape} values")
-    return pa.ListArray.from_arrays(list_offsets(widths), _values(flat, field, None), type=field.column.type, mask=mask)
+    mask = pa.array(absent) if absent.any() else None
+    return pa.ListArray.from_arrays(list_offsets(lengths), _flat(present, field), type=field.column.type, mask=mask)
+
+
+def _is_null(row: Any) -> bool:
+    masked = isinstance(row, np.ma.MaskedArray) and row.size > 0 and bool(np.ma.getmaskarray(row).all())
+    return row is None or row is np.ma.masked or masked
 
 
 def _absent(rows: Any) -> np.ndarray:
     """Which rows are null, bool (N,)."""
-    if isinstance(rows, np.ma.MaskedArray):
+    if isinstance(rows, np.ma.MaskedArray) and rows.ndim <= 2:
         mask = np.ma.getmaskarray(rows)
-        return np.asarray(mask.all(axis=1)) if mask.ndim == 2 else mask
-    if isinstance(rows, np.ndarray):
+        if mask.ndim == 1:
+            return mask
+        absent = np.asarray(mask.any(axis=1))
+        if not mask[absent].all():
+            raise ValueError("a value among those of a row is masked")
+        return absent
+    if isinstance(rows, np.ndarray) and rows.dtype != object:
         return np.zeros(len(rows), bool)
-    return np.array([row is None for row in rows], bool)
+    return np.array([_is_null(row) for row in rows], bool)
 
 
-def _values(rows: Any, field: Field, mask: pa.Array | None) -> pa.Array:
+def _flat(rows: Any, field: Field) -> pa.Array:
+    """The values of all rows side by side."""
     if field.is_text:
-        return pa.array(list(rows), field.type)
-    values = np.asarray(rows) if mask is None else np.array([0 if row is None else row for row in np.ma.filled(rows, 0)])
-    if values.ndim != 1:
+        return _values(list(chain.from_iterable(rows)), field)
+    if isinstance(rows, np.ndarray) and rows.ndim == 2:
+        return _values(rows.reshape(-1), field)
+    if any(isinstance(row, np.ma.MaskedArray) and np.ma.getmaskarray(row).any() for row in rows):
+        raise ValueError("a value among those of a row is masked")
+    if len({row.dtype if isinstance(row, np.ndarray) else None for row in rows}) == 1 and isinstance(rows[0], np.ndarray):
+        return _values(np.concatenate([np.asarray(row) for row in rows]), field)
+    # Of several types: numpy would make floats of integers, or of rows without a value.
+    return pa.array(np.concatenate([np.empty(0, _dtype(field)), *(_numbers(row, field) for row in rows)]), field.type)
+
+
+def _values(values: Any, field: Field) -> pa.Array:
+    """An Arrow array of the field's type."""
+    if not field.is_text:
+        return pa.array(_numbers(values, field), field.type)
+    expected = str if field.type == pa.string() else bytes
+    for value in values:
+        if not isinstance(value, expected):
+            raise ValueError(f"{_short(value)} is not {'text' if expected is str else 'bytes'}")
+    return pa.array(list(values), field.type)
+
+
+def _numbers(values: Any, field: Field) -> np.ndarray:
+    """Numbers (N,) in the field's type: integers and bools as they are, floats rounded.
+
+    Raises:
+        ValueError: the type does not hold one of them.
+    """
+    if getattr(values, "ndim", 1) != 1:
         raise ValueError(f"its values are an array of {values.ndim} dimensions")
-    if pa.types.is_floating(field.type):
-        values = values.astype(_dtype(field))
-    return pa.array(values, mask=None if mask is None else mask.to_numpy(zero_copy_only=False)).cast(field.type)
+    dtype = _dtype(field)
+    if not isinstance(values, np.ndarray) or values.dtype == object:
+        values = _from_list(list(values), dtype.kind)
+    accepted = {"b": "b", "i": "iuf", "u": "iuf", "f": "iuf"}[dtype.kind]
+    if len(values) and values.dtype.kind not in accepted and values.dtype != object:
+        raise ValueError(f"{_short(values[0])} is of another type ({values.dtype})")
+    if not len(values) or dtype.kind == "b":
+        return values.astype(dtype)
+    if dtype.kind == "f":
+        return _rounded(values, dtype, field.infinite)
+    if values.dtype.kind == "f" and (wrong := ~(np.isfinite(values) & (np.trunc(values) == values))).any():
+        raise ValueError(f"{_short(values[wrong][0])} is not an integer")
+    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    for value in (int(values.min()), int(values.max())):
+        if not least <= value <= most:
+            raise ValueError(f"{value} is not between {least} and {most}")
+    return values.astype(dtype)
+
+
+def _from_list(values: list[Any], kind: str) -> np.ndarray:
+    """Numbers of a list (N,) for a type of a kind of numpy's: bools, Python's integers (dtype object), or float64."""
+    for value in values:
+        boolean = isinstance(value, bool | np.bool_)
+        if boolean != (kind == "b") or not isinstance(value, bool | np.bool_ | int | float | np.integer | np.floating):
+            raise ValueError(f"{_short(value)} is not {'a bool' if kind == 'b' else 'a number'}")
+        if kind in "iu" and isinstance(value, float | np.floating) and not value.is_integer():
+            raise ValueError(f"{_short(value)} is not an integer")
+    if kind in "iu":
+        return np.array([int(value) for value in values], object)
+    return np.array(values, bool if kind == "b" else np.float64)
+
+
+def _rounded(values: np.ndarray, dtype: np.dtype, infinite: bool) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        rounded = values.astype(dtype)
+    if not np.isfinite(rounded).all():
+        if (wrong := np.isnan(values) | (np.isinf(values) & (not infinite))).any():
+            raise ValueError(f"{_short(values[wrong][0])} is NaN or infinite")
+        if (wrong := np.isinf(rounded) & np.isfinite(values)).any():
+            raise ValueError(f"{_short(values[wrong][0])} is beyond what the type holds, up to {np.finfo(dtype).max}")
+    return rounded
 
 
 def _dtype(field: Field) -> np.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 
 from knowledge_store.errors import InputError
@@ -27,9 +28,10 @@ class Field:
         encoding: Parquet's name of how values are encoded; None for a dictionary.
         level: of the compression with Zstandard.
         identifying: whether the values are the same whatever device the teacher ran on.
+        infinite: whether a float may be infinite. NaN never stands in a store.
 
     Raises (on construction):
-        InputError: nothing can be kept of that type.
+        InputError: nothing can be kept of that type, or it does not hold the padding.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Field:
     encoding: str | None = None
     level: int = COMPRESSION_LEVEL
     identifying: bool = False
+    infinite: bool = False
 
     def __post_init__(self) -> None:
         plain = pa.types.is_integer(self.type) or pa.types.is_floating(self.type) or pa.types.is_boolean(self.type)
@@ -50,6 +53,15 @@ class Field:
             )
         if isinstance(self.shape, int) and self.shape < 1:
             raise InputError(f"the field {self.name!r} is declared {self.shape} values wide: declare at least 1")
+        if pa.types.is_integer(self.type) or pa.types.is_boolean(self.type):
+            try:
+                holds = bool(np.full(1, self.padding, self.type.to_pandas_dtype())[0] == self.padding)
+            except (OverflowError, TypeError, ValueError):
+                holds = False
+            if not holds:
+                raise InputError(
+                    f"the field {self.name!r} is declared as {self.type}, which does not hold its padding {self.padding!r}"
+                )
 
     @property
     def is_text(self) -> bool:

@@ -120,7 +120,7 @@ class Kind:
         fields: its other columns, in a given dump.
         parameters: the dataclass of what the manifest keeps under its name.
         codec: how rows are stored; None as the fields say.
-        row_bytes: of a decoded row, by which row groups are cut; None computes it from the fields.
+        row_bytes: of a decoded row, by which row groups are cut; None computes it from the fields, where there is no codec.
         statistics: names of numbers over a shard's rows. A total has None; a mean has the name of the total it is a mean over
             ("rows" is one of every kind). Commit records, SQL and `info` have them as "KIND.NAME".
         measure: those numbers, of some of a shard's rows.
@@ -156,6 +156,8 @@ class Kind:
             raise InputError(
                 f"the kind {self.name!r} declares a mean over a total that it does not declare, or {ROWS!r} itself"
             )
+        if self.codec and not self.row_bytes:
+            raise InputError(f"the kind {self.name!r} has a codec and does not say what a row takes: declare its row_bytes")
 
     def _stored(self, manifest: Manifest) -> tuple[Field, ...]:
         return (*KEYS[self.per], *(self.codec.stored(manifest) if self.codec else self.fields(manifest)))

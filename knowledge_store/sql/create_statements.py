@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import duckdb
 import pyarrow as pa
 
 from knowledge_store.catalogue.index import Index
@@ -15,7 +16,7 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS
 from knowledge_store.reading.reader import shard_files
-from knowledge_store.sql.query import identifier, literal
+from knowledge_store.sql.query import identifier, literal, readable
 from knowledge_store.storage import Storage
 from knowledge_store.storage.local import LocalStorage
 
@@ -49,7 +50,16 @@ def _location(storage: Storage, name: str) -> str:
 
 
 def _files(storage: Storage, index: Index, manifest: Manifest, table: str, schema: pa.Schema) -> str:
-    """The committed files of a table, as SQL."""
+    """The committed files of a table, as SQL; where there is none yet, no rows of its columns."""
     files = shard_files(storage, index, manifest.dump, table, schema).values()
+    if not files:
+        return _no_rows(schema)
     paths = [literal(_location(storage, file.name)) for file in files]
     return f"read_parquet([{', '.join(paths)}])"
+
+
+def _no_rows(schema: pa.Schema) -> str:
+    with duckdb.connect() as connection:
+        empty = connection.from_arrow(pa.schema([readable(column) for column in schema]).empty_table())
+        columns = [f"NULL::{kind} AS {identifier(name)}" for name, kind in zip(empty.columns, empty.types, strict=True)]
+    return f"(SELECT {', '.join(columns)} WHERE false)"

@@ -32,11 +32,10 @@ from knowledge_store.sql.limits import (
     interrupted,
     not_opened,
 )
+from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-    from knowledge_store.sql.query import Parameters
 
 ARROW = "arrow"
 DUCKDB_SHARE = 0.8
@@ -64,18 +63,20 @@ def asked(
         memory_limit: in bytes, for all that the query needs, its answer and its text included.
         timeout: in seconds.
         remark: called with what a person should know of the answer.
-        parameters: of the statement (see `query.Query`), as JSON has them.
+        parameters: of the statement (see `query.Query`): numbers, texts, truth values, None, and lists and dicts of them.
 
     Yields:
         the answer, as it comes.
 
     Raises:
-        InputError: a limit cannot be used.
+        InputError: a limit or a parameter cannot be used.
         KnowledgeStoreError: as `KnowledgeStore.open` and `KnowledgeStore.sql`, when all there is of the answer was read.
     """
     check_limits(memory_limit, timeout)
+    values = plain_parameters(parameters)
+    check_json(values)
     limits = {"memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS)}
-    request = {"store": str(store), "sql": sql, "form": form, "parameters": parameters, **limits}
+    request = {"store": str(store), "sql": sql, "form": form, "parameters": values, **limits}
     with started("knowledge_store.sql.isolated:answer", request) as child:
         yield child.answer
         sentence = _result(child, memory_limit, timeout)
@@ -103,11 +104,12 @@ def isolated_answer(
     memory_limit: int = MEMORY_LIMIT,
     timeout: float = TIMEOUT,
     parameters: Parameters | None = None,
+    remark: Callable[[str], None] = lambda sentence: None,
 ) -> pa.Table:
     """`run_query` in a process of its own, which opens the store again (see `asked`)."""
     import pyarrow as pa
 
-    child = asked(store, sql, ARROW, memory_limit, timeout, lambda _: None, parameters)
+    child = asked(store, sql, ARROW, memory_limit, timeout, remark, parameters)
     # Where the stream ends too soon, how the child ended says why.
     with child as answer, suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(answer) as reader:
         table: pa.Table = reader.read_all()
@@ -148,7 +150,7 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
                 text.detach()
             outlet.flush()
             sentences = [remark] if remark else []
-            remark = "; ".join([*sentences, *(f"not asked: {reason}" for reason in store.closed.values())])
+            remark = "; ".join([*sentences, *store.left_out])
         except errors.KnowledgeStoreError:
             raise
         except Exception as error:  # SQL from anybody may find ways to fail that nobody thought of

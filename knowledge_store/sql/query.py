@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -31,11 +30,11 @@ from knowledge_store.kinds import KINDS
 from knowledge_store.quantities import binary_size
 from knowledge_store.reading.reader import shard_files
 from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.sql.parameters import Parameters, plain_parameters
 from knowledge_store.storage import Storage
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
 LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes
-Parameters = Sequence[Any] | Mapping[str, Any]
 
 QUERY_THREAD = "query"
 GRACE = 1.0  # seconds that a query's caller waits for it to stop, when its time is over
@@ -83,10 +82,10 @@ def identifier(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _readable(column: pa.Field) -> pa.Field:
+def readable(column: pa.Field) -> pa.Field:
     """A column as DuckDB can read it: it knows no float16."""
     if pa.types.is_list(column.type):
-        return pa.field(column.name, pa.list_(_readable(column.type.value_field)))
+        return pa.field(column.name, pa.list_(readable(column.type.value_field)))
     return column.with_type(pa.float32()) if pa.types.is_float16(column.type) else column
 
 
@@ -115,7 +114,7 @@ class _Catalogue:
         """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
         files = shard_files(self._storage, self._index, manifest.dump, table, schema)
-        return dataset(list(files.values()), pa.schema([_readable(column) for column in schema]), self.errors)
+        return dataset(list(files.values()), pa.schema([readable(column) for column in schema]), self.errors)
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""
@@ -269,7 +268,7 @@ class Query:
         parameters: Parameters | None = None,
     ):
         _check_statement(connection, sql)
-        self._parameters = parameters
+        self._parameters = plain_parameters(parameters)
         self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
         self._catalogue = catalogue = _Catalogue(storage, index, manifests, connection)
         relations = catalogue.relations()

@@ -15,13 +15,14 @@ from typing import IO, Any
 from knowledge_store.errors import InputError, LimitError
 from knowledge_store.isolation.child import MEMORY_LIMIT, Killed, Report, limit, limit_time, started
 from knowledge_store.reporter import SILENT, Advance, Reporter
+from knowledge_store.sql.limits import MAX_MEMORY_LIMIT
 from knowledge_store.writing.verification import Verification, verify
 
 MIN_MEMORY_LIMIT = 2**26
 SHARD_TIME = 600.0  # seconds
 
 
-def verify_isolated(store: str, reporter: Reporter = SILENT, memory_limit: int = MEMORY_LIMIT) -> Verification:
+def verify_isolated(store: str, reporter: Reporter = SILENT, memory_limit: float = MEMORY_LIMIT) -> Verification:
     """`verify` within limits.
 
     Args:
@@ -36,6 +37,7 @@ def verify_isolated(store: str, reporter: Reporter = SILENT, memory_limit: int =
     """
     if not memory_limit >= MIN_MEMORY_LIMIT:
         raise InputError(f"a memory limit is at least {MIN_MEMORY_LIMIT >> 20} MiB, and this is {memory_limit / 2**20:g} MiB")
+    memory_limit = int(min(memory_limit, MAX_MEMORY_LIMIT))
     place = "what it holds"
     with ExitStack() as stack:
         advance: Advance = lambda amount, **figures: None  # noqa: E731
@@ -48,7 +50,7 @@ def verify_isolated(store: str, reporter: Reporter = SILENT, memory_limit: int =
                 place = report["figures"].get("reading", place)
                 advance(report["amount"], **report["figures"])
 
-        request = {"store": store, "memory_limit": int(memory_limit)}
+        request = {"store": store, "memory_limit": memory_limit}
         child = stack.enter_context(started("knowledge_store.writing.isolated:answer", request))
         try:
             return Verification(**child.result(hear))

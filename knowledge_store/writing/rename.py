@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import BinaryIO
+from functools import partial
 
-from knowledge_store.errors import InputError, MissingFileError, StoreError
-from knowledge_store.format.commits import commit_records, read_commit
+from knowledge_store.errors import DamageError, InputError, MissingFileError, StoreError
+from knowledge_store.format.commits import commit_records, misplaced, read_commit
 from knowledge_store.format.layout import check_dump_name, commit_file, manifest_file
-from knowledge_store.format.manifest import read_manifest
+from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.storage import Storage, Write
+from knowledge_store.writing.writer import write_bytes
 
 
 def rename_dump(storage: Storage, old: str, new: str) -> None:
@@ -21,24 +22,29 @@ def rename_dump(storage: Storage, old: str, new: str) -> None:
     """
     check_dump_name(new)
     names = storage.folders("")
-    if old in names:
-        read_manifest(storage, old)  # DamageError, before anything is done
-        storage.rename_folder(old, new)
-    elif new not in names or _named(storage, new) != old:
+    folder = old if old in names else new
+    if folder == new and (new not in names or _named(storage, new) != old):
         raise InputError(f"{storage.address} has no dump {old!r}")
-    # The manifest is last: until then the folder has another name than its manifest, which closes it.
+    # Everything is read, checked and made before the folder moves: what is damaged has to be repaired under the old name.
+    manifest = read_manifest(storage, folder, any_name=folder == new)
     files: list[tuple[str, Write]] = []
-    for shard in commit_records(storage, new):
-        files.append((commit_file(new, shard), _bytes(replace(read_commit(storage, new, shard), dump=new).to_bytes())))
-    manifest = replace(read_manifest(storage, new, any_name=True), dump=new)
-    storage.replace([*files, (manifest_file(new), _bytes(manifest.to_bytes()))])
+    for shard in commit_records(storage, folder):
+        files.append((commit_file(new, shard), partial(write_bytes, data=_renamed(storage, manifest, folder, new, shard))))
+    # The manifest is last: until then the folder has another name than its manifest, which closes it.
+    files.append((manifest_file(new), partial(write_bytes, data=replace(manifest, dump=new).to_bytes())))
+    if folder == old:
+        storage.rename_folder(old, new)
+    storage.replace(files)
 
 
-def _bytes(data: bytes) -> Write:
-    def write(file: BinaryIO) -> None:
-        file.write(data)
-
-    return write
+def _renamed(storage: Storage, manifest: Manifest, folder: str, new: str, shard: int) -> bytes:
+    """A shard's commit record under the new name, which it has already where a rename was cut off."""
+    commit = read_commit(storage, folder, shard)
+    named = replace(commit, dump=folder) if commit.dump in (manifest.dump, new) else commit
+    complaint = misplaced(named, replace(manifest, dump=folder), shard, storage)
+    if complaint:
+        raise DamageError(f"{complaint} (nothing was renamed)")
+    return replace(commit, dump=new).to_bytes()
 
 
 def _named(storage: Storage, folder: str) -> str | None:

@@ -91,16 +91,31 @@ def _row_groups(kind: Kind, shard: Shard, manifest: Manifest) -> Iterator[tuple[
         raise InputError(f"it is of {len(knowledge):,} sequences, and there are {len(shard.sequences):,}")
     ids = np.array([row["sequence_id"] for row in shard.sequences], np.int64)
     counts = np.array([_row_count(kind, arrays, row) for arrays, row in zip(knowledge, shard.sequences, strict=True)], np.int64)
+    # Without a codec each sequence is a table at once: whatever its arrays are, the types of all of them are the same then.
+    tables: list[pa.Table] = []
+    if kind.codec is None:
+        for place, arrays in enumerate(knowledge):
+            tables.append(kind.pack(_keys(kind, ids[place : place + 1], counts[place : place + 1]), arrays, manifest))
     start = 0
-    for size in group_sizes(kind, knowledge, counts, manifest):
+    for size in group_sizes(kind, tables, counts, manifest):
         end = start + size
-        keys = _keys(kind, ids[start:end], counts[start:end])
-        if len(keys):
-            yield _row_group(kind, keys, joined(knowledge[start:end]), manifest)
+        if counts[start:end].any():
+            if kind.codec is None:
+                stored = pa.concat_tables(tables[start:end]).combine_chunks()
+            else:
+                keys = _keys(kind, ids[start:end], counts[start:end])
+                try:
+                    stored = kind.pack(keys, joined(knowledge[start:end]), manifest)
+                except KeyError as error:
+                    raise InputError(f"there is no array {error}: the extractor leaves it out") from None
+            yield stored, _measured(kind, stored, manifest)
         start = end
 
 
 def _row_count(kind: Kind, arrays: Arrays, sequence: dict[str, Any]) -> int:
+    for name, rows in arrays.items():
+        if not hasattr(rows, "__len__") or getattr(rows, "ndim", 1) == 0:
+            raise InputError(f"of sequence {sequence['sequence_id']} the array {name!r} is one value, {rows!r}: give one a row")
     lengths = {len(rows) for rows in arrays.values()}
     expected = {"position": sequence["length"], "sequence": 1, "item": next(iter(lengths), 0)}[kind.per]
     if lengths != {expected}:
@@ -116,8 +131,8 @@ def _keys(kind: Kind, ids: np.ndarray, counts: np.ndarray) -> pa.Table:
     return pa.table(columns, schema=pa.schema([each.column for each in KEYS[kind.per]]))
 
 
-def _row_group(kind: Kind, keys: pa.Table, arrays: Arrays, manifest: Manifest) -> tuple[pa.Table, dict[str, float]]:
-    stored = kind.pack(keys, arrays, manifest)
+def _measured(kind: Kind, stored: pa.Table, manifest: Manifest) -> dict[str, float]:
+    """The statistics of a row group, and that it can be read again (InputError)."""
     numbers: dict[str, float] = {}
     sound = not has_nan(stored)
     if sound:
@@ -132,7 +147,7 @@ def _row_group(kind: Kind, keys: pa.Table, arrays: Arrays, manifest: Manifest) -
         check_lists(table)
     except ValueError as error:
         raise InputError(f"a row group could not be read again: {error}; give a smaller --max-length") from None
-    return stored, numbers
+    return numbers
 
 
 def has_nan(table: pa.Table) -> bool:

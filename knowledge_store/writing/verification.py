@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,11 +41,13 @@ class Verification:
     Attributes:
         damage: one sentence for each thing that is wrong; each names its file.
         notes: things that are no damage: uncommitted files, shards not dumped yet.
-        dumps, shards, positions, bytes: how much was checked.
+        closed: how many of those sentences are of dumps that are closed, though not damaged: no repair helps them.
+        dumps, shards, positions, bytes: how much is sound.
     """
 
     damage: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    closed: int = 0
     dumps: int = 0
     shards: int = 0
     positions: int = 0
@@ -54,6 +57,15 @@ class Verification:
 def _check_file(file: TableFile) -> pa.Table:
     check_whole(file.storage, file.name, file.record)
     return read_table(file)
+
+
+def _row_groups(table: pa.Table, file: TableFile) -> Iterator[pa.Table]:
+    """A file's table by its row groups."""
+    metadata, start = open_table(file).metadata, 0
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        yield table.slice(start, rows)
+        start += rows
 
 
 def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, file: TableFile) -> None:
@@ -145,13 +157,15 @@ def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, T
         path = files[name].path
         try:
             table = kind.unpack(tables[name], manifest)
-            check_lists(table)
+            row_groups = list(_row_groups(table, files[name]))
+            for group in row_groups:  # as they are written and read
+                check_lists(group)
         except ValueError as error:
             raise DamageError(f"{path}: {error}") from None
         _check_alignment(sequences, table, kind.per, files[name])
         for complaint in kind.checks(table, sequences, manifest):
             raise DamageError(f"{path}: {complaint}")
-        statistics |= qualified(kind, added(kind, [measured(kind, table, manifest)]))
+        statistics |= qualified(kind, added(kind, [measured(kind, group, manifest) for group in row_groups]))
     stated = commit.statistics
     if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
         path = files[SEQUENCES].storage.locate(commit_file(manifest.dump, commit.shard))
@@ -167,6 +181,7 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
         raise
     except (DamageError, StoreError) as error:
         result.damage.append(str(error))
+        result.closed += not isinstance(error, DamageError)
         return
     tokens = TableFile(storage, tokens_file(dump), FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)
     advance(0, reading=f"the vocabulary of {dump}")
@@ -257,8 +272,9 @@ def verify(store: str | Path | Storage, reporter: Reporter = SILENT) -> Verifica
             shards += len(commit_records(storage, dump))
     with reporter.progress("verifying", max(shards, 1), "shards") as advance:
         for dump in dumps:
-            result.dumps += 1
+            before = len(result.damage)
             _check_dump(storage, dump, result, advance)
+            result.dumps += len(result.damage) == before
     for name in storage.folders(""):
         if name not in dumps:
             _check_folder(storage, name, result)

@@ -260,7 +260,7 @@ def decode(table: pa.Table) -> Arrays:
     with np.errstate(all="ignore"):
         excess = np.log(total_mass(candidate_logprobs, tail_logprob))
     if not np.isfinite(excess).all():
-        raise ValueError("candidates and tail are no probabilities")
+        raise ValueError("the probabilities of candidates and tail do not have a finite sum")
     more = {}
     if "tail_ids" in table.column_names:
         more["tail_ids"], _ = padded_lists(table["tail_ids"], 0, np.int64)
