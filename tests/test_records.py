@@ -176,7 +176,7 @@ def test_commit_records_of_the_wrong_shape(tmp_path, place, value):
     path = store / "small/commits/00000.json"
     altered(path, place, value)
     with pytest.raises(DamageError) as raised:
-        KnowledgeStore.open(store)
+        KnowledgeStore.open(store).manifest()
     assert str(path) in str(raised.value)
 
 
