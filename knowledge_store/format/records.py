@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from typing import Any
 
@@ -132,11 +131,6 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
         raise ValueError(f"{name} has the wrong type")
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} is not a 64-bit number")
-
-
-def open_at_once(path: str, flags: int) -> int:
-    """Open without waiting: a pipe would wait for somebody to write to it."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_record(storage: Storage, name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowledge_store.errors import InputError
+from knowledge_store.tokenizer import opening_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -185,7 +186,7 @@ def tokenise(
         InputError: a question with its longest option has more tokens than that, or the tokenizer makes nothing of an
             option; names the question's place.
     """
-    opening = _opening_tokens(tokenizer)
+    opening = opening_tokens(tokenizer)
 
     def encode(text: str) -> list[int]:
         # The tokenizer warns of texts longer than its model's context; that is checked here.
@@ -208,13 +209,3 @@ def tokenise(
             raise InputError(f"{question.place}: the question has {size:,} tokens, and the model takes at most {max_tokens:,}")
         tokenised.append(TokenisedQuestion(tuple(answered[0][:shared]), ends, question.answer))
     return tokenised
-
-
-def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer puts before a text of its own accord."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return list(whole[:start])
-    return []

@@ -20,6 +20,7 @@ import numpy as np
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
+from knowledge_store.tokenizer import opening_tokens
 from teacher_dump.corpus.conversations import ChatTemplate
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.rows import BadRow
@@ -56,7 +57,7 @@ class CorpusTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._opening = _opening_tokens(tokenizer)
+        self._opening = opening_tokens(tokenizer)
         self._chat = ChatTemplate(tokenizer)
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
@@ -130,16 +131,6 @@ class CorpusTokenizer:
         differing = np.array(prompt_ids[:length]) != np.array(token_ids[:length])
         prompt_length = int(np.argmax(differing)) if differing.any() else length
         return np.array(token_ids, np.int64), np.arange(len(token_ids)) >= prompt_length
-
-
-def _opening_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer puts before a text of its own accord."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return list(whole[:start])
-    return []
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -10,10 +10,14 @@ from knowledge_store.format.commits import commit_records
 from knowledge_store.format.layout import commit_file, manifest_file
 from knowledge_store.format.manifest import Manifest, check_version, read_manifest
 from knowledge_store.format.records import read_record
+from knowledge_store.reporter import Reporter
 from knowledge_store.storage import Storage
 from knowledge_store.store import check_store, occupied
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.documents import check_files
+from teacher_dump.dumping.mismatch import check_options
+from teacher_dump.teachers.files import check_local_teacher
+from teacher_dump.teachers.protocol import Teacher
 
 
 def check_request(config: DumpConfig, storage: Storage, rank: int, world_size: int) -> None:
@@ -67,6 +71,26 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
             f" {config.dtype}. Leave --dtype out to resume it, or give this dump another --name"
         )
     return str(begun_in)
+
+
+def check_before_loading(
+    config: DumpConfig, storage: Storage, existing: Manifest | None, teacher: Teacher | None, reporter: Reporter
+) -> str:
+    """All that can be wrong with a dump or its repair before a teacher is loaded (see `check_place` and `check_options`).
+
+    Args:
+        existing: the manifest of the dump that is resumed or repaired.
+        teacher: the one that is loaded already.
+
+    Returns:
+        the dtype to load a teacher in.
+    """
+    dtype = check_place(config, storage, existing)
+    if existing is not None:
+        check_options(config, storage, existing, reporter=reporter)
+    if teacher is None:
+        check_local_teacher(config.teacher, config.gguf_file)
+    return dtype
 
 
 def existing_manifest(storage: Storage, dump: str) -> Manifest | None:

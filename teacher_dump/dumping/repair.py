@@ -24,11 +24,10 @@ from knowledge_store.writing.repair import (
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.mismatch import check_options, check_same
-from teacher_dump.dumping.preconditions import check_place, check_request
+from teacher_dump.dumping.mismatch import check_same
+from teacher_dump.dumping.preconditions import check_before_loading, check_request
 from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.teachers.files import check_local_teacher
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -66,11 +65,7 @@ def repair(
         if not pending and not tokens_damage(writer):
             shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
-    dtype = check_place(config, storage, existing)
-    if existing is not None:
-        check_options(config, storage, existing, reporter=reporter)
-    if teacher is None:
-        check_local_teacher(config.teacher, config.gguf_file)
+    dtype = check_before_loading(config, storage, existing, teacher, reporter)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest

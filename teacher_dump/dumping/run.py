@@ -11,11 +11,10 @@ from knowledge_store.storage import open_storage
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.mismatch import check_options, check_same
-from teacher_dump.dumping.preconditions import check_place, check_request, existing_manifest
+from teacher_dump.dumping.mismatch import check_same
+from teacher_dump.dumping.preconditions import check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.remaining import remaining_shards, worker_shards
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.teachers.files import check_local_teacher
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -45,11 +44,7 @@ def dump(
     storage = open_storage(config.store)
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
-    dtype = check_place(config, storage, existing)
-    if existing is not None:
-        check_options(config, storage, existing, reporter=reporter)
-    if teacher is None:
-        check_local_teacher(config.teacher, config.gguf_file)
+    dtype = check_before_loading(config, storage, existing, teacher, reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.dumping.plan import ShardReader, make_manifest
