@@ -18,7 +18,7 @@ from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
-from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
 from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
 from teacher_dump.dumping.publishing import Knowledge
 from teacher_dump.dumping.teacher_pass import shard_of
@@ -104,6 +104,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     """
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
+    batching = find_batching(config, teacher, config.max_length, reporter)
     manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
     documents, count, characters = _sample_documents(config, reporter)
@@ -137,7 +138,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     ordered: list[TokenSequence] = []
     seconds = 0.0
     with reporter.progress("asking the teacher", sum(lengths), "positions") as advance:
-        for indices in length_batches(lengths, config.batch_size * config.max_length):
+        for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
             batch = [chosen[index] for index in indices]
             started = time.monotonic()
             prediction = predict_batch(config, teacher, batch)

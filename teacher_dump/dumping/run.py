@@ -47,6 +47,7 @@ def dump(
     dtype = check_before_loading(config, storage, existing, teacher, reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
+    from teacher_dump.dumping.batches import find_batching
     from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
@@ -54,6 +55,9 @@ def dump(
 
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
+    find_batching(
+        config, teacher, config.max_length, reporter
+    )  # a teacher that cannot be asked is refused before anything is made
     tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
     existing = existing or existing_manifest(storage, config.dump_name)
     planned = make_manifest(config, teacher, existing, reporter=reporter)

@@ -180,8 +180,10 @@ def positions_parameters(config: EstimateConfig, teacher: Teacher) -> PositionsP
         InputError: there are more candidates than tokens, or the calibration belongs to another teacher or tokenizer.
     """
     wanted = {"top-k": ("--top-k", config.top_k), "top-p": ("--max-k", config.max_k)}.get(config.selection)
-    if wanted is not None and wanted[1] > teacher.vocabulary_size:
-        raise InputError(f"{wanted[0]} {wanted[1]} is above the teacher's vocabulary of {teacher.vocabulary_size:,} tokens")
+    possible = teacher.vocabulary_size - len(teacher.impossible_tokens)
+    if wanted is not None and wanted[1] > possible:
+        never = "" if possible == teacher.vocabulary_size else " that it ever gives"
+        raise InputError(f"{wanted[0]} {wanted[1]} is above the teacher's vocabulary of {possible:,} tokens{never}")
     calibration: dict[str, Any] = {}
     if config.calibration is not None:
         file = read_calibration(config.calibration)
