@@ -213,6 +213,29 @@ def test_beside_a_kind_with_the_same_names(case, store, monkeypatch):
     assert "cannot hold the kinds" in reason
 
 
+@pytest.mark.parametrize("name", ["sequence_id", "attention_mask", "labels", "input_ids", "is_target"])
+def test_a_name_that_batches_have_for_themselves(tmp_path, monkeypatch, name):
+    """Whoever trains finds there what is expected, or the kind is refused when a dump is opened."""
+    monkeypatch.setitem(KINDS, "toy", Kind("toy", "sequence", lambda manifest: (Field("x", pa.float32()),)))
+    DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("toy",)), TOKENS)
+    monkeypatch.setitem(KINDS, "toy", Kind("toy", "sequence", lambda manifest: (Field(name, pa.float32()),)))
+    with pytest.raises(StoreError, match=f"cannot hold the kind 'toy': '{name}' is reserved, and cannot name an array"):
+        DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("toy",)), TOKENS)
+    with pytest.raises(StoreError, match=f"'{name}' is reserved"):
+        KnowledgeStore.open(tmp_path / "store").manifest()
+
+
+@pytest.mark.parametrize("name", ["sequences", "tokens", "shards", "dumps", "commits"])
+def test_a_name_that_sql_has_for_itself(tmp_path, monkeypatch, name):
+    for kind in (
+        Kind(name, "sequence", lambda manifest: ()),
+        Kind("toy", "sequence", lambda m: (), relations={name: "SELECT 1"}),
+    ):
+        monkeypatch.setitem(KINDS, kind.name, kind)
+        with pytest.raises(StoreError, match=f"'{name}' is reserved, and cannot name a relation"):
+            DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=(kind.name,)), TOKENS)
+
+
 def test_damage_is_found(case, store):
     random = np.random.default_rng(0)
     for path in sorted((store / "d" / case.kind.name).glob("*.parquet")):
