@@ -207,32 +207,17 @@ class KnowledgeStore:
             self._readers[name] = DumpReader(self._dumps, name, self.cache_size)
         return self._readers[name]
 
-    def batches(
-        self,
-        dump: str | None = None,
-        batch_size: int = 8,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        consumed: int = 0,
-        ordinals: np.ndarray | None = None,
-        shuffle: bool = True,
-        kinds: tuple[str, ...] | None = None,
-        snapshot: int | None = None,
-    ) -> Batches:
+    def batches(self, dump: str | None = None, batch_size: int = ReadPlan.batch_size, **plan: Any) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).
 
         Args:
             dump: which dump; None when there is only one.
-            batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, kinds, snapshot: see `ReadPlan`.
+            batch_size, plan: the fields of `ReadPlan`, such as `seed=1`.
 
         Raises:
             InputError: no such dump, rank or kind; nothing to read; or the dump has grown since the order was begun.
         """
-        plan = ReadPlan(batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, kinds, snapshot)
-        return self.read(plan, dump)
+        return self.read(ReadPlan(batch_size, **plan), dump)
 
     def read(self, plan: ReadPlan, dump: str | None = None) -> Batches:
         """`batches` of a plan."""
