@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 from knowledge_store import DumpWriter, Manifest, Shard
 from knowledge_store.catalogue.index import index_path
 from knowledge_store.format.commits import CommitRecord, read_commit
-from knowledge_store.format.integrity import DigestingFile
+from knowledge_store.format.integrity import DigestingFile, FileRecord, TableFile
 from knowledge_store.format.manifest import read_manifest
-from knowledge_store.format.parquet import FileRecord, TableFile, read_table, write_table
+from knowledge_store.format.parquet import read_table, write_table
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
@@ -200,9 +200,13 @@ def contents(store: Path) -> dict[str, object]:
     return found
 
 
-def record_of(path: Path) -> FileRecord:
+def record_of(path: Any) -> FileRecord:
     """The record of a Parquet file, as its writer would have made it."""
-    data = path.read_bytes()
+    return record_of_bytes(path.read_bytes())
+
+
+def record_of_bytes(data: bytes) -> FileRecord:
+    """The same of its bytes."""
     digesting = DigestingFile(io.BytesIO())
     length = int.from_bytes(data[-8:-4], "little") + 8
     digesting.write(data[:-length])
@@ -214,6 +218,14 @@ def record_of(path: Path) -> FileRecord:
 def stored_table(store: Any, table: str, shard: int = 0, dump: str = "small") -> pa.Table:
     """A table of a shard as it stands in its file."""
     return pq.read_table(pa.BufferReader(open_storage(store).read(f"{dump}/{table}/{shard:05d}.parquet")))
+
+
+def published_file(store: Any, name: str) -> TableFile:
+    """A Parquet file of a store as readers know it, whatever its record says of it: it has the bytes that stand there now."""
+    storage = open_storage(store)
+    data = storage.read(name)
+    schema = pq.read_schema(pa.BufferReader(data)).remove_metadata()
+    return TableFile(storage, name, record_of_bytes(data), schema)
 
 
 def table_file_of(path: Path, record: FileRecord | None = None) -> TableFile:
