@@ -280,11 +280,19 @@ def test_statistics_are_in_shards_dumps_and_info(case, store):
 
 
 def test_an_extractor_that_gives_something_else_is_refused(case, store):
-    """Rows too few, an array left out: nothing is written."""
+    """Rows too few, an array left out, or one too many: nothing is written."""
     tokens, knowledge = knowledge_of(case, 0)
     rows = [sequence_row(index, each) for index, each in enumerate(tokens)]
     writer = DumpWriter.open(store, manifest_of(case, "other"), TOKENS)
     name = case.kind.name
+    extra = [{**each, "unheard_of": np.zeros(len(next(iter(each.values()))))} for each in knowledge]
+    for wrong in (extra, [*knowledge[:-1], extra[-1]]):
+        with pytest.raises(InputError, match=f"kind '{name}' .*no field declares the array 'unheard_of'"):
+            writer.commit(Shard(0, 0, 100, rows, {name: wrong}))
+    for missing in knowledge[0]:
+        wrong = [*knowledge[:-1], {key: array for key, array in knowledge[-1].items() if key != missing}]
+        with pytest.raises(InputError, match=f"kind '{name}' .*there is no array '{missing}'"):
+            writer.commit(Shard(0, 0, 100, rows, {name: wrong}))
     for wrong in (knowledge[:-1], [{key: array[:-1] for key, array in each.items()} for each in knowledge]):
         if case.kind.per == "item" and len(wrong) == len(knowledge):
             continue

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from knowledge_store.errors import DamageError, NewerVersionError, StoreError
+from knowledge_store.errors import DamageError, MissingFileError, NewerVersionError, StoreError
 from knowledge_store.format.integrity import FILE_SHAPE, FileRecord
 from knowledge_store.format.layout import FORMAT_NAME, FORMAT_VERSION, manifest_file
 from knowledge_store.format.records import check_shape, json_sha256, read_record, seal
@@ -213,3 +213,14 @@ def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manife
             f" `knowledge-store rename {storage.address} {manifest.dump} {dump}`, or remove the folder, where it is a copy"
         )
     return manifest
+
+
+def manifest_exists(storage: Storage, folder: str) -> bool:
+    """Whether a folder of a store has a manifest, readable or not."""
+    try:
+        storage.size(manifest_file(folder))
+    except MissingFileError:
+        return False
+    except DamageError:
+        return True
+    return True

@@ -71,6 +71,7 @@ class Codec:
     """How a kind's rows stand on disk, where that is not as its fields say, and what a batch has of them.
 
     Attributes:
+        takes: the names of the arrays that `pack` takes.
         stored: the columns of its Parquet files, keys left out.
         pack: key columns and an extractor's arrays to the stored table, by row group.
         unpack: a stored table, or a slice of it, to the table; ValueError where what is stored stands for none.
@@ -80,6 +81,7 @@ class Codec:
         arrays: the names of these arrays, and what stands in a batch where there is no value.
     """
 
+    takes: Callable[[Manifest], tuple[str, ...]]
     stored: Callable[[Manifest], tuple[Field, ...]]
     pack: Callable[[pa.Table, Arrays, Manifest], pa.Table]
     unpack: Callable[[pa.Table, Manifest], pa.Table]
@@ -189,6 +191,10 @@ class Kind:
         if self.codec:
             return self.codec.arrays(manifest)
         return {each.name: None if each.is_text else each.padding for each in self.fields(manifest)}
+
+    def takes(self, manifest: Manifest) -> tuple[str, ...]:
+        """The names of the arrays that an extractor gives of it."""
+        return self.codec.takes(manifest) if self.codec else tuple(each.name for each in self.fields(manifest))
 
     def has_text(self, manifest: Manifest) -> bool:
         """Whether some of its arrays are lists of str: then it never enters the decoded cache."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from knowledge_store.catalogue.dumps import open_dumps
 from knowledge_store.errors import DamageError, MismatchError, MissingFileError
 from knowledge_store.format.commits import commit_records, misplaced, read_commit
 from knowledge_store.format.integrity import MAX_READ, FileRecord, check_whole
@@ -14,7 +15,6 @@ from knowledge_store.format.layout import commit_file, manifest_file, table_file
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, contents, open_storage
-from knowledge_store.store import KnowledgeStore
 from knowledge_store.writing.writer import create_store, remove_leftovers
 
 
@@ -54,9 +54,9 @@ def copy(
         StoreError: the source is no store, the destination cannot be one, or one of them cannot be read or written.
     """
     origin, target = open_storage(source), open_storage(destination)
-    store = KnowledgeStore.open(origin, cache_size=0)
-    names = store.dumps if dump is None else (store.dump(dump),)
-    for name, reason in store.closed.items() if dump is None else ():
+    dumps = open_dumps(origin)
+    names = tuple(dumps.manifests) if dump is None else (dumps.name(dump),)
+    for name, reason in dumps.closed.items() if dump is None else ():
         reporter.note(f"{name} is not copied: {reason}")
     create_store(target)
     records = {name: commit_records(origin, name) for name in names}
@@ -74,7 +74,7 @@ def copy(
                     size += _copy_shard(origin, target, manifest, shard)
                     shards += 1
                 advance(1)
-    return Copied(tuple(names), shards, existing, size)
+    return Copied(names, shards, existing, size)
 
 
 def _copy_beginning(origin: Storage, target: Storage, manifest: Manifest) -> None:

@@ -20,15 +20,15 @@ from knowledge_store.format.layout import (
     table_file,
     tokens_file,
 )
-from knowledge_store.format.manifest import Manifest, read_manifest
+from knowledge_store.format.manifest import Manifest, manifest_exists, read_manifest
 from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, open_table, read_table
 from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema, sequences_statistics
+from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import KINDS, check_kinds
 from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.reporter import SILENT, Advance, Reporter
 from knowledge_store.storage import Storage, open_storage
-from knowledge_store.store import check_store, manifest_exists
 
 # How a file of good hashes and bad contents fails in the code that looks into it.
 _UNSOUND = (OSError, ArithmeticError, LookupError, TypeError, ValueError, pa.ArrowException)

@@ -9,9 +9,9 @@ from knowledge_store.format.commits import commit_records
 from knowledge_store.format.layout import commit_file, manifest_file
 from knowledge_store.format.manifest import Manifest, check_version, read_manifest
 from knowledge_store.format.records import read_record
+from knowledge_store.format.store_file import check_store, occupied
 from knowledge_store.reporter import Reporter
 from knowledge_store.storage import Storage
-from knowledge_store.store import check_store, occupied
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.documents import check_files
 from teacher_dump.dumping.mismatch import check_options

@@ -154,6 +154,11 @@ def stored(manifest: Manifest) -> tuple[Field, ...]:
     return (*FIELDS[:AS_THEY_ARE], *PACKED, *_more(manifest))
 
 
+def takes(manifest: Manifest) -> tuple[str, ...]:
+    """The names of the arrays that `pack` takes."""
+    return ("has_knowledge", *(each.name for each in fields(manifest)))
+
+
 def row_bytes(manifest: Manifest) -> int:
     """Bytes of a decoded position, by which row groups are cut: all lists of a row group are padded to the longest."""
     rule = positions_of(manifest).selection
@@ -359,6 +364,7 @@ POSITIONS = Kind(
     fields=fields,
     parameters=PositionsParameters,
     codec=Codec(
+        takes=takes,
         stored=stored,
         pack=pack,
         unpack=unpack,
