@@ -126,8 +126,8 @@ class Kind:
         statistics: names of numbers over a shard's rows. A total has None; a mean has the name of the total it is a mean over
             ("rows" is one of every kind). Commit records, SQL and `info` have them as "KIND.NAME".
         measure: those numbers, of some of a shard's rows.
-        checks: given its table, the `sequences` table and the manifest, sentences that say what is wrong; none when all is
-            sound.
+        checks: given the rows of some whole sequences, these sequences' rows of `sequences`, and the manifest, sentences that
+            say what is wrong; none when all is sound. `verify` calls it for each row group.
         relations: SQL of the relations it offers, by name; one that is just the table is added by itself. `{rows}` stands for
             the table, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the
             text of each token id.

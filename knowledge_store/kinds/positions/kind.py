@@ -317,7 +317,7 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
 
 
 def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with a shard's positions: whether they are of its sequences, and their invariants."""
+    """What is wrong with the positions of some sequences: whether they are of these sequences, and their invariants."""
     yield from tokens_match(table, sequences)
     yield from damage(table, manifest)
 
