@@ -1,7 +1,7 @@
 """An evaluation from beginning to end: on a held-out dump, or on multiple-choice questions.
 
 Every figure has its 95% bootstrap interval beside it, over whole sequences or whole questions, and what the report needs to
-compare two models on the same ones is kept. `figures` says what is measured on a dump, `multiple_choice` what on questions.
+compare two models on the same ones is kept. `kinds` says what is measured on a dump, `multiple_choice` what on questions.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.configuration import EvaluateConfig, check_evaluation
-from student_train.evaluation.figures import measure
+from student_train.evaluation.kinds import measure
 from student_train.evaluation.multiple_choice import FIT_QUESTIONS, measure_questions
 from student_train.evaluation.questions import Question, read_questions, tokenise
 from student_train.training.dataset import describe_dump
@@ -35,7 +35,7 @@ def evaluate(config: EvaluateConfig, *, reporter: Reporter = SILENT) -> dict[str
     """Evaluate a model on a dump or on questions, and write the result as JSON.
 
     Returns:
-        What was written. On a dump: what `figures.measure` returns. On questions: what `measure_questions` returns,
+        What was written. On a dump: what `kinds.measure` returns. On questions: what `measure_questions` returns,
         `headline` (the confidence to judge by) and seconds.
 
     Raises:

@@ -16,10 +16,11 @@ A new loss is one function and one entry. Training checks that the dump holds wh
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from student_train.deferred import deferred
 
 TAILS = ("auto", "draws", "bucket")
 TEXT = ("input_ids",)
@@ -59,16 +60,7 @@ class Loss:
             raise ValueError("a loss that does not run on input_ids knows no targets: give unit='sequence'")
 
 
-def _function(name: str) -> Callable[..., Any]:
-    """The function of `divergences` of that name. It is imported when it is first called, so that this table needs no torch."""
-
-    def function(*arguments: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module("student_train.losses.divergences"), name)(*arguments, **options)
-
-    function.__name__ = name
-    return function
-
-
+_function = functools.partial(deferred, "student_train.losses.divergences")
 _CANDIDATES = ("candidate_ids", "candidate_logprobs")
 _divergence = functools.partial(Loss, columns=(*_CANDIDATES, "tail_logprob"))
 
