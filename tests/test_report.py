@@ -26,9 +26,8 @@ DUMP = {
     "store": "store",
     "teacher": "a <teacher> & friends",
     "vocabulary_size": 512,
-    "selection": "top-k 5 + 4 tail draws",
-    "top_k": 5,
-    "quantisation_step": 0.125,
+    "kinds": {"positions": {"selection": "top-k 5 + 4 tail draws", "dense_bytes": 4000 * 512 * 4}, "vectors": {}},
+    "lines": [["selection", "top-k 5 + 4 tail draws, in steps of 0.125 nats"]],
     "sequences": 9,
     "positions": 4200,
     "targets": 4000,
@@ -188,7 +187,7 @@ def test_what_a_run_cost(tmp_path):
     costs = cells(text, "What it cost")
     dense = f"{4000 * 512 * 4 / 60_000:,.0f}×"
     assert costs["distilled forward-kl, 0.2 cross-entropy"] == [
-        "train top-k 5 + 4 tail draws",
+        "train positions: top-k 5 + 4 tail draws; vectors",
         "14.3 12.0 of what its loss reads",
         "0.06 MB",
         dense,

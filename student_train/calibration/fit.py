@@ -8,7 +8,8 @@ Two things can be fitted from what a dump keeps, with no model at hand:
   negative log-likelihood. A token outside the candidates keeps its share of what lies there. This is no temperature of the
   whole distribution: that one needs Σ p^(1/T) over the tail, which `teacher-dump run --calibration` keeps.
 
-The labels are the tokens that stand in the text, at the positions that count.
+The labels are the tokens that stand in the text, at the positions that count. What is fitted are the predictions that the kind
+`positions` keeps, whose columns are known here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from knowledge_store.calibration.file import Calibration
 from knowledge_store.calibration.temperature import fit_temperature
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import corpus_column
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds.positions import POSITIONS, positions_of
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.calibration.configuration import FIT_METHODS
 from student_train.evaluation.bootstrap import Interval, bootstrap_calibration_error, bootstrap_interval
@@ -209,7 +210,7 @@ def _labelled(
         ordinals = ordinals[np.unique(places.round().astype(np.int64))]
     parts: list[dict[str, np.ndarray]] = []
     with reporter.progress("reading the store", int(targets[ordinals].sum()), "targets") as advance:
-        for batch in store.batches(dump, BATCH, ordinals=ordinals, shuffle=False, kinds=("positions",)):
+        for batch in store.batches(dump, BATCH, ordinals=ordinals, shuffle=False, kinds=(POSITIONS.name,)):
             chosen = batch["is_target"]
             names = ("input_ids", "token_logprob", "candidate_ids", "candidate_logprobs", "tail_logprob")
             part = {name: batch[name][chosen] for name in (*names, "tail_logsumexp") if name in batch}

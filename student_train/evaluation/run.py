@@ -25,7 +25,7 @@ from student_train.evaluation.configuration import EvaluateConfig, check_evaluat
 from student_train.evaluation.kinds import measure
 from student_train.evaluation.multiple_choice import FIT_QUESTIONS, measure_questions
 from student_train.evaluation.questions import Question, read_questions, tokenise
-from student_train.training.dataset import describe_dump
+from student_train.training.dump_facts import describe_dump
 from student_train.training.models import load_model, load_tokenizer
 from student_train.training.run_folder import versions, write_json
 from student_train.training.vocabulary import check_student
