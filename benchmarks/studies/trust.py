@@ -378,7 +378,7 @@ def read_answers(arguments: argparse.Namespace, confidence: str) -> tuple[dict[s
     tags = np.array([json.loads(line)["set"] for line in (work / "test.jsonl").read_text().splitlines()])
     if confidence != "sequence":
         tokenised = tokenise(read_questions(work / "test.jsonl", "text"), load_tokenizer(str(work / "teacher")), "text")
-        tags = tags[[question.told_apart for question in tokenised]]
+        tags = tags[[question.first_tokens_differ for question in tokenised]]
     rows: dict[str, dict[str, Answers]] = {}
     temperatures: dict[str, float] = {}
     for slug in (TEACHER, *METHODS):

@@ -44,6 +44,15 @@ class Metric:
         return "–" if value is None else format(value, self.form)
 
 
+def calibration_errors(form: str) -> tuple[Metric, ...]:
+    """The metrics of the calibration errors that `metrics.describe_answers` gives."""
+    return (
+        Metric("ece_10", "ECE", "10 bins", form),
+        Metric("ece_15", "ECE", "15 bins", form),
+        Metric("adaptive_ece", "Adaptive ECE", "equal counts", form),
+    )
+
+
 @dataclass(frozen=True)
 class Row:
     """Figures that belong together: of the model, of the model at a post-hoc temperature, or of the teacher.

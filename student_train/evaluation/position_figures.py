@@ -6,7 +6,7 @@ import numpy as np
 
 from student_train.deferred import deferred
 from student_train.evaluation.comparison import Difference, calibration_difference, mean_difference
-from student_train.evaluation.figures import KindFigures, Metric, Row
+from student_train.evaluation.figures import KindFigures, Metric, Row, calibration_errors
 from student_train.training.run_folder import Record
 
 METRICS = (
@@ -21,9 +21,7 @@ METRICS = (
     Metric("top_1_agreement", "Agreement", "top-1, with the teacher", ".1%", lowest=False),
     Metric("accuracy", "Accuracy", "top-1, on the text", ".1%", lowest=False),
     Metric("brier", "Brier", "full vocabulary", ".4f"),
-    Metric("ece_10", "ECE", "10 bins", ".2%"),
-    Metric("ece_15", "ECE", "15 bins", ".2%"),
-    Metric("adaptive_ece", "Adaptive ECE", "equal counts", ".2%"),
+    *calibration_errors(".2%"),
     Metric("full_ece", "Full-ECE", "every token", ".2%"),
 )
 MEANS = ("nll", "kl_lower_bound", "top_1_agreement", "accuracy", "brier")

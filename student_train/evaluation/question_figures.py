@@ -8,7 +8,7 @@ import numpy as np
 
 from student_train.evaluation.bootstrap import calibration_gaps
 from student_train.evaluation.comparison import Difference, calibration_difference, mean_difference
-from student_train.evaluation.figures import Figures, Measurement, Metric, Row
+from student_train.evaluation.figures import Figures, Measurement, Metric, Row, calibration_errors
 from student_train.training.run_folder import Record
 
 MIN_QUESTIONS = 200  # to fit a temperature on
@@ -18,9 +18,7 @@ METRICS = (
     Metric("accuracy", "Accuracy", "of the chosen option", ".1%", lowest=False),
     Metric("nll", "NLL", "nats per question", ".3f"),
     Metric("brier", "Brier", "0 to 2", ".3f"),
-    Metric("ece_10", "ECE", "10 bins", ".1%"),
-    Metric("ece_15", "ECE", "15 bins", ".1%"),
-    Metric("adaptive_ece", "Adaptive ECE", "equal counts", ".1%"),
+    *calibration_errors(".1%"),
 )
 # The confidences of `multiple_choice`: what `evaluate` calls each, and its heading in the report.
 CONFIDENCES = {

@@ -78,13 +78,13 @@ def _evaluate_questions(config: EvaluateConfig, reporter: Reporter) -> dict[str,
     temperature = _given_temperature(config, tokenizer)
     model = load_model(config.model, config.gguf_file)
     max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    asked = tokenise(questions, tokenizer, config.answer_as, max_tokens)
+    tokenised = tokenise(questions, tokenizer, config.answer_as, max_tokens)
     fit_on = None if others is None else tokenise(others, tokenizer, config.answer_as, max_tokens)
     started = time.monotonic()
     measured = measure_questions(
-        _on_device(model), asked, batch_size=config.batch_size, fit_on=fit_on, temperature=temperature, reporter=reporter
+        _on_device(model), tokenised, batch_size=config.batch_size, fit_on=fit_on, temperature=temperature, reporter=reporter
     )
-    clashing = sum(not question.told_apart for question in asked)
+    clashing = sum(not question.first_tokens_differ for question in tokenised)
     return {
         "parameters": model.num_parameters(),
         "questions": {

@@ -186,20 +186,8 @@ def skewed_kl(logits: Tensor, targets: Targets, *, skew: float = 0.1, temperatur
 
 
 def skewed_reverse_kl(logits: Tensor, targets: Targets, *, skew: float = 0.1, temperature: float = 1.0) -> Tensor:
-    """KL(student ‖ (1 − λ) · teacher + λ · student): reverse, with bounded gradients (Ko et al. 2024, DistiLLM,
-    arXiv 2402.03898). At most −ln λ.
-
-    The tail: one more symbol; a lower bound of the full divergence. No estimate from draws: it needs ln of each token's
-    mixture.
-
-    Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
-        skew: λ, between 0 and 1.
-        temperature: as in `forward_kl` with a bucket, times T².
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
+    """KL(student ‖ (1 − λ) · teacher + λ · student): `skewed_kl` the other way round, from the same paper. Its tail, arguments
+    and bounds are the same.
     """
     teacher, student = bucketed(logits, targets, temperature)
     return temperature**2 * divergence(student, mixture(student, teacher, skew))
