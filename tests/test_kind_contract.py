@@ -23,6 +23,8 @@ from stores import assert_close, make_manifest, random_sequences, sequence_row, 
 from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays, item_mask
+from knowledge_store.kinds.field import KEYS
+from student_train.training.dump_facts import describe_dump
 
 TOKENS = tokens_table(words(11), words(11))
 SHARDS, SIZE = 3, 7  # the last shard has no sequences
@@ -416,6 +418,18 @@ def test_kinds_together(tmp_path, monkeypatch):
             assert same(alone[key], batch[key])
     with pytest.raises(InputError, match="holds no knowledge of kind 'dreams'"):
         opened.batches(kinds=("dreams",))
+
+
+def test_a_run_describes_its_dump_by_its_kinds(case, store):
+    """What a run or an evaluation says of the dump that it used, and the bytes of the columns that it read."""
+    opened, name = KnowledgeStore.open(store), case.kind.name
+    facts = describe_dump(opened, "d")
+    assert list(facts["kinds"]) == [name] and facts["sequences"] == len(opened) and facts["bytes_read"] == facts["bytes"]
+    columns = {column: size for column, size in opened.info()[0].column_bytes.items() if column.startswith(f"{name}.")}
+    assert describe_dump(opened, "d", {})["bytes_read"] == facts["bytes"] - sum(columns.values())
+    keys = [field.name for field in KEYS[case.kind.per]]
+    read = describe_dump(opened, "d", {name: ()})["bytes_read"]
+    assert read == facts["bytes"] - sum(size for column, size in columns.items() if column.partition(".")[2] not in keys)
 
 
 def test_parameters_are_part_of_the_identity(tmp_path, monkeypatch):
