@@ -43,14 +43,14 @@ def check_student(
     table = store.tokens(dump)
     pairs = zip(table["token_id"].to_pylist(), table["token"].to_pylist(), strict=True)
     kept = {token_id: token for token_id, token in pairs if token is not None}
-    own = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     differing = {
         token_id
-        for token_id in kept.keys() | own.keys()
-        if kept.get(token_id) != own.get(token_id) and not (token_id not in kept and token_id in added)
+        for token_id in kept.keys() | tokens.keys()
+        if kept.get(token_id) != tokens.get(token_id) and not (token_id not in kept and token_id in added)
     }
-    known, last = set(own.values()), max(own, default=-1)
+    known, last = set(tokens.values()), max(tokens, default=-1)
     # A token that has another id in the student is no renamed one.
     harmless = {
         token_id for token_id in differing if (token_id in added or token_id > last) and kept.get(token_id) not in known
@@ -58,7 +58,7 @@ def check_student(
     harmless -= _used(store, dump, harmless)
     if refused := differing - harmless:
         raise InputError(
-            f"the vocabulary of {name} is not that of the dump {dump}: {_differences(refused, kept, own)}."
+            f"the vocabulary of {name} is not that of the dump {dump}: {_differences(refused, kept, tokens)}."
             " Train a student with the teacher's tokenizer"
         )
     needed = max(kept, default=-1) + 1
@@ -70,7 +70,7 @@ def check_student(
         )
     if harmless:
         reporter.note(
-            f"Tokens that no sequence of {dump} holds have other names in {name}: {_differences(harmless, kept, own)}"
+            f"Tokens that no sequence of {dump} holds have other names in {name}: {_differences(harmless, kept, tokens)}"
         )
 
 
@@ -83,13 +83,13 @@ def _used(store: KnowledgeStore, dump: str, token_ids: set[int]) -> set[int]:
     return set(store.sql(query, {"dump": dump}, timeout=SCAN_SECONDS)["token_id"].to_pylist())
 
 
-def _differences(token_ids: set[int], kept: dict[int, str], own: dict[int, str]) -> str:
-    def name(tokens: dict[int, str], token_id: int) -> str:
-        return repr(tokens[token_id]) if token_id in tokens else "absent"
+def _differences(token_ids: set[int], kept: dict[int, str], tokens: dict[int, str]) -> str:
+    def name(names: dict[int, str], token_id: int) -> str:
+        return repr(names[token_id]) if token_id in names else "absent"
 
     ordered = sorted(token_ids)
     shown = "; ".join(
-        f"token id {token_id} is {name(kept, token_id)} in the dump and {name(own, token_id)} in the student"
+        f"token id {token_id} is {name(kept, token_id)} in the dump and {name(tokens, token_id)} in the student"
         for token_id in ordered[:3]
     )
     return shown + (f"; and {len(ordered) - 3:,} more" if len(ordered) > 3 else "")

@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
@@ -25,9 +32,7 @@ from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.fingerprints import file_sha256
 from teacher_dump.teachers.files import find_folder, model_files
 from teacher_dump.teachers.probes import check_looks_back, find_batching, impossible_tokens
-from teacher_dump.teachers.protocol import Ability, Batching
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
 
 # Logits held at once, little beside a batch's: 64 MB in float32 on a CPU, 256 MB on a GPU. Smaller ones do not pay: the head's
 # product slows down with fewer rows, and what follows it gains nothing measurable from staying in cache.
@@ -227,7 +232,7 @@ def load_teacher(
     Args:
         teacher: a local folder or a hub id.
         gguf_file: name of a GGUF file in it.
-        dtype: "auto" (float32 on a CPU, the model's own elsewhere) or a key of DTYPES.
+        dtype: one of `protocol.DTYPES`; "auto" is float32 on a CPU, and the model's own elsewhere.
         device: see `find_device`.
         reporter: hears of progress, and of a model that takes more memory.
 
@@ -235,16 +240,17 @@ def load_teacher(
         InputError: it cannot be used; says why.
     """
     where = find_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype} is not known: use auto, {', '.join(DTYPES)}")
+    if dtype not in DTYPES:
+        raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES)}")
     folder = find_folder(teacher, gguf_file)
     files = model_files(folder, gguf_file)
-    wanted = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
+    wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         with silence(), panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
-            AutoConfig.from_pretrained(folder, trust_remote_code=False, **source)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **source)
+            _check_architecture(folder, config)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=wanted,
@@ -253,6 +259,8 @@ def load_teacher(
                 output_loading_info=True,
                 **source,
             )
+    except InputError:
+        raise
     except Exception as error:  # a broken folder fails in many ways, all of them the folder's
         raise InputError(f"the teacher in {folder} cannot be loaded: {_first_line(error)}") from None
     if report["missing_keys"]:
@@ -281,11 +289,21 @@ def load_teacher(
     try:
         check_looks_back(loaded)
         loaded.impossible_tokens = impossible_tokens(loaded)
+        if len(loaded.impossible_tokens):
+            description["impossible_tokens"] = len(loaded.impossible_tokens)
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # a model that needs more than a text
         raise InputError(f"the model in {folder} cannot be asked about a text alone: {_first_line(error)}") from None
     return loaded
+
+
+def _check_architecture(folder: Path, config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"the model in {folder} ({config.model_type}) is an encoder-decoder, whose predictions depend on a second text:"
+            " choose a causal language model as the teacher"
+        )
 
 
 def _first_line(error: Exception) -> str:
