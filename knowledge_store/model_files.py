@@ -54,7 +54,7 @@ def check_folder_name(model: str) -> None:
         raise InputError(f"there is no folder {model}, and it cannot be a model of the hub, whose id has the form OWNER/NAME")
 
 
-def hub_folder(model: str, gguf_file: str | None = None) -> Path:
+def hub_folder(model: str, gguf_file: str | None = None, revision: str | None = None) -> Path:
     """The folder of the hub's cache that a hub id's files lie in, downloaded if need be: its configuration, its tokenizer, and
     its weights in safetensors or the one GGUF file. A model is checked and loaded there, as any folder is, and no pickle comes
     with it.
@@ -62,18 +62,26 @@ def hub_folder(model: str, gguf_file: str | None = None) -> Path:
     Args:
         model: a hub id, such as OWNER/NAME, that is no folder.
         gguf_file: name of a GGUF file, instead of safetensors.
+        revision: a branch, tag or commit; None for the main one.
 
     Raises:
         InputError: there is no such model, or it cannot be had.
     """
     check_folder_name(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
     patterns = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, "*.model"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError:
+        reason = f"the hub's model of that name has no revision {revision!r}: give one of its branches, tags or commits"
     except LocalEntryNotFoundError:
         reason = "the hub, which may have a model of that name, cannot be reached"
     except (RepositoryNotFoundError, HFValidationError):

@@ -12,7 +12,7 @@ import heapq
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
         InputError: something given cannot be used, or the corpus holds no target.
     """
     check_files(config.corpus)
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)
     find_batching(config, teacher, config.max_length, reporter)
     sequences, skipped_rows = _sample(config, CorpusTokenizer(teacher.tokenizer, config.max_length), reporter)

@@ -6,7 +6,7 @@ import io
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
@@ -104,7 +104,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     Raises:
         InputError: something given cannot be used, or the sample holds nothing that can.
     """
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     batching = find_batching(config, teacher, config.max_length, reporter)
     manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})

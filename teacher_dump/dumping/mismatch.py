@@ -19,6 +19,7 @@ _NAMES = {
     "plan.max_length": "--max-length",
     "plan.shard_size": "--shard-size",
     "teacher.dtype": "--dtype",
+    "teacher.quantize": "--quantize",
 }
 
 
