@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
 
 
 def check_folder_name(model: str) -> None:
-    """Refuse what can only be the path of a folder, where there is none; what may be a hub id is left to `hub_folder`.
+    """Refuse what is no folder and has not the form of a hub id, OWNER/NAME; what has is left to `hub_folder`.
 
     Raises:
         InputError: there is no such folder.
@@ -40,9 +40,9 @@ def check_folder_name(model: str) -> None:
     folder = Path(model)
     if folder.exists():
         return
-    # A hub id has one slash at most, and no folder here is called as its owner.
-    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) > 2
-    if local or not model or (len(folder.parts) == 2 and folder.parent.is_dir()):
+    # No folder here is called as the owner.
+    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) != 2
+    if local or folder.parent.is_dir():
         raise InputError(f"there is no folder {model}, and it cannot be a model of the hub, whose id has the form OWNER/NAME")
 
 

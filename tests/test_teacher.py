@@ -318,7 +318,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path):
 def test_other_things_that_are_no_teacher(folder):
     assert "is a file: name the teacher's folder" in refusal(folder / "config.json")
     assert "there is no folder" in refusal(folder / "elsewhere")
-    assert "--dtype int3 is not known" in refusal(folder, dtype="int3")
+    assert "there is no dtype 'int3' for a teacher" in refusal(folder, dtype="int3")
     for device in ("abacus", "cuda:99", "meta"):
         with pytest.raises(InputError, match=device):
             find_device(device)

@@ -23,6 +23,7 @@ from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset, describe_dump, split_ordinals
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run, keeps_candidates, kinds_read, unused_columns
+from student_train.training.model_folder import model_sha256
 from student_train.training.models import load_model, load_tokenizer, quieten
 from student_train.training.run_folder import (
     RUN_FILE,
@@ -84,7 +85,8 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
 
     output = Path(config.output)
-    identity = run_identity(config, store, dump, sequences_per_step, steps, calibration_sha256)
+    student_sha256 = model_sha256(config.student)
+    identity = run_identity(config, store, dump, sequences_per_step, steps, student_sha256, calibration_sha256)
     check_output(output, identity)
     history = read_history(output)
     if history.get("finished"):

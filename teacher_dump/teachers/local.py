@@ -209,7 +209,7 @@ def load_teacher(
     """
     where = find_device(device)
     if dtype not in DTYPES:
-        raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES)}")
+        raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     folder = find_folder(teacher, gguf_file)
     files = model_files(folder, gguf_file)
     wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
