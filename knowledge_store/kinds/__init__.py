@@ -36,14 +36,18 @@ def check_kinds(manifest: Manifest, address: str) -> None:
         address: of its store, for messages.
 
     Raises:
-        StoreError: a kind is unknown here, or two of them do not go together.
+        StoreError: a kind is not known, or two of them do not go together.
         DamageError: a kind's parameters cannot be used.
     """
     arrays = dict.fromkeys(BATCH_NAMES, "every batch")
     relations = dict.fromkeys((*RELATIONS, COMMITS), "every store")
     for name, record in manifest.kinds.items():
         if name not in KINDS:
-            raise StoreError(f"dump {manifest.dump!r} of {address} holds knowledge of kind {name!r}, unknown here")
+            raise StoreError(
+                f"dump {manifest.dump!r} of {address} holds knowledge of kind {name!r}, which this knowledge-store does not"
+                " know: install the version that its commit records name under `made_by`, or import the package that adds this"
+                f" kind to KINDS; `knowledge-store info {address}` lists the dumps that can be used as it is"
+            )
         kind = KINDS[name]
         try:
             kind.parameters.from_record(record)

@@ -156,9 +156,9 @@ class ShardReader:
         self._go_to(start)
         while (document := self._next) is not None and document.number < end:
             try:
-                own = self._tokenizer.sequences(document)
-                sequences.extend(own)
-                if not own:
+                windows = self._tokenizer.sequences(document)
+                sequences.extend(windows)
+                if not windows:
                     skipped.append(_skipped(names[document.file], document.row, "no text to learn from"))
             except BadRow as reason:
                 if not config.skip_bad_rows:
@@ -171,9 +171,9 @@ class ShardReader:
         return ShardInput(shard, start.document, end - start.document, start.characters, sequences, skipped)
 
     def _go_to(self, start: Start) -> None:
-        here = self._next
-        follows = here is not None and here.number == start.document
-        passes = here is not None and here.number < start.document and here.file == start.file
+        document = self._next
+        follows = document is not None and document.number == start.document
+        passes = document is not None and document.number < start.document and document.file == start.file
         if not follows and not (passes and self._config.corpus[start.file].suffix in SUFFIXES_READ_THROUGH):
             self._documents = read_documents(self._config.corpus, start, self._config.part_characters)
             self._next = next(self._documents, None)
@@ -183,5 +183,5 @@ class ShardReader:
 
 def corpus_columns(manifest: Manifest, sequence: TokenSequence) -> dict[str, Any]:
     """The corpus's own columns of a sequence's row, as the types they are stored with."""
-    own = sequence.document.columns or {}
-    return {name: column_value(own.get(name), kind) for name, kind in manifest.derived["columns"].items()}
+    columns = sequence.document.columns or {}
+    return {name: column_value(columns.get(name), kind) for name, kind in manifest.derived["columns"].items()}

@@ -170,7 +170,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
     rows = []
     for sequence in shard.sequences:
         document = sequence.document
-        own = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
+        row_columns = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
         rows.append(
             {
                 "sequence_id": sequence_id(document.number, sequence.window),
@@ -183,7 +183,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
                 "targets": int(sequence.is_target.sum()),
                 "truncated": sequence.truncated,
                 "token_hash": token_hash(sequence.token_ids),
-                **own,
+                **row_columns,
             }
         )
     return Shard(shard.shard, shard.first_document, shard.documents, rows, knowledge, shard.skipped, made_by)

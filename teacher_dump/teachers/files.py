@@ -39,8 +39,8 @@ def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
     configuration = read_configuration(folder)
     text: dict[str, Any] = configuration.get("text_config") or configuration
     names = {"vocabulary_size": ("vocab_size",), "max_positions": MAX_POSITIONS}
-    found = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
-    return {size: value for size, value in found.items() if isinstance(value, int)}
+    sizes = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
+    return {size: value for size, value in sizes.items() if isinstance(value, int)}
 
 
 def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
