@@ -28,6 +28,7 @@ APPS = {
         ("knowledge-store", ["sql", "store", "SELECT 1", "--timeout", "soon"], "invalid value for '--timeout'"),
         ("teacher-dump", ["check", "store"], "missing option '--teacher'"),
         ("teacher-dump", ["check", "store", "--teacher"], "option '--teacher' requires an argument"),
+        ("teacher-dump", ["estimate", "--teacher"], "option '--teacher' requires an argument"),
         ("teacher-dump", ["estimate", "--teacher", "t", "--corpus", "c.jsonl", "--topk", "3"], "no such option: --topk"),
         ("teacher-dump", ["check", "store", "--teacher", "t", "--seed", "1", "--seed", "2"], "--seed is given 2 times"),
         ("student-train", ["run", "store", "--student", "s"], "missing option '--output'"),
