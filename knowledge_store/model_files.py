@@ -63,9 +63,9 @@ def hub_folder(model: str, gguf_file: str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
-    wanted = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, "*.model"]
+    patterns = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, "*.model"]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         reason = "the hub, which may have a model of that name, cannot be reached"
     except (RepositoryNotFoundError, HFValidationError):
@@ -103,8 +103,8 @@ def check_weights(folder: Path) -> None:
     """
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f": {pickles[0]} is a pickle, which can run code, and is never loaded" if pickles else ""
-        raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{found}")
+        pickle = f": {pickles[0]} is a pickle, which can run code, and is never loaded" if pickles else ""
+        raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{pickle}")
     _check_adapter(folder)
     configuration = read_configuration(folder)
     named = configuration.get("transformers_weights")
@@ -157,9 +157,9 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder. InputError: it is not one."""
     try:
         with open(path, "rb") as file:
-            found = json.loads(file.read(MAX_BYTES))
+            record = json.loads(file.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be used: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise InputError(f"{path} cannot be used: it is not a JSON object")
-    return found
+    return record

@@ -166,15 +166,16 @@ def check(config: CheckConfig) -> None:
     _check_packages()
     from teacher_dump.checking.run import check as ask_again
 
-    agreement = ask_again(config, reporter=TerminalReporter())
+    agreements = ask_again(config, reporter=TerminalReporter()).values()
     from teacher_dump.checking.report import describe
     from teacher_dump.checking.verdicts import AGREES
 
-    for line in describe(agreement):
-        output.print(line, markup=False)
-    for sentence in agreement.notes:
-        note(f"Note: {sentence}")
-    if agreement.verdict != AGREES:
+    for agreement in agreements:
+        for line in describe(agreement):
+            output.print(line, markup=False)
+        for sentence in agreement.notes:
+            note(f"Note: {sentence}")
+    if any(agreement.verdict != AGREES for agreement in agreements):
         raise typer.Exit(NOT_THE_SAME)
 
 

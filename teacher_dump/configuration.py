@@ -16,11 +16,10 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
 from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.extraction import EXTRACTORS, option_classes
+from teacher_dump.teachers.protocol import DTYPES
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
 PART_CHARACTERS_PER_POSITION = 64
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

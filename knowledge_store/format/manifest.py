@@ -95,12 +95,12 @@ class Manifest:
 
     def changes(self, other: Manifest) -> dict[str, tuple[Any, Any]]:
         """By dotted name, what differs between this manifest's identity and another's: both values, None where absent."""
-        own, others = self.identity(), other.identity()
+        identity, other_identity = self.identity(), other.identity()
         absent = object()
         return {
-            name: (own.get(name), others.get(name))
-            for name in sorted(own.keys() | others.keys())
-            if own.get(name, absent) != others.get(name, absent)
+            name: (identity.get(name), other_identity.get(name))
+            for name in sorted(identity.keys() | other_identity.keys())
+            if identity.get(name, absent) != other_identity.get(name, absent)
         }
 
     def differences(self, other: Manifest) -> list[str]:
@@ -129,12 +129,12 @@ def in_words(name: str) -> str:
 
 def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        items = [(f"{prefix}.{key}" if prefix else key, each) for key, each in value.items()]
+        items = [(f"{prefix}.{key}" if prefix else key, item) for key, item in value.items()]
     elif isinstance(value, (list, tuple)):
-        items = [(f"{prefix}[{index}]", each) for index, each in enumerate(value)]
+        items = [(f"{prefix}[{index}]", item) for index, item in enumerate(value)]
     else:
         return [(prefix, value)]
-    return [leaf for name, each in items for leaf in _flatten(name, each)]
+    return [leaf for name, item in items for leaf in _flatten(name, item)]
 
 
 def _short(value: Any) -> str:
@@ -200,8 +200,8 @@ def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manife
     try:
         check_shape(record, _SHAPE, "a manifest")
         for part, shapes in _OPTIONAL.items():
-            there = {name: shape for name, shape in shapes.items() if name in record[part]}
-            check_shape(record[part], there, f"a manifest.{part}")
+            present = {name: shape for name, shape in shapes.items() if name in record[part]}
+            check_shape(record[part], present, f"a manifest.{part}")
         _check_limits(record)
         FileRecord.from_dict(record["derived"]["tokens"])
     except ValueError as error:

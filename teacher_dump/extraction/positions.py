@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from knowledge_store.calibration.file import check_calibration, read_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions import PositionsParameters
 from knowledge_store.kinds.positions.selection import MAX_DRAWS, NAMES, Selection
 from knowledge_store.options import option
+from teacher_dump.extraction.coverage import coverage
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor, Total
 from teacher_dump.teachers.protocol import Ability
 
@@ -105,19 +104,6 @@ def sample_figures(batch: ExtractionBatch) -> dict[str, Total]:
     from teacher_dump.extraction.distributions import coverage_by_depth
 
     return coverage_by_depth(batch)
-
-
-def candidate_masses(knowledge: list[Arrays]) -> np.ndarray:
-    """Probabilities of the candidates of all positions with knowledge, float64 (N, K)."""
-    return np.concatenate(
-        [np.exp(arrays["candidate_logprobs"][arrays["has_knowledge"]].astype(np.float64)) for arrays in knowledge]
-    )
-
-
-def coverage(knowledge: list[Arrays]) -> Total:
-    """The probability that the candidates hold, over all positions with knowledge."""
-    masses = candidate_masses(knowledge)
-    return float(masses.sum()), len(masses) if masses.shape[1] else 0
 
 
 POSITIONS = Extractor(

@@ -22,10 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.configuration import DTYPES
 from teacher_dump.fingerprints import file_sha256
 from teacher_dump.teachers.files import find_folder, model_files
-from teacher_dump.teachers.protocol import Ability
+from teacher_dump.teachers.protocol import DTYPES, Ability
 
 # Logits held at once, little beside a batch's: 64 MB in float32 on a CPU, 256 MB on a GPU. Smaller ones do not pay: the head's
 # product slows down with fewer rows, and what follows it gains nothing measurable from staying in cache.
@@ -200,7 +199,7 @@ def load_teacher(
     Args:
         teacher: a local folder or a hub id.
         gguf_file: name of a GGUF file in it.
-        dtype: one of `configuration.DTYPES`; "auto" is float32 on a CPU, and the model's own elsewhere.
+        dtype: one of `protocol.DTYPES`; "auto" is float32 on a CPU, and the model's own elsewhere.
         device: see `find_device`.
         reporter: hears of progress, and of a model that takes more memory.
 
