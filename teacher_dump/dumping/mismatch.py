@@ -11,6 +11,7 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.dumping.inspection import plan_record
 from teacher_dump.fingerprints import corpus_record
 
 _SELECTION = "kinds.positions.selection."
@@ -24,6 +25,7 @@ _NAMES = {
     "kinds.positions.keep_context": "--keep-context",
     "kinds.positions.calibration.temperature": "the temperature of --calibration",
     "plan.max_length": "--max-length",
+    "plan.too_long": "--too-long",
     "plan.shard_size": "--shard-size",
     "teacher.dtype": "--dtype",
 }
@@ -40,7 +42,7 @@ def check_options(config: DumpConfig, storage: Storage, existing: Manifest, *, r
     if kinds.get("positions"):
         own = {"selection": config.rule.to_record(), "keep_context": config.keep_context}
         kinds["positions"] = {**kinds["positions"], **own}
-    asked = {"max_length": config.max_length, "shard_size": config.shard_size, "part_characters": config.part_characters}
+    asked = plan_record(config)
     corpus = {"files": corpus_record(config.corpus, reporter=reporter)}
     check_same(storage, existing, replace(existing, kinds=kinds, corpus=corpus, plan={**existing.plan, **asked}))
 

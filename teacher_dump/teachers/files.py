@@ -19,8 +19,13 @@ def check_local_teacher(teacher: str, gguf_file: str | None = None) -> None:
         model_files(find_folder(teacher, gguf_file), gguf_file)
 
 
-def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
+def find_folder(teacher: str, gguf_file: str | None = None, weights: bool = True) -> Path:
     """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
+
+    Args:
+        teacher: a local folder or a hub id.
+        gguf_file: name of a GGUF file in it.
+        weights: whether a hub's safetensors are wanted too.
 
     Raises:
         InputError: there is neither such a folder nor such a hub id.
@@ -28,7 +33,7 @@ def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
     folder = Path(teacher)
     if folder.is_file():
         raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
-    return folder if folder.is_dir() else hub_folder(teacher, gguf_file)
+    return folder if folder.is_dir() else hub_folder(teacher, gguf_file, weights)
 
 
 def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
