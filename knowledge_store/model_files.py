@@ -64,9 +64,9 @@ def hub_folder(model: str, gguf_file: str | None = None, weights: bool = True) -
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     tensors = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"] if weights else []
-    wanted = ["config.json", "generation_config.json", ADAPTER, *tensors, *TOKENIZER_FILES, "*.model"]
+    patterns = ["config.json", "generation_config.json", ADAPTER, *tensors, *TOKENIZER_FILES, "*.model"]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         reason = "the hub, which may have a model of that name, cannot be reached"
     except (RepositoryNotFoundError, HFValidationError):
@@ -104,10 +104,10 @@ def check_weights(folder: Path) -> None:
     """
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f": {pickles[0]} is a pickle, which can run code, and is never loaded" if pickles else ""
-        raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{found}")
+        pickle = f": {pickles[0]} is a pickle, which can run code, and is never loaded" if pickles else ""
+        raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{pickle}")
     _check_adapter(folder)
-    configuration = _read(folder / "config.json")
+    configuration = read_configuration(folder)
     named = configuration.get("transformers_weights")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = _read(index).get("weight_map")
@@ -117,6 +117,11 @@ def check_weights(folder: Path) -> None:
             _check_name(folder, name, index)
     if named is not None:
         _check_name(folder, str(named).removesuffix(".index.json"), folder / "config.json")
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """The configuration of a model's folder, as its file has it (InputError: it is missing, or no JSON object)."""
+    return _read(folder / "config.json")
 
 
 @contextmanager
@@ -153,9 +158,9 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder. InputError: it is not one."""
     try:
         with open(path, "rb") as file:
-            found = json.loads(file.read(MAX_BYTES))
+            record = json.loads(file.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be used: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise InputError(f"{path} cannot be used: it is not a JSON object")
-    return found
+    return record

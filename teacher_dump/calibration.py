@@ -113,7 +113,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
         InputError: something given cannot be used, or the corpus holds no target.
     """
     check_files(config.corpus)
-    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, config.teacher, teacher))
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher))
     sequences, counts, all_rows = _sample(config, tokenizer, reporter)
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)

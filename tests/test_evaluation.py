@@ -177,7 +177,7 @@ def test_a_dump_without_candidates(teacher_folder, draws_folder, tmp_path):
     assert found["teacher"]["nll"] == pytest.approx(found["student"]["nll"], abs=0.05)
     text = path.read_text()
     done = CliRunner().invoke(app, ["evaluate", str(draws_folder), "--model", str(teacher_folder), "--output", str(path)])
-    assert done.exit_code == 0 and "held-out loss" in done.stdout
+    assert done.exit_code == 0 and "Loss on the text" in done.stdout
     assert not any(name in text for name in ("kl_lower_bound", "top_1_agreement", "coverage", "NaN"))
 
 

@@ -17,8 +17,9 @@ from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
 from student_train.losses.table import LOSSES
 from student_train.training.configuration import TrainConfig
-from student_train.training.dataset import DistillationDataset, describe_dump, padding_batch, split_ordinals
-from student_train.training.knowledge import unused_columns
+from student_train.training.dataset import DistillationDataset, padding_batch, split_ordinals
+from student_train.training.dump_facts import describe_dump
+from student_train.training.knowledge import columns_read
 from student_train.training.vocabulary import check_student
 
 
@@ -160,14 +161,14 @@ DRAWS = {"tail_ids", "tail_counts"}
         ({}, {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts"}, {*CANDIDATES, *DRAWS}),
         ({"tail": "bucket"}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
         ({"temperature": 2.0}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
-        ({"calibration": "c.json"}, {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_logsumexp"}, CANDIDATES),
+        ({"calibration": "c.json"}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
     ],
 )
 def test_the_bytes_of_what_a_loss_reads(store, options, read, stored):
     config = TrainConfig("store", "student", "output", **options)
-    unused = unused_columns(config, LOSSES[config.loss])
-    assert {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts", "tail_logsumexp"} - unused == read
-    facts = describe_dump(store, "train", unused)
+    columns = columns_read(store.manifest("train"), config, LOSSES[config.loss])
+    assert columns == {"positions": {"token_id", "is_target", *read}}
+    facts = describe_dump(store, "train", columns)
     columns = next(summary for summary in store.info() if summary.dump == "train").column_bytes
     left_out = sum(columns[f"positions.{name}"] for name in {*CANDIDATES, *DRAWS, "token_steps"} - stored)
     assert facts["bytes_read"] == facts["bytes"] - left_out and left_out > 0

@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.index import STATISTIC, Index
 from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.format.layout import manifest_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Kind, Totals
 from knowledge_store.kinds.kind import ROWS
-from knowledge_store.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,17 @@ def _statistics(shards: pa.Table, kind: Kind) -> dict[str, float | None]:
         full = f"{STATISTIC}{kind.name}.{name}"
         return shards[full] if full in shards.column_names else pa.chunked_array([pa.nulls(len(shards), pa.float64())])
 
-    found: dict[str, float | None] = {}
+    statistics: dict[str, float | None] = {}
     for name, over in {ROWS: None, **kind.statistics}.items():
         values = column(name)
         if over is None:
             total = pc.sum(values).as_py()
-            found[name] = int(total) if total is not None and total.is_integer() else total
+            statistics[name] = int(total) if total is not None and total.is_integer() else total
             continue
         weights = column(over)
         weight = pc.sum(pc.if_else(pc.is_valid(values), weights, 0)).as_py()
-        found[name] = pc.sum(pc.multiply(values, weights)).as_py() / weight if weight else None
-    return found
+        statistics[name] = pc.sum(pc.multiply(values, weights)).as_py() / weight if weight else None
+    return statistics
 
 
 def _added(column: pa.ChunkedArray) -> dict[str, int]:
@@ -107,17 +107,17 @@ def _added(column: pa.ChunkedArray) -> dict[str, int]:
     return {row["key"]: row["value_sum"] for row in ordered.to_pylist()}
 
 
-def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary:
+def summarise(dumps: Dumps, manifest: Manifest) -> DumpSummary:
     """The facts of one dump.
 
     Raises:
         DamageError: its manifest is gone.
     """
-    shards = index.shards.filter(pc.field("dump") == manifest.dump)
-    own = storage.size(manifest_file(manifest.dump))
-    size = _sum(shards["bytes"]) + _sum(shards["record_bytes"]) + own
+    shards = dumps.index.shards.filter(pc.field("dump") == manifest.dump)
+    manifest_bytes = dumps.storage.size(manifest_file(manifest.dump))
+    size = _sum(shards["bytes"]) + _sum(shards["record_bytes"]) + manifest_bytes
     totals = {name: Totals(_statistics(shards, KINDS[name]), size) for name in manifest.kinds}
-    stated = {name: KINDS[name].facts(manifest, each) for name, each in totals.items()}
+    facts_of = {name: KINDS[name].facts(manifest, total) for name, total in totals.items()}
     return DumpSummary(
         dump=manifest.dump,
         teacher=manifest.teacher["name"],
@@ -137,9 +137,9 @@ def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary
         bytes=size,
         tokens_bytes=manifest.derived["tokens"]["bytes"],
         column_bytes=_added(shards["column_bytes"]),
-        statistics={f"{name}.{key}": value for name, each in totals.items() for key, value in each.statistics.items()},
-        facts={f"{name}.{key}": value for name, facts in stated.items() for key, value in facts.items()},
-        lines=[line for name, each in totals.items() for line in KINDS[name].lines(manifest, each)],
+        statistics={f"{name}.{key}": value for name, total in totals.items() for key, value in total.statistics.items()},
+        facts={f"{name}.{key}": value for name, facts in facts_of.items() for key, value in facts.items()},
+        lines=[line for name, total in totals.items() for line in KINDS[name].lines(manifest, total)],
     )
 
 
@@ -163,14 +163,17 @@ DUMPS = pa.schema(
 )
 
 
-def dumps_table(storage: Storage, index: Index, manifests: list[Manifest]) -> pa.Table:
+def dumps_table(dumps: Dumps) -> pa.Table:
     """The relation `dumps`: one row per dump, with DUMPS, and columns "KIND.NAME" for facts and statistics of their kinds."""
-    summaries = [summarise(storage, index, manifest) for manifest in manifests]
-    rows = [{**{name: getattr(each, name) for name in DUMPS.names}, **each.facts, **each.statistics} for each in summaries]
-    names = dict.fromkeys(name for each in summaries for name in each.facts)
-    facts = {name: _type(each.facts.get(name) for each in summaries) for name in names}
-    names = dict.fromkeys(name for each in summaries for name in each.statistics)
-    statistics = {name: _type(each.statistics.get(name) for each in summaries) for name in names}
+    summaries = [summarise(dumps, manifest) for manifest in dumps.manifests.values()]
+    rows = [
+        {**{name: getattr(summary, name) for name in DUMPS.names}, **summary.facts, **summary.statistics}
+        for summary in summaries
+    ]
+    names = dict.fromkeys(name for summary in summaries for name in summary.facts)
+    facts = {name: _type(summary.facts.get(name) for summary in summaries) for name in names}
+    names = dict.fromkeys(name for summary in summaries for name in summary.statistics)
+    statistics = {name: _type(summary.statistics.get(name) for summary in summaries) for name in names}
     return pa.Table.from_pylist(rows, schema=pa.schema([*DUMPS, *facts.items(), *statistics.items()]))
 
 

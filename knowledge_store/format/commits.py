@@ -83,7 +83,7 @@ def commit_records(storage: Storage, dump: str) -> dict[int, Entry]:
         StoreError: they cannot be listed.
     """
     shards = ((commit_shard(entry.name), entry) for entry in storage.files(f"{dump}/{COMMITS}"))
-    return dict(sorted(((shard, entry) for shard, entry in shards if shard is not None), key=lambda each: each[0]))
+    return dict(sorted(((shard, entry) for shard, entry in shards if shard is not None), key=lambda pair: pair[0]))
 
 
 def read_commit(storage: Storage, dump: str, shard: int) -> CommitRecord:
@@ -102,11 +102,25 @@ def read_commit(storage: Storage, dump: str, shard: int) -> CommitRecord:
         if not is_sha256(record["identity"]):
             raise ValueError("its dump's identity is not a SHA-256")
         _check_limits(record)
-        files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
+        files = {table: FileRecord.from_dict(file) for table, file in record["files"].items()}
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     named = {field.name: record[field.name] for field in fields(CommitRecord)}
     return CommitRecord(**{**named, "files": files})
+
+
+def read_commit_of(storage: Storage, manifest: Manifest, shard: int) -> CommitRecord:
+    """The commit record of a shard of a dump, which belongs to that dump.
+
+    Raises:
+        DamageError: it does not, or as of `read_commit`.
+        StoreError: as of `read_commit`.
+    """
+    commit = read_commit(storage, manifest.dump, shard)
+    complaint = misplaced(commit, manifest, shard, storage)
+    if complaint:
+        raise DamageError(complaint)
+    return commit
 
 
 def misplaced(commit: CommitRecord, manifest: Manifest, shard: int, storage: Storage) -> str | None:

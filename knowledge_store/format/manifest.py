@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from knowledge_store.errors import DamageError, NewerVersionError, StoreError
+from knowledge_store.errors import DamageError, MissingFileError, NewerVersionError, StoreError
 from knowledge_store.format.corpus_counts import COUNTS_SHAPE, CorpusCounts
 from knowledge_store.format.integrity import FILE_SHAPE, FileRecord
 from knowledge_store.format.layout import FORMAT_NAME, FORMAT_VERSION, manifest_file
@@ -101,31 +101,46 @@ class Manifest:
 
     def changes(self, other: Manifest) -> dict[str, tuple[Any, Any]]:
         """By dotted name, what differs between this manifest's identity and another's: both values, None where absent."""
-        own, others = self.identity(), other.identity()
+        identity, other_identity = self.identity(), other.identity()
         absent = object()
         return {
-            name: (own.get(name), others.get(name))
-            for name in sorted(own.keys() | others.keys())
-            if own.get(name, absent) != others.get(name, absent)
+            name: (identity.get(name), other_identity.get(name))
+            for name in sorted(identity.keys() | other_identity.keys())
+            if identity.get(name, absent) != other_identity.get(name, absent)
         }
 
     def differences(self, other: Manifest) -> list[str]:
         """What in `other` differs from this manifest, one short sentence each; empty when they are the same dump."""
-        return [f"{name} was {_short(old)} and is now {_short(new)}" for name, (old, new) in self.changes(other).items()]
+        changes = self.changes(other).items()
+        return [f"{in_words(name)} was {_short(old)} and is now {_short(new)}" for name, (old, new) in changes]
 
     def to_bytes(self) -> bytes:
         """The manifest as the bytes of its file."""
         return seal({"format": FORMAT_NAME, **asdict(self)})
 
 
+def in_words(name: str) -> str:
+    """What a person calls a part of the identity, of its dotted name: "the teacher's vocabulary size"."""
+    if file := re.fullmatch(r"corpus\.files\[(\d+)\]\.(\w+)", name):
+        return f"the {file[2].replace('sha256', 'SHA-256')} of corpus file {int(file[1]) + 1}"
+    if name.startswith("teacher.files."):
+        return f"the SHA-256 of the teacher's file {name.removeprefix('teacher.files.')}"
+    part, _, rest = name.partition(".")
+    owner = f"the {part}'s"
+    if part == "kinds":
+        kind, _, rest = rest.partition(".")
+        owner = f"of {kind}, the" if rest else f"the kind {kind}"
+    return f"{owner} {rest.replace('.', ' ').replace('_', ' ').replace('sha256', 'SHA-256')}".strip()
+
+
 def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        items = [(f"{prefix}.{key}" if prefix else key, each) for key, each in value.items()]
+        items = [(f"{prefix}.{key}" if prefix else key, item) for key, item in value.items()]
     elif isinstance(value, (list, tuple)):
-        items = [(f"{prefix}[{index}]", each) for index, each in enumerate(value)]
+        items = [(f"{prefix}[{index}]", item) for index, item in enumerate(value)]
     else:
         return [(prefix, value)]
-    return [leaf for name, each in items for leaf in _flatten(name, each)]
+    return [leaf for name, item in items for leaf in _flatten(name, item)]
 
 
 def _short(value: Any) -> str:
@@ -191,8 +206,8 @@ def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manife
     try:
         check_shape(record, _SHAPE, "a manifest")
         for part, shapes in _OPTIONAL.items():
-            there = {name: shape for name, shape in shapes.items() if name in record[part]}
-            check_shape(record[part], there, f"a manifest.{part}")
+            present = {name: shape for name, shape in shapes.items() if name in record[part]}
+            check_shape(record[part], present, f"a manifest.{part}")
         _check_limits(record)
         FileRecord.from_dict(record["derived"]["tokens"])
     except ValueError as error:
@@ -204,3 +219,14 @@ def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manife
             f" `knowledge-store rename {storage.address} {manifest.dump} {dump}`, or remove the folder, where it is a copy"
         )
     return manifest
+
+
+def manifest_exists(storage: Storage, folder: str) -> bool:
+    """Whether a folder of a store has a manifest, readable or not."""
+    try:
+        storage.size(manifest_file(folder))
+    except MissingFileError:
+        return False
+    except DamageError:
+        return True
+    return True

@@ -71,6 +71,7 @@ class Codec:
     """How a kind's rows stand on disk, where that is not as its fields say, and what a batch has of them.
 
     Attributes:
+        takes: the names of the arrays that `pack` takes.
         stored: the columns of its Parquet files, keys left out.
         pack: key columns and an extractor's arrays to the stored table, by row group.
         unpack: a stored table, or a slice of it, to the table; ValueError where what is stored stands for none.
@@ -80,6 +81,7 @@ class Codec:
         arrays: the names of these arrays, and what stands in a batch where there is no value.
     """
 
+    takes: Callable[[Manifest], tuple[str, ...]]
     stored: Callable[[Manifest], tuple[Field, ...]]
     pack: Callable[[pa.Table, Arrays, Manifest], pa.Table]
     unpack: Callable[[pa.Table, Manifest], pa.Table]
@@ -124,8 +126,8 @@ class Kind:
         statistics: names of numbers over a shard's rows. A total has None; a mean has the name of the total it is a mean over
             ("rows" is one of every kind). Commit records, SQL and `info` have them as "KIND.NAME".
         measure: those numbers, of some of a shard's rows.
-        checks: given its table, the `sequences` table and the manifest, sentences that say what is wrong; none when all is
-            sound.
+        checks: given the rows of some whole sequences, these sequences' rows of `sequences`, and the manifest, sentences that
+            say what is wrong; none when all is sound. `verify` calls it for each row group.
         relations: SQL of the relations it offers, by name; one that is just the table is added by itself. `{rows}` stands for
             the table, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the
             text of each token id.
@@ -164,11 +166,11 @@ class Kind:
 
     def schema(self, manifest: Manifest) -> pa.Schema:
         """The columns of its table."""
-        return pa.schema([each.column for each in (*KEYS[self.per], *self.fields(manifest))])
+        return pa.schema([field.column for field in (*KEYS[self.per], *self.fields(manifest))])
 
     def stored_schema(self, manifest: Manifest) -> pa.Schema:
         """The columns of its Parquet files."""
-        return pa.schema([each.column for each in self._stored(manifest)])
+        return pa.schema([field.column for field in self._stored(manifest)])
 
     def stored_columns(self, columns: Collection[str], manifest: Manifest) -> frozenset[str]:
         """The columns of its Parquet files that some of the table's are made of."""
@@ -179,20 +181,24 @@ class Kind:
         """How its Parquet files store their columns."""
         stored = self._stored(manifest)
         return Columns(
-            {each.path: each.encoding for each in stored if each.encoding},
-            {each.path: each.level for each in stored},
-            tuple(each.name for each in stored if each.identifying),
+            {field.path: field.encoding for field in stored if field.encoding},
+            {field.path: field.level for field in stored},
+            tuple(field.name for field in stored if field.identifying),
         )
 
     def arrays(self, manifest: Manifest) -> dict[str, Any]:
         """The names of its arrays in a batch, and what stands there where there is no value (text: None)."""
         if self.codec:
             return self.codec.arrays(manifest)
-        return {each.name: None if each.is_text else each.padding for each in self.fields(manifest)}
+        return {field.name: None if field.is_text else field.padding for field in self.fields(manifest)}
+
+    def takes(self, manifest: Manifest) -> tuple[str, ...]:
+        """The names of the arrays that an extractor gives of it."""
+        return self.codec.takes(manifest) if self.codec else tuple(field.name for field in self.fields(manifest))
 
     def has_text(self, manifest: Manifest) -> bool:
         """Whether some of its arrays are lists of str: then it never enters the decoded cache."""
-        return self.codec is None and any(each.is_text for each in self.fields(manifest))
+        return self.codec is None and any(field.is_text for field in self.fields(manifest))
 
     def pack(self, keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         """What to store of a row group.

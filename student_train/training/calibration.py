@@ -1,4 +1,4 @@
-"""What a run's `--calibration` changes: the configuration, or the teacher's targets."""
+"""What a run's `--calibration` changes: the configuration, or the teacher's targets, which the kind `positions` keeps."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def configured(
 def _check_temperature(config: TrainConfig, manifest: Manifest, loss: Loss, calibration: Calibration, path: Path) -> None:
     """Raises InputError where targets cannot be brought to the calibration's temperature."""
     dump, kept, temperature = manifest.dump, positions_of(manifest).temperature, calibration.temperature
-    if loss.whole_batch or "candidate_logprobs" not in loss.columns:
-        raise InputError(f"the loss {config.loss} takes no --calibration: it does not learn from the teacher's probabilities")
     if config.loss == "first":
         raise InputError(f"{path} has a temperature; the loss first re-calibrates by its own c, which `--method first` fits")
+    if loss.whole_batch or not loss.recalibrated:
+        raise InputError(f"the loss {config.loss} takes no --calibration: it does not learn from the teacher's probabilities")
     if not positions_of(manifest).selection.candidates:
         raise InputError(f"--calibration: the dump {dump} has no candidates, and draws work at temperature 1 only")
     if config.tail == "draws":

@@ -36,15 +36,15 @@ def check_student(
     table = store.tokens(dump)
     pairs = zip(table["token_id"].to_pylist(), table["token"].to_pylist(), strict=True)
     kept = {token_id: token for token_id, token in pairs if token is not None}
-    own = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     differing = sorted(
         token_id
-        for token_id in kept.keys() | own.keys()
-        if kept.get(token_id) != own.get(token_id) and not (token_id not in kept and token_id in added)
+        for token_id in kept.keys() | tokens.keys()
+        if kept.get(token_id) != tokens.get(token_id) and not (token_id not in kept and token_id in added)
     )
     if differing:
-        shown = "; ".join(_difference(token_id, kept, own) for token_id in differing[:3])
+        shown = "; ".join(_difference(token_id, kept, tokens) for token_id in differing[:3])
         more = f"; and {len(differing) - 3:,} more" if len(differing) > 3 else ""
         raise InputError(
             f"the vocabulary of {name} is not that of the dump {dump}: {shown}{more}."
@@ -59,8 +59,8 @@ def check_student(
         )
 
 
-def _difference(token_id: int, kept: dict[int, str], own: dict[int, str]) -> str:
+def _difference(token_id: int, kept: dict[int, str], tokens: dict[int, str]) -> str:
     def name(tokens: dict[int, str]) -> str:
         return repr(tokens[token_id]) if token_id in tokens else "absent"
 
-    return f"token id {token_id} is {name(kept)} in the dump and {name(own)} in the student"
+    return f"token id {token_id} is {name(kept)} in the dump and {name(tokens)} in the student"

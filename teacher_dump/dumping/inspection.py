@@ -10,11 +10,13 @@ from knowledge_store.format.corpus_counts import CorpusCounts, LeftOut
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.quantities import counted, percentage
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
+from teacher_dump.configuration import CorpusOptions, DumpConfig
 from teacher_dump.corpus.documents import problem_text
 from teacher_dump.corpus.rows import LongRow
 from teacher_dump.corpus.scan import scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.dumping.request import check_length
+from teacher_dump.teachers.files import find_folder, stated_sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,41 +46,26 @@ def inspect_before_loading(
             check_counts(config, existing.counts)
         return existing.derived
     if teacher is None:
-        from teacher_dump.teachers import local
+        from teacher_dump.teachers.local import find_device
 
-        local.find_device(config.device)
-    return look_through(config, teacher_tokenizer(config, config.teacher, teacher), reporter=reporter)
+        find_device(config.device)
+    return look_through(config, teacher_tokenizer(config, teacher), reporter=reporter)
 
 
-def teacher_tokenizer(config: CorpusOptions, name: str, teacher: Teacher | None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a teacher, which is loaded without it unless it is there.
+def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the teacher: of the one that is loaded, or loaded alone.
 
     Raises:
         InputError: it cannot be used, or sequences are longer than the teacher knows positions.
     """
     if teacher is not None:
-        check_length(config, teacher.description["max_positions"])
+        check_length(config, teacher.description)
         return teacher.tokenizer
-    from teacher_dump.teachers import tokenizer
+    from teacher_dump.teachers.tokenizer import load_tokenizer
 
-    check_length(config, tokenizer.known_positions(name, config.gguf_file))
-    return tokenizer.load_tokenizer(name, config.gguf_file)
-
-
-def check_length(config: CorpusOptions, positions: int | None) -> None:
-    """Make sure that sequences are not longer than a teacher knows positions (InputError)."""
-    if positions is not None and config.max_length > positions:
-        raise InputError(f"--max-length {config.max_length} is above the {positions} positions the teacher knows")
-
-
-def plan_record(config: EstimateConfig) -> dict[str, Any]:
-    """`plan` of the manifest: how documents become sequences and shards."""
-    return {
-        "max_length": config.max_length,
-        "too_long": config.too_long,
-        "shard_size": config.shard_size,
-        "part_characters": config.part_characters,
-    }
+    folder = find_folder(config.teacher, config.gguf_file)
+    check_length(config, stated_sizes(str(folder), config.gguf_file))
+    return load_tokenizer(str(folder), config.gguf_file)
 
 
 def corpus_tokenizer(config: CorpusOptions, tokenizer: PreTrainedTokenizerBase) -> CorpusTokenizer:

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+# Number types of the weights; "auto" is float32 on a CPU, the model's own elsewhere.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 class Ability(StrEnum):
     """Something a teacher can give. Each extractor states those that it needs."""
