@@ -30,7 +30,7 @@ from teacher_dump.corpus.documents import check_files, problem_text, read_docume
 from teacher_dump.corpus.rows import BadRow, Start, stops
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
-from teacher_dump.dumping.batches import length_batches, predict_batch
+from teacher_dump.dumping.batches import find_batching, length_batches, predict_batch
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer, ways_out
 from teacher_dump.dumping.plan import corpus_files
 from teacher_dump.teachers.local import load_teacher
@@ -117,6 +117,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
     sequences, counts, all_rows = _sample(config, tokenizer, reporter)
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)
+    find_batching(config, teacher, config.max_length, reporter)
     targets = sum(int(sequence.is_target.sum()) for sequence in sequences)
     with reporter.progress("asking the teacher", 2 * targets, "targets") as advance:
         temperature, at_edge = _fit(config, teacher, sequences, advance)
@@ -180,7 +181,8 @@ def _logits(
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """For slices of all targets: each one's sequence (n,), its logits float32 (n, V), and its token (n,)."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
-    for indices in length_batches(lengths, config.batch_size * config.max_length):
+    batching = find_batching(config, teacher, config.max_length)
+    for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
         batch = [sequences[index] for index in indices]
         prediction = predict_batch(config, teacher, batch)
         targets_of = [np.flatnonzero(sequence.is_target) for sequence in batch]

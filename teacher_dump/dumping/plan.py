@@ -137,8 +137,8 @@ class ShardReader:
         shard_input = ShardInput(shard, start.document, end - start.document, sequences, skipped)
         if shard_input.positions != start.positions:
             raise MismatchError(
-                f"shard {shard} has {shard_input.positions:,} tokens, and had {start.positions:,} when the corpus was looked through:"
-                " use the versions of transformers and tokenizers that began the dump, or give this one another --name"
+                f"shard {shard} has {shard_input.positions:,} tokens, and had {start.positions:,} when the corpus was looked"
+                " through: use the versions of transformers and tokenizers that began the dump, or give this one another --name"
             )
         return shard_input
 

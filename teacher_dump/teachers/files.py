@@ -8,6 +8,7 @@ from typing import Any
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import (
     TOKENIZER_FILES,
+    VOCABULARY_FILES,
     check_folder_name,
     check_gguf,
     check_weights,
@@ -77,6 +78,6 @@ def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
         raise InputError(f"{folder} has no config.json")
     check_weights(folder)
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in tokenizer):
+    if not any(path.name in VOCABULARY_FILES for path in tokenizer):
         raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
     return [*weights, folder / "config.json", *tokenizer]
