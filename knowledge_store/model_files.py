@@ -40,7 +40,7 @@ TOKENIZER_FILES = (
 
 
 def check_folder_name(model: str) -> None:
-    """Refuse what can only be the path of a folder, where there is none; what may be a hub id is left to `hub_folder`.
+    """Refuse what is no folder and has not the form of a hub id, OWNER/NAME; what has is left to `hub_folder`.
 
     Raises:
         InputError: there is no such folder.
@@ -48,13 +48,13 @@ def check_folder_name(model: str) -> None:
     folder = Path(model)
     if folder.exists():
         return
-    # A hub id has one slash at most, and no folder here is called as its owner.
-    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) > 2
-    if local or not model or (len(folder.parts) == 2 and folder.parent.is_dir()):
+    # No folder here is called as the owner.
+    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) != 2
+    if local or folder.parent.is_dir():
         raise InputError(f"there is no folder {model}, and it cannot be a model of the hub, whose id has the form OWNER/NAME")
 
 
-def hub_folder(model: str, gguf_file: str | None = None, revision: str | None = None) -> Path:
+def hub_folder(model: str, gguf_file: str | None = None, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of the hub's cache that a hub id's files lie in, downloaded if need be: its configuration, its tokenizer, and
     its weights in safetensors or the one GGUF file. A model is checked and loaded there, as any folder is, and no pickle comes
     with it.
@@ -63,6 +63,7 @@ def hub_folder(model: str, gguf_file: str | None = None, revision: str | None = 
         model: a hub id, such as OWNER/NAME, that is no folder.
         gguf_file: name of a GGUF file, instead of safetensors.
         revision: a branch, tag or commit; None for the main one.
+        weights: whether safetensors are wanted too, or configuration and tokenizer alone.
 
     Raises:
         InputError: there is no such model, or it cannot be had.
@@ -76,8 +77,8 @@ def hub_folder(model: str, gguf_file: str | None = None, revision: str | None = 
         RevisionNotFoundError,
     )
 
-    weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
-    patterns = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, "*.model"]
+    tensors = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"] if weights else []
+    patterns = ["config.json", "generation_config.json", ADAPTER, *tensors, *TOKENIZER_FILES, "*.model"]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except RevisionNotFoundError:

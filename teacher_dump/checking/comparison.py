@@ -140,27 +140,27 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
 
     differences: dict[str, Tensor] = {}
     outside = logprobs = torch.log_softmax(logits, dim=1)
-    said = {"token_logprob": logprobs.gather(1, on_device("token_id")[:, None])[:, 0]}
+    answers = {"token_logprob": logprobs.gather(1, on_device("token_id")[:, None])[:, 0]}
     if rule.candidates:
         ids = on_device("candidate_ids")
         present = ids >= 0
         ids = torch.where(present, ids, ids[:, :1])
-        own = logprobs.gather(1, ids)
+        candidates = logprobs.gather(1, ids)
         outside = logprobs.scatter(1, ids, -torch.inf)
-        said["candidate_logprobs"] = own.masked_fill(~present, -torch.inf)
-        said["tail_logprob"] = torch.logsumexp(outside, dim=1)
-        best, last = outside.amax(dim=1), own.amin(dim=1)
+        answers["candidate_logprobs"] = candidates.masked_fill(~present, -torch.inf)
+        answers["tail_logprob"] = torch.logsumexp(outside, dim=1)
+        best, last = outside.amax(dim=1), candidates.amin(dim=1)
         # Both may be off, in opposite directions.
         differences["selection off"] = ((best - last) / 2).clamp(min=0)
         if rule.name == "top-p":
-            total = torch.exp(said["candidate_logprobs"]).sum(dim=1)
+            total = torch.exp(answers["candidate_logprobs"]).sum(dim=1)
             full = present.sum(dim=1) >= min(rule.candidates, logits.shape[1])
             too_few = torch.where(full, 0.0, rule.p - total)
             too_many = total - torch.exp(last) - rule.p
             differences["selection off"] = differences["selection off"].maximum(too_few).maximum(too_many)
         differences["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double()
     if temperature:
-        said["tail_logsumexp"] = torch.logsumexp(outside / temperature, dim=1)
+        answers["tail_logsumexp"] = torch.logsumexp(outside / temperature, dim=1)
     if rule.draws:
         drawn, points = on_device("drawn"), on_device("points")
         weights = torch.softmax(outside, dim=1)
@@ -170,7 +170,7 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
         differences["draws off"] = torch.where(drawn >= 0, beside, torch.nan)
 
     compared = {}
-    now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in said.items()}}, manifest)
+    now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in answers.items()}}, manifest)
     for column, was in exact_steps(kept, manifest).items():
         name = f"tail at T={temperature:g}" if column == "tail_logsumexp" else ROUNDED[column]
         with np.errstate(invalid="ignore"):  # a tail that is empty, then and now

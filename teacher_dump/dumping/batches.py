@@ -111,7 +111,7 @@ def extract_batch(
     """
     with enough_memory(options, [sequence.token_ids for sequence in sequences]):
         return {
-            kind: EXTRACTORS[kind].function(ExtractionBatch(sequences, prediction, own)) for kind, own in parameters.items()
+            kind: EXTRACTORS[kind].function(ExtractionBatch(sequences, prediction, kept)) for kind, kept in parameters.items()
         }
 
 

@@ -40,12 +40,18 @@ def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
     configuration = read_configuration(folder)
     text: dict[str, Any] = configuration.get("text_config") or configuration
     names = {"vocabulary_size": ("vocab_size",), "max_positions": MAX_POSITIONS}
-    found = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
-    return {size: value for size, value in found.items() if isinstance(value, int)}
+    sizes = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
+    return {size: value for size, value in sizes.items() if isinstance(value, int)}
 
 
-def find_folder(teacher: str, gguf_file: str | None = None, revision: str | None = None) -> Path:
+def find_folder(teacher: str, gguf_file: str | None = None, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
+
+    Args:
+        teacher: a local folder or a hub id.
+        gguf_file: name of a GGUF file in it.
+        revision: of a hub id.
+        weights: whether a hub's safetensors are wanted too.
 
     Raises:
         InputError: there is neither such a folder nor such a hub id, or a folder is given with a revision.
@@ -54,7 +60,7 @@ def find_folder(teacher: str, gguf_file: str | None = None, revision: str | None
     if folder.is_file():
         raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
     if not folder.is_dir():
-        return hub_folder(teacher, gguf_file, revision)
+        return hub_folder(teacher, gguf_file, revision, weights=weights)
     if revision is not None:
         raise InputError(f"--revision {revision} is of a hub id, and {teacher} is a folder: leave it out")
     return folder

@@ -264,7 +264,7 @@ def load_teacher(
     check_loading(loading)
     where = find_device(device)
     if dtype not in DTYPES:
-        raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES)}")
+        raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     folder = find_folder(teacher, gguf_file, loading.revision)
     files = model_files(folder, gguf_file)
     wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
@@ -303,7 +303,8 @@ def load_teacher(
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         raise InputError(f"the model in {folder} has no language-model head")
-    whole = _needs_whole_logits(model, where)
+    with _asked(folder):
+        whole = _needs_whole_logits(model, where)
     if whole:
         reporter.note(f"{teacher} changes its logits after the head, so whole logits are used: this takes more memory")
     config = model.config.get_text_config()
@@ -320,16 +321,21 @@ def load_teacher(
         "files": {path.name: file_sha256(path, reporter=reporter) for path in files},
     }
     loaded = LocalTeacher(model, tokenizer, description, where, whole)
-    try:
+    with _asked(folder):
         check_looks_back(loaded)
         loaded.impossible_tokens = impossible_tokens(loaded)
-        if len(loaded.impossible_tokens):
-            description["impossible_tokens"] = len(loaded.impossible_tokens)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # a model that needs more than a text
-        raise InputError(f"the model in {folder} cannot be asked about a text alone: {_first_line(error)}") from None
+    if len(loaded.impossible_tokens):
+        description["impossible_tokens"] = len(loaded.impossible_tokens)
     return loaded
+
+
+@contextlib.contextmanager
+def _asked(folder: Path) -> Iterator[None]:
+    """Ask a model that has just been loaded; InputError where it needs more than a text, which fails in many ways."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        raise InputError(f"the model in {folder} cannot be asked about a text: {_first_line(error)}") from None
 
 
 def _placement(loading: Loading, where: torch.device, dtype: Any, scratch: str | None) -> dict[str, Any]:
