@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from knowledge_store.errors import InputError
+from teacher_dump.corpus.messages import Turns
 from teacher_dump.corpus.rows import BadRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Turns = list[dict[str, Any]]
-
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages, each with a `role` and `content`."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(turn, dict) and isinstance(turn.get("role"), str) and "content" in turn for turn in value)
-    )
-
-
-def template_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """What goes to the chat template beside the messages. Raises ValueError, in words."""
-    arguments = given.get("chat_template_kwargs") or {}
-    if not isinstance(arguments, dict):
-        raise ValueError("`chat_template_kwargs` is not an object")
-    tools = given.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"`tools` is not JSON ({error})") from None
-    if tools is not None and not isinstance(tools, list):
-        raise ValueError("`tools` is not a list")
-    return {**arguments, "tools": tools} if tools else dict(arguments)
 
 
 class ChatTemplate:

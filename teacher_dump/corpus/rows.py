@@ -13,7 +13,7 @@ class Start:
     Attributes:
         document: its first document's number.
         file: index of the corpus file; row: counted from 1; part: of that row, counted from 0.
-        offset: of the row (of the part, in a .txt file) in bytes of uncompressed text; unused in Parquet.
+        offset: of the row (of the part, in a .txt file) in bytes of uncompressed text; unused in Parquet and Arrow.
         characters: how much text the shard holds, to measure progress by.
     """
 
@@ -31,7 +31,7 @@ class Row:
 
     Attributes:
         number: counted from 1.
-        offset: where it begins, in bytes of uncompressed text; 0 in Parquet.
+        offset: where it begins, in bytes of uncompressed text; 0 in Parquet and Arrow.
         record: what it holds. problem: why it cannot be read.
     """
 

@@ -3,6 +3,7 @@
 * `text`: every token counts; an end-of-sequence token closes the text; a long text becomes consecutive windows, each opened
   by the tokens that the tokenizer puts before a text (a beginning-of-sequence token, where it has one).
 * `prompt` + `completion`: the completion's tokens count, from where prompt and prompt + completion differ as token ids.
+* token ids: as they are, with nothing added; the row says which count.
 * `messages`: the assistant's tokens count, as the chat template marks them with {% generation %}. For a template without those
   marks, an assistant turn is what the template adds to the prompt that would ask for it, and the row is refused where rendering
   a conversation turn by turn does not give the conversation.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +64,10 @@ class CorpusTokenizer:
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
+    @cached_property
+    def _vocabulary(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.get_vocab().values())
+
     def sequences(self, document: Document) -> list[TokenSequence]:
         """The sequences of a document; none when it is empty.
 
@@ -72,7 +78,9 @@ class CorpusTokenizer:
             raise BadRow(document.problem)
         if document.text is not None:
             return self._windows(document, document.text)
-        if document.messages is not None:
+        if document.token_ids is not None:
+            token_ids, is_target = self._given_tokens(document)
+        elif document.messages is not None:
             token_ids, is_target = self._chat.tokens(document.messages, document.template_arguments or {})
         else:
             token_ids, is_target = self._completion(document)
@@ -116,6 +124,16 @@ class CorpusTokenizer:
             for window, ids in enumerate(windows)
             if len(ids) > 1
         ]
+
+    def _given_tokens(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        assert document.token_ids is not None and document.is_target is not None
+        for number, token in enumerate(document.token_ids, 1):
+            if token not in self._vocabulary:
+                raise BadRow(
+                    f"`input_ids` has {token} at token {number}, which the teacher's tokenizer does not have (it has"
+                    f" {len(self._vocabulary):,} tokens): the row was made with another tokenizer"
+                )
+        return np.array(document.token_ids, np.int64), np.array(document.is_target, bool)
 
     def _completion(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
         prompt, completion = document.prompt, document.completion
