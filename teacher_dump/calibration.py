@@ -25,8 +25,9 @@ from knowledge_store.calibration.temperature import root_of_slopes
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Advance, Reporter
 from teacher_dump.configuration import CalibrateConfig
-from teacher_dump.corpus.documents import check_files, problem_text, read_documents
+from teacher_dump.corpus.documents import problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
 from teacher_dump.dumping.batches import length_batches, predict_batch
 from teacher_dump.dumping.plan import corpus_files
@@ -98,7 +99,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
     Raises:
         InputError: something given cannot be used, or the corpus holds no target.
     """
-    check_files(config.corpus)
+    config = with_local_corpus(config, reporter=reporter)
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)
     sequences, skipped_rows = _sample(config, CorpusTokenizer(teacher.tokenizer, config.max_length), reporter)
@@ -130,7 +131,7 @@ def _sample(config: CalibrateConfig, tokenizer: CorpusTokenizer, reporter: Repor
     kept: list[tuple[float, int, int, list[TokenSequence]]] = []  # a heap: −random number, document, targets, sequences
     total = skipped = 0
     with reporter.progress("reading the corpus", None) as advance:
-        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
+        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters, config.column_names):
             advance(document.characters)
             key = generator.random()
             if document.problem is None and total >= config.limit and key >= -kept[0][0]:

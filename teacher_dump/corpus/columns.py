@@ -67,15 +67,15 @@ class Columns:
 OWN_NAMES = Columns({})
 
 
-def read_columns(text: str) -> dict[str, str]:
-    """What `--columns prompt=question,completion=answer` says.
+def read_columns(text: str | None) -> dict[str, str]:
+    """What `--columns prompt=question,completion=answer` says: what a shape calls a column → its name. Empty without it.
 
     Raises:
         InputError: it cannot be meant.
     """
     names: dict[str, str] = {}
     parts = list(dict.fromkeys(part for shape in SHAPES for part in (*shape.required, *shape.optional)))
-    for pair in text.split(","):
+    for pair in text.split(",") if text is not None else []:
         part, sign, name = (word.strip() for word in pair.partition("="))
         if not sign or not name.removesuffix(JSON_MARK):
             raise InputError(f"--columns {text}: {pair!r} is not of the form NAME=COLUMN, as in prompt=question")

@@ -4,7 +4,7 @@ straight to its shard."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,11 @@ def column_value(value: Any, column_type: str) -> Any:
 
 
 def scan(
-    files: tuple[Path, ...], shard_size: int, part_characters: int, progress: Callable[[int], None] = lambda count: None
+    files: tuple[Path, ...],
+    shard_size: int,
+    part_characters: int,
+    progress: Callable[[int], None] = lambda count: None,
+    column_names: Mapping[str, str] | None = None,
 ) -> Scan:
     """Read the whole corpus once.
 
@@ -61,6 +65,7 @@ def scan(
         part_characters: longest text that is one document.
         progress: called with the bytes of the files that were passed since the last call; those of a compressed file or of
             Parquet pass as a whole, or nearly so.
+        column_names: what `--columns` says.
 
     Raises:
         InputError: a file cannot be read as what its name says.
@@ -72,7 +77,7 @@ def scan(
     sizes = [path.stat().st_size for path in files]
     begins = [sum(sizes[:file]) for file in range(len(files))]
     passed = 0
-    for document in read_documents(files, Start(0, 0, 1, 0, 0), part_characters):
+    for document in read_documents(files, Start(0, 0, 1, 0, 0), part_characters, column_names):
         if document.number % shard_size == 0:
             starts.append(Start(document.number, document.file, document.row, document.part, document.offset))
             characters.append(0)

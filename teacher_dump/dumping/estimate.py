@@ -17,6 +17,7 @@ from knowledge_store.writing.shard import pack_shard
 from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
 from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
@@ -64,7 +65,7 @@ def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[
     sample: list[Document] = []
     count = characters = 0
     with reporter.progress("reading the corpus", None) as advance:
-        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
+        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters, config.column_names):
             count += 1
             characters += document.characters
             advance(document.characters)
@@ -104,6 +105,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     Raises:
         InputError: something given cannot be used, or the sample holds nothing that can.
     """
+    config = with_local_corpus(config, reporter=reporter)
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
     manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})

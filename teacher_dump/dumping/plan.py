@@ -46,7 +46,7 @@ def identity_manifest(config: EstimateConfig, teacher: Teacher, dump: str, *, re
         kinds={name: _parameters(name, config, teacher).to_record() for name in config.kinds},
         teacher=teacher.description,
         tokenizer=describe_tokenizer(teacher.tokenizer),
-        corpus={"files": corpus_files(config, config.corpus, teacher, reporter)},
+        corpus={"files": corpus_files(config, config.corpus, teacher, reporter), "columns": config.column_names},
         plan={
             "max_length": config.max_length,
             "shard_size": config.shard_size,
@@ -85,7 +85,7 @@ def make_manifest(
 
 def _scan_corpus(config: DumpConfig, reporter: Reporter) -> dict[str, Any]:
     with reporter.progress("reading the corpus", sum(path.stat().st_size for path in config.corpus)) as advance:
-        scanned = scan(config.corpus, config.shard_size, config.part_characters, advance)
+        scanned = scan(config.corpus, config.shard_size, config.part_characters, advance, config.column_names)
     _check_bad_rows(config, scanned.bad_rows, scanned.first_problem)
     if not any(shard.characters for shard in scanned.shards):
         raise InputError(f"the corpus has no row that can be used: {scanned.first_problem or 'it has no text'}")
@@ -175,7 +175,9 @@ class ShardReader:
         follows = here is not None and here.number == start.document
         passes = here is not None and here.number < start.document and here.file == start.file
         if not follows and not (passes and self._config.corpus[start.file].suffix in SUFFIXES_READ_THROUGH):
-            self._documents = read_documents(self._config.corpus, start, self._config.part_characters)
+            self._documents = read_documents(
+                self._config.corpus, start, self._config.part_characters, self._config.column_names
+            )
             self._next = next(self._documents, None)
         while self._next is not None and self._next.number < start.document:
             self._next = next(self._documents, None)
