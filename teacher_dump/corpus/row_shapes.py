@@ -45,8 +45,13 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
         ValueError: why it has none that can be used; names the column, and the message and its field.
     """
     shape = columns.shape or _shape_by_presence(record, columns)
+    # A prompt and completion in plain text are final: no template sees them, and `tools` beside them is a column as any other.
+    plain_text = shape == COMPLETION and not any(
+        columns.is_json(part) or not isinstance(record.get(columns.name(part)), str) for part in shape.required
+    )
+    parts = shape.required if plain_text else (*shape.required, *shape.optional)
     given: dict[str, Any] = {}
-    for part in (*shape.required, *shape.optional):
+    for part in parts:
         value = record.get(columns.name(part))
         if value is None:
             if part in shape.required:
@@ -58,8 +63,6 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
                 raise ValueError(f"`{columns.name(part)}` is text that is {error}") from None
         else:
             given[part] = value
-    plain_text = shape == COMPLETION and isinstance(given["prompt"], str) and isinstance(given["completion"], str)
-    parts = shape.required if plain_text else (*shape.required, *shape.optional)
     taken = {columns.name(part) for part in parts}
     others = {name: value for name, value in record.items() if name not in taken}
     return Content(_fields(shape, given, plain_text, columns), others)

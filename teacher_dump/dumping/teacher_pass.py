@@ -18,7 +18,7 @@ from typing import Any
 
 from knowledge_store.format.commits import CommitRecord
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash
+from knowledge_store.format.sequences import sequence_id, stored_columns, token_hash
 from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
@@ -167,10 +167,11 @@ def _ask(
 def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_by: dict[str, Any]) -> Shard:
     """What the writer takes of a shard: its sequences, and for each kind what was taken of each of them."""
     names = [file["name"] for file in manifest.corpus["files"]]
+    stored = stored_columns(manifest.derived["columns"])
     rows = []
     for sequence in shard.sequences:
         document = sequence.document
-        own = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
+        own = {stored[name]: value for name, value in corpus_columns(manifest, sequence).items()}
         rows.append(
             {
                 "sequence_id": sequence_id(document.number, sequence.window),
