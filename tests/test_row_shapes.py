@@ -59,12 +59,21 @@ def test_messages_are_handed_on_with_every_field():
         ([], "`messages` must be a list of messages and is empty"),
         ({"role": "user"}, "`messages` must be a list of messages and is an object"),
         ("Hello", "`messages` is text that is not JSON"),
-        ([USER, "Far."], "`messages`: message 2 is text, not an object"),
-        ([USER, {"content": "x"}], "`messages`: message 2 has no `role`"),
-        ([USER, {"role": 5, "content": "x"}], "`messages`: message 2: its `role` is a number, not text"),
-        ([USER, {"role": "assistant", "tool_calls": None}], "`messages`: message 2 (assistant) has no `content`"),
-        ([{"from": "someone", "value": "x"}], "`messages`: message 1: its `from` is none of human, "),
-        ([{"from": "gpt", "text": "x"}], "`messages`: message 1 (gpt) has no `value`"),
+        ([USER, "Far."], "`messages` has a message that cannot be used: message 2 is text, not an object"),
+        ([USER, {"content": "x"}], "`messages` has a message that cannot be used: message 2 has no `role`"),
+        (
+            [USER, {"role": 5, "content": "x"}],
+            "`messages` has a message that cannot be used: message 2: its `role` is a number, not text",
+        ),
+        (
+            [USER, {"role": "assistant", "tool_calls": None}],
+            "`messages` has a message that cannot be used: message 2 (assistant) has no `content`",
+        ),
+        (
+            [{"from": "someone", "value": "x"}],
+            "`messages` has a message that cannot be used: message 1: its `from` is none of human, ",
+        ),
+        ([{"from": "gpt", "text": "x"}], "`messages` has a message that cannot be used: message 1 (gpt) has no `value`"),
         ([{"from": "function_call", "value": "lamp()"}], "message 1 (function_call): its `value` is not JSON"),
         ([{"from": "function_call", "value": "[]"}], "message 1 (function_call): its `value` has no call"),
         ([{"from": "function_call", "value": '{"name": "lamp"}'}], "is no object with `name` and `arguments`"),
@@ -80,8 +89,8 @@ def test_a_list_that_is_no_conversation_names_message_and_field(value, sentence)
     [
         ("[", "`tools` is text that is not JSON"),
         (5, "`tools` is not a list"),
-        (['{"type"'], "`tools`: tool 1 is text that is not JSON"),
-        ([TOOLS[0], "5"], "`tools`: tool 2 is not an object"),
+        (['{"type"'], "`tools` has an entry that cannot be used: tool 1 is text that is not JSON"),
+        ([TOOLS[0], "5"], "`tools` has an entry that cannot be used: tool 2 is not an object"),
         ('[{"a": 1, "a": 2}]', "`tools` is text that is an object with the name `a` twice"),
     ],
 )
@@ -227,13 +236,8 @@ def test_columns_that_cannot_be_meant_are_refused_at_once(columns, sentence):
 
 def test_columns_are_part_of_a_dump_and_taken_from_it(tmp_path, loaded_teacher):
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"question": "How far?", "answer": " Far."}] * 5)
-    plain: dict[str, Any] = {
-        "teacher": "tiny",
-        "corpus": corpus,
-        "store": tmp_path / "s",
-        "name": "d",
-        "max_length": 30,
-        "shard_size": 2,
+    plain: dict[str, Any] = {"teacher": "tiny", "corpus": corpus, "store": tmp_path / "s", "name": "d", "shard_size": 2} | {
+        "max_length": 30
     }
     config = DumpConfig(**plain, columns="prompt=question,completion=answer")
     assert dump(config, 0, 2, teacher=loaded_teacher).shards == 2
@@ -270,11 +274,14 @@ def test_token_ids_are_taken_as_they_are(row, ids, targets):
         ({"input_ids": 5}, "`input_ids` is not a list of whole numbers"),
         ({"input_ids": [3, 4.5]}, "`input_ids` is not a list of whole numbers (at token 2 it has 4.5)"),
         ({"input_ids": [3, None]}, "at token 2 it has None"),
-        ({"input_ids": [3, -1]}, "`input_ids` has -1 at token 2"),
-        ({"input_ids": [3, 4], "labels": [4, -100]}, "`labels` has 4 at token 1, which is 3"),
-        ({"input_ids": [3, 4], "labels": [3]}, "`labels` has 1 entries for the 2 of `input_ids`"),
-        ({"input_ids": [3, 4], "loss_mask": [1, 2]}, "`loss_mask` has 2 at token 2; a mask is 0 or 1"),
-        ({"input_ids": [3, 4, 5], "attention_mask": [1, 0, 1]}, "`attention_mask` is 0 at token 2, between"),
+        ({"input_ids": [3, -1]}, "`input_ids` has a negative number (-1 at token 2)"),
+        ({"input_ids": [3, 4], "labels": [4, -100]}, "`labels` disagrees with `input_ids` (4 at token 1, which is 3)"),
+        ({"input_ids": [3, 4], "labels": [3]}, "`labels` is not as long as `input_ids` (1 and 2)"),
+        ({"input_ids": [3, 4], "loss_mask": [1, 2]}, "`loss_mask` is neither 0 nor 1 (2 at token 2)"),
+        (
+            {"input_ids": [3, 4, 5], "attention_mask": [1, 0, 1]},
+            "`attention_mask` is 0 between tokens that are seen (at token 2)",
+        ),
         ({"input_ids": [3, 4, 5], "position_ids": [0, 1, 0]}, "`position_ids` do not count from 0"),
     ],
 )
@@ -294,5 +301,5 @@ def test_sequences_of_token_ids_have_nothing_added_and_end_at_the_maximum_length
     assert read([5, 6, 7], [True, False, True]) == [([5, 6, 7], [False, False, True])]
     assert read([5, 6, 7, 8, 9], [False, True, False, True, True]) == [([5, 6, 7, 8], [False, True, False, True])]
     assert read([], []) == read([5, 6], [False, False]) == read([5], [True]) == []
-    with pytest.raises(BadRow, match="`input_ids` has 99999 at token 2, which the teacher's tokenizer does not have"):
+    with pytest.raises(BadRow, match=r"`input_ids` has a token that the teacher's tokenizer does not have \(99999 at token 2"):
         read([5, 99_999], [True, True])

@@ -98,14 +98,18 @@ class _Text:
                 except RepeatedName as error:
                     problem = str(error)
                     value, end = json.JSONDecoder().raw_decode(self.text, self.place)
-                if end < len(self.text) or self.ended:
+                after = self.text[end : end + 1]
+                whole = after != "" and not (
+                    isinstance(value, int | float) and after not in " \t\r\n,]" and end >= len(self.text) - _MARGIN
+                )
+                if whole or self.ended:  # a number goes on where its digits do
                     self.advance(end - self.place)
                     return value, problem
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - _MARGIN
-                if self.ended and cut_off:
+                if self.ended and not self.text.rstrip().endswith("]"):
                     raise ends_early(self._path) from None
-                if not cut_off:
+                if self.ended or not cut_off:
                     raise self.broken(number, f"not JSON ({error.msg})", error.pos) from None
             except (ValueError, RecursionError) as error:
                 raise self.broken(number, f"not JSON ({error})", self.place) from None

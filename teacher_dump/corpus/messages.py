@@ -45,7 +45,10 @@ def read_messages(value: Any, column: str) -> Turns:
         raise ValueError(f"`{column}` must be a list of messages and is {_kind_of(value)}")
     if not value:
         raise ValueError(f"`{column}` must be a list of messages and is empty")
-    return [_read_message(message, f"`{column}`: message {number}") for number, message in enumerate(value, 1)]
+    return [
+        _read_message(message, f"`{column}` has a message that cannot be used: message {number}")
+        for number, message in enumerate(value, 1)
+    ]
 
 
 def _read_message(message: Any, place: str) -> dict[str, Any]:

@@ -112,8 +112,9 @@ def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
     names = sorted(record)[:6]
     found = f" (it has {_quoted(names)}{' and more' if len(record) > len(names) else ''})" if names else ""
     return (
-        "none of the columns `text`, `prompt` and `completion`, `messages`, `conversations`, `instruction` and `output`, or"
-        f" `input_ids`{found}: name the columns with --columns, as in --columns prompt=question,completion=answer"
+        f"none of the columns that a row is read by{found}: `text`, `prompt` and `completion`, `messages`, `conversations`,"
+        " `instruction` and `output`, or `input_ids`. Columns of other names are read with --columns, as in"
+        " --columns prompt=question,completion=answer"
     )
 
 
@@ -177,7 +178,7 @@ def _alpaca_messages(given: dict[str, Any], columns: Columns) -> Turns:
     history = given.get("history", [])
     for number, pair in enumerate(history if isinstance(history, list) else [None], 1):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(words, str) for words in pair)):
-            raise ValueError(f"`{columns.name('history')}` must be a list of pairs of strings, and entry {number} is none")
+            raise ValueError(f"`{columns.name('history')}` must be a list of pairs of strings (entry {number} is none)")
         turns.insert(number - 1, (pair[0], pair[1]))
     return _system(given, [], columns) + [
         {"role": role, "content": content} for turn in turns for role, content in zip(("user", "assistant"), turn, strict=True)
@@ -193,11 +194,12 @@ def _template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, An
         raise ValueError(f"`{columns.name('tools')}` is not a list")
     described = []
     for number, tool in enumerate(tools, 1):
+        unusable = f"`{columns.name('tools')}` has an entry that cannot be used: tool {number}"
         try:
             tool = json_value(tool) if isinstance(tool, str) else tool
         except ValueError as error:
-            raise ValueError(f"`{columns.name('tools')}`: tool {number} is text that is {error}") from None
+            raise ValueError(f"{unusable} is text that is {error}") from None
         if not isinstance(tool, dict):
-            raise ValueError(f"`{columns.name('tools')}`: tool {number} is not an object")
+            raise ValueError(f"{unusable} is not an object")
         described.append(tool)
     return {**arguments, "tools": described} if described else dict(arguments)

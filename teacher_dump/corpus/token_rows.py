@@ -29,8 +29,8 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
         for number, (label, token) in enumerate(zip(labels, token_ids, strict=True), 1):
             if label not in (IGNORED, token):
                 raise ValueError(
-                    f"`labels` has {label} at token {number}, which is {token}: a label is its own token's id (labels are not"
-                    f" shifted), or {IGNORED} for context"
+                    f"`labels` disagrees with `input_ids` ({label} at token {number}, which is {token}): a label is the id of"
+                    f" the token where it stands, not of the next one, or {IGNORED} for context"
                 )
         is_target = [label != IGNORED for label in labels]
     for name in MASKS:
@@ -45,7 +45,7 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
             end = 0
         if 0 in seen[begin:end]:
             hole = seen.index(0, begin) + 1
-            raise ValueError(f"`attention_mask` is 0 at token {hole}, between tokens that are seen")
+            raise ValueError(f"`attention_mask` is 0 between tokens that are seen (at token {hole})")
     if "position_ids" in given:
         positions = _numbers(given, "position_ids", length)[begin:end]
         if positions != list(range(len(positions))):
@@ -54,7 +54,7 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
             )
     for number, token in enumerate(token_ids[begin:end], begin + 1):
         if token < 0:
-            raise ValueError(f"`input_ids` has {token} at token {number}")
+            raise ValueError(f"`input_ids` has a negative number ({token} at token {number})")
     return {"token_ids": tuple(token_ids[begin:end]), "is_target": tuple(is_target[begin:end])}
 
 
@@ -66,7 +66,7 @@ def _numbers(given: dict[str, Any], name: str, length: int | None) -> list[int]:
         if not isinstance(value, int) or (length is None and isinstance(value, bool)):
             raise ValueError(f"`{name}` is not a list of whole numbers (at token {number} it has {value!r})")
     if length is not None and len(numbers) != length:
-        raise ValueError(f"`{name}` has {len(numbers):,} entries for the {length:,} of `input_ids`")
+        raise ValueError(f"`{name}` is not as long as `input_ids` ({len(numbers):,} and {length:,})")
     return numbers
 
 
@@ -74,5 +74,5 @@ def _mask(given: dict[str, Any], name: str, length: int) -> list[int]:
     mask = _numbers(given, name, length)
     for number, value in enumerate(mask, 1):
         if value not in (0, 1):
-            raise ValueError(f"`{name}` has {value} at token {number}; a mask is 0 or 1")
+            raise ValueError(f"`{name}` is neither 0 nor 1 ({value} at token {number})")
     return mask

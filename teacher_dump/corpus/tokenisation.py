@@ -130,8 +130,8 @@ class CorpusTokenizer:
         for number, token in enumerate(document.token_ids, 1):
             if token not in self._vocabulary:
                 raise BadRow(
-                    f"`input_ids` has {token} at token {number}, which the teacher's tokenizer does not have (it has"
-                    f" {len(self._vocabulary):,} tokens): the row was made with another tokenizer"
+                    f"`input_ids` has a token that the teacher's tokenizer does not have ({token} at token {number}; it has"
+                    f" {len(self._vocabulary):,} tokens)"
                 )
         return np.array(document.token_ids, np.int64), np.array(document.is_target, bool)
 
