@@ -17,7 +17,7 @@ from teacher_dump import DumpConfig, dump
 from teacher_dump.corpus.columns import Columns, read_columns
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.row_shapes import Content, read_content
-from teacher_dump.corpus.rows import BadRow
+from teacher_dump.corpus.rows import BadRow, EmptyRow
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "How far?"}, {"role": "assistant", "content": "Far."}
@@ -300,6 +300,8 @@ def test_sequences_of_token_ids_have_nothing_added_and_end_at_the_maximum_length
 
     assert read([5, 6, 7], [True, False, True]) == [([5, 6, 7], [False, False, True])]
     assert read([5, 6, 7, 8, 9], [False, True, False, True, True]) == [([5, 6, 7, 8], [False, True, False, True])]
-    assert read([], []) == read([5, 6], [False, False]) == read([5], [True]) == []
+    for nothing in ([], [5, 6], [5]):
+        with pytest.raises(EmptyRow):
+            read(nothing, [len(nothing) == 1] * len(nothing))
     with pytest.raises(BadRow, match=r"`input_ids` has a token that the teacher's tokenizer does not have \(99999 at token 2"):
         read([5, 99_999], [True, True])

@@ -97,10 +97,9 @@ def sequences_schema(manifest: Manifest) -> pa.Schema:
     unknown = sorted(set(manifest.derived["columns"].values()) - CORPUS_TYPES.keys())
     if unknown:
         raise StoreError(f"dump {manifest.dump!r} has columns of unknown type: {', '.join(unknown)}")
-    columns = manifest.derived["columns"]
-    stored = stored_columns(columns)
-    own = {stored[name]: CORPUS_TYPES[kind] for name, kind in columns.items()}
-    return pa.schema(list({**SEQUENCE_COLUMNS, **own}.items()))
+    stored = stored_columns(manifest.derived["columns"])
+    corpus_columns = {stored[name]: CORPUS_TYPES[kind] for name, kind in manifest.derived["columns"].items()}
+    return pa.schema(list({**SEQUENCE_COLUMNS, **corpus_columns}.items()))
 
 
 def sequences_table(rows: list[dict[str, Any]], manifest: Manifest) -> pa.Table:
