@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from conftest import CHAT_TEMPLATE, make_tokenizer
 from hypothesis import given, settings
 from row_files import ARROW_WRITERS, JSON_WRITERS, free_rows, short_numbers, struct_rows, with_json_text
 
+from knowledge_store import KnowledgeStore
+from teacher_dump import DumpConfig, dump
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
@@ -206,3 +209,30 @@ def test_a_row_of_parquet_does_not_depend_on_its_neighbours(tmp_path):
     for index, row in enumerate(rows):
         ARROW_WRITERS[".parquet"](tmp_path / "one.parquet", [row])
         assert contents(tmp_path / "one.parquet") == contents(tmp_path / "all.parquet")[index : index + 1]
+
+
+def test_columns_of_parquet_are_asked_about_in_sql_as_what_they_are(tmp_path, loaded_teacher):
+    days = [datetime(2024, 5, day, 12, 30, tzinfo=UTC) for day in (1, 2, 3)]
+    table = pa.table(
+        {
+            "text": [f"The lamp was lit {count} times." for count in (1, 2, 3)],
+            "when": pa.array(days, pa.timestamp("us", "UTC")),
+            "price": pa.array([Decimal("1.50"), Decimal("2.25"), None], pa.decimal128(10, 2)),
+            "exact": pa.array([Decimal("0.12345678901234567890")] * 3, pa.decimal128(30, 20)),
+            "source": ["a", "b", "c"],
+            "Source": [1, 2, 3],
+            "length": ["short"] * 3,
+            "nested": [{"x": 1, "y": None}, {"x": None, "y": days[0]}, None],
+        }
+    )
+    pq.write_table(table, tmp_path / "c.parquet")
+    dump(DumpConfig("tiny", tmp_path / "c.parquet", tmp_path / "s", max_length=40), teacher=loaded_teacher)
+    store = KnowledgeStore.open(tmp_path / "s")
+    row = store.sql("SELECT * FROM sequences ORDER BY document").to_pylist()[1]
+    own = {"when": "2024-05-02T12:30:00Z", "price": 2.25, "exact": "0.12345678901234567890", "corpus_length": "short"}
+    own |= {"Source": 2, "source_2": "b", "nested": '{"y": "2024-05-01T12:30:00Z"}'}
+    assert {name: row[name] for name in own} == own
+    found = store.sql(
+        'SELECT sum(price) AS price, max("when"::TIMESTAMPTZ) AS latest FROM sequences WHERE "when" < \'2024-05-03\''
+    )
+    assert found.to_pylist()[0]["price"] == 3.75

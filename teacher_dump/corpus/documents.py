@@ -17,6 +17,7 @@ from knowledge_store.errors import InputError
 from teacher_dump.corpus.arrow_files import arrow_rows
 from teacher_dump.corpus.columns import Columns
 from teacher_dump.corpus.compression import uncompressed_name
+from teacher_dump.corpus.hub import hub_file_name
 from teacher_dump.corpus.json_list import json_file_rows
 from teacher_dump.corpus.jsonl import json_rows
 from teacher_dump.corpus.messages import Turns
@@ -94,9 +95,10 @@ def check_files(files: tuple[Path, ...]) -> None:
 
 
 def file_names(files: tuple[Path, ...]) -> list[str]:
-    """What the corpus files are called in the store: their names, with their folder's where names repeat."""
-    names = [path.name for path in files]
-    return [f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in files]
+    """What the corpus files are called in the store: their names, with their folder's where names repeat; those of the hub with
+    their data set and its commit."""
+    names = [hub_file_name(path) or path.name for path in files]
+    return [f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(files, names, strict=True)]
 
 
 def problem_text(files: tuple[Path, ...], file: int, row: int, problem: str) -> str:

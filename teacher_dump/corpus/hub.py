@@ -61,6 +61,15 @@ def hub_address(path: Path) -> HubAddress | None:
     return HubAddress(f"{owner}/{name}", unquote(revision) or "main", "/".join(rest))
 
 
+def hub_file_name(path: Path) -> str | None:
+    """What a file in the hub's cache is called there, with its data set and commit; None for any other file."""
+    for place, part in enumerate(path.parts[:-3]):
+        if part.startswith("datasets--") and path.parts[place + 1] == "snapshots":
+            repository = part.removeprefix("datasets--").replace("--", "/", 1)
+            return f"{repository}@{path.parts[place + 2]}/{'/'.join(path.parts[place + 3 :])}"
+    return None
+
+
 def hub_files(address: HubAddress, suffixes: tuple[str, ...], reporter: Reporter) -> list[Path]:
     """The files of an address in the hub's cache, downloaded if need be.
 
