@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 
 from knowledge_store.errors import InputError
 
 JSON_MARK = ":json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """A form that rows have.
 
@@ -54,11 +55,19 @@ class Columns:
         """The corpus's name of a column that a shape calls `part`."""
         return self.names.get(part, part).removesuffix(JSON_MARK)
 
+    def shapes(self, present: Set[str]) -> list[Shape]:
+        """The shapes whose required columns are all among those that are present."""
+        return [shape for shape, required in self._required if required <= present]
+
+    @cached_property
+    def _required(self) -> list[tuple[Shape, frozenset[str]]]:
+        return [(shape, frozenset(map(self.name, shape.required))) for shape in SHAPES]
+
     def is_json(self, part: str) -> bool:
         """Whether text in a column is JSON."""
         return part not in TEXT_COLUMNS or self.names.get(part, "").endswith(JSON_MARK)
 
-    @property
+    @cached_property
     def shape(self) -> Shape | None:
         """The shape that the names decide, if any."""
         return next((shape for shape in SHAPES if any(part in self.names for part in shape.required)), None)

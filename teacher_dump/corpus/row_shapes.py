@@ -46,7 +46,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     """
     shape = columns.shape or _shape_by_presence(record, columns)
     # A prompt and completion in plain text are final: no template sees them, and `tools` beside them is a column as any other.
-    plain_text = shape == COMPLETION and not any(
+    plain_text = shape is COMPLETION and not any(
         columns.is_json(part) or not isinstance(record.get(columns.name(part)), str) for part in shape.required
     )
     parts = shape.required if plain_text else (*shape.required, *shape.optional)
@@ -70,7 +70,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
 
 def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
     there = {name for name, value in record.items() if value is not None}
-    shapes = [shape for shape in SHAPES if all(columns.name(part) in there for part in shape.required)]
+    shapes = columns.shapes(there)
     if len(shapes) > 1:
         ways = " or ".join(f"--columns {_own_names(shape)}" for shape in shapes[:2])
         raise ValueError(f"it fits two shapes, {shapes[0].name} and {shapes[1].name}: say which counts with {ways}")
@@ -133,21 +133,21 @@ def _own_names(shape: Shape) -> str:
 
 
 def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Columns) -> dict[str, Any]:
-    if shape == TOKENS:
+    if shape is TOKENS:
         return token_content(given)
-    if shape == TEXT:
+    if shape is TEXT:
         return {"text": _text(given, "text", columns)}
     arguments = {} if plain_text else {"template_arguments": _template_arguments(given, columns)}
     if plain_text:
         return {"prompt": given["prompt"], "completion": given["completion"]}
-    if shape == COMPLETION:
+    if shape is COMPLETION:
         if not (is_message_list(given["prompt"]) and is_message_list(given["completion"])):
             names = _quoted([columns.name(part) for part in COMPLETION.required])
             raise ValueError(f"{names} must both be given, both strings or both lists of messages")
         return {part: read_messages(given[part], columns.name(part)) for part in COMPLETION.required} | arguments
-    if shape == MESSAGES:
+    if shape is MESSAGES:
         return {"messages": read_messages(given["messages"], columns.name("messages"))} | arguments
-    if shape == SHAREGPT:
+    if shape is SHAREGPT:
         messages = read_messages(given["conversations"], columns.name("conversations"))
         return {"messages": [*_system(given, messages, columns), *messages]} | arguments
     return {"messages": _alpaca_messages(given, columns)} | arguments
