@@ -17,12 +17,20 @@ from knowledge_store.errors import InputError
 
 MAX_BYTES = 64 * 2**20  # of an index or a configuration
 ADAPTER = "adapter_config.json"
-TOKENIZER_FILES = (
+# Each of these alone holds a vocabulary.
+VOCABULARY_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
     "vocab.json",
     "vocab.txt",
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -46,7 +54,7 @@ def check_folder_name(model: str) -> None:
         raise InputError(f"there is no folder {model}, and it cannot be a model of the hub, whose id has the form OWNER/NAME")
 
 
-def hub_folder(model: str, gguf_file: str | None = None) -> Path:
+def hub_folder(model: str, gguf_file: str | None = None, weights: bool = True) -> Path:
     """The folder of the hub's cache that a hub id's files lie in, downloaded if need be: its configuration, its tokenizer, and
     its weights in safetensors or the one GGUF file. A model is checked and loaded there, as any folder is, and no pickle comes
     with it.
@@ -54,6 +62,7 @@ def hub_folder(model: str, gguf_file: str | None = None) -> Path:
     Args:
         model: a hub id, such as OWNER/NAME, that is no folder.
         gguf_file: name of a GGUF file, instead of safetensors.
+        weights: whether safetensors are wanted too, or configuration and tokenizer alone.
 
     Raises:
         InputError: there is no such model, or it cannot be had.
@@ -62,8 +71,8 @@ def hub_folder(model: str, gguf_file: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
-    patterns = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, "*.model"]
+    tensors = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"] if weights else []
+    patterns = ["config.json", "generation_config.json", ADAPTER, *tensors, *TOKENIZER_FILES, "*.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except LocalEntryNotFoundError:

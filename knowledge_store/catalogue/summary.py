@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.index import STATISTIC, Index
+from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.format.layout import manifest_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Kind, Totals
@@ -26,6 +27,7 @@ class DumpSummary:
         documents, shards: committed; documents_planned, shards_planned: in the plan.
         skipped_rows: rows of the corpus that were skipped; skip_reasons: how many for each reason, most first.
         truncated: sequences that were truncated at the maximum length.
+        counts: what becomes of the rows of the whole corpus, committed or not; None where the manifest does not say.
         sequences: committed; positions: all their tokens.
         bytes: everything of the dump but its vocabulary (tokens.parquet), commit records included.
         column_bytes: compressed bytes of each column, as "table.column".
@@ -46,6 +48,7 @@ class DumpSummary:
     skipped_rows: int
     skip_reasons: dict[str, int]
     truncated: int
+    counts: CorpusCounts | None
     sequences: int
     positions: int
     bytes: int
@@ -128,6 +131,7 @@ def summarise(dumps: Dumps, manifest: Manifest) -> DumpSummary:
         skipped_rows=_sum(shards["skipped_rows"]),
         skip_reasons=_added(shards["skip_reasons"]),
         truncated=_sum(shards["truncated"]),
+        counts=manifest.counts,
         sequences=_sum(shards["sequences"]),
         positions=_sum(shards["positions"]),
         bytes=size,

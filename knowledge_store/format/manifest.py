@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from knowledge_store.errors import DamageError, MissingFileError, NewerVersionError, StoreError
+from knowledge_store.format.corpus_counts import COUNTS_SHAPE, CorpusCounts
 from knowledge_store.format.integrity import FILE_SHAPE, FileRecord
 from knowledge_store.format.layout import FORMAT_NAME, FORMAT_VERSION, manifest_file
 from knowledge_store.format.records import check_shape, json_sha256, read_record, seal
@@ -36,8 +37,8 @@ _OPTIONAL: dict[str, dict[str, Any]] = {
     "teacher": {"files": {...: str}, "dtype": str, "model_type": str, "parameters": int},
     "tokenizer": {"vocabulary_sha256": str, "size": int, "chat_template_sha256": str},
     "corpus": {"files": [{"name": str, "sha256": str}]},
-    "plan": {"shard_size": int, "part_characters": int},
-    "derived": {"bad_rows": int},
+    "plan": {"shard_size": int, "part_characters": int, "too_long": str},
+    "derived": {"counts": COUNTS_SHAPE},
 }
 
 # Beyond these token ids and lengths do not fit their columns.
@@ -56,9 +57,9 @@ class Manifest:
             each of its files.
         tokenizer: vocabulary_sha256, size, bos_token_id, eos_token_id, pad_token_id.
         corpus: files, each with its name, bytes and SHA-256.
-        plan: max_length, shard_size, part_characters.
-        derived: documents, bad_rows, columns (the corpus's own, name to type), shards (where each begins, and how many
-            characters it holds), tokens (the file record of tokens.parquet).
+        plan: max_length, too_long (what becomes of rows that are longer), shard_size, part_characters.
+        derived: documents, counts (what becomes of the corpus's rows, see CorpusCounts), columns (the corpus's own, name to
+            type), shards (where each begins, and how many tokens it holds), tokens (the file record of tokens.parquet).
         version: of the format.
     """
 
@@ -80,6 +81,11 @@ class Manifest:
     def shard_count(self) -> int:
         """How many shards the plan has."""
         return len(self.derived["shards"])
+
+    @property
+    def counts(self) -> CorpusCounts | None:
+        """What becomes of the rows of the corpus; None where it does not say."""
+        return CorpusCounts.from_record(self.derived["counts"]) if "counts" in self.derived else None
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the shards contain, flat, by dotted name."""

@@ -100,7 +100,7 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
-    check_student(store, dump, student.config, tokenizer)
+    check_student(store, dump, student.config, tokenizer, reporter=reporter if arguments.process_index == 0 else SILENT)
 
     if arguments.world_size > 1:
         _check_ranks(store.snapshot(dump), arguments.world_size)  # nobody writes before everybody has looked

@@ -7,7 +7,8 @@
   marks, an assistant turn is what the template adds to the prompt that would ask for it, and the row is refused where rendering
   a conversation turn by turn does not give the conversation.
 
-What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says `truncated`.
+What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says how much was lost; or
+it is not used, if that is asked for.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from knowledge_store.format.records import json_sha256
 from knowledge_store.tokenizer import opening_tokens
 from teacher_dump.corpus.conversations import ChatTemplate
 from teacher_dump.corpus.documents import Document
-from teacher_dump.corpus.rows import BadRow
+from teacher_dump.corpus.rows import BadRow, EmptyRow, LongRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,37 +38,55 @@ class TokenSequence:
         document: where it comes from; window: its place among the document's sequences.
         token_ids: int64 (L,), L at least 2.
         is_target: bool (L,); never true at position 0, which nothing predicts.
-        truncated: whether the document continues after max_length.
+        tokens_cut: how many tokens of the document come after its end; targets_cut: those of them that are targets.
+        dropped_reasoning: messages of which the chat template leaves the reasoning out.
     """
 
     document: Document
     window: int
     token_ids: np.ndarray
     is_target: np.ndarray
-    truncated: bool
+    tokens_cut: int = 0
+    targets_cut: int = 0
+    dropped_reasoning: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the document continues after max_length."""
+        return self.tokens_cut > 0
 
 
 class CorpusTokenizer:
     """Turns documents into sequences of at most `max_length` tokens.
 
+    `cut` says whether what is longer loses its end, or cannot be used.
+
     Raises (on construction):
         InputError: max_length leaves no room for text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, cut: bool = True):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.cut = cut
         self._opening = opening_tokens(tokenizer)
         self._chat = ChatTemplate(tokenizer)
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
     def sequences(self, document: Document) -> list[TokenSequence]:
-        """The sequences of a document; none when it is empty.
+        """The sequences of a document; none for a part of a text that has no tokens.
 
         Raises:
-            BadRow: the document cannot be used; says why.
+            BadRow: the document cannot be used; says why. LongRow where it is too long for that, EmptyRow where it has nothing
+                to learn from.
         """
+        found = self._sequences(document)
+        if not found and document.part == 0:
+            raise EmptyRow
+        return found
+
+    def _sequences(self, document: Document) -> list[TokenSequence]:
         if document.problem is not None:
             raise BadRow(document.problem)
         if document.text is not None:
@@ -76,20 +95,22 @@ class CorpusTokenizer:
             token_ids, is_target = self._chat.tokens(document.messages, document.template_arguments or {})
         else:
             token_ids, is_target = self._completion(document)
+        if len(token_ids) > self.max_length and not self.cut:
+            raise LongRow(len(token_ids), self.max_length)
         first = int(np.argmax(is_target)) if is_target.any() else len(token_ids)
         if first >= self.max_length:
             raise BadRow(
                 f"the prompt leaves no room for what follows it (it has {first} tokens, and --max-length is {self.max_length})"
             )
-        sequence = self._sequence(document, 0, token_ids, is_target, len(token_ids) > self.max_length)
+        sequence = self._sequence(document, 0, token_ids, is_target)
         return [sequence] if sequence.is_target.any() else []
 
-    def _sequence(
-        self, document: Document, window: int, token_ids: np.ndarray, is_target: np.ndarray, truncated: bool
-    ) -> TokenSequence:
+    def _sequence(self, document: Document, window: int, token_ids: np.ndarray, is_target: np.ndarray) -> TokenSequence:
+        targets_cut = int(is_target[self.max_length :].sum())
         is_target = is_target[: self.max_length].copy()
         is_target[:1] = False
-        return TokenSequence(document, window, token_ids[: self.max_length], is_target, truncated)
+        tokens_cut = max(len(token_ids) - self.max_length, 0)
+        return TokenSequence(document, window, token_ids[: self.max_length], is_target, tokens_cut, targets_cut)
 
     def _encode(self, text: str) -> list[int]:
         # The tokenizer warns of texts longer than its model's context; windows take care of that.
@@ -112,7 +133,7 @@ class CorpusTokenizer:
         ends = [*starts[1:], len(token_ids)]
         windows = [[*self._opening, *token_ids[start:end]] for start, end in zip(starts, ends, strict=True)]
         return [
-            self._sequence(document, window, np.array(ids, np.int64), np.ones(len(ids), bool), False)
+            self._sequence(document, window, np.array(ids, np.int64), np.ones(len(ids), bool))
             for window, ids in enumerate(windows)
             if len(ids) > 1
         ]

@@ -23,6 +23,16 @@ def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
     return KINDS[kind].parameters() if parameters is None else parameters(config.kind_options(kind))
 
 
+def plan_record(config: EstimateConfig) -> dict[str, Any]:
+    """`plan` of the manifest: how documents become sequences and shards."""
+    return {
+        "max_length": config.max_length,
+        "too_long": config.too_long,
+        "shard_size": config.shard_size,
+        "part_characters": config.part_characters,
+    }
+
+
 def check_length(config: CorpusOptions, teacher: Mapping[str, Any]) -> None:
     """Make sure that sequences are no longer than a teacher knows positions, where its description says how many it knows.
 

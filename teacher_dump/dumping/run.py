@@ -10,7 +10,7 @@ from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import open_storage
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
 from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.remaining import remaining_shards, worker_shards
@@ -45,8 +45,10 @@ def dump(
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
     dtype = check_before_loading(config, storage, existing, teacher, reporter)
+    derived = inspect_before_loading(config, existing, teacher, reporter=reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
+    from teacher_dump.dumping.batches import find_batching
     from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
@@ -54,19 +56,16 @@ def dump(
 
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
-    tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
+    find_batching(config, teacher, config.max_length, reporter)  # a teacher that cannot be asked is refused here
     existing = existing or existing_manifest(storage, config.dump_name)
-    planned = make_manifest(config, teacher, existing, reporter=reporter)
+    planned = make_manifest(config, teacher, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)
-    reader, first = ShardReader(config, planned, tokenizer), None
-    begun = config.dump_name in storage.folders("")
-    if rank < len(planned.derived.get("shards", ())) and not begun:
-        first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
     writer = DumpWriter.open(storage, planned, tokens_table(*teacher.tokens()))
     pending = remaining_shards(writer, rank, world_size)
+    reader = ShardReader(config, writer.manifest, corpus_tokenizer(config, teacher.tokenizer))
     started = time.monotonic()
-    committed = dump_shards(config, teacher, reader, first, writer, pending, writer.commit, reporter)
+    committed = dump_shards(config, teacher, reader, writer, pending, writer.commit, reporter)
     return DumpReport(
         dump=writer.manifest.dump,
         shards=committed.shards,
@@ -74,6 +73,6 @@ def dump(
         shards_planned=writer.manifest.shard_count,
         positions=committed.positions,
         seconds=time.monotonic() - started,
-        skipped=committed.skipped,
-        truncated=committed.truncated,
+        counts=writer.manifest.counts,
+        max_length=config.max_length,
     )
