@@ -2,10 +2,9 @@
 
 * `text`: every token counts; an end-of-sequence token closes the text; a long text becomes consecutive windows, each opened
   by the tokens that the tokenizer puts before a text (a beginning-of-sequence token, where it has one).
-* `prompt` + `completion`: the completion's tokens count, from where prompt and prompt + completion differ as token ids.
-* `messages`: the assistant's tokens count, as the chat template marks them with {% generation %}. For a template without those
-  marks, an assistant turn is what the template adds to the prompt that would ask for it, and the row is refused where rendering
-  a conversation turn by turn does not give the conversation.
+* `prompt` + `completion` as text: the completion's tokens count, from where prompt and prompt + completion differ as token ids.
+* `messages`, and `prompt` + `completion` as messages: what the assistant writes counts, of the completion alone where there is
+  one (see `chat`).
 
 What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says `truncated`.
 """
@@ -21,7 +20,7 @@ import numpy as np
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.tokenizer import opening_tokens
-from teacher_dump.corpus.conversations import ChatTemplate
+from teacher_dump.corpus.chat import ChatOptions, ChatTemplate, Conversation
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.rows import BadRow
 
@@ -38,6 +37,7 @@ class TokenSequence:
         token_ids: int64 (L,), L at least 2.
         is_target: bool (L,); never true at position 0, which nothing predicts.
         truncated: whether the document continues after max_length.
+        dropped_reasoning: how many messages' reasoning the chat template left out, as it does in turns before the last.
     """
 
     document: Document
@@ -45,20 +45,26 @@ class TokenSequence:
     token_ids: np.ndarray
     is_target: np.ndarray
     truncated: bool
+    dropped_reasoning: int = 0
 
 
 class CorpusTokenizer:
     """Turns documents into sequences of at most `max_length` tokens.
 
+    Args:
+        tokenizer: of the teacher.
+        max_length: in tokens.
+        chat: how conversations are rendered; as today without it.
+
     Raises (on construction):
         InputError: max_length leaves no room for text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatOptions | None = None):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._opening = opening_tokens(tokenizer)
-        self._chat = ChatTemplate(tokenizer)
+        self._chat = ChatTemplate(tokenizer, chat or ChatOptions.today())
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
@@ -72,24 +78,39 @@ class CorpusTokenizer:
             raise BadRow(document.problem)
         if document.text is not None:
             return self._windows(document, document.text)
-        if document.messages is not None:
-            token_ids, is_target = self._chat.tokens(document.messages, document.template_arguments or {})
+        dropped = 0
+        if isinstance(document.prompt, str) and isinstance(document.completion, str):
+            token_ids, is_target = self._completion(document.prompt, document.completion)
         else:
-            token_ids, is_target = self._completion(document)
+            conversation = self._conversation(document)
+            token_ids, is_target, dropped = conversation.token_ids, conversation.is_target, conversation.dropped_reasoning
         first = int(np.argmax(is_target)) if is_target.any() else len(token_ids)
         if first >= self.max_length:
             raise BadRow(
                 f"the prompt leaves no room for what follows it (it has {first} tokens, and --max-length is {self.max_length})"
             )
-        sequence = self._sequence(document, 0, token_ids, is_target, len(token_ids) > self.max_length)
+        sequence = self._sequence(document, 0, token_ids, is_target, len(token_ids) > self.max_length, dropped)
         return [sequence] if sequence.is_target.any() else []
 
+    def _conversation(self, document: Document) -> Conversation:
+        arguments = document.template_arguments or {}
+        if document.messages is not None:
+            return self._chat.tokens(document.messages, arguments)
+        assert isinstance(document.prompt, list) and isinstance(document.completion, list)
+        return self._chat.tokens([*document.prompt, *document.completion], arguments, completion_from=len(document.prompt))
+
     def _sequence(
-        self, document: Document, window: int, token_ids: np.ndarray, is_target: np.ndarray, truncated: bool
+        self,
+        document: Document,
+        window: int,
+        token_ids: np.ndarray,
+        is_target: np.ndarray,
+        truncated: bool,
+        dropped_reasoning: int = 0,
     ) -> TokenSequence:
         is_target = is_target[: self.max_length].copy()
         is_target[:1] = False
-        return TokenSequence(document, window, token_ids[: self.max_length], is_target, truncated)
+        return TokenSequence(document, window, token_ids[: self.max_length], is_target, truncated, dropped_reasoning)
 
     def _encode(self, text: str) -> list[int]:
         # The tokenizer warns of texts longer than its model's context; windows take care of that.
@@ -117,16 +138,9 @@ class CorpusTokenizer:
             if len(ids) > 1
         ]
 
-    def _completion(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
-        prompt, completion = document.prompt, document.completion
-        if isinstance(prompt, str) and isinstance(completion, str):
-            prompt_ids = [*self._opening, *self._encode(prompt)]
-            token_ids = self._close([*self._opening, *self._encode(prompt + completion)])
-        else:
-            assert isinstance(prompt, list) and isinstance(completion, list)
-            arguments = document.template_arguments or {}
-            prompt_ids = self._encode(self._chat.render(prompt, arguments, add_generation_prompt=True))
-            token_ids = self._encode(self._chat.render([*prompt, *completion], arguments))
+    def _completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+        prompt_ids = [*self._opening, *self._encode(prompt)]
+        token_ids = self._close([*self._opening, *self._encode(prompt + completion)])
         length = min(len(prompt_ids), len(token_ids))
         differing = np.array(prompt_ids[:length]) != np.array(token_ids[:length])
         prompt_length = int(np.argmax(differing)) if differing.any() else length
