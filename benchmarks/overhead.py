@@ -180,9 +180,9 @@ class Profile:
 ON_THE_TEACHERS_THREAD = {
     "forward of the body": ["teacher_dump.teachers.local.LocalTeacher.predict"],
     "head's matrix product": [],  # a module, which `_head` gives
-    "top-k": ["teacher_dump.extraction.positions.likeliest"],
-    "log-sum-exp": ["teacher_dump.extraction.positions.knowledge_of"],
-    "draws": [f"teacher_dump.extraction.positions.{name}" for name in ("_points", "draw", "counted")],
+    "top-k": ["teacher_dump.extraction.distributions.likeliest"],
+    "log-sum-exp": ["teacher_dump.extraction.distributions.knowledge_of"],
+    "draws": [f"teacher_dump.extraction.distributions.{name}" for name in ("_points", "draw", "counted")],
     "checks and gathering": [],  # the extractor, looked up in a dict
     "progress figures": ["teacher_dump.dumping.teacher_pass._Meter.batch"],
 }

@@ -69,7 +69,7 @@ def ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, path: Path) -> 
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     if not path.exists():
         found: list[Arrays] = [{}] * len(lengths)
-        both = [positions_parameters(each, teacher) for each in (replace(config, top_k=MAX_K, tail_draws=0), config)]
+        both = [positions_parameters(each) for each in (replace(config, top_k=MAX_K, tail_draws=0), config)]
         with progress_bar(f"asking {config.dump_name}", sum(lengths), "positions") as advance:
             for indices in length_batches(lengths, config.batch_size * config.max_length):
                 sequences = [shard.sequences[index] for index in indices]

@@ -41,7 +41,7 @@ from knowledge_store.kinds.positions.selection import Selection
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.sliced import Share, sliced_loss, sum_over_slices
 from student_train.losses.targets import Batch, select_targets
-from teacher_dump.extraction.positions import knowledge_of
+from teacher_dump.extraction.distributions import knowledge_of
 
 CANDIDATES, DRAWS = 5, 4
 BASELINE = "cross-entropy"

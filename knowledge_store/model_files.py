@@ -106,7 +106,7 @@ def check_weights(folder: Path) -> None:
         found = f": {pickles[0]} is a pickle, which can run code, and is never loaded" if pickles else ""
         raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{found}")
     _check_adapter(folder)
-    configuration = _read(folder / "config.json")
+    configuration = read_configuration(folder)
     named = configuration.get("transformers_weights")
     for index in sorted(folder.glob("*.safetensors.index.json")):
         shards = _read(index).get("weight_map")
@@ -116,6 +116,11 @@ def check_weights(folder: Path) -> None:
             _check_name(folder, name, index)
     if named is not None:
         _check_name(folder, str(named).removesuffix(".index.json"), folder / "config.json")
+
+
+def read_configuration(folder: Path) -> dict[str, Any]:
+    """The configuration of a model's folder, as its file has it (InputError: it is missing, or no JSON object)."""
+    return _read(folder / "config.json")
 
 
 @contextmanager

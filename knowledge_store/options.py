@@ -25,6 +25,7 @@ class Option:
         min, max: the smallest and largest number that is taken.
         above, below: the same, where the limit itself is not taken.
         choices: the only values that are taken; empty for any.
+        names_dump: its value is the name of a dump of STORE, which a shell completes.
     """
 
     help: str
@@ -36,6 +37,7 @@ class Option:
     above: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    names_dump: bool = False
 
     @property
     def limits(self) -> str:
@@ -74,22 +76,23 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: tuple[Any, ...] = (),
+    names_dump: bool = False,
 ) -> Any:
     """A field of a configuration that a command takes as an option (see `Option`); without a default it is required."""
-    declared = Option(help, flag, argument, metavar, min, max, above, below, choices)
+    declared = Option(help, flag, argument, metavar, min, max, above, below, choices, names_dump)
     return field(default=default, metadata={_KEY: declared})
 
 
 def option_of(configuration_field: Field[Any]) -> Option | None:
     """What a command says of a field; None for one that only the library has."""
-    found = configuration_field.metadata.get(_KEY)
-    return found if isinstance(found, Option) else None
+    declared = configuration_field.metadata.get(_KEY)
+    return declared if isinstance(declared, Option) else None
 
 
 def flag_of(configuration_field: Field[Any]) -> str:
     """The name of a field's option, `--max-length`."""
-    found = option_of(configuration_field)
-    return (found.flag if found else "") or f"--{configuration_field.name.replace('_', '-')}"
+    declared = option_of(configuration_field)
+    return (declared.flag if declared else "") or f"--{configuration_field.name.replace('_', '-')}"
 
 
 def check_options(configuration: Any) -> None:

@@ -9,19 +9,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from knowledge_store.catalogue.index import Index, refresh
+from knowledge_store.catalogue.dumps import Dumps, open_dumps
 from knowledge_store.catalogue.summary import DumpSummary, summarise
-from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError, MissingFileError, StoreError
-from knowledge_store.format.layout import SEQUENCES, STORE_FILE, manifest_file
-from knowledge_store.format.manifest import Manifest, check_version, read_manifest
+from knowledge_store.errors import InputError
+from knowledge_store.format.layout import SEQUENCES
+from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import read_table
-from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import sequences_schema
-from knowledge_store.kinds import KINDS, Arrays, check_kinds, item_mask
+from knowledge_store.kinds import KINDS, Arrays, item_mask
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.plan import ReadPlan
-from knowledge_store.reading.reader import DumpReader, shard_files
+from knowledge_store.reading.reader import DumpReader
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.create_statements import create_statements
@@ -31,63 +30,7 @@ from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.parameters import Parameters
 from knowledge_store.sql.query import read_tokens, run_query
 from knowledge_store.storage import Storage, open_storage
-
-
-def check_store(storage: Storage) -> None:
-    """Make sure that a storage holds a store that this version can read.
-
-    Raises:
-        StoreError: nothing is there, or it is some other folder, or of another format version, or cannot be read.
-        DamageError: its store.json is altered.
-    """
-    try:
-        check_store_file(storage)
-    except MissingFileError:
-        if occupied(storage):
-            raise StoreError(f"{storage.address} is not a knowledge store: it has no {STORE_FILE}") from None
-        raise StoreError(f"there is no store at {storage.address}: `teacher-dump run {storage.address}` makes one") from None
-
-
-def occupied(storage: Storage) -> bool:
-    """Whether anything is in a place for a store (StoreError: it is a file)."""
-    try:
-        return bool(storage.files("") or storage.folders(""))
-    except DamageError:
-        raise StoreError(f"{storage.address} is a file, not a store: a store is a folder") from None
-
-
-def check_store_file(storage: Storage) -> None:
-    """Make sure that a store's store.json is one, of a version this one can read.
-
-    Raises:
-        StoreError: it has another format version, or cannot be read.
-        DamageError: it is altered, missing, or some other file of a store.
-    """
-    record = read_record(storage, STORE_FILE)
-    check_version(record, storage.locate(STORE_FILE))
-    if record.keys() != {"format", "version"}:
-        raise DamageError(f"{storage.locate(STORE_FILE)} is damaged: it is some other file of a store")
-
-
-def manifest_exists(storage: Storage, folder: str) -> bool:
-    """Whether a folder of a store has a manifest, readable or not."""
-    try:
-        storage.size(manifest_file(folder))
-    except MissingFileError:
-        return False
-    except DamageError:
-        return True
-    return True
-
-
-def _advised(error: KnowledgeStoreError) -> KnowledgeStoreError:
-    """Why a dump is closed, with what to do where it is damaged."""
-    if not isinstance(error, DamageError):
-        return error
-    return type(error)(
-        f"{error}: `knowledge-store verify` names all that is damaged, and `teacher-dump run … --repair`, with what made the"
-        " dump, makes it again"
-    )
+from knowledge_store.writing.rename import rename_dump
 
 
 class KnowledgeStore:
@@ -97,19 +40,10 @@ class KnowledgeStore:
     own, as another process needs. Reading never writes to the store.
     """
 
-    def __init__(
-        self,
-        storage: Storage,
-        manifests: list[Manifest],
-        index: Index,
-        cache_size: int = CACHE_SIZE,
-        closed: dict[str, KnowledgeStoreError] | None = None,
-    ):
-        self.storage = storage
-        self._closed = {name: _advised(error) for name, error in sorted((closed or {}).items())}
+    def __init__(self, dumps: Dumps, cache_size: int = CACHE_SIZE):
+        self.storage = dumps.storage
         self.cache_size = cache_size
-        self._manifests = {manifest.dump: manifest for manifest in manifests}
-        self._index = index
+        self._dumps = dumps
         self._readers: dict[str, DumpReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -132,22 +66,7 @@ class KnowledgeStore:
         A dump that cannot be used (its manifest or a commit record is altered or cannot be read, it has another name than its
         folder, or a kind of knowledge that is unknown here) is closed, and the others are open; see `closed`.
         """
-        storage = open_storage(store)
-        check_store(storage)
-        manifests: list[Manifest] = []
-        closed: dict[str, KnowledgeStoreError] = {}
-        for name in storage.folders(""):
-            try:
-                manifest = read_manifest(storage, name)
-                check_kinds(manifest, storage.address)
-                manifests.append(manifest)
-            except MissingFileError:
-                continue
-            except (DamageError, StoreError, InputError) as error:
-                closed[name] = error
-        index, unusable = refresh(storage, manifests, rebuild=rebuild_index)
-        manifests = [manifest for manifest in manifests if manifest.dump not in unusable]
-        return cls(storage, manifests, index, cache_size, {**closed, **unusable})
+        return cls(open_dumps(open_storage(store), rebuild_index=rebuild_index), cache_size)
 
     def __enter__(self) -> KnowledgeStore:
         return self
@@ -157,14 +76,14 @@ class KnowledgeStore:
         self.storage.close()
 
     def __repr__(self) -> str:
-        dumps = [f"{each.dump}: {each.sequences:,} sequences, {each.positions:,} positions" for each in self.info()]
-        dumps += [f"{name}: closed" for name in self._closed]
+        dumps = [f"{facts.dump}: {facts.sequences:,} sequences, {facts.positions:,} positions" for facts in self.info()]
+        dumps += [f"{name}: closed" for name in self.closed]
         return f"KnowledgeStore({self.address!r}: {'; '.join(dumps) or 'no dumps'})"
 
     @property
     def closed(self) -> dict[str, str]:
         """The folders whose dump cannot be used, and why, in a sentence. The others are open all the same."""
-        return {name: str(error) for name, error in self._closed.items()}
+        return {name: str(error) for name, error in self._dumps.closed.items()}
 
     @property
     def address(self) -> str:
@@ -174,7 +93,7 @@ class KnowledgeStore:
     @property
     def dumps(self) -> tuple[str, ...]:
         """The names of the dumps, sorted."""
-        return tuple(self._manifests)
+        return tuple(self._dumps.manifests)
 
     def dump(self, name: str | None = None) -> str:
         """The dump that `name` means; None means the only one, where no folder is closed.
@@ -183,24 +102,11 @@ class KnowledgeStore:
             InputError: there is no such dump, or there are several, closed ones counted, and none was named.
             DamageError, StoreError: it is closed (see `closed`).
         """
-        if name is None:
-            candidates = [*self._manifests, *self._closed]
-            if len(candidates) != 1:
-                reasons = "".join(f"; {folder} is closed: {error}" for folder, error in self._closed.items())
-                raise InputError(f"name a dump of {self.address} (it has {self._names()}{reasons})")
-            name = candidates[0]
-        if name in self._manifests:
-            return name
-        if name in self._closed:
-            raise type(self._closed[name])(str(self._closed[name]))
-        raise InputError(f"{self.address} has no dump {name!r} (it has {self._names()})")
-
-    def _names(self) -> str:
-        return ", ".join(self._manifests) or "none"
+        return self._dumps.name(name)
 
     def manifest(self, dump: str | None = None) -> Manifest:
         """What a dump is."""
-        return self._manifests[self.dump(dump)]
+        return self._dumps.manifest(dump)
 
     def tokens(self, dump: str | None = None) -> pa.Table:
         """A dump's vocabulary: token_id uint32, text string (as a person reads it), token string (the tokenizer's name)."""
@@ -210,37 +116,12 @@ class KnowledgeStore:
         """A dump's `sequences` table, in the order of ordinals."""
         manifest = self.manifest(dump)
         schema = sequences_schema(manifest)
-        files = shard_files(self.storage, self._index, manifest.dump, SEQUENCES, schema)
+        files = self._dumps.files(manifest, SEQUENCES, schema)
         return pa.concat_tables([schema.empty_table(), *map(read_table, files.values())])
 
     def info(self) -> list[DumpSummary]:
         """The facts of each dump, from manifests and the index alone."""
-        return [summarise(self.storage, self._index, manifest) for manifest in self._manifests.values()]
-
-    @property
-    def parts(self) -> tuple[Storage, Index, list[Manifest]]:
-        """What a `Query` needs to know of it.
-
-        Raises:
-            DamageError: a manifest or a commit record is damaged: SQL does not answer as if its dump were not there.
-            DamageError, StoreError: every dump is closed.
-        """
-        self._refuse_damage("SQL is refused")
-        if not self._manifests:
-            for error in self._closed.values():
-                raise type(error)(str(error))
-        return self.storage, self._index, list(self._manifests.values())
-
-    @property
-    def left_out(self) -> list[str]:
-        """What SQL does not ask, though it is in the store: one sentence for each closed folder."""
-        return [f"not asked: {self.storage.locate(name)} is closed: {error}" for name, error in self._closed.items()]
-
-    def _refuse_damage(self, consequence: str) -> None:
-        """DamageError: a dump is damaged, so that no answer over all dumps would be true."""
-        for error in self._closed.values():
-            if isinstance(error, DamageError):
-                raise DamageError(f"{error}; {consequence} until that dump is repaired or removed")
+        return [summarise(self._dumps, manifest) for manifest in self._dumps.manifests.values()]
 
     def sql(
         self,
@@ -277,15 +158,15 @@ class KnowledgeStore:
         if isolated:
             table = isolated_answer(self.storage.address, query, memory_limit, timeout, parameters, remarks.append)
         else:
-            table = run_query(*self.parts, query, memory_limit, timeout, parameters)
-            remarks = self.left_out
+            table = run_query(self._dumps, query, memory_limit, timeout, parameters)
+            remarks = self._dumps.remarks
         for sentence in remarks:
             warnings.warn(sentence, stacklevel=2)
         return table
 
     def view(self, dump: str | None = None) -> str:
         """SQL that creates a dump's relations in any DuckDB, over the committed files (see `sql.create_statements`)."""
-        return create_statements(self.storage, self._index, self.manifest(dump))
+        return create_statements(self._dumps, self.manifest(dump))
 
     def export(
         self,
@@ -318,40 +199,25 @@ class KnowledgeStore:
             raise InputError(f"name one of the kinds of dump {manifest.dump!r}: {', '.join(kinds)}")
         if kind is not None and kind not in kinds:
             raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}: it has {', '.join(kinds)}")
-        return export(self.storage, self._index, manifest, kind or kinds[0], Path(output), where, reporter=reporter)
+        return export(self._dumps.only(manifest.dump), kind or kinds[0], Path(output), where, reporter=reporter)
 
     def _reader(self, dump: str | None) -> DumpReader:
         name = self.dump(dump)
         if name not in self._readers:
-            self._readers[name] = DumpReader(self.storage, self._index, self._manifests[name], self.cache_size)
+            self._readers[name] = DumpReader(self._dumps, name, self.cache_size)
         return self._readers[name]
 
-    def batches(
-        self,
-        dump: str | None = None,
-        batch_size: int = 8,
-        *,
-        seed: int = 0,
-        epoch: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        consumed: int = 0,
-        ordinals: np.ndarray | None = None,
-        shuffle: bool = True,
-        kinds: tuple[str, ...] | None = None,
-        snapshot: int | None = None,
-    ) -> Batches:
+    def batches(self, dump: str | None = None, batch_size: int = ReadPlan.batch_size, **plan: Any) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).
 
         Args:
             dump: which dump; None when there is only one.
-            batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, kinds, snapshot: see `ReadPlan`.
+            batch_size, plan: the fields of `ReadPlan`, such as `seed=1`.
 
         Raises:
             InputError: no such dump, rank or kind; nothing to read; or the dump has grown since the order was begun.
         """
-        plan = ReadPlan(batch_size, seed, epoch, rank, world_size, consumed, ordinals, shuffle, kinds, snapshot)
-        return self.read(plan, dump)
+        return self.read(ReadPlan(batch_size, **plan), dump)
 
     def read(self, plan: ReadPlan, dump: str | None = None) -> Batches:
         """`batches` of a plan."""
@@ -362,8 +228,8 @@ class KnowledgeStore:
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together (DamageError: one of them is damaged)."""
-        self._refuse_damage("sequences are not counted")
-        return sum(len(self._reader(name)) for name in self._manifests)
+        self._dumps.check_all_known("sequences are not counted")
+        return sum(len(self._reader(name)) for name in self.dumps)
 
     def __getitem__(self, item: int | tuple[str, int]) -> Arrays:
         """One sequence by its ordinal: `store[7]`, or `store["dump", 7]` when there are several dumps.
@@ -408,7 +274,7 @@ class KnowledgeStore:
             InputError: there is no such dump or sequence, or it holds no kind that can be shown.
         """
         name = self.dump(dump)
-        kinds = [KINDS[kind] for kind in self._manifests[name].kinds]
+        kinds = [KINDS[kind] for kind in self.manifest(name).kinds]
         shows = [kind.show for kind in kinds if kind.show is not None]
         if not shows:
             raise InputError(
@@ -437,7 +303,7 @@ class KnowledgeStore:
             InputError: there is no such dump.
             StoreError: it cannot be removed.
         """
-        name = dump if dump in self._closed else self.dump(dump)
+        name = dump if dump in self._dumps.closed else self.dump(dump)
         self.storage.remove_folder(name)
         self._open_again()
 
@@ -448,8 +314,6 @@ class KnowledgeStore:
             InputError: there is no such dump, the new name cannot be used or is taken, or the storage cannot rename.
             DamageError, StoreError: a record is damaged, or cannot be read or written.
         """
-        from knowledge_store.writing.rename import rename_dump  # reading does not need what writes
-
         rename_dump(self.storage, old, new)
         self._open_again()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 from collections import Counter
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -15,10 +15,10 @@ from knowledge_store.quantities import amount, byte_size, counted, duration
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import command_errors, note, output
 from knowledge_store.terminal.progress import TerminalReporter
-from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig
+from teacher_dump.configuration import CalibrateConfig, CheckConfig, EstimateConfig, RunConfig
 from teacher_dump.corpus.documents import check_files
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.teachers.files import check_local_teacher
+from teacher_dump.dumping.request import check_teacher
 
 NOT_THE_SAME = 1
 
@@ -66,16 +66,9 @@ def _interrupt(signal_number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-@command(app, DumpConfig, cls=CorpusCommand)
-def run(
-    config: DumpConfig,
-    rank: Annotated[int, typer.Option(help="Number of this worker, counted from 0.")] = 0,
-    world_size: Annotated[int, typer.Option(help="How many workers share the dump.")] = 1,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Repair the dump instead: make damaged shards and files again, and no others.")
-    ] = False,
-) -> None:
-    """Dump a teacher's knowledge of a corpus. If it was stopped, the same command resumes it.
+@command(app, RunConfig, cls=CorpusCommand)
+def run(config: RunConfig) -> None:
+    """Dump a teacher's knowledge of a corpus. If it was stopped, the same command resumes it. A missing store is created.
 
     Example: `teacher-dump run knowledge/ --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl`
 
@@ -83,14 +76,14 @@ def run(
     """
     _check_packages()
     signal.signal(signal.SIGTERM, _interrupt)
-    if repair:
-        from teacher_dump.dumping.repair import repair as repair_dump
+    if config.repair:
+        from teacher_dump.dumping.repair import repair
 
-        _show_report(repair_dump(config, rank, world_size, reporter=TerminalReporter()), "repaired")
+        _show_report(repair(config, config.rank, config.world_size, reporter=TerminalReporter()), "repaired")
     else:
         from teacher_dump.dumping.run import dump
 
-        _show_report(dump(config, rank, world_size, reporter=TerminalReporter()), "dumped")
+        _show_report(dump(config, config.rank, config.world_size, reporter=TerminalReporter()), "dumped")
 
 
 def _show_report(report: DumpReport, done: str) -> None:
@@ -115,7 +108,7 @@ def estimate(config: EstimateConfig) -> None:
     """
     _check_packages()
     check_files(config.corpus)
-    check_local_teacher(config.teacher, config.gguf_file)
+    check_teacher(config)
     from teacher_dump.dumping.estimate import estimate as predict
 
     prediction = predict(config, reporter=TerminalReporter())
@@ -124,8 +117,10 @@ def estimate(config: EstimateConfig) -> None:
         ("positions", amount(prediction.positions)),
         ("time, one worker like this", f"{duration(prediction.seconds)} at {prediction.positions_per_second:,.0f} positions/s"),
         ("on disk", f"{byte_size(prediction.bytes)}, {prediction.bytes_per_position:.1f} bytes a position"),
-        ("full distributions (float32)", byte_size(prediction.dense_bytes)),
-        ("ratio", f"{prediction.ratio:,.0f}×"),
+        *(
+            (label, f"{byte_size(size)}, {size / max(prediction.bytes, 1):,.0f} times as much")
+            for label, size in prediction.comparisons.items()
+        ),
         *((name, f"{value:.3f}") for name, value in prediction.figures.items()),
         ("sample", f"{prediction.sample_positions:,} positions"),
     ):
@@ -145,7 +140,7 @@ def calibrate(config: CalibrateConfig) -> None:
     """
     _check_packages()
     check_files(config.corpus)
-    check_local_teacher(config.teacher, config.gguf_file)
+    check_teacher(config)
     check_output(config.output)
     from teacher_dump.calibration import calibrate as fit_temperature
     from teacher_dump.calibration import describe

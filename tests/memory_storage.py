@@ -29,6 +29,9 @@ class MemoryStorage:
     def locate(self, name: str) -> str:
         return f"{self.address}/{name}"
 
+    def external_address(self, name: str) -> str:
+        raise InputError(f"no other program can open {self.locate(name)}: copy the store into a folder")
+
     def _file(self, name: str) -> bytes:
         if name not in self.contents:
             raise MissingFileError(f"{self.locate(name)} is missing")

@@ -18,7 +18,8 @@ from teacher_dump import DumpConfig, dump
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.batches import extract_batch, predict_batch
 from teacher_dump.extraction import EXTRACTORS, Extractor
-from teacher_dump.extraction.positions import UnsoundLogits, positions_parameters
+from teacher_dump.extraction.distributions import UnsoundLogits
+from teacher_dump.extraction.positions import positions_parameters
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Ability
 
@@ -130,7 +131,7 @@ def test_a_sequence_has_the_same_row_in_any_batch(tmp_path, loaded_teacher):
     config = DumpConfig("tiny", (Path("c.jsonl"),), Path("s"))
 
     def ask(*some):
-        parameters = {"positions": positions_parameters(config, loaded_teacher)}
+        parameters = {"positions": positions_parameters(config)}
         prediction = predict_batch(config, loaded_teacher, list(some))
         return extract_batch(config, parameters, prediction, list(some))["positions"]
 

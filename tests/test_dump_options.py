@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,11 +14,14 @@ from conftest import ROOT, story_rows, write_jsonl
 from typer.testing import CliRunner
 
 from knowledge_store.errors import InputError
-from knowledge_store.options import option_of
+from knowledge_store.options import flag_of, option, option_of
 from teacher_dump import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig
 from teacher_dump.cli import app
+from teacher_dump.configuration import RunConfig
+from teacher_dump.extraction import EXTRACTORS, Extractor, option_classes
+from teacher_dump.extraction.extractor import NoOptions
 
-COMMANDS = {"run": DumpConfig, "estimate": EstimateConfig, "calibrate": CalibrateConfig, "check": CheckConfig}
+COMMANDS = {"run": RunConfig, "estimate": EstimateConfig, "calibrate": CalibrateConfig, "check": CheckConfig}
 
 
 def invoke(*arguments: object):
@@ -27,18 +30,15 @@ def invoke(*arguments: object):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_explained_in_whole_sentences_and_the_help_names_an_example(command):
-    for each in fields(COMMANDS[command]):
-        option = option_of(each)
-        assert option is not None and option.help[0].isupper() and option.help.endswith("."), each.name
+    for field in fields(COMMANDS[command]):
+        declared = option_of(field)
+        assert declared is not None and declared.help[0].isupper() and declared.help.endswith("."), field.name
     result = CliRunner().invoke(app, [command, "--help"], terminal_width=200)
     text = " ".join(result.stdout.split())
     store = "knowledge/ " if command in ("run", "check") else ""
     assert result.exit_code == 0 and f"Example: teacher-dump {command} {store}--teacher" in text
-    for each in fields(COMMANDS[command]):
-        assert (
-            each.name == "store"
-            or f"--{each.name.removesuffix('s') if each.name == 'kinds' else each.name}".replace("_", "-") in text
-        ), each.name
+    for field in fields(COMMANDS[command]):
+        assert field.name == "store" or flag_of(field) in text, field.name
 
 
 def test_the_version():
@@ -78,6 +78,23 @@ def test_several_kinds_are_chosen_by_repeating_the_option():
     assert result.exit_code == 2 and "there is no --kind moods" in result.stderr
     with pytest.raises(InputError, match="at least one --kind"):
         replace(config, kinds=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth:
+    top_k: int = option(1, help="A depth.")
+
+
+def test_the_options_of_a_kind_go_with_the_kind(monkeypatch):
+    depths = Extractor(frozenset(), lambda batch: [], options=Depth)
+    with monkeypatch.context() as patch, pytest.raises(TypeError, match="'positions' and 'depths' both have an option 'top_k'"):
+        patch.setitem(EXTRACTORS, "depths", depths)
+        option_classes()
+    monkeypatch.setitem(EXTRACTORS, "moods", replace(depths, options=NoOptions))
+    config = DumpConfig("t", (Path("c.jsonl"),), Path("s"), kinds=("moods",))
+    with pytest.raises(InputError, match="--top-k is an option of --kind positions, which is not given"):
+        replace(config, top_k=3)
+    assert replace(config, kinds=("moods", "positions"), top_k=3).kind_options("positions").rule.candidates == 3
 
 
 # --- what is told before torch is imported --------------------------------------------------------------------------------
@@ -131,7 +148,10 @@ def test_mistakes_are_told_before_torch_is_imported(without_torch, store_folder,
         (["estimate", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),
         (["estimate", "--teacher", "broken", *corpus], "broken has no weights that can be used"),
         (["calibrate", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),
-        (["calibrate", *teacher, *corpus, "--output", "c.jsonl"], "is no calibration"),
+        (["calibrate", *teacher, *corpus, "--max-length", 48, "--output", "c.jsonl"], "is no calibration"),
+        (["calibrate", *teacher, *corpus], "--max-length 512 is above the 256 positions the teacher knows"),
+        (["run", "new", *teacher, *corpus, "--max-length", 257], "--max-length 257 is above the 256 positions"),
+        (["estimate", *teacher, *corpus, "--max-length", 48, "--top-k", 409], "--top-k 409 is above the teacher's vocabulary"),
         (["check", "none", *teacher], "there is no store at none"),
         (["check", "store", *teacher], "name a dump"),
         (["check", "store", *teacher, "--dump", "other"], "has no dump 'other'"),
@@ -143,6 +163,7 @@ def test_mistakes_are_told_before_torch_is_imported(without_torch, store_folder,
 def test_that_check_can_fail(without_torch, teacher_folder, tmp_path):
     write_jsonl(tmp_path / "c.jsonl", story_rows(2))
     line = [sys.executable, "-m", "teacher_dump.cli", "run", "new", "--teacher", teacher_folder, "--corpus", "c.jsonl"]
+    line += ["--max-length", "48"]
     result = subprocess.run(line, capture_output=True, text=True, env=without_torch, cwd=tmp_path, check=False)
     assert "imported too early" in result.stderr
 

@@ -16,6 +16,7 @@ from knowledge_store.errors import InputError
 from teacher_dump import DumpConfig, dump, estimate
 
 COUNT = 400
+FULL = "full distributions (float32)"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,7 @@ def test_near_the_dump_itself_and_nothing_is_written(config, loaded_teacher):
     assert predicted.positions == pytest.approx(real.positions, rel=0.15)
     knowledge = sum(size for name, size in real.column_bytes.items() if name.startswith("positions."))
     assert predicted.bytes == pytest.approx(knowledge, rel=0.25)
-    assert predicted.dense_bytes == pytest.approx(real.facts["positions.dense_bytes"], rel=0.15)
-    assert predicted.ratio == pytest.approx(predicted.dense_bytes / predicted.bytes, rel=1e-3)
+    assert predicted.comparisons == {FULL: pytest.approx(real.facts["positions.dense_bytes"], rel=0.15)}
     assert predicted.figures["top-5 coverage"] == pytest.approx(real.statistics["positions.mean_top_k_mass"], abs=0.02)
     assert predicted.seconds > 0 and predicted.positions_per_second > 0 and predicted.unusable_documents == 0
 
@@ -61,7 +61,7 @@ def test_coverage_grows_with_k_to_one(config, tmp_path, loaded_teacher):
 
 def test_more_candidates_take_more_room(config, loaded_teacher):
     few, many = (estimate(replace(config, top_k=k), teacher=loaded_teacher) for k in (1, 20))
-    assert few.bytes < many.bytes and few.ratio > many.ratio
+    assert few.bytes < many.bytes and few.comparisons == many.comparisons
     assert few.positions == many.positions
 
 
@@ -70,7 +70,7 @@ def test_only_targets_cost_knowledge(tmp_path, loaded_teacher):
     config = DumpConfig("tiny", (write_jsonl(tmp_path / "c.jsonl", rows),), tmp_path / "s", max_length=256)
     targets, everything = (estimate(replace(config, keep_context=keep), teacher=loaded_teacher) for keep in (False, True))
     assert targets.positions == everything.positions
-    assert targets.dense_bytes < everything.dense_bytes / 2 and targets.bytes < everything.bytes / 2
+    assert targets.comparisons[FULL] < everything.comparisons[FULL] / 2 and targets.bytes < everything.bytes / 2
 
 
 def test_rows_that_cannot_be_used_are_counted(tmp_path, loaded_teacher):
@@ -107,7 +107,7 @@ def test_the_command_takes_the_arguments_of_run(config, tmp_path):
     assert result.returncode == 0, result
     labels = [line[:29].strip() for line in result.stdout.splitlines()]
     assert labels == [
-        "documents", "positions", "time, one worker like this", "on disk", "full distributions (float32)", "ratio",
+        "documents", "positions", "time, one worker like this", "on disk", FULL,
         *(f"top-{depth} coverage" for depth in (1, 5, 7, 16, 50)), "sample",
     ]  # fmt: skip
     assert not list(tmp_path.glob("store*"))

@@ -20,7 +20,7 @@ from teacher_dump import DumpConfig, dump, estimate
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
-from teacher_dump.extraction.positions import UnsoundLogits, extract_positions, knowledge_of
+from teacher_dump.extraction.distributions import UnsoundLogits, extract_positions, knowledge_of
 from teacher_dump.teachers import local as teacher_module
 from teacher_dump.teachers.local import LocalPrediction
 from teacher_dump.teachers.protocol import Ability
@@ -173,8 +173,6 @@ class Server:
 def test_what_a_teacher_cannot_give_is_refused_by_name():
     with pytest.raises(InputError, match="kind 'positions' needs whole next-token distributions, which the teacher 'served'"):
         check_needs(("positions",), Server())
-    with pytest.raises(InputError, match="no extractor is known for knowledge of kind 'moods'"):
-        check_needs(("moods",), Server())
 
 
 def test_what_a_teacher_cannot_give_is_refused_before_anything_is_read_or_made(monkeypatch, tmp_path, loaded_teacher):

@@ -161,7 +161,7 @@ def test_no_setting_names_the_home(store, name, isolated):
 
 SLOW = """
 import os, resource, time
-from knowledge_store import KnowledgeStore
+from knowledge_store.catalogue import dumps
 from knowledge_store.isolation.child import main
 from knowledge_store.sql import isolated
 isolated.OPENING_TIME = 0.5
@@ -169,7 +169,7 @@ def slow(*args, **options):
     assert resource.getrlimit(resource.RLIMIT_DATA)[0] < 2**34
     while True:
         time.sleep(1)
-KnowledgeStore.open = slow
+dumps.open_dumps = slow
 main(os.getppid())
 """
 

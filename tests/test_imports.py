@@ -93,15 +93,15 @@ def test_only_commands_use_the_terminal():
     assert users <= commands
 
 
-def imports_among(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Which of some modules each of them imports when it is imported.
+def imports_among(sources: dict[str, str], *, nested: bool = False) -> dict[str, set[str]]:
+    """Which of some modules each of them imports when it is imported, or, where `nested`, at any time.
 
     A package's `__init__` counts only where something of it is asked for that is no module: `from package import module` does
     not need what its `__init__` imports later.
     """
     found = {}
     for name, source in sources.items():
-        names = set(mentioned(ast.parse(source), nested=False))
+        names = set(mentioned(ast.parse(source), nested=nested))
         taken = {each for each in names if each in sources}
         packages = {each.rpartition(".")[0] for each in names - sources.keys()}
         parts = {each.rpartition(".")[0] for each in names & sources.keys()}
@@ -133,6 +133,49 @@ def test_no_imports_in_a_circle():
     assert circle(graph) == []
 
 
+# What a room of knowledge_store may import: the rooms before it, and no other. An isolated task is given by its name.
+LAYERS = (
+    *("storage", "isolation", "format", "calibration", "kinds", "catalogue", "reading", "writing", "sql"),
+    *("store", "terminal", "cli"),
+)
+
+
+def room(module: str) -> str:
+    """The room of a module: its package, and the folder or file directly in it."""
+    return ".".join(module.split(".")[:2])
+
+
+def rooms_of(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Which rooms each room imports."""
+    rooms: dict[str, set[str]] = {room(module): set() for module in graph}
+    for module, modules_imported in graph.items():
+        rooms[room(module)] |= {room(other) for other in modules_imported} - {room(module)}
+    return rooms
+
+
+def test_data_flows_one_way():
+    """Not even a function imports what its own room is imported by."""
+    sources = {name: path.read_text() for package in FORBIDDEN for name, path in modules(package).items()}
+    graph = imports_among({name: source for name, source in sources.items() if "." in name}, nested=True)
+    assert circle(graph) == []
+    rooms = rooms_of(graph)
+    assert circle(rooms) == []
+    names = [f"knowledge_store.{layer}" for layer in LAYERS]
+    assert set(names) <= rooms.keys()
+    for place, name in enumerate(names):
+        assert not rooms[name] & set(names[place + 1 :]), name
+    later = {name: rooms[name] & set(names) for name in rooms.keys() - set(names) if name.startswith("knowledge_store.")}
+    assert not any(later.values()), later  # errors, options and the like know of no room
+
+
+def test_only_the_storage_knows_its_classes():
+    """Whatever is asked of a place that holds a store is a call of the protocol: no other room names the class of one."""
+    for package in FORBIDDEN:
+        for name, path in modules(package).items():
+            if room(name) != "knowledge_store.storage":
+                assert "LocalStorage" not in path.read_text(), path
+
+
 def test_that_circles_are_seen():
     sources = {
         "a": "from a.b import x\n",
@@ -144,6 +187,8 @@ def test_that_circles_are_seen():
     assert graph == {"a": {"a.b"}, "a.b": set(), "a.c": {"a.d"}, "a.d": {"a.c"}}
     assert circle(graph) == ["a.c", "a.d"]
     assert circle(imports_among(sources | {"a.d": "from a import f"})) == []
+    assert circle(rooms_of(imports_among({"a.b.x": "def f():\n    import a.c.y", "a.c.y": "import a.b.x"}))) == []
+    assert circle(rooms_of(imports_among({"a.b.x": "def f():\n    import a.c.y", "a.c.y": "import a.b.x"}, nested=True)))
     assert circle(imports_among(sources | {"a.d": "from a import f", "a.b": "import a.d"})) == ["a", "a.b", "a.d"]
 
 

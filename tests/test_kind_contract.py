@@ -10,10 +10,12 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, rationales
 from stores import assert_close, make_manifest, random_sequences, sequence_row, words
@@ -213,6 +215,29 @@ def test_beside_a_kind_with_the_same_names(case, store, monkeypatch):
     assert "cannot hold the kinds" in reason
 
 
+@pytest.mark.parametrize("name", ["sequence_id", "attention_mask", "labels", "input_ids", "is_target"])
+def test_a_name_that_batches_have_for_themselves(tmp_path, monkeypatch, name):
+    """Whoever trains finds there what is expected, or the kind is refused when a dump is opened."""
+    monkeypatch.setitem(KINDS, "toy", Kind("toy", "sequence", lambda manifest: (Field("x", pa.float32()),)))
+    DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("toy",)), TOKENS)
+    monkeypatch.setitem(KINDS, "toy", Kind("toy", "sequence", lambda manifest: (Field(name, pa.float32()),)))
+    with pytest.raises(StoreError, match=f"cannot hold the kind 'toy': '{name}' is reserved, and cannot name an array"):
+        DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("toy",)), TOKENS)
+    with pytest.raises(StoreError, match=f"'{name}' is reserved"):
+        KnowledgeStore.open(tmp_path / "store").manifest()
+
+
+@pytest.mark.parametrize("name", ["sequences", "tokens", "shards", "dumps", "commits"])
+def test_a_name_that_sql_has_for_itself(tmp_path, monkeypatch, name):
+    for kind in (
+        Kind(name, "sequence", lambda manifest: ()),
+        Kind("toy", "sequence", lambda m: (), relations={name: "SELECT 1"}),
+    ):
+        monkeypatch.setitem(KINDS, kind.name, kind)
+        with pytest.raises(StoreError, match=f"'{name}' is reserved, and cannot name a relation"):
+            DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=(kind.name,)), TOKENS)
+
+
 def test_damage_is_found(case, store):
     random = np.random.default_rng(0)
     for path in sorted((store / "d" / case.kind.name).glob("*.parquet")):
@@ -236,6 +261,24 @@ def test_a_broken_invariant_is_found(case, store, tmp_path):
     else:
         write(tmp_path / "broken", case, case.break_invariant)
     assert any(case.complaint in sentence for sentence in verify(tmp_path / "broken").damage)
+
+
+def test_checks_see_whole_sequences_a_row_group_at_a_time(case, store, monkeypatch):
+    """A shard need not fit into memory when it is unpacked: no more than a row group is checked at once."""
+    path, seen = store / "d" / case.kind.name / "00000.parquet", []
+
+    def checks(table, sequences, manifest):
+        seen.append((len(table), sequences["sequence_id"].to_pylist()))
+        assert set(table["sequence_id"].to_pylist()) <= set(seen[-1][1])
+        return iter(())
+
+    monkeypatch.setitem(KINDS, case.kind.name, replace(case.kind, checks=checks))
+    assert verify(store).damage == []
+    metadata = pq.read_metadata(path)
+    sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    assert [rows for rows, _ in seen[: len(sizes)]] == sizes
+    ids = pq.read_table(store / "d/sequences/00000.parquet")["sequence_id"].to_pylist()
+    assert [number for _, numbers in seen[: len(sizes)] for number in numbers] == ids
 
 
 def test_sql_has_the_same_rows(case, store):
@@ -280,11 +323,19 @@ def test_statistics_are_in_shards_dumps_and_info(case, store):
 
 
 def test_an_extractor_that_gives_something_else_is_refused(case, store):
-    """Rows too few, an array left out: nothing is written."""
+    """Rows too few, an array left out, or one too many: nothing is written."""
     tokens, knowledge = knowledge_of(case, 0)
     rows = [sequence_row(index, each) for index, each in enumerate(tokens)]
     writer = DumpWriter.open(store, manifest_of(case, "other"), TOKENS)
     name = case.kind.name
+    extra = [{**each, "unheard_of": np.zeros(len(next(iter(each.values()))))} for each in knowledge]
+    for wrong in (extra, [*knowledge[:-1], extra[-1]]):
+        with pytest.raises(InputError, match=f"kind '{name}' .*no field declares the array 'unheard_of'"):
+            writer.commit(Shard(0, 0, 100, rows, {name: wrong}))
+    for missing in knowledge[0]:
+        wrong = [*knowledge[:-1], {key: array for key, array in knowledge[-1].items() if key != missing}]
+        with pytest.raises(InputError, match=f"kind '{name}' .*there is no array '{missing}'"):
+            writer.commit(Shard(0, 0, 100, rows, {name: wrong}))
     for wrong in (knowledge[:-1], [{key: array[:-1] for key, array in each.items()} for each in knowledge]):
         if case.kind.per == "item" and len(wrong) == len(knowledge):
             continue

@@ -131,7 +131,7 @@ def test_a_statement_may_begin_with_a_comment(store, comment):
 
 
 def test_an_option_that_is_none_is_refused(store):
-    assert "No such option: --fromat" in knowledge_store("sql", store, "SELECT 1", "--fromat", "csv").stderr
+    assert "no such option: --fromat" in knowledge_store("sql", store, "SELECT 1", "--fromat", "csv").stderr
 
 
 def test_sql_as_csv(store):

@@ -278,7 +278,7 @@ def logged_points(patch) -> dict[int, list]:
         logged.setdefault(sequence, []).append(found)
         return found
 
-    patch.setattr("teacher_dump.extraction.positions.systematic_points", points)
+    patch.setattr("teacher_dump.extraction.distributions.systematic_points", points)
     return logged
 
 

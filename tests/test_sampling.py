@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from knowledge_store.kinds.positions.selection import Selection
-from teacher_dump.extraction.positions import knowledge_of
+from teacher_dump.extraction.distributions import knowledge_of
 from teacher_dump.extraction.sampling import BLOCK, block_sums, counted, draw, independent_points, likeliest, systematic_points
 
 FALSE_ALARM = 1e-6  # how often a sound sampler may fail one of the tests of this file

@@ -158,7 +158,7 @@ def test_a_sequence_as_a_person_reads_it(store, name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selection": "top-q"}, "there is no --selection top-q"),
+        ({"selection": "top-q"}, "--selection is 'top-q'; it must be top-k, top-p or random-sampling"),
         ({"tail_draws": -1}, "--tail-draws is -1; it must be at least 0"),
         ({"tail_draws": 70_000}, "--tail-draws is 70000; it must be at least 0 and at most 65,535"),
         ({"draws": 9}, "--draws is not an option of the selection top-k"),
@@ -177,7 +177,7 @@ def test_options_that_make_no_sense(options, message):
 
 def test_the_command_refuses_them_in_one_line(tmp_path, teacher_folder, corpus):
     arguments = (tmp_path / "s", "--teacher", teacher_folder, "--corpus", corpus)
-    answer = run_command("teacher_dump", "run", *arguments, "--selection", "top-p", "--max-k", "500")
+    answer = run_command("teacher_dump", "run", *arguments, "--max-length", 48, "--selection", "top-p", "--max-k", 500)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert "--max-k 500 is above the teacher's vocabulary of 408 tokens" in answer.stderr
     assert not (tmp_path / "s").exists()

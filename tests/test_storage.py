@@ -324,11 +324,34 @@ def test_copy(place, other, tmp_path):
     change(target, "first/commits/00002.json", None)
     change(target, "first/positions/00002.parquet", None)
     assert (copy(place, target).shards, copy(place, target).shards) == (4, 0)
+    assert copy(place, target).existing == 5
     assert not verify(target).damage and not verify(target).notes
     one, two = (KnowledgeStore.open(each) for each in (place, target))
     query = "SELECT * FROM positions ORDER BY dump, sequence_id, position"
     assert one.sql(query).equals(two.sql(query))
     assert isinstance(one.sql(query), pa.Table)
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_copy_checks_what_is_there_already(place, lost, tmp_path):
+    """And says what to do, which helps."""
+    source = write_store(tmp_path / "source")
+    copy(source, place)
+    name = "small/positions/00001.parquet"
+    change(place, name, None if lost else lambda data: data[:60] + bytes([data[60] ^ 1]) + data[61:])
+    record = storage_of(place).locate("small/commits/00001.json")
+    advice = f"delete {record}" if lost else f"delete that file and {record}"
+    with pytest.raises(DamageError, match=rf"positions/00001\.parquet is .*; {advice}, and copy again"):
+        copy(source, place)
+    if not lost:
+        change(place, name, None)
+    change(place, "small/commits/00001.json", lambda data: data[::-1])
+    with pytest.raises(DamageError, match=r"00001\.json is damaged: .*; delete that file, and copy again"):
+        copy(source, place)
+    change(place, "small/commits/00001.json", None)
+    done = copy(source, place)
+    assert (done.shards, done.existing) == (1, 1)
+    assert not verify(place).damage
 
 
 def test_what_is_damaged_is_not_copied(place, tmp_path):

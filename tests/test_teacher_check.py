@@ -35,7 +35,8 @@ from teacher_dump.checking.verdicts import AGREES, DAMAGE, OTHER_TEACHER, OTHER_
 from teacher_dump.corpus.tokenisation import describe_tokenizer
 from teacher_dump.dumping import teacher_pass
 from teacher_dump.extraction import EXTRACTORS
-from teacher_dump.extraction.positions import POSITIONS, QUANTISATION_STEP, extract_positions
+from teacher_dump.extraction.distributions import extract_positions
+from teacher_dump.extraction.positions import POSITIONS, QUANTISATION_STEP
 from teacher_dump.teachers.local import LocalTeacher, load_teacher
 
 SELECTIONS = {

@@ -114,7 +114,7 @@ OPTIONS = [
     ({"batch_size": 0}, "--batch-size is 0"),
     ({"shard_size": -1}, "--shard-size is -1"),
     ({"rank": 2, "world_size": 2}, "--rank 2 is not one of --world-size 2"),
-    ({"dtype": "int8"}, "--dtype int8 is not known"),
+    ({"dtype": "int8"}, "--dtype is 'int8'; it must be auto, float32, bfloat16 or float16"),
     ({"device": "abacus"}, "torch has no device 'abacus'"),
     ({"name": "../up"}, "'../up' cannot name a dump"),
     ({"name": ".hidden"}, "cannot name a dump"),

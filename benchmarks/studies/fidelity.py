@@ -41,7 +41,7 @@ from student_train.losses.targets import Targets, select_targets
 from student_train.training.dataset import DistillationDataset
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.run import dump
-from teacher_dump.extraction.positions import knowledge_of
+from teacher_dump.extraction.distributions import knowledge_of
 from teacher_dump.extraction.sampling import independent_points, systematic_points
 
 MAX_LENGTH = 128
@@ -109,7 +109,7 @@ class Laboratory:
             if selection.candidates:
                 options = {"top_k": selection.candidates, "tail_draws": selection.draws}
             corpus = (work / "train.jsonl",)
-            dump(DumpConfig(teacher, corpus, work / "store", name, selection.name, max_length=MAX_LENGTH, **options))
+            dump(DumpConfig(teacher, corpus, work / "store", name, selection=selection.name, max_length=MAX_LENGTH, **options))
         dump(DumpConfig(teacher, (work / "heldout.jsonl",), work / "store", "heldout", max_length=MAX_LENGTH, tail_draws=0))
         self.store = KnowledgeStore.open(work / "store")
         self.teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval().requires_grad_(False)

@@ -30,7 +30,8 @@ from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
 from teacher_dump.dumping.plan import ShardReader, make_manifest
 from teacher_dump.dumping.teacher_pass import shard_of
-from teacher_dump.extraction.positions import knowledge_of, positions_parameters
+from teacher_dump.extraction.distributions import knowledge_of
+from teacher_dump.extraction.positions import positions_parameters
 from teacher_dump.extraction.sampling import independent_points, systematic_points
 from teacher_dump.teachers.local import load_teacher
 
@@ -73,7 +74,7 @@ def main() -> None:
     configs = {
         name: replace(base, name=f"selection-{number}", **options) for number, (name, options) in enumerate(SELECTIONS.items())
     }
-    parameters = {name: positions_parameters(config, teacher) for name, config in configs.items()}
+    parameters = {name: positions_parameters(config) for name, config in configs.items()}
     manifest = make_manifest(base, teacher)
     tokens = tokens_table(*teacher.tokens())
     writers = {

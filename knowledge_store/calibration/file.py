@@ -16,7 +16,8 @@ from typing import Any
 
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError
 from knowledge_store.format.records import MAX_BYTES, check_shape, json_sha256, read_record, seal
-from knowledge_store.storage.local import LocalStorage, replace_bytes
+from knowledge_store.storage import open_storage
+from knowledge_store.storage.local import replace_bytes
 
 FORMAT = "knowledge-store-calibration"
 VERSION = 1
@@ -156,7 +157,7 @@ def read_calibration(path: Path) -> Calibration:
     # Other files, such as a corpus, are not damaged: they are something else.
     if (
         FORMAT.encode() not in _beginning(path)
-        or (record := read_record(LocalStorage(path.parent), path.name)).get("format") != FORMAT
+        or (record := read_record(open_storage(path.parent), path.name)).get("format") != FORMAT
     ):
         raise InputError(f"{path} is not a calibration: `teacher-dump calibrate` and `student-train calibrate` make them")
     version = record.get("version")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.errors import DamageError, StoreError
-from knowledge_store.format.commits import CommitRecord, commit_records, misplaced, read_commit
+from knowledge_store.format.commits import CommitRecord, commit_records, read_commit_of
 from knowledge_store.format.layout import FORMAT_VERSION, SEQUENCES, user_cache
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import POSITIONS_STATISTIC, TRUNCATED_STATISTIC
@@ -201,7 +201,7 @@ def refresh(
     for (dump, shard), version in sorted(standing.items()):
         if dump not in unusable and indexed.get((dump, shard)) != version:
             try:
-                commit = _read(storage, by_name[dump], shard)
+                commit = read_commit_of(storage, by_name[dump], shard)
             except (DamageError, StoreError) as error:
                 unusable[dump] = error
                 continue
@@ -221,15 +221,6 @@ def refresh(
         usable = pc.field("dump").isin(pa.array(by_name.keys() - unusable.keys(), pa.string()))
         index = Index(index.shards.filter(usable), index.files.filter(usable))
     return index, unusable
-
-
-def _read(storage: Storage, manifest: Manifest, shard: int) -> CommitRecord:
-    """The commit record of a shard, which is of this dump (DamageError, StoreError)."""
-    commit = read_commit(storage, manifest.dump, shard)
-    complaint = misplaced(commit, manifest, shard, storage)
-    if complaint:
-        raise DamageError(complaint)
-    return commit
 
 
 def _of_these_dumps(shards: pa.Table, manifests: dict[str, Manifest]) -> bool:

@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.index import STATISTIC, Index
 from knowledge_store.format.layout import manifest_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Kind, Totals
 from knowledge_store.kinds.kind import ROWS
-from knowledge_store.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,14 @@ def _added(column: pa.ChunkedArray) -> dict[str, int]:
     return {row["key"]: row["value_sum"] for row in ordered.to_pylist()}
 
 
-def summarise(storage: Storage, index: Index, manifest: Manifest) -> DumpSummary:
+def summarise(dumps: Dumps, manifest: Manifest) -> DumpSummary:
     """The facts of one dump.
 
     Raises:
         DamageError: its manifest is gone.
     """
-    shards = index.shards.filter(pc.field("dump") == manifest.dump)
-    own = storage.size(manifest_file(manifest.dump))
+    shards = dumps.index.shards.filter(pc.field("dump") == manifest.dump)
+    own = dumps.storage.size(manifest_file(manifest.dump))
     size = _sum(shards["bytes"]) + _sum(shards["record_bytes"]) + own
     totals = {name: Totals(_statistics(shards, KINDS[name]), size) for name in manifest.kinds}
     stated = {name: KINDS[name].facts(manifest, each) for name, each in totals.items()}
@@ -159,9 +159,9 @@ DUMPS = pa.schema(
 )
 
 
-def dumps_table(storage: Storage, index: Index, manifests: list[Manifest]) -> pa.Table:
+def dumps_table(dumps: Dumps) -> pa.Table:
     """The relation `dumps`: one row per dump, with DUMPS, and columns "KIND.NAME" for facts and statistics of their kinds."""
-    summaries = [summarise(storage, index, manifest) for manifest in manifests]
+    summaries = [summarise(dumps, manifest) for manifest in dumps.manifests.values()]
     rows = [{**{name: getattr(each, name) for name in DUMPS.names}, **each.facts, **each.statistics} for each in summaries]
     names = dict.fromkeys(name for each in summaries for name in each.facts)
     facts = {name: _type(each.facts.get(name) for each in summaries) for name in names}

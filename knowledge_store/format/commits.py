@@ -109,6 +109,20 @@ def read_commit(storage: Storage, dump: str, shard: int) -> CommitRecord:
     return CommitRecord(**{**named, "files": files})
 
 
+def read_commit_of(storage: Storage, manifest: Manifest, shard: int) -> CommitRecord:
+    """The commit record of a shard of a dump, which belongs to that dump.
+
+    Raises:
+        DamageError: it does not, or as of `read_commit`.
+        StoreError: as of `read_commit`.
+    """
+    commit = read_commit(storage, manifest.dump, shard)
+    complaint = misplaced(commit, manifest, shard, storage)
+    if complaint:
+        raise DamageError(complaint)
+    return commit
+
+
 def misplaced(commit: CommitRecord, manifest: Manifest, shard: int, storage: Storage) -> str | None:
     """Why a commit record is not the one of a shard of a dump, or None if it is.
 

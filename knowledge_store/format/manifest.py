@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from knowledge_store.errors import DamageError, NewerVersionError, StoreError
+from knowledge_store.errors import DamageError, MissingFileError, NewerVersionError, StoreError
 from knowledge_store.format.integrity import FILE_SHAPE, FileRecord
 from knowledge_store.format.layout import FORMAT_NAME, FORMAT_VERSION, manifest_file
 from knowledge_store.format.records import check_shape, json_sha256, read_record, seal
@@ -105,11 +105,26 @@ class Manifest:
 
     def differences(self, other: Manifest) -> list[str]:
         """What in `other` differs from this manifest, one short sentence each; empty when they are the same dump."""
-        return [f"{name} was {_short(old)} and is now {_short(new)}" for name, (old, new) in self.changes(other).items()]
+        changes = self.changes(other).items()
+        return [f"{in_words(name)} was {_short(old)} and is now {_short(new)}" for name, (old, new) in changes]
 
     def to_bytes(self) -> bytes:
         """The manifest as the bytes of its file."""
         return seal({"format": FORMAT_NAME, **asdict(self)})
+
+
+def in_words(name: str) -> str:
+    """What a person calls a part of the identity, of its dotted name: "the teacher's vocabulary size"."""
+    if file := re.fullmatch(r"corpus\.files\[(\d+)\]\.(\w+)", name):
+        return f"the {file[2].replace('sha256', 'SHA-256')} of corpus file {int(file[1]) + 1}"
+    if name.startswith("teacher.files."):
+        return f"the SHA-256 of the teacher's file {name.removeprefix('teacher.files.')}"
+    part, _, rest = name.partition(".")
+    owner = f"the {part}'s"
+    if part == "kinds":
+        kind, _, rest = rest.partition(".")
+        owner = f"of {kind}, the" if rest else f"the kind {kind}"
+    return f"{owner} {rest.replace('.', ' ').replace('_', ' ').replace('sha256', 'SHA-256')}".strip()
 
 
 def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
@@ -198,3 +213,14 @@ def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manife
             f" `knowledge-store rename {storage.address} {manifest.dump} {dump}`, or remove the folder, where it is a copy"
         )
     return manifest
+
+
+def manifest_exists(storage: Storage, folder: str) -> bool:
+    """Whether a folder of a store has a manifest, readable or not."""
+    try:
+        storage.size(manifest_file(folder))
+    except MissingFileError:
+        return False
+    except DamageError:
+        return True
+    return True

@@ -39,6 +39,7 @@ from typing import IO, Any
 from knowledge_store import errors
 
 MEMORY_LIMIT = 4 * 2**30  # bytes, of a child that opens or reads a store
+MAX_MEMORY_LIMIT = 2**50  # limits take no more
 MAX_SECONDS = 1e8  # timers take no more
 PR_SET_PDEATHSIG = 1  # Linux, sys/prctl.h
 

@@ -17,9 +17,15 @@ KINDS: dict[str, Kind] = {
     "positions": POSITIONS,
 }
 
-# Names that batches and SQL have for themselves.
-BATCH_NAMES = ("sequence_id", "attention_mask")
-RELATIONS = (SEQUENCES, "tokens", "shards", "dumps")
+# Names that are not free, and the one kind that may have them: batches, and the training that takes them, have arrays of their
+# own; SQL has relations, and the folder of a dump `commits`, which would be that of a kind.
+RESERVED: dict[str, dict[str, str | None]] = {
+    "array": {
+        **dict.fromkeys(("sequence_id", "attention_mask", "labels")),
+        **dict.fromkeys(("input_ids", "is_target"), POSITIONS.name),
+    },
+    "relation": dict.fromkeys((SEQUENCES, "tokens", "shards", "dumps", COMMITS)),
+}
 
 
 def item_mask(kind: str) -> str:
@@ -29,18 +35,17 @@ def item_mask(kind: str) -> str:
 
 def check_kinds(manifest: Manifest, address: str) -> None:
     """Make sure that the kinds of a dump can be used together: each is known, its parameters can be used, and no two
-    have one name for an array of a batch or for a relation.
+    have one name for an array of a batch or for a relation, or one that is reserved.
 
     Args:
         manifest: of the dump.
         address: of its store, for messages.
 
     Raises:
-        StoreError: a kind is unknown here, or two of them do not go together.
+        StoreError: a kind is unknown here, has a reserved name, or two of them do not go together.
         DamageError: a kind's parameters cannot be used.
     """
-    arrays = dict.fromkeys(BATCH_NAMES, "every batch")
-    relations = dict.fromkeys((*RELATIONS, COMMITS), "every store")
+    owners: dict[tuple[str, str], str] = {}
     for name, record in manifest.kinds.items():
         if name not in KINDS:
             raise StoreError(f"dump {manifest.dump!r} of {address} holds knowledge of kind {name!r}, unknown here")
@@ -49,12 +54,18 @@ def check_kinds(manifest: Manifest, address: str) -> None:
             kind.parameters.from_record(record)
         except ValueError as error:
             raise DamageError(f"{address}/{manifest.dump}/{MANIFEST_FILE} is damaged: of {name!r}, {error}") from None
-        owned = [*kind.arrays(manifest), *([item_mask(name)] if kind.per == "item" else [])]
-        for taken, what, names in ((arrays, "array", owned), (relations, "relation", {name: None, **kind.relations})):
-            for each in names:
-                if each in taken:
-                    raise StoreError(
-                        f"dump {manifest.dump!r} of {address} cannot hold the kinds {taken[each]!r} and {name!r} together: both"
-                        f" have {'an' if what == 'array' else 'a'} {what} named {each!r}"
-                    )
-                taken[each] = name
+        masks = [item_mask(name)] if kind.per == "item" else []
+        names = [("array", array) for array in (*kind.arrays(manifest), *masks)]
+        names += [("relation", relation) for relation in {name: None, **kind.relations}]
+        for what, taken in names:
+            if (what, taken) in owners:
+                raise StoreError(
+                    f"dump {manifest.dump!r} of {address} cannot hold the kinds {owners[what, taken]!r} and {name!r} together:"
+                    f" both have {'an' if what == 'array' else 'a'} {what} named {taken!r}"
+                )
+            if RESERVED[what].get(taken, name) != name:
+                raise StoreError(
+                    f"dump {manifest.dump!r} of {address} cannot hold the kind {name!r}: {taken!r} is reserved, and cannot name"
+                    f" {'an' if what == 'array' else 'a'} {what} of this kind; choose another name"
+                )
+            owners[what, taken] = name

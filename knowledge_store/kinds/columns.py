@@ -24,16 +24,18 @@ def joined(knowledge: Sequence[Arrays]) -> Arrays:
     """The arrays of several sequences, one after the other; nothing of no sequence."""
     if not knowledge:
         return {}
-    parts = {name: [arrays[name] for arrays in knowledge] for name in knowledge[0]}
-    return {
-        name: _concatenated(each) if all(isinstance(part, np.ndarray) for part in each) else list(chain.from_iterable(each))
-        for name, each in parts.items()
-    }
+    return {name: _concatenated([arrays[name] for arrays in knowledge]) for name in knowledge[0]}
 
 
-def _concatenated(parts: list[np.ndarray]) -> np.ndarray:
-    masked = any(isinstance(part, np.ma.MaskedArray) for part in parts)
-    return np.ma.concatenate(parts) if masked else np.concatenate(parts)
+def _concatenated(parts: list[Any]) -> Any:
+    """Rows one after the other: as one array only where all are of one sort of number, which loses no digit."""
+    filled = [part for part in parts if len(part)] or parts[:1]
+    if not all(isinstance(part, np.ndarray) for part in filled):
+        return list(chain.from_iterable(filled))
+    if len({(part.dtype.kind, part.shape[1:]) for part in filled}) > 1:
+        return list(chain.from_iterable(filled))
+    masked = any(isinstance(part, np.ma.MaskedArray) for part in filled)
+    return np.ma.concatenate(filled) if masked else np.concatenate(filled)
 
 
 def row_counts(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -94,31 +96,19 @@ def encode_columns(keys: pa.Table, arrays: Arrays, fields: Sequence[Field]) -> p
         fields: of the kind.
 
     Raises:
-        InputError: an array is missing, no field declares it, or it has a value that its field cannot hold.
+        InputError: an array has a value that its field cannot hold.
     """
-    undeclared = arrays.keys() - {field.name for field in fields}
-    if undeclared:
-        raise InputError(
-            f"no field declares the array {min(undeclared)!r}: declare a field of that name, or leave the array out"
-        )
     columns = [*keys.columns]
     for field in fields:
-        if field.name not in arrays:
-            raise InputError(f"there is no array {field.name!r}: the extractor leaves a field out")
-        rows = arrays[field.name]
         try:
-            if not _is_list(rows):
-                raise ValueError(f"{_short(rows)} stands where one entry a row belongs")
-            if len(rows) != len(keys):
-                raise InputError(f"the array {field.name!r} has {len(rows):,} rows, and {len(keys):,} belong there")
-            columns.append(_encoded(rows, field))
+            columns.append(_encoded(arrays[field.name], field))
         except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
             declared = field.type if field.shape == "scalar" else f"{field.shape} {field.type}"
             raise InputError(f"the array {field.name!r} is not what its field declares ({declared}): {error}") from None
     return pa.table(columns, schema=pa.schema([*keys.schema, *(field.column for field in fields)]))
 
 
-def _is_list(values: Any) -> bool:
+def is_list(values: Any) -> bool:
     """Whether something has entries in an order: text has, and is one value."""
     return hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0 and not isinstance(values, str | bytes | Mapping | Set)
 
@@ -144,7 +134,7 @@ def _encoded(rows: Any, field: Field) -> pa.Array:
         lengths[~absent] = present.shape[1]
     else:
         for row in present:
-            if not _is_list(row):
+            if not is_list(row):
                 raise ValueError(f"{_short(row)} stands where a list of values belongs")
         lengths[~absent] = [len(row) for row in present]
     if isinstance(field.shape, int) and (lengths[~absent] != field.shape).any():

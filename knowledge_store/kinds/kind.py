@@ -71,6 +71,7 @@ class Codec:
     """How a kind's rows stand on disk, where that is not as its fields say, and what a batch has of them.
 
     Attributes:
+        takes: the names of the arrays that `pack` takes.
         stored: the columns of its Parquet files, keys left out.
         pack: key columns and an extractor's arrays to the stored table, by row group.
         unpack: a stored table, or a slice of it, to the table; ValueError where what is stored stands for none.
@@ -80,6 +81,7 @@ class Codec:
         arrays: the names of these arrays, and what stands in a batch where there is no value.
     """
 
+    takes: Callable[[Manifest], tuple[str, ...]]
     stored: Callable[[Manifest], tuple[Field, ...]]
     pack: Callable[[pa.Table, Arrays, Manifest], pa.Table]
     unpack: Callable[[pa.Table, Manifest], pa.Table]
@@ -124,8 +126,8 @@ class Kind:
         statistics: names of numbers over a shard's rows. A total has None; a mean has the name of the total it is a mean over
             ("rows" is one of every kind). Commit records, SQL and `info` have them as "KIND.NAME".
         measure: those numbers, of some of a shard's rows.
-        checks: given its table, the `sequences` table and the manifest, sentences that say what is wrong; none when all is
-            sound.
+        checks: given the rows of some whole sequences, these sequences' rows of `sequences`, and the manifest, sentences that
+            say what is wrong; none when all is sound. `verify` calls it for each row group.
         relations: SQL of the relations it offers, by name; one that is just the table is added by itself. `{rows}` stands for
             the table, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the
             text of each token id.
@@ -189,6 +191,10 @@ class Kind:
         if self.codec:
             return self.codec.arrays(manifest)
         return {each.name: None if each.is_text else each.padding for each in self.fields(manifest)}
+
+    def takes(self, manifest: Manifest) -> tuple[str, ...]:
+        """The names of the arrays that an extractor gives of it."""
+        return self.codec.takes(manifest) if self.codec else tuple(each.name for each in self.fields(manifest))
 
     def has_text(self, manifest: Manifest) -> bool:
         """Whether some of its arrays are lists of str: then it never enters the decoded cache."""

@@ -11,7 +11,7 @@ from knowledge_store.errors import InputError
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """The batches of one rank over one epoch.
+    """The batches of one rank over one epoch. `KnowledgeStore.batches` and `DistillationDataset` take its fields as keywords.
 
     Attributes:
         batch_size: sequences in a batch, for each rank.

@@ -16,31 +16,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from knowledge_store.catalogue.index import Index
+from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.errors import DamageError, InputError
-from knowledge_store.format.layout import SEQUENCES, table_file
-from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.parquet import FileRecord, OpenTable, TableFile, open_table, read_row_group, read_table
+from knowledge_store.format.layout import SEQUENCES
+from knowledge_store.format.parquet import OpenTable, open_table, read_row_group, read_table
 from knowledge_store.format.records import json_sha256
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.reading.cache import DecodedCache
-from knowledge_store.storage import Storage
 
 MEMORY_BYTES = 512 * 2**20
 OPEN_FILES = 64  # whose footers are kept in memory
 SHARDS = 4096  # whose sequences are kept in mind, 16 bytes each and 4 for each kind
-
-
-def shard_files(storage: Storage, index: Index, dump: str, table: str, schema: pa.Schema) -> dict[int, TableFile]:
-    """The committed files of one table of one dump, by shard."""
-    files = index.files.filter((pc.field("dump") == dump) & (pc.field("table") == table))
-    rows = zip(*(files[name].to_pylist() for name in ("shard", "bytes", "sha256", "footer_sha256", "rows")), strict=True)
-    return {
-        shard: TableFile(storage, table_file(dump, table, shard), FileRecord(size, sha256, footer_sha256, count, {}), schema)
-        for shard, size, sha256, footer_sha256, count in rows
-    }
 
 
 @dataclass(frozen=True)
@@ -62,16 +50,16 @@ class DumpReader:
     """The sequences of one dump by ordinal (0 is the first committed sequence).
 
     Args:
-        storage, index, manifest: of the dump.
+        dumps: of the store.
+        name: of the dump.
         cache_size: most bytes of the cache on disk, 0 for none.
     """
 
-    def __init__(self, storage: Storage, index: Index, manifest: Manifest, cache_size: int):
-        self.manifest = manifest
-        sequence_files = shard_files(storage, index, manifest.dump, SEQUENCES, sequences_schema(manifest))
+    def __init__(self, dumps: Dumps, name: str, cache_size: int):
+        self.manifest = manifest = dumps.manifests[name]
+        sequence_files = dumps.files(manifest, SEQUENCES, sequences_schema(manifest))
         self._files = {
-            kind: list(shard_files(storage, index, manifest.dump, kind, KINDS[kind].stored_schema(manifest)).values())
-            for kind in manifest.kinds
+            kind: list(dumps.files(manifest, kind, KINDS[kind].stored_schema(manifest)).values()) for kind in manifest.kinds
         }
         self._shards = list(sequence_files)
         self._sequence_files = list(sequence_files.values())

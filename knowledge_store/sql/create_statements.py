@@ -5,38 +5,34 @@ DuckDB's own reader checks neither block digests nor page checksums: `knowledge-
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import duckdb
 import pyarrow as pa
 
-from knowledge_store.catalogue.index import Index
+from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS
-from knowledge_store.reading.reader import shard_files
 from knowledge_store.sql.query import identifier, literal, readable
-from knowledge_store.storage import Storage
-from knowledge_store.storage.local import LocalStorage
 
 
-def create_statements(storage: Storage, index: Index, manifest: Manifest) -> str:
+def create_statements(dumps: Dumps, manifest: Manifest) -> str:
     """Statements that create the views of one dump: `sequences`, `tokens`, and the relations of its kinds.
 
     Raises:
         StoreError: the dump has columns of an unknown type.
+        InputError: no other program can open the store's files.
     """
     dump = literal(manifest.dump)
-    tokens = f"read_parquet({literal(_location(storage, tokens_file(manifest.dump)))})"
+    tokens = f"read_parquet({literal(dumps.storage.external_address(tokens_file(manifest.dump)))})"
     statements = {
         "tokens": f"SELECT {dump} AS dump, * FROM {tokens}",
-        SEQUENCES: f"SELECT {dump} AS dump, * FROM {_files(storage, index, manifest, SEQUENCES, sequences_schema(manifest))}",
+        SEQUENCES: f"SELECT {dump} AS dump, * FROM {_files(dumps, manifest, SEQUENCES, sequences_schema(manifest))}",
     }
     texts = f"(SELECT list(text ORDER BY token_id) AS list FROM {tokens})"
     for name in manifest.kinds:
         kind = KINDS[name]
-        rows = _files(storage, index, manifest, name, kind.stored_schema(manifest))
+        rows = _files(dumps, manifest, name, kind.stored_schema(manifest))
         view = kind.view(manifest)
         if view is not None:
             rows = f"({view.format(rows=rows)})"
@@ -45,16 +41,12 @@ def create_statements(storage: Storage, index: Index, manifest: Manifest) -> str
     return "\n\n".join(f"CREATE VIEW {identifier(relation)} AS\n{sql};" for relation, sql in statements.items())
 
 
-def _location(storage: Storage, name: str) -> str:
-    return str(Path(storage.locate(name)).absolute()) if isinstance(storage, LocalStorage) else storage.locate(name)
-
-
-def _files(storage: Storage, index: Index, manifest: Manifest, table: str, schema: pa.Schema) -> str:
+def _files(dumps: Dumps, manifest: Manifest, table: str, schema: pa.Schema) -> str:
     """The committed files of a table, as SQL; where there is none yet, no rows of its columns."""
-    files = shard_files(storage, index, manifest.dump, table, schema).values()
+    files = dumps.files(manifest, table, schema).values()
     if not files:
         return _no_rows(schema)
-    paths = [literal(_location(storage, file.name)) for file in files]
+    paths = [literal(file.storage.external_address(file.name)) for file in files]
     return f"read_parquet([{', '.join(paths)}])"
 
 

@@ -7,21 +7,17 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from knowledge_store.catalogue.index import Index
+from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.errors import InputError
-from knowledge_store.format.manifest import Manifest
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.limits import MEMORY_LIMIT
-from knowledge_store.sql.query import Query, connect, identifier, literal
-from knowledge_store.storage import Storage
+from knowledge_store.sql.query import Query, connect, identifier
 
 COMPRESSION = "zstd"
 
 
 def export(
-    storage: Storage,
-    index: Index,
-    manifest: Manifest,
+    dumps: Dumps,
     kind: str,
     output: Path,
     where: str | None = None,
@@ -32,7 +28,7 @@ def export(
     """Write the rows of a relation to a new file, as they are found, in any order; an existing file is never replaced.
 
     Args:
-        storage, index, manifest: of the dump.
+        dumps: the dump alone.
         kind: the relation, such as `positions`.
         output: the file.
         where: a condition in SQL over the relation's columns; it may ask the dump's other relations too.
@@ -50,13 +46,13 @@ def export(
         raise InputError(f"{output} exists already: name another file, or remove it")
     if not output.parent.is_dir():
         raise InputError(f"there is no folder {output.parent}: make it, or name another file")
-    condition = f" AND ({where}\n)" if where else ""
-    sql = f"SELECT * FROM {identifier(kind)} WHERE dump = {literal(manifest.dump)}{condition}"
+    condition = f" WHERE ({where}\n)" if where else ""
+    sql = f"SELECT * FROM {identifier(kind)}{condition}"
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     count = 0
     try:
         with connect(MEMORY_LIMIT) as connection, reporter.progress(f"exporting {kind}", rows, "rows") as advance:
-            schema, batches = Query(connection, storage, index, [manifest], sql, memory_limit=None).answer()
+            schema, batches = Query(connection, dumps, sql, memory_limit=None).answer()
             with pq.ParquetWriter(unfinished, schema, compression=COMPRESSION) as writer:
                 for batch in batches:
                     writer.write_batch(batch)

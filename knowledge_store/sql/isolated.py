@@ -21,10 +21,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from knowledge_store import errors
 from knowledge_store.isolation import child as isolation
-from knowledge_store.isolation.child import MAX_SECONDS, Child, Killed, Report, forbid_files, limit, started
+from knowledge_store.isolation.child import MAX_MEMORY_LIMIT, MAX_SECONDS, Child, Killed, Report, forbid_files, limit, started
 from knowledge_store.sql.answers import Format, write_answer
 from knowledge_store.sql.limits import (
-    MAX_MEMORY_LIMIT,
     MEMORY_LIMIT,
     TIMEOUT,
     broken,
@@ -33,6 +32,7 @@ from knowledge_store.sql.limits import (
     not_opened,
 )
 from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
+from knowledge_store.storage import open_storage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -121,13 +121,13 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
     """The child's task: answer one statement. Returns what a person should know of the answer."""
     import pyarrow as pa
 
+    from knowledge_store.catalogue.dumps import open_dumps
     from knowledge_store.sql.query import Query, connect
-    from knowledge_store.store import KnowledgeStore
 
     memory_limit, timeout = request["memory_limit"], request["timeout"]
     limit(max(memory_limit, OPENING_MEMORY), max(timeout, OPENING_TIME))
     try:
-        store = KnowledgeStore.open(request["store"], cache_size=0)
+        dumps = open_dumps(open_storage(request["store"]))
     except MemoryError:
         raise not_opened(max(timeout, OPENING_TIME), max(memory_limit, OPENING_MEMORY), "it needs more memory") from None
     os.environ.pop("HOME", None)  # DuckDB's messages would name it
@@ -136,7 +136,7 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
         report({"state": OPENED})  # before the clock begins: however short the time is, it is the query's
         limit(memory_limit, timeout)
         try:
-            query = Query(connection, *store.parts, request["sql"], memory_limit, request["parameters"])
+            query = Query(connection, dumps, request["sql"], memory_limit, request["parameters"])
             schema, batches = query.answer()
             remark = None
             if request["form"] == ARROW:
@@ -150,7 +150,7 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
                 text.detach()
             outlet.flush()
             sentences = [remark] if remark else []
-            remark = "; ".join([*sentences, *store.left_out])
+            remark = "; ".join([*sentences, *dumps.remarks])
         except errors.KnowledgeStoreError:
             raise
         except Exception as error:  # SQL from anybody may find ways to fail that nobody thought of

@@ -8,7 +8,6 @@ from knowledge_store.quantities import binary_size
 MEMORY_LIMIT = 2 * 2**30
 TIMEOUT = 60.0
 MIN_MEMORY_LIMIT = 32 * 2**20
-MAX_MEMORY_LIMIT = 2**50  # limits take no more
 
 
 def check_limits(memory_limit: float, timeout: float) -> None:

@@ -19,17 +19,17 @@ import duckdb
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from knowledge_store.catalogue.index import Index
+from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.summary import dumps_table, shards_table
 from knowledge_store.errors import KnowledgeStoreError, QueryError
 from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import FileRecord, TableFile, dataset, read_table
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
+from knowledge_store.isolation.child import MAX_MEMORY_LIMIT
 from knowledge_store.kinds import KINDS
 from knowledge_store.quantities import binary_size
-from knowledge_store.reading.reader import shard_files
-from knowledge_store.sql.limits import MAX_MEMORY_LIMIT, MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.sql.parameters import Parameters, plain_parameters
 from knowledge_store.storage import Storage
 
@@ -92,10 +92,8 @@ def readable(column: pa.Field) -> pa.Field:
 class _Catalogue:
     """Gives a store's tables to a connection, and makes its relations as views over them."""
 
-    def __init__(self, storage: Storage, index: Index, manifests: list[Manifest], connection: duckdb.DuckDBPyConnection):
-        self._storage = storage
-        self._index = index
-        self._manifests = manifests
+    def __init__(self, dumps: Dumps, connection: duckdb.DuckDBPyConnection):
+        self._dumps = dumps
         self._connection = connection
         self._tables: set[str] = set()
         self.errors: list[KnowledgeStoreError] = []
@@ -113,12 +111,12 @@ class _Catalogue:
     def _shards(self, manifest: Manifest, table: str, schema: pa.Schema) -> ds.Dataset:
         """A dump's table; everything is checked when it is read, and what is wrong is noted: DuckDB says only that reading
         failed."""
-        files = shard_files(self._storage, self._index, manifest.dump, table, schema)
+        files = self._dumps.files(manifest, table, schema)
         return dataset(list(files.values()), pa.schema([readable(column) for column in schema]), self.errors)
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""
-        tokens = read_tokens(self._storage, manifest)
+        tokens = read_tokens(self._dumps.storage, manifest)
         return pa.table({"list": pa.array([tokens["text"].to_pylist()], pa.list_(pa.string()))})
 
     def relations(self) -> dict[str, list[tuple[Manifest, str, str | None]]]:
@@ -127,7 +125,7 @@ class _Catalogue:
         for kind in KINDS.values():
             for relation in {kind.name: None, **kind.relations}:
                 found[relation] = []
-        for manifest in self._manifests:
+        for manifest in self._dumps.manifests.values():
             found[SEQUENCES].append((manifest, SEQUENCES, None))
             found["tokens"].append((manifest, "tokens", None))
             for name in manifest.kinds:
@@ -138,7 +136,7 @@ class _Catalogue:
     def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
         def make_rows() -> pa.Table | ds.Dataset:
             if table == "tokens":
-                return read_tokens(self._storage, manifest)
+                return read_tokens(self._dumps.storage, manifest)
             schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
             return self._shards(manifest, table, schema)
 
@@ -254,25 +252,25 @@ class Query:
 
     Raises:
         QueryError: it is refused.
-        DamageError: a file it needs has not the footer that was published.
+        DamageError: a file it needs has not the footer that was published, or a dump is closed because it is damaged.
+        StoreError: every dump is closed.
     """
 
     def __init__(
         self,
         connection: duckdb.DuckDBPyConnection,
-        storage: Storage,
-        index: Index,
-        manifests: list[Manifest],
+        dumps: Dumps,
         sql: str,
         memory_limit: int | None,
         parameters: Parameters | None = None,
     ):
+        dumps.check_answerable()
         _check_statement(connection, sql)
         self._parameters = plain_parameters(parameters)
         self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
-        self._catalogue = catalogue = _Catalogue(storage, index, manifests, connection)
+        self._catalogue = catalogue = _Catalogue(dumps, connection)
         relations = catalogue.relations()
-        facts = {"dumps": lambda: dumps_table(storage, index, manifests), "shards": lambda: shards_table(index)}
+        facts = {"dumps": lambda: dumps_table(dumps), "shards": lambda: shards_table(dumps.index)}
         self._relations = [*relations, *facts]
         for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
             if relation in facts:
@@ -327,9 +325,7 @@ class Query:
 
 
 def run_query(
-    storage: Storage,
-    index: Index,
-    manifests: list[Manifest],
+    dumps: Dumps,
     sql: str,
     memory_limit: int = MEMORY_LIMIT,
     timeout: float = TIMEOUT,
@@ -358,7 +354,7 @@ def run_query(
 
     def collect() -> None:
         try:
-            schema, batches = Query(connection, storage, index, manifests, sql, memory_limit, parameters).answer()
+            schema, batches = Query(connection, dumps, sql, memory_limit, parameters).answer()
             found.set_result(pa.Table.from_batches(batches, schema))
         except BaseException as error:
             found.set_exception(error)

@@ -295,6 +295,10 @@ class LocalStorage:
         """The path of a file."""
         return str(self.root / name)
 
+    def external_address(self, name: str) -> str:
+        """The absolute path of a file."""
+        return str((self.root / name).absolute())
+
     def _unreadable(self, path: str, error: OSError) -> KnowledgeStoreError:
         # Not `Path.is_symlink`, which raises where the disk refuses this call too.
         if error.errno in (errno.ENOENT, errno.ELOOP) and os.path.islink(path):  # noqa: PTH114

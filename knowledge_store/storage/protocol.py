@@ -56,6 +56,14 @@ class Storage(Protocol):
         """How people find a file or folder: what messages call it."""
         ...
 
+    def external_address(self, name: str) -> str:
+        """What other programs, DuckDB for one, open a file by: an absolute path or a URL.
+
+        Raises:
+            InputError: no other program can.
+        """
+        ...
+
     def size(self, name: str) -> int:
         """Bytes of a file.
 

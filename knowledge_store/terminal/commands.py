@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from knowledge_store.options import flag_of, option_of
-from knowledge_store.terminal.console import command_errors, output
+from knowledge_store.errors import KnowledgeStoreError
+from knowledge_store.options import Option, check_options, flag_of, option_of
+from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output
 
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
+_UsageError: Any = typer.BadParameter.__bases__[0]  # of the command-line library that typer brings with it
 
 
 def _show_version(wanted: bool) -> None:
@@ -30,7 +31,7 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-VersionOption = Annotated[
+_VersionOption = Annotated[
     bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and exit.")
 ]
 
@@ -46,50 +47,81 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 
+class _Program(TyperGroup):
+    """Commands whose usage errors are one line, as all other errors are."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        alone = options.get("standalone_mode", True)
+        options["standalone_mode"] = False
+        if not alone:
+            return super().main(*args, **options)
+        try:
+            result = super().main(*args, **options)
+        except _UsageError as error:
+            result = _show_usage_error(error)
+        except typer.Abort:  # the input ended at a question
+            note("Aborted: the question was not answered")
+            result = 1
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def _show_usage_error(error: Any) -> int:
+    """Say in one line what is wrong with the words of a command; its exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # no command was named: its message is the help
+        error.show()
+        return BAD_INPUT
+    sentence = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
+    path = error.ctx.command_path if error.ctx else ""
+    note(f"Error: {sentence[:1].lower()}{sentence[1:]}" + (f"; `{path} --help` lists what it takes" if path else ""))
+    return BAD_INPUT
+
+
+def dump_names(context: typer.Context, incomplete: str) -> list[str]:
+    """The dumps of the STORE that was named, for a shell that completes a word."""
+    from knowledge_store.store import KnowledgeStore
+
+    store = context.params.get("store") or context.params.get("source")
+    try:
+        names = [] if store is None else list(KnowledgeStore.open(store).dumps)
+    except (KnowledgeStoreError, OSError):
+        names = []
+    return [name for name in names if name.startswith(incomplete)]
+
+
 def application(help: str) -> typer.Typer:
     """An application whose commands share those habits."""
-    app = typer.Typer(help=help, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    habits: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": "markdown"}
+    app = typer.Typer(help=help, cls=_Program, **habits)
 
     @app.callback(help=help)
-    def options(version: VersionOption = False) -> None: ...
+    def options(version: _VersionOption = False) -> None: ...
 
     return app
 
 
 def command(
-    app: typer.Typer,
-    configuration: type | None = None,
-    *,
-    leave_out: Collection[str] = (),
-    name: str | None = None,
-    cls: type[Command] = Command,
+    app: typer.Typer, configuration: type, *, name: str | None = None, cls: type[Command] = Command
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function.
 
     Args:
         app: the application to add it to.
-        configuration: a frozen dataclass; its options become the command's, and the function's first parameter is an instance.
-        leave_out: fields that this command does not offer: they keep their defaults.
+        configuration: a frozen dataclass; its options become the command's, and the function gets an instance, whose values lie
+            within the limits of its fields.
         name: the command's name; the function's when None.
         cls: how it reads its arguments.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        own = list(inspect.signature(function).parameters.values())[configuration is not None :]
-        hints = get_type_hints(function, include_extras=True)
-        parameters = [] if configuration is None else _parameters(configuration, leave_out)
-        taken = [parameter.name for parameter in parameters]
-        parameters += [parameter.replace(annotation=hints[parameter.name], kind=parameter.KEYWORD_ONLY) for parameter in own]
+        parameters = _parameters(configuration)
 
         @functools.wraps(function)
-        def run(**given: Any) -> None:
+        def run(**values: Any) -> None:
             with command_errors():
-                if configuration is None:
-                    function(**given)
-                    return
-                values = {each: given.pop(each) for each in taken}
-                lists = {each: tuple(value) for each, value in values.items() if isinstance(value, list)}
-                function(configuration(**{**values, **lists}), **given)
+                lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+                chosen = configuration(**{**values, **lists})
+                check_options(chosen)
+                function(chosen)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -98,21 +130,27 @@ def command(
     return decorate
 
 
-def _parameters(configuration: type, leave_out: Collection[str]) -> list[inspect.Parameter]:
+def _parameters(configuration: type) -> list[inspect.Parameter]:
     """The parameters of a command that has a configuration's options."""
     hints = get_type_hints(configuration)
     parameters = []
-    for each in fields(configuration):
-        found = option_of(each)
-        if found is None or each.name in leave_out:
+    for field in fields(configuration):
+        declared = option_of(field)
+        if declared is None:
             continue
-        shared: dict[str, Any] = {"help": found.help, "metavar": found.metavar}
-        declared = typer.Argument(**shared) if found.argument else typer.Option(flag_of(each), **shared)
-        default = inspect.Parameter.empty if each.default is MISSING else each.default
-        annotation, default = _listed(hints[each.name], default)
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(each.name, kind, default=default, annotation=Annotated[annotation, declared]))
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        annotation, default = _listed(hints[field.name], default)
+        annotation = Annotated[annotation, _declaration(declared, flag_of(field))]
+        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return parameters
+
+
+def _declaration(declared: Option, flag: str) -> Any:
+    """An option as typer has it."""
+    shared: dict[str, Any] = {"help": declared.help, "metavar": declared.metavar}
+    if declared.names_dump:
+        shared["autocompletion"] = dump_names
+    return typer.Argument(**shared) if declared.argument else typer.Option(flag, **shared)
 
 
 def _listed(annotation: Any, default: Any) -> tuple[Any, Any]:

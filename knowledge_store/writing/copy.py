@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from knowledge_store.catalogue.dumps import open_dumps
 from knowledge_store.errors import DamageError, MismatchError, MissingFileError
-from knowledge_store.format.commits import commit_records, misplaced, read_commit
+from knowledge_store.format.commits import commit_records, read_commit_of
 from knowledge_store.format.integrity import MAX_READ, FileRecord, check_whole
 from knowledge_store.format.layout import commit_file, manifest_file, table_file, tokens_file
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, contents, open_storage
-from knowledge_store.store import KnowledgeStore
 from knowledge_store.writing.writer import create_store, remove_leftovers
 
 
@@ -25,7 +25,7 @@ class Copied:
     Attributes:
         dumps: their names.
         shards: copied now.
-        existing: shards that were in the destination already.
+        existing: shards that were in the destination already, all of whose bytes are those that were published there.
         bytes: of the shards copied now.
     """
 
@@ -40,7 +40,8 @@ def copy(
 ) -> Copied:
     """Copy the committed shards of dumps. What was cut off resumes: shards that are in the destination stay as they are.
 
-    The digest of every file is checked while it is copied, and a commit record comes after the files of its shard.
+    The digest of every file is checked, of what is copied on the way, and of what is in the destination already by reading it.
+    A commit record comes after the files of its shard.
 
     Args:
         source, destination: stores; the destination is made if need be.
@@ -50,13 +51,14 @@ def copy(
     Raises:
         InputError: the source has no such dump.
         MismatchError: the destination has another dump of that name.
-        DamageError: a file of the source is damaged; neither it nor its commit record is copied.
+        DamageError: a file of the source is damaged; neither it nor its commit record is copied. Or one that is in the
+            destination already is; says what to do.
         StoreError: the source is no store, the destination cannot be one, or one of them cannot be read or written.
     """
     origin, target = open_storage(source), open_storage(destination)
-    store = KnowledgeStore.open(origin, cache_size=0)
-    names = store.dumps if dump is None else (store.dump(dump),)
-    for name, reason in store.closed.items() if dump is None else ():
+    dumps = open_dumps(origin)
+    names = tuple(dumps.manifests) if dump is None else (dumps.name(dump),)
+    for name, reason in dumps.closed.items() if dump is None else ():
         reporter.note(f"{name} is not copied: {reason}")
     create_store(target)
     records = {name: commit_records(origin, name) for name in names}
@@ -69,12 +71,13 @@ def copy(
             committed = commit_records(target, name)
             for shard in records[name]:
                 if shard in committed:
+                    _check_shard(target, manifest, shard)
                     existing += 1
                 else:
                     size += _copy_shard(origin, target, manifest, shard)
                     shards += 1
                 advance(1)
-    return Copied(tuple(names), shards, existing, size)
+    return Copied(names, shards, existing, size)
 
 
 def _copy_beginning(origin: Storage, target: Storage, manifest: Manifest) -> None:
@@ -95,14 +98,31 @@ def _copy_beginning(origin: Storage, target: Storage, manifest: Manifest) -> Non
 
 def _copy_shard(origin: Storage, target: Storage, manifest: Manifest, shard: int) -> int:
     """One committed shard. Returns its bytes."""
-    commit = read_commit(origin, manifest.dump, shard)
-    complaint = misplaced(commit, manifest, shard, origin)
-    if complaint:
-        raise DamageError(complaint)
+    commit = read_commit_of(origin, manifest, shard)
     for table, record in commit.files.items():
         _copy_file(origin, target, table_file(manifest.dump, table, shard), record)
     target.create(commit_file(manifest.dump, shard), contents(commit.to_bytes()))
     return sum(record.bytes for record in commit.files.values())
+
+
+def _check_shard(target: Storage, manifest: Manifest, shard: int) -> None:
+    """Make sure that a shard of the destination is what was published there.
+
+    Raises:
+        DamageError: it is not.
+    """
+    record_file = target.locate(commit_file(manifest.dump, shard))
+    try:
+        commit = read_commit_of(target, manifest, shard)
+    except DamageError as error:
+        raise DamageError(f"{error}; delete that file, and copy again") from None
+    for table, record in commit.files.items():
+        try:
+            check_whole(target, table_file(manifest.dump, table, shard), record)
+        except MissingFileError as error:
+            raise DamageError(f"{error}; delete {record_file}, and copy again") from None
+        except DamageError as error:
+            raise DamageError(f"{error}; delete that file and {record_file}, and copy again") from None
 
 
 def _copy_file(origin: Storage, target: Storage, name: str, record: FileRecord) -> None:

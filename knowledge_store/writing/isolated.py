@@ -13,9 +13,8 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from knowledge_store.errors import InputError, LimitError
-from knowledge_store.isolation.child import MEMORY_LIMIT, Killed, Report, limit, limit_time, started
+from knowledge_store.isolation.child import MAX_MEMORY_LIMIT, MEMORY_LIMIT, Killed, Report, limit, limit_time, started
 from knowledge_store.reporter import SILENT, Advance, Reporter
-from knowledge_store.sql.limits import MAX_MEMORY_LIMIT
 from knowledge_store.writing.verification import Verification, verify
 
 MIN_MEMORY_LIMIT = 2**26

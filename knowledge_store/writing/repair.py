@@ -16,8 +16,6 @@ from knowledge_store.errors import DamageError, MismatchError
 from knowledge_store.format.commits import CommitRecord, read_commit
 from knowledge_store.format.layout import (
     COMMITS,
-    FORMAT_NAME,
-    FORMAT_VERSION,
     STORE_FILE,
     commit_file,
     manifest_file,
@@ -26,11 +24,10 @@ from knowledge_store.format.layout import (
 )
 from knowledge_store.format.manifest import Manifest, read_manifest
 from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, read_table, same_rows, write_table
-from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
+from knowledge_store.format.store_file import check_store_file, store_contents
 from knowledge_store.kinds import KINDS
-from knowledge_store.storage import Storage, Write, contents, open_storage
-from knowledge_store.store import check_store_file
+from knowledge_store.storage import Storage, Write, open_storage
 from knowledge_store.writing.shard import Shard, StoredTable, pack_shard
 from knowledge_store.writing.verification import shard_damage
 from knowledge_store.writing.writer import DumpWriter, check_committed, stored_statistics
@@ -50,8 +47,7 @@ def repair_store_file(store: str | Path | Storage) -> bool:
         check_store_file(storage)
         return False
     except DamageError:
-        data = seal({"format": FORMAT_NAME, "version": FORMAT_VERSION})
-        storage.replace([(STORE_FILE, contents(data))])
+        storage.replace([(STORE_FILE, store_contents())])
         return True
 
 

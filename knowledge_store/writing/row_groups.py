@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,18 +20,20 @@ def group_sizes(kind: Kind, tables: list[pa.Table], counts: np.ndarray, manifest
 
     Args:
         kind: the kind.
-        tables: the rows of each sequence; not looked at where the kind says what a row takes.
+        tables: the rows of all sequences, in any number of parts; not looked at where the kind says what a row takes.
         counts: how many rows each sequence has.
         manifest: of the dump.
     """
+    fixed, ragged = (kind.row_bytes(manifest), {}) if kind.row_bytes else _row_bytes(kind, manifest)
+    texts = _of_sequences(np.add, _text_bytes(kind, tables, manifest), counts)
+    longest = [_of_sequences(np.maximum, _lengths(tables, name), counts) for name in ragged]
     groups: list[int] = []
     size = rows = text = 0
-    widths: dict[str, int] = {}
-    for place, count in enumerate(counts.tolist()):
-        own_widths, own_text = ({}, 0) if kind.row_bytes else _widths(kind, tables[place], manifest)
-        wider = {name: max(width, widths.get(name, 0)) for name, width in own_widths.items()}
-        total = (rows + count) * _row_bytes(kind, wider, manifest) + text + own_text
-        if size and total > ROW_GROUP_BYTES:
+    widths = [0] * len(ragged)
+    for count, own_text, *own_widths in zip(counts.tolist(), texts, *longest, strict=True):
+        wider = list(map(max, widths, own_widths))
+        row_bytes = fixed + sum(width * value for width, value in zip(wider, ragged.values(), strict=True))
+        if size and (rows + count) * row_bytes + text + own_text > ROW_GROUP_BYTES:
             groups.append(size)
             size = rows = text = 0
             wider = own_widths
@@ -37,25 +41,49 @@ def group_sizes(kind: Kind, tables: list[pa.Table], counts: np.ndarray, manifest
     return [*groups, size] if size else groups
 
 
-def _widths(kind: Kind, table: pa.Table, manifest: Manifest) -> tuple[dict[str, int], int]:
-    """The longest row of each ragged field of a sequence, and the bytes of its texts."""
-    widths, text = {}, 0
-    for each in kind.fields(manifest):
-        column = table[each.name]
-        if each.is_text:
-            values = pc.list_flatten(column) if each.is_list else column
-            text += pc.sum(pc.binary_length(values)).as_py() or 0
-        elif each.shape == "ragged":
-            widths[each.name] = pc.max(pc.list_value_length(column)).as_py() or 0
-    return widths, text
+def _row_bytes(kind: Kind, manifest: Manifest) -> tuple[int, dict[str, int]]:
+    """Bytes of a decoded row without its texts and ragged fields, and of one value of each ragged field."""
+    fixed, ragged = 8, {}
+    for field in kind.fields(manifest):
+        if not field.is_text:
+            value = max(field.type.bit_width // 8, 1)
+            if field.shape == "ragged":
+                ragged[field.name] = value
+            else:
+                fixed += value * (field.shape if isinstance(field.shape, int) else 1)
+    return fixed, ragged
 
 
-def _row_bytes(kind: Kind, widths: dict[str, int], manifest: Manifest) -> int:
-    if kind.row_bytes:
-        return kind.row_bytes(manifest)
-    total = 8
-    for each in kind.fields(manifest):
-        if not each.is_text:
-            width = each.shape if isinstance(each.shape, int) else widths.get(each.name, 1)
-            total += width * max(each.type.bit_width // 8, 1)
+def _lengths(tables: list[pa.Table], name: str) -> np.ndarray:
+    """How many values each row has of a ragged field, int64 (N,)."""
+    return _joined(pc.list_value_length(table[name]).fill_null(0).to_numpy() for table in tables)
+
+
+def _text_bytes(kind: Kind, tables: list[pa.Table], manifest: Manifest) -> np.ndarray:
+    """How many bytes of text each row has, int64 (N,)."""
+    total = np.zeros(sum(map(len, tables)), np.int64)
+    for field in kind.fields(manifest):
+        if field.is_text:
+            total += _joined(_text_lengths(table[field.name]) for table in tables)
     return total
+
+
+def _text_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    if not pa.types.is_list(column.type):
+        return np.asarray(pc.binary_length(column).fill_null(0).to_numpy(), np.int64)
+    ends = np.cumsum(pc.list_value_length(column).fill_null(0).to_numpy(), dtype=np.int64)
+    before = np.concatenate([[0], np.cumsum(pc.binary_length(pc.list_flatten(column)).to_numpy(), dtype=np.int64)])
+    return np.diff(before[ends], prepend=0)
+
+
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def _of_sequences(how: np.ufunc, values: np.ndarray, counts: np.ndarray) -> list[int]:
+    """The sum or the largest of the values of each sequence's rows; 0 of no rows."""
+    found = np.zeros(len(counts), np.int64)
+    filled = counts > 0
+    if len(values) and filled.any():
+        found[filled] = how.reduceat(values, (np.cumsum(counts) - counts)[filled])
+    return found.tolist()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import Columns
 from knowledge_store.format.sequences import SEQUENCES_COLUMNS, sequences_schema, sequences_statistics, sequences_table
 from knowledge_store.kinds import KINDS, Arrays, Kind, joined
-from knowledge_store.kinds.columns import check_lists
+from knowledge_store.kinds.columns import check_lists, is_list
 from knowledge_store.kinds.field import KEYS
 from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.writing.row_groups import group_sizes
+
+ENCODED_ROWS = 2**16
 
 
 @dataclass(frozen=True)
@@ -90,31 +93,42 @@ def _row_groups(kind: Kind, shard: Shard, manifest: Manifest) -> Iterator[tuple[
     if len(knowledge) != len(shard.sequences):
         raise InputError(f"it is of {len(knowledge):,} sequences, and there are {len(shard.sequences):,}")
     ids = np.array([row["sequence_id"] for row in shard.sequences], np.int64)
-    counts = np.array([_row_count(kind, arrays, row) for arrays, row in zip(knowledge, shard.sequences, strict=True)], np.int64)
-    # Without a codec each sequence is a table at once: whatever its arrays are, the types of all of them are the same then.
-    tables: list[pa.Table] = []
-    if kind.codec is None:
-        for place, arrays in enumerate(knowledge):
-            tables.append(kind.pack(_keys(kind, ids[place : place + 1], counts[place : place + 1]), arrays, manifest))
-    start = 0
-    for size in group_sizes(kind, tables, counts, manifest):
-        end = start + size
-        if counts[start:end].any():
-            if kind.codec is None:
-                stored = pa.concat_tables(tables[start:end]).combine_chunks()
-            else:
-                keys = _keys(kind, ids[start:end], counts[start:end])
-                try:
-                    stored = kind.pack(keys, joined(knowledge[start:end]), manifest)
-                except KeyError as error:
-                    raise InputError(f"there is no array {error}: the extractor leaves it out") from None
+    takes = kind.takes(manifest)
+    counts = np.array(
+        [_row_count(kind, takes, arrays, row) for arrays, row in zip(knowledge, shard.sequences, strict=True)], np.int64
+    )
+
+    def packed(start: int, end: int) -> pa.Table:
+        """The rows of some sequences."""
+        return kind.pack(_keys(kind, ids[start:end], counts[start:end]), joined(knowledge[start:end]), manifest)
+
+    # Where the lists of a row group decide how large it is, they are encoded before, many sequences at once.
+    tables = [] if kind.row_bytes else [packed(start, end) for start, end in pairwise(_stretches(counts))]
+    encoded = pa.concat_tables(tables) if tables else None
+    ends = np.cumsum(group_sizes(kind, tables, counts, manifest))
+    first_row = np.concatenate([[0], np.cumsum(counts)])
+    for start, end in pairwise([0, *ends.tolist()]):
+        rows = int(first_row[end] - first_row[start])
+        if rows:
+            stored = packed(start, end) if encoded is None else encoded.slice(first_row[start], rows).combine_chunks()
             yield stored, _measured(kind, stored, manifest)
-        start = end
 
 
-def _row_count(kind: Kind, arrays: Arrays, sequence: dict[str, Any]) -> int:
+def _stretches(counts: np.ndarray) -> list[int]:
+    """Where to cut sequences of so many rows, so that not many more than ENCODED_ROWS are encoded at once."""
+    part = (np.cumsum(counts) - counts) // ENCODED_ROWS
+    return [*np.flatnonzero(np.diff(part, prepend=-1)).tolist(), len(counts)]
+
+
+def _row_count(kind: Kind, takes: Collection[str], arrays: Arrays, sequence: dict[str, Any]) -> int:
+    """How many rows of a kind a sequence has (InputError: its arrays are not those that the kind takes, each of so many)."""
+    for name in takes:
+        if name not in arrays:
+            raise InputError(f"there is no array {name!r}: the extractor leaves it out")
     for name, rows in arrays.items():
-        if not hasattr(rows, "__len__") or getattr(rows, "ndim", 1) == 0:
+        if name not in takes:
+            raise InputError(f"no field declares the array {name!r}: declare a field of that name, or leave the array out")
+        if not is_list(rows):
             raise InputError(f"of sequence {sequence['sequence_id']} the array {name!r} is one value, {rows!r}: give one a row")
     lengths = {len(rows) for rows in arrays.values()}
     expected = {"position": sequence["length"], "sequence": 1, "item": next(iter(lengths), 0)}[kind.per]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from knowledge_store.errors import DamageError, NewerVersionError, StoreError
-from knowledge_store.format.commits import CommitRecord, commit_records, misplaced, read_commit
+from knowledge_store.format.commits import CommitRecord, commit_records, read_commit, read_commit_of
 from knowledge_store.format.layout import (
     COMMITS,
     SEQUENCES,
@@ -20,15 +20,15 @@ from knowledge_store.format.layout import (
     table_file,
     tokens_file,
 )
-from knowledge_store.format.manifest import Manifest, read_manifest
-from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, open_table, read_table
+from knowledge_store.format.manifest import Manifest, manifest_exists, read_manifest
+from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, open_table, read_row_groups
 from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema, sequences_statistics
+from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import KINDS, check_kinds
 from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.reporter import SILENT, Advance, Reporter
 from knowledge_store.storage import Storage, open_storage
-from knowledge_store.store import check_store, manifest_exists
 
 # How a file of good hashes and bad contents fails in the code that looks into it.
 _UNSOUND = (OSError, ArithmeticError, LookupError, TypeError, ValueError, pa.ArrowException)
@@ -54,25 +54,21 @@ class Verification:
     bytes: int = 0
 
 
-def _check_file(file: TableFile) -> pa.Table:
+def _check_file(file: TableFile) -> list[pa.Table]:
+    """A file's row groups, when all of it is what was published (DamageError)."""
     check_whole(file.storage, file.name, file.record)
-    return read_table(file)
+    return list(read_row_groups(open_table(file)))
 
 
-def _row_groups(table: pa.Table, file: TableFile) -> Iterator[pa.Table]:
-    """A file's table by its row groups."""
-    metadata, start = open_table(file).metadata, 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        yield table.slice(start, rows)
-        start += rows
+def _check_alignment(sequences: pa.Table, groups: list[pa.Table], per: str, path: str) -> list[int]:
+    """The rows of a kind are those of its sequences: all of them, in order, positions and items counted from 0, and whole
+    sequences in each row group.
 
-
-def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, file: TableFile) -> None:
-    """The rows of a kind are those of its sequences: all of them, in order, positions and items counted from 0."""
-    path = file.path
+    Returns:
+        the first sequence of each row group, and the end.
+    """
     ids, lengths = sequences["sequence_id"].to_numpy(), sequences["length"].to_numpy()
-    rows = knowledge["sequence_id"].to_numpy()
+    rows = np.concatenate([np.zeros(0, np.int64), *(group["sequence_id"].to_numpy() for group in groups)])
     counts = {"position": lengths, "sequence": np.ones_like(lengths), "item": row_counts(rows, ids)}[per]
     if (
         min(lengths, default=1) < 1
@@ -81,13 +77,13 @@ def _check_alignment(sequences: pa.Table, knowledge: pa.Table, per: str, file: T
     ):
         raise DamageError(f"{path} does not have the rows of its sequences")
     ends = np.cumsum(counts)
-    metadata = open_table(file).metadata
-    group_ends = np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+    group_ends = np.cumsum([len(group) for group in groups], dtype=np.int64)
     if not np.isin(group_ends, [0, *ends]).all():
         raise DamageError(f"{path} does not have whole sequences in its row groups")
     expected = np.arange(len(rows)) - np.repeat(ends - counts, counts)
-    if per != "sequence" and not np.array_equal(knowledge[per].to_numpy(), expected):
+    if per != "sequence" and not np.array_equal(np.concatenate([expected[:0], *(group[per] for group in groups)]), expected):
         raise DamageError(f"{path} does not count {per}s from 0 in each sequence")
+    return [0, *np.searchsorted(ends, group_ends[:-1], side="right").tolist(), len(ids)]
 
 
 def shard_damage(storage: Storage, manifest: Manifest, shard: int) -> dict[str, str]:
@@ -109,18 +105,16 @@ def shard_damage(storage: Storage, manifest: Manifest, shard: int) -> dict[str, 
     dump = manifest.dump
     schemas = {SEQUENCES: sequences_schema(manifest), **{name: KINDS[name].stored_schema(manifest) for name in manifest.kinds}}
     try:
-        commit = read_commit(storage, dump, shard)
-        complaint = misplaced(commit, manifest, shard, storage)
-        if complaint is None and set(commit.files) != schemas.keys():
-            complaint = f"{storage.locate(commit_file(dump, shard))} does not list the files {sorted(schemas)}"
-        if complaint:
-            raise DamageError(complaint)
+        commit = read_commit_of(storage, manifest, shard)
+        if set(commit.files) != schemas.keys():
+            raise DamageError(f"{storage.locate(commit_file(dump, shard))} does not list the files {sorted(schemas)}")
     except DamageError as error:
         return {COMMITS: str(error)}
     files = {
         name: TableFile(storage, table_file(dump, name, shard), commit.files[name], schema) for name, schema in schemas.items()
     }
-    tables, damage = {}, {}
+    tables: dict[str, list[pa.Table]] = {}
+    damage: dict[str, str] = {}
     for name, file in files.items():
         try:
             tables[name] = _check_file(file)
@@ -143,9 +137,11 @@ def shard_damage(storage: Storage, manifest: Manifest, shard: int) -> dict[str, 
     return {}
 
 
-def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, TableFile], tables: dict[str, pa.Table]) -> None:
+def _check_contents(
+    manifest: Manifest, commit: CommitRecord, files: dict[str, TableFile], tables: dict[str, list[pa.Table]]
+) -> None:
     """The tables of a shard belong together, and its record says of them what is so (DamageError)."""
-    sequences = tables[SEQUENCES]
+    sequences = pa.concat_tables([files[SEQUENCES].schema.empty_table(), *tables[SEQUENCES]])
     if (np.diff(sequences["sequence_id"].to_numpy()) <= 0).any():
         raise DamageError(f"{files[SEQUENCES].path} does not have its sequences in order")
     longest = max(sequences["length"].to_pylist(), default=0)
@@ -155,17 +151,19 @@ def _check_contents(manifest: Manifest, commit: CommitRecord, files: dict[str, T
     for name in manifest.kinds:
         kind = KINDS[name]
         path = files[name].path
-        try:
-            table = kind.unpack(tables[name], manifest)
-            row_groups = list(_row_groups(table, files[name]))
-            for group in row_groups:  # as they are written and read
+        groups = tables[name] or [files[name].schema.empty_table()]
+        first = _check_alignment(sequences, groups, kind.per, path)
+        parts = []
+        for stored, (start, end) in zip(groups, pairwise(first), strict=True):  # as they are written and read
+            try:
+                group = kind.unpack(stored, manifest)
                 check_lists(group)
-        except ValueError as error:
-            raise DamageError(f"{path}: {error}") from None
-        _check_alignment(sequences, table, kind.per, files[name])
-        for complaint in kind.checks(table, sequences, manifest):
-            raise DamageError(f"{path}: {complaint}")
-        statistics |= qualified(kind, added(kind, [measured(kind, group, manifest) for group in row_groups]))
+            except ValueError as error:
+                raise DamageError(f"{path}: {error}") from None
+            for complaint in kind.checks(group, sequences.slice(start, end - start), manifest):
+                raise DamageError(f"{path}: {complaint}")
+            parts.append(measured(kind, group, manifest))
+        statistics |= qualified(kind, added(kind, parts))
     stated = commit.statistics
     if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
         path = files[SEQUENCES].storage.locate(commit_file(manifest.dump, commit.shard))

@@ -16,8 +16,6 @@ from knowledge_store.errors import DamageError, InputError, MismatchError, Missi
 from knowledge_store.format.commits import CommitRecord, commit_records, read_commit
 from knowledge_store.format.layout import (
     COMMITS,
-    FORMAT_NAME,
-    FORMAT_VERSION,
     SEQUENCES,
     STORE_FILE,
     check_dump_name,
@@ -33,12 +31,11 @@ from knowledge_store.format.parquet import (
     publish_table,
     read_table,
 )
-from knowledge_store.format.records import seal
 from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
+from knowledge_store.format.store_file import check_store_file, occupied, store_contents
 from knowledge_store.kinds import KINDS, Kind, check_kinds
 from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.storage import Storage, contents, open_storage
-from knowledge_store.store import check_store_file, occupied
 from knowledge_store.writing.shard import Shard, pack_shard
 
 
@@ -56,7 +53,7 @@ def create_store(storage: Storage) -> None:
             raise StoreError(
                 f"{storage.address} is a folder with something else in it: name a new or empty folder, or a store"
             ) from None
-    storage.create(STORE_FILE, contents(seal({"format": FORMAT_NAME, "version": FORMAT_VERSION})))
+    storage.create(STORE_FILE, store_contents())
     check_store_file(storage)
 
 

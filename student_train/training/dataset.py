@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reading.batches import check_snapshot
+from knowledge_store.reading.order import step_count
+from knowledge_store.reading.plan import ReadPlan
 
 IGNORED = -100  # the label that every library's cross-entropy leaves out
 
@@ -36,72 +39,44 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
     Args:
         store: an open store.
         dump: which dump; may be left out when there is one.
-        batch_size: sequences per batch and rank.
-        seed: of the order.
-        rank, world_size: this process among those that train together.
-        epoch, consumed: where to begin: items of that epoch which all ranks together have taken already. `state_after`
-            gives both.
-        ordinals: read only these sequences (positions in the dump's order), as `split_ordinals` gives them.
-        shuffle: False reads in the dump's order.
         endless: continue with the next epoch instead of stopping. Such a dataset has no length.
-        kinds: read only these kinds of knowledge; None for all that the dump holds.
-        snapshot: of the dump when the order was begun, which must be the same still; `state_after` gives it too.
+        plan: the fields of `knowledge_store.reading.plan.ReadPlan`, which say what is read and in what order, such as
+            `batch_size=8, seed=1`. `state_after` gives those with which another run resumes.
+
+    Raises:
+        InputError: there is no such dump or rank, nothing to read, or the dump has grown since the order was begun.
     """
 
-    def __init__(
-        self,
-        store: KnowledgeStore,
-        dump: str | None = None,
-        *,
-        batch_size: int = 8,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        epoch: int = 0,
-        consumed: int = 0,
-        ordinals: np.ndarray | None = None,
-        shuffle: bool = True,
-        endless: bool = False,
-        kinds: tuple[str, ...] | None = None,
-        snapshot: int | None = None,
-    ) -> None:
+    def __init__(self, store: KnowledgeStore, dump: str | None = None, *, endless: bool = False, **plan: Any) -> None:
         super().__init__()
         self.store = store
         self.dump = store.dump(dump)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = epoch
-        self.consumed = consumed
-        self.ordinals = ordinals
-        self.shuffle = shuffle
+        self.plan = ReadPlan(**plan)
         self.endless = endless
-        self.kinds = kinds
         self.snapshot = store.snapshot(self.dump)
-        check_snapshot(self.dump, self.snapshot, snapshot)
-        self.sequences = store.sequence_count(self.dump) if ordinals is None else len(ordinals)
+        check_snapshot(self.dump, self.snapshot, self.plan.snapshot)
+        self.sequences = store.sequence_count(self.dump) if self.plan.ordinals is None else len(self.plan.ordinals)
         if not self.sequences:
             raise InputError(f"there is no sequence to read in the dump {self.dump}")
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches that each rank takes in a whole epoch."""
-        return -(-self.sequences // (self.batch_size * self.world_size))
+        return self._batches_left(0)
 
     def __len__(self) -> int:
         if self.endless:
             raise TypeError("an endless DistillationDataset has no length")
-        return self._batches_left(self.consumed)
+        return self._batches_left(self.plan.consumed)
 
     def state_after(self, batches: int) -> dict[str, int]:
         """Where to begin again after each rank took `batches` batches from here: seed, epoch, consumed and snapshot."""
-        epoch, consumed = self.epoch, self.consumed
+        epoch, consumed = self.plan.epoch, self.plan.consumed
         while batches >= self._batches_left(consumed):
             batches -= self._batches_left(consumed)
             epoch, consumed = epoch + 1, 0
-        consumed += batches * self.batch_size * self.world_size
-        return {"seed": self.seed, "epoch": epoch, "consumed": consumed, "snapshot": self.snapshot}
+        consumed += batches * self.plan.batch_size * self.plan.world_size
+        return {"seed": self.plan.seed, "epoch": epoch, "consumed": consumed, "snapshot": self.snapshot}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
@@ -109,21 +84,10 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         # A forked worker must not share open files with its parent, and must not see shards that were committed meanwhile.
         store = copy.copy(self.store) if info else self.store
         taken = 0  # batches of this rank before this epoch, over all workers
-        epoch, consumed = self.epoch, self.consumed
+        epoch, consumed = self.plan.epoch, self.plan.consumed
         while True:
             left = self._batches_left(consumed)
-            batches = store.batches(
-                self.dump,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                epoch=epoch,
-                rank=self.rank,
-                world_size=self.world_size,
-                consumed=consumed,
-                ordinals=self.ordinals,
-                shuffle=self.shuffle,
-                kinds=self.kinds,
-            )
+            batches = store.read(replace(self.plan, epoch=epoch, consumed=consumed), self.dump)
             # The loader takes batches from its workers in turn: the rank's batch number `taken + step` is that of
             # worker (taken + step) mod workers.
             for step in range((worker - taken) % workers, left, workers):
@@ -134,7 +98,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             epoch, consumed = epoch + 1, 0
 
     def _batches_left(self, consumed: int) -> int:
-        return max(0, -(-(self.sequences - consumed) // (self.batch_size * self.world_size)))
+        return step_count(self.sequences - consumed, self.plan.world_size, self.plan.batch_size)
 
 
 def tensors(batch: dict[str, Any]) -> dict[str, Any]:

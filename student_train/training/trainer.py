@@ -170,7 +170,7 @@ class DistillationTrainer(Trainer):
         """
         dataset: DistillationDataset = eval_dataset or self.eval_dataset
         sequences = dataset.store.sequences(dataset.dump)
-        targets = int(sequences["targets"].to_numpy()[dataset.ordinals].sum())
+        targets = int(sequences["targets"].to_numpy()[dataset.plan.ordinals].sum())
         counts = {"target": targets, "sequence": dataset.sequences}
         totals = torch.zeros(len(self.figures), dtype=torch.float64)
         self.model.eval()

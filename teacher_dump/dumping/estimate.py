@@ -39,7 +39,7 @@ class Estimate:
         seconds: of the teacher's work, on this machine, one worker. positions_per_second: measured on the sample.
         bytes: of the knowledge on disk; the vocabulary and the table of sequences (tens of bytes each) are not counted.
         bytes_per_position: measured on the sample; full row groups take a little less.
-        dense_bytes: of the whole distributions, in float32. ratio: dense bytes for each byte on disk.
+        comparisons: by name, such as "full distributions (float32)", the bytes of other ways to keep the same knowledge.
         figures: what the extractors say of the sample, by name, such as "top-5 coverage": the mean probability that the 5
             likeliest tokens hold.
         sample_positions: how large the sample was.
@@ -52,8 +52,7 @@ class Estimate:
     positions_per_second: float
     bytes: int
     bytes_per_position: float
-    dense_bytes: int
-    ratio: float
+    comparisons: dict[str, int]
     figures: dict[str, float]
     sample_positions: int
     unusable_documents: int
@@ -76,19 +75,22 @@ def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[
     return sample, count, characters
 
 
-def _stored(manifest: Manifest, sequences: list[TokenSequence], knowledge: Knowledge) -> tuple[int, int]:
+def _stored(manifest: Manifest, sequences: list[TokenSequence], knowledge: Knowledge) -> tuple[int, dict[str, int]]:
     """Bytes that the sample's knowledge takes in a shard's columns (footers, a few kilobytes a shard, are not counted), and
-    those that its whole distributions would take."""
+    those of what its kinds compare it with."""
     sample = ShardInput(0, 0, len(sequences), 0, sequences, [])
     tables, statistics = pack_shard(shard_of(manifest, sample, knowledge, {}), manifest)
-    total = dense = 0
-    for name in manifest.kinds:
-        table = tables[name]
+    total = 0
+    comparisons: Counter[str] = Counter()
+    for kind in manifest.kinds:
+        table = tables[kind]
         columns = write_table(io.BytesIO(), table.schema, table.row_groups, table.columns).column_bytes
         total += sum(columns.values())
-        own = {key.removeprefix(f"{name}."): value for key, value in statistics.items() if key.startswith(f"{name}.")}
-        dense += int(KINDS[name].facts(manifest, Totals(own, total)).get("dense_bytes") or 0)
-    return total, dense
+        prefix = f"{kind}."
+        measured = {name.removeprefix(prefix): value for name, value in statistics.items() if name.startswith(prefix)}
+        facts = KINDS[kind].facts(manifest, Totals(measured, total))
+        comparisons.update({label: int(facts[fact] or 0) for label, fact in EXTRACTORS[kind].comparisons.items()})
+    return total, dict(comparisons)
 
 
 def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> Estimate:
@@ -144,17 +146,16 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
             for kind, extracted in extract_batch(config, parameters, prediction, batch).items():
                 knowledge[kind] += extracted
             seconds += time.monotonic() - started
-            for kind, own in parameters.items():
+            for kind, kept in parameters.items():
                 figures = EXTRACTORS[kind].sample_figures
-                for name, (total, number) in (figures(ExtractionBatch(batch, prediction, own)) if figures else {}).items():
+                for name, (total, number) in (figures(ExtractionBatch(batch, prediction, kept)) if figures else {}).items():
                     sums[name] += total  # type: ignore[assignment]
                     counts[name] += number
             ordered += batch
             advance(sum(lengths[index] for index in indices))
-    stored_bytes, dense_bytes = _stored(manifest, ordered, knowledge)
+    stored_bytes, comparisons = _stored(manifest, ordered, knowledge)
     sample = sum(lengths)
     bytes_per_position = stored_bytes / sample
-    dense = positions * dense_bytes / sample
     speed = sample / seconds
     return Estimate(
         documents=count,
@@ -163,8 +164,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
         positions_per_second=speed,
         bytes=round(positions * bytes_per_position),
         bytes_per_position=bytes_per_position,
-        dense_bytes=round(dense),
-        ratio=dense / max(positions * bytes_per_position, 1),
+        comparisons={label: round(positions * size / sample) for label, size in comparisons.items()},
         figures={name: sums[name] / number for name, number in counts.items() if number},
         sample_positions=sample,
         unusable_documents=round(unusable * count / len(documents)),

@@ -7,22 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from knowledge_store.errors import MismatchError
-from knowledge_store.format.manifest import Manifest
+from knowledge_store.format.manifest import Manifest, in_words
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.dumping.request import parameters_asked
+from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.fingerprints import corpus_record
 
-_SELECTION = "kinds.positions.selection."
 _NAMES = {
-    f"{_SELECTION}name": "--selection",
-    f"{_SELECTION}k": "--top-k",
-    f"{_SELECTION}p": "--top-p",
-    f"{_SELECTION}max_k": "--max-k",
-    f"{_SELECTION}tail_draws": "--tail-draws",
-    f"{_SELECTION}draws": "--draws",
-    "kinds.positions.keep_context": "--keep-context",
-    "kinds.positions.calibration.temperature": "the temperature of --calibration",
     "plan.max_length": "--max-length",
     "plan.shard_size": "--shard-size",
     "teacher.dtype": "--dtype",
@@ -34,12 +27,9 @@ def check_options(config: DumpConfig, storage: Storage, existing: Manifest, *, r
 
     Raises:
         MismatchError: they are not; names what differs.
-        InputError: a file of the corpus cannot be read.
+        InputError: a file of the corpus, or one that an option names, cannot be used.
     """
-    kinds = {name: existing.kinds.get(name, {}) for name in config.kinds}
-    if kinds.get("positions"):
-        own = {"selection": config.rule.to_record(), "keep_context": config.keep_context}
-        kinds["positions"] = {**kinds["positions"], **own}
+    kinds = {name: parameters_asked(config, name).to_record() for name in config.kinds}
     asked = {"max_length": config.max_length, "shard_size": config.shard_size, "part_characters": config.part_characters}
     corpus = {"files": corpus_record(config.corpus, reporter=reporter)}
     check_same(storage, existing, replace(existing, kinds=kinds, corpus=corpus, plan={**existing.plan, **asked}))
@@ -80,10 +70,14 @@ def _sentence(name: str, old: Any, new: Any, existing: Manifest, asked: Manifest
         return f"the teacher's file {name.removeprefix('teacher.files.')} has other contents"
     if (kind := name.removeprefix("kinds.")) in existing.kinds.keys() ^ asked.kinds.keys():
         return f"--kind {kind} was {'given and is not now' if kind in existing.kinds else 'not given and is now'}"
-    if name == f"{_SELECTION}tail_draws":
-        old, new = old or 0, new or 0
+    label = _NAMES.get(name) or in_words(name)
+    for kind, extractor in EXTRACTORS.items():
+        parameter = name.removeprefix(f"kinds.{kind}.")
+        label = extractor.option_names.get(parameter, label) if parameter != name else label
+        absent = extractor.absent_values.get(parameter) if parameter != name else None
+        old, new = (absent if value is None else value for value in (old, new))
     old, new = ("absent" if value is None else str(value) for value in (old, new))
-    return f"{_NAMES.get(name, name)} was {_short(old)} and is now {_short(new)}"
+    return f"{label} was {_short(old)} and is now {_short(new)}"
 
 
 def _short(text: str) -> str:

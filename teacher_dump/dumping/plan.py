@@ -18,6 +18,7 @@ from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value, scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
+from teacher_dump.dumping.request import check_length, parameters_asked
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.fingerprints import corpus_record
 from teacher_dump.teachers.protocol import Teacher
@@ -29,9 +30,7 @@ def corpus_files(config: CorpusOptions, files: tuple[Path, ...], teacher: Teache
     Raises:
         InputError: a file cannot be used, or the sequences are longer than the teacher knows positions.
     """
-    positions = teacher.description["max_positions"]
-    if positions is not None and config.max_length > positions:
-        raise InputError(f"--max-length {config.max_length} is above the {positions} positions the teacher knows")
+    check_length(config, teacher.description)
     check_files(files)
     return corpus_record(files, reporter=reporter)
 
@@ -58,8 +57,8 @@ def identity_manifest(config: EstimateConfig, teacher: Teacher, dump: str, *, re
 
 
 def _parameters(kind: str, config: EstimateConfig, teacher: Teacher) -> Parameters:
-    parameters = EXTRACTORS[kind].parameters
-    return KINDS[kind].parameters() if parameters is None else parameters(config, teacher)
+    EXTRACTORS[kind].check(config.kind_options(kind), teacher.description, describe_tokenizer(teacher.tokenizer))
+    return parameters_asked(config, kind)
 
 
 def kept_parameters(manifest: Manifest) -> dict[str, Parameters]:

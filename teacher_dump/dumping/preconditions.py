@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from knowledge_store.calibration.file import read_calibration
 from knowledge_store.errors import DamageError, InputError, MismatchError, MissingFileError
 from knowledge_store.format.commits import commit_records
 from knowledge_store.format.layout import commit_file, manifest_file
 from knowledge_store.format.manifest import Manifest, check_version, read_manifest
 from knowledge_store.format.records import read_record
+from knowledge_store.format.store_file import check_store, occupied
 from knowledge_store.reporter import Reporter
 from knowledge_store.storage import Storage
-from knowledge_store.store import check_store, occupied
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.documents import check_files
 from teacher_dump.dumping.mismatch import check_options
-from teacher_dump.teachers.files import check_local_teacher
+from teacher_dump.dumping.request import check_teacher, parameters_asked
 from teacher_dump.teachers.protocol import Teacher
 
 
@@ -24,17 +23,18 @@ def check_request(config: DumpConfig, storage: Storage, rank: int, world_size: i
     """Make sure that what a call of `dump` or `repair` was given can be used.
 
     Raises:
-        InputError: the rank is not one of the world size, or a file of the corpus or the calibration cannot be used.
+        InputError: the rank is not one of the world size, or a file of the corpus, or one that an option names, cannot be
+            used.
         NewerVersionError: something of the dump has a newer format version.
-        DamageError: its `commits` is not a folder, or the calibration is damaged.
+        DamageError: its `commits` is not a folder, or a file that an option names is damaged.
         StoreError: one of the dump's records cannot be read.
     """
     if not 0 <= rank < world_size:
         raise InputError(f"--rank {rank} is not one of --world-size {world_size}: ranks count from 0")
     check_files(config.corpus)
     _check_versions(storage, config.dump_name)
-    if config.calibration is not None:
-        read_calibration(config.calibration).to_manifest()
+    for kind in config.kinds:
+        parameters_asked(config, kind)
 
 
 def _check_versions(storage: Storage, dump: str) -> None:
@@ -89,7 +89,7 @@ def check_before_loading(
     if existing is not None:
         check_options(config, storage, existing, reporter=reporter)
     if teacher is None:
-        check_local_teacher(config.teacher, config.gguf_file)
+        check_teacher(config)
     return dtype
 
 

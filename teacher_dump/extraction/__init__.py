@@ -1,18 +1,36 @@
-"""What is taken from a teacher's predictions: one file for each kind of knowledge, and sampling.
+"""What is taken from a teacher's predictions: one extractor for each kind of knowledge, with the options it has, and sampling.
 
-To add a kind, write its extractor in a file of its own and add its line to `EXTRACTORS`. Nothing here reads a corpus or writes.
+To add a kind, write its extractor in a file of its own and add its line to `EXTRACTORS`: its options become options of
+`teacher-dump run` and `estimate`. Nothing here reads a corpus or writes, and this table and the files that declare extractors
+import no torch: options are checked before anything heavy is loaded.
 """
+
+from dataclasses import fields
 
 from knowledge_store.errors import InputError
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor
 from teacher_dump.extraction.positions import POSITIONS
 from teacher_dump.teachers.protocol import Teacher
 
-__all__ = ["EXTRACTORS", "ExtractionBatch", "Extractor", "check_needs"]
+__all__ = ["EXTRACTORS", "ExtractionBatch", "Extractor", "check_needs", "option_classes"]
 
 EXTRACTORS: dict[str, Extractor] = {
     "positions": POSITIONS,
 }
+
+
+def option_classes() -> tuple[type, ...]:
+    """The options of all kinds.
+
+    Raises:
+        TypeError: two kinds have an option of one name, which could not be told apart in a command.
+    """
+    owners: dict[str, str] = {}
+    for kind, extractor in EXTRACTORS.items():
+        for field in fields(extractor.options):
+            if owners.setdefault(field.name, kind) != kind:
+                raise TypeError(f"the kinds {owners[field.name]!r} and {kind!r} both have an option {field.name!r}")
+    return tuple(dict.fromkeys(extractor.options for extractor in EXTRACTORS.values()))
 
 
 def check_needs(kinds: tuple[str, ...], teacher: Teacher) -> None:
@@ -22,8 +40,6 @@ def check_needs(kinds: tuple[str, ...], teacher: Teacher) -> None:
         InputError: naming the kind, what it needs, and the teacher.
     """
     for kind in kinds:
-        if kind not in EXTRACTORS:
-            raise InputError(f"no extractor is known for knowledge of kind {kind!r}")
         missing = sorted(EXTRACTORS[kind].needs - teacher.abilities)
         if missing:
             raise InputError(

@@ -1,4 +1,7 @@
-"""What an extractor is: it gets one batch and gives, for each of its sequences, the arrays of its kind of knowledge."""
+"""What an extractor is: it gets one batch and gives, for each of its sequences, the arrays of its kind of knowledge.
+
+No torch here: what imports it does so when it is called.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from knowledge_store.kinds import Arrays
-from teacher_dump.configuration import EstimateConfig
+from knowledge_store.kinds.kind import Parameters
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.teachers.protocol import Ability, Prediction, Teacher
+from teacher_dump.teachers.protocol import Ability, Prediction
 
 Total = tuple[float, int]  # a sum, and over how many
 
@@ -38,20 +41,42 @@ class ExtractionBatch:
 
 
 @dataclass(frozen=True)
+class NoOptions:
+    """For kinds of which there is one sort."""
+
+
+def no_limits(options: Any, teacher: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> None:
+    """For kinds whose options fit any teacher."""
+
+
+@dataclass(frozen=True)
 class Extractor:
     """How one kind of knowledge is taken from a teacher's predictions.
 
     Attributes:
         needs: what the teacher must be able to give.
         function: the arrays of each sequence of a batch; for a kind per sequence they have one entry.
-        parameters: of the kind, from the command's options; None for a kind without parameters.
+        options: a frozen dataclass whose fields, with defaults, are the kind's options in commands and configurations; what
+            does not fit together it refuses when it is made. No two kinds have an option of one name.
+        parameters: of the kind, from its options; None for a kind without parameters.
+        check: raises InputError where options do not fit a teacher, given what is known of it (see `Teacher.description`;
+            before it is loaded perhaps `vocabulary_size` and `max_positions` alone) and of its tokenizer (None before).
+        option_names: what people call a parameter, by its dotted name in the kind's record: the option that it comes from.
+        absent_values: what a parameter is where the record leaves it out.
         figures: by name, a sum over what was extracted of some sequences and over how many values it is: means that are shown
             while a dump is made.
         sample_figures: the same for `estimate`, from a batch of its sample.
+        comparisons: by name, another way to keep the same knowledge, and the fact of the kind (see `Kind.facts`) that says how
+            many bytes that takes.
     """
 
     needs: frozenset[Ability]
     function: Callable[[ExtractionBatch], list[Arrays]]
-    parameters: Callable[[EstimateConfig, Teacher], Any] | None = None
+    options: type = NoOptions
+    parameters: Callable[[Any], Parameters] | None = None
+    check: Callable[[Any, Mapping[str, Any], Mapping[str, Any] | None], None] = no_limits
+    option_names: Mapping[str, str] = field(default_factory=dict)
+    absent_values: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Callable[[list[Arrays]], Total]] = field(default_factory=dict)
     sample_figures: Callable[[ExtractionBatch], dict[str, Total]] | None = None
+    comparisons: Mapping[str, str] = field(default_factory=dict)

@@ -1,196 +1,113 @@
-"""Knowledge of kind `positions`: the likeliest tokens of each distribution, draws from the others, and exactly what is left."""
+"""Knowledge of kind `positions`: its options, the parameters that they stand for, and its extractor. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
 from knowledge_store.calibration.file import check_calibration, read_calibration
 from knowledge_store.errors import InputError
-from knowledge_store.format.sequences import sequence_id
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions import PositionsParameters
-from knowledge_store.kinds.positions.selection import Selection
-from teacher_dump.configuration import EstimateConfig
-from teacher_dump.corpus.tokenisation import TokenSequence, describe_tokenizer
+from knowledge_store.kinds.positions.selection import MAX_DRAWS, NAMES, Selection
+from knowledge_store.options import option
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor, Total
-from teacher_dump.extraction.sampling import (
-    block_sums,
-    counted,
-    draw,
-    independent_points,
-    likeliest,
-    precise,
-    systematic_points,
-)
-from teacher_dump.teachers.protocol import Ability, Teacher
+from teacher_dump.teachers.protocol import Ability
 
 QUANTISATION_STEP = 1 / 8  # nats
-SAMPLE_DEPTHS = (1, 5, 16, 50)  # of candidates, whose coverage `estimate` tells
+
+SELECTION_OPTIONS = {
+    "top-k": {"top_k", "tail_draws"},
+    "top-p": {"top_p", "max_k", "tail_draws"},
+    "random-sampling": {"draws"},
+}
 
 
-class UnsoundLogits(InputError):
-    """The teacher's logits are NaN or infinite; the message names the sequence."""
+@dataclass(frozen=True, kw_only=True)
+class PositionsOptions:
+    """What is kept of each prediction."""
+
+    selection: str = option(
+        "top-k",
+        choices=NAMES,
+        help="The rule that picks what is kept: top-k, top-p (as many candidates as reach --top-p) or random-sampling (draws"
+        " alone).",
+    )
+    top_k: int = option(5, min=1, help="Candidates kept at each position, with top-k.")
+    tail_draws: int = option(
+        4, min=0, max=MAX_DRAWS, help="Draws from beyond the candidates, which make an unbiased target; 0 keeps none."
+    )
+    top_p: float = option(0.95, above=0, max=1, help="The probability that the candidates reach, with top-p.")
+    max_k: int = option(32, min=1, help="Maximum number of candidates, with top-p.")
+    draws: int = option(50, min=1, max=MAX_DRAWS, help="Draws at each position, with random-sampling.")
+    keep_context: bool = option(False, help="Keep knowledge at context positions (prompts) too.")
+    calibration: Path | None = option(None, help="A file of `teacher-dump calibrate`: the tail is kept at its temperature too.")
+
+    def __post_init__(self) -> None:
+        names = {name for options in SELECTION_OPTIONS.values() for name in options}
+        for field in fields(PositionsOptions):
+            unused = field.name in names - SELECTION_OPTIONS.get(self.selection, names)
+            if unused and getattr(self, field.name) != field.default:
+                name = field.name.replace("_", "-")
+                raise InputError(f"--{name} is not an option of the selection {self.selection}")
+        if self.calibration is not None and self.selection == "random-sampling":
+            raise InputError(
+                "--calibration keeps the tail at another temperature beside candidates, and random-sampling has none: its draws"
+                " serve temperature 1 alone"
+            )
+
+    @property
+    def rule(self) -> Selection:
+        """The selection, as the rule it stands for."""
+        if self.selection == "random-sampling":
+            return Selection(self.selection, 0, self.draws)
+        if self.selection == "top-p":
+            return Selection(self.selection, self.max_k, self.tail_draws, self.top_p)
+        return Selection(self.selection, self.top_k, self.tail_draws)
 
 
-def knowledge_of(
-    logits: Tensor, token_ids: Tensor, selection: Selection, points: Tensor | None = None, temperature: float | None = None
-) -> dict[str, Tensor]:
-    """What a selection keeps of each distribution, and exactly what it leaves over.
-
-    The tail is the log-sum-exp of all other logits, never log(1 − Σ), which loses everything where the candidates hold nearly
-    all of the mass; its sum is made in float32 within blocks of `sampling.BLOCK` tokens and in float64 over the blocks. The
-    full normaliser is then tail ⊕ candidates, so that the vocabulary is reduced only once.
-
-    Args:
-        logits: float32 (N, V); overwritten.
-        token_ids: int64 (N,).
-        selection: the rule; at most K = `selection.candidates` candidates.
-        points: float64 (N, M), in [0, 1), where it draws; see `sampling`.
-        temperature: one at which the tail is kept too.
-
-    Returns:
-        token_logprob (N,), candidate_ids (N, K) int64, candidate_logprobs (N, K), tail_logprob (N,): float32, nats, over the
-        full vocabulary at temperature 1; candidates likeliest first, −inf behind the last that top-p needs; the tail is −inf
-        when there is none. With points also tail_ids and tail_counts (N, M) int64, 0 for no draw. With a temperature T also
-        tail_logsumexp (N,) float32: the log of the sum of p^(1/T) over the tail.
-    """
-    token_logit = logits.gather(1, token_ids[:, None])[:, 0]
-    width = min(selection.candidates, logits.shape[1])
-    # One more than the candidates is the likeliest of the tail.
-    values, ids = likeliest(logits, min(width + 1, logits.shape[1]))
-    candidates, ids = values[:, :width], ids[:, :width]
-    if selection.name == "top-p":
-        mass = precise(torch.exp(candidates - torch.logsumexp(logits, dim=1, keepdim=True)))
-        needed = (mass.cumsum(dim=1) - mass < selection.p).to(logits.device)
-    else:
-        needed = torch.ones_like(candidates, dtype=torch.bool)
-    logits.scatter_(1, ids, candidates.masked_fill(needed, -torch.inf))
-    candidates = candidates.masked_fill(~needed, -torch.inf)
-    highest = pad(values, (0, 1), value=-torch.inf).gather(1, needed.sum(dim=1, keepdim=True))
-    whole = highest.isneginf()  # the candidates hold all of it
-    highest = highest.masked_fill(whole, 0)
-    logits.sub_(highest)
-    if temperature is not None:
-        tempered = block_sums(torch.exp(logits / temperature)).sum(dim=1).log()
-    weights = logits.exp_()
-    sums = block_sums(weights)
-    tail = (sums.sum(dim=1).log() + precise(highest[:, 0])).float().to(logits.device)
-    total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
-    knowledge = {
-        "token_logprob": token_logit - total,
-        "candidate_ids": ids,
-        "candidate_logprobs": candidates - total[:, None],
-        "tail_logprob": tail - total,
-    }
-    if points is not None:
-        # Something to draw, which then counts for nothing.
-        for masses in (weights, sums):
-            masses[:, 0].masked_fill_(whole[:, 0].to(masses.device), 1)
-        knowledge["tail_ids"], counts = counted(draw(weights, sums, points))
-        knowledge["tail_counts"] = counts.masked_fill(whole, 0)
-    if temperature is not None:
-        knowledge["tail_logsumexp"] = (tempered + precise(highest[:, 0] - total) / temperature).float().to(logits.device)
-    return knowledge
-
-
-def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
-    """What the selection keeps of every target position (and context position, where asked for); see `kinds.positions`.
+def positions_parameters(options: PositionsOptions) -> PositionsParameters:
+    """What the options stand for.
 
     Raises:
-        UnsoundLogits: a logit is NaN or infinite; names the sequence.
+        InputError: the calibration's file cannot be used. DamageError: it was altered.
     """
-    lengths = np.array([len(sequence.token_ids) for sequence in batch.sequences])
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    token_ids = np.concatenate([sequence.token_ids for sequence in batch.sequences])
-    is_target = np.concatenate([sequence.is_target for sequence in batch.sequences])
-    kept = positions > 0 if batch.parameters.keep_context else is_target
-    answers = _ask(batch, rows[kept], positions[kept], token_ids[kept], _points(batch, lengths)[kept])
-    arrays: Arrays = {"token_id": token_ids.astype(np.uint32), "is_target": is_target, "has_knowledge": kept}
-    for name, values in answers.items():
-        arrays[name] = np.zeros((len(kept), *values.shape[1:]), values.dtype)
-        arrays[name][kept] = values
-    ends = np.cumsum(lengths)
-    return [
-        {name: array[end - length : end] for name, array in arrays.items()}
-        for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)
-    ]
+    calibration = {} if options.calibration is None else read_calibration(options.calibration).to_manifest()
+    return PositionsParameters(options.rule, QUANTISATION_STEP, calibration, options.keep_context)
 
 
-def _points(batch: ExtractionBatch, lengths: np.ndarray) -> np.ndarray:
-    """The random points of all positions of a batch, float64 (sum of lengths, draws)."""
-    selection = batch.parameters.selection
-    points = systematic_points if selection.candidates else independent_points
-    return np.concatenate(
-        [
-            points(_number(sequence), int(length), selection.draws)
-            for sequence, length in zip(batch.sequences, lengths, strict=True)
-        ]
-    )
-
-
-def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, points: np.ndarray) -> Arrays:
-    """What the teacher predicts of the N tokens at (rows[i], positions[i]), int64 (N,) each; no position is 0."""
-    device, parameters = batch.prediction.teacher.device, batch.parameters
-    places, before, tokens = (torch.from_numpy(array).to(device) for array in (rows, positions - 1, token_ids))
-    drawn = torch.from_numpy(points) if parameters.selection.draws else None
-    finite: list[Tensor] = []
-    results: list[dict[str, Tensor]] = []
-    for part, logits in batch.prediction.logit_slices(places, before):
-        lowest = logits.amin(dim=1)
-        own = None if drawn is None else drawn[part]
-        results.append(knowledge_of(logits, tokens[part], parameters.selection, own, parameters.temperature))
-        # A logit that is NaN or +inf makes the normaliser so, and with it the token's log-probability.
-        finite.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
-    if not results:
-        nothing = torch.zeros((0, batch.prediction.teacher.vocabulary_size))
-        tokens = torch.zeros(0, dtype=torch.int64)
-        results.append(knowledge_of(nothing, tokens, parameters.selection, drawn, parameters.temperature))
-    not_finite = ~torch.cat(finite).cpu().numpy() if finite else np.zeros(0, bool)
-    if not_finite.any():
-        raise UnsoundLogits(
-            f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[not_finite][0]])}:"
-            " nothing of its shard was written. Check the teacher's weights; if its dtype is a short one,"
-            " dump under another --name with --dtype float32"
-        )
-    arrays = {name: torch.cat([result[name] for result in results]).cpu().numpy() for name in results[0]}
-    # Half the room until the shard is written.
-    return {name: array.astype(np.uint32) if array.dtype == np.int64 else array for name, array in arrays.items()}
-
-
-def _number(sequence: TokenSequence) -> int:
-    return sequence_id(sequence.document.number, sequence.window)
-
-
-def _place(sequence: TokenSequence) -> str:
-    document = sequence.document
-    return f"sequence {_number(sequence)} (row {document.row} of corpus file {document.file + 1}, window {sequence.window})"
-
-
-def positions_parameters(config: EstimateConfig, teacher: Teacher) -> PositionsParameters:
-    """What the options say of this kind.
+def check_positions(options: PositionsOptions, teacher: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> None:
+    """Make sure that the options fit a teacher.
 
     Raises:
         InputError: there are more candidates than tokens, or the calibration belongs to another teacher or tokenizer.
     """
-    wanted = {"top-k": ("--top-k", config.top_k), "top-p": ("--max-k", config.max_k)}.get(config.selection)
-    if wanted is not None and wanted[1] > teacher.vocabulary_size:
-        raise InputError(f"{wanted[0]} {wanted[1]} is above the teacher's vocabulary of {teacher.vocabulary_size:,} tokens")
-    calibration: dict[str, Any] = {}
-    if config.calibration is not None:
-        file = read_calibration(config.calibration)
-        check_calibration(file, teacher.description, describe_tokenizer(teacher.tokenizer))
-        calibration = file.to_manifest()
-    return PositionsParameters(config.rule, QUANTISATION_STEP, calibration, config.keep_context)
+    name, vocabulary = "--max-k" if options.selection == "top-p" else "--top-k", teacher.get("vocabulary_size")
+    if vocabulary is not None and options.rule.candidates > vocabulary:
+        raise InputError(f"{name} {options.rule.candidates} is above the teacher's vocabulary of {vocabulary:,} tokens")
+    if options.calibration is not None and tokenizer is not None:
+        check_calibration(read_calibration(options.calibration), dict(teacher), dict(tokenizer))
 
 
-def _masses(knowledge: list[Arrays]) -> np.ndarray:
+def extract(batch: ExtractionBatch) -> list[Arrays]:
+    """See `distributions.extract_positions`."""
+    from teacher_dump.extraction.distributions import extract_positions
+
+    return extract_positions(batch)
+
+
+def sample_figures(batch: ExtractionBatch) -> dict[str, Total]:
+    """See `distributions.coverage_by_depth`."""
+    from teacher_dump.extraction.distributions import coverage_by_depth
+
+    return coverage_by_depth(batch)
+
+
+def candidate_masses(knowledge: list[Arrays]) -> np.ndarray:
     """Probabilities of the candidates of all positions with knowledge, float64 (N, K)."""
     return np.concatenate(
         [np.exp(arrays["candidate_logprobs"][arrays["has_knowledge"]].astype(np.float64)) for arrays in knowledge]
@@ -199,24 +116,30 @@ def _masses(knowledge: list[Arrays]) -> np.ndarray:
 
 def coverage(knowledge: list[Arrays]) -> Total:
     """The probability that the candidates hold, over all positions with knowledge."""
-    masses = _masses(knowledge)
+    masses = candidate_masses(knowledge)
     return float(masses.sum()), len(masses) if masses.shape[1] else 0
-
-
-def coverage_by_depth(batch: ExtractionBatch) -> dict[str, Total]:
-    """The probability that the k likeliest tokens hold, for several k, and for the selection's own where it is top-k."""
-    selection, vocabulary = batch.parameters.selection, batch.prediction.teacher.vocabulary_size
-    depths = sorted({*SAMPLE_DEPTHS, *([selection.candidates] if selection.name == "top-k" else [])})
-    deepest = Selection("top-k", min(depths[-1], vocabulary))
-    masses = _masses(extract_positions(replace(batch, parameters=replace(batch.parameters, selection=deepest, calibration={}))))
-    sums = masses.sum(axis=0).cumsum()
-    return {f"top-{depth} coverage": (float(sums[min(depth, len(sums)) - 1]), len(masses)) for depth in depths}
 
 
 POSITIONS = Extractor(
     needs=frozenset({Ability.DISTRIBUTIONS}),
-    function=extract_positions,
+    function=extract,
+    options=PositionsOptions,
     parameters=positions_parameters,
+    check=check_positions,
+    option_names={
+        "selection.name": "--selection",
+        "selection.k": "--top-k",
+        "selection.p": "--top-p",
+        "selection.max_k": "--max-k",
+        "selection.tail_draws": "--tail-draws",
+        "selection.draws": "--draws",
+        "quantisation_step": "the quantisation step",
+        "keep_context": "--keep-context",
+        "calibration.temperature": "the temperature of --calibration",
+        "calibration.sha256": "the file of --calibration",
+    },
+    absent_values={"selection.tail_draws": 0},
     figures={"top-k coverage": coverage},
-    sample_figures=coverage_by_depth,
+    sample_figures=sample_figures,
+    comparisons={"full distributions (float32)": "dense_bytes"},
 )

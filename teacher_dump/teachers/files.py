@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from knowledge_store.errors import InputError
-from knowledge_store.model_files import TOKENIZER_FILES, check_folder_name, check_gguf, check_weights, hub_folder
+from knowledge_store.model_files import (
+    TOKENIZER_FILES,
+    check_folder_name,
+    check_gguf,
+    check_weights,
+    hub_folder,
+    read_configuration,
+)
+
+# What configurations call how many positions a model knows.
+MAX_POSITIONS = ("max_position_embeddings", "n_positions")
 
 
 def check_local_teacher(teacher: str, gguf_file: str | None = None) -> None:
@@ -17,6 +28,19 @@ def check_local_teacher(teacher: str, gguf_file: str | None = None) -> None:
     check_folder_name(teacher)
     if Path(teacher).exists():
         model_files(find_folder(teacher, gguf_file), gguf_file)
+
+
+def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
+    """`vocabulary_size` and `max_positions` as the configuration of a teacher's folder states them; empty of a hub id or a GGUF
+    file, and without what is not stated (InputError: the configuration is no JSON object)."""
+    folder = Path(teacher)
+    if gguf_file is not None or not folder.is_dir():
+        return {}
+    configuration = read_configuration(folder)
+    text: dict[str, Any] = configuration.get("text_config") or configuration
+    names = {"vocabulary_size": ("vocab_size",), "max_positions": MAX_POSITIONS}
+    found = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
+    return {size: value for size, value in found.items() if isinstance(value, int)}
 
 
 def find_folder(teacher: str, gguf_file: str | None = None) -> Path:

@@ -22,11 +22,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.configuration import DTYPES
 from teacher_dump.fingerprints import file_sha256
 from teacher_dump.teachers.files import find_folder, model_files
 from teacher_dump.teachers.protocol import Ability
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Logits held at once, little beside a batch's: 64 MB in float32 on a CPU, 256 MB on a GPU. Smaller ones do not pay: the head's
 # product slows down with fewer rows, and what follows it gains nothing measurable from staying in cache.
@@ -201,7 +200,7 @@ def load_teacher(
     Args:
         teacher: a local folder or a hub id.
         gguf_file: name of a GGUF file in it.
-        dtype: "auto" (float32 on a CPU, the model's own elsewhere) or a key of DTYPES.
+        dtype: one of `configuration.DTYPES`; "auto" is float32 on a CPU, and the model's own elsewhere.
         device: see `find_device`.
         reporter: hears of progress, and of a model that takes more memory.
 
@@ -209,11 +208,11 @@ def load_teacher(
         InputError: it cannot be used; says why.
     """
     where = find_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype} is not known: use auto, {', '.join(DTYPES)}")
+    if dtype not in DTYPES:
+        raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES)}")
     folder = find_folder(teacher, gguf_file)
     files = model_files(folder, gguf_file)
-    wanted = DTYPES[dtype] if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
+    wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         with silence(), panics_as_errors():

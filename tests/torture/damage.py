@@ -15,7 +15,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,7 @@ def read_batches(store: KnowledgeStore) -> Any:
 def fresh(sound: Sound) -> KnowledgeStore:
     """The store opened again as far as Parquet files go: what they do not hold is as it was."""
     opened = sound.opened
-    return KnowledgeStore(LocalStorage(opened.address), list(opened._manifests.values()), opened._index, cache_size=0)
+    return KnowledgeStore(replace(opened._dumps, storage=LocalStorage(opened.address)), cache_size=0)
 
 
 def take_stock(path: Path) -> Sound:
@@ -366,7 +366,7 @@ def try_leftover(seed: int, number: int, sound: Sound) -> Counter[str]:
         for each in sound.path.rglob(".tmp-*"):
             each.unlink()
         # The index knows a record by its size and time.
-        sound.opened._index = KnowledgeStore.open(sound.path, rebuild_index=True, cache_size=0)._index
+        sound.opened._dumps = KnowledgeStore.open(sound.path, rebuild_index=True, cache_size=0)._dumps
     counts["survived"] += 1
     return counts
 

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,9 @@ class Epochs(RuleBasedStateMachine):
         )
         self.ranks = []
         for rank in range(world_size):
-            own = copy.copy(dataset)
-            own.rank = rank
-            self.ranks.append(_Rank(own, workers))
+            shard = copy.copy(dataset)
+            shard.plan = replace(dataset.plan, rank=rank)
+            self.ranks.append(_Rank(shard, workers))
 
     @rule(steps=st.integers(1, 6))
     def train(self, steps: int) -> None:

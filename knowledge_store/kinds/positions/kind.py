@@ -154,6 +154,11 @@ def stored(manifest: Manifest) -> tuple[Field, ...]:
     return (*FIELDS[:AS_THEY_ARE], *PACKED, *_more(manifest))
 
 
+def takes(manifest: Manifest) -> tuple[str, ...]:
+    """The names of the arrays that `pack` takes."""
+    return ("has_knowledge", *(each.name for each in fields(manifest)))
+
+
 def row_bytes(manifest: Manifest) -> int:
     """Bytes of a decoded position, by which row groups are cut: all lists of a row group are padded to the longest."""
     rule = positions_of(manifest).selection
@@ -312,7 +317,7 @@ def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
 
 
 def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with a shard's positions: whether they are of its sequences, and their invariants."""
+    """What is wrong with the positions of some sequences: whether they are of these sequences, and their invariants."""
     yield from tokens_match(table, sequences)
     yield from damage(table, manifest)
 
@@ -359,6 +364,7 @@ POSITIONS = Kind(
     fields=fields,
     parameters=PositionsParameters,
     codec=Codec(
+        takes=takes,
         stored=stored,
         pack=pack,
         unpack=unpack,

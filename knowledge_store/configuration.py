@@ -1,0 +1,124 @@
+"""The options that commands share, and those of `knowledge-store`: frozen dataclasses, one field for each option.
+
+A command is made of one of them (see `terminal.commands`); the other two programs build theirs on those that are shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+
+from knowledge_store.isolation.child import MEMORY_LIMIT as READING_LIMIT
+from knowledge_store.options import option
+from knowledge_store.sql.answers import Format
+from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
+
+# --- shared by the three programs -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Of a command that works on a store."""
+
+    store: Path = option(argument=True, metavar="STORE", help="The store's folder.")
+
+
+@dataclass(frozen=True)
+class DumpOptions:
+    """Of a command that works on a dump which it can choose itself."""
+
+    _: KW_ONLY
+    dump: str | None = option(None, names_dump=True, help="Name of the dump. It may be left out when the store has only one.")
+
+
+@dataclass(frozen=True)
+class OneDumpOptions(StoreOptions):
+    """Of a command that works on a dump which it has to be told."""
+
+    dump: str = option(argument=True, metavar="DUMP", names_dump=True, help="The dump's name.")
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """Of a command that loads a model."""
+
+    _: KW_ONLY
+    gguf_file: str | None = option(None, help="Name of a GGUF file in the model's folder, to load the model from that.")
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """Of a command that writes a calibration."""
+
+    _: KW_ONLY
+    output: Path = option(Path("calibration.json"), help="The calibration's file. An existing calibration is replaced.")
+
+
+# --- the commands of `knowledge-store` --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InfoConfig(StoreOptions):
+    """The options of `knowledge-store info`."""
+
+    as_json: bool = option(False, flag="--json", help="Print one JSON array, an object for each dump.")
+
+
+@dataclass(frozen=True)
+class SqlConfig(StoreOptions):
+    """The options of `knowledge-store sql`."""
+
+    query: str | None = option(
+        None, argument=True, metavar="QUERY", help="One SELECT statement; `-` reads it from standard input."
+    )
+    file: Path | None = option(None, help="Read the statement from this file.")
+    format: Format = option(Format.table, help="How the answer is printed; json is one array of row objects.")
+    memory_limit: float = option(MEMORY_LIMIT / 2**30, above=0, help="For the query and its answer, in GiB.")
+    timeout: float = option(TIMEOUT, above=0, help="In seconds, after which the query is interrupted.")
+
+
+@dataclass(frozen=True)
+class ExportConfig(OneDumpOptions):
+    """The options of `knowledge-store export`."""
+
+    output: Path = option(help="The Parquet file to write; an existing one is never replaced.")
+    where: str | None = option(None, help="A condition in SQL: only rows that meet it are written.")
+    kind: str | None = option(None, help="Which kind of knowledge, when the dump has several.")
+
+
+@dataclass(frozen=True)
+class VerifyConfig(StoreOptions):
+    """The options of `knowledge-store verify`."""
+
+    memory_limit: float = option(READING_LIMIT / 2**30, above=0, help="For reading one shard, in GiB.")
+
+
+@dataclass(frozen=True)
+class RemoveConfig(OneDumpOptions):
+    """The options of `knowledge-store remove`."""
+
+    yes: bool = option(False, help="Do not ask.")
+
+
+@dataclass(frozen=True)
+class RenameConfig(StoreOptions):
+    """The options of `knowledge-store rename`."""
+
+    old: str = option(argument=True, metavar="OLD", names_dump=True, help="The dump's name.")
+    new: str = option(argument=True, metavar="NEW", help="Its new name.")
+
+
+@dataclass(frozen=True)
+class CopyConfig:
+    """The options of `knowledge-store copy`."""
+
+    source: Path = option(argument=True, metavar="SOURCE", help="The store to copy from.")
+    destination: Path = option(argument=True, metavar="DESTINATION", help="The store to copy to; made when missing.")
+    dump: str | None = option(None, names_dump=True, help="Copy this dump alone.")
+
+
+@dataclass(frozen=True)
+class SequenceConfig(StoreOptions, DumpOptions):
+    """The options of `knowledge-store sequence`."""
+
+    sequence_id: int = option(argument=True, metavar="ID", help="A sequence_id.")

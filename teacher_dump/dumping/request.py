@@ -1,0 +1,48 @@
+"""What a configuration asks for, checked before a teacher is loaded. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from knowledge_store.errors import InputError
+from knowledge_store.kinds import KINDS
+from knowledge_store.kinds.kind import Parameters
+from teacher_dump.configuration import CorpusOptions, EstimateConfig
+from teacher_dump.extraction import EXTRACTORS
+from teacher_dump.teachers.files import check_local_teacher, stated_sizes
+
+
+def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
+    """The parameters of a kind that the options stand for.
+
+    Raises:
+        InputError: a file that an option names cannot be used. DamageError: it was altered.
+    """
+    parameters = EXTRACTORS[kind].parameters
+    return KINDS[kind].parameters() if parameters is None else parameters(config.kind_options(kind))
+
+
+def check_length(config: CorpusOptions, teacher: Mapping[str, Any]) -> None:
+    """Make sure that sequences are no longer than a teacher knows positions, where its description says how many it knows.
+
+    Raises:
+        InputError: they may be longer.
+    """
+    positions = teacher.get("max_positions")
+    if positions is not None and config.max_length > positions:
+        raise InputError(f"--max-length {config.max_length} is above the {positions} positions the teacher knows")
+
+
+def check_teacher(config: CorpusOptions) -> None:
+    """Make sure, before it is loaded, that a teacher has the files it needs, and that the options fit what they say of it.
+
+    Raises:
+        InputError: it has not, or they do not.
+    """
+    check_local_teacher(config.teacher, config.gguf_file)
+    sizes = stated_sizes(config.teacher, config.gguf_file)
+    check_length(config, sizes)
+    if isinstance(config, EstimateConfig):
+        for kind in config.kinds:
+            EXTRACTORS[kind].check(config.kind_options(kind), sizes, None)
