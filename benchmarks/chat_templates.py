@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measurement import keep
-from teacher_dump.corpus.chat import ChatOptions, ChatTemplate
+from teacher_dump.corpus.chat.options import ChatOptions, today
+from teacher_dump.corpus.chat.template import ChatTemplate
 from teacher_dump.corpus.rows import BadRow
 
 # What is a token of its own under a template's tokenizer: special ones, and those that are not.
@@ -231,7 +232,7 @@ class Judge:
         self.template, self.variant = str(texts[name]), texts.get(f"{name}_training")
         self.tokenizer = make_tokenizer(self.template + (self.variant or ""), sentencepiece)
         self.tokenizer.chat_template = self.template
-        self.chat = ChatTemplate(self.tokenizer, ChatOptions.today())
+        self.chat = ChatTemplate(self.tokenizer, ChatOptions(today()))
 
     def texts(self, messages: list[dict[str, Any]], arguments: dict[str, Any], template: str) -> Iterator[tuple[str, list]]:
         """A conversation under a template, in all ways in which it may be written, and how it is written."""

@@ -29,7 +29,7 @@ from teacher_dump.corpus.documents import check_files, problem_text, read_docume
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
 from teacher_dump.dumping.batches import length_batches, predict_batch
-from teacher_dump.dumping.plan import corpus_files
+from teacher_dump.dumping.plan import corpus_files, corpus_tokenizer
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Teacher
 
@@ -101,7 +101,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
     check_files(config.corpus)
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)
-    sequences, skipped_rows = _sample(config, CorpusTokenizer(teacher.tokenizer, config.max_length), reporter)
+    sequences, skipped_rows = _sample(config, corpus_tokenizer(config, teacher), reporter)
     targets = sum(int(sequence.is_target.sum()) for sequence in sequences)
     with reporter.progress("asking the teacher", 2 * targets, "targets") as advance:
         temperature, at_edge = _fit(config, teacher, sequences, advance)

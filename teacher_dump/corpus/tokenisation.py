@@ -20,7 +20,8 @@ import numpy as np
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.tokenizer import opening_tokens
-from teacher_dump.corpus.chat import ChatOptions, ChatTemplate, Conversation
+from teacher_dump.corpus.chat.options import ChatOptions, today
+from teacher_dump.corpus.chat.template import ChatTemplate, Conversation
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.rows import BadRow
 
@@ -64,7 +65,7 @@ class CorpusTokenizer:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._opening = opening_tokens(tokenizer)
-        self._chat = ChatTemplate(tokenizer, chat or ChatOptions.today())
+        self._chat = ChatTemplate(tokenizer, chat or ChatOptions(today()))
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
@@ -150,12 +151,13 @@ class CorpusTokenizer:
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What goes into the manifest about a tokenizer: the hash of its vocabulary (token → id), its size and special ids."""
     vocabulary = tokenizer.get_vocab()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    templates = tokenizer.chat_template or ""
+    named = isinstance(templates, dict)
     return {
         "vocabulary_sha256": json_sha256(vocabulary),
         "size": len(vocabulary),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "chat_template_sha256": json_sha256(templates) if named else hashlib.sha256(templates.encode()).hexdigest(),
     }

@@ -17,9 +17,9 @@ from knowledge_store.writing.shard import pack_shard
 from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
-from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
+from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
-from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
+from teacher_dump.dumping.plan import ShardInput, corpus_tokenizer, identity_manifest, kept_parameters
 from teacher_dump.dumping.publishing import Knowledge
 from teacher_dump.dumping.teacher_pass import shard_of
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
@@ -107,7 +107,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
     manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})
-    tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
+    tokenizer = corpus_tokenizer(config, teacher, manifest)
     documents, count, characters = _sample_documents(config, reporter)
     sequences: list[TokenSequence] = []
     unusable = 0

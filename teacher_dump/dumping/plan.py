@@ -14,11 +14,12 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.quantities import counted
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
+from teacher_dump.corpus.chat.rendering import Renderer
 from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check_files, problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value, scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
-from teacher_dump.dumping.request import check_length, parameters_asked
+from teacher_dump.dumping.request import chat_asked, check_length, parameters_asked
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.fingerprints import corpus_record
 from teacher_dump.teachers.protocol import Teacher
@@ -35,12 +36,21 @@ def corpus_files(config: CorpusOptions, files: tuple[Path, ...], teacher: Teache
     return corpus_record(files, reporter=reporter)
 
 
-def identity_manifest(config: EstimateConfig, teacher: Teacher, dump: str, *, reporter: Reporter = SILENT) -> Manifest:
+def identity_manifest(
+    config: EstimateConfig, teacher: Teacher, dump: str, existing: Manifest | None = None, *, reporter: Reporter = SILENT
+) -> Manifest:
     """The manifest of the dump that `config` asks for, with nothing derived yet.
+
+    Args:
+        config, teacher, dump: what is asked, of whom, and the dump's name.
+        existing: the dump's manifest, where it has been begun.
+        reporter: hears of progress.
 
     Raises:
         InputError: the corpus cannot be used, or an option does not fit the teacher.
     """
+    chat = chat_asked(config, existing)
+    dated = config.template_date is not None or Renderer(teacher.tokenizer, chat).asks_for_date()
     return Manifest(
         dump=dump,
         kinds={name: _parameters(name, config, teacher).to_record() for name in config.kinds},
@@ -51,6 +61,7 @@ def identity_manifest(config: EstimateConfig, teacher: Teacher, dump: str, *, re
             "max_length": config.max_length,
             "shard_size": config.shard_size,
             "part_characters": config.part_characters,
+            "chat": chat.record(dated),
         },
         derived={},
     )
@@ -66,6 +77,15 @@ def kept_parameters(manifest: Manifest) -> dict[str, Parameters]:
     return {name: KINDS[name].parameters.from_record(record) for name, record in manifest.kinds.items()}
 
 
+def corpus_tokenizer(config: CorpusOptions, teacher: Teacher, manifest: Manifest | None = None) -> CorpusTokenizer:
+    """What makes sequences of a corpus's documents, as the options and a dump's manifest say.
+
+    Raises:
+        InputError: there is no room for text, or the file of the chat template cannot be used.
+    """
+    return CorpusTokenizer(teacher.tokenizer, config.max_length, chat_asked(config, manifest))
+
+
 def make_manifest(
     config: DumpConfig, teacher: Teacher, existing: Manifest | None = None, *, reporter: Reporter = SILENT
 ) -> Manifest:
@@ -74,7 +94,7 @@ def make_manifest(
     Raises:
         InputError: the corpus cannot be used, or an option does not fit the teacher.
     """
-    manifest = identity_manifest(config, teacher, config.dump_name, reporter=reporter)
+    manifest = identity_manifest(config, teacher, config.dump_name, existing, reporter=reporter)
     if existing is None:
         return replace(manifest, derived=_scan_corpus(config, reporter))
     if existing.differences(manifest):

@@ -23,7 +23,6 @@ from knowledge_store.writing.repair import (
 )
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import check_before_loading, check_request
 from teacher_dump.dumping.remaining import worker_shards
@@ -68,7 +67,7 @@ def repair(
     dtype = check_before_loading(config, storage, existing, teacher, reporter)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
-    from teacher_dump.dumping.plan import ShardReader, make_manifest
+    from teacher_dump.dumping.plan import ShardReader, corpus_tokenizer, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
     from teacher_dump.teachers import local
@@ -78,7 +77,7 @@ def repair(
     planned = make_manifest(config, teacher, existing, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)
-    reader = ShardReader(config, planned, CorpusTokenizer(teacher.tokenizer, config.max_length))
+    reader = ShardReader(config, planned, corpus_tokenizer(config, teacher, planned))
     tokens = tokens_table(*teacher.tokens())
     made_again = existing is None and repair_manifest(storage, planned)
     writer = DumpWriter.open(storage, planned, tokens)

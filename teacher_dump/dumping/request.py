@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from knowledge_store.errors import InputError
+from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import Parameters
 from teacher_dump.configuration import CorpusOptions, EstimateConfig
+from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.teachers.files import check_local_teacher, stated_sizes
 
@@ -21,6 +23,17 @@ def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
     """
     parameters = EXTRACTORS[kind].parameters
     return KINDS[kind].parameters() if parameters is None else parameters(config.kind_options(kind))
+
+
+def chat_asked(config: CorpusOptions, existing: Manifest | None) -> ChatOptions:
+    """How conversations are rendered: as the options say, and what they do not say as the dump that exists was made, or else as
+    a dump that begins today is.
+
+    Raises:
+        InputError: the file of the chat template cannot be used.
+    """
+    kept = {} if existing is None else existing.plan.get("chat", {})
+    return ChatOptions.asked(config.chat_template, config.train_on, config.template_date, kept)
 
 
 def check_length(config: CorpusOptions, teacher: Mapping[str, Any]) -> None:

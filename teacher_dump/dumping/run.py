@@ -10,7 +10,6 @@ from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import open_storage
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.remaining import remaining_shards, worker_shards
@@ -47,16 +46,18 @@ def dump(
     dtype = check_before_loading(config, storage, existing, teacher, reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
-    from teacher_dump.dumping.plan import ShardReader, make_manifest
+    from teacher_dump.dumping.plan import ShardReader, corpus_tokenizer, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
     from teacher_dump.teachers import local
 
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
-    tokenizer = CorpusTokenizer(teacher.tokenizer, config.max_length)
     existing = existing or existing_manifest(storage, config.dump_name)
     planned = make_manifest(config, teacher, existing, reporter=reporter)
+    if existing is None and (existing := existing_manifest(storage, config.dump_name)) is not None:
+        planned = make_manifest(config, teacher, existing, reporter=reporter)  # another worker has begun it meanwhile
+    tokenizer = corpus_tokenizer(config, teacher, planned)
     if existing is not None:
         check_same(storage, existing, planned)
     reader, first = ShardReader(config, planned, tokenizer), None

@@ -4,8 +4,3 @@
 renders them with marks around the words; `template` makes sure that no words are lost; `turns` finds where an assistant's turn
 begins and ends. No file type and no tokenization of plain text belongs here.
 """
-
-from teacher_dump.corpus.chat.options import ChatOptions
-from teacher_dump.corpus.chat.template import ChatTemplate, Conversation
-
-__all__ = ["ChatOptions", "ChatTemplate", "Conversation"]

@@ -61,6 +61,11 @@ class Renderer:
         self._tokenizer, self._options = tokenizer, options
         self._texts: dict[str, str] = {}
 
+    def asks_for_date(self) -> bool:
+        """Whether a template may ask for today's date."""
+        templates = self._options.template or self._tokenizer.chat_template or ""
+        return any("strftime_now" in text for text in (templates.values() if isinstance(templates, dict) else [templates]))
+
     def template(self, tools: list[Any] | None) -> str:
         """The text of the template for rows with or without tools: a tokenizer may have several by name.
 
@@ -105,6 +110,8 @@ class Renderer:
             BadRow: the template refuses it.
             InputError: there is no template.
         """
+        from jinja2.exceptions import TemplateSyntaxError  # transformers needs it for chat templates alone
+
         template = self.template(tools)
         if "strftime_now" in template:
             arguments = {**arguments, _DATES: self._options.clock()}
@@ -120,6 +127,10 @@ class Renderer:
                     **arguments,
                 )
             )
+        except TemplateSyntaxError as error:
+            raise InputError(
+                f"the chat template is not Jinja: line {error.lineno}: {error.message}; name another with --chat-template"
+            ) from None
         except Exception as error:  # a template is a program of its own, and a row can make it fail in any way
             raise BadRow(f"the chat template refuses it: {str(error).splitlines()[0] if str(error) else error!r}") from None
 
