@@ -40,7 +40,7 @@ ENDS = re.compile(
 # Template text beside a turn in which marks may differ from ours: white space, marks of reasoning, the end of the sequence.
 BESIDE = re.compile(r"(?:\s|</?think>|<eos>|<\|channel>thought\n|<channel\|>)*")
 # Headers: of the assistant's turn, which some variants mark too, and of what a tool says, by which Gemma 4 ends a call.
-HEADERS = re.compile(r"<\|start\|>assistant|<｜Assistant｜>|<｜tool▁outputs▁end｜>|<\|tool_response>")
+HEADERS = re.compile(r"<\|start\|>(?:assistant)?|<｜Assistant｜>|<｜tool▁outputs▁end｜>|<\|tool_response>")
 
 TEXT = "The keeper lit the lamp early, and asked how far it could be seen from the assistant's ship.\n\nIn winter they read. "
 

@@ -31,6 +31,10 @@ TOKENIZER_FILES = (
 )
 
 
+# Templates that a tokenizer has beside its default one, by name.
+TEMPLATE_FILES = "additional_chat_templates/*.jinja"
+
+
 def check_folder_name(model: str) -> None:
     """Refuse what can only be the path of a folder, where there is none; what may be a hub id is left to `hub_folder`.
 
@@ -63,7 +67,7 @@ def hub_folder(model: str, gguf_file: str | None = None) -> Path:
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
-    wanted = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, "*.model"]
+    wanted = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, TEMPLATE_FILES, "*.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except LocalEntryNotFoundError:

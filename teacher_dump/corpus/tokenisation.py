@@ -117,6 +117,14 @@ class CorpusTokenizer:
         # The tokenizer warns of texts longer than its model's context; windows take care of that.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def _encode_continuation(self, text: str) -> list[int]:
+        """The tokens of a text that goes on after a line's end: some tokenizers put a space before what they think a text's
+        beginning."""
+        line_end = self._encode("\n")
+        token_ids = self._encode("\n" + text)
+        follows = token_ids[: len(line_end)] == line_end
+        return token_ids[len(line_end) :] if follows and len(token_ids) > len(line_end) else self._encode(text)
+
     def _close(self, token_ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return token_ids if end is None or token_ids[-1:] == [end] else [*token_ids, end]
@@ -124,7 +132,7 @@ class CorpusTokenizer:
     def _windows(self, document: Document, text: str) -> list[TokenSequence]:
         if not text:
             return []
-        token_ids = self._encode(text)
+        token_ids = self._encode(text) if document.part == 0 else self._encode_continuation(text)
         if document.last_part:
             token_ids = self._close(token_ids)
         room = self.max_length - len(self._opening)

@@ -249,6 +249,6 @@ def load_teacher(
         "vocabulary_size": head.weight.shape[0],
         "max_positions": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "files": {path.name: file_sha256(path, reporter=reporter) for path in files},
+        "files": {path.relative_to(folder).as_posix(): file_sha256(path, reporter=reporter) for path in files},
     }
     return LocalTeacher(model, tokenizer, description, where, whole)

@@ -31,16 +31,23 @@ class Marks:
     Attributes:
         around: whether a field is marked around its words; others are marked inside them, or not at all.
         inside: whether a field is marked in the middle of its words, where a template looks at their ends.
+        fields: that are marked, in the order of their marks.
+        unmarked: fields with words that are not.
+        values: fields that are numbers or truth values.
+        words: of each marked field, what has to be found between its marks.
     """
 
     around: Callable[[Field], bool] = lambda place: True
     inside: Callable[[Field], bool] = lambda place: False
     fields: list[Field] = field(default_factory=list)
+    unmarked: list[Field] = field(default_factory=list)
+    values: list[Field] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
 
     def change(self, place: Field, value: Any) -> Any:
         """A field's value with its marks."""
         if place.kind == VALUE:
+            self.values.append(place)
             return value
         core = value.strip()
         if not core:
@@ -49,6 +56,7 @@ class Marks:
             raise BadRow(f"`{place.name}` has characters of a private-use plane (U+F0000 to U+FFFFD): remove them")
         around = self.around(place)
         if not around and not self.inside(place):
+            self.unmarked.append(place)
             return value
         number = len(self.fields)
         if number >= MAX_FIELDS:

@@ -49,7 +49,8 @@ class ChatTemplate:
         self._renderer = Renderer(tokenizer, options)
         shapes = Shapes(self._renderer)
         self._words = Words(self._renderer, shapes)
-        self._turns = Turns(shapes, _special_tokens(tokenizer))
+        self._turns = Turns(shapes)
+        self._special = _special_tokens(tokenizer)
 
     def tokens(
         self, records: list[dict[str, Any]], arguments: dict[str, Any] | None = None, completion_from: int = 0
@@ -78,7 +79,7 @@ class ChatTemplate:
         rendered = self._rendered(Row(messages, tools, arguments, think_tags(self._renderer.template(tools))))
         rendering = rendered.marked.text
         encoded = self._tokenizer(rendering, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        text = Text.of(rendering, np.array(encoded["input_ids"], np.int64), encoded["offset_mapping"])
+        text = Text.of(rendering, encoded["input_ids"], encoded["offset_mapping"], self._special)
         is_target = np.zeros(len(text.token_ids), bool)
         for index in targets:
             is_target |= self._turns.of(rendered, text, index)

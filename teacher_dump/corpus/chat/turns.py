@@ -8,7 +8,6 @@ one that follows directly ends the turn: some templates end a turn by the header
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,20 +28,22 @@ class Text:
         text: the rendering.
         token_ids: int64 (L,).
         begins, ends: int64 (L,), the characters that each token stands for.
+        special: bool (L,), which tokens are special ones.
     """
 
     text: str
     token_ids: np.ndarray
     begins: np.ndarray
     ends: np.ndarray
+    special: np.ndarray
 
     @classmethod
-    def of(cls, text: str, token_ids: np.ndarray, offsets: Iterable[tuple[int, int]]) -> Text:
-        """From what a tokenizer says of a text."""
-        begins, ends = np.array(list(offsets), np.int64).reshape(-1, 2).T
+    def of(cls, text: str, ids: list[int], offsets: list[tuple[int, int]], special: frozenset[int]) -> Text:
+        """From what a tokenizer says of a text, and which of its tokens are special."""
+        begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T
         # Some tokenizers leave white space out of their offsets. A token of nothing else begins where the one before it ended.
         begins = np.where(begins < ends, begins, np.minimum(begins, np.concatenate([[0], ends[:-1]])))
-        return cls(text, token_ids, begins, ends)
+        return cls(text, np.array(ids, np.int64), begins, ends, np.array([token in special for token in ids], bool))
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,10 @@ class Turns:
 
     Args:
         shapes: of the template's outlines.
-        special: ids of the special tokens.
     """
 
-    def __init__(self, shapes: Shapes, special: frozenset[int]):
+    def __init__(self, shapes: Shapes):
         self._shapes = shapes
-        self._special = np.array(sorted(special), np.int64)
 
     def of(self, rendered: Rendered, text: Text, index: int) -> np.ndarray:
         """Which tokens are the turn of one assistant message, bool (L,).
@@ -122,7 +121,6 @@ class Turns:
         field = rendered.marked.marks[run.last].field
         following = text.text[end:after]
         further = [USER] if index + 1 == len(rendered.row.messages) else []
-        special = np.isin(text.token_ids, self._special)
         closing = np.zeros(len(text.token_ids), bool)
         for source in (rendered.outline, rendered.row):
             other = self._after(source.first(index + 1, *further), rendered.form, field)
@@ -133,9 +131,9 @@ class Turns:
             closing = (text.begins >= end) & (text.begins < visible) & (text.ends <= _past_space(text.text, stop))
             if closing.any():
                 break
-        if not (closing & special).any():
+        if not (closing & text.special).any():
             begin = _past_space(text.text, int(text.ends[closing].max()) if closing.any() else end)
-            direct = special & (text.begins >= end) & (text.begins <= begin) & (text.ends > begin)
+            direct = text.special & (text.begins >= end) & (text.begins <= begin) & (text.ends > begin)
             # The header of another turn of the assistant does not end this one.
             if direct.any() and not self._prompt(rendered).lstrip().startswith(text.text[begin : text.ends[direct].max()]):
                 closing |= direct

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
-from teacher_dump.corpus.chat.fields import NAME, REASONING, TEXT, TOOLS, VALUE, Field
+from teacher_dump.corpus.chat.fields import NAME, REASONING, TEXT, TOOLS, Field
 from teacher_dump.corpus.chat.marks import Marked, Marks
 from teacher_dump.corpus.chat.messages import Form
 from teacher_dump.corpus.chat.rendering import Renderer
@@ -76,15 +75,13 @@ class Words:
         """
         plain = self._text(row, form)
         marks, marked = self._fitting(row, form, plain)
-        found = set(marks.fields)
-        unmarked = [place for place in fields_of(row, form) if place not in found and place.kind != VALUE]
-        lost = [*marked.cut, *(place for place in [*marked.missing, *unmarked] if not self._seen(row, form, place))]
+        lost = [*marked.cut, *(place for place in [*marked.missing, *marks.unmarked] if not self._seen(row, form, place))]
         dropped = {place.message for place in lost if place.kind == REASONING and self._drops(row, form, place)}
         lost = [place for place in lost if place.kind != REASONING or place.message not in dropped]
         lost += _miswritten(row, form, plain)
         if lost:
             raise LostWords(row, lost)
-        self._check_values(row, form)
+        self._check_values(row, form, marks.values)
         outline = row.outline(form)
         if not any(identifier in plain for identifier in row.identifiers()):
             outline = outline.with_numbered_identifiers()
@@ -101,7 +98,7 @@ class Words:
             return marks, marked
         # The template looks into the words somewhere: find out where, one field at a time.
         around, inside = set(), set()
-        for place in fields_of(row, form):
+        for place in marks.fields:
             if self._fits(row, form, plain, {place}, set()):
                 around.add(place)
             elif not _is_answer(row, place) and self._fits(row, form, plain, set(), {place}):
@@ -146,28 +143,12 @@ class Words:
         cut = self._shapes.marked(row.outline(form).first(place.message + 1), form)
         return cut is not None and place in cut.places
 
-    def _check_values(self, row: Row, form: Form) -> None:
+    def _check_values(self, row: Row, form: Form, values: list[Field]) -> None:
         """Make sure that numbers and truth values of arguments are in the text."""
-        if form.arguments_as_text or not any(call.arguments for message in row.messages for call in message.calls):
-            return
-        values = [place for place in fields_of(row, form) if place.kind == VALUE]
         outline = row.outline(form, values=True) if values else row
         lost = [place for place in values if not self._shapes.shows(outline, form, place)]
         if lost:
             raise LostWords(row, lost)
-
-
-def fields_of(row: Row, form: Form) -> list[Field]:
-    """The fields of a row that have words or values."""
-    places: list[Field] = []
-
-    def change(place: Field, value: Any) -> Any:
-        if place.kind == VALUE or value.strip():
-            places.append(place)
-        return value
-
-    row.changed(form, change)
-    return places
 
 
 def _is_answer(row: Row, place: Field) -> bool:
