@@ -18,7 +18,8 @@ from teacher_dump.corpus.rows import BadRow
 
 FIRST = 0xF0000
 LAST = 0xFFFFD
-MARK = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
+# A mark, or what Python and JSON write for one within quotation marks.
+MARK = re.compile(rf"[{chr(FIRST)}-{chr(LAST)}]|\\U000f[0-9a-f]{{4}}|\\udb[89ab][0-9a-f]\\ud[c-f][0-9a-f]{{2}}")
 MAX_FIELDS = (LAST - FIRST) // 2
 
 _WORD = re.compile(r"\w+")
@@ -105,7 +106,9 @@ class Marked:
             pieces.append(rendered[begin : match.start()])
             length += match.start() - begin
             begin = match.end()
-            number, closes = divmod(ord(match[0]) - FIRST, 2)
+            number, closes = divmod(_character(match[0]) - FIRST, 2)
+            if number >= len(marks.fields):
+                raise BadRow(f"it has a character of a private-use plane ({match[0]!r}): remove it")
             self.marks.append(Mark(length, marks.fields[number], bool(closes)))
         pieces.append(rendered[begin:])
         self.text = "".join(pieces)
@@ -142,6 +145,15 @@ class Marked:
         if place not in self.places:
             return None
         return self.text[self.end(place) : self.next_mark(self.places[place][1])]
+
+
+def _character(written: str) -> int:
+    """Which character a mark is, however it is written."""
+    if len(written) == 1:
+        return ord(written)
+    if written[1] == "U":
+        return int(written[2:], 16)
+    return 0x10000 + ((int(written[2:6], 16) - 0xD800) << 10) + int(written[8:12], 16) - 0xDC00
 
 
 def _holds(text: str, words: str) -> bool:

@@ -85,7 +85,7 @@ class ChatTemplate:
             is_target |= self._turns.of(rendered, text, index)
         if not is_target.any():
             raise BadRow("the chat template leaves nothing of the assistant's messages, so nothing is there to learn")
-        return Conversation(text.token_ids, is_target, rendered.dropped_reasoning)
+        return Conversation(text.token_ids, is_target, len(rendered.dropped_reasoning))
 
     def _targets(self, messages: list[Message], completion_from: int) -> list[int]:
         """Indices of the messages to learn."""

@@ -8,7 +8,8 @@ one that follows directly ends the turn: some templates end a turn by the header
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -73,11 +74,16 @@ class Turns:
             index: of the message.
 
         Raises:
-            BadRow: a token holds words of another message too.
+            BadRow: a token holds words of another message too, or nobody can tell where a turn begins or ends.
         """
         targets = np.zeros(len(text.token_ids), bool)
         marked = rendered.marked
-        for number, run in enumerate(_runs(marked, index)):
+        runs = _runs(marked, index)
+        if not runs and index not in rendered.dropped_reasoning:
+            raise BadRow(f"an answer has no words beside marks of reasoning: message {index + 1}; remove it")
+        if runs:
+            self._check_results(rendered, runs, index)
+        for number, run in enumerate(runs):
             before = marked.marks[run.first - 1].position if run.first else 0
             words = marked.marks[run.first].position
             end = marked.marks[run.last].position
@@ -92,12 +98,28 @@ class Turns:
             targets |= inner | self._closing(rendered, text, run, index, end, after)
         return targets
 
+    def _check_results(self, rendered: Rendered, runs: list[Run], index: int) -> None:
+        """Make sure that no result of a call stands within a run, unseen because it is empty."""
+        silent = [n for n, message in enumerate(rendered.row.messages) if message.role == "tool" and not message.has_words]
+        if not silent:
+            return
+        messages = [
+            replace(message, content=("word",)) if number in silent else message
+            for number, message in enumerate(rendered.outline.messages)
+        ]
+        speaking = self._shapes.marked(replace(rendered.outline, messages=messages), rendered.form)
+        if speaking is None or len(_runs(speaking, index)) != len(runs):
+            raise BadRow(
+                "the result of a call is empty, and the chat template puts it into the assistant's turn, where nobody can tell"
+                f" it from the answer: message {index + 1}; give the result words"
+            )
+
     def _header(self, rendered: Rendered, run: Run, index: int, before: str) -> int:
         """How many characters between a turn's words and the words before them are the template's, and not the assistant's."""
         form, marked = rendered.form, rendered.marked
         if index and run.first:
             previous = marked.marks[run.first - 1].field
-            for source in (rendered.outline, rendered.row):
+            for source in rendered.sources:
                 prompt = self._after(source.first(index), form, previous, prompt=True)
                 silence = self._after(source.first(index), form, previous)
                 if prompt is None or silence is None:
@@ -120,24 +142,36 @@ class Turns:
         """Which tokens between the end of a turn's words and the next mark close the turn, bool (L,)."""
         field = rendered.marked.marks[run.last].field
         following = text.text[end:after]
-        further = [USER] if index + 1 == len(rendered.row.messages) else []
         closing = np.zeros(len(text.token_ids), bool)
-        for source in (rendered.outline, rendered.row):
-            other = self._after(source.first(index + 1, *further), rendered.form, field)
-            if other is None:
-                continue
+        for other in self._endings(rendered, index, field, following):
             stop = end + _shared(following, other)
             visible = end + len(text.text[end:stop].rstrip())
             closing = (text.begins >= end) & (text.begins < visible) & (text.ends <= _past_space(text.text, stop))
             if closing.any():
                 break
+        prompt = self._prompt(rendered)
+        if not prompt:  # the template asks for an answer at every end, or never: what stands there is no witness
+            ends = np.flatnonzero(closing & text.special)
+            closing[ends[0] + 1 if len(ends) else len(closing) :] = False
         if not (closing & text.special).any():
             begin = _past_space(text.text, int(text.ends[closing].max()) if closing.any() else end)
             direct = text.special & (text.begins >= end) & (text.begins <= begin) & (text.ends > begin)
             # The header of another turn of the assistant does not end this one.
-            if direct.any() and not self._prompt(rendered).lstrip().startswith(text.text[begin : text.ends[direct].max()]):
+            if direct.any() and not prompt.lstrip().startswith(text.text[begin : text.ends[direct].max()]):
                 closing |= direct
         return closing
+
+    def _endings(self, rendered: Rendered, index: int, field: Field, following: str) -> Iterator[str]:
+        """What follows a turn's last field where the conversation ends with it, or where it goes on if it ends there itself."""
+        last = index + 1 == len(rendered.row.messages)
+        alone = last
+        for source in rendered.sources:
+            other = self._after(source.first(index + 1, *([USER] if last else [])), rendered.form, field)
+            if other is not None:
+                alone = False
+                yield other
+        if alone:
+            yield following
 
     def _prompt(self, rendered: Rendered) -> str:
         """What asks for an answer to a question; empty where nothing does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from teacher_dump.corpus.chat.fields import NAME, REASONING, TEXT, TOOLS, Field
+from teacher_dump.corpus.chat.fields import CONTENT, NAME, REASONING, TEXT, TOOLS, Field
 from teacher_dump.corpus.chat.marks import Marked, Marks
 from teacher_dump.corpus.chat.messages import Form
 from teacher_dump.corpus.chat.rendering import Renderer
@@ -45,14 +45,19 @@ class Rendered:
         row, form: what was rendered.
         outline: of the row; its identifiers stay where the text shows them.
         marked: the rendering.
-        dropped_reasoning: messages whose reasoning is left out because others follow.
+        dropped_reasoning: indices of messages whose reasoning is left out because others follow.
     """
 
     row: Row
     form: Form
     outline: Row
     marked: Marked
-    dropped_reasoning: int
+    dropped_reasoning: frozenset[int]
+
+    @property
+    def sources(self) -> tuple[Row, Row]:
+        """What can be rendered in part to find out about the row: its outline, and where that is no help, itself."""
+        return self.outline, self.row
 
 
 class Words:
@@ -85,7 +90,7 @@ class Words:
         outline = row.outline(form)
         if not any(identifier in plain for identifier in row.identifiers()):
             outline = outline.with_numbered_identifiers()
-        return Rendered(row, form, outline, marked, len(dropped))
+        return Rendered(row, form, outline, marked, frozenset(dropped))
 
     def _text(self, row: Row, form: Form) -> str:
         return self._renderer.render(row.messages, form, row.tools, row.arguments)
@@ -156,9 +161,11 @@ def _is_answer(row: Row, place: Field) -> bool:
 
 
 def _miswritten(row: Row, form: Form, text: str) -> list[Field]:
-    """Arguments that stand in the text as Python prints an object, or as JSON text within JSON text."""
+    """Fields that stand in the text as Python prints an object or a list, or as JSON text within JSON text."""
     places = []
     for index, message in enumerate(row.messages):
+        if form.parts and str(message.record(form).get("content")) in text:
+            places.append(Field(index, "content", CONTENT))
         for number, call in enumerate(message.calls):
             written = str(call.arguments)
             if form.arguments_as_text:
