@@ -77,7 +77,7 @@ STEP = 0.125
 
 def manifest(shards: int, documents: int, max_length: int) -> Manifest:
     """The manifest of `shards` shards of `documents` documents, one sequence each."""
-    rest = {"file": 0, "part": 0, "characters": 3000 * documents}
+    rest = {"file": 0, "part": 0, "positions": 0}
     firsts = [documents * shard for shard in range(shards)]
     starts = [{"document": first, "row": first + 1, "offset": 3000 * first, **rest} for first in firsts]
     return Manifest(

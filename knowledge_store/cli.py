@@ -73,6 +73,15 @@ def info(config: InfoConfig) -> None:
         _print_summary(summary)
 
 
+def _rows(summary: DumpSummary) -> list[str]:
+    """What became of the corpus's rows: of all, as the manifest says, or else of those in the committed shards."""
+    if summary.counts is not None:
+        return [sentence.text for sentence in summary.counts.sentences(summary.max_length)]
+    reasons = "; ".join(f"{count:,} {reason}" for reason, count in summary.skip_reasons.items())
+    sentences = [f"{summary.skipped_rows:,} rows left out: {reasons}"] if summary.skipped_rows else []
+    return [*sentences, f"{summary.truncated:,} sequences cut"] if summary.truncated else sentences
+
+
 def _print_summary(summary: DumpSummary) -> None:
     shards = f"{summary.shards} of {summary.shards_planned} shards"
     lines = [
@@ -81,11 +90,8 @@ def _print_summary(summary: DumpSummary) -> None:
         ("sequences", f"{summary.sequences:,} of at most {summary.max_length} tokens"),
         ("positions", amount(summary.positions)),
     ]
-    if summary.skipped_rows:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in summary.skip_reasons.items())
-        lines.append(("skipped rows", f"{summary.skipped_rows:,}: {reasons}"))
-    if summary.truncated:
-        lines.append(("truncated", f"{summary.truncated:,} sequences"))
+    for label, sentence in zip(("corpus", "", ""), _rows(summary), strict=False):
+        lines.append((label, sentence))
     lines += summary.lines
     if summary.bytes_per_position is not None:
         on_disk = f"{byte_size(summary.bytes)}, {summary.bytes_per_position:.2f} bytes a position"

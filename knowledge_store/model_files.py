@@ -17,12 +17,20 @@ from knowledge_store.errors import InputError
 
 MAX_BYTES = 64 * 2**20  # of an index or a configuration
 ADAPTER = "adapter_config.json"
-TOKENIZER_FILES = (
+# Each of these alone holds a vocabulary.
+VOCABULARY_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
     "vocab.json",
     "vocab.txt",
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -36,7 +44,7 @@ TEMPLATE_FILES = "additional_chat_templates/*.jinja"
 
 
 def check_folder_name(model: str) -> None:
-    """Refuse what can only be the path of a folder, where there is none; what may be a hub id is left to `hub_folder`.
+    """Refuse what is no folder and has not the form of a hub id, OWNER/NAME; what has is left to `hub_folder`.
 
     Raises:
         InputError: there is no such folder.
@@ -44,13 +52,13 @@ def check_folder_name(model: str) -> None:
     folder = Path(model)
     if folder.exists():
         return
-    # A hub id has one slash at most, and no folder here is called as its owner.
-    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) > 2
-    if local or not model or (len(folder.parts) == 2 and folder.parent.is_dir()):
+    # No folder here is called as the owner.
+    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) != 2
+    if local or folder.parent.is_dir():
         raise InputError(f"there is no folder {model}, and it cannot be a model of the hub, whose id has the form OWNER/NAME")
 
 
-def hub_folder(model: str, gguf_file: str | None = None) -> Path:
+def hub_folder(model: str, gguf_file: str | None = None, weights: bool = True) -> Path:
     """The folder of the hub's cache that a hub id's files lie in, downloaded if need be: its configuration, its tokenizer, and
     its weights in safetensors or the one GGUF file. A model is checked and loaded there, as any folder is, and no pickle comes
     with it.
@@ -58,6 +66,7 @@ def hub_folder(model: str, gguf_file: str | None = None) -> Path:
     Args:
         model: a hub id, such as OWNER/NAME, that is no folder.
         gguf_file: name of a GGUF file, instead of safetensors.
+        weights: whether safetensors are wanted too, or configuration and tokenizer alone.
 
     Raises:
         InputError: there is no such model, or it cannot be had.
@@ -66,10 +75,10 @@ def hub_folder(model: str, gguf_file: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    weights = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
-    wanted = ["config.json", "generation_config.json", ADAPTER, *weights, *TOKENIZER_FILES, TEMPLATE_FILES, "*.model"]
+    tensors = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"] if weights else []
+    patterns = ["config.json", "generation_config.json", ADAPTER, *tensors, *TOKENIZER_FILES, TEMPLATE_FILES, "*.model"]
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except LocalEntryNotFoundError:
         reason = "the hub, which may have a model of that name, cannot be reached"
     except (RepositoryNotFoundError, HFValidationError):
@@ -107,8 +116,8 @@ def check_weights(folder: Path) -> None:
     """
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        found = f": {pickles[0]} is a pickle, which can run code, and is never loaded" if pickles else ""
-        raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{found}")
+        pickle = f": {pickles[0]} is a pickle, which can run code, and is never loaded" if pickles else ""
+        raise InputError(f"{folder} has no weights that can be used: weights must be safetensors or GGUF files{pickle}")
     _check_adapter(folder)
     configuration = read_configuration(folder)
     named = configuration.get("transformers_weights")
@@ -161,9 +170,9 @@ def _read(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder. InputError: it is not one."""
     try:
         with open(path, "rb") as file:
-            found = json.loads(file.read(MAX_BYTES))
+            record = json.loads(file.read(MAX_BYTES))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be used: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(record, dict):
         raise InputError(f"{path} cannot be used: it is not a JSON object")
-    return found
+    return record

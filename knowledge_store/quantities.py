@@ -25,6 +25,11 @@ def counted(count: int, one: str, many: str) -> str:
     return f"{count:,} {one if count == 1 else many}"
 
 
+def percentage(share: float) -> str:
+    """A share in percent, to two digits, and never as 0% where there is some: `12%`, `0.034%`."""
+    return f"{100 * share:.2g}%" if share < 0.995 else f"{100 * share:.3g}%"
+
+
 def binary_size(count: float) -> str:
     """Bytes in binary units, as limits of memory are given: `2 GiB`."""
     for unit in ("bytes", "KiB", "MiB"):

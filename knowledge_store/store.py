@@ -64,7 +64,7 @@ class KnowledgeStore:
             DamageError: its store.json is altered.
 
         A dump that cannot be used (its manifest or a commit record is altered or cannot be read, it has another name than its
-        folder, or a kind of knowledge that is unknown here) is closed, and the others are open; see `closed`.
+        folder, or a kind of knowledge that is not known) is closed, and the others are open; see `closed`.
         """
         return cls(open_dumps(open_storage(store), rebuild_index=rebuild_index), cache_size)
 
@@ -245,15 +245,15 @@ class KnowledgeStore:
             sequence_id, knowledge = reader.sequence(int(ordinal), tuple(reader.manifest.kinds))
         except InputError as error:
             raise IndexError(str(error)) from None
-        found: Arrays = {"sequence_id": np.int64(sequence_id)}
+        sequence: Arrays = {"sequence_id": np.int64(sequence_id)}
         for kind, arrays in knowledge.items():
             if KINDS[kind].per == "sequence":
-                found |= {name: rows[0] for name, rows in arrays.items()}
+                sequence |= {name: rows[0] for name, rows in arrays.items()}
                 continue
-            found |= arrays
+            sequence |= arrays
             mask = "attention_mask" if KINDS[kind].per == "position" else item_mask(kind)
-            found.setdefault(mask, np.ones(len(next(iter(arrays.values()))), dtype=bool))
-        return found
+            sequence.setdefault(mask, np.ones(len(next(iter(arrays.values()))), dtype=bool))
+        return sequence
 
     def stored(self, ordinal: int, kind: str, dump: str | None = None) -> tuple[pa.Table, int]:
         """A sequence's rows of a kind as they were kept, and the hash of its token ids in `sequences`.
@@ -283,8 +283,8 @@ class KnowledgeStore:
         texts, knowledge = self.tokens(name)["text"].to_pylist(), self[name, ordinal]
 
         def text(token: int) -> str:
-            found = texts[token] if token < len(texts) else None
-            return f"<{token}>" if found is None else visible(found.replace(" ", "␣"))
+            characters = texts[token] if token < len(texts) else None
+            return f"<{token}>" if characters is None else visible(characters.replace(" ", "␣"))
 
         return [show(knowledge, text) for show in shows]
 

@@ -12,7 +12,7 @@ import heapq
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,16 @@ from knowledge_store.calibration.expected_calibration_error import expected_cali
 from knowledge_store.calibration.file import Calibration
 from knowledge_store.calibration.temperature import root_of_slopes
 from knowledge_store.errors import InputError
+from knowledge_store.format.corpus_counts import CorpusCounts, Sentence
 from knowledge_store.reporter import SILENT, Advance, Reporter
 from teacher_dump.configuration import CalibrateConfig
 from teacher_dump.corpus.documents import check_files, problem_text, read_documents
-from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.rows import BadRow, Start, stops
+from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
-from teacher_dump.dumping.batches import length_batches, predict_batch
-from teacher_dump.dumping.plan import corpus_files, corpus_tokenizer
+from teacher_dump.dumping.batches import find_batching, length_batches, predict_batch
+from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer, ways_out
+from teacher_dump.dumping.plan import corpus_files
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Teacher
 
@@ -49,7 +52,8 @@ class TemperatureFit:
         gain: by how much it lowers the negative log-likelihood, nats per target.
         gain_error: the standard error of that, over sequences; None for a single one.
         at_edge: whether the grid ends at the optimum, which may then lie beyond.
-        skipped_rows: rows of the corpus that were skipped.
+        counts: what became of the rows that were tokenised. all_rows: whether those are all that the corpus has.
+        max_length: of a sequence.
     """
 
     calibration: Calibration
@@ -57,7 +61,17 @@ class TemperatureFit:
     gain: float
     gain_error: float | None
     at_edge: bool
-    skipped_rows: int
+    counts: CorpusCounts
+    all_rows: bool
+    max_length: int
+
+    @property
+    def sentences(self) -> list[Sentence]:
+        """What became of the rows, in words."""
+        sentences = self.counts.sentences(self.max_length)
+        if self.all_rows:
+            return sentences
+        return [replace(sentence, text=f"of the rows that were looked at, {sentence.text}") for sentence in sentences]
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -99,9 +113,11 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
         InputError: something given cannot be used, or the corpus holds no target.
     """
     check_files(config.corpus)
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher))
+    sequences, counts, all_rows = _sample(config, tokenizer, reporter)
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)
-    sequences, skipped_rows = _sample(config, corpus_tokenizer(config, teacher), reporter)
+    find_batching(config, teacher, config.max_length, reporter)
     targets = sum(int(sequence.is_target.sum()) for sequence in sequences)
     with reporter.progress("asking the teacher", 2 * targets, "targets") as advance:
         temperature, at_edge = _fit(config, teacher, sequences, advance)
@@ -117,32 +133,38 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
         before=measured.figures(0),
         after=measured.figures(1),
     )
-    return TemperatureFit(calibration, len(sequences), gain, error, at_edge, skipped_rows)
+    return TemperatureFit(calibration, len(sequences), gain, error, at_edge, counts, all_rows, config.max_length)
 
 
-def _sample(config: CalibrateConfig, tokenizer: CorpusTokenizer, reporter: Reporter) -> tuple[list[TokenSequence], int]:
-    """The sequences of a uniform random sample of documents with about `config.limit` targets, and how many rows were skipped.
+def _sample(
+    config: CalibrateConfig, tokenizer: CorpusTokenizer, reporter: Reporter
+) -> tuple[list[TokenSequence], CorpusCounts, bool]:
+    """The sequences of a uniform random sample of documents with about `config.limit` targets; what became of the rows that
+    were tokenised, and whether those were all.
 
     Each document gets a random number, and those with the lowest are kept: the highest makes room while the others are
     enough, so that most documents of a large corpus are read and never tokenised.
     """
     generator = random.Random(0)
     kept: list[tuple[float, int, int, list[TokenSequence]]] = []  # a heap: −random number, document, targets, sequences
-    total = skipped = 0
+    tally = Tally(config.too_long)
+    total, all_rows = 0, True
     with reporter.progress("reading the corpus", None) as advance:
         for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
             advance(document.characters)
             key = generator.random()
             if document.problem is None and total >= config.limit and key >= -kept[0][0]:
+                all_rows = False
                 continue
             try:
                 sequences = tokenizer.sequences(document)
-            except BadRow as reason:
-                if not config.skip_bad_rows:
-                    place = problem_text(config.corpus, document.file, document.row, str(reason))
-                    raise InputError(f"{place}. Repair the corpus, or pass --skip-bad-rows to leave such rows out") from None
-                skipped += 1
+            except BadRow as problem:
+                if stops(problem, config.too_long, config.skip_bad_rows):
+                    place = problem_text(config.corpus, document.file, document.row, str(problem))
+                    raise InputError(f"{place}. {ways_out(problem.reason)}") from None
+                tally.leave_out(document, problem)
                 continue
+            tally.use(document, sequences)
             if targets := sum(int(sequence.is_target.sum()) for sequence in sequences):
                 heapq.heappush(kept, (-key, document.number, targets, sequences))
                 total += targets
@@ -151,7 +173,7 @@ def _sample(config: CalibrateConfig, tokenizer: CorpusTokenizer, reporter: Repor
     if not kept:
         raise InputError("the corpus has no target to fit a temperature on")
     kept.sort(key=lambda entry: entry[1])
-    return [sequence for *_, sequences in kept for sequence in sequences], skipped
+    return [sequence for *_, sequences in kept for sequence in sequences], tally.counts, all_rows
 
 
 def _logits(
@@ -159,13 +181,14 @@ def _logits(
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """For slices of all targets: each one's sequence (n,), its logits float32 (n, V), and its token (n,)."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
-    for indices in length_batches(lengths, config.batch_size * config.max_length):
+    batching = find_batching(config, teacher, config.max_length)
+    for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
         batch = [sequences[index] for index in indices]
         prediction = predict_batch(config, teacher, batch)
-        pairs = [np.flatnonzero(sequence.is_target) for sequence in batch]
-        rows = np.repeat(np.arange(len(batch)), [len(positions) for positions in pairs])
-        positions = np.concatenate(pairs)
-        tokens = np.concatenate([sequence.token_ids[own] for sequence, own in zip(batch, pairs, strict=True)])
+        targets_of = [np.flatnonzero(sequence.is_target) for sequence in batch]
+        rows = np.repeat(np.arange(len(batch)), [len(places) for places in targets_of])
+        positions = np.concatenate(targets_of)
+        tokens = np.concatenate([sequence.token_ids[places] for sequence, places in zip(batch, targets_of, strict=True)])
         arrays = (rows, positions - 1, tokens)
         places, before, targets = (torch.from_numpy(array).to(teacher.device) for array in arrays)
         for part, logits in prediction.logit_slices(places, before):
@@ -184,11 +207,11 @@ def _fit(config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequenc
     slopes = np.zeros(len(GRID))
     for _, logits, tokens in _logits(config, teacher, sequences, advance):
         logits -= logits.amax(dim=1, keepdim=True)
-        own = logits.gather(1, tokens[:, None])[:, 0]
+        token_logits = logits.gather(1, tokens[:, None])[:, 0]
         for index, temperature in enumerate(GRID.tolist()):
             weights = torch.exp(logits / temperature)
             expected = torch.linalg.vecdot(weights, logits) / weights.sum(dim=1)
-            slopes[index] += (expected - own).sum().item()
+            slopes[index] += (expected - token_logits).sum().item()
     temperature, at_edge = root_of_slopes(GRID, slopes)
     return round(temperature, 4), at_edge
 
@@ -226,10 +249,10 @@ def _measure(
         rows = []
         for divisor in (1.0, temperature):
             logprobs = torch.log_softmax(logits / divisor, dim=1)
-            own = logprobs.gather(1, tokens[:, None])[:, 0]
+            token_logprobs = logprobs.gather(1, tokens[:, None])[:, 0]
             confidence = logprobs.amax(dim=1).exp()
             squares = logprobs.mul_(2).exp_().sum(dim=1)
-            rows.append(torch.stack([-own, confidence, 1 - 2 * own.exp() + squares]))
+            rows.append(torch.stack([-token_logprobs, confidence, 1 - 2 * token_logprobs.exp() + squares]))
         numbers.append(sequence)
         correct.append((logits.argmax(dim=1) == tokens).cpu().numpy())
         figures.append(torch.stack(rows).cpu().numpy().astype(np.float64))

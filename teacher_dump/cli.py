@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import signal
-from collections import Counter
 from typing import Any
 
 import typer
 
 from knowledge_store.calibration.file import check_output, write_calibration
 from knowledge_store.errors import InputError
-from knowledge_store.quantities import amount, byte_size, counted, duration
+from knowledge_store.format.corpus_counts import Sentence
+from knowledge_store.quantities import amount, byte_size, duration
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import command_errors, note, output
 from knowledge_store.terminal.progress import TerminalReporter
@@ -30,8 +30,8 @@ class CorpusCommand(Command):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread = _spread_files(args)
-        values, _, _ = self.make_parser(ctx).parse_args(args=list(spread))
-        needs_store = any(parameter.name == "store" for parameter in self.params)
+        values, _ = self.parsed(ctx, spread)
+        needs_store = any(parameter.name == "store" for parameter in self.params) and not ctx.resilient_parsing
         if needs_store and values.get("store") is None and not values.get("help"):
             with command_errors():
                 raise InputError(
@@ -93,11 +93,14 @@ def _show_report(report: DumpReport, done: str) -> None:
         f"{report.dump}: {report.shards} of {report.shards_planned} shards {done}{existing};"
         f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
     )
-    if report.skipped:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in Counter(report.skipped).most_common())
-        note(f"{counted(report.skipped_rows, 'row was', 'rows were')} skipped: {reasons}")
-    if report.truncated:
-        note(f"{counted(report.truncated, 'sequence was', 'sequences were')} truncated at the maximum length")
+    for sentence in report.sentences:
+        _show_sentence(sentence)
+
+
+def _show_sentence(sentence: Sentence) -> None:
+    """A sentence for the person; one that matters is in bold, and says so where there is no bold."""
+    text = f"{sentence.text[0].upper()}{sentence.text[1:]}"
+    note(f"Warning: {text}" if sentence.strong else text, strong=sentence.strong)
 
 
 @command(app, EstimateConfig, cls=CorpusCommand)
@@ -125,11 +128,10 @@ def estimate(config: EstimateConfig) -> None:
         ("sample", f"{prediction.sample_positions:,} positions"),
     ):
         output.print(f"{label:<29} {value}", markup=False)
-    if prediction.unusable_documents:
-        note(
-            f"About {prediction.unusable_documents:,} of the {prediction.documents:,} documents cannot be used:"
-            " `teacher-dump run` says why, and --skip-bad-rows leaves them out"
-        )
+    for sentence in prediction.sentences:
+        _show_sentence(sentence)
+    if any(left.bad for left in prediction.counts.left_out.values()) and not config.skip_bad_rows:
+        note("`teacher-dump run` names the first of the rows that cannot be used, and stops; --skip-bad-rows leaves them out")
 
 
 @command(app, CalibrateConfig, cls=CorpusCommand)
@@ -151,8 +153,8 @@ def calibrate(config: CalibrateConfig) -> None:
         output.print(line, markup=False)
     for doubt in fit.doubts:
         note(f"Warning: {doubt}")
-    if fit.skipped_rows:
-        note(f"{counted(fit.skipped_rows, 'row was', 'rows were')} skipped")
+    for sentence in fit.sentences:
+        _show_sentence(sentence)
 
 
 @command(app, CheckConfig)
@@ -166,15 +168,16 @@ def check(config: CheckConfig) -> None:
     _check_packages()
     from teacher_dump.checking.run import check as ask_again
 
-    agreement = ask_again(config, reporter=TerminalReporter())
+    agreements = ask_again(config, reporter=TerminalReporter()).values()
     from teacher_dump.checking.report import describe
     from teacher_dump.checking.verdicts import AGREES
 
-    for line in describe(agreement):
-        output.print(line, markup=False)
-    for sentence in agreement.notes:
-        note(f"Note: {sentence}")
-    if agreement.verdict != AGREES:
+    for agreement in agreements:
+        for line in describe(agreement):
+            output.print(line, markup=False)
+        for sentence in agreement.notes:
+            note(f"Note: {sentence}")
+    if any(agreement.verdict != AGREES for agreement in agreements):
         raise typer.Exit(NOT_THE_SAME)
 
 

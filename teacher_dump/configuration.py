@@ -17,11 +17,10 @@ from knowledge_store.format.layout import check_dump_name
 from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
 from teacher_dump.extraction import EXTRACTORS, option_classes
+from teacher_dump.teachers.protocol import DTYPES
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
 PART_CHARACTERS_PER_POSITION = 64
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,12 @@ class CorpusOptions(TeacherOptions):
     corpus: tuple[Path, ...] = option(help="Files of the corpus, one or more: .jsonl, .jsonl.zst, .parquet or .txt.")
     _: KW_ONLY
     max_length: int = option(512, min=2, help="Longest sequence, in tokens.")
+    too_long: str = option(
+        "cut",
+        choices=("cut", "skip", "refuse"),
+        help="What becomes of prompts with completions, and of conversations, that are longer: cut their end off, skip them, or"
+        " refuse the corpus. Plain text is never lost: it continues in another sequence.",
+    )
     skip_bad_rows: bool = option(False, help="Leave out rows that cannot be used, and count them, instead of stopping.")
     chat_template: Path | None = option(
         None, metavar="FILE", help="A chat template (Jinja) that stands in for the tokenizer's own; resuming needs no file."
@@ -135,6 +140,12 @@ class DumpConfig(StoreOptions, EstimateConfig):
     """What to dump, and where to."""
 
     name: str | None = option(None, help="The dump's name; without it, one is made of the teacher's and the corpus's names.")
+    max_skipped: float = option(
+        1.0,
+        min=0,
+        max=1,
+        help="Largest share of rows that may be left out; with more, the run stops before the teacher is loaded.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

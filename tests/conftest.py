@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from memory_storage import PLACES, Place, new_place
 from torture.heartbeat import PATIENCE
 
 # Set before any library reads them: no test may reach the network, and every process shares two cores.
@@ -29,6 +30,13 @@ settings.register_profile("tests", deadline=None, suppress_health_check=UNCHECKE
 settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(params=PLACES)
+def place(request, tmp_path) -> Place:
+    """Where a store is to be: in a folder, or in a storage that has the calls of the protocol and nothing else."""
+    return new_place(request.param, tmp_path / "store")
+
 
 TEXT = """\
 The lighthouse keeper counted the ships that passed each night, and wrote their names in a book.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -111,26 +112,80 @@ class MemoryStorage:
 
 
 PLACES = ["folder", "memory"]
+Place = Path | MemoryStorage
 
 
-def new_place(place: str, folder: Path) -> Path | MemoryStorage:
+class MemoryFile:
+    """A file of a storage in memory, as tests look at one and change it behind the store's back."""
+
+    def __init__(self, storage: MemoryStorage, name: str):
+        self._storage, self._name = storage, name
+
+    def __str__(self) -> str:
+        return self._storage.locate(self._name)
+
+    def read_bytes(self) -> bytes:
+        return self._storage.contents[self._name]
+
+    def write_bytes(self, data: bytes) -> None:
+        self._storage._write(self._name, data)
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode()
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode())
+
+    def unlink(self) -> None:
+        del self._storage.contents[self._name]
+
+    def exists(self) -> bool:
+        return self._name in self._storage.contents
+
+
+def new_place(place: str, folder: Path) -> Place:
     """Where to put a store: in a folder, or nowhere but in memory."""
     return folder if place == "folder" else MemoryStorage()
 
 
-def storage_of(place: Path | MemoryStorage) -> Storage:
+def copied(place: Place, folder: Path) -> Place:
+    """The same files in another place of the same sort."""
+    if isinstance(place, Path):
+        return Path(shutil.copytree(place, folder))
+    other = MemoryStorage()
+    for name, data in place.contents.items():
+        other._write(name, data)
+    return other
+
+
+def storage_of(place: Place) -> Storage:
     """The storage of a place."""
     return open_storage(place)
 
 
-def change(place: Path | MemoryStorage, name: str, edit: Callable[[bytes], bytes] | None) -> None:
-    """Edit a file of a store behind its back, or remove it."""
+def file_in(place: Place, name: str) -> Path | MemoryFile:
+    """A file of a store."""
+    return place / name if isinstance(place, Path) else MemoryFile(place, name)
+
+
+def names_in(place: Place) -> list[str]:
+    """The names of all files of a store, sorted."""
     if isinstance(place, MemoryStorage):
-        if edit is None:
-            del place.contents[name]
-        else:
-            place.contents[name] = edit(place.contents[name])
-    elif edit is None:
-        (place / name).unlink()
+        return sorted(place.contents)
+    return sorted(str(path.relative_to(place)) for path in place.rglob("*") if path.is_file())
+
+
+def put(place: Place, name: str, data: bytes) -> None:
+    """Put a file into a store behind its back."""
+    if isinstance(place, Path):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+    file_in(place, name).write_bytes(data)
+
+
+def change(place: Place, name: str, edit: Callable[[bytes], bytes] | None) -> None:
+    """Edit a file of a store behind its back, or remove it."""
+    file = file_in(place, name)
+    if edit is None:
+        file.unlink()
     else:
-        (place / name).write_bytes(edit((place / name).read_bytes()))
+        file.write_bytes(edit(file.read_bytes()))

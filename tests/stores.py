@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 from knowledge_store import DumpWriter, Manifest, Shard
 from knowledge_store.catalogue.index import index_path
 from knowledge_store.format.commits import CommitRecord, read_commit
-from knowledge_store.format.integrity import DigestingFile
+from knowledge_store.format.integrity import DigestingFile, FileRecord, TableFile
 from knowledge_store.format.manifest import read_manifest
-from knowledge_store.format.parquet import FileRecord, TableFile, read_table, write_table
+from knowledge_store.format.parquet import read_table, write_table
 from knowledge_store.format.records import read_record
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
-from knowledge_store.storage.local import LocalStorage
+from knowledge_store.storage import open_storage
 from knowledge_store.writing.repair import repair_shard
 
 MADE_BY = {"host": "here", "device": "cpu"}
@@ -200,9 +200,13 @@ def contents(store: Path) -> dict[str, object]:
     return found
 
 
-def record_of(path: Path) -> FileRecord:
+def record_of(path: Any) -> FileRecord:
     """The record of a Parquet file, as its writer would have made it."""
-    data = path.read_bytes()
+    return record_of_bytes(path.read_bytes())
+
+
+def record_of_bytes(data: bytes) -> FileRecord:
+    """The same of its bytes."""
     digesting = DigestingFile(io.BytesIO())
     length = int.from_bytes(data[-8:-4], "little") + 8
     digesting.write(data[:-length])
@@ -211,25 +215,38 @@ def record_of(path: Path) -> FileRecord:
     return digesting.record()
 
 
+def stored_table(store: Any, table: str, shard: int = 0, dump: str = "small") -> pa.Table:
+    """A table of a shard as it stands in its file."""
+    return pq.read_table(pa.BufferReader(open_storage(store).read(f"{dump}/{table}/{shard:05d}.parquet")))
+
+
+def published_file(store: Any, name: str) -> TableFile:
+    """A Parquet file of a store as readers know it, whatever its record says of it: it has the bytes that stand there now."""
+    storage = open_storage(store)
+    data = storage.read(name)
+    schema = pq.read_schema(pa.BufferReader(data)).remove_metadata()
+    return TableFile(storage, name, record_of_bytes(data), schema)
+
+
 def table_file_of(path: Path, record: FileRecord | None = None) -> TableFile:
     """A Parquet file of a store as readers know it; by default whatever its record says of it."""
     schema = pq.read_schema(path).remove_metadata()
-    return TableFile(LocalStorage(path.parent), path.name, record or record_of(path), schema)
+    return TableFile(open_storage(path.parent), path.name, record or record_of(path), schema)
 
 
-def manifest_of(store: Path, dump: str = "small") -> Manifest:
+def manifest_of(store: Any, dump: str = "small") -> Manifest:
     """The manifest of a dump."""
-    return read_manifest(LocalStorage(store), dump)
+    return read_manifest(open_storage(store), dump)
 
 
-def commit_of(store: Path, shard: int, dump: str = "small") -> CommitRecord:
+def commit_of(store: Any, shard: int, dump: str = "small") -> CommitRecord:
     """The commit record of a shard."""
-    return read_commit(LocalStorage(store), dump, shard)
+    return read_commit(open_storage(store), dump, shard)
 
 
 def sealed_json(path: Path) -> dict[str, Any]:
     """A sealed JSON file."""
-    return read_record(LocalStorage(path.parent), path.name)
+    return read_record(open_storage(path.parent), path.name)
 
 
 def rewrite(path: Path, table: pa.Table) -> FileRecord:
@@ -238,9 +255,9 @@ def rewrite(path: Path, table: pa.Table) -> FileRecord:
         return write_table(file, table.schema, [table])
 
 
-def index_of(store: Path) -> Path:
+def index_of(store: Any) -> Path:
     """The file of a store's index."""
-    path = index_path(LocalStorage(store))
+    path = index_path(open_storage(store))
     assert path is not None
     return path
 

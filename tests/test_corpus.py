@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,9 +20,10 @@ from knowledge_store.errors import InputError
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus import text as text_files
 from teacher_dump.corpus.documents import check_files, file_names, read_documents
-from teacher_dump.corpus.rows import Start
+from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value, scan
 from teacher_dump.corpus.text import cut_text
+from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.dumping.plan import ShardReader
 
 BEGINNING = Start(0, 0, 1, 0, 0)
@@ -118,9 +120,10 @@ def test_a_row_that_cannot_be_used_says_why_and_keeps_its_number(tmp_path, line,
     assert problem in bad.problem
     assert (bad.number, bad.row) == (1, 2)
     assert (before.text, after.text, after.number) == ("before", "after", 2)
-    found = scan((path,), 2, 1000)
-    assert (found.documents, found.bad_rows) == (3, 1)
-    assert found.first_problem is not None and f"{path}, line 2: " in found.first_problem
+    found = scan((path,), RefuseBadRows(), 2, 1000)
+    assert (found.documents, found.counts.rows, found.counts.rows_left_out) == (3, 3, 1)
+    (left,) = found.counts.left_out.values()
+    assert (left.rows, left.bad, left.file, left.row) == (1, True, 0, 2)
 
 
 def test_bad_values_in_parquet_are_that_row_alone(tmp_path):
@@ -234,30 +237,42 @@ def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, sh
     files = tuple(mixed_files[index] for index in order)
     whole = documents(*files, limit=limit)
     assert [document.number for document in whole] == list(range(len(whole)))
-    plan = scan(files, shard_size, limit)
+    plan = scan(files, KeepDocuments(), shard_size, limit)
     assert plan.documents == len(whole)
     assert [start.document for start in plan.shards] == list(range(0, len(whole), shard_size))
-    assert sum(start.characters for start in plan.shards) == sum(document.characters for document in whole)
+    assert sum(start.positions for start in plan.shards) == sum(document.characters for document in whole)
     for start in plan.shards:
-        found = islice(read_documents(files, replace(start, characters=0), limit), shard_size + 1)
+        found = islice(read_documents(files, replace(start, positions=0), limit), shard_size + 1)
         assert list(found) == whole[start.document : start.document + shard_size + 1]
 
 
 def test_progress_through_a_corpus_is_in_bytes_of_its_files_and_ends_at_their_sum(mixed_files):
-    passed: list[int] = []
-    scan(mixed_files, 3, 50, passed.append)
+    passed: list[float] = []
+
+    def advance(amount, **figures):
+        passed.append(amount)
+
+    scan(mixed_files, KeepDocuments(), 3, 50, advance=advance)
     assert min(passed) >= 0 and sum(passed) == sum(path.stat().st_size for path in mixed_files)
     plain = [path for path in mixed_files if path.suffix == ".jsonl"]
     passed.clear()
-    scan((plain[0],), 3, 1000, passed.append)
+    scan((plain[0],), KeepDocuments(), 3, 1000, advance=advance)
     assert max(passed) < plain[0].stat().st_size / 3  # it moves on with each row
 
 
 class KeepDocuments:
-    """Stands in for a tokenizer: each document is its own sequence."""
+    """Stands in for a tokenizer: each document is one sequence, with a token for each character."""
 
     def sequences(self, document):
-        return [document]
+        length = document.characters
+        return [TokenSequence(document, 0, np.zeros(length, np.int64), np.ones(length, bool))]
+
+
+class RefuseBadRows(KeepDocuments):
+    def sequences(self, document):
+        if document.problem is not None:
+            raise BadRow(document.problem)
+        return super().sequences(document)
 
 
 class Plan:
@@ -273,16 +288,17 @@ class Plan:
 def test_shards_read_in_any_order_hold_what_a_full_reading_holds(mixed_files, shard_size, data):
     config = DumpConfig("teacher", mixed_files, Path("store"), max_length=2, shard_size=shard_size)
     whole = documents(*mixed_files, limit=config.part_characters)
-    found = scan(mixed_files, shard_size, config.part_characters)
+    found = scan(mixed_files, KeepDocuments(), shard_size, config.part_characters)
     shards = data.draw(st.lists(st.integers(0, len(found.shards) - 1), max_size=8))
     reader = ShardReader(config, Plan(mixed_files, found), KeepDocuments())
     for shard in shards:
-        assert reader.read(shard).sequences == whole[shard * shard_size : (shard + 1) * shard_size]
+        read = [sequence.document for sequence in reader.read(shard).sequences]
+        assert read == whole[shard * shard_size : (shard + 1) * shard_size]
 
 
 def test_a_corpus_read_in_order_is_opened_once(mixed_files, monkeypatch):
     config = DumpConfig("teacher", mixed_files, Path("store"), max_length=2, shard_size=3)
-    found = scan(mixed_files, 3, config.part_characters)
+    found = scan(mixed_files, KeepDocuments(), 3, config.part_characters)
     opened = []
 
     def counted(*arguments):
@@ -315,7 +331,7 @@ def test_column_types_are_merged_over_all_rows(tmp_path):
         {"text": "c", "late": True},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    assert scan((path,), 2, 1000).columns == {
+    assert scan((path,), KeepDocuments(), 2, 1000).columns == {
         "whole": "int64",
         "mixed": "double",
         "yes": "bool",

@@ -17,7 +17,8 @@ from torture import disk_errors, journal_disk
 from torture.heartbeat import PATIENCE
 
 from knowledge_store import DumpWriter, StoreError
-from knowledge_store.format.parquet import describe, read_table
+from knowledge_store.format.integrity import describe
+from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.writing.repair import repair_manifest, repair_tokens
 from teacher_dump import DumpConfig, dump

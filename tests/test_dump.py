@@ -239,7 +239,7 @@ def test_skipped_rows_are_counted_and_recorded_and_a_shard_may_hold_nothing(tmp_
     corpus.write_text(good + "broken\n" + '{"prompt": "' + "The lamp " * 30 + '", "completion": "x"}\n' + "{}\n" + good)
     config = DumpConfig(str(teacher_folder), (corpus,), tmp_path / "s", max_length=20, shard_size=2, skip_bad_rows=True)
     report = dump(config, teacher=loaded_teacher)
-    assert (report.shards, report.shards_planned, report.skipped_rows) == (3, 3, 3)
+    assert (report.shards, report.shards_planned, report.counts.rows_left_out) == (3, 3, 3)
     store = KnowledgeStore.open(tmp_path / "s")
     assert [row["skipped_rows"] for row in store.sql("SELECT * FROM shards ORDER BY shard").to_pylist()] == [1, 2, 0]
     assert store.sql("SELECT document FROM sequences ORDER BY document")["document"].to_pylist() == [0, 4]

@@ -34,7 +34,7 @@ def config(tmp_path, corpus, teacher_folder) -> DumpConfig:
 
 
 def test_near_the_dump_itself_and_nothing_is_written(config, loaded_teacher):
-    """64 of 400 rows are sampled: positions within 15 %, masses within 0.02, bytes of the knowledge within 25 %."""
+    """256 of 400 rows are sampled: positions within 15 %, masses within 0.02, bytes of the knowledge within 25 %."""
     predicted = estimate(config, teacher=loaded_teacher)
     assert not config.store.exists()
     dump(config, teacher=loaded_teacher)
@@ -45,7 +45,7 @@ def test_near_the_dump_itself_and_nothing_is_written(config, loaded_teacher):
     assert predicted.bytes == pytest.approx(knowledge, rel=0.25)
     assert predicted.comparisons == {FULL: pytest.approx(real.facts["positions.dense_bytes"], rel=0.15)}
     assert predicted.figures["top-5 coverage"] == pytest.approx(real.statistics["positions.mean_top_k_mass"], abs=0.02)
-    assert predicted.seconds > 0 and predicted.positions_per_second > 0 and predicted.unusable_documents == 0
+    assert predicted.seconds > 0 and predicted.positions_per_second > 0 and predicted.counts.rows_left_out == 0
 
 
 def test_coverage_grows_with_k_to_one(config, tmp_path, loaded_teacher):
@@ -77,10 +77,10 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path, loaded_teacher):
     corpus = tmp_path / "c.jsonl"
     corpus.write_text('{"text": "The lamp burns."}\nbroken\n')
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=40)
-    assert estimate(config, teacher=loaded_teacher).unusable_documents == 1
+    assert estimate(config, teacher=loaded_teacher).counts.rows_left_out == 1
     corpus.write_text('{"text": "The lamp burns."}\nbroken\n{"text": ""}\n')
     report = dump(replace(config, skip_bad_rows=True), teacher=loaded_teacher)
-    assert estimate(config, teacher=loaded_teacher).unusable_documents == report.skipped_rows == 2
+    assert estimate(config, teacher=loaded_teacher).counts == report.counts and report.counts.rows_left_out == 2
     corpus.write_text("broken\n")
     with pytest.raises(InputError, match="no row of the sampled corpus can be used"):
         estimate(config, teacher=loaded_teacher)
@@ -96,7 +96,9 @@ def test_the_text_of_rows_that_cannot_be_used_becomes_no_positions(tmp_path, cor
     predicted = estimate(config, teacher=loaded_teacher)
     report = dump(config, teacher=loaded_teacher)
     assert predicted.positions == pytest.approx(report.positions, rel=0.35)
-    assert predicted.unusable_documents == pytest.approx(report.skipped_rows, rel=0.25) and report.skipped_rows == len(bad)
+    left_out = predicted.counts.rows_left_out * predicted.documents / predicted.sample_documents
+    assert left_out == pytest.approx(report.counts.rows_left_out, rel=0.25) and report.counts.rows_left_out == len(bad)
+    assert all(sentence.text.startswith("in a sample of 256 of 400 documents, ") for sentence in predicted.sentences)
 
 
 def test_the_command_takes_the_arguments_of_run(config, tmp_path):

@@ -90,7 +90,7 @@ def test_a_tail_that_one_minus_the_sum_would_lose_is_kept():
 
 def sequence(number: int, length: int, first_target: int, generator) -> TokenSequence:
     tokens = generator.integers(0, 17, length)
-    return TokenSequence(Document(number, 0, number + 1, 0, 0), 0, tokens, np.arange(length) >= max(first_target, 1), False)
+    return TokenSequence(Document(number, 0, number + 1, 0, 0), 0, tokens, np.arange(length) >= max(first_target, 1))
 
 
 class Given:

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_storage import Place, file_in, names_in
 from stores import (
     assert_close,
     commit,
@@ -25,12 +26,13 @@ from stores import (
     random_sequences,
     record_of,
     sequence_row,
+    stored_table,
     words,
     write_store,
 )
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, Shard, verify
-from knowledge_store.format.parquet import FileRecord
+from knowledge_store.format.integrity import FileRecord
 from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.columns import list_offsets
@@ -55,16 +57,16 @@ required group field_id=-1 schema {
 }"""
 
 
-def logical(path: Path, **changes) -> pa.Table:
-    """The table that a file of positions stands for."""
-    return KINDS["positions"].unpack(pq.read_table(path), make_manifest(**changes))
+def logical(store: Place, **changes) -> pa.Table:
+    """The table that the first file of positions stands for."""
+    return KINDS["positions"].unpack(stored_table(store, "positions"), make_manifest(**changes))
 
 
 def parquet_schema(path: Path) -> str:
     return str(pq.read_metadata(path).schema).split("\n", 1)[1].strip()
 
 
-def small_dump(folder: Path, **changes) -> DumpWriter:
+def small_dump(folder: Place, **changes) -> DumpWriter:
     manifest = make_manifest(**changes)
     size = manifest.vocabulary_size
     return DumpWriter.open(folder, manifest, tokens_table(words(size), words(size)))
@@ -123,11 +125,10 @@ def test_every_page_has_a_checksum(tmp_path):
             pq.ParquetFile(path, page_checksum_verification=True).read(columns=[column.path_in_schema])
 
 
-def test_layout_of_a_store(tmp_path):
-    store = write_store(tmp_path / "store")
+def test_layout_of_a_store(place):
+    store = write_store(place)
     KnowledgeStore.open(store)
-    files = sorted(str(path.relative_to(store)) for path in store.rglob("*") if path.is_file())
-    assert files == [
+    assert names_in(store) == [
         "small/commits/00000.json",
         "small/commits/00001.json",
         "small/manifest.json",
@@ -184,11 +185,11 @@ def test_json_files(tmp_path):
         assert sum(stated["column_bytes"].values()) == len(data) - footer - len(b"PAR1")
 
 
-def test_row_groups_hold_whole_sequences(tmp_path, monkeypatch):
+def test_row_groups_hold_whole_sequences(place, monkeypatch):
     monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 20 * 2048)
-    store = write_store(tmp_path / "store", shards=1, size=30)
-    lengths = pq.read_table(store / "small/sequences/00000.parquet")["length"].to_pylist()
-    metadata = pq.read_metadata(store / "small/positions/00000.parquet")
+    store = write_store(place, shards=1, size=30)
+    lengths = stored_table(store, "sequences")["length"].to_pylist()
+    metadata = pq.read_metadata(pa.BufferReader(file_in(store, "small/positions/00000.parquet").read_bytes()))
     rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     assert len(rows) > 5
     assert max(rows) <= 20
@@ -211,12 +212,12 @@ def test_row_groups_of_lengths():
     assert sizes(*[512] * 65, k=1024) == [32, 32, 1]  # decoded, lists are padded
 
 
-def test_decoded_values_by_hand(tmp_path):
+def test_decoded_values_by_hand(place):
     """Probabilities 1/2, 1/4, 1/8, 1/16, 1/16 at position 1; k = 2: everything can be worked out on paper."""
     probabilities = np.array([0.25, 0.5, 0.0625, 0.125, 0.0625])
-    writer = small_dump(tmp_path / "store", vocabulary=5, k=2, shards=1)
+    writer = small_dump(place, vocabulary=5, k=2, shards=1)
     commit(writer, 0, [knowledge_of(np.array([4, 3]), np.log(np.stack([probabilities, probabilities])), 2)])
-    [none, one] = pq.read_table(Path(writer.address) / "positions/00000.parquet").to_pylist()
+    [none, one] = stored_table(place, "positions").to_pylist()
     assert none == {
         "sequence_id": 0,
         "position": 0,
@@ -234,7 +235,7 @@ def test_decoded_values_by_hand(tmp_path):
         "gap_steps": [2**23 + 6],  # ln 2 = 0.693 is nearest to 0.75
         "tail_steps": 2**23 + 128 + 9,  # ln(1/4 / 3/4) = −1.099 is nearest to −1.125, 17.125 below 16
     }
-    stored = logical(Path(writer.address) / "positions/00000.parquet", vocabulary=5, k=2).to_pylist()
+    stored = logical(place, vocabulary=5, k=2).to_pylist()
     first = -np.log(1 + np.exp(-1.125)) - np.log(1 + np.exp(-0.75))  # 0.513 of the whole
     assert stored == [
         {
@@ -258,7 +259,7 @@ def test_decoded_values_by_hand(tmp_path):
             "tail_logprob": np.float32(-np.log(1 + np.exp(1.125))),  # the tail is 1/4 as well: 0.245
         },
     ]
-    read = KnowledgeStore.open(tmp_path / "store")[0]
+    read = KnowledgeStore.open(place)[0]
     np.testing.assert_allclose(read["candidate_logprobs"][1], [first, first - 0.75], rtol=1e-6)
     np.testing.assert_allclose(read["tail_logprob"][1], -np.log(1 + np.exp(1.125)), rtol=1e-6)
     assert read["token_logprob"].tolist() == [0, -2.125]
@@ -267,16 +268,16 @@ def test_decoded_values_by_hand(tmp_path):
     assert read["has_knowledge"].tolist() == [False, True]
 
 
-def test_position_t_is_the_prediction_of_token_t(tmp_path):
+def test_position_t_is_the_prediction_of_token_t(place):
     """An off-by-one here would ruin every student without a sound."""
     random = np.random.default_rng(3)
     vocabulary, k = 13, 4
     tokens = random.integers(0, vocabulary, 12)
     logits = random.normal(0, 3, (12, vocabulary))  # row t is a model's output after tokens 0 … t
-    writer = small_dump(tmp_path / "store", vocabulary=vocabulary, k=k, shards=1)
+    writer = small_dump(place, vocabulary=vocabulary, k=k, shards=1)
     commit(writer, 0, [knowledge_of(tokens, logits, k)])
-    rows = logical(Path(writer.address) / "positions/00000.parquet", vocabulary=vocabulary, k=k).to_pylist()
-    read = KnowledgeStore.open(tmp_path / "store")[0]
+    rows = logical(place, vocabulary=vocabulary, k=k).to_pylist()
+    read = KnowledgeStore.open(place)[0]
     for t in range(1, 12):
         weights = np.exp(logits[t - 1])
         logprobs = np.log(weights / weights.sum())
@@ -455,9 +456,9 @@ def test_corpus_columns_never_collide():
     assert len({name.lower() for name in stored}) == len({name.lower() for name in names})
 
 
-def test_a_shard_without_sequences(tmp_path):
+def test_a_shard_without_sequences(place):
     """All its rows were left out: it must commit, verify and read like any other."""
-    store = tmp_path / "store"
+    store = place
     writer = small_dump(store, shards=3)
     commit(writer, 0, [])
     commit(writer, 1, random_sequences(1, 2))
@@ -475,17 +476,17 @@ def test_a_shard_without_sequences(tmp_path):
     assert len(opened.batches(batch_size=2)) == 1
 
 
-def test_context_without_knowledge_and_with_it(tmp_path):
+def test_context_without_knowledge_and_with_it(place):
     random = np.random.default_rng(5)
     tokens, logits = random.integers(0, 11, 6), random.normal(0, 1, (6, 11))
     targets = np.array([False, False, False, True, True, True])
     dropped = knowledge_of(tokens, logits, 3, targets)
     kept = {**knowledge_of(tokens, logits, 3, targets), "has_knowledge": np.arange(6) > 0}
-    writer = small_dump(tmp_path / "store", shards=1)
+    writer = small_dump(place, shards=1)
     rows = [sequence_row(0, dropped), sequence_row(1, kept)]
     writer.commit(Shard(0, 0, 100, rows, {"positions": [dropped, kept]}))
-    assert not verify(tmp_path / "store").damage
-    opened = KnowledgeStore.open(tmp_path / "store")
+    assert not verify(place).damage
+    opened = KnowledgeStore.open(place)
     assert opened[0]["has_knowledge"].tolist() == [False, False, False, True, True, True]
     assert opened[1]["has_knowledge"].tolist() == [False, True, True, True, True, True]
     assert opened[0]["is_target"].tolist() == opened[1]["is_target"].tolist() == targets.tolist()

@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 import pytest
 from conftest import ROOT
+from memory_storage import Place, change, names_in, put
 from stores import commit, commit_of, index_of, make_manifest, manifest_of, random_sequences, words, write_store
 from torture.heartbeat import PATIENCE
 
@@ -25,13 +27,19 @@ from knowledge_store.storage.local import LocalStorage, remove_folder
 QUERY = "SELECT * EXCLUDE (committed_at) FROM shards ORDER BY dump, shard"
 
 
-def answers(store: Path) -> tuple:
+def answers(store: Place) -> tuple:
     opened = KnowledgeStore.open(store)
     return opened.info(), opened.sql(QUERY).to_pylist(), len(opened), opened[len(opened) - 1]["input_ids"].tolist()
 
 
 @pytest.fixture
-def store(tmp_path) -> Path:
+def store(place) -> Place:
+    return write_store(place, shards=3)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A store for what only a disk has: links, things that are no folder, files that go while they are listed."""
     return write_store(tmp_path / "store", shards=3)
 
 
@@ -75,23 +83,29 @@ def test_flipped_bits(store):
         assert answers(store) == before
 
 
-def test_a_new_commit_is_seen_and_only_it_is_read(tmp_path):
-    store = tmp_path / "store"
-    writer = DumpWriter.open(store, make_manifest(shards=3), tokens_table(words(11), words(11)))
+def test_a_new_commit_is_seen_and_only_it_is_read(place):
+    writer = DumpWriter.open(place, make_manifest(shards=3), tokens_table(words(11), words(11)))
     commit(writer, 1, random_sequences(1, 4))
-    opened = KnowledgeStore.open(store)
+    opened = KnowledgeStore.open(place)
     assert (len(opened), opened.info()[0].complete) == (4, False)
     commit(writer, 0, random_sequences(0, 4))
     assert len(opened) == 4  # as it stood when it was opened
-    record = store / "small/commits/00001.json"
-    status = record.stat()
-    record.write_bytes(record.read_bytes()[::-1])
-    os.utime(record, ns=(status.st_atime_ns, status.st_mtime_ns))
-    opened = KnowledgeStore.open(store)  # what the index holds of shard 1 still stands: its record is not read again
+    change_unseen(place, "small/commits/00001.json", lambda data: data[::-1])
+    opened = KnowledgeStore.open(place)  # what the index holds of shard 1 still stands: its record is not read again
     assert [row["shard"] for row in opened.sql(QUERY).to_pylist()] == [0, 1]
     assert opened[0]["input_ids"].tolist() == random_sequences(0, 4)[0]["token_id"].tolist()
     with pytest.raises(DamageError, match=r"00001\.json"):
-        KnowledgeStore.open(store, rebuild_index=True).dump()
+        KnowledgeStore.open(place, rebuild_index=True).dump()
+
+
+def change_unseen(place: Place, name: str, edit: Callable[[bytes], bytes]) -> None:
+    """Edit a file so that a listing shows the same size and version."""
+    if isinstance(place, Path):
+        status = (place / name).stat()
+        change(place, name, edit)
+        os.utime(place / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+    else:
+        place.contents[name] = edit(place.contents[name])
 
 
 def test_shards_with_other_statistics(store):
@@ -99,9 +113,9 @@ def test_shards_with_other_statistics(store):
     last = commit_of(store, 2)
     manifest = manifest_of(store)
     larger = replace(manifest, derived=make_manifest(shards=4).derived | {"tokens": manifest.derived["tokens"]})
-    (store / "small/manifest.json").write_bytes(larger.to_bytes())
+    put(store, "small/manifest.json", larger.to_bytes())
     other = replace(last, shard=3, statistics={"positions.predictions": 5, "other.mean": 0.5})
-    (store / "small/commits/00003.json").write_bytes(other.to_bytes())
+    put(store, "small/commits/00003.json", other.to_bytes())
     for rebuild in (False, False, True):  # merged into the index, read from it, and made anew
         opened = KnowledgeStore.open(store, rebuild_index=rebuild)
         rows = opened.sql('SELECT "positions.mean_nll", "other.mean" FROM shards ORDER BY shard').to_pylist()
@@ -116,8 +130,9 @@ def test_shards_with_other_statistics(store):
 
 
 def test_no_shard_is_opened(store):
-    shutil.rmtree(store / "small/positions")
-    shutil.rmtree(store / "small/sequences")
+    for name in names_in(store):
+        if name.startswith(("small/positions/", "small/sequences/")):
+            change(store, name, None)
     opened = KnowledgeStore.open(store, rebuild_index=True)
     assert opened.info()[0].shards == 3
 
@@ -125,20 +140,19 @@ def test_no_shard_is_opened(store):
 def test_commits_are_found_whatever_else_lies_there(store):
     before = answers(store)
     for name in (".tmp-00003.json-0", "00003.json.bak", "3.json", "000003.json", "note.txt", "٠٠٠٠٣.json"):
-        (store / "small/commits" / name).write_text("{}")
+        put(store, f"small/commits/{name}", b"{}")
     assert answers(store) == before
-    (store / "small/commits/00003.json").write_text("{}")
+    put(store, "small/commits/00003.json", b"{}")
     with pytest.raises(DamageError, match=r"00003\.json"):
         KnowledgeStore.open(store).dump()
 
 
-def test_shard_numbers_of_more_than_five_digits(tmp_path):
+def test_shard_numbers_of_more_than_five_digits(place):
     """Names sort as text; shards sort as numbers."""
-    store = tmp_path / "store"
-    writer = DumpWriter.open(store, make_manifest(shards=100_001), tokens_table(words(11), words(11)))
+    writer = DumpWriter.open(place, make_manifest(shards=100_001), tokens_table(words(11), words(11)))
     for shard in (100_000, 99_999, 7):
         commit(writer, shard, random_sequences(shard, 1))
-    opened = KnowledgeStore.open(store)
+    opened = KnowledgeStore.open(place)
     assert [row["shard"] for row in opened.sql(QUERY).to_pylist()] == [7, 99_999, 100_000]
     expected = [random_sequences(shard, 1)[0]["token_id"].tolist() for shard in (7, 99_999, 100_000)]
     assert [opened[ordinal]["input_ids"].tolist() for ordinal in range(3)] == expected
@@ -174,20 +188,20 @@ def test_several_processes_refresh_it_at_once(tmp_path):
     assert [path.name for path in store.iterdir() if path.name.startswith(".tmp-")] == []
 
 
-def test_links_among_commit_records(store):
+def test_links_among_commit_records(folder):
     """What stands in a folder after a link to nothing stands there all the same."""
-    link = store / "small/commits/00003.json"
+    link = folder / "small/commits/00003.json"
     for target in ("/nonexistent", link.name):
         link.symlink_to(target)
         with pytest.raises(DamageError, match=r"00003\.json is damaged: it cannot be read"):
-            KnowledgeStore.open(store).dump()
+            KnowledgeStore.open(folder).dump()
         link.unlink()
 
 
-def test_what_is_no_folder_of_commit_records(store, tmp_path):
-    commits = store / "small/commits"
+def test_what_is_no_folder_of_commit_records(folder, tmp_path):
+    commits = folder / "small/commits"
     commits.rename(tmp_path / "kept")
-    assert KnowledgeStore.open(store).info()[0].shards == 0
+    assert KnowledgeStore.open(folder).info()[0].shards == 0
     makers = (
         commits.touch,
         lambda: os.mkfifo(commits),
@@ -197,22 +211,22 @@ def test_what_is_no_folder_of_commit_records(store, tmp_path):
     for make in makers:
         make()
         with pytest.raises(DamageError, match=f"{commits} is damaged: it is not a folder"):
-            KnowledgeStore.open(store).dump()
+            KnowledgeStore.open(folder).dump()
         commits.unlink()
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_records_that_are_removed_while_they_are_looked_for(store, monkeypatch, whole):
+def test_records_that_are_removed_while_they_are_looked_for(folder, monkeypatch, whole):
     """A dump that is removed has no shards, and a record that is removed is not there; neither is an error."""
-    storage, scandir = LocalStorage(store), os.scandir
+    storage, scandir = LocalStorage(folder), os.scandir
 
-    def later(folder):
+    def later(path):
         monkeypatch.undo()
-        entries = list(scandir(folder))
+        entries = list(scandir(path))
         if whole:
-            remove_folder(store / "small")
+            remove_folder(folder / "small")
         else:
-            (store / "small/commits/00001.json").unlink()
+            (folder / "small/commits/00001.json").unlink()
         return Listing(entries)
 
     monkeypatch.setattr("knowledge_store.storage.local.os.scandir", later)
@@ -235,24 +249,27 @@ class Listing:
         return iter(self.entries)
 
 
-def test_it_lies_in_the_cache_of_the_user_and_a_store_may_be_read_only(store, monkeypatch, tmp_path):
-    before = answers(store)
-    assert not list(store.rglob("*.duckdb"))
+def test_it_lies_in_the_cache_of_the_user_and_a_store_may_be_read_only(folder, monkeypatch, tmp_path):
+    before = answers(folder)
+    assert not list(folder.rglob("*.duckdb"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     (tmp_path / "file").write_text("no folder: nothing can be kept")
-    assert answers(store) == before
+    assert answers(folder) == before
     assert (tmp_path / "file").read_text() == "no folder: nothing can be kept"
 
 
-def test_a_store_has_one_index_whatever_it_is_called_from(store, monkeypatch):
-    expected = index_of(store)
-    monkeypatch.chdir(store.parent)
-    assert index_of(Path("store")) == index_of(Path("../") / store.parent.name / "store") == expected
-    assert index_of(store.parent) != expected
+def test_a_store_has_one_index_whatever_it_is_called_from(folder, monkeypatch):
+    expected = index_of(folder)
+    monkeypatch.chdir(folder.parent)
+    assert index_of(Path("store")) == index_of(Path("../") / folder.parent.name / "store") == expected
+    assert index_of(folder.parent) != expected
 
 
 def test_a_store_in_the_place_of_another(store, tmp_path):
     KnowledgeStore.open(store)
-    shutil.rmtree(store)
+    if isinstance(store, Path):
+        shutil.rmtree(store)
+    else:
+        store.contents.clear()
     write_store(store, shards=3, seed=9, corpus={"files": []})
     assert answers(store)[1:] == answers(write_store(tmp_path / "same", shards=3, seed=9, corpus={"files": []}))[1:]

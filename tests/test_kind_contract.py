@@ -23,6 +23,8 @@ from stores import assert_close, make_manifest, random_sequences, sequence_row, 
 from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays, item_mask
+from knowledge_store.kinds.field import KEYS
+from student_train.training.dump_facts import describe_dump
 
 TOKENS = tokens_table(words(11), words(11))
 SHARDS, SIZE = 3, 7  # the last shard has no sequences
@@ -418,11 +420,23 @@ def test_kinds_together(tmp_path, monkeypatch):
         opened.batches(kinds=("dreams",))
 
 
+def test_a_run_describes_its_dump_by_its_kinds(case, store):
+    """What a run or an evaluation says of the dump that it used, and the bytes of the columns that it read."""
+    opened, name = KnowledgeStore.open(store), case.kind.name
+    facts = describe_dump(opened, "d")
+    assert list(facts["kinds"]) == [name] and facts["sequences"] == len(opened) and facts["bytes_read"] == facts["bytes"]
+    columns = {column: size for column, size in opened.info()[0].column_bytes.items() if column.startswith(f"{name}.")}
+    assert describe_dump(opened, "d", {})["bytes_read"] == facts["bytes"] - sum(columns.values())
+    keys = [field.name for field in KEYS[case.kind.per]]
+    read = describe_dump(opened, "d", {name: ()})["bytes_read"]
+    assert read == facts["bytes"] - sum(size for column, size in columns.items() if column.partition(".")[2] not in keys)
+
+
 def test_parameters_are_part_of_the_identity(tmp_path, monkeypatch):
     monkeypatch.setitem(KINDS, "states", STATES)
     case = CASES["states"]
     DumpWriter.open(tmp_path / "store", manifest_of(case), TOKENS)
-    with pytest.raises(StoreError, match=r"kinds\.states\.layer was 3 and is now 4"):
+    with pytest.raises(StoreError, match="of states, the layer was 3 and is now 4"):
         DumpWriter.open(tmp_path / "store", make_manifest("d", shards=SHARDS, kinds={"states": {"layer": 4}}), TOKENS)
 
 
@@ -430,6 +444,6 @@ def test_who_does_not_know_a_kind_refuses_it(tmp_path, monkeypatch):
     monkeypatch.setitem(KINDS, "states", STATES)
     write(tmp_path / "store", CASES["states"])
     monkeypatch.delitem(KINDS, "states")
-    with pytest.raises(StoreError, match="'states', unknown here"):
+    with pytest.raises(StoreError, match="'states', which this knowledge-store does not know: install the version"):
         KnowledgeStore.open(tmp_path / "store").manifest()
-    assert all("unknown here" in sentence for sentence in verify(tmp_path / "store").damage)
+    assert all("does not know" in sentence for sentence in verify(tmp_path / "store").damage)

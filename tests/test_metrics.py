@@ -18,7 +18,8 @@ from knowledge_store.calibration.expected_calibration_error import (
     reliability,
 )
 from knowledge_store.calibration.temperature import fit_temperature
-from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
+from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval, calibration_gaps
+from student_train.evaluation.comparison import Difference, calibration_difference, mean_difference
 from student_train.evaluation.metrics import (
     FullVocabularyCalibration,
     brier,
@@ -208,8 +209,9 @@ def test_pairs_cancel_what_they_share():
     generator = np.random.default_rng(2)
     hardness = generator.normal(0, 5, 500)
     one, other = hardness + generator.normal(0.5, 0.1, 500), hardness + generator.normal(0, 0.1, 500)
-    low, high = bootstrap_interval(one, other)
-    assert 0.45 < low < (one - other).mean() < high < 0.55
+    difference = mean_difference(one, other, np.ones(500))
+    assert difference.value == pytest.approx((one - other).mean()) and difference.clear
+    assert 0.45 < difference.low < difference.value < difference.high < 0.55
 
 
 def test_groups_are_drawn_whole():
@@ -254,10 +256,12 @@ def test_the_difference_of_two_calibration_errors():
     honest = generator.uniform(0.5, 1, 3000)
     correct = generator.uniform(size=3000) < honest
     boastful = np.minimum(honest + 0.15, 1)
-    low, high = bootstrap_calibration_error(boastful, correct, 15, other=(honest, correct))
+    one, other = (calibration_gaps(confidence, correct, 15) for confidence in (boastful, honest))
+    difference = calibration_difference(one, other, np.ones(3000))
     gap = expected_calibration_error(boastful, correct) - expected_calibration_error(honest, correct)
-    assert 0.05 < low < gap < high < 0.16
-    assert bootstrap_calibration_error(honest, correct, 15, other=(honest, correct)) == (0, 0)
+    assert difference.value == pytest.approx(gap)
+    assert 0.05 < difference.low < gap < difference.high < 0.16
+    assert calibration_difference(other, other, np.ones(3000)) == Difference(0, 0, 0)
 
 
 def test_many_values_are_resampled_piece_by_piece(monkeypatch):

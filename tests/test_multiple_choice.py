@@ -114,7 +114,7 @@ def test_against_one_option_at_a_time(model, tokenizer, tmp_path, answer_as):
     path = write_jsonl(tmp_path / "q.jsonl", [*question_rows(24), CLASH])
     questions = tokenise(read_questions(path, answer_as), tokenizer, answer_as)
     found = measure_questions(model, questions, batch_size=4, temperature=1.7)
-    apart = sum(question.told_apart for question in questions)
+    apart = sum(question.first_tokens_differ for question in questions)
     assert apart == len(questions) if answer_as == "letter" else 0 < apart < len(questions)
     for name in CONFIDENCES:
         check(found[name], plainly(model, questions, name))

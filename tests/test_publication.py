@@ -1,7 +1,11 @@
-"""Nothing published is ever replaced, whoever else writes, dies or fails at the same time."""
+"""Nothing published is ever replaced, whoever else writes, dies or fails at the same time.
+
+Of `tmp_path` is what a disk alone has: other processes, temporary files, folders. All else holds in any place.
+"""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -10,17 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from stores import commit, make_manifest, random_sequences, rewrite, words, write_store
+from memory_storage import file_in, names_in, put, storage_of
+from stores import commit, make_manifest, random_sequences, stored_table, words, write_store
 from torture.heartbeat import PATIENCE
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, MismatchError, StoreError, verify
-from knowledge_store.format.parquet import TableFile, publish_table, read_table, write_table
+from knowledge_store.format.integrity import TableFile
+from knowledge_store.format.parquet import publish_table, read_table, write_table
 from knowledge_store.format.sequences import TOKENS_COLUMNS, tokens_table
 from knowledge_store.storage import contents
-from knowledge_store.storage.local import LocalStorage, make_folder, publish, remove_leftovers
+from knowledge_store.storage.local import make_folder, publish, remove_leftovers
 
 TOKENS = tokens_table(words(11), words(11))
 
@@ -132,10 +137,9 @@ def test_a_store_whose_making_was_cut_off_is_made_after_all(tmp_path):
     assert temporary_files(tmp_path / "store") == []
 
 
-def test_files_of_an_uncommitted_shard_are_committed_as_they_stand(tmp_path):
+def test_files_of_an_uncommitted_shard_are_committed_as_they_stand(place, tmp_path):
     """A twin on another machine may differ in the last digit: what stands there counts, in its statistics as well."""
-    store = tmp_path / "store"
-    writer = DumpWriter.open(store, make_manifest(shards=1), TOKENS)
+    writer = DumpWriter.open(place, make_manifest(shards=1), TOKENS)
     knowledge = random_sequences(0, 4)
     twin = [{**each, "token_logprob": each["token_logprob"] - 1} for each in random_sequences(0, 4)]
     for each in twin:  # where the token is no candidate, its log-probability is free to differ
@@ -149,9 +153,9 @@ def test_files_of_an_uncommitted_shard_are_committed_as_they_stand(tmp_path):
     writer.storage.create("small/positions/00000.parquet", lambda file: file.write(standing))
 
     commit(writer, 0, knowledge)
-    assert (Path(writer.address) / "positions/00000.parquet").read_bytes() == standing
-    assert verify(store).damage == []
-    summaries = [KnowledgeStore.open(each).info()[0] for each in (store, tmp_path / "twin", other)]
+    assert file_in(place, "small/positions/00000.parquet").read_bytes() == standing
+    assert verify(place).damage == []
+    summaries = [KnowledgeStore.open(each).info()[0] for each in (place, tmp_path / "twin", other)]
     assert (
         summaries[0].statistics["positions.mean_nll"]
         == summaries[1].statistics["positions.mean_nll"]
@@ -159,53 +163,48 @@ def test_files_of_an_uncommitted_shard_are_committed_as_they_stand(tmp_path):
     )
 
 
-def test_a_standing_commit_record_wins(tmp_path):
-    store = tmp_path / "store"
-    writer = DumpWriter.open(store, make_manifest(shards=1), TOKENS)
-    late = DumpWriter.open(store, make_manifest(shards=1), TOKENS)
+def test_a_standing_commit_record_wins(place):
+    writer = DumpWriter.open(place, make_manifest(shards=1), TOKENS)
+    late = DumpWriter.open(place, make_manifest(shards=1), TOKENS)
     knowledge = random_sequences(0, 4)
     assert not late.committed(0)
     commit(writer, 0, knowledge)
     assert late.committed(0)
-    before = {path: path.read_bytes() for path in store.rglob("*") if path.is_file()}
+    before = {name: file_in(place, name).read_bytes() for name in names_in(place)}
     commit(late, 0, knowledge)
-    assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
+    assert {name: file_in(place, name).read_bytes() for name in names_in(place)} == before
 
 
 @pytest.mark.parametrize("what", ["other rows", "garbage"])
-def test_a_leftover_that_does_not_belong_is_refused(tmp_path, what):
-    writer = DumpWriter.open(tmp_path / "store", make_manifest(shards=1), TOKENS)
-    path = Path(writer.address) / "positions/00000.parquet"
-    path.parent.mkdir()
-    if what == "garbage":
-        path.write_bytes(b"PAR1 nothing of ours PAR1")
-    else:
-        rewrite(path, pa.table({"a": [1, 2]}))
+def test_a_leftover_that_does_not_belong_is_refused(place, what):
+    writer = DumpWriter.open(place, make_manifest(shards=1), TOKENS)
+    name, other, file = "small/positions/00000.parquet", pa.table({"a": [1, 2]}), io.BytesIO()
+    write_table(file, other.schema, [other])
+    put(place, name, b"PAR1 nothing of ours PAR1" if what == "garbage" else file.getvalue())
     with pytest.raises(DamageError) as raised:
         commit(writer, 0, random_sequences(0, 4))
-    assert str(path) in str(raised.value)
+    assert writer.storage.locate(name) in str(raised.value)
     assert not writer.committed(0)
 
 
-def test_another_vocabulary_of_a_run_that_was_cut_off(tmp_path):
+def test_another_vocabulary_of_a_run_that_was_cut_off(place):
     """tokens.parquet comes before the manifest: a run killed between them must not lend its vocabulary to the next dump."""
-    store = write_store(tmp_path / "store")
-    (store / "other").mkdir()
+    store, file = write_store(place), io.BytesIO()
     other = tokens_table([f"v{token}" for token in range(11)], words(11))
-    with open(store / "other/tokens.parquet", "wb") as file:
-        write_table(file, other.schema, [other], TOKENS_COLUMNS)
+    write_table(file, other.schema, [other], TOKENS_COLUMNS)
+    put(store, "other/tokens.parquet", file.getvalue())
     with pytest.raises(MismatchError, match="another vocabulary"):
         DumpWriter.open(store, make_manifest("other"), TOKENS)
-    assert not (store / "other/manifest.json").exists()
+    assert "other/manifest.json" not in names_in(store)
     DumpWriter.open(store, make_manifest("other"), other)
 
 
-def test_a_dump_made_otherwise_is_refused_and_left_alone(tmp_path):
-    store = write_store(tmp_path / "store")
-    before = sorted(store.rglob("*"))
+def test_a_dump_made_otherwise_is_refused_and_left_alone(place):
+    store = write_store(place)
+    before = names_in(store)
     with pytest.raises(MismatchError, match=r"selection\.k was 3 and is now 4"):
         DumpWriter.open(store, make_manifest(k=4), TOKENS)
-    assert sorted(store.rglob("*")) == before
+    assert names_in(store) == before
 
 
 CREATE = """
@@ -291,40 +290,40 @@ ODD_NAMES = ["", ".", "..", "../up", "a/b", "a\\b", ".hidden", "-x", "a b", "na√
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_names_that_cannot_be_folders(tmp_path, name):
+def test_names_that_cannot_be_folders(place, name):
     with pytest.raises(InputError, match="cannot name a dump"):
-        DumpWriter.open(tmp_path / "store", make_manifest(name), TOKENS)
-    assert not (tmp_path / "store").exists()
+        DumpWriter.open(place, make_manifest(name), TOKENS)
+    assert names_in(place) == []
 
 
-def test_the_name_of_the_store_s_own_file(tmp_path):
+def test_the_name_of_the_store_s_own_file(place):
     with pytest.raises(InputError, match="has a file of that name"):
-        DumpWriter.open(tmp_path / "store", make_manifest("store.json"), TOKENS)
+        DumpWriter.open(place, make_manifest("store.json"), TOKENS)
 
 
-def test_odd_but_allowed_names(tmp_path):
+def test_odd_but_allowed_names(place):
     for name in ("index", "tokens", "commits", "7", "A.b_c-d", "manifest.json", "select"):
-        write_store(tmp_path / "store", name, shards=1)
-    opened = KnowledgeStore.open(tmp_path / "store")
+        write_store(place, name, shards=1)
+    opened = KnowledgeStore.open(place)
     assert set(opened.dumps) == {"index", "tokens", "commits", "7", "A.b_c-d", "manifest.json", "select"}
     assert opened.sql("SELECT count(*) AS n FROM sequences").to_pylist() == [{"n": 28}]
-    assert verify(tmp_path / "store").damage == []
+    assert verify(place).damage == []
 
 
-def test_an_unknown_kind_is_refused(tmp_path):
+def test_an_unknown_kind_is_refused(place):
     with pytest.raises(InputError, match="unknown kinds of knowledge, dreams"):
-        DumpWriter.open(tmp_path / "store", make_manifest(kinds=("positions", "dreams")), TOKENS)
+        DumpWriter.open(place, make_manifest(kinds=("positions", "dreams")), TOKENS)
 
 
-def test_removing_a_dump(tmp_path):
-    store = write_store(tmp_path / "store", "first")
+def test_removing_a_dump(place):
+    store = write_store(place, "first")
     write_store(store, "second")
     opened = KnowledgeStore.open(store)
     with pytest.raises(InputError, match="no dump 'third'"):
         opened.remove("third")
     opened.remove("first")
     assert opened.dumps == KnowledgeStore.open(store).dumps == ("second",)
-    assert sorted(path.name for path in store.iterdir()) == ["second", "store.json"]
+    assert {name.split("/")[0] for name in names_in(store)} == {"second", "store.json"}
     assert {row["dump"] for row in opened.sql("SELECT dump FROM shards").to_pylist()} == {"second"}
     assert len(opened) == 8
 
@@ -342,8 +341,8 @@ def test_a_removal_that_was_cut_off(tmp_path):
     assert temporary_files(store) == []
 
 
-def test_a_dump_removed_and_made_anew(tmp_path):
-    store = write_store(tmp_path / "store", k=3)
+def test_a_dump_removed_and_made_anew(place):
+    store = write_store(place, k=3)
     KnowledgeStore.open(store).remove("small")
     write_store(store, k=2)
     assert KnowledgeStore.open(store)[0]["candidate_ids"].shape[1] == 2
@@ -356,20 +355,20 @@ def test_made_folders_and_leftovers_in_none(tmp_path):
     assert remove_leftovers(tmp_path / "nowhere") == 0
 
 
-def test_a_published_shard_is_whole(tmp_path):
+def test_a_published_shard_is_whole(place):
     """What a name stands for is complete from the moment it is there."""
-    store = write_store(tmp_path / "store", shards=1)
-    table = pq.read_table(store / "small/positions/00000.parquet")
+    store = write_store(place, shards=1)
+    table = stored_table(store, "positions")
     expected = np.concatenate([each["token_id"] for each in random_sequences(0, 4)])
     assert np.array_equal(table["token_id"].to_numpy(), expected)
 
 
-def test_many_equal_values_in_few_bytes_are_read(tmp_path):
+def test_many_equal_values_in_few_bytes_are_read(place):
     """Draws of a flat teacher are each counted once, five million of them in a few hundred bytes."""
     rows, draws = 32_768, 160
     counts = pa.ListArray.from_arrays(np.arange(0, rows * draws + 1, draws, np.int32), np.ones(rows * draws, np.uint16))
     table = pa.table({"tail_counts": counts})
-    storage = LocalStorage(tmp_path)
+    storage = storage_of(place)
     record, _ = publish_table(storage, "counts.parquet", table.schema, [table])
     assert record.bytes < 10_000
     assert read_table(TableFile(storage, "counts.parquet", record, table.schema)).equals(table)

@@ -149,7 +149,7 @@ def test_the_tokens_are_those_of_a_dump(text, options, answer_as, name):
         assert dumped.token_ids.tolist() == whole
         assert dumped.is_target[len(tokens.context) :].all()
         if answer_as == "letter":
-            assert tokens.told_apart and {len(each) for each in tokens.completions} == {
+            assert tokens.first_tokens_differ and {len(each) for each in tokens.completions} == {
                 1
             }  # here the space is a token of its own, and the context's last
             assert dumped.is_target.sum() == 3
@@ -168,11 +168,11 @@ def test_what_the_first_token_tells():
     tokenizer = TOKENIZERS["plain"]
     clashing = Question("Which?", ("the ship", "the lamp"), 0)
     (letters,), (texts,) = tokenise([clashing], tokenizer), tokenise([clashing], tokenizer, "text")
-    assert letters.told_apart and {len(each) for each in letters.completions} == {1}
-    assert not texts.told_apart
+    assert letters.first_tokens_differ and {len(each) for each in letters.completions} == {1}
+    assert not texts.first_tokens_differ
     distinct = Question("Which?", ("the ship", "a lamp"), 0)
     (texts,) = tokenise([distinct], tokenizer, "text")
-    assert texts.told_apart and min(len(each) for each in texts.completions) > 1
+    assert texts.first_tokens_differ and min(len(each) for each in texts.completions) > 1
 
 
 def test_questions_too_long_for_the_model():

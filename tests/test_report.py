@@ -16,8 +16,9 @@ import pytest
 from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
 from knowledge_store.errors import InputError
 from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, group_sums
-from student_train.evaluation.comparison import comparable, differences
+from student_train.evaluation.kinds import FIGURES, measurements
 from student_train.evaluation.metrics import describe_answers
+from student_train.evaluation.question_figures import QUESTION_FIGURES
 from student_train.report.html import write_report
 
 DUMP = {
@@ -25,9 +26,8 @@ DUMP = {
     "store": "store",
     "teacher": "a <teacher> & friends",
     "vocabulary_size": 512,
-    "selection": "top-k 5 + 4 tail draws",
-    "top_k": 5,
-    "quantisation_step": 0.125,
+    "kinds": {"positions": {"selection": "top-k 5 + 4 tail draws", "dense_bytes": 4000 * 512 * 4}, "vectors": {}},
+    "lines": [["selection", "top-k 5 + 4 tail draws, in steps of 0.125 nats"]],
     "sequences": 9,
     "positions": 4200,
     "targets": 4000,
@@ -187,7 +187,7 @@ def test_what_a_run_cost(tmp_path):
     costs = cells(text, "What it cost")
     dense = f"{4000 * 512 * 4 / 60_000:,.0f}×"
     assert costs["distilled forward-kl, 0.2 cross-entropy"] == [
-        "train top-k 5 + 4 tail draws",
+        "train positions: top-k 5 + 4 tail draws; vectors",
         "14.3 12.0 of what its loss reads",
         "0.06 MB",
         dense,
@@ -223,7 +223,7 @@ def test_questions(tmp_path):
         "honest",
     ]
     assert "Whole sequence" not in text and "A letter is one token" in text
-    assert "400 questions of 4 and 5 options, answered by letter" in text
+    assert "400 questions of <b>exam</b>. Each has 4 or 5 options and is answered by letter." in text
     # Against the first run as it is, and against it at its temperature: the control.
     plain, control = (
         cells(table, "<table") for table in re.findall(r'<table class="differences">.*?</table>', text, re.DOTALL)
@@ -250,8 +250,10 @@ def test_results_that_cannot_be_compared_are_not(tmp_path):
     folders = [write_run(tmp_path / f"run-{index}", exam=exam) for index, exam in enumerate(exams)]
     text = page(tmp_path, *folders)
     assert "do not compare them" in text and "more than chance" not in text
-    assert not comparable(exams[0], exams[1]) and not comparable(exams[0], evaluation(3, 1))
-    assert comparable(evaluation(3, 1), evaluation(4, 2))
+    one, other, on_text, again = (
+        measurement for result in (*exams, evaluation(3, 1), evaluation(4, 2)) for measurement in measurements(result)
+    )
+    assert not one.comparable(other) and not one.comparable(on_text) and on_text.comparable(again)
 
 
 def test_a_dump_without_candidates(tmp_path):
@@ -272,13 +274,14 @@ def test_a_dump_without_candidates(tmp_path):
 @pytest.mark.parametrize("boast", [0.0, 0.2])
 def test_differences_on_questions_and_on_sequences(boast):
     one, other = confidence_of(5, boast)["answers"], confidence_of(6, 0.0)["answers"]
-    found = differences(one, other)
+    found = QUESTION_FIGURES.differences(one, other)
     gap = expected_calibration_error(*answers_of(5, boast)[:2], 10) - expected_calibration_error(*answers_of(6)[:2], 10)
     assert found["ece_10"].value == pytest.approx(gap)
     assert found["nll"].value == pytest.approx(np.mean(one["nll"]) - np.mean(other["nll"]))
     assert found["accuracy"].value == 0 and not found["accuracy"].clear
     assert found["ece_15"].clear == (boast > 0)
-    found = differences(*(evaluation(3, 1, size)["figures"]["positions"]["per_sequence"] for size in (boast, 0.0)))
+    kept = (evaluation(3, 1, size)["figures"]["positions"]["per_sequence"] for size in (boast, 0.0))
+    found = FIGURES["positions"].differences(*kept)
     mine, theirs = (expected_calibration_error(*answers_of(3, each)[:2]) for each in (boast, 0.0))
     assert found["ece_15"].value == pytest.approx(mine - theirs)
     assert found["ece_15"].low <= found["ece_15"].value <= found["ece_15"].high

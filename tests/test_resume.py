@@ -22,6 +22,7 @@ from knowledge_store.errors import InputError, MismatchError, StoreError
 from knowledge_store.storage import local as publication
 from knowledge_store.writing.verification import verify
 from teacher_dump import DumpConfig, dump, fingerprints, repair
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.extraction.sampling import systematic_points
 from teacher_dump.teachers import local as teachers
 from teacher_dump.teachers.local import load_teacher
@@ -173,17 +174,51 @@ def test_a_signal_ends_it_cleanly(config, uninterrupted, tmp_path, loaded_teache
     assert contents(config.store) == uninterrupted
 
 
-def test_an_error_in_the_reading_thread_is_the_dumps_and_leaves_no_thread(tmp_path, loaded_teacher):
+def test_an_error_in_the_reading_thread_is_the_dumps_and_leaves_no_thread(tmp_path, loaded_teacher, monkeypatch):
     """The first rows are fine, so that the error comes while the teacher works on an earlier shard."""
+    config = DumpConfig(
+        "tiny", (write_jsonl(tmp_path / "c.jsonl", story_rows(9)),), tmp_path / "s", max_length=30, shard_size=2
+    )
+    sequences = CorpusTokenizer.sequences
+    seen: list[int] = []
+
+    def gone(tokenizer, document):
+        seen.append(document.number)
+        if seen.count(6) > 1:  # the first time, the corpus is looked through
+            raise InputError("the disk is gone")
+        return sequences(tokenizer, document)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusTokenizer, "sequences", gone)
+        with pytest.raises(InputError, match="the disk is gone"):
+            dump(config, teacher=loaded_teacher)
+    assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
+    assert sorted(path.name for path in (tmp_path / "s/tiny-c/commits").iterdir()) == ["00000.json", "00001.json", "00002.json"]
+    report = dump(config, teacher=loaded_teacher)
+    assert (report.shards_existing, report.shards) == (3, 2)
+
+
+def test_a_bad_row_is_found_before_anything_is_made(tmp_path, loaded_teacher):
     rows = [*story_rows(6), {"prompt": "The lamp " * 50, "completion": "x"}, *story_rows(2)]
     corpus = write_jsonl(tmp_path / "c.jsonl", rows)
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=30, shard_size=2)
     with pytest.raises(InputError, match=r"c\.jsonl, line 7: the prompt leaves no room .*--skip-bad-rows"):
         dump(config, teacher=loaded_teacher)
-    assert {thread.name.split("_")[0] for thread in threading.enumerate()}.isdisjoint({"reader", "writer"})
-    assert sorted(path.name for path in (tmp_path / "s/tiny-c/commits").iterdir()) == ["00000.json", "00001.json", "00002.json"]
+    assert not config.store.exists()
     report = dump(replace(config, skip_bad_rows=True), teacher=loaded_teacher)
-    assert (report.shards_existing, report.shards, report.skipped_rows) == (3, 2, 1)
+    assert (report.shards, report.counts.rows_left_out) == (5, 1)
+    with pytest.raises(InputError, match=r"c\.jsonl, line 7"):
+        dump(config, teacher=loaded_teacher)  # the manifest knows
+
+
+def test_another_tokenisation_of_a_shard_is_refused(config, loaded_teacher, monkeypatch):
+    """As by a version of transformers that renders a template otherwise."""
+    assert dump(config, 0, 2, teacher=loaded_teacher).shards
+    windows = CorpusTokenizer._windows
+    with monkeypatch.context() as patch:
+        patch.setattr(CorpusTokenizer, "_windows", lambda *arguments: windows(*arguments)[:1])
+        with pytest.raises(MismatchError, match=r"shard \d has .* tokens, and had .* when the corpus was looked through"):
+            dump(config, 1, 2, teacher=loaded_teacher)
 
 
 def test_an_error_in_the_writing_thread_is_the_dumps_and_leaves_no_thread(config, loaded_teacher, uninterrupted, monkeypatch):
@@ -351,7 +386,7 @@ def test_a_complete_dump_is_left_alone(config, loaded_teacher, monkeypatch):
         raise AssertionError("a complete dump's corpus needs no reading, and its teacher no asking")
 
     monkeypatch.setattr("teacher_dump.dumping.plan.read_documents", nobody)
-    monkeypatch.setattr("teacher_dump.dumping.plan.scan", nobody)
+    monkeypatch.setattr("teacher_dump.dumping.inspection.scan", nobody)
     monkeypatch.setattr(type(loaded_teacher), "predict", nobody)
     report = dump(config, teacher=loaded_teacher)
     assert (report.shards, report.shards_existing, report.positions) == (0, SHARDS, 0)

@@ -21,11 +21,6 @@ from knowledge_store.writing.repair import damaged_files
 TOKENS = tokens_table(words(11), words(11))
 
 
-@pytest.fixture(params=PLACES)
-def place(request, tmp_path) -> Path | MemoryStorage:
-    return new_place(request.param, tmp_path / "store")
-
-
 def everything(store: KnowledgeStore) -> tuple:
     """What is read of a store's dump `small` in every way there is."""
     batches = [{name: array.tobytes() for name, array in batch.items()} for batch in store.batches("small", batch_size=3)]

@@ -209,7 +209,7 @@ def test_a_temperature_that_is_known_is_found(tmp_path):
     assert found.targets == 2700 and not fit.at_edge and doubts(fit) == []
     assert found.after["nll"] < found.before["nll"] - 0.1 and found.after["ece_10"] < 0.04 < found.before["ece_10"]
     # With no tail, the dump's own temperature is one of these.
-    assert fit.own_temperature == 2 and fit.own["nll"] == pytest.approx(found.after["nll"], abs=2e-3)
+    assert fit.dump_temperature == 2 and fit.dump_figures["nll"] == pytest.approx(found.after["nll"], abs=2e-3)
     assert fit.nll[0] < found.after["nll"] < fit.nll[1]
 
 
@@ -233,9 +233,9 @@ def test_the_bucket_temperature_has_the_least_loss(labelled):
     assert found.before["nll"] == pytest.approx(loss(1), abs=1e-4)
     assert found.after["nll"] == pytest.approx(loss(found.temperature), abs=1e-4)
     assert found.after["nll"] <= min(map(loss, np.linspace(0.5, 3, 51))) + 1e-5
-    assert fit.own["nll"] < found.after["nll"] - 0.01
+    assert fit.dump_figures["nll"] < found.after["nll"] - 0.01
     full = recalibrated_nll(labelled, calibration(value=2.0))
-    assert fit.own["nll"] == pytest.approx(full, abs=1e-4)
+    assert fit.dump_figures["nll"] == pytest.approx(full, abs=1e-4)
 
 
 def recalibrated_nll(store: KnowledgeStore, given: Calibration) -> float:
@@ -407,7 +407,7 @@ def dumps(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
 def run(dumps: Path, output: Path, calibration: str | None, dump: str = "plain", **changes) -> TrainConfig:
     given = {"steps": 4, "batch_size": 4, "eval_fraction": 0.2, "evaluations": 1, "learning_rate": 1e-3, **changes}
     path = None if calibration is None else str(dumps / f"{calibration}.json")
-    return TrainConfig(str(dumps / "store"), str(dumps / "student"), str(output), dump, calibration=path, **given)
+    return TrainConfig(str(dumps / "store"), str(dumps / "student"), str(output), dump=dump, calibration=path, **given)
 
 
 def losses(output: Path) -> list[float]:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, write_jsonl
+from processes import Notes
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
 from student_train.losses.table import LOSSES
 from student_train.training.configuration import TrainConfig
-from student_train.training.dataset import DistillationDataset, describe_dump, padding_batch, split_ordinals
-from student_train.training.knowledge import unused_columns
+from student_train.training.dataset import DistillationDataset, padding_batch, split_ordinals
+from student_train.training.dump_facts import describe_dump
+from student_train.training.knowledge import columns_read
 from student_train.training.vocabulary import check_student
+from teacher_dump import DumpConfig, dump
 
 
 @pytest.fixture
@@ -147,6 +153,56 @@ def test_another_vocabulary_is_refused_by_name(store, config, teacher_folder):
         check_student(store, "train", small, AutoTokenizer.from_pretrained(teacher_folder))
 
 
+def renamed(tokenizer, old: str, new: str, special: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer with another name for one of its special tokens."""
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = record["model"]["vocab"]
+    vocabulary[new] = vocabulary.pop(old)
+    entry = next(entry for entry in record["added_tokens"] if entry["content"] == old)
+    entry |= {"content": new, "special": special}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)))
+
+
+def test_a_renamed_token_that_no_sequence_holds_is_told_and_any_other_is_refused(store, config):
+    own = make_tokenizer()
+    reporter = Notes()
+    check_student(store, "train", config, renamed(own, "<|system|>", "<|new|>"), reporter=reporter)
+    assert reporter.notes == [
+        "Tokens that no sequence of train holds have other names in the student: token id 3 is '<|system|>' in the dump and"
+        " '<|new|>' in the student"
+    ]
+    for message, other in (
+        ("token id 0 is '<.end.>' in the dump and '<.new.>' in the student", renamed(own, "<|end|>", "<|new|>")),  # it is held
+        ("token id 3 is '<.system.>' in the dump and 'new'", renamed(own, "<|system|>", "new", special=False)),
+        ("token id 2 is '<.assistant.>' in the dump and '<.system.>' in the student; token id 3", swapped(own)),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_student(store, "train", config, other)
+
+
+def swapped(tokenizer) -> PreTrainedTokenizerFast:
+    """With the names of two special tokens changed over."""
+    text = tokenizer.backend_tokenizer.to_str()
+    for old, new in (("<|assistant|>", "<|a|>"), ("<|system|>", "<|assistant|>"), ("<|a|>", "<|system|>")):
+        text = text.replace(old, new)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
+
+
+def test_tokens_behind_the_students_vocabulary_may_be_missing_where_no_sequence_holds_them(tmp_path, config, loaded_teacher):
+    """As Qwen 2.5 has them missing that Qwen 3 has."""
+    teacher = replace(loaded_teacher, tokenizer=make_tokenizer())
+    teacher.tokenizer.add_tokens(["<think>", "</think>"])
+    for name, text in (("plain", "The lamp burns."), ("thinking", "<think>The lamp</think> burns.")):
+        corpus = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text}])
+        dump(DumpConfig("tiny", (corpus,), tmp_path / "store", name, max_length=40), teacher=teacher)
+    store = KnowledgeStore.open(tmp_path / "store")
+    reporter = Notes()
+    check_student(store, "plain", config, make_tokenizer(), reporter=reporter)
+    assert "is '<think>' in the dump and absent in the student; token id" in reporter.notes[0]
+    with pytest.raises(InputError, match="is '<think>' in the dump and absent in the student"):
+        check_student(store, "thinking", config, make_tokenizer())
+
+
 # As they stand on disk: candidates are told by their gaps and the tail.
 CANDIDATES = {"candidate_ids", "gap_steps", "tail_steps"}
 DRAWS = {"tail_ids", "tail_counts"}
@@ -160,14 +216,14 @@ DRAWS = {"tail_ids", "tail_counts"}
         ({}, {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts"}, {*CANDIDATES, *DRAWS}),
         ({"tail": "bucket"}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
         ({"temperature": 2.0}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
-        ({"calibration": "c.json"}, {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_logsumexp"}, CANDIDATES),
+        ({"calibration": "c.json"}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
     ],
 )
 def test_the_bytes_of_what_a_loss_reads(store, options, read, stored):
     config = TrainConfig("store", "student", "output", **options)
-    unused = unused_columns(config, LOSSES[config.loss])
-    assert {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts", "tail_logsumexp"} - unused == read
-    facts = describe_dump(store, "train", unused)
+    columns = columns_read(store.manifest("train"), config, LOSSES[config.loss])
+    assert columns == {"positions": {"token_id", "is_target", *read}}
+    facts = describe_dump(store, "train", columns)
     columns = next(summary for summary in store.info() if summary.dump == "train").column_bytes
     left_out = sum(columns[f"positions.{name}"] for name in {*CANDIDATES, *DRAWS, "token_steps"} - stored)
     assert facts["bytes_read"] == facts["bytes"] - left_out and left_out > 0

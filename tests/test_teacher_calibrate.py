@@ -220,7 +220,7 @@ def test_rows_that_cannot_be_used(words, tmp_path):
     with pytest.raises(InputError, match=r"c\.jsonl, line 2: not JSON.*--skip-bad-rows"):
         calibrate(config)
     fit = calibrate(replace(config, skip_bad_rows=True))
-    assert fit.calibration.targets == 3 and fit.skipped_rows == 1
+    assert fit.calibration.targets == 3 and (fit.counts.rows, fit.counts.rows_left_out, fit.all_rows) == (3, 1, True)
 
 
 def test_bad_input_is_refused(words, tmp_path):

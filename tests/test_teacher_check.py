@@ -31,6 +31,7 @@ from knowledge_store.kinds.positions import exact_steps
 from teacher_dump import CheckConfig, DumpConfig, dump
 from teacher_dump import check as check_dump
 from teacher_dump.checking.report import describe
+from teacher_dump.checking.run import CHECKERS
 from teacher_dump.checking.verdicts import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, Agreement
 from teacher_dump.corpus.tokenisation import describe_tokenizer
 from teacher_dump.dumping import teacher_pass
@@ -48,10 +49,10 @@ SELECTIONS = {
 
 
 def check(store: Path, teacher: str | LocalTeacher, **options) -> Agreement:
-    """Check with a loaded teacher, or with the teacher in a folder."""
+    """Check positions with a loaded teacher, or with the teacher in a folder."""
     if isinstance(teacher, str):
-        return check_dump(CheckConfig(store, teacher, **options))
-    return check_dump(CheckConfig(store, "loaded", **options), teacher)
+        return check_dump(CheckConfig(store, teacher, **options))["positions"]
+    return check_dump(CheckConfig(store, "loaded", **options), teacher)["positions"]
 
 
 @pytest.fixture
@@ -525,6 +526,18 @@ def test_what_cannot_be_checked(store_folder, loaded_teacher, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             check(store_folder, loaded_teacher, **options)
+
+
+def test_other_kinds_are_checked_by_the_table(monkeypatch, store_folder, loaded_teacher):
+    """A dump is checked by the checkers of its kinds; where there is none for any of them, it is refused."""
+    config = CheckConfig(store_folder, "loaded", dump="heldout", sample=4)
+    asked = []
+    monkeypatch.setitem(CHECKERS, "positions", lambda store, manifest, ordinals, *_: asked.append(len(ordinals)) or "sound")
+    assert check_dump(config, loaded_teacher) == {"positions": "sound"} and asked == [4]
+    monkeypatch.delitem(CHECKERS, "positions")
+    monkeypatch.setitem(CHECKERS, "dreams", None)
+    with pytest.raises(InputError, match="'heldout' holds positions, which cannot be checked: give a dump that holds dreams"):
+        check_dump(config, loaded_teacher)
 
 
 def test_the_command(store_folder, teacher_folder, tmp_path):

@@ -61,27 +61,56 @@ def test_several_corpus_files_after_one_option(command, tmp_path):
     assert files["file"].to_pylist() == ["a.jsonl", "b.jsonl", "c.jsonl"]
 
 
-def test_skipped_rows_are_counted_by_reason_and_truncated_sequences_too(command, tmp_path):
-    long = json.dumps({"prompt": "Far?", "completion": " As far" * 40})
-    rows = ['{"text": "The lamp burns."}', "broken", "worse", "{}", long]
+LONG = {"prompt": "Far?", "completion": " As far" * 40}
+
+
+def test_rows_that_are_left_out_are_counted_by_reason_and_rows_that_are_cut_too(command, tmp_path):
+    rows = ['{"text": "The lamp burns."}', "broken", "worse", "{}", json.dumps(LONG)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(rows))
-    refused(command(), "corpus.jsonl, line 2: not JSON", "(at least 2 more rows cannot be used)", "--skip-bad-rows")
+    missing = "none of the columns `text`, `prompt` and `completion`, or `messages`"
+    more = f"(2 more rows cannot be used: 1 not JSON; 1 {missing})"
+    refused(command(), "corpus.jsonl, line 2: not JSON", more, "--skip-bad-rows")
     assert not (tmp_path / "store").exists()
     result = command("--skip-bad-rows")
     assert result.returncode == 0, result
-    assert "3 rows were skipped: 2 not JSON; 1 none of the columns `text`" in result.stderr
-    assert "1 sequence was truncated at the maximum length" in result.stderr
+    assert f"Warning: 2 of 5 rows are used, 3 left out (60%): 2 not JSON; 1 {missing}" in result.stderr
+    assert "Warning: 1 row is cut at 40 tokens (50%); 1 answer loses the end" in result.stderr
     [summary] = KnowledgeStore.open(tmp_path / "store").info()
-    assert summary.truncated == 1 and list(summary.skip_reasons.items()) == [
-        ("not JSON", 2),
-        ("none of the columns `text`, `prompt` and `completion`, or `messages`", 1),
-    ]
+    assert summary.truncated == 1 and list(summary.skip_reasons.items()) == [("not JSON", 2), (missing, 1)]
+    assert summary.counts.rows_used == summary.sequences == 2 and summary.counts.positions == summary.positions
     record = json.loads((tmp_path / "store/tiny-corpus/commits/00000.json").read_text())
     assert [(row["row"], row["reason"], row.get("detail", "").split(" (")[0]) for row in record["skipped"]] == [
         (2, "not JSON", "not JSON"),
         (3, "not JSON", "not JSON"),
-        (4, "none of the columns `text`, `prompt` and `completion`, or `messages`", ""),
+        (4, missing, ""),
     ]
+
+
+def test_rows_that_are_too_long_can_be_left_out_or_refused(command, tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", [{"text": "The lamp burns. " * 20}, LONG, LONG])
+    longer = "longer than --max-length"
+    refused(command(too_long="refuse"), f"corpus.jsonl, line 2: {longer} (it has", f"(1 more row cannot be used: 1 {longer})")
+    refused(command("--skip-bad-rows", too_long="refuse"), "Give a larger --max-length, or use --too-long cut or skip")
+    refused(command(too_long="burn"), "--too-long is 'burn'; it must be cut, skip or refuse")
+    result = command(too_long="skip")
+    assert result.returncode == 0, result
+    assert f"1 of 3 rows is used, 2 left out (67%): 2 {longer}" in result.stderr
+    [summary] = KnowledgeStore.open(tmp_path / "store").info()
+    assert (summary.truncated, summary.counts.cut, summary.skip_reasons) == (0, 0, {longer: 2})
+    refused(command(), "--too-long was skip and is now cut")
+
+
+def test_more_rows_left_out_than_allowed_stop_a_run_before_the_teacher_is_loaded(command, tmp_path, teacher_folder):
+    (tmp_path / "corpus.jsonl").write_text('{"text": "The lamp burns."}\nbroken\n' + '{"text": "A boat."}\n' * 8)
+    no_weights = shutil.copytree(teacher_folder, tmp_path / "tiny")
+    (no_weights / "model.safetensors").write_bytes(b"not weights at all")
+    refused(
+        command("--skip-bad-rows", max_skipped=0.05, teacher=no_weights),
+        "1 of 10 rows would be left out (10%), and --max-skipped allows 5%: 1 not JSON (the first: ",
+        "corpus.jsonl, line 2: not JSON",
+    )
+    assert not (tmp_path / "store").exists()
+    assert command("--skip-bad-rows", max_skipped=0.1).returncode == 0
 
 
 # --- mistakes -----------------------------------------------------------------------------------------------------------
@@ -91,7 +120,7 @@ TOO_LONG = json.dumps({"prompt": "The lamp " * 60, "completion": "burns"})
 CORPORA = {
     "nothing in it": (b"", "corpus.jsonl is empty"),
     "blank lines alone": (b"\n\n", "no row that can be used"),
-    "empty texts alone": (b'{"text": ""}\n', "no row that can be used: it has no text"),
+    "empty texts alone": (b'{"text": ""}\n', "corpus.jsonl, line 1: nothing to learn from"),
     "no such columns": (b'{"text": "x"}\n{"title": "x"}\n', "corpus.jsonl, line 2: none of the columns"),
     "not UTF-8": (b'{"text": "x"}\n{"text": "\xff"}\n', "corpus.jsonl, line 2: not UTF-8 (byte 11 of the line)"),
     "a prompt too long": (b'{"text": "x"}\n' + TOO_LONG.encode(), "corpus.jsonl, line 2: the prompt leaves no room"),

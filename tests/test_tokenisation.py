@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
 from teacher_dump.corpus.documents import Document, read_documents
-from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.rows import BadRow, EmptyRow, LongRow, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 
 END = 0  # the id of <|end|>, the tokenizer's end of sequence
@@ -104,6 +104,8 @@ def test_no_sequence_is_too_long_or_trains_on_what_nothing_predicts(tokenizer, o
     for content in contents:
         try:
             sequences = corpus_tokenizer.sequences(document(**content))
+        except EmptyRow:
+            continue
         except BadRow as reason:
             assert "text" not in content and re.search("leaves no|an answer is empty|private-use plane", str(reason))
             continue
@@ -118,8 +120,9 @@ def opened():
 
 
 @pytest.mark.parametrize("content", [{"text": ""}, {"prompt": "", "completion": ""}])
-def test_empty_texts_give_no_sequence(tokenizer, content):
-    assert CorpusTokenizer(tokenizer, 64).sequences(document(**content)) == []
+def test_empty_texts_are_nothing_to_learn_from(tokenizer, content):
+    with pytest.raises(EmptyRow, match="nothing to learn from"):
+        CorpusTokenizer(tokenizer, 64).sequences(document(**content))
 
 
 def test_a_maximum_length_without_room_for_text_is_refused(opened):
@@ -167,6 +170,23 @@ def test_what_goes_on_after_the_maximum_length_is_cut_and_said(tokenizer):
     (sequence,) = CorpusTokenizer(tokenizer, 20).sequences(document(prompt="The lamp", completion=TEXT[:200]))
     assert ids_of(sequence) == ids_of(whole)[:20]
     assert sequence.truncated and not whole.truncated
+    lost = len(whole.token_ids) - 20
+    assert (sequence.tokens_cut, sequence.targets_cut) == (lost, lost) and (whole.tokens_cut, whole.targets_cut) == (0, 0)
+
+
+def test_an_answer_before_the_cut_loses_nothing(tokenizer):
+    messages = [{"role": "user", "content": "Far?"}, {"role": "assistant", "content": "Far."}]
+    short = len(CorpusTokenizer(tokenizer, 64).sequences(document(messages=messages))[0].token_ids)
+    longer = [*messages, {"role": "user", "content": "How far?"}]
+    (sequence,) = CorpusTokenizer(tokenizer, short).sequences(document(messages=longer))
+    assert sequence.tokens_cut > 0 and sequence.targets_cut == 0
+
+
+def test_what_is_too_long_is_refused_where_nothing_may_be_cut_and_plain_text_is_not(tokenizer):
+    whole = CorpusTokenizer(tokenizer, 20, cut=False)
+    with pytest.raises(LongRow, match=r"longer than --max-length \(it has \d+ tokens, and may have 20\)"):
+        whole.sequences(document(prompt="The lamp", completion=TEXT[:200]))
+    assert len(whole.sequences(document(text=TEXT[:200]))) > 1
 
 
 def test_a_prompt_that_fills_the_maximum_length_is_refused(tokenizer):

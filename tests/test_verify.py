@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_command
-from stores import apart, make_manifest, random_sequences, sealed_json, sequence_row, words, write_store
+from memory_storage import PLACES, MemoryFile, MemoryStorage, Place, copied, file_in, names_in, new_place, storage_of
+from stores import apart, make_manifest, random_sequences, sequence_row, words, write_store
 
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, Shard, StoreError, verify
 from knowledge_store.format.layout import FORMAT_VERSION
-from knowledge_store.format.records import seal
+from knowledge_store.format.records import read_record, seal
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import joined
 from knowledge_store.reporter import Reporter
@@ -29,31 +31,37 @@ FILES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_store(tmp_path_factory.mktemp("verify") / "store")
+@pytest.fixture(scope="module", params=PLACES)
+def sound(request, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return write_store(new_place(request.param, tmp_path_factory.mktemp("verify") / "store"))
 
 
 @pytest.fixture
-def store(sound, tmp_path) -> Path:
+def store(sound, tmp_path) -> Place:
     """A copy to damage."""
-    return Path(shutil.copytree(sound, tmp_path / "store"))
+    return copied(sound, tmp_path / "store")
 
 
-def flip(path: Path, place: int, bit: int = 0) -> None:
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A store for what only a disk has (links, files in the place of folders), or another process (a command)."""
+    return write_store(tmp_path / "store")
+
+
+def flip(path: Path | MemoryFile, place: int, bit: int = 0) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1 << bit
     path.write_bytes(data)
 
 
-def footer_length(path: Path) -> int:
+def footer_length(path: Path | MemoryFile) -> int:
     return int.from_bytes(path.read_bytes()[-8:-4], "little") + 8
 
 
-def assert_named(store: Path, name: str) -> None:
+def assert_named(store: Place, name: str) -> None:
     damage = verify(store).damage
     assert damage
-    assert any(str(store / name) in sentence for sentence in damage), damage
+    assert any(str(file_in(store, name)) in sentence for sentence in damage), damage
 
 
 class Hearer(Reporter):
@@ -75,17 +83,20 @@ def test_a_sound_store(store):
     assert (found.damage, found.notes) == ([], [])
     assert (found.dumps, found.shards, hearer.total, hearer.done) == (1, 2, 2, 2)
     assert found.positions == sum(len(each["token_id"]) for shard in (0, 1) for each in random_sequences(shard, 4))
-    assert found.bytes == sum(path.stat().st_size for path in store.glob("small/*/*.parquet"))
+    shards = [name for name in names_in(store) if name.count("/") == 2 and name.endswith(".parquet")]
+    assert found.bytes == sum(len(file_in(store, name).read_bytes()) for name in shards)
 
 
 @pytest.mark.parametrize("name", ["store.json", "small/manifest.json", "small/commits/00001.json"])
 def test_a_newer_version_is_no_damage(store, name):
-    flip(store / "small/positions/00000.parquet", 100)
-    record = sealed_json(store / name)
-    (store / name).write_bytes(seal({**record, "version": FORMAT_VERSION + 1, "something": "new"}))
+    flip(file_in(store, "small/positions/00000.parquet"), 100)
+    record = read_record(storage_of(store), name)
+    file_in(store, name).write_bytes(seal({**record, "version": FORMAT_VERSION + 1, "something": "new"}))
     refusal = f"{name} has format version {FORMAT_VERSION + 1}, and this is knowledge-store for version {FORMAT_VERSION}"
     with pytest.raises(StoreError, match=refusal):
         verify(store)
+    if isinstance(store, MemoryStorage):  # which no other process sees
+        return
     answer = run_command("knowledge_store", "verify", store)
     assert answer.returncode == 2
     assert refusal in answer.stderr and "--repair" not in answer.stderr
@@ -93,7 +104,7 @@ def test_a_newer_version_is_no_damage(store, name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_flipped_bits_in_any_place(store, name):
-    path = store / name
+    path = file_in(store, name)
     whole = path.read_bytes()
     if name.endswith(".json"):  # a flip within white space could leave JSON as it was; anywhere else is noticed
         places = [whole.index(b'"dump"') + 2, whole.index(b'"sha256": "') + 12, 0, len(whole) - 3]
@@ -110,7 +121,7 @@ def test_flipped_bits_in_any_place(store, name):
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("keep", [0, 7, 0.5, -1])
 def test_truncated_files(store, name, keep):
-    path = store / name
+    path = file_in(store, name)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep].rstrip(b"\n"))
     if whole.rstrip(b"\n") != path.read_bytes():
@@ -121,16 +132,16 @@ def test_truncated_files(store, name, keep):
 
 @pytest.mark.parametrize("name", [name for name in FILES if "commits" not in name])
 def test_deleted_files(store, name):
-    (store / name).unlink()
+    file_in(store, name).unlink()
     assert_named(store, name)
     assert "is missing" in " ".join(verify(store).damage)
 
 
 def test_a_deleted_commit_record_is_a_shard_not_dumped_yet(store):
-    (store / "small/commits/00001.json").unlink()
+    file_in(store, "small/commits/00001.json").unlink()
     found = verify(store)
     assert found.damage == []
-    assert [str(store / "small/positions/00001.parquet") in note for note in found.notes].count(True) == 1
+    assert [str(file_in(store, "small/positions/00001.parquet")) in note for note in found.notes].count(True) == 1
     assert any("1 of 2 shards still to be dumped" in note for note in found.notes)
     assert len(KnowledgeStore.open(store)) == 4
 
@@ -138,25 +149,24 @@ def test_a_deleted_commit_record_is_a_shard_not_dumped_yet(store):
 @pytest.mark.parametrize("table", ["positions", "sequences", "commits"])
 def test_two_shards_files_swapped(store, table):
     suffix = "json" if table == "commits" else "parquet"
-    first, second = (store / f"small/{table}/0000{shard}.{suffix}" for shard in (0, 1))
-    spare = store / "spare"
-    first.rename(spare)
-    second.rename(first)
-    spare.rename(second)
+    first, second = (file_in(store, f"small/{table}/0000{shard}.{suffix}") for shard in (0, 1))
+    contents = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(contents)
     for shard in (0, 1):
         assert_named(store, f"small/{table}/0000{shard}.{suffix}")
     with pytest.raises(DamageError):
         everything(store)
 
 
-def test_the_command_names_the_file_and_exits_with_1(store):
-    answer = run_command("knowledge_store", "verify", store)
-    found = verify(store)
+def test_the_command_names_the_file_and_exits_with_1(folder):
+    answer = run_command("knowledge_store", "verify", folder)
+    found = verify(folder)
     sound = f"Sound: 1 dumps, 2 shards, {found.positions} positions, {found.bytes / 1000:.1f} kB\n"
     assert (answer.returncode, answer.stdout) == (0, sound)
-    path = store / "small/positions/00001.parquet"
+    path = folder / "small/positions/00001.parquet"
     flip(path, 40)
-    answer = run_command("knowledge_store", "verify", store)
+    answer = run_command("knowledge_store", "verify", folder)
     assert answer.returncode == 1
     assert f"Damage: {path} is damaged: its contents are not those that were published\n" in answer.stderr
     assert "Traceback" not in answer.stderr
@@ -174,39 +184,39 @@ def take_the_place_of_commits(dump: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize("what", LINKS)
-def test_commits_that_are_no_folder(store, what):
+def test_commits_that_are_no_folder(folder, what):
     """Nothing of such a dump can be found, so it must not pass for one that was only begun."""
-    shutil.rmtree(store / "small/commits")
-    take_the_place_of_commits(store / "small", what)
-    assert verify(store).damage == [f"{store / 'small/commits'} is damaged: it is not a folder"]
+    shutil.rmtree(folder / "small/commits")
+    take_the_place_of_commits(folder / "small", what)
+    assert verify(folder).damage == [f"{folder / 'small/commits'} is damaged: it is not a folder"]
     with pytest.raises(DamageError, match="small/commits is damaged: it is not a folder"):
-        KnowledgeStore.open(store).dump()
+        KnowledgeStore.open(folder).dump()
     with pytest.raises(DamageError, match="small/commits is damaged: it is not a folder"):
-        DumpWriter.open(store, make_manifest(), tokens_table(words(11), words(11)))
+        DumpWriter.open(folder, make_manifest(), tokens_table(words(11), words(11)))
 
 
 @pytest.mark.parametrize("what", LINKS)
-def test_commits_that_are_no_folder_beside_no_manifest(store, what):
-    (store / "foo").mkdir()
-    take_the_place_of_commits(store / "foo", what)
-    assert verify(store).damage == [f"{store / 'foo/commits'} is damaged: it is not a folder"]
-    ended = run_command("knowledge_store", "verify", store)
+def test_commits_that_are_no_folder_beside_no_manifest(folder, what):
+    (folder / "foo").mkdir()
+    take_the_place_of_commits(folder / "foo", what)
+    assert verify(folder).damage == [f"{folder / 'foo/commits'} is damaged: it is not a folder"]
+    ended = run_command("knowledge_store", "verify", folder)
     assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
-    assert len(KnowledgeStore.open(store)) == 8
+    assert len(KnowledgeStore.open(folder)) == 8
 
 
 def test_every_damaged_file_is_named_not_only_the_first(store):
     names = ["tokens.parquet", "positions/00000.parquet", "sequences/00000.parquet", "commits/00001.json"]
     for name in names:
-        flip(store / "small" / name, 40)
+        flip(file_in(store, f"small/{name}"), 40)
     found = verify(store)
     for name in names:
-        assert sum(str(store / "small" / name) in sentence for sentence in found.damage) == 1, name
+        assert sum(str(file_in(store, f"small/{name}")) in sentence for sentence in found.damage) == 1, name
     assert (len(found.damage), found.shards) == (len(names), 0)
 
 
 def test_damaged_store_json(store):
-    flip(store / "store.json", 5)
+    flip(file_in(store, "store.json"), 5)
     assert_named(store, "store.json")
     with pytest.raises(DamageError, match=r"store\.json"):
         KnowledgeStore.open(store)
@@ -222,7 +232,7 @@ def test_no_store_at_all(tmp_path):
         verify(tmp_path)
 
 
-def everything(store: Path) -> tuple:
+def everything(store: Place) -> tuple:
     """All that three ways of reading say."""
     opened = KnowledgeStore.open(store)
     sequences = [{name: array.tobytes() for name, array in opened[item].items()} for item in range(len(opened))]
@@ -238,9 +248,9 @@ READERS = {
 }
 
 
-def page_bytes(path: Path) -> list[int]:
+def page_bytes(path: Path | MemoryFile) -> list[int]:
     """The places of bytes of page contents: the last two of each column chunk, which are never a page's header."""
-    metadata = pq.read_metadata(path)
+    metadata = pq.read_metadata(pa.BufferReader(path.read_bytes()))
     places = []
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
@@ -255,7 +265,7 @@ def page_bytes(path: Path) -> list[int]:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_no_reader_answers_from_damaged_pages(store, reader):
-    path = store / "small/positions/00001.parquet"
+    path = file_in(store, "small/positions/00001.parquet")
     whole = path.read_bytes()
     for number, place in enumerate(page_bytes(path)):
         flip(path, place, number % 8)
@@ -270,7 +280,7 @@ def test_no_reader_answers_from_damaged_pages(store, reader):
 
 @pytest.mark.parametrize("reader", READERS)
 def test_no_reader_answers_from_a_damaged_footer(store, reader):
-    path = store / "small/positions/00001.parquet"
+    path = file_in(store, "small/positions/00001.parquet")
     whole = path.read_bytes()
     for place in range(len(whole) - footer_length(path), len(whole), 97):
         flip(path, place, place % 8)
@@ -283,7 +293,7 @@ def test_no_reader_answers_from_a_damaged_footer(store, reader):
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("harm", ["cut", "gone", "longer"])
 def test_no_reader_answers_from_a_file_of_another_length(store, reader, harm):
-    path = store / "small/positions/00001.parquet"
+    path = file_in(store, "small/positions/00001.parquet")
     if harm == "gone":
         path.unlink()
     else:
@@ -294,7 +304,7 @@ def test_no_reader_answers_from_a_file_of_another_length(store, reader, harm):
 
 
 def test_sound_shards_stay_readable(store):
-    (store / "small/positions/00001.parquet").unlink()
+    file_in(store, "small/positions/00001.parquet").unlink()
     opened = KnowledgeStore.open(store)
     assert opened[3]["input_ids"].tolist() == random_sequences(0, 4)[3]["token_id"].tolist()
     assert opened.sql("SELECT count(*) AS n FROM sequences").to_pylist() == [{"n": 8}]
@@ -302,13 +312,13 @@ def test_sound_shards_stay_readable(store):
 
 
 def test_damaged_tokens(store):
-    flip(store / "small/tokens.parquet", 30)
+    flip(file_in(store, "small/tokens.parquet"), 30)
     opened = KnowledgeStore.open(store)
     with pytest.raises(DamageError, match=r"tokens\.parquet"):
         opened.tokens()
     with pytest.raises(DamageError, match=r"tokens\.parquet"):
         opened.sql("SELECT token_text FROM positions")
-    (store / "small/tokens.parquet").unlink()
+    file_in(store, "small/tokens.parquet").unlink()
     with pytest.raises(DamageError, match=r"tokens\.parquet is missing"):
         opened.tokens()
 
@@ -316,14 +326,14 @@ def test_damaged_tokens(store):
 def broken_rule(change) -> str:
     """What verify says of a shard that was written whole and says something impossible."""
 
-    def build(folder: Path) -> list[str]:
+    def build(place: Place) -> list[str]:
         knowledge = random_sequences(3, 4)
         rows = [sequence_row(index, each) for index, each in enumerate(knowledge)]
         arrays = joined(knowledge)
         change(arrays, rows)
-        writer = DumpWriter.open(folder, make_manifest(shards=1), tokens_table(words(11), words(11)))
+        writer = DumpWriter.open(place, make_manifest(shards=1), tokens_table(words(11), words(11)))
         writer.commit(Shard(0, 0, 100, rows, {"positions": apart(arrays, rows)}))
-        return verify(folder).damage
+        return verify(place).damage
 
     return build
 
@@ -382,9 +392,9 @@ def other_order(arrays, rows):
         (other_order, "not have its sequences in order"),
     ],
 )
-def test_rules_of_the_format(tmp_path, change, complaint):
+def test_rules_of_the_format(place, change, complaint):
     """A writer with a bug makes files that are whole and wrong; hashes cannot tell."""
-    damage = broken_rule(change)(tmp_path / "store")
+    damage = broken_rule(change)(place)
     assert len(damage) == 1
     assert complaint in damage[0]
     assert "00000.parquet" in damage[0]
@@ -399,16 +409,16 @@ def test_rules_of_the_format(tmp_path, change, complaint):
         one("token_logprob", np.nan),
     ],
 )
-def test_numbers_that_are_not_finite_are_not_written(tmp_path, change):
+def test_numbers_that_are_not_finite_are_not_written(place, change):
     with pytest.raises(InputError, match="NaN or infinite"):
-        broken_rule(change)(tmp_path / "store")
-    assert [path for path in (tmp_path / "store").glob("small/*/*") if path.is_file()] == []
+        broken_rule(change)(place)
+    assert names_in(place) == ["small/manifest.json", "small/tokens.parquet", "store.json"]
 
 
 @pytest.mark.parametrize(
     "change", [one("candidate_logprobs", -9.0, 2), one("tail_logprob", -20.0), one("tail_logprob", -np.inf)]
 )
-def test_predictions_that_do_not_sum_to_one_are_not_written(tmp_path, change):
+def test_predictions_that_do_not_sum_to_one_are_not_written(place, change):
     with pytest.raises(InputError, match="do not sum to one"):
-        broken_rule(change)(tmp_path / "store")
-    assert [path for path in (tmp_path / "store").glob("small/*/*") if path.is_file()] == []
+        broken_rule(change)(place)
+    assert names_in(place) == ["small/manifest.json", "small/tokens.parquet", "store.json"]

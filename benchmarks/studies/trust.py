@@ -42,8 +42,8 @@ from student_train.evaluation.questions import Question, corpus_row, read_questi
 from student_train.losses.head import head_at
 from student_train.losses.table import LOSSES
 from student_train.training.configuration import TrainConfig
-from student_train.training.dataset import describe_dump
-from student_train.training.knowledge import unused_columns
+from student_train.training.dump_facts import describe_dump
+from student_train.training.knowledge import columns_read
 from student_train.training.models import load_model, load_tokenizer
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
@@ -378,7 +378,7 @@ def read_answers(arguments: argparse.Namespace, confidence: str) -> tuple[dict[s
     tags = np.array([json.loads(line)["set"] for line in (work / "test.jsonl").read_text().splitlines()])
     if confidence != "sequence":
         tokenised = tokenise(read_questions(work / "test.jsonl", "text"), load_tokenizer(str(work / "teacher")), "text")
-        tags = tags[[question.told_apart for question in tokenised]]
+        tags = tags[[question.first_tokens_differ for question in tokenised]]
     rows: dict[str, dict[str, Answers]] = {}
     temperatures: dict[str, float] = {}
     for slug in (TEACHER, *METHODS):
@@ -645,7 +645,7 @@ def report(arguments: argparse.Namespace, journal: Journal) -> None:
 def bytes_read(store: KnowledgeStore, run: Path) -> float:
     """Bytes of the dump a prediction, without the columns that a run's loss has no use for."""
     config = TrainConfig(**json.loads((run / "run.json").read_text())["config"])
-    facts = describe_dump(store, "train", unused_columns(config, LOSSES[config.loss]))
+    facts = describe_dump(store, "train", columns_read(store.manifest("train"), config, LOSSES[config.loss]))
     return round(facts["bytes_read"] / facts["targets"], 2)
 
 

@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from knowledge_store.catalogue.index import Index, refresh
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError, MissingFileError, StoreError
+from knowledge_store.format.integrity import FileRecord, TableFile
 from knowledge_store.format.layout import table_file
 from knowledge_store.format.manifest import Manifest, read_manifest
-from knowledge_store.format.parquet import FileRecord, TableFile
 from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import check_kinds
 from knowledge_store.storage import Storage

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.index import STATISTIC, Index
+from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.format.layout import manifest_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Kind, Totals
@@ -26,6 +27,7 @@ class DumpSummary:
         documents, shards: committed; documents_planned, shards_planned: in the plan.
         skipped_rows: rows of the corpus that were skipped; skip_reasons: how many for each reason, most first.
         truncated: sequences that were truncated at the maximum length.
+        counts: what becomes of the rows of the whole corpus, committed or not; None where the manifest does not say.
         sequences: committed; positions: all their tokens.
         bytes: everything of the dump but its vocabulary (tokens.parquet), commit records included.
         column_bytes: compressed bytes of each column, as "table.column".
@@ -46,6 +48,7 @@ class DumpSummary:
     skipped_rows: int
     skip_reasons: dict[str, int]
     truncated: int
+    counts: CorpusCounts | None
     sequences: int
     positions: int
     bytes: int
@@ -83,17 +86,17 @@ def _statistics(shards: pa.Table, kind: Kind) -> dict[str, float | None]:
         full = f"{STATISTIC}{kind.name}.{name}"
         return shards[full] if full in shards.column_names else pa.chunked_array([pa.nulls(len(shards), pa.float64())])
 
-    found: dict[str, float | None] = {}
+    statistics: dict[str, float | None] = {}
     for name, over in {ROWS: None, **kind.statistics}.items():
         values = column(name)
         if over is None:
             total = pc.sum(values).as_py()
-            found[name] = int(total) if total is not None and total.is_integer() else total
+            statistics[name] = int(total) if total is not None and total.is_integer() else total
             continue
         weights = column(over)
         weight = pc.sum(pc.if_else(pc.is_valid(values), weights, 0)).as_py()
-        found[name] = pc.sum(pc.multiply(values, weights)).as_py() / weight if weight else None
-    return found
+        statistics[name] = pc.sum(pc.multiply(values, weights)).as_py() / weight if weight else None
+    return statistics
 
 
 def _added(column: pa.ChunkedArray) -> dict[str, int]:
@@ -111,10 +114,10 @@ def summarise(dumps: Dumps, manifest: Manifest) -> DumpSummary:
         DamageError: its manifest is gone.
     """
     shards = dumps.index.shards.filter(pc.field("dump") == manifest.dump)
-    own = dumps.storage.size(manifest_file(manifest.dump))
-    size = _sum(shards["bytes"]) + _sum(shards["record_bytes"]) + own
+    manifest_bytes = dumps.storage.size(manifest_file(manifest.dump))
+    size = _sum(shards["bytes"]) + _sum(shards["record_bytes"]) + manifest_bytes
     totals = {name: Totals(_statistics(shards, KINDS[name]), size) for name in manifest.kinds}
-    stated = {name: KINDS[name].facts(manifest, each) for name, each in totals.items()}
+    facts_of = {name: KINDS[name].facts(manifest, total) for name, total in totals.items()}
     return DumpSummary(
         dump=manifest.dump,
         teacher=manifest.teacher["name"],
@@ -128,14 +131,15 @@ def summarise(dumps: Dumps, manifest: Manifest) -> DumpSummary:
         skipped_rows=_sum(shards["skipped_rows"]),
         skip_reasons=_added(shards["skip_reasons"]),
         truncated=_sum(shards["truncated"]),
+        counts=manifest.counts,
         sequences=_sum(shards["sequences"]),
         positions=_sum(shards["positions"]),
         bytes=size,
         tokens_bytes=manifest.derived["tokens"]["bytes"],
         column_bytes=_added(shards["column_bytes"]),
-        statistics={f"{name}.{key}": value for name, each in totals.items() for key, value in each.statistics.items()},
-        facts={f"{name}.{key}": value for name, facts in stated.items() for key, value in facts.items()},
-        lines=[line for name, each in totals.items() for line in KINDS[name].lines(manifest, each)],
+        statistics={f"{name}.{key}": value for name, total in totals.items() for key, value in total.statistics.items()},
+        facts={f"{name}.{key}": value for name, facts in facts_of.items() for key, value in facts.items()},
+        lines=[line for name, total in totals.items() for line in KINDS[name].lines(manifest, total)],
     )
 
 
@@ -162,11 +166,14 @@ DUMPS = pa.schema(
 def dumps_table(dumps: Dumps) -> pa.Table:
     """The relation `dumps`: one row per dump, with DUMPS, and columns "KIND.NAME" for facts and statistics of their kinds."""
     summaries = [summarise(dumps, manifest) for manifest in dumps.manifests.values()]
-    rows = [{**{name: getattr(each, name) for name in DUMPS.names}, **each.facts, **each.statistics} for each in summaries]
-    names = dict.fromkeys(name for each in summaries for name in each.facts)
-    facts = {name: _type(each.facts.get(name) for each in summaries) for name in names}
-    names = dict.fromkeys(name for each in summaries for name in each.statistics)
-    statistics = {name: _type(each.statistics.get(name) for each in summaries) for name in names}
+    rows = [
+        {**{name: getattr(summary, name) for name in DUMPS.names}, **summary.facts, **summary.statistics}
+        for summary in summaries
+    ]
+    names = dict.fromkeys(name for summary in summaries for name in summary.facts)
+    facts = {name: _type(summary.facts.get(name) for summary in summaries) for name in names}
+    names = dict.fromkeys(name for summary in summaries for name in summary.statistics)
+    statistics = {name: _type(summary.statistics.get(name) for summary in summaries) for name in names}
     return pa.Table.from_pylist(rows, schema=pa.schema([*DUMPS, *facts.items(), *statistics.items()]))
 
 

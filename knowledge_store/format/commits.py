@@ -83,7 +83,7 @@ def commit_records(storage: Storage, dump: str) -> dict[int, Entry]:
         StoreError: they cannot be listed.
     """
     shards = ((commit_shard(entry.name), entry) for entry in storage.files(f"{dump}/{COMMITS}"))
-    return dict(sorted(((shard, entry) for shard, entry in shards if shard is not None), key=lambda each: each[0]))
+    return dict(sorted(((shard, entry) for shard, entry in shards if shard is not None), key=lambda pair: pair[0]))
 
 
 def read_commit(storage: Storage, dump: str, shard: int) -> CommitRecord:
@@ -102,7 +102,7 @@ def read_commit(storage: Storage, dump: str, shard: int) -> CommitRecord:
         if not is_sha256(record["identity"]):
             raise ValueError("its dump's identity is not a SHA-256")
         _check_limits(record)
-        files = {table: FileRecord.from_dict(each) for table, each in record["files"].items()}
+        files = {table: FileRecord.from_dict(file) for table, file in record["files"].items()}
     except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     named = {field.name: record[field.name] for field in fields(CommitRecord)}

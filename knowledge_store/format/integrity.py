@@ -56,7 +56,7 @@ class FileRecord:
     def __post_init__(self) -> None:
         if not (is_sha256(self.sha256) and is_sha256(self.footer_sha256)):
             raise ValueError("a file's SHA-256 is not 64 hexadecimal digits")
-        if not all(0 <= each <= MAX_FILE_BYTES for each in (self.bytes, self.rows, *self.column_bytes.values())):
+        if not all(0 <= number <= MAX_FILE_BYTES for number in (self.bytes, self.rows, *self.column_bytes.values())):
             raise ValueError("a file's size or number of rows is not possible")
 
     def as_dict(self) -> dict[str, Any]:
@@ -172,8 +172,8 @@ def read_footer(storage: Storage, name: str, size: int) -> bytes:
     start = max(size - FOOTER_BYTES, 0)
     end = storage.read(name, start, size + 1)
     if len(end) != size - start:
-        found = storage.size(name)
-        raise DamageError(f"{storage.locate(name)} is damaged: it has {found:,} bytes and was published with {size:,}")
+        actual_size = storage.size(name)
+        raise DamageError(f"{storage.locate(name)} is damaged: it has {actual_size:,} bytes and was published with {size:,}")
     length = int.from_bytes(end[-8:-4], "little") + 8
     if end[-4:] != MAGIC or length > size:
         raise DamageError(f"{storage.locate(name)} is damaged: it does not end as a Parquet file does")

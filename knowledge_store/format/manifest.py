@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from knowledge_store.errors import DamageError, MissingFileError, NewerVersionError, StoreError
+from knowledge_store.format.corpus_counts import COUNTS_SHAPE, CorpusCounts
 from knowledge_store.format.integrity import FILE_SHAPE, FileRecord
 from knowledge_store.format.layout import FORMAT_NAME, FORMAT_VERSION, manifest_file
 from knowledge_store.format.records import check_shape, json_sha256, read_record, seal
@@ -36,8 +37,8 @@ _OPTIONAL: dict[str, dict[str, Any]] = {
     "teacher": {"files": {...: str}, "dtype": str, "model_type": str, "parameters": int},
     "tokenizer": {"vocabulary_sha256": str, "size": int, "chat_template_sha256": str},
     "corpus": {"files": [{"name": str, "sha256": str}]},
-    "plan": {"shard_size": int, "part_characters": int},
-    "derived": {"bad_rows": int},
+    "plan": {"shard_size": int, "part_characters": int, "too_long": str},
+    "derived": {"counts": COUNTS_SHAPE},
 }
 
 # Beyond these token ids and lengths do not fit their columns.
@@ -56,9 +57,9 @@ class Manifest:
             each of its files.
         tokenizer: vocabulary_sha256, size, bos_token_id, eos_token_id, pad_token_id.
         corpus: files, each with its name, bytes and SHA-256.
-        plan: max_length, shard_size, part_characters.
-        derived: documents, bad_rows, columns (the corpus's own, name to type), shards (where each begins, and how many
-            characters it holds), tokens (the file record of tokens.parquet).
+        plan: max_length, too_long (what becomes of rows that are longer), shard_size, part_characters.
+        derived: documents, counts (what becomes of the corpus's rows, see CorpusCounts), columns (the corpus's own, name to
+            type), shards (where each begins, and how many tokens it holds), tokens (the file record of tokens.parquet).
         version: of the format.
     """
 
@@ -81,6 +82,11 @@ class Manifest:
         """How many shards the plan has."""
         return len(self.derived["shards"])
 
+    @property
+    def counts(self) -> CorpusCounts | None:
+        """What becomes of the rows of the corpus; None where it does not say."""
+        return CorpusCounts.from_record(self.derived["counts"]) if "counts" in self.derived else None
+
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the shards contain, flat, by dotted name."""
         record = asdict(self)
@@ -95,12 +101,12 @@ class Manifest:
 
     def changes(self, other: Manifest) -> dict[str, tuple[Any, Any]]:
         """By dotted name, what differs between this manifest's identity and another's: both values, None where absent."""
-        own, others = self.identity(), other.identity()
+        identity, other_identity = self.identity(), other.identity()
         absent = object()
         return {
-            name: (own.get(name), others.get(name))
-            for name in sorted(own.keys() | others.keys())
-            if own.get(name, absent) != others.get(name, absent)
+            name: (identity.get(name), other_identity.get(name))
+            for name in sorted(identity.keys() | other_identity.keys())
+            if identity.get(name, absent) != other_identity.get(name, absent)
         }
 
     def differences(self, other: Manifest) -> list[str]:
@@ -129,12 +135,12 @@ def in_words(name: str) -> str:
 
 def _flatten(prefix: str, value: Any) -> list[tuple[str, Any]]:
     if isinstance(value, dict):
-        items = [(f"{prefix}.{key}" if prefix else key, each) for key, each in value.items()]
+        items = [(f"{prefix}.{key}" if prefix else key, item) for key, item in value.items()]
     elif isinstance(value, (list, tuple)):
-        items = [(f"{prefix}[{index}]", each) for index, each in enumerate(value)]
+        items = [(f"{prefix}[{index}]", item) for index, item in enumerate(value)]
     else:
         return [(prefix, value)]
-    return [leaf for name, each in items for leaf in _flatten(name, each)]
+    return [leaf for name, item in items for leaf in _flatten(name, item)]
 
 
 def _short(value: Any) -> str:
@@ -200,8 +206,8 @@ def read_manifest(storage: Storage, dump: str, any_name: bool = False) -> Manife
     try:
         check_shape(record, _SHAPE, "a manifest")
         for part, shapes in _OPTIONAL.items():
-            there = {name: shape for name, shape in shapes.items() if name in record[part]}
-            check_shape(record[part], there, f"a manifest.{part}")
+            present = {name: shape for name, shape in shapes.items() if name in record[part]}
+            check_shape(record[part], present, f"a manifest.{part}")
         _check_limits(record)
         FileRecord.from_dict(record["derived"]["tokens"])
     except ValueError as error:

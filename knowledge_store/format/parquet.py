@@ -19,37 +19,15 @@ import pyarrow.parquet as pq
 from knowledge_store.errors import DamageError, KnowledgeStoreError
 from knowledge_store.format.integrity import (
     DIGESTS_KEY,
-    FILE_SHAPE,
     CheckedFile,
     DigestingFile,
     FileRecord,
     TableFile,
-    check_whole,
     column_sizes,
     describe,
     unreadable,
 )
 from knowledge_store.storage import Storage
-
-__all__ = [
-    "COUNTING",
-    "FILE_SHAPE",
-    "TEXT",
-    "Columns",
-    "FileRecord",
-    "OpenTable",
-    "TableFile",
-    "check_whole",
-    "dataset",
-    "describe",
-    "open_table",
-    "publish_table",
-    "read_row_group",
-    "read_row_groups",
-    "read_table",
-    "same_rows",
-    "write_table",
-]
 
 COMPRESSION = "zstd"
 # Slow to write (some 90,000 positions a second on one core, on a thread beside the teacher), as fast as any to read. Against
@@ -170,7 +148,7 @@ def _statistics(metadata: pq.FileMetaData) -> list[list[dict[str, object] | None
     """Of each column of each row group."""
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     columns = [[group.column(index).statistics for index in range(metadata.num_columns)] for group in groups]
-    return [[each and each.to_dict() for each in group] for group in columns]
+    return [[column and column.to_dict() for column in group] for group in columns]
 
 
 def _joined(tables: Iterable[pa.Table], schema: pa.Schema, columns: Columns) -> pa.Table:

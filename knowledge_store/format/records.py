@@ -70,8 +70,8 @@ def check_depth(value: Any) -> None:
     for _ in range(MAX_DEPTH):
         level = [
             inner
-            for each in level
-            for inner in (each.values() if type(each) is dict else each)
+            for outer in level
+            for inner in (outer.values() if type(outer) is dict else outer)
             if type(inner) is dict or type(inner) is list
         ]
         if not level:
@@ -114,14 +114,14 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             raise ValueError(f"{name} is not an object")
-        for key, each in shape.items():
+        for key, inner_shape in shape.items():
             if key is ...:
-                for found in value:
-                    check_shape(value[found], each, f"{name}.{found}")
+                for item in value:
+                    check_shape(value[item], inner_shape, f"{name}.{item}")
             elif key not in value:
                 raise ValueError(f"{name} has no {key!r}")
             else:
-                check_shape(value[key], each, f"{name}.{key}")
+                check_shape(value[key], inner_shape, f"{name}.{key}")
     elif isinstance(shape, list):
         if not isinstance(value, list):
             raise ValueError(f"{name} is not a list")

@@ -80,8 +80,8 @@ def sequences_schema(manifest: Manifest) -> pa.Schema:
     unknown = sorted(set(manifest.derived["columns"].values()) - CORPUS_TYPES.keys())
     if unknown:
         raise StoreError(f"dump {manifest.dump!r} has columns of unknown type: {', '.join(unknown)}")
-    own = {corpus_column(name): CORPUS_TYPES[kind] for name, kind in manifest.derived["columns"].items()}
-    return pa.schema(list({**SEQUENCE_COLUMNS, **own}.items()))
+    corpus_columns = {corpus_column(name): CORPUS_TYPES[kind] for name, kind in manifest.derived["columns"].items()}
+    return pa.schema(list({**SEQUENCE_COLUMNS, **corpus_columns}.items()))
 
 
 def sequences_table(rows: list[dict[str, Any]], manifest: Manifest) -> pa.Table:

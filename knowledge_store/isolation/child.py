@@ -79,27 +79,27 @@ class Child:
             MemoryError: the task needed more memory than it may.
             Killed: the system ended it.
         """
-        said = []
-        ended: dict[str, Any] = {}
+        output = []
+        ending: dict[str, Any] = {}
         for line in self._reports:
             try:
                 message = json.loads(line)
                 if "report" in message:
                     hear(message["report"])
                 else:
-                    ended = message
+                    ending = message
             except (ValueError, TypeError):
-                said.append(line.decode(errors="replace"))
+                output.append(line.decode(errors="replace"))
         code = self._process.wait()
         if code < 0:
             raise Killed(-code)
-        if code > 0 or not ended:
-            raise RuntimeError(f"a process that was to work apart failed:\n{''.join(said)}")
-        if ended.get("error") == MemoryError.__name__:
-            raise MemoryError(ended["message"])
-        if ended.get("error"):
-            raise getattr(errors, ended["error"])(ended["message"])
-        return ended["result"]
+        if code > 0 or not ending:
+            raise RuntimeError(f"a process that was to work apart failed:\n{''.join(output)}")
+        if ending.get("error") == MemoryError.__name__:
+            raise MemoryError(ending["message"])
+        if ending.get("error"):
+            raise getattr(errors, ending["error"])(ending["message"])
+        return ending["result"]
 
 
 @contextmanager
@@ -128,10 +128,10 @@ def started(task: str, request: dict[str, Any]) -> Iterator[Child]:
 
 def limit(memory: int, seconds: float) -> None:
     """From here on this process may take so many bytes more, and so many seconds. Said again, it begins again."""
-    taken = 0
+    memory_in_use = 0
     if sys.platform == "linux":
-        taken = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    allowed = taken + memory
+        memory_in_use = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    allowed = memory_in_use + memory
     _, most = resource.getrlimit(resource.RLIMIT_DATA)  # left as it is: a later limit may be larger
     resource.setrlimit(resource.RLIMIT_DATA, (allowed if most == resource.RLIM_INFINITY else min(allowed, most), most))
     limit_time(seconds)
@@ -195,13 +195,13 @@ def main(parent: int) -> None:
     try:
         module, name = message["task"].split(":")
         task: Task = getattr(import_module(module), name)
-        ended = {"result": task(message["request"], answer, lambda report: say({"report": report}))}
+        ending = {"result": task(message["request"], answer, lambda report: say({"report": report}))}
         answer.flush()
     except (errors.KnowledgeStoreError, MemoryError) as error:
         known = type(error).__name__ if isinstance(error, errors.KnowledgeStoreError) else MemoryError.__name__
-        ended = {"error": known, "message": str(error)}
+        ending = {"error": known, "message": str(error)}
     except Exception as error:  # there are ways to fail that nobody thought of, and the process is the task's alone
         message = f"a process that worked apart failed: {type(error).__name__}: {str(error)[:1000]}"
-        ended = {"error": errors.KnowledgeStoreError.__name__, "message": message}
-    say(ended)
+        ending = {"error": errors.KnowledgeStoreError.__name__, "message": message}
+    say(ending)
     os._exit(0)  # at once, whatever state the task left its libraries in

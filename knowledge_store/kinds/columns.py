@@ -264,13 +264,13 @@ def _decoded(column: pa.ChunkedArray, field: Field) -> Any:
         return column.to_pylist()
     dtype = _dtype(field)
     if isinstance(field.shape, int):
-        found: np.ndarray = np.full((len(column), field.shape), field.padding, dtype)
-        found[column.is_valid().to_numpy()] = pc.list_flatten(column).to_numpy().reshape(-1, field.shape)
-        return found
+        rows: np.ndarray = np.full((len(column), field.shape), field.padding, dtype)
+        rows[column.is_valid().to_numpy()] = pc.list_flatten(column).to_numpy().reshape(-1, field.shape)
+        return rows
     if field.is_list:
         return padded_lists(column, field.padding, dtype.type)[0]
     if not column.null_count:
         return column.to_numpy()
-    found = np.full(len(column), field.padding, dtype)
-    found[column.is_valid().to_numpy()] = column.drop_null().to_numpy()
-    return found
+    rows = np.full(len(column), field.padding, dtype)
+    rows[column.is_valid().to_numpy()] = column.drop_null().to_numpy()
+    return rows

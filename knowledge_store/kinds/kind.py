@@ -166,11 +166,11 @@ class Kind:
 
     def schema(self, manifest: Manifest) -> pa.Schema:
         """The columns of its table."""
-        return pa.schema([each.column for each in (*KEYS[self.per], *self.fields(manifest))])
+        return pa.schema([field.column for field in (*KEYS[self.per], *self.fields(manifest))])
 
     def stored_schema(self, manifest: Manifest) -> pa.Schema:
         """The columns of its Parquet files."""
-        return pa.schema([each.column for each in self._stored(manifest)])
+        return pa.schema([field.column for field in self._stored(manifest)])
 
     def stored_columns(self, columns: Collection[str], manifest: Manifest) -> frozenset[str]:
         """The columns of its Parquet files that some of the table's are made of."""
@@ -181,24 +181,24 @@ class Kind:
         """How its Parquet files store their columns."""
         stored = self._stored(manifest)
         return Columns(
-            {each.path: each.encoding for each in stored if each.encoding},
-            {each.path: each.level for each in stored},
-            tuple(each.name for each in stored if each.identifying),
+            {field.path: field.encoding for field in stored if field.encoding},
+            {field.path: field.level for field in stored},
+            tuple(field.name for field in stored if field.identifying),
         )
 
     def arrays(self, manifest: Manifest) -> dict[str, Any]:
         """The names of its arrays in a batch, and what stands there where there is no value (text: None)."""
         if self.codec:
             return self.codec.arrays(manifest)
-        return {each.name: None if each.is_text else each.padding for each in self.fields(manifest)}
+        return {field.name: None if field.is_text else field.padding for field in self.fields(manifest)}
 
     def takes(self, manifest: Manifest) -> tuple[str, ...]:
         """The names of the arrays that an extractor gives of it."""
-        return self.codec.takes(manifest) if self.codec else tuple(each.name for each in self.fields(manifest))
+        return self.codec.takes(manifest) if self.codec else tuple(field.name for field in self.fields(manifest))
 
     def has_text(self, manifest: Manifest) -> bool:
         """Whether some of its arrays are lists of str: then it never enters the decoded cache."""
-        return self.codec is None and any(each.is_text for each in self.fields(manifest))
+        return self.codec is None and any(field.is_text for field in self.fields(manifest))
 
     def pack(self, keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         """What to store of a row group.

@@ -19,23 +19,23 @@ def measured(kind: Kind, table: pa.Table, manifest: Manifest) -> dict[str, float
     Raises:
         ValueError: the kind gives others than it declares, or the rows cannot be measured.
     """
-    found: dict[str, float] = {ROWS: len(table), **(kind.measure(table, manifest) if len(table) else {})}
-    unknown = found.keys() - kind.statistics.keys() - {ROWS}
+    statistics: dict[str, float] = {ROWS: len(table), **(kind.measure(table, manifest) if len(table) else {})}
+    unknown = statistics.keys() - kind.statistics.keys() - {ROWS}
     if unknown:
         raise ValueError(f"the kind {kind.name!r} does not declare the statistic {min(unknown)!r}")
-    return found
+    return statistics
 
 
 def added(kind: Kind, parts: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
     """Statistics over several groups of rows, from those of each; a mean over nothing is left out."""
     listed = list(parts)
-    found: dict[str, float] = {}
+    statistics: dict[str, float] = {}
     for name, over in {ROWS: None, **kind.statistics}.items():
         weighted = [(value, (part.get(over) or 0) if over else 1) for part in listed if (value := part.get(name)) is not None]
         weight = sum(count for _, count in weighted)
         if over is None or weight:
-            found[name] = sum(value * count for value, count in weighted) / (weight if over else 1)
-    return found
+            statistics[name] = sum(value * count for value, count in weighted) / (weight if over else 1)
+    return statistics
 
 
 def qualified(kind: Kind, statistics: Mapping[str, float]) -> dict[str, float]:

@@ -79,18 +79,18 @@ class Batches:
             yield batch
 
 
-def check_snapshot(dump: str, found: int, expected: int | None) -> None:
+def check_snapshot(dump: str, snapshot: int, expected: int | None) -> None:
     """Refuse to go on in the order of a dump that has other sequences since: some would be lost and others repeated.
 
     Args:
         dump: its name.
-        found: its `snapshot`.
+        snapshot: of the dump.
         expected: what it was when the order was begun; None when it begins now.
 
     Raises:
         InputError: they differ.
     """
-    if expected not in (None, found):
+    if expected not in (None, snapshot):
         raise InputError(
             f"dump {dump!r} has other sequences than when this order was begun (it may have grown): begin again without a state"
         )

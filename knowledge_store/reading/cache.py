@@ -100,7 +100,7 @@ def _narrow(array: np.ndarray) -> np.ndarray:
 def _contents(name: str, starts: np.ndarray, arrays: Arrays) -> bytes:
     """The bytes of a file: lengths and checksum of the header, the header, and the sequences."""
     # Wide elements first: every array is aligned then.
-    narrow = sorted(((key, _narrow(array)) for key, array in arrays.items()), key=lambda each: -each[1].itemsize)
+    narrow = sorted(((key, _narrow(array)) for key, array in arrays.items()), key=lambda item: -item[1].itemsize)
     records = [b"".join(array[start:end].tobytes() for _, array in narrow) for start, end in pairwise(starts.tolist())]
     header = {
         "name": name,
@@ -266,7 +266,7 @@ class DecodedCache:
         """
         used = self._count()
         others = [folder for folder in self.root.iterdir() if folder.is_dir() and folder != self.folder]
-        for folder in sorted(others, key=lambda each: each.stat().st_mtime_ns):
+        for folder in sorted(others, key=lambda folder: folder.stat().st_mtime_ns):
             if used <= limit:
                 break
             size = _folder_bytes(folder)

@@ -23,10 +23,10 @@ def collate(
             (B, I). Text becomes lists: of B str per sequence (None in a padding row), of B lists per position or item.
         template: any sequence's knowledge: gives names, types and widths when every row is padding (T is 1 then).
     """
-    batch: Arrays = {"sequence_id": np.array([-1 if each is None else each[0] for each in sequences], np.int64)}
+    batch: Arrays = {"sequence_id": np.array([-1 if sequence is None else sequence[0] for sequence in sequences], np.int64)}
     for name, arrays_of in kinds.items():
         kind = KINDS[name]
-        knowledge = [None if each is None else each[1][name] for each in sequences]
+        knowledge = [None if sequence is None else sequence[1][name] for sequence in sequences]
         for key, padding in arrays_of.items():
             rows = [None if arrays is None else arrays[key] for arrays in knowledge]
             batch[key] = _together(rows, template[name][key], padding, kind.per == "sequence")
@@ -48,21 +48,21 @@ def _together(rows: list[Any], example: Any, padding: Any, per_sequence: bool) -
     """The rows of several sequences as one entry a sequence; None, a padding row, becomes `padding`."""
     if not isinstance(example, np.ndarray):
         if per_sequence:
-            return [padding if each is None else each[0] for each in rows]
-        return [[] if each is None else list(each) for each in rows]
+            return [padding if row is None else row[0] for row in rows]
+        return [[] if row is None else list(row) for row in rows]
     if per_sequence:
-        rows, example = [None if each is None else each[0] for each in rows], example[0]
-        shapes = [each.shape for each in rows if each is not None] or [example.shape]
+        rows, example = [None if row is None else row[0] for row in rows], example[0]
+        shapes = [row.shape for row in rows if row is not None] or [example.shape]
     else:
-        shapes = [each.shape for each in rows if each is not None] or [example[:1].shape]
+        shapes = [row.shape for row in rows if row is not None] or [example[:1].shape]
     shape = tuple(map(max, zip(*shapes, strict=True)))
     stacked: np.ndarray = np.empty((len(rows), *shape), dtype=example.dtype)
-    for place, each in enumerate(rows):
-        if each is None:
+    for place, row in enumerate(rows):
+        if row is None:
             stacked[place] = padding
-        elif each.shape == shape:
-            stacked[place] = each
+        elif row.shape == shape:
+            stacked[place] = row
         else:
             stacked[place] = padding
-            stacked[place][tuple(map(slice, each.shape))] = each
+            stacked[place][tuple(map(slice, row.shape))] = row
     return stacked

@@ -199,4 +199,4 @@ class DumpReader:
 
 def _size(arrays: Arrays) -> int:
     """About how many bytes decoded rows take in memory."""
-    return sum(each.nbytes if isinstance(each, np.ndarray) else len(str(each)) for each in arrays.values())
+    return sum(array.nbytes if isinstance(array, np.ndarray) else len(str(array)) for array in arrays.values())

@@ -70,8 +70,8 @@ def _write_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], file: Tex
     file.writelines(f"{line}\n" for line in aligned([visible(name) for name in schema.names], rows))
     if count == len(rows):
         return None
-    there = f"more than {COUNTED_ROWS:,}" if count > COUNTED_ROWS else f"{count:,}"
-    return f"{len(rows)} of {there} rows shown: --format csv or json gives all"
+    total = f"more than {COUNTED_ROWS:,}" if count > COUNTED_ROWS else f"{count:,}"
+    return f"{len(rows)} of {total} rows shown: --format csv or json gives all"
 
 
 def _plain(value: Any) -> Any:
@@ -81,9 +81,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, decimal.Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
@@ -114,7 +114,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.7g}"
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(_cell(each) for each in value) + "]"
+        return "[" + ", ".join(_cell(item) for item in value) + "]"
     return str(_plain(value))
 
 

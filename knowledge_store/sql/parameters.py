@@ -20,9 +20,9 @@ def plain_parameters(parameters: Parameters | None) -> list[Any] | dict[str, Any
         if isinstance(value, np.generic):
             return value.item()
         if isinstance(value, (list, tuple, np.ndarray)):
-            return [plain(each) for each in value]
+            return [plain(item) for item in value]
         if isinstance(value, dict):
-            return {name: plain(each) for name, each in value.items()}
+            return {name: plain(item) for name, item in value.items()}
         return value
 
     if isinstance(parameters, Mapping):
@@ -39,12 +39,12 @@ def check_json(parameters: list[Any] | dict[str, Any] | None) -> None:
 
     def check(value: Any) -> None:
         if isinstance(value, list):
-            for each in value:
-                check(each)
+            for item in value:
+                check(item)
         elif isinstance(value, dict):
-            for name, each in value.items():
+            for name, item in value.items():
                 check(name)
-                check(each)
+                check(item)
         elif not (value is None or isinstance(value, (bool, int, float, str))):
             raise InputError(
                 f"a query in a process of its own takes no parameter of type {type(value).__name__}: give it as text, and cast"

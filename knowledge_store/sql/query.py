@@ -22,9 +22,10 @@ import pyarrow.dataset as ds
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.summary import dumps_table, shards_table
 from knowledge_store.errors import KnowledgeStoreError, QueryError
+from knowledge_store.format.integrity import FileRecord, TableFile
 from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.parquet import FileRecord, TableFile, dataset, read_table
+from knowledge_store.format.parquet import dataset, read_table
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.isolation.child import MAX_MEMORY_LIMIT
 from knowledge_store.kinds import KINDS
@@ -121,17 +122,17 @@ class _Catalogue:
 
     def relations(self) -> dict[str, list[tuple[Manifest, str, str | None]]]:
         """What there is to ask about: relation name → for each dump that has it, its kind and SQL (None: a fixed table)."""
-        found: dict[str, list[tuple[Manifest, str, str | None]]] = {SEQUENCES: [], "tokens": []}
+        relations: dict[str, list[tuple[Manifest, str, str | None]]] = {SEQUENCES: [], "tokens": []}
         for kind in KINDS.values():
             for relation in {kind.name: None, **kind.relations}:
-                found[relation] = []
+                relations[relation] = []
         for manifest in self._dumps.manifests.values():
-            found[SEQUENCES].append((manifest, SEQUENCES, None))
-            found["tokens"].append((manifest, "tokens", None))
+            relations[SEQUENCES].append((manifest, SEQUENCES, None))
+            relations["tokens"].append((manifest, "tokens", None))
             for name in manifest.kinds:
                 for relation, sql in {name: None, **KINDS[name].relations}.items():
-                    found[relation].append((manifest, name, sql))
-        return found
+                    relations[relation].append((manifest, name, sql))
+        return relations
 
     def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
         def make_rows() -> pa.Table | ds.Dataset:
@@ -207,8 +208,8 @@ def _check_statement(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
 def _first_word(sql: str) -> str:
     """The first word or sign of a statement that parses, in small letters; comments do not count."""
     starts = (start for start, kind in duckdb.tokenize(sql) if kind != duckdb.token_type.comment)
-    found = re.match(r"\w+|.", sql.encode()[next(starts) :].decode())
-    return found[0].lower() if found else ""
+    word = re.match(r"\w+|.", sql.encode()[next(starts) :].decode())
+    return word[0].lower() if word else ""
 
 
 def _mentioned(connection: duckdb.DuckDBPyConnection, sql: str, relations: set[str]) -> set[str]:
@@ -231,14 +232,14 @@ def _reason(error: Exception) -> str:
 
 def _own_names(names: list[str]) -> list[str]:
     """Names of which no two are the same: a second `dump` becomes `dump_1`, as where DuckDB makes a table of it."""
-    taken = set(names)
+    used = set(names)
     owned: list[str] = []
     for name in names:
-        own, number = name, 0
-        while own in owned or (number and own in taken):
+        unique, number = name, 0
+        while unique in owned or (number and unique in used):
             number += 1
-            own = f"{name}_{number}"
-        owned.append(own)
+            unique = f"{name}_{number}"
+        owned.append(unique)
     return owned
 
 
@@ -339,7 +340,7 @@ def run_query(
     Only a process of its own limits the time of SQL that may come from anybody (see `isolation`).
 
     Args:
-        memory_limit: in bytes, for what DuckDB keeps while it answers, and for the answer.
+        memory_limit: in bytes, for what DuckDB keeps while it answers, and for the outcome.
         timeout: in seconds, after which DuckDB is asked to stop.
         parameters: as of `Query`.
 
@@ -350,29 +351,30 @@ def run_query(
     """
     check_limits(memory_limit, timeout)
     connection = connect(memory_limit)
-    found: Future[pa.Table] = Future()
+    outcome: Future[pa.Table] = Future()
 
     def collect() -> None:
         try:
             schema, batches = Query(connection, dumps, sql, memory_limit, parameters).answer()
-            found.set_result(pa.Table.from_batches(batches, schema))
+            outcome.set_result(pa.Table.from_batches(batches, schema))
         except BaseException as error:
-            found.set_exception(error)
+            outcome.set_exception(error)
 
     def end() -> None:
-        while asking.ident is not None and not found.done():  # again and again: DuckDB forgets what comes just before it begins
+        # Again and again: DuckDB forgets what comes just before it begins.
+        while asking.ident is not None and not outcome.done():
             connection.interrupt()
-            wait([found], 0.1)
+            wait([outcome], 0.1)
         connection.close()
 
     # On a thread of its own, so that this one hears Ctrl-C and the clock. No program waits for such threads when it ends.
     asking = threading.Thread(target=collect, name=QUERY_THREAD, daemon=True)
     try:
         asking.start()
-        wait([found], min(timeout, threading.TIMEOUT_MAX))
-        if not found.done():
+        wait([outcome], min(timeout, threading.TIMEOUT_MAX))
+        if not outcome.done():
             raise interrupted(timeout)
-        return found.result()
+        return outcome.result()
     finally:
         ending = threading.Thread(target=end, daemon=True)
         ending.start()

@@ -19,7 +19,7 @@ import stat
 import uuid
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -135,10 +135,10 @@ def prepared(path: Path, write: Write) -> Iterator[Path | None]:
         temporary, file = _open_temporary(path.parent, path.name)
         with file:
             try:
-                wanted = write(file) is not False
+                complete = write(file) is not False
                 file.flush()
                 os.fsync(file.fileno())
-                yield temporary if wanted else None
+                yield temporary if complete else None
             finally:
                 temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -156,23 +156,6 @@ def put_in_place(temporary: Path, path: Path) -> None:
         fsync_folder(path.parent)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
-
-
-@contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here with the same folder.
-
-    Raises:
-        StoreError: the folder cannot be opened, or its file system has no locks.
-    """
-    with disk_errors("lock", folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with disk_errors("lock", folder):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
@@ -409,9 +392,18 @@ class LocalStorage:
             (self.root / old).rename(self.root / new)
             fsync_folder(self.root)
 
-    def exclusive_lock(self, prefix: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def exclusive_lock(self, prefix: str) -> Iterator[None]:
         """Wait until no other process holds the lock of this folder, and hold it (StoreError: it has no locks)."""
-        return exclusive_lock(self.root / prefix)
+        folder = self.root / prefix
+        with disk_errors("lock", folder):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with disk_errors("lock", folder):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def leftovers(self, prefix: str) -> list[str]:
         """Names of temporary files and folders in a folder, sorted."""

@@ -21,9 +21,9 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 
 
-def note(text: str) -> None:
-    """Say something to the person at the terminal (standard error, plain text, one line)."""
-    messages.print(visible(text), markup=False)
+def note(text: str, strong: bool = False) -> None:
+    """Say something to the person at the terminal (standard error, plain text, one line), in bold where it is `strong`."""
+    messages.print(visible(text), markup=False, style="bold" if strong else None)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from knowledge_store.errors import DamageError, MismatchError
 from knowledge_store.format.commits import CommitRecord, read_commit
+from knowledge_store.format.integrity import FileRecord, TableFile, check_whole
 from knowledge_store.format.layout import (
     COMMITS,
     STORE_FILE,
@@ -23,7 +24,7 @@ from knowledge_store.format.layout import (
     tokens_file,
 )
 from knowledge_store.format.manifest import Manifest, read_manifest
-from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, read_table, same_rows, write_table
+from knowledge_store.format.parquet import read_table, same_rows, write_table
 from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
 from knowledge_store.format.store_file import check_store_file, store_contents
 from knowledge_store.kinds import KINDS

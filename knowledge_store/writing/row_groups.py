@@ -30,14 +30,14 @@ def group_sizes(kind: Kind, tables: list[pa.Table], counts: np.ndarray, manifest
     groups: list[int] = []
     size = rows = text = 0
     widths = [0] * len(ragged)
-    for count, own_text, *own_widths in zip(counts.tolist(), texts, *longest, strict=True):
-        wider = list(map(max, widths, own_widths))
+    for count, sequence_text, *sequence_widths in zip(counts.tolist(), texts, *longest, strict=True):
+        wider = list(map(max, widths, sequence_widths))
         row_bytes = fixed + sum(width * value for width, value in zip(wider, ragged.values(), strict=True))
-        if size and (rows + count) * row_bytes + text + own_text > ROW_GROUP_BYTES:
+        if size and (rows + count) * row_bytes + text + sequence_text > ROW_GROUP_BYTES:
             groups.append(size)
             size = rows = text = 0
-            wider = own_widths
-        size, rows, text, widths = size + 1, rows + count, text + own_text, wider
+            wider = sequence_widths
+        size, rows, text, widths = size + 1, rows + count, text + sequence_text, wider
     return [*groups, size] if size else groups
 
 
@@ -82,8 +82,8 @@ def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 def _of_sequences(how: np.ufunc, values: np.ndarray, counts: np.ndarray) -> list[int]:
     """The sum or the largest of the values of each sequence's rows; 0 of no rows."""
-    found = np.zeros(len(counts), np.int64)
+    totals = np.zeros(len(counts), np.int64)
     filled = counts > 0
     if len(values) and filled.any():
-        found[filled] = how.reduceat(values, (np.cumsum(counts) - counts)[filled])
-    return found.tolist()
+        totals[filled] = how.reduceat(values, (np.cumsum(counts) - counts)[filled])
+    return totals.tolist()

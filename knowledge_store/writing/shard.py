@@ -133,8 +133,8 @@ def _row_count(kind: Kind, takes: Collection[str], arrays: Arrays, sequence: dic
     lengths = {len(rows) for rows in arrays.values()}
     expected = {"position": sequence["length"], "sequence": 1, "item": next(iter(lengths), 0)}[kind.per]
     if lengths != {expected}:
-        found = " and ".join(f"{length:,}" for length in sorted(lengths)) or "no"
-        raise InputError(f"of sequence {sequence['sequence_id']} it has {found} rows, and {expected:,} belong there")
+        given = " and ".join(f"{length:,}" for length in sorted(lengths)) or "no"
+        raise InputError(f"of sequence {sequence['sequence_id']} it has {given} rows, and {expected:,} belong there")
     return expected
 
 
@@ -142,7 +142,7 @@ def _keys(kind: Kind, ids: np.ndarray, counts: np.ndarray) -> pa.Table:
     columns = [pa.array(np.repeat(ids, counts))]
     if kind.per != "sequence":
         columns.append(pa.array((np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)))
-    return pa.table(columns, schema=pa.schema([each.column for each in KEYS[kind.per]]))
+    return pa.table(columns, schema=pa.schema([field.column for field in KEYS[kind.per]]))
 
 
 def _measured(kind: Kind, stored: pa.Table, manifest: Manifest) -> dict[str, float]:

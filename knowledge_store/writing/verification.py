@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from knowledge_store.errors import DamageError, NewerVersionError, StoreError
 from knowledge_store.format.commits import CommitRecord, commit_records, read_commit, read_commit_of
+from knowledge_store.format.integrity import FileRecord, TableFile, check_whole
 from knowledge_store.format.layout import (
     COMMITS,
     SEQUENCES,
@@ -21,7 +22,7 @@ from knowledge_store.format.layout import (
     tokens_file,
 )
 from knowledge_store.format.manifest import Manifest, manifest_exists, read_manifest
-from knowledge_store.format.parquet import FileRecord, TableFile, check_whole, open_table, read_row_groups
+from knowledge_store.format.parquet import open_table, read_row_groups
 from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema, sequences_statistics
 from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import KINDS, check_kinds
@@ -164,8 +165,8 @@ def _check_contents(
                 raise DamageError(f"{path}: {complaint}")
             parts.append(measured(kind, group, manifest))
         statistics |= qualified(kind, added(kind, parts))
-    stated = commit.statistics
-    if statistics.keys() != stated.keys() or any(abs(statistics[name] - stated[name]) > 1e-6 for name in stated):
+    recorded = commit.statistics
+    if statistics.keys() != recorded.keys() or any(abs(statistics[name] - recorded[name]) > 1e-6 for name in recorded):
         path = files[SEQUENCES].storage.locate(commit_file(manifest.dump, commit.shard))
         raise DamageError(f"{path} states other statistics than its shard has")
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from knowledge_store.errors import DamageError, InputError, MismatchError, MissingFileError, StoreError
 from knowledge_store.format.commits import CommitRecord, commit_records, read_commit
+from knowledge_store.format.integrity import FileRecord, TableFile
 from knowledge_store.format.layout import (
     COMMITS,
     SEQUENCES,
@@ -25,12 +26,7 @@ from knowledge_store.format.layout import (
     tokens_file,
 )
 from knowledge_store.format.manifest import Manifest, read_manifest
-from knowledge_store.format.parquet import (
-    FileRecord,
-    TableFile,
-    publish_table,
-    read_table,
-)
+from knowledge_store.format.parquet import publish_table, read_table
 from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
 from knowledge_store.format.store_file import check_store_file, occupied, store_contents
 from knowledge_store.kinds import KINDS, Kind, check_kinds

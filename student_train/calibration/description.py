@@ -13,8 +13,8 @@ def describe(fit: StoreFit) -> list[str]:
     first = calibration.method == "first"
     before, after = calibration.before, calibration.after
     columns = {"as it is": before, f"{'c' if first else 'T'} = {calibration.value:g}": after}
-    if fit.own is not None:
-        columns[f"dump's T = {fit.own_temperature:g}"] = fit.own
+    if fit.dump_figures is not None:
+        columns[f"dump's T = {fit.dump_temperature:g}"] = fit.dump_figures
     lines = [" " * 28 + "".join(f"{label:>18}" for label in columns)]
     for name, label, form in (
         ("nll", "loss, nats per target", ".4f"),
@@ -30,8 +30,8 @@ def describe(fit: StoreFit) -> list[str]:
             " FIRST gives it nothing, and the loss of the first two columns leaves them out"
         )
         lines.append(f"no confidence comes out above {fit.ceiling:.3f} at this c, however sure the teacher is")
-    elif fit.own is not None:
-        better = "better" if fit.own["nll"] < after["nll"] else "no better"
+    elif fit.dump_figures is not None:
+        better = "better" if fit.dump_figures["nll"] < after["nll"] else "no better"
         lines.append(f"by its loss, the dump's own temperature of the whole distribution is {better} than this one")
     return lines
 

@@ -8,7 +8,8 @@ Two things can be fitted from what a dump keeps, with no model at hand:
   negative log-likelihood. A token outside the candidates keeps its share of what lies there. This is no temperature of the
   whole distribution: that one needs Σ p^(1/T) over the tail, which `teacher-dump run --calibration` keeps.
 
-The labels are the tokens that stand in the text, at the positions that count.
+The labels are the tokens that stand in the text, at the positions that count. What is fitted are the predictions that the kind
+`positions` keeps, whose columns are known here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from knowledge_store.calibration.file import Calibration
 from knowledge_store.calibration.temperature import fit_temperature
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import corpus_column
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds.positions import POSITIONS, positions_of
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.calibration.configuration import FIT_METHODS
 from student_train.evaluation.bootstrap import Interval, bootstrap_calibration_error, bootstrap_interval
@@ -97,7 +98,8 @@ class StoreFit:
         calibration: of method `first` or `bucket-temperature`.
         nll, ece_10: 95 % bootstrap intervals of the figures after it, over sequences; NaN where there are too few of them.
         ceiling: of `first`: no confidence comes out above it, however sure the teacher is.
-        own_temperature, own: the dump's own temperature of the whole distribution, and its figures; None where it has none.
+        dump_temperature, dump_figures: the temperature of the whole distribution that the dump was made for, and its figures;
+            None where there is none.
         at_edge: whether the search ended where it began to look.
         sampled: whether the dump has more targets than were used.
     """
@@ -106,8 +108,8 @@ class StoreFit:
     nll: Interval
     ece_10: Interval
     ceiling: float | None
-    own_temperature: float | None
-    own: dict[str, float] | None
+    dump_temperature: float | None
+    dump_figures: dict[str, float] | None
     at_edge: bool
     sampled: bool
 
@@ -152,17 +154,17 @@ def calibrate(
     else:
         calibration, after, at_edge = _fit_bucket(labelled, facts)
         groups = labelled.sequence
-    own = None
+    dump_figures = None
     if kept.temperature is not None and labelled.tail_logsumexp is not None:
-        own = at_own_temperature(labelled, kept.temperature).figures()
+        dump_figures = at_dump_temperature(labelled, kept.temperature).figures()
     width = labelled.logprobs.shape[1] - 1
     return StoreFit(
         calibration=calibration,
         nll=bootstrap_interval(after.nll, groups=groups),
         ece_10=bootstrap_calibration_error(after.confidence, after.correct, 10, groups=labelled.sequence),
         ceiling=first_ceiling(calibration.c, width) if method == "first" else None,
-        own_temperature=None if own is None else kept.temperature,
-        own=own,
+        dump_temperature=None if dump_figures is None else kept.temperature,
+        dump_figures=dump_figures,
         at_edge=at_edge,
         sampled=sampled,
     )
@@ -209,7 +211,7 @@ def _labelled(
         ordinals = ordinals[np.unique(places.round().astype(np.int64))]
     parts: list[dict[str, np.ndarray]] = []
     with reporter.progress("reading the store", int(targets[ordinals].sum()), "targets") as advance:
-        for batch in store.batches(dump, BATCH, ordinals=ordinals, shuffle=False, kinds=("positions",)):
+        for batch in store.batches(dump, BATCH, ordinals=ordinals, shuffle=False, kinds=(POSITIONS.name,)):
             chosen = batch["is_target"]
             names = ("input_ids", "token_logprob", "candidate_ids", "candidate_logprobs", "tail_logprob")
             part = {name: batch[name][chosen] for name in (*names, "tail_logsumexp") if name in batch}
@@ -233,13 +235,13 @@ def labelled_targets(columns: dict[str, np.ndarray]) -> Labelled:
     covered = among.any(axis=1)
     share = np.zeros(len(tail))
     share[~covered] = np.minimum(token[~covered] - tail[~covered], 0)  # rounding may put it a hair above
-    own = columns.get("tail_logsumexp")
+    tempered = columns.get("tail_logsumexp")
     return Labelled(
         logprobs=np.concatenate([candidates, tail[:, None]], axis=1),
         symbol=np.where(covered, among.argmax(axis=1), candidates.shape[1]),
         share=share,
         token_logprob=token,
-        tail_logsumexp=None if own is None else own.astype(np.float64),
+        tail_logsumexp=None if tempered is None else tempered.astype(np.float64),
         sequence=columns["sequence"],
     )
 
@@ -247,10 +249,10 @@ def labelled_targets(columns: dict[str, np.ndarray]) -> Labelled:
 def _outcome(labelled: Labelled, logprobs: np.ndarray, token_logprob: np.ndarray) -> Outcome:
     """Of log-probabilities (N, S) over the symbols, and those of the tokens themselves (N,); Brier over the symbols."""
     probabilities = np.exp(logprobs)
-    own = np.take_along_axis(probabilities, labelled.symbol[:, None], axis=1)[:, 0]
+    label = np.take_along_axis(probabilities, labelled.symbol[:, None], axis=1)[:, 0]
     nll = -token_logprob[token_logprob > -np.inf]
     confidence = np.minimum(probabilities[:, :-1].max(axis=1), 1)
-    return Outcome(nll, confidence, brier_from_sums((probabilities**2).sum(axis=1), own), labelled.correct)
+    return Outcome(nll, confidence, brier_from_sums((probabilities**2).sum(axis=1), label), labelled.correct)
 
 
 def at_bucket_temperature(labelled: Labelled, temperature: float) -> Outcome:
@@ -260,7 +262,7 @@ def at_bucket_temperature(labelled: Labelled, temperature: float) -> Outcome:
     return _outcome(labelled, logprobs, np.take_along_axis(logprobs, labelled.symbol[:, None], axis=1)[:, 0] + labelled.share)
 
 
-def at_own_temperature(labelled: Labelled, temperature: float) -> Outcome:
+def at_dump_temperature(labelled: Labelled, temperature: float) -> Outcome:
     """The whole distribution at the temperature at which the dump keeps `tail_logsumexp`."""
     assert labelled.tail_logsumexp is not None
     scaled = np.concatenate([labelled.logprobs[:, :-1] / temperature, labelled.tail_logsumexp[:, None]], axis=1)

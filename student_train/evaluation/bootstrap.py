@@ -24,18 +24,16 @@ Interval = tuple[float, float]
 
 def bootstrap_interval(
     values: np.ndarray,
-    other: np.ndarray | None = None,
     *,
     groups: np.ndarray | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap interval of a mean (Efron 1979), or of the difference of two means, `values` less `other`.
+    """Percentile bootstrap interval of a mean (Efron 1979).
 
     Args:
         values: (N,) one number for each question or position.
-        other: (N,) of the same ones by another model: both are resampled alike, so what is hard for both cancels out.
         groups: (N,) what is drawn whole, such as the sequence of each position; None when every value stands alone.
         resamples: how many samples with replacement.
         seed: of the draws.
@@ -44,9 +42,6 @@ def bootstrap_interval(
     Returns:
         The lower and the upper end; NaN twice for fewer than `MIN_GROUPS` values or groups.
     """
-    values = np.asarray(values, np.float64)
-    if other is not None:
-        values = values - np.asarray(other, np.float64)
     sums, sizes = group_sums(values, groups)[:, None], group_sizes(len(values), groups)
     return bootstrap(sums, sizes, mean_of_sums, resamples=resamples, seed=seed, level=level)
 
@@ -60,7 +55,6 @@ def bootstrap_calibration_error(
     confidence: np.ndarray,
     correct: np.ndarray,
     bins: int = 15,
-    other: tuple[np.ndarray, np.ndarray] | None = None,
     *,
     adaptive: bool = False,
     groups: np.ndarray | None = None,
@@ -68,7 +62,7 @@ def bootstrap_calibration_error(
     seed: int = 0,
     level: float = 0.95,
 ) -> Interval:
-    """The same for the expected calibration error, or for how much it differs from that of `other`.
+    """The same for the expected calibration error.
 
     The error is a sum of absolute values and comes out higher on resampled answers than on the answers themselves (the
     noise in each bin counts), the more so the fewer there are: with few answers and a small error, the interval can lie
@@ -76,14 +70,11 @@ def bootstrap_calibration_error(
 
     Args:
         confidence, correct, bins: as in `reliability`.
-        other: confidence and correct of another model on the same answers.
         adaptive: bins of equal counts, as all answers together have them, in place of bins of equal width.
         groups, resamples, seed, level: as in `bootstrap_interval`.
     """
-    runs = [(confidence, correct), *([other] if other else [])]
-    gaps = np.concatenate([calibration_gaps(*run, bins, adaptive=adaptive, groups=groups) for run in runs], axis=1)
-    statistic = gap_error if other is None else gap_error_difference
-    return bootstrap(gaps, group_sizes(len(confidence), groups), statistic, resamples=resamples, seed=seed, level=level)
+    gaps = calibration_gaps(confidence, correct, bins, adaptive=adaptive, groups=groups)
+    return bootstrap(gaps, group_sizes(len(confidence), groups), gap_error, resamples=resamples, seed=seed, level=level)
 
 
 def calibration_gaps(

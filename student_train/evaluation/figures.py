@@ -1,20 +1,173 @@
-"""FIGURES: what is measured of a model on a held-out dump, for each kind of knowledge; and the measuring of a whole dump."""
+"""What figures have to say about themselves: how they are measured, printed, compared and reported. Imports no torch.
+
+`kinds.FIGURES` has those of each kind of knowledge, and `question_figures` those on multiple-choice questions. The table that
+`evaluate` prints, the comparison of two models and the report go by what is declared here alone, and know no kind by name.
+"""
 
 from __future__ import annotations
 
-import time
-from typing import Any, Protocol
-
-import numpy as np
-from transformers import PreTrainedModel
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from knowledge_store import KnowledgeStore
-from knowledge_store.errors import InputError
-from knowledge_store.reporter import SILENT, Reporter
-from student_train.evaluation.positions import position_figures
+from knowledge_store.reporter import Reporter
+from student_train.evaluation.comparison import Difference
+from student_train.training.run_folder import Record
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedModel
 
 
-class Figures(Protocol):
+@dataclass(frozen=True)
+class Metric:
+    """A line of the table that `evaluate` prints, and a column of the report's.
+
+    Attributes:
+        name: of the figure in `Row.figures` and among the differences.
+        title, note: what it is called; its unit, or what distinguishes it.
+        form: of its numbers, as `format` takes it; one that ends in "%" is a share.
+        lowest: whether less of it is better.
+        remark: a sentence that stands below a table of the report that has it.
+    """
+
+    name: str
+    title: str
+    note: str
+    form: str
+    lowest: bool = True
+    remark: str = ""
+
+    def shown(self, value: float | None) -> str:
+        """The number as it is printed."""
+        return "–" if value is None else format(value, self.form)
+
+
+def calibration_errors(form: str) -> tuple[Metric, ...]:
+    """The metrics of the calibration errors that `metrics.describe_answers` gives."""
+    return (
+        Metric("ece_10", "ECE", "10 bins", form),
+        Metric("ece_15", "ECE", "15 bins", form),
+        Metric("adaptive_ece", "Adaptive ECE", "equal counts", form),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures that belong together: of the model, of the model at a post-hoc temperature, or of the teacher.
+
+    Attributes:
+        label: what `evaluate` calls them.
+        figures: a number by the name of a metric; `intervals`, two ends by the name of a metric, where they are known; and
+            `reliability`, of `knowledge_store.calibration`, with `ece_15` and `nll`, where there is a diagram to draw.
+        kept: what a result keeps of each sequence or question, for `Figures.differences`; None where nothing is compared.
+        temperature: the post-hoc temperature, if any.
+        teacher: whether they are the teacher's, which all models share.
+        group: a heading that the report puts above them; those of one group are compared with each other.
+    """
+
+    label: str
+    figures: Record
+    kept: Record | None = None
+    temperature: float | None = None
+    teacher: bool = False
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one result of `evaluate` says by one set of figures.
+
+    Attributes:
+        name: of the kind of knowledge; "questions" on questions.
+        figures: how it is to be read.
+        record: the numbers, as the result has them.
+        result: all of it.
+    """
+
+    name: str
+    figures: Figures
+    record: Record
+    result: Record
+
+    @property
+    def rows(self) -> list[Row]:
+        """Its figures."""
+        return self.figures.rows(self.record)
+
+    @property
+    def count(self) -> int:
+        """Over how many of `Figures.counted` it is."""
+        return self.figures.count(self)
+
+    @property
+    def source(self) -> str:
+        """The name of the dump or of the questions."""
+        return str((self.result.get("questions") or self.result["dump"])["name"])
+
+    def comparable(self, other: Measurement) -> bool:
+        """Whether both are of the same sequences or questions, so that their rows can be compared one by one."""
+        return self.name == other.name and self.figures.sample(self) == self.figures.sample(other)
+
+
+def _sequences(measurement: Measurement) -> int:
+    return int(measurement.result["sequences"])
+
+
+def _same_dump(measurement: Measurement) -> Any:
+    return measurement.source, measurement.result["sequences"]
+
+
+def _no_differences(one: Record, other: Record) -> dict[str, Difference]:
+    return {}
+
+
+def _no_words(measurement: Measurement) -> str:
+    return ""
+
+
+def _no_remarks(measurement: Measurement) -> Iterator[str]:
+    return iter(())
+
+
+def _no_parts(measurement: Measurement, place: str) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """One set of figures. Whatever has a default may be left out.
+
+    Attributes:
+        title: the heading of its sections in the report.
+        metrics: the figures there are, in the order in which they are shown; a row may lack some.
+        rows: the rows of a result's record; those that are compared have `kept`.
+        counted, count: what it is measured over, such as "target positions", and how many of them.
+        resampled: what the bootstrap draws whole.
+        sample: a plain value that is the same for two results exactly when they are of the same sequences or questions.
+        differences: the first less the second, by the name of a metric, of what two rows have kept; `comparison` has the means.
+        words: sentences below the heading of the report's section, as plain text.
+        confidence: a sentence beside its reliability diagrams, as plain text.
+        remarks: sentences on what to be careful about, which `evaluate` prints below the table.
+        parts: further HTML of the report's section, given a name that is unlike that of anything else on the page.
+    """
+
+    title: str
+    metrics: tuple[Metric, ...]
+    rows: Callable[[Record], list[Row]]
+    counted: str = "sequences"
+    count: Callable[[Measurement], int] = _sequences
+    resampled: str = "sequences"
+    sample: Callable[[Measurement], Any] = _same_dump
+    differences: Callable[[Record, Record], dict[str, Difference]] = _no_differences
+    words: Callable[[Measurement], str] = _no_words
+    confidence: str = ""
+    remarks: Callable[[Measurement], Iterator[str]] = _no_remarks
+    parts: Callable[[Measurement, str], list[str]] = _no_parts
+
+
+class Measure(Protocol):
     """Measures a model by one kind of knowledge of a dump.
 
     It is given the sequences to read as `ordinals`, int64 (S,), the longest first, and returns what is to be kept in the result
@@ -32,62 +185,11 @@ class Figures(Protocol):
         batch_size: int,
         temperature: float | None,
         reporter: Reporter,
-    ) -> dict[str, Any]: ...
+    ) -> Record: ...
 
 
-FIGURES: dict[str, Figures] = {"positions": position_figures}
+@dataclass(frozen=True, kw_only=True)
+class KindFigures(Figures):
+    """The figures of a kind of knowledge: `measure` computes the record that the others read."""
 
-
-def measure(
-    model: PreTrainedModel,
-    store: KnowledgeStore,
-    dump: str,
-    *,
-    batch_size: int = 8,
-    limit: int | None = None,
-    temperature: float | None = None,
-    reporter: Reporter = SILENT,
-) -> dict[str, Any]:
-    """The figures of `evaluate` for a model in memory, which stays on its device and is put in evaluation mode.
-
-    Args:
-        model: a causal language model.
-        store: an open store.
-        dump: which dump.
-        batch_size: sequences in one forward pass.
-        limit: measure on this many sequences, spread evenly over the dump; None for all.
-        temperature: measure the model a second time with its logits divided by this.
-        reporter: hears of progress, and of kinds of knowledge that nothing is measured by.
-
-    Returns:
-        sequences (how many), seconds, `figures` (by the name of a kind, what its function returns), and `not_evaluated` (the
-        names of the dump's other kinds).
-
-    Raises:
-        InputError: the dump holds no kind of knowledge that a model can be measured by, or no target.
-    """
-    kinds = tuple(store.manifest(dump).kinds)
-    unmeasured = [kind for kind in kinds if kind not in FIGURES]
-    if len(unmeasured) == len(kinds):
-        raise InputError(
-            f"the dump {dump} holds {', '.join(kinds)}, which no figures exist for: evaluate on a dump that holds"
-            f" {' or '.join(FIGURES)}"
-        )
-    for kind in unmeasured:
-        reporter.note(f"The kind {kind} of the dump {dump} is not evaluated: no figures exist for it.")
-    lengths = store.sequences(dump)["length"].to_numpy()
-    ordinals = np.arange(len(lengths))
-    if limit is not None and limit < len(lengths):
-        ordinals = np.linspace(0, len(lengths) - 1, limit).round().astype(np.int64)
-    # Sequences of one length together leave little padding.
-    ordinals = ordinals[np.argsort(-lengths[ordinals], kind="stable")]
-    model.eval()
-    started = time.monotonic()
-    options: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature, "reporter": reporter}
-    figures = {kind: FIGURES[kind](model, store, dump, ordinals, **options) for kind in kinds if kind in FIGURES}
-    return {
-        "sequences": len(ordinals),
-        "seconds": round(time.monotonic() - started, 3),
-        "figures": figures,
-        "not_evaluated": unmeasured,
-    }
+    measure: Measure

@@ -53,7 +53,7 @@ class Scores:
 
     Attributes:
         answers: (N,) int64, the right option.
-        told_apart: (N,) bool, whether the first token tells the options apart.
+        first_tokens_differ: (N,) bool, whether the first token tells the options apart.
         first: (N, C) float64, logits of the options' first tokens.
         totals: for each temperature T asked for, (N,) float64: log Σ exp(z / T) over the vocabulary at that position.
         sequence: (N, C) float64, log-likelihoods of the options in nats.
@@ -61,7 +61,7 @@ class Scores:
     """
 
     answers: np.ndarray
-    told_apart: np.ndarray
+    first_tokens_differ: np.ndarray
     first: np.ndarray
     totals: dict[float, np.ndarray]
     sequence: np.ndarray
@@ -134,7 +134,7 @@ def score(
                 advance(1 / parts[prompt.question])
     return Scores(
         answers=np.array([question.answer for question in questions]),
-        told_apart=np.array([question.told_apart for question in questions]),
+        first_tokens_differ=np.array([question.first_tokens_differ for question in questions]),
         first=first,
         totals=totals,
         sequence=sequence,
@@ -189,7 +189,7 @@ def fit_temperatures(scores: Scores) -> dict[str, FittedTemperature]:
         By the names of `CONFIDENCES`; without the first two when no question's options differ in their first token.
     """
     fitted = {}
-    apart = np.flatnonzero(scores.told_apart)
+    apart = np.flatnonzero(scores.first_tokens_differ)
     if len(apart):
         assert scores.logits is not None
         label = scores.first[apart, scores.answers[apart]].mean()
@@ -220,7 +220,7 @@ def figures(scores: Scores, temperatures: dict[str, float] | None = None) -> dic
     by_confidence = {}
     for name in CONFIDENCES:
         temperature = temperatures.get(name, 1.0)
-        served = np.flatnonzero(scores.told_apart | (name == "sequence"))
+        served = np.flatnonzero(scores.first_tokens_differ | (name == "sequence"))
         if not len(served):
             continue
         values = (scores.sequence if name == "sequence" else scores.first)[served]

@@ -1,8 +1,9 @@
-"""The figures of the kind `positions`: a model on held-out text, against the text and against the teacher.
+"""The measuring of the figures of the kind `positions`: a model on held-out text, against the text and against the teacher.
 
 Only target positions count, and the teacher's own figures come straight from the store, on the same positions. The divergence
 is over candidates and tail, so it is a lower bound of the full one: a model can be further from the teacher than this says,
-never closer. Logits are read a slice of positions at a time beyond the model's own output.
+never closer. Logits are read a slice of positions at a time beyond the model's own output. This file and `position_figures`,
+which declares the figures, know the columns of that kind.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds.positions import POSITIONS, positions_of
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, group_sums
 from student_train.evaluation.metrics import (
@@ -47,7 +48,7 @@ def position_figures(
     temperature: float | None = None,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """What `figures.Figures` asks for, from the kind `positions`.
+    """A `figures.Measure` of the kind `positions`.
 
     Returns:
         `positions` (how many targets); `student` and `teacher` with what `describe_answers` gives of nll (nats per token) and
@@ -63,7 +64,7 @@ def position_figures(
     if not positions:
         raise InputError(f"the dump {dump} has no target positions to evaluate on")
     candidates = positions_of(store.manifest(dump)).selection.candidates
-    dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=("positions",))
+    dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=(POSITIONS.name,))
     device = next(model.parameters()).device
     students = [_Student(1.0), *([] if temperature is None else [_Student(temperature)])]
     parts: list[dict[str, np.ndarray]] = []

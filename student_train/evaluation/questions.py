@@ -71,7 +71,7 @@ class TokenisedQuestion:
         return tuple(completion[0] for completion in self.completions)
 
     @property
-    def told_apart(self) -> bool:
+    def first_tokens_differ(self) -> bool:
         """Whether the first token alone tells the options apart."""
         return len(set(self.first_tokens)) == len(self.completions)
 

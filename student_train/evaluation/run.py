@@ -1,7 +1,7 @@
 """An evaluation from beginning to end: on a held-out dump, or on multiple-choice questions.
 
 Every figure has its 95% bootstrap interval beside it, over whole sequences or whole questions, and what the report needs to
-compare two models on the same ones is kept. `figures` says what is measured on a dump, `multiple_choice` what on questions.
+compare two models on the same ones is kept. `kinds` says what is measured on a dump, `multiple_choice` what on questions.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.configuration import EvaluateConfig, check_evaluation
-from student_train.evaluation.figures import measure
+from student_train.evaluation.kinds import measure
 from student_train.evaluation.multiple_choice import FIT_QUESTIONS, measure_questions
 from student_train.evaluation.questions import Question, read_questions, tokenise
-from student_train.training.dataset import describe_dump
+from student_train.training.dump_facts import describe_dump
 from student_train.training.models import load_model, load_tokenizer
 from student_train.training.run_folder import versions, write_json
 from student_train.training.vocabulary import check_student
@@ -35,7 +35,7 @@ def evaluate(config: EvaluateConfig, *, reporter: Reporter = SILENT) -> dict[str
     """Evaluate a model on a dump or on questions, and write the result as JSON.
 
     Returns:
-        What was written. On a dump: what `figures.measure` returns. On questions: what `measure_questions` returns,
+        What was written. On a dump: what `kinds.measure` returns. On questions: what `measure_questions` returns,
         `headline` (the confidence to judge by) and seconds.
 
     Raises:
@@ -78,13 +78,13 @@ def _evaluate_questions(config: EvaluateConfig, reporter: Reporter) -> dict[str,
     temperature = _given_temperature(config, tokenizer)
     model = load_model(config.model, config.gguf_file)
     max_tokens = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    asked = tokenise(questions, tokenizer, config.answer_as, max_tokens)
+    tokenised = tokenise(questions, tokenizer, config.answer_as, max_tokens)
     fit_on = None if others is None else tokenise(others, tokenizer, config.answer_as, max_tokens)
     started = time.monotonic()
     measured = measure_questions(
-        _on_device(model), asked, batch_size=config.batch_size, fit_on=fit_on, temperature=temperature, reporter=reporter
+        _on_device(model), tokenised, batch_size=config.batch_size, fit_on=fit_on, temperature=temperature, reporter=reporter
     )
-    clashing = sum(not question.told_apart for question in asked)
+    clashing = sum(not question.first_tokens_differ for question in tokenised)
     return {
         "parameters": model.num_parameters(),
         "questions": {

@@ -1,5 +1,8 @@
 """Losses as plain functions `f(logits (N, V), targets, **options) -> (N,)`, nats per position.
 
+Each takes logits of any float dtype and the `Targets` of the same N positions, and returns float32 (float64 for float64 logits)
+that is at least 0 but where its docstring says otherwise.
+
 The store keeps, per position, the teacher's likeliest tokens S with their log-probabilities, the log of the probability
 outside them, the tail, and maybe some tokens drawn from that tail. What a loss does with the tail decides what the student
 learns about everything that was not kept, so each function says it in its docstring. With m = q(S) the teacher's mass on S
@@ -71,8 +74,6 @@ def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, ta
     vocabulary: otherwise the true one needs the tail's mass at T, which cannot be computed from the tail's mass at 1.
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         temperature: above 0.
         tail: "draws" or "bucket"; "auto" takes the draws when there are some and the temperature is 1, which is what
             they were drawn at.
@@ -113,12 +114,7 @@ def reverse_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0) ->
     a student that gives it something meets a large number instead of ∞.
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         temperature: above 0.
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
     """
     teacher, student = bucketed(logits, targets, temperature)
     return temperature**2 * divergence(student, teacher)
@@ -132,14 +128,9 @@ def jensen_shannon(logits: Tensor, targets: Targets, *, beta: float = 0.5, tempe
     mixture.
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         beta: the teacher's share of the mixture, between 0 and 1; towards 0 the gradient leans to the forward
             divergence's direction, towards 1 to the reverse one's.
         temperature: as in `forward_kl` with a bucket, times T².
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
     """
     teacher, student = bucketed(logits, targets, temperature)
     middle = mixture(teacher, student, beta)
@@ -154,8 +145,6 @@ def total_variation(logits: Tensor, targets: Targets, *, temperature: float = 1.
     Temperature: as in `forward_kl` with a bucket, but times T: this gradient shrinks with 1 / T, not 1 / T².
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         temperature: above 0.
 
     Returns:
@@ -173,33 +162,16 @@ def skewed_kl(logits: Tensor, targets: Targets, *, skew: float = 0.1, temperatur
     mixture.
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         skew: λ, between 0 and 1.
         temperature: as in `forward_kl` with a bucket, times T².
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
     """
     teacher, student = bucketed(logits, targets, temperature)
     return temperature**2 * divergence(teacher, mixture(teacher, student, skew))
 
 
 def skewed_reverse_kl(logits: Tensor, targets: Targets, *, skew: float = 0.1, temperature: float = 1.0) -> Tensor:
-    """KL(student ‖ (1 − λ) · teacher + λ · student): reverse, with bounded gradients (Ko et al. 2024, DistiLLM,
-    arXiv 2402.03898). At most −ln λ.
-
-    The tail: one more symbol; a lower bound of the full divergence. No estimate from draws: it needs ln of each token's
-    mixture.
-
-    Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
-        skew: λ, between 0 and 1.
-        temperature: as in `forward_kl` with a bucket, times T².
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
+    """KL(student ‖ (1 − λ) · teacher + λ · student): `skewed_kl` the other way round, from the same paper. Its tail, arguments
+    and bounds are the same.
     """
     teacher, student = bucketed(logits, targets, temperature)
     return temperature**2 * divergence(student, mixture(student, teacher, skew))
@@ -214,12 +186,7 @@ def adaptive_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0) -
     differ; equal to it when the candidates are the whole vocabulary. No estimate from draws, as for the reverse divergence.
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         temperature: as in `forward_kl` with a bucket, times T².
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
     """
     teacher, student = bucketed(logits, targets, temperature)
     q = torch.exp(teacher)
@@ -241,13 +208,8 @@ def first(logits: Tensor, targets: Targets, *, c: float = 0.28) -> Tensor:
     wanders off; use it on a fine-tuned student or mixed with cross-entropy.
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         c: scale of the probabilities, in (0, 1]; smaller is more certain. For K candidates no probability comes out
             above 1 / (1 + (K − 1) · exp(−1 / c)).
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
     """
     logits = widened(logits)
     ids, kept = candidates(targets)
@@ -262,13 +224,6 @@ def conditional_kl(logits: Tensor, targets: Targets) -> Tensor:
     (Shum et al. 2024, arXiv 2408.12168), the middle term of the full divergence without its factor m.
 
     The tail: ignored on both sides, so any mass there is as good as any other; see `first`.
-
-    Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
     """
     logits = widened(logits)
     ids, kept = candidates(targets)
@@ -287,12 +242,7 @@ def label_smoothing(logits: Tensor, targets: Targets, *, smoothing: float = 0.1)
     The tail: as in `top_k_renormalised`, the teacher is taken to give it nothing, and the student is driven to do the same.
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         smoothing: probability, in [0, 1).
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
     """
     logits = widened(logits)
     ids, kept = candidates(targets)
@@ -312,13 +262,6 @@ def residual_to_gold(logits: Tensor, targets: Targets) -> Tensor:
     The tail: its whole mass is given to the token that stands here, on top of its own where it is a candidate. The
     student learns the candidates exactly and nothing of the tail's other tokens; the target is the teacher's
     only on average, and only if the text is what the teacher would have said.
-
-    Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
-
-    Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0.
     """
     logits = widened(logits)
     ids, kept = candidates(targets)
@@ -339,8 +282,6 @@ def top_k_renormalised(logits: Tensor, targets: Targets, *, temperature: float =
     Temperature: softmax(log q_S / T) against softmax(z / T), times T².
 
     Args:
-        logits: (N, V), any float dtype.
-        targets: of the same N positions.
         temperature: above 0.
 
     Returns:

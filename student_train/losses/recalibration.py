@@ -28,15 +28,15 @@ def recalibrated(targets: Targets, calibration: Calibration) -> Targets:
     """
     if calibration.method == "first":
         raise ValueError("a calibration of method first is for the loss first, as its c")
-    temperature, own = calibration.temperature, calibration.method == "temperature"
-    if own and targets.tail_logsumexp is None:
+    temperature, is_whole = calibration.temperature, calibration.method == "temperature"
+    if is_whole and targets.tail_logsumexp is None:
         raise ValueError("these targets keep no tail at another temperature")
-    tail = targets.tail_logsumexp if own and targets.tail_logsumexp is not None else targets.tail_logprob / temperature
+    tail = targets.tail_logsumexp if is_whole and targets.tail_logsumexp is not None else targets.tail_logprob / temperature
     scaled = torch.cat([targets.candidate_logprobs / temperature, tail.unsqueeze(-1)], dim=-1)
     logprobs = torch.log_softmax(scaled, dim=-1)
     candidates, tail_logprob = logprobs[:, :-1], logprobs[:, -1]
     is_token = (targets.candidate_ids == targets.token_ids.unsqueeze(-1)) & (targets.candidate_logprobs > -math.inf)
-    if own:
+    if is_whole:
         total = torch.logsumexp(scaled, dim=-1)
         outside = torch.minimum(targets.token_logprob / temperature - total, tail_logprob)
     else:

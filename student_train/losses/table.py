@@ -16,13 +16,15 @@ A new loss is one function and one entry. Training checks that the dump holds wh
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from student_train.deferred import deferred
+
 TAILS = ("auto", "draws", "bucket")
 TEXT = ("input_ids",)
+TEXT_COLUMNS = ("token_id", "is_target")  # of a store's table, from which the text of a batch and its targets are made
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ class Loss:
         whole_batch: which shape the function has.
         unit: what a whole-batch function returns one loss for.
         hidden_states: whether the student's hidden states are needed.
-        takes_draws: whether the function can use draws from the tail, and so a dump that has no candidates.
+        draws: arrays of draws from the tail that the function reads where there are any, at temperature 1. A loss that has some
+            can use a dump without candidates.
+        recalibrated: arrays that it reads besides where the teacher's targets are re-calibrated; none in a loss that they
+            cannot be re-calibrated for.
     """
 
     function: Callable[..., Any]
@@ -50,7 +55,8 @@ class Loss:
     whole_batch: bool = False
     unit: Literal["target", "sequence"] = "target"
     hidden_states: bool = False
-    takes_draws: bool = False
+    draws: tuple[str, ...] = ()
+    recalibrated: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.whole_batch and self.inputs != TEXT:
@@ -59,21 +65,13 @@ class Loss:
             raise ValueError("a loss that does not run on input_ids knows no targets: give unit='sequence'")
 
 
-def _function(name: str) -> Callable[..., Any]:
-    """The function of `divergences` of that name. It is imported when it is first called, so that this table needs no torch."""
-
-    def function(*arguments: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module("student_train.losses.divergences"), name)(*arguments, **options)
-
-    function.__name__ = name
-    return function
-
-
+_function = functools.partial(deferred, "student_train.losses.divergences")
 _CANDIDATES = ("candidate_ids", "candidate_logprobs")
-_divergence = functools.partial(Loss, columns=(*_CANDIDATES, "tail_logprob"))
+_of_candidates = functools.partial(Loss, columns=_CANDIDATES, recalibrated=("tail_logsumexp",))
+_divergence = functools.partial(_of_candidates, columns=(*_CANDIDATES, "tail_logprob"))
 
 LOSSES: dict[str, Loss] = {
-    "forward-kl": _divergence(_function("forward_kl"), options=("temperature", "tail"), takes_draws=True),
+    "forward-kl": _divergence(_function("forward_kl"), options=("temperature", "tail"), draws=("tail_ids", "tail_counts")),
     "reverse-kl": _divergence(_function("reverse_kl"), options=("temperature",)),
     "jensen-shannon": _divergence(_function("jensen_shannon"), options=("temperature", "beta")),
     "total-variation": _divergence(_function("total_variation"), options=("temperature",)),
@@ -81,9 +79,9 @@ LOSSES: dict[str, Loss] = {
     "skewed-reverse-kl": _divergence(_function("skewed_reverse_kl"), options=("temperature", "skew")),
     "adaptive-kl": _divergence(_function("adaptive_kl"), options=("temperature",)),
     "first": Loss(_function("first"), columns=_CANDIDATES, options=("c",)),
-    "conditional-kl": Loss(_function("conditional_kl"), columns=_CANDIDATES),
-    "label-smoothing": Loss(_function("label_smoothing"), columns=_CANDIDATES, options=("smoothing",)),
+    "conditional-kl": _of_candidates(_function("conditional_kl")),
+    "label-smoothing": _of_candidates(_function("label_smoothing"), options=("smoothing",)),
     "residual-to-gold": _divergence(_function("residual_to_gold")),
-    "top-k-renormalised": Loss(_function("top_k_renormalised"), columns=_CANDIDATES, options=("temperature",)),
+    "top-k-renormalised": _of_candidates(_function("top_k_renormalised"), options=("temperature",)),
     "ce": Loss(_function("cross_entropy")),
 }

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 # Colours that stand for CSS variables until the picture is put into the page.
-_INK, _FAINT, _GRID, _OVER, _UNDER = "#010101", "#020202", "#030303", "#060606", "#070707"
+INK, FAINT, _GRID, _OVER, _UNDER = "#010101", "#020202", "#030303", "#060606", "#070707"
 _SERIES = [f"#0400{index:02x}" for index in range(1, 7)]
 TEACHER = "#050505"
-_VARIABLES = {_INK: "ink", _FAINT: "faint", _GRID: "grid", TEACHER: "teacher", _OVER: "over", _UNDER: "under"} | {
+_VARIABLES = {INK: "ink", FAINT: "faint", _GRID: "grid", TEACHER: "teacher", _OVER: "over", _UNDER: "under"} | {
     colour: f"series-{index}" for index, colour in enumerate(_SERIES, 1)
 }
 _STYLE: Any = {
@@ -33,9 +33,9 @@ _STYLE: Any = {
     "axes.facecolor": "none",
     "font.family": "sans-serif",
     "font.size": 11,
-    "text.color": _INK,
-    "axes.labelcolor": _FAINT,
-    "axes.titlecolor": _INK,
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.titlecolor": INK,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
@@ -46,8 +46,8 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
@@ -97,7 +97,7 @@ def reliability_row(panels: Sequence[Panel], place: str) -> str:
     `place` is unlike that of anything else in the page.
     """
     # Four or five to a row, whichever leaves fewer places empty.
-    columns = min((5, 4), key=lambda each: -len(panels) % each)
+    columns = min((5, 4), key=lambda number: -len(panels) % number)
     highest = max(max(_shares(panel)) for panel in panels)
     pictures = []
     for number, panel in enumerate(panels):
@@ -136,10 +136,10 @@ def _reliability(above: Axes, below: Axes, panel: Panel, highest: float) -> None
         above.bar(centres[filled], both, width, alpha=0.3 if few else 1.0, **face)
         for shade, gap in ((_OVER, confidence - both), (_UNDER, accuracy - both)):
             above.bar(centres[filled], gap, width, bottom=both, color=shade, alpha=0.18 if few else 0.5, linewidth=0)
-    above.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    above.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
     words = f"ECE {panel.figures['ece_15']:.1%}\nNLL {panel.figures['nll']:.2f}"
     words += f"\nT = {panel.temperature:.3g}" if scaled else ""
-    above.text(0.03, 0.97, words, transform=above.transAxes, va="top", color=_FAINT, fontsize=10, linespacing=1.4)
+    above.text(0.03, 0.97, words, transform=above.transAxes, va="top", color=FAINT, fontsize=10, linespacing=1.4)
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="how often right")
     below.bar(centres, _shares(panel), width, **face, alpha=1.0 if scaled else 0.55)
     below.set(xlabel="how sure", ylabel="share", ylim=(0, 1.05 * highest))
@@ -173,43 +173,6 @@ def learning_curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], descript
         axis.set_ylabel(unit)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return svg(figure, description, "learning curves")
-
-
-def coverage(figures: dict[str, Any], place: str) -> str:
-    """How much of the teacher's probability the candidates hold, by position and by how many are kept."""
-    figure = Figure(figsize=(11.1, 3.2), layout="constrained")
-    spread, ranks = figure.subplots(1, 2, width_ratios=[2, 1])
-    edges = np.array(figures["histogram"]["edges"])
-    counts = np.array(figures["histogram"]["counts"])
-    means = figures["mean_by_rank"]
-    spread.bar(edges[:-1], counts / counts.sum(), np.diff(edges) * 0.9, align="edge", color=TEACHER, linewidth=0)
-    spread.axvline(means[-1], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    left = means[-1] > 0.5
-    spread.annotate(
-        f"mean {means[-1]:.1%}",
-        (means[-1], 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(-6 if left else 6, -4),
-        textcoords="offset points",
-        ha="right" if left else "left",
-        va="top",
-        fontsize=10,
-    )
-    spread.set_title("Top-k coverage, by position")
-    spread.set(xlim=(0, 1), xlabel=f"probability of the {len(means)} candidates together", ylabel="share of positions")
-    for axis in (spread.xaxis, spread.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ranks.bar(range(1, len(means) + 1), means, 0.7, color=TEACHER, linewidth=0)
-    if len(means) <= 8:
-        for rank, mean in enumerate(means, 1):
-            ranks.annotate(
-                f"{mean:.0%}", (rank, mean), (0, 2), textcoords="offset points", ha="center", fontsize=9, color=_FAINT
-            )
-    ranks.set_title("Mean, by how many are kept")
-    ranks.set(ylim=(0, 1.05), xlabel="candidates kept")
-    ranks.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    ranks.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    return svg(figure, f"Coverage: {len(means)} candidates hold {means[-1]:.1%} on average", place)
 
 
 def _clipped(name: str, length: int) -> str:

@@ -1,47 +1,23 @@
-"""The sections of evaluations: on the held-out text of a dump, and on questions."""
+"""The sections of evaluations: one for each set of figures in each evaluation, over all runs that have it."""
 
 from __future__ import annotations
 
 import html
 
-from student_train.evaluation.comparison import comparable
+from student_train.evaluation.figures import Measurement
+from student_train.evaluation.kinds import measurements
 from student_train.report import charts
 from student_train.report.runs import Run, listed, listed_numbers
-from student_train.report.tables import Metric, Side, compared, table
-from student_train.training.run_folder import Record
-
-ON_TEXT = [
-    Metric("nll", "Held-out loss", "nats per token", ".3f"),
-    Metric("kl_lower_bound", "KL to the teacher", "nats, lower bound", ".3f"),
-    Metric("top_1_agreement", "Agreement", "top-1, with the teacher", ".1%", False),
-    Metric("accuracy", "Accuracy", "top-1, on the text", ".1%", False),
-    Metric("brier", "Brier", "full vocabulary", ".4f"),
-    Metric("ece_10", "ECE", "10 bins", ".2%"),
-    Metric("ece_15", "ECE", "15 bins", ".2%"),
-    Metric("adaptive_ece", "Adaptive ECE", "equal counts", ".2%"),
-    Metric("full_ece", "Full-ECE", "every token", ".2%"),
-]
-ON_QUESTIONS = [
-    Metric("accuracy", "Accuracy", "of the chosen option", ".1%", False),
-    Metric("nll", "NLL", "nats per question", ".3f"),
-    Metric("brier", "Brier", "0 to 2", ".3f"),
-    Metric("ece_10", "ECE", "10 bins", ".1%"),
-    Metric("ece_15", "ECE", "15 bins", ".1%"),
-    Metric("adaptive_ece", "Adaptive ECE", "equal counts", ".1%"),
-]
-
-
-_CONFIDENCES = {
-    "first_token": "First token: the full-vocabulary probability of the option's first token",
-    "options": "Over the options: the same, made to sum to one over the options",
-    "sequence": "Whole sequence: each option's likelihood, made to sum to one over the options",
-}
-
+from student_train.report.tables import Side, compared, table
 
 _INTERVALS = (
     "In small type, where 95 of 100 resamples of the {units} lie (percentile bootstrap); a calibration error sums absolute"
     " values and comes out higher on a resample, so it can lie below. Best in each column in bold. Calibration error can be"
     " small for a poor model: read it beside the loss, which no model gains by pretending."
+)
+_TEMPERATURE = (
+    "Rows at a temperature T are the control for every claim of better calibration: the same student, its logits divided after"
+    " training by a T that was fitted on other data."
 )
 _DIAGRAMS = (
     "Answers are sorted by their confidence. A bar shows how often the answers of a bin were right; on the diagonal, a model is"
@@ -51,114 +27,97 @@ _DIAGRAMS = (
 )
 
 
-def evaluated(runs: list[Run], name: str, on_questions: bool) -> str:
-    """The section of one evaluation, over all runs that have it."""
+def sections(runs: list[Run]) -> list[str]:
+    """The sections of all evaluations, in the order in which runs have them, and one that says which runs have none."""
+    places = dict.fromkeys(
+        (measurement.name, name)
+        for run in runs
+        for name, result in run.evaluations.items()
+        for measurement in measurements(result)
+    )
+    parts = [_section(runs, kind, name) for kind, name in places]
+    unmeasured = [run.name for run in runs if not run.evaluations]
+    if unmeasured:
+        parts.append(
+            f'<section><p class="missing">Not evaluated: {listed(unmeasured)}.'
+            " <code>student-train evaluate</code> measures a model on a held-out dump, or on questions.</p></section>"
+        )
+    return parts
+
+
+def _section(runs: list[Run], kind: str, name: str) -> str:
+    """One set of figures, of one evaluation, over all runs that have it."""
     measured = [
-        (index, run, run.evaluations[name])
+        (index, run, measurement)
         for index, run in enumerate(runs)
-        if name in run.evaluations and ("questions" in run.evaluations[name]) == on_questions
+        if name in run.evaluations
+        for measurement in measurements(run.evaluations[name])
+        if measurement.name == kind
     ]
-    results = [result for _, _, result in measured]
-    parts = _on_questions(measured, name) if on_questions else _on_text(measured, name)
-    alike = all(comparable(result, results[0]) for result in results[1:])
-    missing = [run.name for run in runs if name not in run.evaluations and run.evaluations]
-    warnings = [
-        *([] if alike else ["These were not measured on the same questions or sequences; do not compare them."]),
-        *([f"Not measured here: {listed(missing)}."] if missing else []),
+    first = measured[0][2]
+    largest = max((measurement for *_, measurement in measured), key=lambda measurement: measurement.count)
+    figures, groups = first.figures, _groups(measured, largest)
+    sides = [side for group in groups.values() for side in group]
+
+    counts = listed_numbers({measurement.count for *_, measurement in measured})
+    lead = f"{counts} {figures.counted} of <b>{html.escape(first.source)}</b>. {html.escape(figures.words(first))}"
+    warnings = []
+    if not all(measurement.comparable(first) for *_, measurement in measured):
+        warnings.append("These were not measured on the same questions or sequences; do not compare them.")
+    missing = [run.name for run in runs if run.evaluations and run.name not in {other.name for _, other, _ in measured}]
+    if missing:
+        warnings.append(f"Not measured here: {listed(missing)}.")
+    remarks = [
+        _INTERVALS.format(units=figures.resampled),
+        *(metric.remark for metric in figures.metrics if metric.remark and any(metric.name in side.figures for side in sides)),
+        *([_TEMPERATURE] if any(side.temperature is not None for side in sides) else []),
     ]
     return "\n".join(
         [
             "<section>",
-            parts[0],
+            f"<h2>{html.escape(figures.title)}: {html.escape(name)}</h2><p>{lead.rstrip()}</p>",
             *(f'<p class="missing">{warning}</p>' for warning in warnings),
-            *parts[1:],
+            table(groups, figures.metrics),
+            f'<p class="note">{" ".join(remarks)}</p>',
+            compared(next(iter(groups.values()), []), figures.metrics),
+            *_diagrams(groups, figures.confidence, f"{kind} {name}"),
+            *figures.parts(largest, f"parts of {kind} {name}"),
             "</section>",
         ]
     )
 
 
-def _on_text(measured: list[tuple[int, Run, Record]], name: str) -> list[str]:
-    dump = measured[0][2]["dump"]["name"]
-    texts = [(index, run, result, result["figures"]["positions"]) for index, run, result in measured]
-    largest = max((text for *_, text in texts), key=lambda text: text["positions"])
-    sides = []
-    for index, run, result, text in texts:
-        sides.append(Side(run.name, index, text["student"], text["per_sequence"], result))
-        if "post_hoc" in text:
-            scaled = text["post_hoc"]
-            sides.append(Side(run.name, index, scaled["student"], scaled["per_sequence"], result, scaled["temperature"]))
-    teacher = Side("teacher", None, largest["teacher"], None, measured[0][2])
-    positions = listed_numbers({text["positions"] for *_, text in texts})
-    candidates = " KL is over the kept candidates and their tail as one more symbol: the true one is at least that."
-    has_kl = any("kl_lower_bound" in side.figures for side in sides)
-    panels = [_panel(side) for side in (*sides, teacher) if "reliability" in side.figures]
-    parts = [
-        f"<h2>On held-out text: {html.escape(name)}</h2>"
-        f"<p>{positions} target positions of the dump <b>{html.escape(dump)}</b>.</p>",
-        table([("", [*sides, teacher])], ON_TEXT),
-        f'<p class="note">{_INTERVALS.format(units="sequences")}{candidates if has_kl else ""}</p>',
-        compared([("", sides)], ON_TEXT),
-        f"<h3>Is the confidence deserved?</h3><p>{_DIAGRAMS} The confidence is the probability of the likeliest token.</p>",
-        charts.reliability_row(panels, f"text {name}"),
-    ]
-    if "coverage" in largest:
-        parts.append(f"<h3>Top-k coverage of the teacher</h3><p>{_coverage_words(largest['coverage']['mean_by_rank'])}</p>")
-        parts.append(charts.coverage(largest["coverage"], f"coverage {name}"))
-    return parts
+def _groups(measured: list[tuple[int, Run, Measurement]], largest: Measurement) -> dict[str, list[Side]]:
+    """The rows of a table by their heading: those of all runs, then the teacher's, of the largest sample."""
+    groups: dict[str, list[Side]] = {}
+    for index, run, measurement in measured:
+        for row in measurement.rows:
+            if not row.teacher:
+                groups.setdefault(row.group, []).append(Side(run.name, index, row, measurement))
+    for row in largest.rows:
+        if row.teacher:
+            groups.setdefault(row.group, []).append(Side("teacher", None, row, largest))
+    return groups
 
 
-def _coverage_words(means: list[float]) -> str:
-    return (
-        f"The candidates, {len(means)} at most, hold {means[-1]:.1%} of the teacher's probability on average, the likeliest"
-        f" alone {means[0]:.1%}. What is left over is the tail."
-    )
-
-
-def _on_questions(measured: list[tuple[int, Run, Record]], name: str) -> list[str]:
-    first = measured[0][2]
-    asked = first["questions"]
-    shown = [confidence for confidence in _CONFIDENCES if any(confidence in result for _, _, result in measured)]
-    words = ""
-    if asked["shared_first_token"]:
-        words = (
-            f" The options of {asked['shared_first_token']:,} questions share their first token, which says nothing of them:"
-            " the first token and the options are measured on the others, and the whole sequence is what to judge by."
-        )
-        shown.sort(key=lambda confidence: confidence != "sequence")
-    elif asked["answer_as"] == "letter" and len(shown) > 1:
-        shown = [confidence for confidence in shown if confidence != "sequence"]
-        words = " A letter is one token, so the likelihood of the whole sequence is that of the first token over the options."
-    groups = [(_CONFIDENCES[confidence], _question_sides(measured, confidence)) for confidence in shown]
-    options = listed_numbers(asked["options"])
-    control = any(side.temperature is not None for _, sides in groups for side in sides)
-    temperature = (
-        " Rows at a temperature T are the control for every claim of better calibration: the same student, its logits divided"
-        " after training by a T that was fitted on other questions."
-    )
-    parts = [
-        f"<h2>Questions: {html.escape(name)}</h2>"
-        f"<p>{asked['count']:,} questions of {options} options, answered by {html.escape(asked['answer_as'])}.{words}</p>",
-        table(groups, ON_QUESTIONS),
-        f'<p class="note">{_INTERVALS.format(units="questions")}{temperature if control else ""}</p>',
-        compared(groups[:1], ON_QUESTIONS),
-        f"<h3>Is the confidence deserved?</h3><p>{_DIAGRAMS}</p>",
-    ]
-    for title, sides in groups:
-        row = charts.reliability_row([_panel(side) for side in sides], f"questions {name} {title}")
-        parts.append(f"<h4>{title}</h4>{row}")
-    return parts
-
-
-def _question_sides(measured: list[tuple[int, Run, Record]], confidence: str) -> list[Side]:
-    sides = []
-    for index, run, result in measured:
-        for part in (result, result.get("post_hoc", {})):
-            if confidence in part:
-                figures = part[confidence]
-                sides.append(Side(run.name, index, figures, figures["answers"], result, figures.get("temperature")))
-    return sides
-
-
-def _panel(side: Side) -> charts.Panel:
-    colour = charts.TEACHER if side.index is None else charts.colour(side.index)
-    return charts.Panel(side.name, colour, side.figures, side.temperature)
+def _diagrams(groups: dict[str, list[Side]], confidence: str, place: str) -> list[str]:
+    """Reliability diagrams of the rows that have what is drawn."""
+    parts = []
+    for title, group in groups.items():
+        panels = [
+            charts.Panel(
+                side.name,
+                charts.TEACHER if side.index is None else charts.colour(side.index),
+                side.figures,
+                side.temperature,
+            )
+            for side in group
+            if "reliability" in side.figures
+        ]
+        if panels:
+            heading = f"<h4>{html.escape(title, quote=False)}</h4>" if title else ""
+            parts.append(heading + charts.reliability_row(panels, f"{place} {title}"))
+    if not parts:
+        return []
+    words = f"{_DIAGRAMS} {html.escape(confidence)}".rstrip()
+    return [f"<h3>Is the confidence deserved?</h3><p>{words}</p>", *parts]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from knowledge_store.errors import InputError
 from student_train.report import charts
-from student_train.report.evaluations import evaluated
+from student_train.report.evaluations import sections
 from student_train.report.provenance import provenance
 from student_train.report.runs import Run, folder_names, listed, read_folder, records
 from student_train.report.style import FRAME, STYLE
@@ -52,24 +52,8 @@ def write_report(runs: Iterable[str | Path], output: str | Path) -> Path:
 
 
 def _page(runs: list[Run]) -> str:
-    places = dict.fromkeys(
-        ("questions" in result, name)
-        for run in runs
-        for name, result in run.evaluations.items()
-        if "questions" in result or "positions" in result["figures"]
-    )
-    sections = [evaluated(runs, name, on_questions) for on_questions, name in places]
-    unmeasured = [run.name for run in runs if not run.evaluations]
-    if unmeasured:
-        names = listed(unmeasured)
-        sections.append(
-            f'<section><p class="missing">Not evaluated: {names}.'
-            " <code>student-train evaluate</code> measures a model on a held-out dump, or on questions.</p></section>"
-        )
-    sections += [costs(runs), learning(runs)]
+    parts = [*sections(runs), costs(runs), learning(runs)]
     teachers = {str(record["dump"]["teacher"]) for run in runs for record in records(run) if "dump" in record}
     count = f"{len(runs)} student" + ("s" if len(runs) != 1 else "")
     lead = f"{count} of {listed(sorted(teachers))}" if teachers else count
-    return FRAME.format(
-        style=STYLE, lead=lead, sections="\n".join(part for part in sections if part), provenance=provenance(runs)
-    )
+    return FRAME.format(style=STYLE, lead=lead, sections="\n".join(part for part in parts if part), provenance=provenance(runs))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
+from typing import Any
 
 from knowledge_store.quantities import duration
 from student_train.report.runs import Run, records
-from student_train.report.training import selection
+from student_train.report.training import knowledge
 from student_train.training.run_folder import Record
 
 
@@ -18,18 +20,18 @@ def provenance(runs: list[Run]) -> str:
                 dumps[record["dump"]["name"]] = record["dump"]
     stored = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(dump['teacher']))}</td><td>{dump['sequences']:,}</td>"
-        f"<td>{dump['positions']:,}</td><td>{_bytes(dump)}</td><td>{html.escape(selection(dump))}</td>"
-        f"<td>{dump['quantisation_step']:g}</td><td>{dump['vocabulary_size']:,}</td></tr>"
+        f"<td>{dump['positions']:,}</td><td>{_bytes(dump)}</td><td>{dump['vocabulary_size']:,}</td></tr>"
         for name, dump in dumps.items()
     )
     store_table = (
         '<div class="scroll"><table class="small"><thead><tr><th>Dump</th><th>Teacher</th><th>Sequences</th><th>Positions'
-        "</th><th>Size</th><th>Selection</th><th>Step, nats</th><th>Vocabulary</th></tr></thead>"
+        "</th><th>Size</th><th>Vocabulary</th></tr></thead>"
         f"<tbody>{stored}</tbody></table></div>"
         if stored
         else ""
     )
-    return store_table + "".join(_run_details(run) for run in runs)
+    held = [_details(f"dump {name}", [("knowledge", knowledge(dump)), *dump["lines"]]) for name, dump in dumps.items()]
+    return "".join([store_table, *held, *(_run_details(run) for run in runs)])
 
 
 def _bytes(dump: Record) -> str:
@@ -56,7 +58,11 @@ def _run_details(run: Run) -> str:
     sources = [record["versions"] for record in records(run) if "versions" in record]
     if sources:
         facts["versions"] = ", ".join(f"{name} {version}" for name, version in sources[0].items())
+    return _details(run.name, facts.items())
+
+
+def _details(title: str, facts: Iterable[tuple[str, Any]]) -> str:
     items = "".join(
-        f"<dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts.items()
+        f"<dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd>" for name, value in facts
     )
-    return f"<details><summary>{html.escape(run.name)}</summary><dl>{items}</dl></details>"
+    return f"<details><summary>{html.escape(title)}</summary><dl>{items}</dl></details>"

@@ -18,36 +18,38 @@ def costs(runs: list[Run]) -> str:
     rows = []
     for index, run in trained:
         dump = run.run.get("dump", {})
-        positions = dump.get("positions")
-        per_position = f"{dump['bytes'] / positions:.1f}" if dump.get("bytes") and positions else "–"
-        size = f"{dump['bytes'] / 1e6:,.2f} MB" if dump.get("bytes") else "–"
-        dense = dump.get("targets", 0) * dump.get("vocabulary_size", 0) * 4
-        ratio = f"{dense / dump['bytes']:,.0f}×" if dense and dump.get("bytes") else "–"
-        parameters = f"{run.run['parameters']:,}" if "parameters" in run.run else "–"
-        read = dump.get("bytes_read")
+        size, positions, read = (dump.get(name) for name in ("bytes", "positions", "bytes_read"))
+        dense = sum(facts.get("dense_bytes") or 0 for facts in dump.get("kinds", {}).values())
+        per_position = f"{size / positions:.1f}" if size and positions else "–"
         used = f"<small>{read / positions:.1f} of what its loss reads</small>" if read and positions else ""
+        on_disk = f"{size / 1e6:,.2f} MB" if size else "–"
+        ratio = f"{dense / size:,.0f}×" if dense and size else "–"
+        parameters = f"{run.run['parameters']:,}" if "parameters" in run.run else "–"
         rows.append(
             f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}<small>{_described(run)}</small></th>"
-            f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(selection(dump))}</small></td>"
-            f"<td>{per_position}{used}</td><td>{size}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
+            f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(knowledge(dump))}</small></td>"
+            f"<td>{per_position}{used}</td><td>{on_disk}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
         )
     body = "\n".join(rows)
     return f"""
 <section>
 <h2>What it cost</h2>
 <p>The dump that each run learned from, as it lies on disk, everything in it but the vocabulary. Beside it, how much larger the
-teacher's whole distributions would be: targets × vocabulary × 4 bytes. In small type, what is left without the columns that the
-run's loss has no use for.</p>
-<div class="scroll"><table><thead><tr><th></th><th>Dump<small>selection</small></th><th>Bytes<small>a position</small></th>
+teacher's whole distributions would be: predictions × vocabulary × 4 bytes. In small type, what is left without the columns that
+the run's loss has no use for.</p>
+<div class="scroll"><table><thead><tr><th></th><th>Dump<small>its knowledge</small></th><th>Bytes<small>a position</small></th>
 <th>On disk</th><th>Dense<small>as many times that</small></th><th>Parameters<small>of the student</small></th>
 <th>Training<small>wall clock</small></th></tr></thead><tbody>{body}</tbody></table></div>
 </section>"""
 
 
-def selection(dump: Record) -> str:
-    if "selection" in dump:
-        return str(dump["selection"])
-    return f"top-k {dump['top_k']}" if "top_k" in dump else ""
+def knowledge(dump: Record) -> str:
+    """The kinds of knowledge of a dump, each with what it states in words: "positions: top-k 32"."""
+    kinds = []
+    for kind, facts in dump.get("kinds", {}).items():
+        words = [fact for fact in facts.values() if isinstance(fact, str)]
+        kinds.append(f"{kind}: {', '.join(words)}" if words else kind)
+    return "; ".join(kinds)
 
 
 # Options of a run that are worth a word where they matter: the field, the loss that takes it (None: any), and its word.

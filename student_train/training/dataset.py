@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.kinds import KINDS
-from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reading.batches import check_snapshot
 from knowledge_store.reading.order import step_count
 from knowledge_store.reading.plan import ReadPlan
@@ -157,36 +155,3 @@ def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fract
     held_out = set(ranked[:count])
     chosen = np.fromiter((row in held_out for row in rows), dtype=bool, count=len(rows))
     return np.flatnonzero(~chosen), np.flatnonzero(chosen)
-
-
-def describe_dump(store: KnowledgeStore, dump: str, unused: Collection[str] = ()) -> dict[str, Any]:
-    """The facts of a dump that a run or an evaluation keeps beside its results.
-
-    Args:
-        store: an open store.
-        dump: which dump.
-        unused: columns of the table `positions` that `bytes_read` leaves out; `bytes` is of everything but the vocabulary.
-    """
-    manifest = store.manifest(dump)
-    sequences = store.sequences(dump)
-    summary = next(summary for summary in store.info() if summary.dump == dump)
-    left_out, kept = 0, None
-    if "positions" in manifest.kinds:
-        kept = positions_of(manifest)
-        kind = KINDS["positions"]
-        needed = kind.stored_columns(set(kind.schema(manifest).names) - set(unused), manifest)
-        left_out = sum(summary.column_bytes[f"positions.{name}"] for name in set(kind.stored_schema(manifest).names) - needed)
-    return {
-        "name": dump,
-        "store": store.address,
-        "teacher": manifest.teacher.get("name", ""),
-        "vocabulary_size": manifest.vocabulary_size,
-        "selection": str(kept.selection) if kept else "",
-        "top_k": kept.selection.candidates if kept else 0,
-        "quantisation_step": kept.quantisation_step if kept else 0.0,
-        "sequences": sequences.num_rows,
-        "positions": int(np.sum(sequences["length"].to_numpy())),
-        "targets": int(np.sum(sequences["targets"].to_numpy())),
-        "bytes": summary.bytes,
-        "bytes_read": summary.bytes - left_out,
-    }

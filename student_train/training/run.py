@@ -20,10 +20,13 @@ from knowledge_store.reporter import SILENT, Reporter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
 from student_train.training.configuration import TrainConfig
-from student_train.training.dataset import DistillationDataset, describe_dump, split_ordinals
+from student_train.training.dataset import DistillationDataset, split_ordinals
+from student_train.training.dump_facts import describe_dump
 from student_train.training.interruption import stop_on_interrupt
-from student_train.training.knowledge import check_run, keeps_candidates, kinds_read, unused_columns
+from student_train.training.knowledge import check_run, columns_read, kinds_read
+from student_train.training.model_folder import model_sha256
 from student_train.training.models import load_model, load_tokenizer, quieten
+from student_train.training.positions import keeps_candidates
 from student_train.training.run_folder import (
     RUN_FILE,
     check_output,
@@ -76,7 +79,8 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
     """
     quieten()
     store, dump, loss = check_run(config)
-    config, recalibrate, calibration_sha256 = configured(config, store.manifest(dump), loss)
+    manifest = store.manifest(dump)
+    config, recalibrate, calibration_sha256 = configured(config, manifest, loss)
     train_ordinals, eval_ordinals = split_ordinals(store, dump, eval_fraction=config.eval_fraction)
     arguments = training_arguments(config)
     sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
@@ -84,7 +88,8 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
 
     output = Path(config.output)
-    identity = run_identity(config, store, dump, sequences_per_step, steps, calibration_sha256)
+    student_sha256 = model_sha256(config.student)
+    identity = run_identity(config, store, dump, sequences_per_step, steps, student_sha256, calibration_sha256)
     check_output(output, identity)
     history = read_history(output)
     if history.get("finished"):
@@ -95,7 +100,7 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
-    check_student(store, dump, student.config, tokenizer)
+    check_student(store, dump, student.config, tokenizer, reporter=reporter if arguments.process_index == 0 else SILENT)
 
     if arguments.world_size > 1:
         _check_ranks(store.snapshot(dump), arguments.world_size)  # nobody writes before everybody has looked
@@ -105,7 +110,7 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
             facts = {
                 "identity": identity,
                 "config": asdict(config),
-                "dump": describe_dump(store, dump, unused_columns(config, loss)),
+                "dump": describe_dump(store, dump, columns_read(manifest, config, loss)),
                 "sequences": {"train": len(train_ordinals), "eval": len(eval_ordinals)},
                 "world_size": arguments.world_size,
                 "parameters": student.num_parameters(),
@@ -118,7 +123,7 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
         "batch_size": config.batch_size,
         "rank": arguments.process_index,
         "world_size": arguments.world_size,
-        "kinds": kinds_read(store, dump, loss),
+        "kinds": kinds_read(manifest, loss),
     }
     dataset = DistillationDataset(
         store,
@@ -143,7 +148,7 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
         steps_per_epoch,
         checkpoint,
         recalibrate,
-        measure_kl=keeps_candidates(store, dump),
+        measure_kl=keeps_candidates(manifest),
     )
     first_process = trainer.is_world_process_zero()
     if first_process and began_at:

@@ -191,12 +191,12 @@ class DistillationTrainer(Trainer):
             function = per_target(self.distillation, **options)
             return sum_over_slices(self.model, batch, self._shares(batch, function)) / max(counts["target"], 1)
         outputs = run_student(self.model, self.distillation, batch)
-        own = step_loss(self.distillation, outputs, batch, counts, **options)
+        loss = step_loss(self.distillation, outputs, batch, counts, **options)
         if len(self.figures) == 1:
-            return own.unsqueeze(0)
+            return loss.unsqueeze(0)
         logits = predicting_logits(outputs[self.distillation.inputs.index(TEXT[0])].logits, batch)
         text = self._shares(batch, None)(logits.shape[-1])(logits, slice(0, len(logits))) / max(counts["target"], 1)
-        return torch.cat([own.unsqueeze(0), text])
+        return torch.cat([loss.unsqueeze(0), text])
 
     def _shares(self, batch: dict[str, Tensor], function: Callable[[Tensor, Targets], Tensor] | None) -> Prepare:
         """What a slice of logits adds to the figures; without a function to all but the first, the run's own loss."""

@@ -1,31 +1,16 @@
 """`check`: a teacher is asked again about some sequences of a dump, and its answers are held against what was kept.
 
-Token ids are in the store, so the corpus is not needed. What was kept is rounded, what is asked now is not. Held against each
-other are the values that the format rounds each by itself (`positions.exact_steps`): how far each candidate is below the first,
-the tail's log-odds, and the log-probability of a token that is no candidate; all else follows, as probabilities sum to one. The
-*difference* of a value is |kept − asked| less half a quantisation step: what rounding cannot explain, in nats. It is 0 for most
-values where the teacher is the same, and grows with whatever makes it answer otherwise. Below a step noise shows all the same:
-it carries a share of mean |noise| / step of the values over the edge between two steps, as many up as down. What moves values
-one way, by however little, is no noise: the mean of how far they moved shows it, and noise as large cancels out.
-
-    numeric noise    batching, device, dtype: small everywhere, no single value is far off, and means are near zero
-    damage           most sequences agree, some have values or means far off, or are no knowledge that a selection keeps
-    another teacher  values are off in most sequences, or their mean over the sample is
-
-Candidates are compared by id, so that two that are nearly as likely may change places; the first and the tail are those that
-were kept. That these are the likeliest is compared too: by how many nats another token is ahead of the last of them. Draws are
-made at points that the sequence alone decides, so each must lie, in the running sum of the tail's probabilities, where its
-token lies; how far beside it, as a share of the tail, is its difference. Noise moves draws by little, a few in float32 and in a
-dtype of 16 bits many, the more the larger the vocabulary. Draws that are off where values agree are damage.
+Token ids are in the store, so the corpus is not needed. CHECKERS has the kinds of knowledge that can be checked.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from knowledge_store import KnowledgeStore
+from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CheckConfig
@@ -35,45 +20,54 @@ if TYPE_CHECKING:
     from teacher_dump.checking.verdicts import Agreement
     from teacher_dump.teachers.local import LocalTeacher
 
+# Given a store and a dump's manifest, ordinals int64 (S,) of the sequences to ask about, ascending, and the teacher.
+Checker = Callable[[KnowledgeStore, Manifest, np.ndarray, "LocalTeacher", CheckConfig, Reporter], "Agreement"]
 
-def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter: Reporter = SILENT) -> Agreement:
+
+def _check_positions(*arguments: Any) -> Agreement:
+    # Torch takes seconds to import, and mistakes must not wait for it.
+    from teacher_dump.checking.positions import check_positions
+
+    return check_positions(*arguments)
+
+
+CHECKERS: dict[str, Checker] = {"positions": _check_positions}
+
+
+def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter: Reporter = SILENT) -> dict[str, Agreement]:
     """Ask a teacher again about sequences of a dump, drawn at random, and say how far it agrees with what was kept.
 
     Args:
         config: which dump and teacher, and how many sequences.
         teacher: already loaded as `config` says; loaded here when None.
-        reporter: hears of progress.
+        reporter: hears of progress, and of kinds of knowledge that cannot be checked.
+
+    Returns:
+        The agreement with each kind of knowledge that can be checked, by its name.
 
     Raises:
-        InputError: something given cannot be used.
+        InputError: something given cannot be used, or the dump holds no kind that can be checked.
         StoreError, DamageError: there is no such store, or a manifest or commit record is altered.
     """
     store = KnowledgeStore.open(config.store, cache_size=0)
     manifest = store.manifest(config.dump)
-    if "positions" not in manifest.kinds:
-        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind 'positions', and no other can be checked")
+    kinds = [kind for kind in manifest.kinds if kind in CHECKERS]
+    if not kinds:
+        raise InputError(
+            f"dump {manifest.dump!r} holds {', '.join(manifest.kinds)}, which cannot be checked: give a dump that holds"
+            f" {' or '.join(CHECKERS)}"
+        )
     count = store.sequence_count(manifest.dump)
     if not count:
         raise InputError(f"dump {manifest.dump!r} of {config.store} has no committed sequence yet")
     if teacher is None:
         check_local_teacher(config.teacher, config.gguf_file)
+    for kind in manifest.kinds:
+        if kind not in CHECKERS:
+            reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: there is no checker for it.")
 
-    # Torch takes seconds to import, and mistakes that were found above must not wait for it.
-    from teacher_dump.checking.comparison import ask, read_sequences
-    from teacher_dump.checking.identity import other_model, other_tokenizer, same_weights
-    from teacher_dump.checking.limits import limits_of
-    from teacher_dump.checking.verdicts import OTHER_TEACHER, OTHER_TOKENIZER, Agreement, judge
     from teacher_dump.teachers.local import load_teacher
 
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
-    limits = limits_of(manifest, teacher)
-    weights_are_same, notes = same_weights(manifest, teacher)
-    tokenizer = other_tokenizer(store, manifest, teacher, notes)
-    refusal = other_model(manifest, teacher)
-    if refusal:
-        verdict = OTHER_TOKENIZER if tokenizer else OTHER_TEACHER
-        return Agreement(manifest.dump, 0, 0, verdict, (*tokenizer, refusal), tuple(notes), limits)
     ordinals = np.sort(np.random.default_rng(config.seed).choice(count, min(config.sample, count), replace=False))
-    kept, unreadable = read_sequences(store, manifest, ordinals.tolist())
-    compared = ask(manifest, teacher, kept, config, reporter)
-    return judge(manifest, kept, compared, unreadable, tokenizer, weights_are_same, notes, limits, len(ordinals))
+    return {kind: CHECKERS[kind](store, manifest, ordinals, teacher, config, reporter) for kind in kinds}

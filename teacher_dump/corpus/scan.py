@@ -1,28 +1,33 @@
-"""A corpus read once before it is dumped: every row is checked, and where each shard begins is noted, so that a worker goes
-straight to its shard."""
+"""A corpus looked through before it is dumped: every row is tokenised and counted, and where each shard begins is noted, so
+that a worker goes straight to its shard."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teacher_dump.corpus.documents import problem_text, read_documents
-from teacher_dump.corpus.rows import Start
+from knowledge_store.format.corpus_counts import CorpusCounts
+from knowledge_store.reporter import Advance
+from teacher_dump.corpus.documents import read_documents
+from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.tally import Tally
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
+
+FIGURES_EVERY = 64  # documents
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading the whole corpus found: how many documents, where shards begin, the types of its own columns, and the rows
-    that cannot be used (the first of them in words)."""
+    """What looking through the whole corpus found: how many documents, where shards begin, the types of its own columns, and
+    what becomes of its rows."""
 
     documents: int
     shards: list[Start]
     columns: dict[str, str]
-    bad_rows: int
-    first_problem: str | None
+    counts: CorpusCounts
 
 
 def _column_type(value: Any) -> str | None:
@@ -51,45 +56,59 @@ def column_value(value: Any, column_type: str) -> Any:
 
 
 def scan(
-    files: tuple[Path, ...], shard_size: int, part_characters: int, progress: Callable[[int], None] = lambda count: None
+    files: tuple[Path, ...],
+    tokenizer: CorpusTokenizer,
+    shard_size: int,
+    part_characters: int,
+    too_long: str = "cut",
+    advance: Advance = lambda amount, **figures: None,
 ) -> Scan:
-    """Read the whole corpus once.
+    """Read and tokenise the whole corpus once. Nothing is held of it but the document at hand.
 
     Args:
         files: checked by `check_files`.
+        tokenizer: that makes the sequences.
         shard_size: documents in a shard.
         part_characters: longest text that is one document.
-        progress: called with the bytes of the files that were passed since the last call; those of a compressed file or of
-            Parquet pass as a whole, or nearly so.
+        too_long: what becomes of rows that are too long: cut, skip or refuse.
+        advance: called with the bytes of the files that were passed since the last call; those of a compressed file or of
+            Parquet pass as a whole, or nearly so. Beside them, how fast it goes.
 
     Raises:
-        InputError: a file cannot be read as what its name says.
+        InputError: a file cannot be read as what its name says, or the tokenizer cannot be used for the corpus.
     """
     starts: list[Start] = []
-    characters: list[int] = []
+    positions: list[int] = []
     columns: dict[str, str | None] = {}
-    bad_rows, first_problem, count = 0, None, 0
+    tally = Tally(too_long)
+    count = passed = 0
     sizes = [path.stat().st_size for path in files]
     begins = [sum(sizes[:file]) for file in range(len(files))]
-    passed = 0
+    began = time.monotonic()
     for document in read_documents(files, Start(0, 0, 1, 0, 0), part_characters):
         if document.number % shard_size == 0:
             starts.append(Start(document.number, document.file, document.row, document.part, document.offset))
-            characters.append(0)
+            positions.append(0)
         count = document.number + 1
-        characters[-1] += document.characters
         place = begins[document.file] + min(document.offset, sizes[document.file])
-        progress(place - passed)
+        figures = {}
+        if count % FIGURES_EVERY == 0:
+            figures = {"tokens/s": f"{tally.positions / (time.monotonic() - began):,.0f}", "rows": f"{tally.rows:,}"}
+        advance(place - passed, **figures)
         passed = place
-        if document.problem is not None:
-            bad_rows += 1
-            first_problem = first_problem or problem_text(files, document.file, document.row, document.problem)
-        elif document.part == 0:
+        try:
+            sequences = tokenizer.sequences(document)
+        except BadRow as problem:
+            tally.leave_out(document, problem)
+        else:
+            tally.use(document, sequences)
+            positions[-1] += sum(len(sequence.token_ids) for sequence in sequences)
+        if document.problem is None and document.part == 0:
             for name, value in (document.columns or {}).items():
                 columns[name] = _common_type(columns.get(name), _column_type(value))
-    progress(sum(sizes) - passed)
+    advance(sum(sizes) - passed)
     shards = [
         Start(start.document, start.file, start.row, start.part, start.offset, size)
-        for start, size in zip(starts, characters, strict=True)
+        for start, size in zip(starts, positions, strict=True)
     ]
-    return Scan(count, shards, {name: kind or "string" for name, kind in columns.items()}, bad_rows, first_problem)
+    return Scan(count, shards, {name: kind or "string" for name, kind in columns.items()}, tally.counts)

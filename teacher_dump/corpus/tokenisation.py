@@ -6,7 +6,8 @@
 * `messages`, and `prompt` + `completion` as messages: what the assistant writes counts, of the completion alone where there is
   one (see `chat`).
 
-What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says `truncated`.
+What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says how much was lost; or
+it is not used, if that is asked for.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.tokenizer import opening_tokens
 from teacher_dump.corpus.chat.options import ChatOptions, today
-from teacher_dump.corpus.chat.template import ChatTemplate, Conversation
+from teacher_dump.corpus.chat.template import ChatTemplate
 from teacher_dump.corpus.documents import Document
-from teacher_dump.corpus.rows import BadRow
+from teacher_dump.corpus.rows import BadRow, EmptyRow, LongRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ class TokenSequence:
         document: where it comes from; window: its place among the document's sequences.
         token_ids: int64 (L,), L at least 2.
         is_target: bool (L,); never true at position 0, which nothing predicts.
-        truncated: whether the document continues after max_length.
+        tokens_cut: how many tokens of the document come after its end; targets_cut: those of them that are targets.
         dropped_reasoning: how many messages' reasoning the chat template left out, as it does in turns before the last.
     """
 
@@ -45,8 +46,14 @@ class TokenSequence:
     window: int
     token_ids: np.ndarray
     is_target: np.ndarray
-    truncated: bool
+    tokens_cut: int = 0
+    targets_cut: int = 0
     dropped_reasoning: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the document continues after max_length."""
+        return self.tokens_cut > 0
 
 
 class CorpusTokenizer:
@@ -55,63 +62,69 @@ class CorpusTokenizer:
     Args:
         tokenizer: of the teacher.
         max_length: in tokens.
+        cut: whether what is longer loses its end, or cannot be used.
         chat: how conversations are rendered; as today without it.
 
     Raises (on construction):
         InputError: max_length leaves no room for text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, chat: ChatOptions | None = None):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, cut: bool = True, chat: ChatOptions | None = None):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.cut = cut
         self._opening = opening_tokens(tokenizer)
         self._chat = ChatTemplate(tokenizer, chat or ChatOptions(today()))
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
     def sequences(self, document: Document) -> list[TokenSequence]:
-        """The sequences of a document; none when it is empty.
+        """The sequences of a document; none for a part of a text that has no tokens.
 
         Raises:
-            BadRow: the document cannot be used; says why.
+            BadRow: the document cannot be used; says why. LongRow where it is too long for that, EmptyRow where it has nothing
+                to learn from.
         """
+        found = self._sequences(document)
+        if not found and document.part == 0:
+            raise EmptyRow
+        return found
+
+    def _sequences(self, document: Document) -> list[TokenSequence]:
         if document.problem is not None:
             raise BadRow(document.problem)
         if document.text is not None:
             return self._windows(document, document.text)
-        dropped = 0
         if isinstance(document.prompt, str) and isinstance(document.completion, str):
-            token_ids, is_target = self._completion(document.prompt, document.completion)
-        else:
-            conversation = self._conversation(document)
-            token_ids, is_target, dropped = conversation.token_ids, conversation.is_target, conversation.dropped_reasoning
+            return self._answer(document, *self._completion(document.prompt, document.completion))
+        messages, completion_from = document.messages or [], 0
+        if isinstance(document.prompt, list) and isinstance(document.completion, list):
+            messages, completion_from = [*document.prompt, *document.completion], len(document.prompt)
+        conversation = self._chat.tokens(messages, document.template_arguments, completion_from)
+        return self._answer(document, conversation.token_ids, conversation.is_target, conversation.dropped_reasoning)
+
+    def _answer(
+        self, document: Document, token_ids: np.ndarray, is_target: np.ndarray, dropped_reasoning: int = 0
+    ) -> list[TokenSequence]:
+        """The sequence of a document that has context and targets."""
+        if len(token_ids) > self.max_length and not self.cut:
+            raise LongRow(len(token_ids), self.max_length)
         first = int(np.argmax(is_target)) if is_target.any() else len(token_ids)
         if first >= self.max_length:
             raise BadRow(
                 f"the prompt leaves no room for what follows it (it has {first} tokens, and --max-length is {self.max_length})"
             )
-        sequence = self._sequence(document, 0, token_ids, is_target, len(token_ids) > self.max_length, dropped)
+        sequence = self._sequence(document, 0, token_ids, is_target, dropped_reasoning)
         return [sequence] if sequence.is_target.any() else []
 
-    def _conversation(self, document: Document) -> Conversation:
-        arguments = document.template_arguments or {}
-        if document.messages is not None:
-            return self._chat.tokens(document.messages, arguments)
-        assert isinstance(document.prompt, list) and isinstance(document.completion, list)
-        return self._chat.tokens([*document.prompt, *document.completion], arguments, completion_from=len(document.prompt))
-
     def _sequence(
-        self,
-        document: Document,
-        window: int,
-        token_ids: np.ndarray,
-        is_target: np.ndarray,
-        truncated: bool,
-        dropped_reasoning: int = 0,
+        self, document: Document, window: int, token_ids: np.ndarray, is_target: np.ndarray, dropped_reasoning: int = 0
     ) -> TokenSequence:
-        is_target = is_target[: self.max_length].copy()
-        is_target[:1] = False
-        return TokenSequence(document, window, token_ids[: self.max_length], is_target, truncated, dropped_reasoning)
+        kept = is_target[: self.max_length].copy()
+        kept[:1] = False
+        cut = max(len(token_ids) - self.max_length, 0)
+        targets_cut = int(is_target[self.max_length :].sum())
+        return TokenSequence(document, window, token_ids[: self.max_length], kept, cut, targets_cut, dropped_reasoning)
 
     def _encode(self, text: str) -> list[int]:
         # The tokenizer warns of texts longer than its model's context; windows take care of that.
@@ -142,7 +155,7 @@ class CorpusTokenizer:
         ends = [*starts[1:], len(token_ids)]
         windows = [[*self._opening, *token_ids[start:end]] for start, end in zip(starts, ends, strict=True)]
         return [
-            self._sequence(document, window, np.array(ids, np.int64), np.ones(len(ids), bool), False)
+            self._sequence(document, window, np.array(ids, np.int64), np.ones(len(ids), bool))
             for window, ids in enumerate(windows)
             if len(ids) > 1
         ]

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from knowledge_store.errors import InputError
+from knowledge_store.format.corpus_counts import CorpusCounts, Sentence
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import write_table
 from knowledge_store.kinds import KINDS, Totals
@@ -17,17 +18,20 @@ from knowledge_store.writing.shard import pack_shard
 from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
-from teacher_dump.dumping.plan import ShardInput, corpus_tokenizer, identity_manifest, kept_parameters
+from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
+from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer
+from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
 from teacher_dump.dumping.publishing import Knowledge
+from teacher_dump.dumping.request import chat_asked
 from teacher_dump.dumping.teacher_pass import shard_of
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Teacher
 
-SAMPLE_DOCUMENTS = 64
-SAMPLE_POSITIONS = 8192
+SAMPLE_DOCUMENTS = 256  # tokenised
+SAMPLE_POSITIONS = 8192  # of their sequences, that the teacher is asked about
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class Estimate:
         figures: what the extractors say of the sample, by name, such as "top-5 coverage": the mean probability that the 5
             likeliest tokens hold.
         sample_positions: how large the sample was.
-        unusable_documents: predicted, as `dump` counts the rows that it skips; exact where the whole corpus was the sample.
+        sample_documents: how many were tokenised: those that `counts` is of.
+        counts: what becomes of the rows of the sample; of those of the corpus, where all documents were the sample.
+        max_length: of a sequence.
     """
 
     documents: int
@@ -55,7 +61,18 @@ class Estimate:
     comparisons: dict[str, int]
     figures: dict[str, float]
     sample_positions: int
-    unusable_documents: int
+    sample_documents: int
+    counts: CorpusCounts
+    max_length: int
+
+    @property
+    def sentences(self) -> list[Sentence]:
+        """What becomes of the rows, in words."""
+        sentences = self.counts.sentences(self.max_length)
+        if self.sample_documents == self.documents:
+            return sentences
+        sample = f"in a sample of {self.sample_documents:,} of {self.documents:,} documents"
+        return [replace(sentence, text=f"{sample}, {sentence.text}") for sentence in sentences]
 
 
 def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[Document], int, int]:
@@ -78,7 +95,7 @@ def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[
 def _stored(manifest: Manifest, sequences: list[TokenSequence], knowledge: Knowledge) -> tuple[int, dict[str, int]]:
     """Bytes that the sample's knowledge takes in a shard's columns (footers, a few kilobytes a shard, are not counted), and
     those of what its kinds compare it with."""
-    sample = ShardInput(0, 0, len(sequences), 0, sequences, [])
+    sample = ShardInput(0, 0, len(sequences), sequences, [])
     tables, statistics = pack_shard(shard_of(manifest, sample, knowledge, {}), manifest)
     total = 0
     comparisons: Counter[str] = Counter()
@@ -104,26 +121,30 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     Raises:
         InputError: something given cannot be used, or the sample holds nothing that can.
     """
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
-    check_needs(config.kinds, teacher)
-    manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})
-    tokenizer = corpus_tokenizer(config, teacher, manifest)
+    chat = chat_asked(config)
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher), chat)
     documents, count, characters = _sample_documents(config, reporter)
     sequences: list[TokenSequence] = []
-    unusable = 0
+    tally = Tally(config.too_long)
     for document in documents:
         try:
-            made = tokenizer.sequences(document)
-        except BadRow:
-            made = []
-        unusable += not made
-        sequences.extend(made)
+            windows = tokenizer.sequences(document)
+        except BadRow as problem:
+            tally.leave_out(document, problem)
+        else:
+            tally.use(document, windows)
+            sequences.extend(windows)
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
     if not tokens:
-        raise InputError("no row of the sampled corpus can be used: `teacher-dump run` says why")
+        reasons = "; ".join(f"{left.rows:,} {reason}" for reason, left in tally.counts.by_reason)
+        raise InputError(f"no row of the sampled corpus can be used ({reasons}): `teacher-dump preview` shows rows")
     # Characters of unusable rows count on both sides: in the corpus as in the sample, they become no token.
     positions = round(tokens * characters / max(sum(document.characters for document in documents), 1))
 
+    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    check_needs(config.kinds, teacher)
+    batching = find_batching(config, teacher, config.max_length, reporter)
+    manifest = replace(identity_manifest(config, teacher, "estimate", chat, reporter=reporter), derived={"columns": {}})
     random.Random(0).shuffle(sequences)
     chosen: list[TokenSequence] = []
     for sequence in sequences:
@@ -139,7 +160,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     ordered: list[TokenSequence] = []
     seconds = 0.0
     with reporter.progress("asking the teacher", sum(lengths), "positions") as advance:
-        for indices in length_batches(lengths, config.batch_size * config.max_length):
+        for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
             batch = [chosen[index] for index in indices]
             started = time.monotonic()
             prediction = predict_batch(config, teacher, batch)
@@ -167,5 +188,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
         comparisons={label: round(positions * size / sample) for label, size in comparisons.items()},
         figures={name: sums[name] / number for name, number in counts.items() if number},
         sample_positions=sample,
-        unusable_documents=round(unusable * count / len(documents)),
+        sample_documents=len(documents),
+        counts=tally.counts,
+        max_length=config.max_length,
     )

@@ -11,12 +11,13 @@ from knowledge_store.format.manifest import Manifest, in_words
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.request import chat_asked, parameters_asked
+from teacher_dump.dumping.request import chat_asked, parameters_asked, plan_record
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.fingerprints import corpus_record
 
 _NAMES = {
     "plan.max_length": "--max-length",
+    "plan.too_long": "--too-long",
     "plan.shard_size": "--shard-size",
     "plan.chat.date": "--template-date",
     "plan.chat.train_on": "--train-on",
@@ -33,12 +34,10 @@ def check_options(config: DumpConfig, storage: Storage, existing: Manifest, *, r
         InputError: a file of the corpus, or one that an option names, cannot be used.
     """
     kinds = {name: parameters_asked(config, name).to_record() for name in config.kinds}
-    kept = existing.plan.get("chat", {})
-    dated = "date" in kept or config.template_date is not None
-    chat = chat_asked(config, existing).record(dated)
-    asked = {"max_length": config.max_length, "shard_size": config.shard_size, "part_characters": config.part_characters}
+    dated = config.template_date is not None or "date" in existing.plan.get("chat", {})
+    asked = plan_record(config, chat_asked(config, existing).record(dated))
     corpus = {"files": corpus_record(config.corpus, reporter=reporter)}
-    check_same(storage, existing, replace(existing, kinds=kinds, corpus=corpus, plan={**existing.plan, **asked, "chat": chat}))
+    check_same(storage, existing, replace(existing, kinds=kinds, corpus=corpus, plan={**existing.plan, **asked}))
 
 
 def check_same(storage: Storage, existing: Manifest, asked: Manifest) -> None:

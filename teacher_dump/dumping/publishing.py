@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
 from knowledge_store.format.commits import CommitRecord
-from knowledge_store.format.sequences import TRUNCATED_STATISTIC
 from knowledge_store.kinds import Arrays
 from teacher_dump.dumping.plan import ShardInput
 
@@ -23,15 +21,11 @@ class Committed:
 
     Attributes:
         shards, positions, bytes: how many; bytes of the shards' files.
-        skipped: by reason, how many rows were skipped.
-        truncated: how many sequences were truncated.
     """
 
     shards: int = 0
     positions: int = 0
     bytes: int = 0
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    truncated: int = 0
 
     def plus(self, record: CommitRecord, shard: ShardInput) -> Committed:
         """With one shard more."""
@@ -39,8 +33,6 @@ class Committed:
             shards=self.shards + 1,
             positions=self.positions + shard.positions,
             bytes=self.bytes + sum(file.bytes for file in record.files.values()),
-            skipped=Counter(self.skipped) + Counter(row["reason"] for row in record.skipped),
-            truncated=self.truncated + int(record.statistics[TRUNCATED_STATISTIC]),
         )
 
 

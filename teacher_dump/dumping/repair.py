@@ -23,10 +23,12 @@ from knowledge_store.writing.repair import (
 )
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
 from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import check_before_loading, check_request
 from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.dumping.request import chat_asked
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -65,19 +67,23 @@ def repair(
             shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
     dtype = check_before_loading(config, storage, existing, teacher, reporter)
+    chat = chat_asked(config, existing)
+    derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
-    from teacher_dump.dumping.plan import ShardReader, corpus_tokenizer, make_manifest
+    from teacher_dump.dumping.batches import find_batching
+    from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
     from teacher_dump.teachers import local
 
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
-    planned = make_manifest(config, teacher, existing, reporter=reporter)
+    find_batching(config, teacher, config.max_length, reporter)
+    planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)
-    reader = ShardReader(config, planned, corpus_tokenizer(config, teacher, planned))
+    reader = ShardReader(config, planned, corpus_tokenizer(config, teacher.tokenizer, chat))
     tokens = tokens_table(*teacher.tokens())
     made_again = existing is None and repair_manifest(storage, planned)
     writer = DumpWriter.open(storage, planned, tokens)
@@ -88,7 +94,7 @@ def repair(
         reporter.note(f"Repaired: {storage.locate(manifest_file(config.dump_name))} was damaged, and is written again")
         pending = _damaged(writer, shards, reporter)
     started = time.monotonic()
-    repaired = dump_shards(config, teacher, reader, None, writer, pending, partial(repair_shard, writer), reporter)
+    repaired = dump_shards(config, teacher, reader, writer, pending, partial(repair_shard, writer), reporter)
     return DumpReport(
         dump=writer.manifest.dump,
         shards=repaired.shards,
@@ -96,8 +102,6 @@ def repair(
         shards_planned=writer.manifest.shard_count,
         positions=repaired.positions,
         seconds=time.monotonic() - started,
-        skipped=repaired.skipped,
-        truncated=repaired.truncated,
     )
 
 

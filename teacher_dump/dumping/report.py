@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from knowledge_store.format.corpus_counts import CorpusCounts, Sentence
 
 
 @dataclass(frozen=True)
@@ -15,8 +16,8 @@ class DumpReport:
         shards: committed by this call; shards_planned: in the whole dump.
         shards_existing: of this rank's, those that needed nothing.
         positions, seconds: of this call.
-        skipped: by reason, how many rows of this call's shards were skipped.
-        truncated: how many sequences of this call's shards were cut off at the maximum length.
+        counts: of the whole corpus, what becomes of its rows; None where a repair found nothing to do.
+        max_length: of the dump.
     """
 
     dump: str
@@ -25,10 +26,10 @@ class DumpReport:
     shards_planned: int
     positions: int = 0
     seconds: float = 0.0
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    truncated: int = 0
+    counts: CorpusCounts | None = None
+    max_length: int = 0
 
     @property
-    def skipped_rows(self) -> int:
-        """How many rows of this call's shards were skipped."""
-        return sum(self.skipped.values())
+    def sentences(self) -> list[Sentence]:
+        """What became of the corpus's rows, in words."""
+        return [] if self.counts is None else self.counts.sentences(self.max_length)

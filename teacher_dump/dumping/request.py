@@ -25,7 +25,7 @@ def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
     return KINDS[kind].parameters() if parameters is None else parameters(config.kind_options(kind))
 
 
-def chat_asked(config: CorpusOptions, existing: Manifest | None) -> ChatOptions:
+def chat_asked(config: CorpusOptions, existing: Manifest | None = None) -> ChatOptions:
     """How conversations are rendered: as the options say, and what they do not say as the dump that exists was made, or else as
     a dump that begins today is.
 
@@ -34,6 +34,17 @@ def chat_asked(config: CorpusOptions, existing: Manifest | None) -> ChatOptions:
     """
     kept = {} if existing is None else existing.plan.get("chat", {})
     return ChatOptions.asked(config.chat_template, config.train_on, config.template_date, kept)
+
+
+def plan_record(config: EstimateConfig, chat: dict[str, Any]) -> dict[str, Any]:
+    """`plan` of the manifest: how documents become sequences and shards; `chat` is how conversations do."""
+    return {
+        "max_length": config.max_length,
+        "too_long": config.too_long,
+        "shard_size": config.shard_size,
+        "part_characters": config.part_characters,
+        "chat": chat,
+    }
 
 
 def check_length(config: CorpusOptions, teacher: Mapping[str, Any]) -> None:

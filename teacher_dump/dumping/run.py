@@ -10,10 +10,12 @@ from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import open_storage
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
 from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.remaining import remaining_shards, worker_shards
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.dumping.request import chat_asked
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -44,30 +46,29 @@ def dump(
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
     dtype = check_before_loading(config, storage, existing, teacher, reporter)
+    chat = chat_asked(config, existing)
+    derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
-    from teacher_dump.dumping.plan import ShardReader, corpus_tokenizer, make_manifest
+    from teacher_dump.dumping.batches import find_batching
+    from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
     from teacher_dump.teachers import local
 
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
-    existing = existing or existing_manifest(storage, config.dump_name)
-    planned = make_manifest(config, teacher, existing, reporter=reporter)
+    find_batching(config, teacher, config.max_length, reporter)  # a teacher that cannot be asked is refused here
     if existing is None and (existing := existing_manifest(storage, config.dump_name)) is not None:
-        planned = make_manifest(config, teacher, existing, reporter=reporter)  # another worker has begun it meanwhile
-    tokenizer = corpus_tokenizer(config, teacher, planned)
+        chat, derived = chat_asked(config, existing), existing.derived  # another worker has begun the dump, maybe yesterday
+    planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)
-    reader, first = ShardReader(config, planned, tokenizer), None
-    begun = config.dump_name in storage.folders("")
-    if rank < len(planned.derived.get("shards", ())) and not begun:
-        first = reader.read(rank)  # most of what a corpus can have wrong shows here, before anything is made
     writer = DumpWriter.open(storage, planned, tokens_table(*teacher.tokens()))
     pending = remaining_shards(writer, rank, world_size)
+    reader = ShardReader(config, writer.manifest, corpus_tokenizer(config, teacher.tokenizer, chat))
     started = time.monotonic()
-    committed = dump_shards(config, teacher, reader, first, writer, pending, writer.commit, reporter)
+    committed = dump_shards(config, teacher, reader, writer, pending, writer.commit, reporter)
     return DumpReport(
         dump=writer.manifest.dump,
         shards=committed.shards,
@@ -75,6 +76,6 @@ def dump(
         shards_planned=writer.manifest.shard_count,
         positions=committed.positions,
         seconds=time.monotonic() - started,
-        skipped=committed.skipped,
-        truncated=committed.truncated,
+        counts=writer.manifest.counts,
+        max_length=config.max_length,
     )

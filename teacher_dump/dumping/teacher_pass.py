@@ -23,7 +23,7 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
 from teacher_dump.dumping.plan import ShardInput, ShardReader, corpus_columns, kept_parameters
 from teacher_dump.dumping.publishing import Committed, Knowledge, ShardPublisher
 from teacher_dump.extraction import EXTRACTORS
@@ -38,7 +38,6 @@ def dump_shards(
     config: DumpConfig,
     teacher: Teacher,
     reader: ShardReader,
-    first: ShardInput | None,
     writer: DumpWriter,
     pending: list[int],
     publish: Publish,
@@ -49,7 +48,7 @@ def dump_shards(
     Args:
         config: of the dump.
         teacher: that can give what its kinds need.
-        reader: of the shards. first: one that has been read already.
+        reader: of the shards.
         writer: of the dump.
         pending: the shards.
         publish: `writer.commit`, or a repair; `commit` passes over a shard that another worker has committed.
@@ -62,7 +61,7 @@ def dump_shards(
         KeyboardInterrupt: Ctrl-C; shards that had been handed over are committed first.
     """
     made_by, parameters = _made_by(teacher), kept_parameters(writer.manifest)
-    total = sum(writer.manifest.derived["shards"][shard]["characters"] for shard in pending)
+    total = sum(writer.manifest.derived["shards"][shard]["positions"] for shard in pending)
 
     def publish_knowledge(shard: ShardInput, knowledge: Knowledge) -> CommitRecord:
         return publish(shard_of(writer.manifest, shard, knowledge, made_by))
@@ -70,11 +69,11 @@ def dump_shards(
     publisher = ShardPublisher(publish_knowledge)
     try:
         with (
-            reporter.progress(f"dumping {writer.manifest.dump}", total) as advance,
+            reporter.progress(f"dumping {writer.manifest.dump}", total, "positions") as advance,
             ThreadPoolExecutor(1, "reader") as executor,
         ):
             meter = _Meter(advance, publisher)
-            for shard in _read_ahead(executor, reader, pending, first):
+            for shard in _read_ahead(executor, reader, pending):
                 if publish == writer.commit and writer.committed(shard.shard):
                     continue  # another worker was quicker
                 publisher.hand_over(shard, _ask(config, teacher, shard, parameters, meter, publisher.check))
@@ -95,7 +94,7 @@ def dump_shards(
 
 
 class _Meter:
-    """Feeds the progress: characters done, and the live figures behind it."""
+    """Feeds the progress: positions done, and the live figures behind it."""
 
     def __init__(self, advance: Advance, publisher: ShardPublisher):
         self._advance, self._publisher = advance, publisher
@@ -104,7 +103,7 @@ class _Meter:
         self._sums: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
 
-    def batch(self, characters: float, knowledge: Knowledge, positions: int) -> None:
+    def batch(self, knowledge: Knowledge, positions: int) -> None:
         """Count a batch, and show the figures with it."""
         self._positions += positions
         for kind, extracted in knowledge.items():
@@ -112,28 +111,23 @@ class _Meter:
                 total, count = figure(extracted)
                 self._sums[name] += total  # type: ignore[assignment]
                 self._counts[name] += count
-        self.show(characters)
+        self.show(positions)
 
-    def show(self, characters: float = 0) -> None:
-        """Show the figures, after `characters` more."""
+    def show(self, positions: int = 0) -> None:
+        """Show the figures, after so many positions more."""
         figures = {"positions/s": f"{self._positions / (time.monotonic() - self._started):,.0f}"}
         committed = self._publisher.committed
         if committed.positions:
             figures["bytes/position"] = f"{committed.bytes / committed.positions:.1f}"
         figures |= {name: f"{self._sums[name] / count:.3f}" for name, count in self._counts.items() if count}
-        self._advance(characters, **figures)
+        self._advance(positions, **figures)
 
 
-def _read_ahead(
-    executor: ThreadPoolExecutor, reader: ShardReader, shards: list[int], first: ShardInput | None
-) -> Iterator[ShardInput]:
-    """The input of each shard, the next one being read while this one is used; `first` is one that has been read."""
+def _read_ahead(executor: ThreadPoolExecutor, reader: ShardReader, shards: list[int]) -> Iterator[ShardInput]:
+    """The input of each shard, the next one being read while this one is used."""
     following: Future[ShardInput] | None = None
     for index, shard in enumerate(shards):
-        if first is not None and first.shard == shard:
-            ready, first = first, None
-        else:
-            ready = (following or executor.submit(reader.read, shard)).result()
+        ready = (following or executor.submit(reader.read, shard)).result()
         following = executor.submit(reader.read, shards[index + 1]) if index + 1 < len(shards) else None
         yield ready
 
@@ -152,14 +146,15 @@ def _ask(
     """
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in parameters}
-    for indices in length_batches(lengths, config.batch_size * config.max_length):
+    batching = find_batching(config, teacher, config.max_length)
+    for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
         sequences = [shard.sequences[index] for index in indices]
         batch = extract_batch(config, parameters, predict_batch(config, teacher, sequences), sequences)
         for kind, extracted in batch.items():
             for index, arrays in zip(indices, extracted, strict=True):
                 knowledge[kind][index] = arrays
         positions = sum(len(sequence.token_ids) for sequence in sequences)
-        meter.batch(shard.characters * positions / shard.positions, batch, positions)
+        meter.batch(batch, positions)
         after_batch()
     return knowledge
 
@@ -170,7 +165,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
     rows = []
     for sequence in shard.sequences:
         document = sequence.document
-        own = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
+        row_columns = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
         rows.append(
             {
                 "sequence_id": sequence_id(document.number, sequence.window),
@@ -183,7 +178,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
                 "targets": int(sequence.is_target.sum()),
                 "truncated": sequence.truncated,
                 "token_hash": token_hash(sequence.token_ids),
-                **own,
+                **row_columns,
             }
         )
     return Shard(shard.shard, shard.first_document, shard.documents, rows, knowledge, shard.skipped, made_by)

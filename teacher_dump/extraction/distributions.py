@@ -14,8 +14,8 @@ from knowledge_store.format.sequences import sequence_id
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump.corpus.tokenisation import TokenSequence
+from teacher_dump.extraction.coverage import candidate_masses
 from teacher_dump.extraction.extractor import ExtractionBatch, Total
-from teacher_dump.extraction.positions import candidate_masses
 from teacher_dump.extraction.sampling import (
     block_sums,
     counted,

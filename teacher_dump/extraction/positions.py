@@ -7,14 +7,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from knowledge_store.calibration.file import check_calibration, read_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions import PositionsParameters
 from knowledge_store.kinds.positions.selection import MAX_DRAWS, NAMES, Selection
 from knowledge_store.options import option
+from teacher_dump.extraction.coverage import coverage
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor, Total
 from teacher_dump.teachers.protocol import Ability
 
@@ -87,8 +86,12 @@ def check_positions(options: PositionsOptions, teacher: Mapping[str, Any], token
         InputError: there are more candidates than tokens, or the calibration belongs to another teacher or tokenizer.
     """
     name, vocabulary = "--max-k" if options.selection == "top-p" else "--top-k", teacher.get("vocabulary_size")
-    if vocabulary is not None and options.rule.candidates > vocabulary:
-        raise InputError(f"{name} {options.rule.candidates} is above the teacher's vocabulary of {vocabulary:,} tokens")
+    impossible = teacher.get("impossible_tokens", 0)
+    if vocabulary is not None and options.rule.candidates > vocabulary - impossible:
+        never = " that it ever gives" if impossible else ""
+        raise InputError(
+            f"{name} {options.rule.candidates} is above the teacher's vocabulary of {vocabulary - impossible:,} tokens{never}"
+        )
     if options.calibration is not None and tokenizer is not None:
         check_calibration(read_calibration(options.calibration), dict(teacher), dict(tokenizer))
 
@@ -105,19 +108,6 @@ def sample_figures(batch: ExtractionBatch) -> dict[str, Total]:
     from teacher_dump.extraction.distributions import coverage_by_depth
 
     return coverage_by_depth(batch)
-
-
-def candidate_masses(knowledge: list[Arrays]) -> np.ndarray:
-    """Probabilities of the candidates of all positions with knowledge, float64 (N, K)."""
-    return np.concatenate(
-        [np.exp(arrays["candidate_logprobs"][arrays["has_knowledge"]].astype(np.float64)) for arrays in knowledge]
-    )
-
-
-def coverage(knowledge: list[Arrays]) -> Total:
-    """The probability that the candidates hold, over all positions with knowledge."""
-    masses = candidate_masses(knowledge)
-    return float(masses.sum()), len(masses) if masses.shape[1] else 0
 
 
 POSITIONS = Extractor(

@@ -9,6 +9,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.model_files import (
     TEMPLATE_FILES,
     TOKENIZER_FILES,
+    VOCABULARY_FILES,
     check_folder_name,
     check_gguf,
     check_weights,
@@ -40,12 +41,17 @@ def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
     configuration = read_configuration(folder)
     text: dict[str, Any] = configuration.get("text_config") or configuration
     names = {"vocabulary_size": ("vocab_size",), "max_positions": MAX_POSITIONS}
-    found = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
-    return {size: value for size, value in found.items() if isinstance(value, int)}
+    sizes = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
+    return {size: value for size, value in sizes.items() if isinstance(value, int)}
 
 
-def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
+def find_folder(teacher: str, gguf_file: str | None = None, weights: bool = True) -> Path:
     """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
+
+    Args:
+        teacher: a local folder or a hub id.
+        gguf_file: name of a GGUF file in it.
+        weights: whether a hub's safetensors are wanted too.
 
     Raises:
         InputError: there is neither such a folder nor such a hub id.
@@ -53,7 +59,7 @@ def find_folder(teacher: str, gguf_file: str | None = None) -> Path:
     folder = Path(teacher)
     if folder.is_file():
         raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
-    return folder if folder.is_dir() else hub_folder(teacher, gguf_file)
+    return folder if folder.is_dir() else hub_folder(teacher, gguf_file, weights)
 
 
 def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
@@ -73,6 +79,6 @@ def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
         raise InputError(f"{folder} has no config.json")
     check_weights(folder)
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in tokenizer):
+    if not any(path.name in VOCABULARY_FILES for path in tokenizer):
         raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
     return [*weights, folder / "config.json", *tokenizer, *sorted(folder.glob(TEMPLATE_FILES))]

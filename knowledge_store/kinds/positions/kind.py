@@ -156,7 +156,7 @@ def stored(manifest: Manifest) -> tuple[Field, ...]:
 
 def takes(manifest: Manifest) -> tuple[str, ...]:
     """The names of the arrays that `pack` takes."""
-    return ("has_knowledge", *(each.name for each in fields(manifest)))
+    return ("has_knowledge", *(field.name for field in fields(manifest)))
 
 
 def row_bytes(manifest: Manifest) -> int:
@@ -179,18 +179,18 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
     """
     parameters = positions_of(manifest)
     step = parameters.quantisation_step
-    found = {"token_logprob": in_steps(arrays["token_logprob"], step)}
+    exact = {"token_logprob": in_steps(arrays["token_logprob"], step)}
     if parameters.selection.candidates:
         ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
         present = logprobs != NO_MASS
         steps, tail_steps = exact_prediction_steps(logprobs, tail, step)
         among = ((ids == arrays["token_id"][:, None]) & present).any(axis=1)
-        found["token_logprob"][among] = np.nan
+        exact["token_logprob"][among] = np.nan
         present[:, 0] = False
-        found |= {"candidate_logprobs": np.where(present, steps, np.nan), "tail_logprob": tail_steps}
+        exact |= {"candidate_logprobs": np.where(present, steps, np.nan), "tail_logprob": tail_steps}
     if parameters.temperature:
-        found["tail_logsumexp"] = in_steps(arrays["tail_logsumexp"], step)
-    return found
+        exact["tail_logsumexp"] = in_steps(arrays["tail_logsumexp"], step)
+    return exact
 
 
 def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
@@ -233,13 +233,14 @@ def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
     columns = unpack_predictions(table, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
     schema = POSITIONS.schema(manifest)
     return pa.table(
-        [columns[each.name].cast(each.type) if each.name in columns else table[each.name] for each in schema], schema=schema
+        [columns[field.name].cast(field.type) if field.name in columns else table[field.name] for field in schema],
+        schema=schema,
     )
 
 
 def view(manifest: Manifest) -> str:
     """`unpack` as SQL."""
-    more = [each.name for each in _more(manifest)]
+    more = [field.name for field in _more(manifest)]
     return predictions_view(more, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
 
 
@@ -286,7 +287,7 @@ def decode(table: pa.Table) -> Arrays:
 
 def arrays_of(manifest: Manifest) -> dict[str, float]:
     """The arrays that `decode` gives of a dump's positions, and what stands where there is no position."""
-    names = [*DECODED, *(each.name for each in _more(manifest))]
+    names = [*DECODED, *(field.name for field in _more(manifest))]
     return {name: NO_MASS if name == "candidate_logprobs" else 0 for name in names}
 
 
@@ -299,12 +300,12 @@ def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
     def mean(values: np.ndarray) -> float:
         return float(values.mean(dtype=np.float64)) if len(values) else 0.0
 
-    found = {"predictions": int(kept.sum()), "mean_nll": mean(-arrays["token_logprob"][kept])}
+    statistics = {"predictions": int(kept.sum()), "mean_nll": mean(-arrays["token_logprob"][kept])}
     if not positions_of(manifest).selection.candidates:
-        return found
+        return statistics
     first = arrays["candidate_ids"][kept][:, :1]
     return {
-        **found,
+        **statistics,
         "mean_top_k_mass": mean(np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).sum(axis=1)),
         "mean_top_1_accuracy": mean(first == arrays["input_ids"][kept, None]),
     }
@@ -325,15 +326,15 @@ def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator
 def lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
     """What `info` tells of a dump's positions."""
     step, dense = positions_of(manifest).quantisation_step, _dense_bytes(manifest, totals)
-    found = [("selection", f"{_selection(manifest)}, log-probabilities in steps of {step} nats")]
-    found.append(("predictions", f"{totals.count('predictions'):,} positions with knowledge"))
+    listed = [("selection", f"{_selection(manifest)}, log-probabilities in steps of {step} nats")]
+    listed.append(("predictions", f"{totals.count('predictions'):,} positions with knowledge"))
     if (mass := totals.statistics.get("mean_top_k_mass")) is not None:
-        found.append(("mass of the candidates", f"{mass:.4f} on average"))
+        listed.append(("mass of the candidates", f"{mass:.4f} on average"))
     if (nll := totals.statistics.get("mean_nll")) is not None:
-        found.append(("teacher's own loss", f"{nll:.4f} nats a token (perplexity {math.exp(nll):.2f})"))
+        listed.append(("teacher's own loss", f"{nll:.4f} nats a token (perplexity {math.exp(nll):.2f})"))
     if dense:
-        found.append(("kept whole (float32)", f"{byte_size(dense)}: {dense / totals.bytes:,.0f} times as much"))
-    return found
+        listed.append(("kept whole (float32)", f"{byte_size(dense)}: {dense / totals.bytes:,.0f} times as much"))
+    return listed
 
 
 def facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | None]:

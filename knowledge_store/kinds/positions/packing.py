@@ -159,11 +159,11 @@ def _stored(steps: np.ndarray, absent: np.ndarray | None = None) -> pa.Array:
 
 def _counted(column: pa.ChunkedArray) -> np.ndarray:
     """Stored steps counted from 0, float64, 0 for null. ValueError: they are no whole numbers."""
-    found = column.fill_null(ZERO).to_numpy().astype(np.float64) - ZERO
-    whole = np.abs(found) <= MAX_STEPS
-    if not (whole | np.isposinf(found)).all() or (found[whole] != np.round(found[whole])).any():
+    steps = column.fill_null(ZERO).to_numpy().astype(np.float64) - ZERO
+    whole = np.abs(steps) <= MAX_STEPS
+    if not (whole | np.isposinf(steps)).all() or (steps[whole] != np.round(steps[whole])).any():
         raise ValueError("steps are no whole numbers")
-    return found
+    return steps
 
 
 def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, pa.Array]:
@@ -264,12 +264,12 @@ def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[st
 
     token_logprob = (0.0 - step * _counted(table["token_steps"])).astype(np.float32)
     rows = np.repeat(np.arange(len(table)), counts)
-    own = np.flatnonzero(ids == table["token_id"].to_numpy()[rows])
+    token_places = np.flatnonzero(ids == table["token_id"].to_numpy()[rows])
     among = np.zeros(len(table), bool)
-    among[rows[own]] = True
+    among[rows[token_places]] = True
     if not np.array_equal(has_token, kept & ~among):
         raise ValueError("token_steps is null although the token is no candidate, or the reverse")
-    token_logprob[rows[own]] = logprobs[own]
+    token_logprob[rows[token_places]] = logprobs[token_places]
 
     offsets = list_offsets(counts)
     absent = pa.array(~kept)

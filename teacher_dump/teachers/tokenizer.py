@@ -1,0 +1,29 @@
+"""A teacher's tokenizer without its model, which tells what becomes of a corpus before the weights are loaded."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from knowledge_store.errors import InputError
+from knowledge_store.model_files import panics_as_errors, silence
+from teacher_dump.teachers.files import find_folder
+
+
+def load_tokenizer(teacher: str, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a teacher's tokenizer alone; of a hub id, the weights are not downloaded.
+
+    Args:
+        teacher: a local folder or a hub id.
+        gguf_file: name of a GGUF file in it.
+
+    Raises:
+        InputError: there is no such teacher, or its tokenizer cannot be used; says why.
+    """
+    folder = find_folder(teacher, gguf_file, weights=False)
+    source = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        with silence(), panics_as_errors():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
+    except Exception as error:  # a broken folder fails in many ways, all of them the folder's
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from None
