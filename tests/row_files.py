@@ -108,12 +108,12 @@ def _rows_of(draw: Any, count: int, arguments: Callable[[bool], Any], schema: Ca
         maybe = st.just(True) if complete else st.booleans()
         function = {"name": draw(words.filter(bool)), "parameters": schema(complete)}
         call = {"id": "call-1", "type": "function", "function": {"name": function["name"], "arguments": arguments(complete)}}
-        asked = {"role": "user", "content": draw(words)}
+        asked = {"role": "user", "content": draw(words) + "?"}
         called: dict[str, Any] = {"role": "assistant"}
         if draw(maybe):
             called["content"] = draw(words)
         called["tool_calls"] = [call] * (1 if complete else draw(st.integers(1, 2)))
-        answered: dict[str, Any] = {"role": "assistant", "content": draw(words)}
+        answered: dict[str, Any] = {"role": "assistant", "content": draw(words) + "."}
         if draw(maybe):
             answered["reasoning_content"] = draw(words)
         messages = [asked, called, {"role": "tool", "content": draw(words), "tool_call_id": "call-1"}, answered]

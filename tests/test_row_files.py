@@ -19,7 +19,7 @@ from row_files import ARROW_WRITERS, JSON_WRITERS, free_rows, short_numbers, str
 from knowledge_store import KnowledgeStore
 from teacher_dump import DumpConfig, dump
 from teacher_dump.corpus.documents import Document, read_documents
-from teacher_dump.corpus.rows import Start
+from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 
 # Shows every field of a conversation, null apart from absent, in the order that the row has.
@@ -46,9 +46,13 @@ def tokenizer() -> CorpusTokenizer:
 
 
 def sequences(tokenizer: CorpusTokenizer, *files: Path) -> list[Any]:
-    found = []
+    """Token ids and targets of each row, or why it cannot be used."""
+    found: list[Any] = []
     for document in read(*files):
-        found.append([(one.token_ids.tolist(), one.is_target.tolist()) for one in tokenizer.sequences(document)])
+        try:
+            found.append([(one.token_ids.tolist(), one.is_target.tolist()) for one in tokenizer.sequences(document)])
+        except BadRow as problem:
+            found.append(str(problem))
     return found
 
 

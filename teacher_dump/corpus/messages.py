@@ -61,8 +61,6 @@ def _read_message(message: Any, place: str) -> dict[str, Any]:
         raise ValueError(f"{place} has no `role`")
     if not isinstance(role, str):
         raise ValueError(f"{place}: its `role` is {_kind_of(role)}, not text")
-    if "content" not in message and all(message[name] is None for name in message if name not in ("role", "name")):
-        raise ValueError(f"{place} ({role}) has no `content`")
     return message
 
 
