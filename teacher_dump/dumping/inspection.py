@@ -70,7 +70,7 @@ def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None) -> PreTrai
         return teacher.tokenizer
     from teacher_dump.teachers.tokenizer import load_tokenizer
 
-    folder = find_folder(config.teacher, config.gguf_file)
+    folder = find_folder(config.teacher, config.gguf_file, config.revision)
     check_length(config, stated_sizes(str(folder), config.gguf_file))
     return load_tokenizer(str(folder), config.gguf_file)
 

@@ -23,6 +23,7 @@ _NAMES = {
     "plan.chat.train_on": "--train-on",
     "plan.chat.template_sha256": "the text of --chat-template",
     "teacher.dtype": "--dtype",
+    "teacher.quantize": "--quantize",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def repair(
         if not pending and not tokens_damage(writer):
             shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
-    dtype = check_before_loading(config, storage, existing, teacher, reporter)
+    loading = check_before_loading(config, storage, existing, teacher, reporter)
     chat = chat_asked(config, existing)
     derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
 
@@ -77,7 +78,7 @@ def repair(
     from teacher_dump.extraction import check_needs
     from teacher_dump.teachers import local
 
-    teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
+    teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     find_batching(config, teacher, config.max_length, reporter)
     planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
