@@ -18,12 +18,14 @@ from knowledge_store.writing.shard import pack_shard
 from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer
 from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
 from teacher_dump.dumping.publishing import Knowledge
+from teacher_dump.dumping.request import chat_asked
 from teacher_dump.dumping.teacher_pass import shard_of
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
 from teacher_dump.teachers.local import load_teacher
@@ -80,7 +82,7 @@ def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[
     sample: list[Document] = []
     count = characters = 0
     with reporter.progress("reading the corpus", None) as advance:
-        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
+        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters, config.column_names):
             count += 1
             characters += document.characters
             advance(document.characters)
@@ -120,7 +122,9 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     Raises:
         InputError: something given cannot be used, or the sample holds nothing that can.
     """
-    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher))
+    config = with_local_corpus(config, reporter=reporter)
+    chat = chat_asked(config)
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher), chat)
     documents, count, characters = _sample_documents(config, reporter)
     sequences: list[TokenSequence] = []
     tally = Tally(config.too_long)
@@ -142,7 +146,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     batching = find_batching(config, teacher, config.max_length, reporter)
-    manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})
+    manifest = replace(identity_manifest(config, teacher, "estimate", chat, reporter=reporter), derived={"columns": {}})
     random.Random(0).shuffle(sequences)
     chosen: list[TokenSequence] = []
     for sequence in sequences:

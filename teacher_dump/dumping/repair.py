@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from knowledge_store.errors import DamageError, InputError, MissingFileError
+from knowledge_store.errors import DamageError, InputError, MismatchError, MissingFileError
 from knowledge_store.format.commits import commit_records
 from knowledge_store.format.layout import STORE_FILE, manifest_file, tokens_file
 from knowledge_store.format.manifest import Manifest, read_manifest
@@ -24,11 +24,13 @@ from knowledge_store.writing.repair import (
 )
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
 from teacher_dump.dumping.mismatch import check_same
-from teacher_dump.dumping.preconditions import check_before_loading, check_request
+from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request
 from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.dumping.request import chat_asked
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -54,9 +56,11 @@ def repair(
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are repaired first.
     """
+    config = with_local_corpus(config, reporter=reporter)
     storage = open_storage(config.store)
     check_request(config, storage, rank, world_size)
     existing = _manifest_to_repair(storage, config.dump_name, reporter)
+    config = as_made(config, existing)
     if repair_store_file(storage):
         reporter.note(f"Repaired: {storage.locate(STORE_FILE)} was damaged, and is written again")
     pending: list[int] = []
@@ -67,7 +71,8 @@ def repair(
             shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
     loading = check_before_loading(config, storage, existing, teacher, reporter)
-    derived = inspect_before_loading(config, existing, teacher, reporter=reporter)
+    chat = chat_asked(config, existing)
+    derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
     from teacher_dump.dumping.batches import find_batching
@@ -79,12 +84,12 @@ def repair(
     teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     find_batching(config, teacher, config.max_length, reporter)
-    planned = make_manifest(config, teacher, derived, reporter=reporter)
+    planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)
-    reader = ShardReader(config, planned, corpus_tokenizer(config, teacher.tokenizer))
+    reader = ShardReader(config, planned, corpus_tokenizer(config, teacher.tokenizer, chat))
     tokens = tokens_table(*teacher.tokens())
-    made_again = existing is None and repair_manifest(storage, planned)
+    made_again = existing is None and _repair_manifest(storage, planned)
     writer = DumpWriter.open(storage, planned, tokens)
     if repair_tokens(writer, tokens):
         reporter.note(f"Repaired: {storage.locate(tokens_file(config.dump_name))} was damaged, and is written again")
@@ -118,6 +123,19 @@ def _manifest_to_repair(storage: Storage, dump: str, reporter: Reporter) -> Mani
             raise InputError(f"there is no dump {dump!r} in {storage.address} to repair") from None
         reporter.note(f"Damage: {error}")
         return None
+
+
+def _repair_manifest(storage: Storage, planned: Manifest) -> bool:
+    """`repair_manifest`, which says where it fails for a date that the damaged manifest alone knew."""
+    try:
+        return repair_manifest(storage, planned)
+    except MismatchError as error:
+        if "date" not in planned.plan["chat"]:
+            raise
+        raise MismatchError(
+            f"{error}. The chat template asks for the date ({planned.plan['chat']['date']} here): pass the day of the dump"
+            "'s beginning as --template-date"
+        ) from None
 
 
 def _damaged(writer: DumpWriter, shards: range, reporter: Reporter) -> list[int]:
