@@ -46,7 +46,7 @@ class TeacherOptions(GgufOptions):
     device_map: str = option(
         "none",
         choices=DEVICE_MAPS,
-        help="auto spreads a teacher that is larger than one device over all of them, the CPU's memory and the disk.",
+        help="Whether one device holds the teacher (none), or all devices, the CPU's memory and the disk share it (auto).",
     )
     max_memory: str | None = option(
         None, metavar="SIZES", help="With --device-map, the room for weights on each device, such as 0=20GiB,1=20GiB,cpu=64GiB."
