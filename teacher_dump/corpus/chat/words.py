@@ -54,11 +54,6 @@ class Rendered:
     marked: Marked
     dropped_reasoning: frozenset[int]
 
-    @property
-    def sources(self) -> tuple[Row, Row]:
-        """What can be rendered in part to find out about the row: its outline, and where that is no help, itself."""
-        return self.outline, self.row
-
 
 class Words:
     """Renders rows and makes sure that their words are there.
@@ -145,13 +140,22 @@ class Words:
         """Whether a template that leaves reasoning out shows it as long as no further message follows."""
         if place.message + 1 == len(row.messages):
             return False
-        cut = self._shapes.marked(row.outline(form).first(place.message + 1), form)
-        return cut is not None and place in cut.places
+        outline = row.outline(form)
+        excerpt, index = outline.excerpt(place.message)
+        for shorter, at in ((excerpt, index), (outline, place.message)):
+            cut = self._shapes.marked(shorter.first(at + 1), form)
+            if cut is not None and place._replace(message=at) in cut.places:
+                return True
+        return False
 
     def _check_values(self, row: Row, form: Form, values: list[Field]) -> None:
         """Make sure that numbers and truth values of arguments are in the text."""
         outline = row.outline(form, values=True) if values else row
-        lost = [place for place in values if not self._shapes.shows(outline, form, place)]
+        lost = []
+        for place in values:
+            excerpt, index = outline.excerpt(place.message)
+            if not self._shapes.shows(excerpt, form, place._replace(message=index)):
+                lost.append(place)
         if lost:
             raise LostWords(row, lost)
 
