@@ -83,7 +83,8 @@ class Words:
             raise LostWords(row, lost)
         self._check_values(row, form, marks.values)
         outline = row.outline(form)
-        if not any(identifier in plain for identifier in row.identifiers()):
+        identifiers = row.identifiers()
+        if identifiers and not any(identifier in plain for identifier in identifiers):
             outline = outline.with_numbered_identifiers()
         return Rendered(row, form, outline, marked, frozenset(dropped))
 
@@ -92,10 +93,10 @@ class Words:
 
     def _fitting(self, row: Row, form: Form, plain: str) -> tuple[Marks, Marked]:
         """Marks that change nothing of the text, as many as there can be, and the rendering with them."""
-        marks = Marks()
-        marked = self._with_marks(row, form, marks)
-        if marked is not None and marked.text == plain:
-            return marks, marked
+        for marks in (Marks(), Marks(lambda place: place.message != TOOLS)):
+            marked = self._with_marks(row, form, marks)
+            if marked is not None and marked.text == plain:
+                return marks, marked
         # The template looks into the words somewhere: find out where, one field at a time.
         around, inside = set(), set()
         for place in marks.fields:
@@ -133,8 +134,8 @@ class Words:
         """Whether words without marks are in the text nevertheless: written in another way, such as a list of Python's."""
         if place.kind not in (TEXT, NAME):
             return False
-        # Of the messages an outline is enough where the words are a tool's.
-        return self._shapes.shows(row.outline(form) if place.message == TOOLS else row, form, place)
+        # Few messages are enough where the words are a tool's.
+        return self._shapes.shows(row.outline(form).excerpt(0)[0] if place.message == TOOLS else row, form, place)
 
     def _drops(self, row: Row, form: Form, place: Field) -> bool:
         """Whether a template that leaves reasoning out shows it as long as no further message follows."""
