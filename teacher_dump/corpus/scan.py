@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def scan(
     part_characters: int,
     too_long: str = "cut",
     advance: Advance = lambda amount, **figures: None,
+    column_names: Mapping[str, str] | None = None,
 ) -> Scan:
     """Read and tokenise the whole corpus once. Nothing is held of it but the document at hand.
 
@@ -73,6 +75,7 @@ def scan(
         too_long: what becomes of rows that are too long: cut, skip or refuse.
         advance: called with the bytes of the files that were passed since the last call; those of a compressed file or of
             Parquet pass as a whole, or nearly so. Beside them, how fast it goes.
+        column_names: what `--columns` says.
 
     Raises:
         InputError: a file cannot be read as what its name says, or the tokenizer cannot be used for the corpus.
@@ -85,7 +88,7 @@ def scan(
     sizes = [path.stat().st_size for path in files]
     begins = [sum(sizes[:file]) for file in range(len(files))]
     began = time.monotonic()
-    for document in read_documents(files, Start(0, 0, 1, 0, 0), part_characters):
+    for document in read_documents(files, Start(0, 0, 1, 0, 0), part_characters, column_names):
         if document.number % shard_size == 0:
             starts.append(Start(document.number, document.file, document.row, document.part, document.offset))
             positions.append(0)

@@ -24,9 +24,10 @@ from knowledge_store.writing.repair import (
 )
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
 from teacher_dump.dumping.mismatch import check_same
-from teacher_dump.dumping.preconditions import check_before_loading, check_request
+from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request
 from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import chat_asked
@@ -55,9 +56,11 @@ def repair(
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are repaired first.
     """
+    config = with_local_corpus(config, reporter=reporter)
     storage = open_storage(config.store)
     check_request(config, storage, rank, world_size)
     existing = _manifest_to_repair(storage, config.dump_name, reporter)
+    config = as_made(config, existing)
     if repair_store_file(storage):
         reporter.note(f"Repaired: {storage.locate(STORE_FILE)} was damaged, and is written again")
     pending: list[int] = []
