@@ -46,11 +46,7 @@ class TeacherOptions(GgufOptions):
     device_map: str = option(
         "none",
         choices=DEVICE_MAPS,
-<<<<<<< HEAD
         help="Whether one device holds the teacher (none), or all devices, the CPU's memory and the disk share it (auto).",
-=======
-        help="Where a teacher's layers go: all on --device (none), or spread over all devices, the CPU's memory and the disk (auto).",
->>>>>>> f54b5e8d92c34222fd1d7fcf0e76679deb72f466
     )
     max_memory: str | None = option(
         None, metavar="SIZES", help="With --device-map, the room for weights on each device, such as 0=20GiB,1=20GiB,cpu=64GiB."
