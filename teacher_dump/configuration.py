@@ -21,12 +21,28 @@ from teacher_dump.teachers.protocol import DTYPES
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
 PART_CHARACTERS_PER_POSITION = 64
 
+TOO_LONG = ("cut", "skip", "refuse")
+
 
 @dataclass(frozen=True)
-class TeacherOptions(GgufOptions):
-    """Which teacher is asked, and how it is loaded and asked, alike in all commands."""
+class NamedTeacher(GgufOptions):
+    """Which teacher is meant."""
 
     teacher: str = option(help="A local folder or a hub id of a causal language model.")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("Path", "Path | None") and value is not None:
+                object.__setattr__(self, field.name, Path(value))
+        object.__setattr__(self, "teacher", str(self.teacher))
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class TeacherOptions(NamedTeacher):
+    """Which teacher is asked, and how it is loaded and asked, alike in all commands."""
+
     _: KW_ONLY
     batch_size: int = option(
         16,
@@ -41,17 +57,9 @@ class TeacherOptions(GgufOptions):
     )
     device: str = option("auto", help="Where the teacher runs: auto, cpu, cuda, cuda:1 or mps.")
 
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("Path", "Path | None") and value is not None:
-                object.__setattr__(self, field.name, Path(value))
-        object.__setattr__(self, "teacher", str(self.teacher))
-        check_options(self)
-
 
 @dataclass(frozen=True)
-class CorpusOptions(TeacherOptions):
+class CorpusOptions(NamedTeacher):
     """Which corpus is read, and how it becomes sequences."""
 
     corpus: tuple[Path, ...] = option(help="Files of the corpus, one or more: .jsonl, .jsonl.zst, .parquet or .txt.")
@@ -59,11 +67,10 @@ class CorpusOptions(TeacherOptions):
     max_length: int = option(512, min=2, help="Longest sequence, in tokens.")
     too_long: str = option(
         "cut",
-        choices=("cut", "skip", "refuse"),
+        choices=TOO_LONG,
         help="What becomes of prompts with completions, and of conversations, that are longer: cut their end off, skip them, or"
         " refuse the corpus. Plain text is never lost: it continues in another sequence.",
     )
-    skip_bad_rows: bool = option(False, help="Leave out rows that cannot be used, and count them, instead of stopping.")
 
     def __post_init__(self) -> None:
         files: Any = self.corpus
@@ -80,7 +87,23 @@ class CorpusOptions(TeacherOptions):
 
 
 @dataclass(frozen=True)
-class CalibrateConfig(CalibrationOptions, CorpusOptions):
+class PreviewConfig(CorpusOptions):
+    """The options of `teacher-dump preview`."""
+
+    _: KW_ONLY
+    rows: int = option(3, min=1, help="How many rows to show, from the beginning of the corpus.")
+
+
+@dataclass(frozen=True)
+class PassOptions(CorpusOptions, TeacherOptions):
+    """A teacher that is asked about a corpus."""
+
+    _: KW_ONLY
+    skip_bad_rows: bool = option(False, help="Leave out rows that cannot be used, and count them, instead of stopping.")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(CalibrationOptions, PassOptions):
     """The options of `teacher-dump calibrate`; `corpus` is text that the teacher was not trained on."""
 
     _: KW_ONLY
@@ -88,7 +111,7 @@ class CalibrateConfig(CalibrationOptions, CorpusOptions):
 
 
 @dataclass(frozen=True)
-class EstimateConfig(*option_classes(), CorpusOptions):  # type: ignore[misc]
+class EstimateConfig(*option_classes(), PassOptions):  # type: ignore[misc]
     """The options of `teacher-dump estimate`: those of a dump that decide what it keeps and takes.
 
     It has the options of every kind of knowledge, each as the field of that name.
@@ -101,7 +124,7 @@ class EstimateConfig(*option_classes(), CorpusOptions):  # type: ignore[misc]
     shard_size: int = option(512, min=1, help="Documents in a shard.")
 
     def __post_init__(self) -> None:
-        CorpusOptions.__post_init__(self)
+        PassOptions.__post_init__(self)
         if not self.kinds:
             raise InputError("name at least one --kind of knowledge")
         for kind in self.kinds:

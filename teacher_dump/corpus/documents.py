@@ -86,9 +86,14 @@ def file_names(files: tuple[Path, ...]) -> list[str]:
     return [f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in files]
 
 
+def place_text(files: tuple[Path, ...], file: int, row: int) -> str:
+    """Where a row stands, as people read it."""
+    return f"{files[file]}, {'row' if files[file].suffix == '.parquet' else 'line'} {row}"
+
+
 def problem_text(files: tuple[Path, ...], file: int, row: int, problem: str) -> str:
     """A row's problem with its place, as people read it."""
-    return f"{files[file]}, {'row' if files[file].suffix == '.parquet' else 'line'} {row}: {problem}"
+    return f"{place_text(files, file, row)}: {problem}"
 
 
 def _sound_unicode(value: Any) -> bool:
