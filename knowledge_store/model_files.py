@@ -17,12 +17,20 @@ from knowledge_store.errors import InputError
 
 MAX_BYTES = 64 * 2**20  # of an index or a configuration
 ADAPTER = "adapter_config.json"
-TOKENIZER_FILES = (
+# Each of these alone holds a vocabulary.
+VOCABULARY_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tiktoken.model",
+    "tekken.json",
     "vocab.json",
     "vocab.txt",
+)
+TOKENIZER_FILES = (
+    *VOCABULARY_FILES,
+    "tokenizer_config.json",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -32,7 +40,7 @@ TOKENIZER_FILES = (
 
 
 def check_folder_name(model: str) -> None:
-    """Refuse what can only be the path of a folder, where there is none; what may be a hub id is left to `hub_folder`.
+    """Refuse what is no folder and has not the form of a hub id, OWNER/NAME; what has is left to `hub_folder`.
 
     Raises:
         InputError: there is no such folder.
@@ -40,9 +48,9 @@ def check_folder_name(model: str) -> None:
     folder = Path(model)
     if folder.exists():
         return
-    # A hub id has one slash at most, and no folder here is called as its owner.
-    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) > 2
-    if local or not model or (len(folder.parts) == 2 and folder.parent.is_dir()):
+    # No folder here is called as the owner.
+    local = folder.is_absolute() or model.startswith((".", "~")) or model.endswith("/") or len(folder.parts) != 2
+    if local or folder.parent.is_dir():
         raise InputError(f"there is no folder {model}, and it cannot be a model of the hub, whose id has the form OWNER/NAME")
 
 

@@ -64,7 +64,7 @@ class KnowledgeStore:
             DamageError: its store.json is altered.
 
         A dump that cannot be used (its manifest or a commit record is altered or cannot be read, it has another name than its
-        folder, or a kind of knowledge that is unknown here) is closed, and the others are open; see `closed`.
+        folder, or a kind of knowledge that is not known) is closed, and the others are open; see `closed`.
         """
         return cls(open_dumps(open_storage(store), rebuild_index=rebuild_index), cache_size)
 

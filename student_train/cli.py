@@ -9,12 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import typer
 
 from knowledge_store.errors import InputError
-from knowledge_store.options import check_options
 from knowledge_store.terminal.commands import application, command
 from knowledge_store.terminal.console import INTERRUPTED, note, output
 from knowledge_store.terminal.progress import TerminalReporter
@@ -103,12 +101,10 @@ def calibrate(config: CalibrateConfig) -> None:
     from student_train.calibration.description import describe, doubts
     from student_train.calibration.fit import calibrate as fit_calibration
 
-    check_options(config)
-    path = Path(config.output)
-    check_output(path)
+    check_output(config.output)
     store = KnowledgeStore.open(config.store)
     fit = fit_calibration(store, config.dump, method=config.method, split=config.split, reporter=TerminalReporter())
-    write_calibration(path, fit.calibration)
+    write_calibration(config.output, fit.calibration)
     for line in describe(fit):
         output.print(line, markup=False)
     for doubt in doubts(fit):
@@ -117,7 +113,7 @@ def calibrate(config: CalibrateConfig) -> None:
     if config.split is not None:
         sequences = f"the sequences with {config.split}"
     sample = " (a sample of them)" if fit.sampled else ""
-    note(f"Fitted on {fit.calibration.targets:,} targets of {sequences}{sample}; written to {path}")
+    note(f"Fitted on {fit.calibration.targets:,} targets of {sequences}{sample}; written to {config.output}")
 
 
 @command(app, EvaluateConfig)

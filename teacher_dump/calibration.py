@@ -30,7 +30,7 @@ from teacher_dump.corpus.documents import check_files, problem_text, read_docume
 from teacher_dump.corpus.rows import BadRow, Start, stops
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
-from teacher_dump.dumping.batches import length_batches, predict_batch
+from teacher_dump.dumping.batches import find_batching, length_batches, predict_batch
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer, ways_out
 from teacher_dump.dumping.plan import corpus_files
 from teacher_dump.teachers.local import load_teacher
@@ -117,6 +117,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
     sequences, counts, all_rows = _sample(config, tokenizer, reporter)
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)
+    find_batching(config, teacher, config.max_length, reporter)
     targets = sum(int(sequence.is_target.sum()) for sequence in sequences)
     with reporter.progress("asking the teacher", 2 * targets, "targets") as advance:
         temperature, at_edge = _fit(config, teacher, sequences, advance)
@@ -180,13 +181,14 @@ def _logits(
 ) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
     """For slices of all targets: each one's sequence (n,), its logits float32 (n, V), and its token (n,)."""
     lengths = [len(sequence.token_ids) for sequence in sequences]
-    for indices in length_batches(lengths, config.batch_size * config.max_length):
+    batching = find_batching(config, teacher, config.max_length)
+    for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
         batch = [sequences[index] for index in indices]
         prediction = predict_batch(config, teacher, batch)
-        pairs = [np.flatnonzero(sequence.is_target) for sequence in batch]
-        rows = np.repeat(np.arange(len(batch)), [len(positions) for positions in pairs])
-        positions = np.concatenate(pairs)
-        tokens = np.concatenate([sequence.token_ids[own] for sequence, own in zip(batch, pairs, strict=True)])
+        targets_of = [np.flatnonzero(sequence.is_target) for sequence in batch]
+        rows = np.repeat(np.arange(len(batch)), [len(places) for places in targets_of])
+        positions = np.concatenate(targets_of)
+        tokens = np.concatenate([sequence.token_ids[places] for sequence, places in zip(batch, targets_of, strict=True)])
         arrays = (rows, positions - 1, tokens)
         places, before, targets = (torch.from_numpy(array).to(teacher.device) for array in arrays)
         for part, logits in prediction.logit_slices(places, before):
@@ -205,11 +207,11 @@ def _fit(config: CalibrateConfig, teacher: Teacher, sequences: list[TokenSequenc
     slopes = np.zeros(len(GRID))
     for _, logits, tokens in _logits(config, teacher, sequences, advance):
         logits -= logits.amax(dim=1, keepdim=True)
-        own = logits.gather(1, tokens[:, None])[:, 0]
+        token_logits = logits.gather(1, tokens[:, None])[:, 0]
         for index, temperature in enumerate(GRID.tolist()):
             weights = torch.exp(logits / temperature)
             expected = torch.linalg.vecdot(weights, logits) / weights.sum(dim=1)
-            slopes[index] += (expected - own).sum().item()
+            slopes[index] += (expected - token_logits).sum().item()
     temperature, at_edge = root_of_slopes(GRID, slopes)
     return round(temperature, 4), at_edge
 
@@ -247,10 +249,10 @@ def _measure(
         rows = []
         for divisor in (1.0, temperature):
             logprobs = torch.log_softmax(logits / divisor, dim=1)
-            own = logprobs.gather(1, tokens[:, None])[:, 0]
+            token_logprobs = logprobs.gather(1, tokens[:, None])[:, 0]
             confidence = logprobs.amax(dim=1).exp()
             squares = logprobs.mul_(2).exp_().sum(dim=1)
-            rows.append(torch.stack([-own, confidence, 1 - 2 * own.exp() + squares]))
+            rows.append(torch.stack([-token_logprobs, confidence, 1 - 2 * token_logprobs.exp() + squares]))
         numbers.append(sequence)
         correct.append((logits.argmax(dim=1) == tokens).cpu().numpy())
         figures.append(torch.stack(rows).cpu().numpy().astype(np.float64))

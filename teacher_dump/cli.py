@@ -36,8 +36,8 @@ class CorpusCommand(Command):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         spread = _spread_files(args)
-        values, _, _ = self.make_parser(ctx).parse_args(args=list(spread))
-        needs_store = any(parameter.name == "store" for parameter in self.params)
+        values, _ = self.parsed(ctx, spread)
+        needs_store = any(parameter.name == "store" for parameter in self.params) and not ctx.resilient_parsing
         if needs_store and values.get("store") is None and not values.get("help"):
             with command_errors():
                 raise InputError(

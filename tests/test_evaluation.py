@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def result(teacher_folder, store_folder, tmp_path_factory):
     output = tmp_path_factory.mktemp("evaluation") / "heldout.json"
-    found = evaluate(EvaluateConfig(str(teacher_folder), str(store_folder), "heldout", batch_size=3, output=str(output)))
+    found = evaluate(EvaluateConfig(str(teacher_folder), str(store_folder), dump="heldout", batch_size=3, output=str(output)))
     assert json.loads(output.read_text())["figures"] == found["figures"]
     return {**found, **found["figures"]["positions"]}
 
@@ -131,7 +131,7 @@ def calibration(folder: Path, model: Path, temperature: float, **changes) -> Pat
 
 def test_a_post_hoc_temperature(result, teacher_folder, store_folder, tmp_path):
     path = calibration(tmp_path, teacher_folder, 2.5)
-    config = EvaluateConfig(str(teacher_folder), str(store_folder), "heldout", output=str(tmp_path / "e.json"))
+    config = EvaluateConfig(str(teacher_folder), str(store_folder), dump="heldout", output=str(tmp_path / "e.json"))
     found = evaluate(replace(config, post_hoc_temperature=str(path)))["figures"]["positions"]
     assert found["post_hoc"]["temperature"] == 2.5
     check_student_figures(found["post_hoc"]["student"], plainly(teacher_folder, store_folder, 2.5))
@@ -150,7 +150,7 @@ def test_a_post_hoc_temperature(result, teacher_folder, store_folder, tmp_path):
 )
 def test_calibrations_that_are_not_the_models(teacher_folder, store_folder, tmp_path, changes, message):
     path = calibration(tmp_path, teacher_folder, 2.5, **changes)
-    config = EvaluateConfig(str(teacher_folder), str(store_folder), "heldout", post_hoc_temperature=str(path))
+    config = EvaluateConfig(str(teacher_folder), str(store_folder), dump="heldout", post_hoc_temperature=str(path))
     with pytest.raises(InputError, match=message):
         evaluate(config)
 
@@ -222,7 +222,7 @@ def test_coverage_comes_from_the_store(result, store_folder):
 
 
 def test_limit_takes_sequences_from_all_over(teacher_folder, store_folder, tmp_path):
-    few = evaluate(EvaluateConfig(str(teacher_folder), str(store_folder), "heldout", limit=2, output=str(tmp_path / "e")))
+    few = evaluate(EvaluateConfig(str(teacher_folder), str(store_folder), dump="heldout", limit=2, output=str(tmp_path / "e")))
     assert few["sequences"] == 2
 
 

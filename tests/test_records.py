@@ -206,7 +206,7 @@ def test_a_newer_format_is_refused(tmp_path):
         assert str(path) in str(raised.value)
         path.write_bytes(before)
     altered(store / "small/manifest.json", ["kinds", "dreams"], {})
-    with pytest.raises(StoreError, match="'dreams', unknown here"):
+    with pytest.raises(StoreError, match="'dreams', which this knowledge-store does not know"):
         KnowledgeStore.open(store).manifest()
 
 
@@ -226,15 +226,15 @@ def test_what_makes_two_manifests_differ():
         derived={},
     )
     assert manifest.differences(renamed) == []
-    assert manifest.differences(make_manifest(k=5)) == ["kinds.positions.selection.k was 3 and is now 5"]
+    assert manifest.differences(make_manifest(k=5)) == ["of positions, the selection k was 3 and is now 5"]
     # Another rule with the same number is another dump.
     assert manifest.differences(make_manifest(selection={"name": "sampled", "k": 3})) == [
-        "kinds.positions.selection.name was top-k and is now sampled"
+        "of positions, the selection name was top-k and is now sampled"
     ]
     other = make_manifest(plan={}, quantisation_step=0.25)
     assert manifest.differences(other) == [
-        "kinds.positions.quantisation_step was 0.125 and is now 0.25",
-        "plan.max_length was 64 and is now absent",
+        "of positions, the quantisation step was 0.125 and is now 0.25",
+        "the plan's max length was 64 and is now absent",
     ]
 
 

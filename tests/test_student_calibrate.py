@@ -407,7 +407,7 @@ def dumps(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
 def run(dumps: Path, output: Path, calibration: str | None, dump: str = "plain", **changes) -> TrainConfig:
     given = {"steps": 4, "batch_size": 4, "eval_fraction": 0.2, "evaluations": 1, "learning_rate": 1e-3, **changes}
     path = None if calibration is None else str(dumps / f"{calibration}.json")
-    return TrainConfig(str(dumps / "store"), str(dumps / "student"), str(output), dump, calibration=path, **given)
+    return TrainConfig(str(dumps / "store"), str(dumps / "student"), str(output), dump=dump, calibration=path, **given)
 
 
 def losses(output: Path) -> list[float]:

@@ -14,6 +14,7 @@ from conftest import ROOT, run_command, write_jsonl
 from typer.testing import CliRunner
 
 import student_train
+from knowledge_store.calibration.file import Calibration, write_calibration
 from student_train.cli import app
 from student_train.training.run_folder import last_checkpoint
 from student_train.training.trainer import DistillationTrainer
@@ -86,17 +87,40 @@ RUN = ["run", "STORE", "--student", "TEACHER", "--output", "o"]
         ([*RUN, "--dump", "train", "--calibration", "/absent.json"], "there is no calibration file /absent.json"),
         (["run", "STORE", "--student", "/absent", "--output", "o", "--dump", "train"], "there is no folder /absent"),
         (["run", "STORE", "--student", "TEACHER", "--output", "STORE", "--dump", "train"], "holds no training run: choose"),
+        ([*RUN, "--dump", "train", "--calibration", "OTHER"], "the calibration belongs to another teacher"),
+        ([*RUN, "--dump", "train", "--report-to", "nobody"], "--report-to is 'nobody'; it must be none, all, azure_ml"),
+        (["run", "STORE", "--student", "nosuch", "--output", "o", "--dump", "train"], "there is no folder nosuch, and"),
+        (["run", "STORE", "--student", "TEACHER"], "missing option '--output'"),
         (["calibrate", "/absent"], "there is no store at /absent"),
         (["evaluate", "/absent", "--model", "TEACHER"], "there is no store at /absent"),
         (["evaluate", "STORE", "--dump", "heldout", "--model", "/absent"], "there is no folder /absent"),
         (["report", "/absent"], "there is no run at /absent"),
     ],
 )
-def test_mistakes_are_found_before_torch_is_imported(arguments, message, store_folder, teacher_folder):
+def test_mistakes_are_found_before_torch_is_imported(arguments, message, store_folder, teacher_folder, tmp_path):
     """In a process in which the import of torch fails, the mistake is reported and not the missing library."""
-    places = {"STORE": store_folder, "TEACHER": teacher_folder}
+    figures = {"nll": 1.0, "ece_10": 0.1, "ece_15": 0.1, "brier": 0.5}
+    teacher = {"name": "other", "files": {"model.safetensors": "00"}}
+    write_calibration(
+        tmp_path / "other.json",
+        Calibration("temperature", 1.7, teacher, {"vocabulary_sha256": "00"}, {}, 500, figures, figures),
+    )
+    places = {"STORE": store_folder, "TEACHER": teacher_folder, "OTHER": tmp_path / "other.json"}
     done = without("torch", *(places.get(word, word) for word in arguments))
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_run_that_is_resumed_with_other_options_is_refused_before_torch_is_imported(store_folder, teacher_folder, tmp_path):
+    run = ["run", store_folder, "--student", teacher_folder, "--output", tmp_path / "run", "--dump", "train", "--steps", 2]
+    assert invoke(*run).exit_code == 0
+    for options, message in (
+        (["--batch-size", 4], "sequences per step was 8 and is now 4"),
+        (["--seed", 1], "--seed was 0 and is now 1"),
+        (["--steps", 3], "number of steps was 2 and is now 3"),
+    ):
+        done = without("torch", *(run if options[0] != "--steps" else run[:-2]), *options)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert "pip install" in without("torch", *run).stderr
 
 
 def test_an_option_given_twice_is_refused_and_the_version_is_shown():
@@ -180,9 +204,9 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line_too():
 @pytest.mark.parametrize(
     ("package", "arguments"),
     [
-        ("student_train", ["run", "STORE", "--student", "nosuch", "--output", "o", "--dump", "train"]),
-        ("student_train", ["evaluate", "STORE", "--model", "nosuch", "--dump", "heldout"]),
-        ("teacher_dump", ["check", "STORE", "--teacher", "nosuch", "--dump", "train"]),
+        ("student_train", ["run", "STORE", "--student", "nobody/nosuch", "--output", "o", "--dump", "train"]),
+        ("student_train", ["evaluate", "STORE", "--model", "nobody/nosuch", "--dump", "heldout"]),
+        ("teacher_dump", ["check", "STORE", "--teacher", "nobody/nosuch", "--dump", "train"]),
     ],
 )
 def test_a_model_that_is_nowhere_is_one_line_where_the_hub_cannot_be_reached(
@@ -191,5 +215,5 @@ def test_a_model_that_is_nowhere_is_one_line_where_the_hub_cannot_be_reached(
     for name, value in {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     done = run_command(package, *(store_folder if word == "STORE" else word for word in arguments), cwd=tmp_path)
-    message = "Error: there is no folder nosuch, and the hub, which may have a model of that name, cannot be reached\n"
+    message = "Error: there is no folder nobody/nosuch, and the hub, which may have a model of that name, cannot be reached\n"
     assert (done.returncode, done.stderr) == (2, message)

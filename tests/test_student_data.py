@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_tokenizer, write_jsonl
+from processes import Notes
+from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
@@ -21,6 +25,7 @@ from student_train.training.dataset import DistillationDataset, padding_batch, s
 from student_train.training.dump_facts import describe_dump
 from student_train.training.knowledge import columns_read
 from student_train.training.vocabulary import check_student
+from teacher_dump import DumpConfig, dump
 
 
 @pytest.fixture
@@ -146,6 +151,56 @@ def test_another_vocabulary_is_refused_by_name(store, config, teacher_folder):
     small.vocab_size = size - 3
     with pytest.raises(InputError, match=f"embeddings for {size - 3} tokens"):
         check_student(store, "train", small, AutoTokenizer.from_pretrained(teacher_folder))
+
+
+def renamed(tokenizer, old: str, new: str, special: bool = True) -> PreTrainedTokenizerFast:
+    """A tokenizer with another name for one of its special tokens."""
+    record = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = record["model"]["vocab"]
+    vocabulary[new] = vocabulary.pop(old)
+    entry = next(entry for entry in record["added_tokens"] if entry["content"] == old)
+    entry |= {"content": new, "special": special}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(record)))
+
+
+def test_a_renamed_token_that_no_sequence_holds_is_told_and_any_other_is_refused(store, config):
+    own = make_tokenizer()
+    reporter = Notes()
+    check_student(store, "train", config, renamed(own, "<|system|>", "<|new|>"), reporter=reporter)
+    assert reporter.notes == [
+        "Tokens that no sequence of train holds have other names in the student: token id 3 is '<|system|>' in the dump and"
+        " '<|new|>' in the student"
+    ]
+    for message, other in (
+        ("token id 0 is '<.end.>' in the dump and '<.new.>' in the student", renamed(own, "<|end|>", "<|new|>")),  # it is held
+        ("token id 3 is '<.system.>' in the dump and 'new'", renamed(own, "<|system|>", "new", special=False)),
+        ("token id 2 is '<.assistant.>' in the dump and '<.system.>' in the student; token id 3", swapped(own)),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_student(store, "train", config, other)
+
+
+def swapped(tokenizer) -> PreTrainedTokenizerFast:
+    """With the names of two special tokens changed over."""
+    text = tokenizer.backend_tokenizer.to_str()
+    for old, new in (("<|assistant|>", "<|a|>"), ("<|system|>", "<|assistant|>"), ("<|a|>", "<|system|>")):
+        text = text.replace(old, new)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text))
+
+
+def test_tokens_behind_the_students_vocabulary_may_be_missing_where_no_sequence_holds_them(tmp_path, config, loaded_teacher):
+    """As Qwen 2.5 has them missing that Qwen 3 has."""
+    teacher = replace(loaded_teacher, tokenizer=make_tokenizer())
+    teacher.tokenizer.add_tokens(["<think>", "</think>"])
+    for name, text in (("plain", "The lamp burns."), ("thinking", "<think>The lamp</think> burns.")):
+        corpus = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text}])
+        dump(DumpConfig("tiny", (corpus,), tmp_path / "store", name, max_length=40), teacher=teacher)
+    store = KnowledgeStore.open(tmp_path / "store")
+    reporter = Notes()
+    check_student(store, "plain", config, make_tokenizer(), reporter=reporter)
+    assert "is '<think>' in the dump and absent in the student; token id" in reporter.notes[0]
+    with pytest.raises(InputError, match="is '<think>' in the dump and absent in the student"):
+        check_student(store, "thinking", config, make_tokenizer())
 
 
 # As they stand on disk: candidates are told by their gaps and the tail.

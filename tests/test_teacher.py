@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from conftest import TEXT, make_model, make_tokenizer, save_teacher
 from processes import Notes
 
 from knowledge_store.errors import InputError
+from knowledge_store.model_files import hub_folder
 from student_train.training.models import load_model, load_tokenizer
 from teacher_dump.teachers import local as teacher_module
+from teacher_dump.teachers.files import check_local_teacher, model_files
 from teacher_dump.teachers.local import find_device, load_teacher
 from teacher_dump.teachers.protocol import Ability
 
@@ -160,6 +163,22 @@ def test_a_folder_without_a_part_of_the_teacher_is_refused(folder):
     assert "has no weights that can be used: weights must be safetensors or GGUF" in refusal(folder)
     (folder / "model.Q4.gguf").touch()
     assert "it has model.Q4.gguf; pass --gguf-file" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "spiece.model", "tiktoken.model", "sentencepiece.bpe.model"])
+def test_a_vocabulary_of_any_name_is_known_hashed_and_downloaded(folder, monkeypatch, name):
+    (folder / "tokenizer.json").rename(folder / name)
+    check_local_teacher(str(folder))
+    assert folder / name in model_files(folder, None)
+    wanted: list[str] = []
+
+    def snapshot(model: str, *, allow_patterns: list[str], **_) -> Path:
+        wanted.extend(allow_patterns)
+        return folder
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    hub_folder("somebody/tiny")
+    assert any(fnmatch(name, pattern) for pattern in wanted)
 
 
 def test_pickled_weights_are_never_loaded(folder):
@@ -318,7 +337,7 @@ def test_a_panic_of_the_tokenizers_library_is_one_line(tmp_path):
 def test_other_things_that_are_no_teacher(folder):
     assert "is a file: name the teacher's folder" in refusal(folder / "config.json")
     assert "there is no folder" in refusal(folder / "elsewhere")
-    assert "--dtype int3 is not known" in refusal(folder, dtype="int3")
+    assert "there is no dtype 'int3' for a teacher" in refusal(folder, dtype="int3")
     for device in ("abacus", "cuda:99", "meta"):
         with pytest.raises(InputError, match=device):
             find_device(device)

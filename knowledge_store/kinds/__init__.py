@@ -42,13 +42,17 @@ def check_kinds(manifest: Manifest, address: str) -> None:
         address: of its store, for messages.
 
     Raises:
-        StoreError: a kind is unknown here, has a reserved name, or two of them do not go together.
+        StoreError: a kind is not known, has a reserved name, or two of them do not go together.
         DamageError: a kind's parameters cannot be used.
     """
     owners: dict[tuple[str, str], str] = {}
     for name, record in manifest.kinds.items():
         if name not in KINDS:
-            raise StoreError(f"dump {manifest.dump!r} of {address} holds knowledge of kind {name!r}, unknown here")
+            raise StoreError(
+                f"dump {manifest.dump!r} of {address} holds knowledge of kind {name!r}, which this knowledge-store does not"
+                " know: install the version that its commit records name under `made_by`, or import the package that adds this"
+                f" kind to KINDS; `knowledge-store info {address}` lists the dumps that can be used as it is"
+            )
         kind = KINDS[name]
         try:
             kind.parameters.from_record(record)

@@ -39,8 +39,19 @@ _VersionOption = Annotated[
 class Command(TyperCommand):
     """A command that refuses an option given twice, of which the first value would be lost in silence."""
 
+    def parsed(self, ctx: Any, args: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        """The values that some words stand for, and in order the parameters that they belong to."""
+        try:
+            values, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        except _UsageError as error:
+            error.ctx = error.ctx or ctx  # some are raised without
+            raise
+        return values, order
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        if ctx.resilient_parsing and args and args[-1].startswith("-"):
+            args = args[:-1]  # a shell completes the value of this option: without one nothing would be parsed, STORE included
+        _, order = self.parsed(ctx, args)
         for parameter, count in Counter(order).items():
             if count > 1 and not parameter.multiple and parameter.param_type_name == "option":
                 ctx.fail(f"{parameter.opts[0]} is given {count} times, and takes one value")

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from knowledge_store.configuration import DumpOptions, GgufOptions
 from knowledge_store.errors import InputError
 from knowledge_store.options import check_options, option
+from student_train.configuration import BatchOptions
 from student_train.evaluation.questions import ANSWER_AS
 from student_train.evaluation.results import read_evaluation
 from student_train.training.model_folder import check_model_folder
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     """An evaluation; each field is an option of `student-train evaluate`."""
 
     model: str = option(help="Folder or hub id of the model to evaluate.")
-    store: str | None = option(None, argument=True, metavar="STORE", help="The store's folder, to evaluate on a held-out dump.")
-    dump: str | None = option(None, help="Name of the dump. It may be left out when the store has only one.")
-    batch_size: int = option(8, min=1, help="Sequences in one forward pass.")
+    store: Path | None = option(
+        None, argument=True, metavar="STORE", help="The store's folder, to evaluate on a held-out dump."
+    )
+    _: KW_ONLY
     limit: int | None = option(None, min=1, help="Evaluate only this many sequences or questions, spread evenly over them all.")
     output: str | None = option(
         None,
         help="File to write. The default is MODEL/evaluations/DUMP.json or MODEL/evaluations/QUESTIONS.letter.json, and nothing"
         " for a hub id.",
     )
-    gguf_file: str | None = option(None, help="Name of a GGUF file in the model's folder, to evaluate that.")
     questions: str | None = option(
         None,
         help="JSON Lines file of multiple-choice questions (`question`, `options`, `answer`), to evaluate on these instead.",

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -76,6 +76,37 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """A bar chart of shares.
+
+    Attributes:
+        title, label, unit: of the chart, of its horizontal and of its vertical axis.
+        edges: where bars begin and end, one more than there are bars; they are shares where the first is 0.
+        heights: of the bars, shares; the numbers stand above them where they are few.
+        mean: a value of the horizontal axis to mark, if any.
+        highest: the upper end of the vertical axis; None for what the bars need.
+    """
+
+    title: str
+    label: str
+    unit: str
+    edges: Sequence[float]
+    heights: Sequence[float]
+    mean: float | None = None
+    highest: float | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Bar charts side by side, with a heading, words about them, and a description for those who cannot see them."""
+
+    title: str
+    words: str
+    description: str
+    panels: tuple[Bars, ...]
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What one result of `evaluate` says by one set of figures.
 
@@ -131,8 +162,8 @@ def _no_remarks(measurement: Measurement) -> Iterator[str]:
     return iter(())
 
 
-def _no_parts(measurement: Measurement, place: str) -> list[str]:
-    return []
+def _no_charts(measurement: Measurement) -> Iterator[Chart]:
+    return iter(())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +181,7 @@ class Figures:
         words: sentences below the heading of the report's section, as plain text.
         confidence: a sentence beside its reliability diagrams, as plain text.
         remarks: sentences on what to be careful about, which `evaluate` prints below the table.
-        parts: further HTML of the report's section, given a name that is unlike that of anything else on the page.
+        charts: what the report's section draws at its end, of the largest of the samples.
     """
 
     title: str
@@ -164,7 +195,7 @@ class Figures:
     words: Callable[[Measurement], str] = _no_words
     confidence: str = ""
     remarks: Callable[[Measurement], Iterator[str]] = _no_remarks
-    parts: Callable[[Measurement, str], list[str]] = _no_parts
+    charts: Callable[[Measurement], Iterator[Chart]] = _no_charts
 
 
 class Measure(Protocol):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from student_train.deferred import deferred
 from student_train.evaluation.comparison import Difference, calibration_difference, mean_difference
-from student_train.evaluation.figures import KindFigures, Metric, Row, calibration_errors
+from student_train.evaluation.figures import Bars, Chart, KindFigures, Measurement, Metric, Row, calibration_errors
 from student_train.training.run_folder import Record
 
 METRICS = (
@@ -46,6 +48,30 @@ def _differences(one: Record, other: Record) -> dict[str, Difference]:
     return {**means, "ece_15": calibration_difference(one["gaps_15"], other["gaps_15"], targets)}
 
 
+def _coverage(measurement: Measurement) -> Iterator[Chart]:
+    """How much of the teacher's probability the candidates hold; a dump of draws alone has none."""
+    if "coverage" not in measurement.record:
+        return
+    means, histogram = (measurement.record["coverage"][name] for name in ("mean_by_rank", "histogram"))
+    total = sum(histogram["counts"])
+    spread = Bars(
+        "Top-k coverage, by position",
+        f"probability of the {len(means)} candidates together",
+        "share of positions",
+        histogram["edges"],
+        [count / total for count in histogram["counts"]],
+        mean=means[-1],
+    )
+    ranks = [rank + 0.5 for rank in range(len(means) + 1)]
+    yield Chart(
+        "Top-k coverage of the teacher",
+        f"The candidates, {len(means)} at most, hold {means[-1]:.1%} of the teacher's probability on average, the likeliest"
+        f" alone {means[0]:.1%}. What is left over is the tail.",
+        f"Coverage: {len(means)} candidates hold {means[-1]:.1%} on average",
+        (spread, Bars("Mean, by how many are kept", "candidates kept", "", ranks, means, highest=1.05)),
+    )
+
+
 POSITION_FIGURES = KindFigures(
     title="On held-out text",
     metrics=METRICS,
@@ -56,5 +82,5 @@ POSITION_FIGURES = KindFigures(
     sample=lambda measurement: (measurement.source, measurement.record["per_sequence"]["targets"]),
     differences=_differences,
     confidence="The confidence is the probability of the likeliest token.",
-    parts=deferred("student_train.report.coverage", "coverage"),
+    charts=_coverage,
 )

@@ -20,11 +20,13 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from student_train.evaluation.figures import Bars
+
 # Colours that stand for CSS variables until the picture is put into the page.
-INK, FAINT, _GRID, _OVER, _UNDER = "#010101", "#020202", "#030303", "#060606", "#070707"
+_INK, _FAINT, _GRID, _OVER, _UNDER = "#010101", "#020202", "#030303", "#060606", "#070707"
 _SERIES = [f"#0400{index:02x}" for index in range(1, 7)]
 TEACHER = "#050505"
-_VARIABLES = {INK: "ink", FAINT: "faint", _GRID: "grid", TEACHER: "teacher", _OVER: "over", _UNDER: "under"} | {
+_VARIABLES = {_INK: "ink", _FAINT: "faint", _GRID: "grid", TEACHER: "teacher", _OVER: "over", _UNDER: "under"} | {
     colour: f"series-{index}" for index, colour in enumerate(_SERIES, 1)
 }
 _STYLE: Any = {
@@ -33,9 +35,9 @@ _STYLE: Any = {
     "axes.facecolor": "none",
     "font.family": "sans-serif",
     "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": FAINT,
-    "axes.titlecolor": INK,
+    "text.color": _INK,
+    "axes.labelcolor": _FAINT,
+    "axes.titlecolor": _INK,
     "axes.titlesize": 12,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
@@ -46,8 +48,8 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "legend.frameon": False,
@@ -136,10 +138,10 @@ def _reliability(above: Axes, below: Axes, panel: Panel, highest: float) -> None
         above.bar(centres[filled], both, width, alpha=0.3 if few else 1.0, **face)
         for shade, gap in ((_OVER, confidence - both), (_UNDER, accuracy - both)):
             above.bar(centres[filled], gap, width, bottom=both, color=shade, alpha=0.18 if few else 0.5, linewidth=0)
-    above.plot([0, 1], [0, 1], color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    above.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
     words = f"ECE {panel.figures['ece_15']:.1%}\nNLL {panel.figures['nll']:.2f}"
     words += f"\nT = {panel.temperature:.3g}" if scaled else ""
-    above.text(0.03, 0.97, words, transform=above.transAxes, va="top", color=FAINT, fontsize=10, linespacing=1.4)
+    above.text(0.03, 0.97, words, transform=above.transAxes, va="top", color=_FAINT, fontsize=10, linespacing=1.4)
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="how often right")
     below.bar(centres, _shares(panel), width, **face, alpha=1.0 if scaled else 0.55)
     below.set(xlabel="how sure", ylabel="share", ylim=(0, 1.05 * highest))
@@ -173,6 +175,46 @@ def learning_curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], descript
         axis.set_ylabel(unit)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return svg(figure, description, "learning curves")
+
+
+def bar_charts(panels: Sequence[Bars], description: str, place: str) -> str:
+    """Bar charts side by side, the first the widest."""
+    figure = Figure(figsize=(11.1, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[2, *[1] * (len(panels) - 1)])[0]
+    for axis, bars in zip(axes, panels, strict=True):
+        edges = np.array(bars.edges)
+        centres, widths = (edges[:-1] + edges[1:]) / 2, np.diff(edges) * 0.9
+        axis.bar(centres, bars.heights, widths, color=TEACHER, linewidth=0)
+        if len(centres) <= 8:
+            for centre, height in zip(centres, bars.heights, strict=True):
+                text = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "color": _FAINT}
+                axis.annotate(f"{height:.0%}", (centre, height), (0, 2), **text)
+        if bars.mean is not None:
+            _mark(axis, bars.mean, edges)
+        axis.set_title(bars.title)
+        axis.set(xlim=(edges[0], edges[-1]), ylim=(0, bars.highest), xlabel=bars.label, ylabel=bars.unit)
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        if edges[0] == 0:
+            axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return svg(figure, description, place)
+
+
+def _mark(axis: Axes, mean: float, edges: np.ndarray) -> None:
+    """A line at a mean, with its number on the side that has more room."""
+    axis.axvline(mean, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    left = mean > (edges[0] + edges[-1]) / 2
+    axis.annotate(
+        f"mean {mean:.1%}",
+        (mean, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6 if left else 6, -4),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="top",
+        fontsize=10,
+    )
 
 
 def _clipped(name: str, length: int) -> str:

@@ -81,10 +81,19 @@ def _section(runs: list[Run], kind: str, name: str) -> str:
             f'<p class="note">{" ".join(remarks)}</p>',
             compared(next(iter(groups.values()), []), figures.metrics),
             *_diagrams(groups, figures.confidence, f"{kind} {name}"),
-            *figures.parts(largest, f"parts of {kind} {name}"),
+            *_charts(largest, f"charts of {kind} {name}"),
             "</section>",
         ]
     )
+
+
+def _charts(measurement: Measurement, place: str) -> list[str]:
+    """What the figures draw of themselves."""
+    return [
+        f"<h3>{html.escape(chart.title)}</h3><p>{html.escape(chart.words)}</p>"
+        + charts.bar_charts(chart.panels, chart.description, f"{place} {number}")
+        for number, chart in enumerate(measurement.figures.charts(measurement))
+    ]
 
 
 def _groups(measured: list[tuple[int, Run, Measurement]], largest: Measurement) -> dict[str, list[Side]]:

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from knowledge_store import Manifest
 from knowledge_store.calibration.file import Calibration, check_calibration, read_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
-from student_train.losses.recalibration import recalibrated
 from student_train.losses.table import Loss
-from student_train.losses.targets import Targets
 from student_train.training.configuration import TrainConfig
+
+if TYPE_CHECKING:
+    from student_train.losses.targets import Targets
 
 
 def configured(
@@ -30,19 +32,39 @@ def configured(
     Raises:
         InputError: the calibration cannot be used on this dump, or with this loss; says why.
     """
-    if config.calibration is None:
+    calibration = usable_calibration(config, manifest, loss)
+    if calibration is None:
         return config, None, None
+    if calibration.method == "first":
+        return with_scale(config, calibration), None, calibration.sha256
+    from student_train.losses.recalibration import recalibrated
+
+    return config, partial(recalibrated, calibration=calibration), calibration.sha256
+
+
+def with_scale(config: TrainConfig, calibration: Calibration | None) -> TrainConfig:
+    """The configuration, with FIRST's c from a calibration of that method."""
+    return replace(config, first_c=calibration.c) if calibration and calibration.method == "first" else config
+
+
+def usable_calibration(config: TrainConfig, manifest: Manifest, loss: Loss) -> Calibration | None:
+    """The calibration of a run's `--calibration`; None without one. Imports no torch.
+
+    Raises:
+        InputError: it cannot be used on this dump, or with this loss; says why.
+    """
+    if config.calibration is None:
+        return None
     path = Path(config.calibration)
     calibration = read_calibration(path)
     check_calibration(calibration, manifest.teacher, manifest.tokenizer)
-    if calibration.method == "first":
-        if config.loss != "first":
-            raise InputError(f"{path} is a calibration of FIRST: it is for --loss first, not {config.loss}")
-        if config.first_c != TrainConfig.first_c:
-            raise InputError(f"give --first-c or --calibration, not both: {path} has a c of its own, {calibration.c:g}")
-        return replace(config, first_c=calibration.c), None, calibration.sha256
-    _check_temperature(config, manifest, loss, calibration, path)
-    return config, partial(recalibrated, calibration=calibration), calibration.sha256
+    if calibration.method != "first":
+        _check_temperature(config, manifest, loss, calibration, path)
+    elif config.loss != "first":
+        raise InputError(f"{path} is a calibration of FIRST: it is for --loss first, not {config.loss}")
+    elif config.first_c != TrainConfig.first_c:
+        raise InputError(f"give --first-c or --calibration, not both: {path} has a c of its own, {calibration.c:g}")
+    return calibration
 
 
 def _check_temperature(config: TrainConfig, manifest: Manifest, loss: Loss, calibration: Calibration, path: Path) -> None:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
+from knowledge_store.configuration import DumpOptions, GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
 from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
+from student_train.configuration import BatchOptions
 from student_train.losses.table import LOSSES, TAILS, Loss
+
+# What transformers can report to.
+TRACKERS = (
+    *("none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow"),
+    *("neptune", "swanlab", "tensorboard", "trackio", "wandb"),
+)
 
 
 @dataclass(frozen=True)
-class InitialiseConfig:
+class InitialiseConfig(GgufOptions):
     """A student that keeps some layers of a model; each field is an option of `student-train init`."""
 
     source: str = option(flag="--from", help="Folder or hub id of the model to copy.")
     keep_layers: str = option(help="Numbers of the layers to keep, counted from 0 and separated by commas: 0,6,12.")
     output: str = option(help="Folder of the new model.")
-    gguf_file: str | None = option(None, help="Name of a GGUF file in the model's folder, to copy that.")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
     """A training run; each field is an option of `student-train run`."""
 
-    store: str = option(argument=True, metavar="STORE", help="The store's folder.")
     student: str = option(help="Folder or hub id of the model to train.")
     output: str = option(help="Folder of the run, which becomes the trained model.")
-    dump: str | None = option(None, help="Name of the dump to learn from. It may be left out when the store has only one.")
+    _: KW_ONLY
     loss: str = option("forward-kl", help=f"The loss to minimise: {', '.join(LOSSES)}.")
     ce_weight: float = option(0.0, min=0, max=1, help="Share of cross-entropy in the loss, from 0 to 1.")
     temperature: float = option(1.0, above=0, help="Temperature of the divergences and of top-k-renormalised.")
@@ -45,7 +51,6 @@ class TrainConfig:
     )
     epochs: float | None = option(None, above=0, help="Passes over the training sequences. It is 1 unless --steps is given.")
     steps: int | None = option(None, min=1, help="Number of optimiser steps, instead of --epochs.")
-    batch_size: int = option(8, min=1, help="Sequences in one forward pass of one process.")
     gradient_accumulation: int = option(1, min=1, help="Forward passes in one optimiser step.")
     learning_rate: float = option(3e-4, above=0, help="Highest learning rate.")
     warmup: float = option(0.05, min=0, below=1, help="Share of the steps during which the learning rate rises.")
@@ -74,8 +79,9 @@ class TrainConfig:
         max=1_000_000,
         help="Disk space in GB for decoded sequences in the user's cache folder, which is safe to delete. 0 means no cache.",
     )
-    report_to: str = option("none", help="Experiment tracker that transformers reports to, such as tensorboard or wandb.")
-    gguf_file: str | None = option(None, help="Name of a GGUF file in the student's folder, to train that.")
+    report_to: str = option(
+        "none", choices=TRACKERS, help="Experiment tracker that transformers reports to, such as tensorboard or wandb."
+    )
 
     def loss_options(self) -> dict[str, float | str]:
         """Keyword arguments for the chosen loss."""

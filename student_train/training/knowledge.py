@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
-from knowledge_store.calibration.file import read_calibration
 from knowledge_store.errors import InputError
 from student_train.losses.table import TEXT, TEXT_COLUMNS, Loss
+from student_train.training.calibration import usable_calibration, with_scale
 from student_train.training.configuration import TrainConfig, check_config
 from student_train.training.model_folder import check_model_folder
 from student_train.training.positions import check_selection
-from student_train.training.run_folder import check_folder
+from student_train.training.run_folder import check_resume
 
 # What a kind's parameters have to allow for a loss that needs it, where the arrays of a batch do not say so.
 CHECKS: dict[str, Callable[[Manifest, TrainConfig, Loss], None]] = {"positions": check_selection}
@@ -61,15 +60,14 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, str, Loss]:
     """The store, the name of the dump, and the loss of a run. What can be refused without loading a model is refused here.
 
     Raises:
-        InputError: an option is out of range, the student's folder or the calibration's file is missing, the store cannot be
-            opened, the output is something else than the folder of a run, or the dump does not hold what the loss needs.
+        InputError: an option is out of range, the student's folder is missing, the calibration cannot be used, the store cannot
+            be opened, the output is something else than the folder of this run, or the dump does not hold what the loss needs.
     """
     loss = check_config(config)
     store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9))
     dump = store.dump(config.dump)
     check_knowledge(store, dump, config, loss)
-    if config.calibration is not None:
-        read_calibration(Path(config.calibration))
+    calibration = usable_calibration(config, store.manifest(dump), loss)
     check_model_folder(config.student, config.gguf_file)
-    check_folder(Path(config.output))
+    check_resume(with_scale(config, calibration), store, dump, calibration.sha256 if calibration else None)
     return store, dump, loss

@@ -24,6 +24,7 @@ from student_train.training.dataset import DistillationDataset, split_ordinals
 from student_train.training.dump_facts import describe_dump
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run, columns_read, kinds_read
+from student_train.training.model_folder import model_sha256
 from student_train.training.models import load_model, load_tokenizer, quieten
 from student_train.training.positions import keeps_candidates
 from student_train.training.run_folder import (
@@ -87,7 +88,8 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
 
     output = Path(config.output)
-    identity = run_identity(config, store, dump, sequences_per_step, steps, calibration_sha256)
+    student_sha256 = model_sha256(config.student)
+    identity = run_identity(config, store, dump, sequences_per_step, steps, student_sha256, calibration_sha256)
     check_output(output, identity)
     history = read_history(output)
     if history.get("finished"):
@@ -98,7 +100,7 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
-    check_student(store, dump, student.config, tokenizer)
+    check_student(store, dump, student.config, tokenizer, reporter=reporter if arguments.process_index == 0 else SILENT)
 
     if arguments.world_size > 1:
         _check_ranks(store.snapshot(dump), arguments.world_size)  # nobody writes before everybody has looked

@@ -25,13 +25,14 @@ from knowledge_store.errors import InputError
 from knowledge_store.model_files import check_weights
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
-from student_train.training.model_folder import model_sha256
 
 Record = dict[str, Any]
 
 RUN_FILE = "run.json"
 HISTORY_FILE = "history.json"
 COMPLETE_FILE = "complete.json"
+
+_OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
 
 # What may change between an interrupted run and the one that resumes it.
 _FREE = {"store", "output", "report_to", "save_steps", "workers", "cache_size"}
@@ -45,6 +46,7 @@ def run_identity(
     dump: str,
     sequences_per_step: int,
     steps: int,
+    student_sha256: str,
     calibration_sha256: str | None = None,
 ) -> dict[str, Any]:
     """What makes a run this run: two runs that differ in none of it end with the same weights."""
@@ -54,7 +56,7 @@ def run_identity(
         **facts,
         "calibration": calibration_sha256,
         "dump": dump,
-        "student's files": model_sha256(config.student),
+        "student's files": student_sha256,
         "number of steps": steps,
         "sequences per step": sequences_per_step,
         "knowledge": hashlib.sha256(knowledge.encode()).hexdigest(),
@@ -81,11 +83,36 @@ def check_folder(output: Path) -> Record:
 
 
 def check_output(output: Path, identity: dict[str, Any]) -> None:
-    """Refuse an output that is something else, or a run of another configuration."""
+    """Refuse an output that is something else, or a run of another configuration (InputError)."""
+    if record := check_folder(output):
+        _refuse_differences(output, record["identity"], identity)
+
+
+def check_resume(config: TrainConfig, store: KnowledgeStore, dump: str, calibration_sha256: str | None) -> None:
+    """Refuse an output that is something else, or a run of another configuration, as far as that shows at once: `check_output`
+    compares the number of steps and the student's files too.
+
+    Raises:
+        InputError: it is; says what differs.
+    """
+    output = Path(config.output)
     record = check_folder(output)
     if not record:
         return
     previous = record["identity"]
+    known = run_identity(config, store, dump, 0, config.steps or 0, "", calibration_sha256)
+    # Launchers but torchrun say in other ways how many processes there are.
+    processes = None if os.environ.keys() & _OTHER_LAUNCHERS else int(os.environ.get("WORLD_SIZE", 1))
+    if processes and processes == record.get("world_size"):
+        known["sequences per step"] = config.batch_size * config.gradient_accumulation * processes
+    else:
+        del known["sequences per step"]
+    for name in ("student's files", *(() if config.steps else ("number of steps",))):
+        del known[name]
+    _refuse_differences(output, {name: previous.get(name) for name in known}, known)
+
+
+def _refuse_differences(output: Path, previous: dict[str, Any], identity: dict[str, Any]) -> None:
     differing = [
         f"{_label(name)} was {previous.get(name)} and is now {identity.get(name)}"
         for name in identity.keys() | previous.keys()

@@ -6,6 +6,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.reporter import SILENT, Reporter
+
+SCAN_SECONDS = 3600.0  # for one column of the whole dump, where names of unused tokens differ
 
 
 def check_student(
@@ -15,12 +18,15 @@ def check_student(
     tokenizer: PreTrainedTokenizerBase,
     *,
     name: str = "the student",
+    reporter: Reporter = SILENT,
 ) -> None:
     """Refuse a student whose vocabulary is not the dump's.
 
-    Token ids are compared, not files: every id of the dump must be the same token in the student. Embeddings padded
-    with unused rows are fine on either side, and so are special tokens that were added behind the dump's vocabulary,
-    since they change how no text is cut.
+    Token ids are compared, not files: an id of the dump must be the same token in the student. Embeddings padded with unused
+    rows are fine on either side, and so are special tokens that were added behind the dump's vocabulary, since they change how
+    no text is cut. Two sorts of differences do no harm where no sequence of the dump holds the token: a special token of the
+    student that has another name in the dump (tokens that are reserved in one release of a model get names in the next), and a
+    token behind the student's vocabulary. They are told by name.
 
     Args:
         store: an open store.
@@ -28,6 +34,7 @@ def check_student(
         config: the student's configuration.
         tokenizer: the student's tokenizer.
         name: what to call the student in messages.
+        reporter: hears of tokens that differ and are not used.
 
     Raises:
         InputError: naming the first ids that differ.
@@ -38,16 +45,20 @@ def check_student(
     kept = {token_id: token for token_id, token in pairs if token is not None}
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    differing = sorted(
+    differing = {
         token_id
         for token_id in kept.keys() | tokens.keys()
         if kept.get(token_id) != tokens.get(token_id) and not (token_id not in kept and token_id in added)
-    )
-    if differing:
-        shown = "; ".join(_difference(token_id, kept, tokens) for token_id in differing[:3])
-        more = f"; and {len(differing) - 3:,} more" if len(differing) > 3 else ""
+    }
+    known, last = set(tokens.values()), max(tokens, default=-1)
+    # A token that has another id in the student is no renamed one.
+    harmless = {
+        token_id for token_id in differing if (token_id in added or token_id > last) and kept.get(token_id) not in known
+    }
+    harmless -= _used(store, dump, harmless)
+    if refused := differing - harmless:
         raise InputError(
-            f"the vocabulary of {name} is not that of the dump {dump}: {shown}{more}."
+            f"the vocabulary of {name} is not that of the dump {dump}: {_differences(refused, kept, tokens)}."
             " Train a student with the teacher's tokenizer"
         )
     needed = max(kept, default=-1) + 1
@@ -57,10 +68,28 @@ def check_student(
             f"{name} has embeddings for {vocabulary_size:,} tokens and the dump {dump} uses ids up to {needed - 1:,}:"
             " resize its embeddings, or choose another student"
         )
+    if harmless:
+        reporter.note(
+            f"Tokens that no sequence of {dump} holds have other names in {name}: {_differences(harmless, kept, tokens)}"
+        )
 
 
-def _difference(token_id: int, kept: dict[int, str], tokens: dict[int, str]) -> str:
-    def name(tokens: dict[int, str]) -> str:
-        return repr(tokens[token_id]) if token_id in tokens else "absent"
+def _used(store: KnowledgeStore, dump: str, token_ids: set[int]) -> set[int]:
+    """Those of some tokens that a dump's sequences hold; all of them where its kinds of knowledge do not say."""
+    if not token_ids or "positions" not in store.manifest(dump).kinds:
+        return token_ids
+    chosen = ", ".join(map(str, sorted(token_ids)))
+    query = f"SELECT DISTINCT token_id FROM positions WHERE dump = $dump AND token_id IN ({chosen})"
+    return set(store.sql(query, {"dump": dump}, timeout=SCAN_SECONDS)["token_id"].to_pylist())
 
-    return f"token id {token_id} is {name(kept)} in the dump and {name(tokens)} in the student"
+
+def _differences(token_ids: set[int], kept: dict[int, str], tokens: dict[int, str]) -> str:
+    def name(names: dict[int, str], token_id: int) -> str:
+        return repr(names[token_id]) if token_id in names else "absent"
+
+    ordered = sorted(token_ids)
+    shown = "; ".join(
+        f"token id {token_id} is {name(kept, token_id)} in the dump and {name(tokens, token_id)} in the student"
+        for token_id in ordered[:3]
+    )
+    return shown + (f"; and {len(ordered) - 3:,} more" if len(ordered) > 3 else "")

@@ -17,7 +17,7 @@ from knowledge_store.kinds.columns import padded_lists
 from knowledge_store.kinds.positions import damage, exact_steps, positions_of
 from knowledge_store.reporter import Reporter
 from teacher_dump.configuration import TeacherOptions
-from teacher_dump.dumping.batches import batch_arrays, enough_memory, length_batches
+from teacher_dump.dumping.batches import batch_arrays, enough_memory
 from teacher_dump.extraction.sampling import independent_points, precise, systematic_points
 from teacher_dump.teachers.protocol import Teacher
 
@@ -91,41 +91,33 @@ def _arrays(rows: pa.Table, draws: int) -> Arrays:
 def ask(
     manifest: Manifest, teacher: Teacher, kept: list[KeptSequence], options: TeacherOptions, reporter: Reporter
 ) -> list[Arrays]:
-    """For each sequence what `_compare` finds of its N positions."""
+    """For each sequence what `_compare` finds of its N positions.
+
+    Each is asked by itself, so that what a dump's batches did to it shows.
+    """
     lengths = [len(sequence.token_ids) for sequence in kept]
     compared: list[Arrays] = [{} for _ in kept]
     with reporter.progress("asking the teacher again", max(sum(lengths), 1), "positions") as advance:
-        for indices in length_batches(lengths, options.batch_size * manifest.plan["max_length"]):
-            sequences = [kept[index] for index in indices]
-            with enough_memory(options, [sequence.token_ids for sequence in sequences]):
-                answers = _ask_batch(manifest, teacher, sequences)
-            for index, answer in zip(indices, answers, strict=True):
-                compared[index] = answer
-            advance(sum(lengths[index] for index in indices))
+        for index in sorted(range(len(kept)), key=lambda number: -lengths[number]):  # too little memory shows at once
+            with enough_memory(options, [kept[index].token_ids]):
+                compared[index] = _ask(manifest, teacher, kept[index])
+            advance(lengths[index])
     return compared
 
 
-def _ask_batch(manifest: Manifest, teacher: Teacher, sequences: list[KeptSequence]) -> list[Arrays]:
+def _ask(manifest: Manifest, teacher: Teacher, sequence: KeptSequence) -> Arrays:
     rule = positions_of(manifest).selection
-    counts = [len(sequence.places) for sequence in sequences]
-    rows = np.repeat(np.arange(len(sequences)), counts)
-    places = np.concatenate([sequence.places for sequence in sequences])
-    kept = _arrays(pa.concat_tables([sequence.rows for sequence in sequences]), rule.draws)
+    kept = _arrays(sequence.rows, rule.draws)
     if rule.draws:
         points = systematic_points if rule.candidates else independent_points
-        drawn_at = [points(sequence.number, len(sequence.token_ids), rule.draws)[sequence.places] for sequence in sequences]
-        kept["points"] = np.sort(np.concatenate(drawn_at), axis=1)
-    prediction = teacher.predict(*batch_arrays([sequence.token_ids for sequence in sequences]))
-    at, before = (torch.from_numpy(array).to(teacher.device) for array in (rows, places - 1))
+        kept["points"] = np.sort(points(sequence.number, len(sequence.token_ids), rule.draws)[sequence.places], axis=1)
+    prediction = teacher.predict(*batch_arrays([sequence.token_ids]))
+    before = torch.from_numpy(sequence.places - 1).to(teacher.device)
     parts = [
         _compare(precise(logits), {name: values[part] for name, values in kept.items()}, manifest)
-        for part, logits in prediction.logit_slices(at, before)
+        for part, logits in prediction.logit_slices(torch.zeros_like(before), before)
     ]
-    together = {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
-    ends = np.cumsum(counts)
-    return [
-        {name: values[end - size : end] for name, values in together.items()} for end, size in zip(ends, counts, strict=True)
-    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
 
 def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
@@ -148,27 +140,27 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
 
     differences: dict[str, Tensor] = {}
     outside = logprobs = torch.log_softmax(logits, dim=1)
-    said = {"token_logprob": logprobs.gather(1, on_device("token_id")[:, None])[:, 0]}
+    answers = {"token_logprob": logprobs.gather(1, on_device("token_id")[:, None])[:, 0]}
     if rule.candidates:
         ids = on_device("candidate_ids")
         present = ids >= 0
         ids = torch.where(present, ids, ids[:, :1])
-        own = logprobs.gather(1, ids)
+        candidates = logprobs.gather(1, ids)
         outside = logprobs.scatter(1, ids, -torch.inf)
-        said["candidate_logprobs"] = own.masked_fill(~present, -torch.inf)
-        said["tail_logprob"] = torch.logsumexp(outside, dim=1)
-        best, last = outside.amax(dim=1), own.amin(dim=1)
+        answers["candidate_logprobs"] = candidates.masked_fill(~present, -torch.inf)
+        answers["tail_logprob"] = torch.logsumexp(outside, dim=1)
+        best, last = outside.amax(dim=1), candidates.amin(dim=1)
         # Both may be off, in opposite directions.
         differences["selection off"] = ((best - last) / 2).clamp(min=0)
         if rule.name == "top-p":
-            total = torch.exp(said["candidate_logprobs"]).sum(dim=1)
+            total = torch.exp(answers["candidate_logprobs"]).sum(dim=1)
             full = present.sum(dim=1) >= min(rule.candidates, logits.shape[1])
             too_few = torch.where(full, 0.0, rule.p - total)
             too_many = total - torch.exp(last) - rule.p
             differences["selection off"] = differences["selection off"].maximum(too_few).maximum(too_many)
         differences["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double()
     if temperature:
-        said["tail_logsumexp"] = torch.logsumexp(outside / temperature, dim=1)
+        answers["tail_logsumexp"] = torch.logsumexp(outside / temperature, dim=1)
     if rule.draws:
         drawn, points = on_device("drawn"), on_device("points")
         weights = torch.softmax(outside, dim=1)
@@ -178,7 +170,7 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
         differences["draws off"] = torch.where(drawn >= 0, beside, torch.nan)
 
     compared = {}
-    now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in said.items()}}, manifest)
+    now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in answers.items()}}, manifest)
     for column, was in exact_steps(kept, manifest).items():
         name = f"tail at T={temperature:g}" if column == "tail_logsumexp" else ROUNDED[column]
         with np.errstate(invalid="ignore"):  # a tail that is empty, then and now

@@ -110,8 +110,8 @@ def _differences(compared: list[Arrays], step: float, limits: Limits) -> dict[st
         quantiles = tuple(float(quantile) for quantile in np.quantile(off, QUANTILES, method="higher"))
         typical = mean = noise = 0.0
         if len(moved):
-            by_sequence = [np.abs(own) for own in (_values([arrays], f"{name} moved") for arrays in compared) if len(own)]
-            typical = _median(own.mean() for own in by_sequence) or 0.0
+            by_sequence = [np.abs(moves) for moves in (_values([arrays], f"{name} moved") for arrays in compared) if len(moves)]
+            typical = _median(moves.mean() for moves in by_sequence) or 0.0
             means = np.concatenate([_means(arrays, name) for arrays in compared])
             mean, noise = abs(float(means.mean())), limits.mean(len(means))
         differences[name] = Differences(len(off), (same, one, two, more), quantiles, typical, mean, noise)
@@ -172,8 +172,8 @@ def judge(
     limits: Limits,
     sample: int,
 ) -> Agreement:
-    draws = [own for own in (_values([arrays], "draws off") for arrays in compared) if len(own)]
-    draws_off, moved = _median(own.mean() for own in draws), _median((own > 0).mean() for own in draws)
+    draws = [shares for shares in (_values([arrays], "draws off") for arrays in compared) if len(shares)]
+    draws_off, moved = _median(shares.mean() for shares in draws), _median((shares > 0).mean() for shares in draws)
     farthest = [_farthest(sequence, arrays, limits) for sequence, arrays in zip(kept, compared, strict=True)]
     off = sorted((entry for entry in farthest if entry[0] > 1), key=lambda entry: -entry[0])
     # Damage that shows by itself says nothing of the teacher, and draws nothing that values do not say better.

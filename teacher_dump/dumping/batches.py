@@ -11,25 +11,52 @@ import torch
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.kind import Parameters
+from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import TeacherOptions
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
-from teacher_dump.teachers.protocol import Prediction, Teacher
+from teacher_dump.teachers.protocol import Batching, Prediction, Teacher
+
+ANY = Batching()
 
 
-def length_batches(lengths: list[int], room: int) -> list[np.ndarray]:
-    """Batches of sequences of like length, longest first: each has at most `room` positions, padding included.
+def length_batches(lengths: list[int], room: int, batching: Batching = ANY) -> list[np.ndarray]:
+    """Batches of sequences of like length, longest first: each has at most `room` positions, padding included, and holds
+    sequences that may share a batch.
 
     A longest-first order meets the largest batch at once, so that a device too small for it fails at the start.
     """
     batches: list[np.ndarray] = []
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > room:
+        full = (len(batch) + 1) * lengths[batch[0]] > room if batch else False
+        if full or (batch and not batching.together(lengths[batch[0]], lengths[index])):
             batches.append(np.array(batch))
             batch = []
         batch.append(index)
     return [*batches, np.array(batch)] if batch else batches
+
+
+def find_batching(options: TeacherOptions, teacher: Teacher, longest: int, reporter: Reporter = SILENT) -> Batching:
+    """Which sequences of at most `longest` tokens a teacher may be asked about in one batch.
+
+    Args:
+        reporter: hears of a teacher that cannot be asked about any of them together.
+
+    Raises:
+        InputError: its answers depend on more than the sequence, however it is asked, or there is too little memory.
+    """
+    with enough_memory(options, [np.zeros(longest)]):
+        batching = teacher.batching(longest, options.batch_size * longest)
+    name = teacher.description["name"]
+    if batching.rule == "sides":
+        reporter.note(
+            f"{name} answers otherwise beside a text of more than {batching.border} tokens: sequences of up to that length and"
+            " longer ones are not put into one batch"
+        )
+    elif batching.rule == "alone":
+        reporter.note(f"{name} answers otherwise beside longer texts, so each sequence is asked by itself, which is slower")
+    return batching
 
 
 def batch_arrays(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -45,13 +72,20 @@ def predict_batch(options: TeacherOptions, teacher: Teacher, sequences: list[Tok
     """Run the teacher on some sequences as one batch.
 
     Raises:
-        InputError: a token is not in the model's vocabulary, or there is too little memory.
+        InputError: a token is not in the model's vocabulary, the model never gives one that is a target, or there is too
+            little memory.
     """
     for sequence in sequences:
         if sequence.token_ids.max() >= teacher.vocabulary_size:
             raise InputError(
                 f"the teacher's tokenizer gives token {sequence.token_ids.max()} (row {sequence.document.row} of corpus file"
                 f" {sequence.document.file + 1}), and its model knows {teacher.vocabulary_size}: they do not belong together"
+            )
+        targets = sequence.token_ids[sequence.is_target]
+        if len(teacher.impossible_tokens) and (never := np.isin(targets, teacher.impossible_tokens)).any():
+            raise InputError(
+                f"token {targets[never][0]} (row {sequence.document.row} of corpus file {sequence.document.file + 1}) is one"
+                " that the teacher never gives: its logit is −inf. Leave the row out, or choose another teacher"
             )
     token_ids = [sequence.token_ids for sequence in sequences]
     with enough_memory(options, token_ids):
@@ -77,7 +111,7 @@ def extract_batch(
     """
     with enough_memory(options, [sequence.token_ids for sequence in sequences]):
         return {
-            kind: EXTRACTORS[kind].function(ExtractionBatch(sequences, prediction, own)) for kind, own in parameters.items()
+            kind: EXTRACTORS[kind].function(ExtractionBatch(sequences, prediction, kept)) for kind, kept in parameters.items()
         }
 
 

@@ -20,7 +20,7 @@ from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer
 from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
 from teacher_dump.dumping.publishing import Knowledge
@@ -126,12 +126,12 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     tally = Tally(config.too_long)
     for document in documents:
         try:
-            found = tokenizer.sequences(document)
+            windows = tokenizer.sequences(document)
         except BadRow as problem:
             tally.leave_out(document, problem)
         else:
-            tally.use(document, found)
-            sequences.extend(found)
+            tally.use(document, windows)
+            sequences.extend(windows)
     tokens = sum(len(sequence.token_ids) for sequence in sequences)
     if not tokens:
         reasons = "; ".join(f"{left.rows:,} {reason}" for reason, left in tally.counts.by_reason)
@@ -141,6 +141,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
 
     teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
+    batching = find_batching(config, teacher, config.max_length, reporter)
     manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})
     random.Random(0).shuffle(sequences)
     chosen: list[TokenSequence] = []
@@ -157,7 +158,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     ordered: list[TokenSequence] = []
     seconds = 0.0
     with reporter.progress("asking the teacher", sum(lengths), "positions") as advance:
-        for indices in length_batches(lengths, config.batch_size * config.max_length):
+        for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
             batch = [chosen[index] for index in indices]
             started = time.monotonic()
             prediction = predict_batch(config, teacher, batch)

@@ -134,18 +134,18 @@ class ShardReader:
             except BadRow as problem:
                 skipped.append(_skipped(names[document.file], document.row, problem))
             self._next = next(self._documents, None)
-        found = ShardInput(shard, start.document, end - start.document, sequences, skipped)
-        if found.positions != start.positions:
+        shard_input = ShardInput(shard, start.document, end - start.document, sequences, skipped)
+        if shard_input.positions != start.positions:
             raise MismatchError(
-                f"shard {shard} has {found.positions:,} tokens, and had {start.positions:,} when the corpus was looked through:"
-                " use the versions of transformers and tokenizers that began the dump, or give this one another --name"
+                f"shard {shard} has {shard_input.positions:,} tokens, and had {start.positions:,} when the corpus was looked"
+                " through: use the versions of transformers and tokenizers that began the dump, or give this one another --name"
             )
-        return found
+        return shard_input
 
     def _go_to(self, start: Start) -> None:
-        here = self._next
-        follows = here is not None and here.number == start.document
-        passes = here is not None and here.number < start.document and here.file == start.file
+        document = self._next
+        follows = document is not None and document.number == start.document
+        passes = document is not None and document.number < start.document and document.file == start.file
         if not follows and not (passes and self._config.corpus[start.file].suffix in SUFFIXES_READ_THROUGH):
             self._documents = read_documents(self._config.corpus, start, self._config.part_characters)
             self._next = next(self._documents, None)
@@ -155,5 +155,5 @@ class ShardReader:
 
 def corpus_columns(manifest: Manifest, sequence: TokenSequence) -> dict[str, Any]:
     """The corpus's own columns of a sequence's row, as the types they are stored with."""
-    own = sequence.document.columns or {}
-    return {name: column_value(own.get(name), kind) for name, kind in manifest.derived["columns"].items()}
+    columns = sequence.document.columns or {}
+    return {name: column_value(columns.get(name), kind) for name, kind in manifest.derived["columns"].items()}

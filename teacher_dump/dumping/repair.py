@@ -69,6 +69,7 @@ def repair(
     derived = inspect_before_loading(config, existing, teacher, reporter=reporter)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
+    from teacher_dump.dumping.batches import find_batching
     from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
@@ -76,6 +77,7 @@ def repair(
 
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
+    find_batching(config, teacher, config.max_length, reporter)
     planned = make_manifest(config, teacher, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)

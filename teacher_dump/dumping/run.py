@@ -48,6 +48,7 @@ def dump(
     derived = inspect_before_loading(config, existing, teacher, reporter=reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
+    from teacher_dump.dumping.batches import find_batching
     from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
@@ -55,6 +56,7 @@ def dump(
 
     teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
     check_needs(config.kinds, teacher)
+    find_batching(config, teacher, config.max_length, reporter)  # a teacher that cannot be asked is refused here
     existing = existing or existing_manifest(storage, config.dump_name)
     planned = make_manifest(config, teacher, derived, reporter=reporter)
     if existing is not None:

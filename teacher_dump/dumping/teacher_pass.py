@@ -23,7 +23,7 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
+from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
 from teacher_dump.dumping.plan import ShardInput, ShardReader, corpus_columns, kept_parameters
 from teacher_dump.dumping.publishing import Committed, Knowledge, ShardPublisher
 from teacher_dump.extraction import EXTRACTORS
@@ -146,7 +146,8 @@ def _ask(
     """
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in parameters}
-    for indices in length_batches(lengths, config.batch_size * config.max_length):
+    batching = find_batching(config, teacher, config.max_length)
+    for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
         sequences = [shard.sequences[index] for index in indices]
         batch = extract_batch(config, parameters, predict_batch(config, teacher, sequences), sequences)
         for kind, extracted in batch.items():
@@ -164,7 +165,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
     rows = []
     for sequence in shard.sequences:
         document = sequence.document
-        own = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
+        row_columns = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
         rows.append(
             {
                 "sequence_id": sequence_id(document.number, sequence.window),
@@ -177,7 +178,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
                 "targets": int(sequence.is_target.sum()),
                 "truncated": sequence.truncated,
                 "token_hash": token_hash(sequence.token_ids),
-                **own,
+                **row_columns,
             }
         )
     return Shard(shard.shard, shard.first_document, shard.documents, rows, knowledge, shard.skipped, made_by)

@@ -86,8 +86,12 @@ def check_positions(options: PositionsOptions, teacher: Mapping[str, Any], token
         InputError: there are more candidates than tokens, or the calibration belongs to another teacher or tokenizer.
     """
     name, vocabulary = "--max-k" if options.selection == "top-p" else "--top-k", teacher.get("vocabulary_size")
-    if vocabulary is not None and options.rule.candidates > vocabulary:
-        raise InputError(f"{name} {options.rule.candidates} is above the teacher's vocabulary of {vocabulary:,} tokens")
+    impossible = teacher.get("impossible_tokens", 0)
+    if vocabulary is not None and options.rule.candidates > vocabulary - impossible:
+        never = " that it ever gives" if impossible else ""
+        raise InputError(
+            f"{name} {options.rule.candidates} is above the teacher's vocabulary of {vocabulary - impossible:,} tokens{never}"
+        )
     if options.calibration is not None and tokenizer is not None:
         check_calibration(read_calibration(options.calibration), dict(teacher), dict(tokenizer))
 

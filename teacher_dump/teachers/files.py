@@ -8,6 +8,7 @@ from typing import Any
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import (
     TOKENIZER_FILES,
+    VOCABULARY_FILES,
     check_folder_name,
     check_gguf,
     check_weights,
@@ -39,8 +40,8 @@ def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
     configuration = read_configuration(folder)
     text: dict[str, Any] = configuration.get("text_config") or configuration
     names = {"vocabulary_size": ("vocab_size",), "max_positions": MAX_POSITIONS}
-    found = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
-    return {size: value for size, value in found.items() if isinstance(value, int)}
+    sizes = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
+    return {size: value for size, value in sizes.items() if isinstance(value, int)}
 
 
 def find_folder(teacher: str, gguf_file: str | None = None, weights: bool = True) -> Path:
@@ -77,6 +78,6 @@ def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
         raise InputError(f"{folder} has no config.json")
     check_weights(folder)
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(path.name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt") for path in tokenizer):
+    if not any(path.name in VOCABULARY_FILES for path in tokenizer):
         raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
     return [*weights, folder / "config.json", *tokenizer]

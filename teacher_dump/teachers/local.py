@@ -10,25 +10,36 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.fingerprints import file_sha256
 from teacher_dump.teachers.files import find_folder, model_files
-from teacher_dump.teachers.protocol import DTYPES, Ability
+from teacher_dump.teachers.probes import check_looks_back, find_batching, impossible_tokens
+from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
 
 # Logits held at once, little beside a batch's: 64 MB in float32 on a CPU, 256 MB on a GPU. Smaller ones do not pay: the head's
 # product slows down with fewer rows, and what follows it gains nothing measurable from staying in cache.
 SLICE_LOGITS = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
+
+# How far below the likeliest token one is that a teacher never gives, in nats: e^-10000 is 0 in float64 too.
+IMPOSSIBLE = 1e4
 
 
 @dataclass
@@ -41,6 +52,7 @@ class LocalTeacher:
         description: what goes into the manifest about it, its files' hashes included.
         device: where it runs.
         whole_logits: whether its logits are more than head(backbone(tokens)).
+        impossible_tokens: int64 (n,), those whose logits are always −inf.
     """
 
     model: PreTrainedModel
@@ -48,6 +60,8 @@ class LocalTeacher:
     description: dict[str, Any]
     device: torch.device
     whole_logits: bool
+    impossible_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    _batchings: dict[tuple[int, int], Batching] = field(default_factory=dict)
 
     @property
     def vocabulary_size(self) -> int:
@@ -64,6 +78,12 @@ class LocalTeacher:
         """What it can give: hidden states only where the backbone is run by itself."""
         hidden = set() if self.whole_logits else {Ability.HIDDEN_STATES}
         return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | hidden)
+
+    def batching(self, longest: int, room: int) -> Batching:
+        """Which sequences may share a batch (see `probes.find_batching`)."""
+        if (longest, room) not in self._batchings:
+            self._batchings[longest, room] = find_batching(self, longest, room)
+        return self._batchings[longest, room]
 
     def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> LocalPrediction:
         """Run the teacher on a batch.
@@ -122,15 +142,28 @@ class LocalPrediction:
         Yields:
             which of the N, and their logits, float32 (n, V), on the teacher's device. They may be changed in place.
         """
-        size = max(1, SLICE_LOGITS[self.teacher.device.type] // self.teacher.vocabulary_size)
+        device = self.teacher.device
+        size = max(1, SLICE_LOGITS[device.type] // self.teacher.vocabulary_size)
         with torch.inference_mode():
             for start in range(0, len(rows), size):
                 part = slice(start, min(start + size, len(rows)))
-                if self.logits is not None:
-                    yield part, self.logits[rows[part], positions[part]].float()
-                else:
-                    assert self.hidden is not None
-                    yield part, _head(self.teacher.model)(self.hidden[rows[part], positions[part]]).float()
+                yield part, self._with_finite_padding(self._logits(rows[part], positions[part]).to(device).float())
+
+    def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """(n, V), in the model's dtype, where the model left them."""
+        states = self.logits if self.logits is not None else self.hidden
+        assert states is not None
+        chosen = states[rows.to(states.device), positions.to(states.device)]
+        return chosen if self.logits is not None else _head(self.teacher.model)(chosen)
+
+    def _with_finite_padding(self, logits: torch.Tensor) -> torch.Tensor:
+        """Give tokens that are never given, whose logits are −inf, ones so low that their probability is 0 all the same: sums
+        of products and checks for what is not finite then need to know nothing of them."""
+        ids = torch.from_numpy(self.teacher.impossible_tokens).to(logits.device)
+        if len(ids):
+            padding = logits[:, ids]
+            logits[:, ids] = torch.where(padding.isneginf(), logits.amax(dim=1, keepdim=True) - IMPOSSIBLE, padding)
+        return logits
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
@@ -144,7 +177,7 @@ def _head(model: PreTrainedModel) -> nn.Module:
 def _needs_whole_logits(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether the model's logits are more than head(backbone(tokens)), found by watching one short forward pass."""
     head = model.get_output_embeddings()
-    with contextlib.suppress(AttributeError, NotImplementedError):
+    with contextlib.suppress(AttributeError, NotImplementedError, TypeError):  # a backbone that is none is called in vain
         backbone = _backbone(model)
         if head is None or backbone is None or backbone is model:
             return True
@@ -208,7 +241,7 @@ def load_teacher(
     """
     where = find_device(device)
     if dtype not in DTYPES:
-        raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES)}")
+        raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     folder = find_folder(teacher, gguf_file)
     files = model_files(folder, gguf_file)
     wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
@@ -216,7 +249,8 @@ def load_teacher(
     try:
         with silence(), panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
-            AutoConfig.from_pretrained(folder, trust_remote_code=False, **source)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **source)
+            _check_architecture(folder, config)
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=wanted,
@@ -225,9 +259,10 @@ def load_teacher(
                 output_loading_info=True,
                 **source,
             )
+    except InputError:
+        raise
     except Exception as error:  # a broken folder fails in many ways, all of them the folder's
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"the teacher in {folder} cannot be loaded: {reason}") from None
+        raise InputError(f"the teacher in {folder} cannot be loaded: {_first_line(error)}") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {folder} are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
@@ -250,4 +285,27 @@ def load_teacher(
         "dtype": str(model.dtype).removeprefix("torch."),
         "files": {path.name: file_sha256(path, reporter=reporter) for path in files},
     }
-    return LocalTeacher(model, tokenizer, description, where, whole)
+    loaded = LocalTeacher(model, tokenizer, description, where, whole)
+    try:
+        check_looks_back(loaded)
+        loaded.impossible_tokens = impossible_tokens(loaded)
+        if len(loaded.impossible_tokens):
+            description["impossible_tokens"] = len(loaded.impossible_tokens)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # a model that needs more than a text
+        raise InputError(f"the model in {folder} cannot be asked about a text alone: {_first_line(error)}") from None
+    return loaded
+
+
+def _check_architecture(folder: Path, config: PreTrainedConfig) -> None:
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"the model in {folder} ({config.model_type}) is an encoder-decoder, whose predictions depend on a second text:"
+            " choose a causal language model as the teacher"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

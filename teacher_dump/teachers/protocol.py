@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -20,6 +21,25 @@ class Ability(StrEnum):
     HIDDEN_STATES = "hidden states"
     GRADIENTS = "gradients"
     TEXT = "generated text"
+
+
+@dataclass(frozen=True)
+class Batching:
+    """Which sequences a teacher may be asked about in one batch, so that each is answered as it is alone.
+
+    Attributes:
+        rule: "any"; "sides": those of at most `border` tokens, or those of more; "alone": none with another.
+        border: tokens.
+    """
+
+    rule: Literal["any", "sides", "alone"] = "any"
+    border: int = 0
+
+    def together(self, length: int, other: int) -> bool:
+        """Whether two sequences of so many tokens may share a batch."""
+        if self.rule == "sides":
+            return (length > self.border) == (other > self.border)
+        return self.rule == "any"
 
 
 class Prediction(Protocol):
@@ -57,6 +77,7 @@ class Teacher(Protocol):
         device: of its tensors. device_name: for people, e.g. "cpu" or "NVIDIA H100 80GB HBM3".
         abilities: what it can give.
         vocabulary_size: how many tokens its distribution is over.
+        impossible_tokens: those among them that it never gives, int64 (n,): rows that pad its head.
     """
 
     @property
@@ -76,6 +97,21 @@ class Teacher(Protocol):
 
     @property
     def vocabulary_size(self) -> int: ...
+
+    @property
+    def impossible_tokens(self) -> np.ndarray: ...
+
+    def batching(self, longest: int, room: int) -> Batching:
+        """Which sequences may share a batch, found by asking it; known at once when it is asked the same again.
+
+        Args:
+            longest: tokens of the longest sequence.
+            room: positions of the largest batch, padding included.
+
+        Raises:
+            InputError: no way to ask it gives answers that depend on the sequence alone.
+        """
+        ...
 
     def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> Prediction:
         """Ask for a batch.

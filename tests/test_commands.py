@@ -1,0 +1,69 @@
+"""Habits of all three commands: usage errors of one line, and names of dumps that a shell completes."""
+
+from __future__ import annotations
+
+import pytest
+from stores import write_store
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import knowledge_store.cli
+import student_train.cli
+import teacher_dump.cli
+
+APPS = {
+    "knowledge-store": knowledge_store.cli.app,
+    "teacher-dump": teacher_dump.cli.app,
+    "student-train": student_train.cli.app,
+}
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("knowledge-store", ["sqll"], "no such command 'sqll'"),
+        ("knowledge-store", ["view", "store"], "missing argument 'DUMP'"),
+        ("knowledge-store", ["view", "store", "dump", "more"], "got unexpected extra argument"),
+        ("knowledge-store", ["sql", "store", "SELECT 1", "--format", "xml"], "'xml' is not one of 'table', 'csv', 'json'"),
+        ("knowledge-store", ["sql", "store", "SELECT 1", "--timeout", "soon"], "invalid value for '--timeout'"),
+        ("teacher-dump", ["check", "store"], "missing option '--teacher'"),
+        ("teacher-dump", ["check", "store", "--teacher"], "option '--teacher' requires an argument"),
+        ("teacher-dump", ["estimate", "--teacher"], "option '--teacher' requires an argument"),
+        ("teacher-dump", ["estimate", "--teacher", "t", "--corpus", "c.jsonl", "--topk", "3"], "no such option: --topk"),
+        ("teacher-dump", ["check", "store", "--teacher", "t", "--seed", "1", "--seed", "2"], "--seed is given 2 times"),
+        ("student-train", ["run", "store", "--student", "s"], "missing option '--output'"),
+        ("student-train", ["report"], "missing argument 'RUN...'"),
+    ],
+)
+def test_a_usage_error_is_one_line_that_names_the_help(program, words, message):
+    result = CliRunner().invoke(APPS[program], words, prog_name=program)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert result.stderr.startswith("Error: ") and message in result.stderr
+    assert f"`{program} {'' if words == ['sqll'] else f'{words[0]} '}--help` lists what it takes" in result.stderr
+
+
+@pytest.mark.parametrize("program", APPS)
+def test_without_a_command_the_help_is_shown(program):
+    result = CliRunner().invoke(APPS[program], [], prog_name=program)
+    assert result.exit_code == 2 and "Usage: " in result.output and "Error" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("knowledge-store", "view STORE "),
+        ("knowledge-store", "sequence STORE 0 --dump "),
+        ("teacher-dump", "check STORE --dump "),
+        ("student-train", "run STORE --dump s"),
+        ("student-train", "evaluate STORE --dump s"),
+    ],
+)
+def test_names_of_dumps_are_completed(program, words, tmp_path, monkeypatch, capsys):
+    store = write_store(tmp_path / "store", shards=1)
+    monkeypatch.setenv("_COMPLETE", "complete_bash")
+    line = f"{program} {words}".replace("STORE", str(store))
+    monkeypatch.setenv("COMP_WORDS", line)
+    monkeypatch.setenv("COMP_CWORD", str(len(line.split(" ")) - 1))
+    with pytest.raises(SystemExit):
+        get_command(APPS[program]).main([], program, "_COMPLETE")
+    assert capsys.readouterr().out.split() == ["small"]
