@@ -1,4 +1,4 @@
-"""The benchmarks of size, dump, reading, training and scale, one after the other: what `make bench` runs.
+"""The benchmarks of size, dump, reading, training, scale and architectures, one after the other: what `make bench` runs.
 
     python -m benchmarks.bench --gemma .bench/gemma/gemma-3-270m-q4_k_m.gguf [--text wikitext2-test.txt]
 
@@ -45,6 +45,7 @@ def commands(text: Path, gemma: Path) -> list[list[str]]:
         ["benchmarks.reading", "--store", str(size / "teacher-0" / "store"), "--repeats", "3"],
         ["benchmarks.training", "--repeats", "1"],
         ["benchmarks.scale", "--repeats", "3"],
+        ["benchmarks.architectures"],
     ]  # fmt: skip
 
 

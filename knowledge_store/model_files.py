@@ -54,7 +54,7 @@ def check_folder_name(model: str) -> None:
         raise InputError(f"there is no folder {model}, and it cannot be a model of the hub, whose id has the form OWNER/NAME")
 
 
-def hub_folder(model: str, gguf_file: str | None = None, weights: bool = True) -> Path:
+def hub_folder(model: str, gguf_file: str | None = None, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of the hub's cache that a hub id's files lie in, downloaded if need be: its configuration, its tokenizer, and
     its weights in safetensors or the one GGUF file. A model is checked and loaded there, as any folder is, and no pickle comes
     with it.
@@ -62,6 +62,7 @@ def hub_folder(model: str, gguf_file: str | None = None, weights: bool = True) -
     Args:
         model: a hub id, such as OWNER/NAME, that is no folder.
         gguf_file: name of a GGUF file, instead of safetensors.
+        revision: a branch, tag or commit; None for the main one.
         weights: whether safetensors are wanted too, or configuration and tokenizer alone.
 
     Raises:
@@ -69,12 +70,19 @@ def hub_folder(model: str, gguf_file: str | None = None, weights: bool = True) -
     """
     check_folder_name(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     tensors = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"] if weights else []
     patterns = ["config.json", "generation_config.json", ADAPTER, *tensors, *TOKENIZER_FILES, "*.model"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except RevisionNotFoundError:
+        reason = f"the hub's model of that name has no revision {revision!r}: give one of its branches, tags or commits"
     except LocalEntryNotFoundError:
         reason = "the hub, which may have a model of that name, cannot be reached"
     except (RepositoryNotFoundError, HFValidationError):

@@ -12,7 +12,7 @@ import heapq
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,7 +115,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
     check_files(config.corpus)
     tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher))
     sequences, counts, all_rows = _sample(config, tokenizer, reporter)
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)
     find_batching(config, teacher, config.max_length, reporter)
     targets = sum(int(sequence.is_target.sum()) for sequence in sequences)

@@ -16,7 +16,8 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
 from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.extraction import EXTRACTORS, option_classes
-from teacher_dump.teachers.protocol import DTYPES
+from teacher_dump.teachers.loading import Loading, check_loading
+from teacher_dump.teachers.protocol import ATTENTIONS, DEVICE_MAPS, DTYPES, QUANTISATIONS
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
 PART_CHARACTERS_PER_POSITION = 64
@@ -29,6 +30,8 @@ class NamedTeacher(GgufOptions):
     """Which teacher is meant."""
 
     teacher: str = option(help="A local folder or a hub id of a causal language model.")
+    _: KW_ONLY
+    revision: str | None = option(None, help="Branch, tag or commit of a hub id; main unless given.")
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -56,6 +59,32 @@ class TeacherOptions(NamedTeacher):
         " float16.",
     )
     device: str = option("auto", help="Where the teacher runs: auto, cpu, cuda, cuda:1 or mps.")
+    device_map: str = option(
+        "none",
+        choices=DEVICE_MAPS,
+        help="auto spreads a teacher that is larger than one device over all of them, the CPU's memory and the disk.",
+    )
+    max_memory: str | None = option(
+        None, metavar="SIZES", help="With --device-map, the room for weights on each device, such as 0=20GiB,1=20GiB,cpu=64GiB."
+    )
+    quantize: str | None = option(
+        None,
+        choices=QUANTISATIONS,
+        help="Weights of 8-bit or 4-bit, which the library bitsandbytes makes as it loads them: they take less memory, and"
+        " answer otherwise. None unless given; a dump is resumed and checked with those it was begun with.",
+    )
+    attention: str = option(
+        "auto", choices=ATTENTIONS, help="How attention is computed: auto, sdpa, eager or flash_attention_2."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_loading(self.loading)
+
+    @property
+    def loading(self) -> Loading:
+        """How the teacher is loaded."""
+        return Loading(**{field.name: getattr(self, field.name) for field in fields(Loading)})
 
 
 @dataclass(frozen=True)

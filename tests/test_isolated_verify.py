@@ -41,10 +41,12 @@ def test_it_finds_what_verify_finds(store):
         verify_isolated(str(store / "nowhere"))
     with pytest.raises(InputError, match="at least 64 MiB"):
         verify_isolated(str(store), memory_limit=1000)
+    with pytest.raises(InputError, match="at least 64 MiB"):
+        verify_isolated(str(store), memory_limit=float("nan"))
 
 
 def test_any_number_can_be_the_limit(store):
-    for limit_given, code, text in (("inf", 0, "Sound"), ("nan", 2, "a memory limit is at least")):
+    for limit_given, code, text in (("inf", 0, "Sound"), ("nan", 2, "--memory-limit is nan; it must be above 0")):
         ended = run_command("knowledge_store", "verify", store, "--memory-limit", limit_given)
         assert ended.returncode == code, ended.stderr
         assert text in ended.stdout + ended.stderr and "Traceback" not in ended.stderr

@@ -14,6 +14,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from benchmarks.tiny_architectures import tiny_config, tiny_model
 from knowledge_store.errors import InputError
 from student_train.training.initialisation import initialise
 from student_train.training.models import rebuild
@@ -65,6 +66,26 @@ def test_per_layer_settings_follow_their_layers():
     student = rebuild(Gemma3ForCausalLM(config), [0, 3])
     assert student.config.layer_types == ["sliding_attention", "full_attention"]
     assert student(torch.arange(8)[None]).logits.shape == (1, 8, 64)
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "fuyu", "got_ocr2"])
+def test_of_a_model_of_texts_and_images_the_language_model_is_kept(tmp_path, architecture):
+    both = tiny_model(tiny_config(architecture))
+    both.save_pretrained(tmp_path / "both")
+    make_tokenizer().save_pretrained(tmp_path / "both")
+    made = initialise(str(tmp_path / "both"), [0, 1, 2, 3], tmp_path / "all")
+    assert made.layers_before == made.layers == 4
+    tokens = torch.arange(20)[None] + 5
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "all")
+    assert student.config.get_text_config() is student.config
+    with torch.no_grad():
+        torch.testing.assert_close(student(input_ids=tokens).logits, both(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+    made = initialise(str(tmp_path / "both"), [0, 3], tmp_path / "half")
+    assert (made.layers, made.layers_before) == (2, 4)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    for kept, layer in zip(half.model.layers, (0, 3), strict=True):
+        for name, parameter in kept.named_parameters():
+            assert torch.equal(parameter, student.model.layers[layer].get_parameter(name))
 
 
 def test_other_names_for_the_same_things():

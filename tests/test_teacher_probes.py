@@ -71,11 +71,11 @@ def test_its_dump_holds_what_each_sequence_is_told_alone_and_check_sees_a_dump_t
     for sequence in store:
         kept = sequence["token_logprob"][1:]
         np.testing.assert_allclose(kept, logprobs(teacher, sequence["input_ids"].tolist()), atol=0.15)
-    assert check(CheckConfig(tmp_path / "s", "t", dump="right"), teacher=teacher).verdict == "agrees"
+    assert check(CheckConfig(tmp_path / "s", "t", dump="right"), teacher=teacher)["positions"].verdict == "agrees"
 
     monkeypatch.setattr(LocalTeacher, "batching", lambda *_: Batching())
     dump(DumpConfig("t", (rows,), tmp_path / "s", "wrong", max_length=LONGEST, batch_size=8, top_k=4), teacher=teacher)
-    assert check(CheckConfig(tmp_path / "s", "t", dump="wrong"), teacher=teacher).verdict == "damage"
+    assert check(CheckConfig(tmp_path / "s", "t", dump="wrong"), teacher=teacher)["positions"].verdict == "damage"
 
 
 def test_answers_that_depend_on_what_was_asked_before_are_refused(tmp_path):
@@ -143,7 +143,7 @@ def test_rows_that_pad_the_head_are_given_no_probability(tmp_path, options):
     for sequence in KnowledgeStore.open(tmp_path / "s"):
         assert np.isfinite(sequence["token_logprob"]).all() and not (sequence["candidate_ids"] >= first).any()
         np.testing.assert_allclose(sequence["token_logprob"][1:], logprobs(teacher, sequence["input_ids"].tolist()), atol=0.15)
-    assert check(CheckConfig(tmp_path / "s", "t"), teacher=teacher).verdict == "agrees"
+    assert check(CheckConfig(tmp_path / "s", "t"), teacher=teacher)["positions"].verdict == "agrees"
     fit = calibrate(CalibrateConfig("t", (rows,), max_length=40), teacher=teacher)
     assert np.isfinite(fit.calibration.value) and fit.calibration.before["nll"] > 0
 

@@ -119,11 +119,15 @@ class DumpReader:
         first[-1] = len(group)
         return RowGroups(rows, first, np.minimum(group, len(rows) - 2).astype(np.int32))
 
+    def _stored(self, kind: str, place: int, group: int) -> pa.Table:
+        """A row group as it is stored; of a file that has none, no rows."""
+        table = self._open(kind, place)
+        return read_row_group(table, group) if table.num_row_groups else table.file.schema.empty_table()
+
     def _decode(self, kind: str, place: int, group: int) -> Arrays:
         """A row group's arrays, kept in memory and on disk."""
-        described, schema = KINDS[kind], KINDS[kind].stored_schema(self.manifest)
-        groups = self._row_groups(kind, place)
-        table = read_row_group(self._open(kind, place), group) if len(groups.rows) > 1 else schema.empty_table()
+        described, groups = KINDS[kind], self._row_groups(kind, place)
+        table = self._stored(kind, place, group)
         try:
             unpacked = described.unpack(table, self.manifest)
             check_lists(unpacked)
@@ -167,8 +171,7 @@ class DumpReader:
         groups = self._row_groups(kind, place)
         group = int(groups.group[within])
         path = self._files[kind][place].path
-        schema = KINDS[kind].stored_schema(self.manifest)
-        stored = read_row_group(self._open(kind, place), group) if len(groups.rows) > 1 else schema.empty_table()
+        stored = self._stored(kind, place, group)
         start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
         try:
             rows = KINDS[kind].unpack(stored.slice(start, end - start), self.manifest)

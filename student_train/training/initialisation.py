@@ -30,7 +30,7 @@ def initialise(source: str, keep_layers: list[int], output: str | Path, *, gguf_
     """Write a layer-dropped copy of a model, float32 safetensors, and its tokenizer.
 
     Args:
-        source: folder or hub id of any decoder.
+        source: folder or hub id of any decoder; of a model of texts and images, its language model is copied.
         keep_layers: layers to keep, 0-based, in ascending order.
         output: folder to make; it must not exist, or be empty. It appears complete or not at all.
         gguf_file: name of a GGUF file in `source`.
@@ -50,10 +50,10 @@ def initialise(source: str, keep_layers: list[int], output: str | Path, *, gguf_
         raise InputError("the layers of --keep-layers must be in ascending order")
     check_model_folder(source, gguf_file)
     # Imports torch, which takes seconds: mistakes are found before.
-    from student_train.training.models import layer_count, load_model, load_tokenizer, rebuild
+    from student_train.training.models import layer_count, load_model, load_tokenizer, rebuild, text_model
 
     tokenizer = load_tokenizer(source, gguf_file)
-    model = load_model(source, gguf_file)
+    model = text_model(load_model(source, gguf_file))
     total = layer_count(model)
     missing = [layer for layer in keep_layers if not 0 <= layer < total]
     if missing:

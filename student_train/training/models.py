@@ -81,6 +81,32 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
     return rebuild(loaded) if gguf_file else loaded
 
 
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model inside a model of texts and images, a copy in float32; a model of texts alone is given back as it is.
+
+    Raises:
+        InputError: it cannot be taken out, or answers otherwise by itself.
+    """
+    config = model.config.get_text_config()
+    if config is model.config:
+        return model
+    kind = model.config.model_type
+    try:
+        alone = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        alone.get_decoder().load_state_dict(model.get_decoder().state_dict())
+        alone.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
+    except (AttributeError, RuntimeError, ValueError) as error:
+        raise InputError(f"the language model cannot be taken out of a {kind} model: {_first_line(error)}") from error
+    tokens = (torch.arange(24) * 7919 % config.vocab_size)[None]
+    with torch.inference_mode():
+        before, after = (some(input_ids=tokens, use_cache=False).logits for some in (model.eval(), alone))
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-4 * before.abs().max().item()):
+        raise InputError(f"the language model of a {kind} model answers otherwise by itself: begin with another model")
+    if model.generation_config is not None:
+        alone.generation_config = copy.deepcopy(model.generation_config)
+    return alone
+
+
 def rebuild(model: PreTrainedModel, layers: list[int] | None = None) -> PreTrainedModel:
     """A fresh float32 copy of a decoder, with the given layers in the given order (all of them when None).
 

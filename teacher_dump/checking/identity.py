@@ -23,6 +23,10 @@ def same_weights(manifest: Manifest, teacher: LocalTeacher) -> tuple[bool, list[
     """Whether the teacher's weights are the dump's, and what else of it a person should know."""
     same = bool(_weights(manifest.teacher)) and _weights(manifest.teacher) == _weights(teacher.description)
     notes = [] if same else ["the teacher's files of weights are not those that the manifest names"]
+    made, asked = (record.get("quantize", "none") for record in (manifest.teacher, teacher.description))
+    if made != asked:
+        same = False
+        notes.append(f"the dump was made with --quantize {made}, and the teacher is asked with {asked} now")
     kept, now = manifest.teacher.get("dtype"), teacher.description["dtype"]
     if kept != now:
         notes.append(f"the dump was made in {kept}, and the teacher is asked in {now} now")

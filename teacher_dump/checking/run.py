@@ -6,6 +6,7 @@ Token ids are in the store, so the corpus is not needed. CHECKERS has the kinds 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CheckConfig
 from teacher_dump.teachers.files import check_local_teacher
+from teacher_dump.teachers.loading import check_loading
 
 if TYPE_CHECKING:
     from teacher_dump.checking.verdicts import Agreement
@@ -61,13 +63,15 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
     if not count:
         raise InputError(f"dump {manifest.dump!r} of {config.store} has no committed sequence yet")
     if teacher is None:
-        check_local_teacher(config.teacher, config.gguf_file)
+        check_local_teacher(config.teacher, config.gguf_file, config.revision)
     for kind in manifest.kinds:
         if kind not in CHECKERS:
             reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: there is no checker for it.")
 
     from teacher_dump.teachers.local import load_teacher
 
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    loading = replace(config.loading, quantize=config.quantize or manifest.teacher.get("quantize"))
+    check_loading(loading)
+    teacher = teacher or load_teacher(config.teacher, **asdict(loading), reporter=reporter)
     ordinals = np.sort(np.random.default_rng(config.seed).choice(count, min(config.sample, count), replace=False))
     return {kind: CHECKERS[kind](store, manifest, ordinals, teacher, config, reporter) for kind in kinds}

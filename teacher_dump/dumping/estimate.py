@@ -6,7 +6,7 @@ import io
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.corpus_counts import CorpusCounts, Sentence
@@ -139,7 +139,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     # Characters of unusable rows count on both sides: in the corpus as in the sample, they become no token.
     positions = round(tokens * characters / max(sum(document.characters for document in documents), 1))
 
-    teacher = teacher or load_teacher(config.teacher, config.gguf_file, config.dtype, config.device, reporter=reporter)
+    teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     batching = find_batching(config, teacher, config.max_length, reporter)
     manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})

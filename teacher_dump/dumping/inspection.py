@@ -68,7 +68,7 @@ def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None, weights: b
         return teacher.tokenizer
     from teacher_dump.teachers.tokenizer import load_tokenizer
 
-    folder = find_folder(config.teacher, config.gguf_file, weights)
+    folder = find_folder(config.teacher, config.gguf_file, config.revision, weights=weights)
     if (folder / "config.json").is_file():
         check_length(config, stated_sizes(str(folder), config.gguf_file))
     return load_tokenizer(str(folder), config.gguf_file)

@@ -20,6 +20,7 @@ _NAMES = {
     "plan.too_long": "--too-long",
     "plan.shard_size": "--shard-size",
     "teacher.dtype": "--dtype",
+    "teacher.quantize": "--quantize",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 
 from knowledge_store.errors import DamageError, InputError, MismatchError, MissingFileError
 from knowledge_store.format.commits import commit_records
@@ -16,6 +17,7 @@ from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.documents import check_files
 from teacher_dump.dumping.mismatch import check_options
 from teacher_dump.dumping.request import check_teacher, parameters_asked
+from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.protocol import Teacher
 
 
@@ -45,8 +47,8 @@ def _check_versions(storage: Storage, dump: str) -> None:
             check_version(read_record(storage, name), storage.locate(name))
 
 
-def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None) -> str:
-    """Make sure that the store is one or can become one, and that the teacher's dtype can be used.
+def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None) -> Loading:
+    """Make sure that the store is one or can become one, and that the teacher's dtype and quantisation can be used.
 
     Args:
         config: of the dump.
@@ -54,28 +56,31 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
         existing: the manifest of the dump that is resumed or repaired.
 
     Returns:
-        the dtype to load the teacher in: the one that the dump was begun in, whatever the device.
+        how the teacher is loaded: in the dtype and quantisation that the dump was begun in, whatever the device.
 
     Raises:
         InputError, StoreError: they cannot.
-        MismatchError: another dtype is asked for.
+        MismatchError: others are asked for.
     """
     if occupied(storage):  # else it can become a store; so can one that another worker is just making
         check_store(storage)
-    begun_in = existing.teacher.get("dtype") if existing is not None else None
-    if begun_in is None or config.dtype == begun_in:
-        return config.dtype
-    if config.dtype != "auto":
-        raise MismatchError(
-            f"dump {config.dump_name!r} in {storage.address} was made differently: --dtype was {begun_in} and is now"
-            f" {config.dtype}. Leave --dtype out to resume it, or give this dump another --name"
-        )
-    return str(begun_in)
+    if existing is None:
+        return config.loading
+    begun_in = {"dtype": existing.teacher.get("dtype", config.dtype), "quantize": existing.teacher.get("quantize", "none")}
+    for name, asked, unset in (("dtype", config.dtype, "auto"), ("quantize", config.quantize, None)):
+        if asked not in (unset, begun_in[name]):
+            raise MismatchError(
+                f"dump {config.dump_name!r} in {storage.address} was made differently: --{name} was {begun_in[name]} and is now"
+                f" {asked}. Leave --{name} out to resume it, or give this dump another --name"
+            )
+    loading = replace(config.loading, **begun_in)
+    check_loading(loading)
+    return loading
 
 
 def check_before_loading(
     config: DumpConfig, storage: Storage, existing: Manifest | None, teacher: Teacher | None, reporter: Reporter
-) -> str:
+) -> Loading:
     """All that can be wrong with a dump or its repair before a teacher is loaded (see `check_place` and `check_options`).
 
     Args:
@@ -83,14 +88,14 @@ def check_before_loading(
         teacher: the one that is loaded already.
 
     Returns:
-        the dtype to load a teacher in.
+        how a teacher is loaded.
     """
-    dtype = check_place(config, storage, existing)
+    loading = check_place(config, storage, existing)
     if existing is not None:
         check_options(config, storage, existing, reporter=reporter)
     if teacher is None:
         check_teacher(config)
-    return dtype
+    return loading
 
 
 def existing_manifest(storage: Storage, dump: str) -> Manifest | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,7 @@ def repair(
         if not pending and not tokens_damage(writer):
             shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
-    dtype = check_before_loading(config, storage, existing, teacher, reporter)
+    loading = check_before_loading(config, storage, existing, teacher, reporter)
     derived = inspect_before_loading(config, existing, teacher, reporter=reporter)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
@@ -75,7 +76,7 @@ def repair(
     from teacher_dump.extraction import check_needs
     from teacher_dump.teachers import local
 
-    teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
+    teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     find_batching(config, teacher, config.max_length, reporter)
     planned = make_manifest(config, teacher, derived, reporter=reporter)

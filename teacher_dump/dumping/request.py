@@ -50,7 +50,7 @@ def check_teacher(config: CorpusOptions) -> None:
     Raises:
         InputError: it has not, or they do not.
     """
-    check_local_teacher(config.teacher, config.gguf_file)
+    check_local_teacher(config.teacher, config.gguf_file, config.revision)
     sizes = stated_sizes(config.teacher, config.gguf_file)
     check_length(config, sizes)
     if isinstance(config, EstimateConfig):

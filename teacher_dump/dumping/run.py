@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from knowledge_store.format.sequences import tokens_table
@@ -44,7 +45,7 @@ def dump(
     storage = open_storage(config.store)
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
-    dtype = check_before_loading(config, storage, existing, teacher, reporter)
+    loading = check_before_loading(config, storage, existing, teacher, reporter)
     derived = inspect_before_loading(config, existing, teacher, reporter=reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
@@ -54,7 +55,7 @@ def dump(
     from teacher_dump.extraction import check_needs
     from teacher_dump.teachers import local
 
-    teacher = teacher or local.load_teacher(config.teacher, config.gguf_file, dtype, config.device, reporter=reporter)
+    teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     find_batching(config, teacher, config.max_length, reporter)  # a teacher that cannot be asked is refused here
     existing = existing or existing_manifest(storage, config.dump_name)

@@ -20,7 +20,7 @@ from knowledge_store.model_files import (
 MAX_POSITIONS = ("max_position_embeddings", "n_positions")
 
 
-def check_local_teacher(teacher: str, gguf_file: str | None = None) -> None:
+def check_local_teacher(teacher: str, gguf_file: str | None = None, revision: str | None = None) -> None:
     """Make sure that a teacher on this machine has the files it needs; a hub id is checked when it has been downloaded.
 
     Raises:
@@ -28,7 +28,7 @@ def check_local_teacher(teacher: str, gguf_file: str | None = None) -> None:
     """
     check_folder_name(teacher)
     if Path(teacher).exists():
-        model_files(find_folder(teacher, gguf_file), gguf_file)
+        model_files(find_folder(teacher, gguf_file, revision), gguf_file)
 
 
 def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
@@ -44,21 +44,26 @@ def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
     return {size: value for size, value in sizes.items() if isinstance(value, int)}
 
 
-def find_folder(teacher: str, gguf_file: str | None = None, weights: bool = True) -> Path:
+def find_folder(teacher: str, gguf_file: str | None = None, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
 
     Args:
         teacher: a local folder or a hub id.
         gguf_file: name of a GGUF file in it.
+        revision: of a hub id.
         weights: whether a hub's safetensors are wanted too.
 
     Raises:
-        InputError: there is neither such a folder nor such a hub id.
+        InputError: there is neither such a folder nor such a hub id, or a folder is given with a revision.
     """
     folder = Path(teacher)
     if folder.is_file():
         raise InputError(f"{teacher} is a file: name the teacher's folder (and a GGUF file in it with --gguf-file)")
-    return folder if folder.is_dir() else hub_folder(teacher, gguf_file, weights)
+    if not folder.is_dir():
+        return hub_folder(teacher, gguf_file, revision, weights=weights)
+    if revision is not None:
+        raise InputError(f"--revision {revision} is of a hub id, and {teacher} is a folder: leave it out")
+    return folder
 
 
 def model_files(folder: Path, gguf_file: str | None) -> list[Path]:

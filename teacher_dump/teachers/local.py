@@ -9,9 +9,11 @@ and a model that differs is asked for its whole logits instead.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +34,7 @@ from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.fingerprints import file_sha256
 from teacher_dump.teachers.files import find_folder, model_files
+from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.probes import check_looks_back, find_batching, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
 
@@ -70,8 +74,11 @@ class LocalTeacher:
 
     @property
     def device_name(self) -> str:
-        """Where it runs, for people."""
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        """Where it runs, for people: each device where there are several, and its kind of attention."""
+        spread = getattr(self.model, "hf_device_map", None) or {}
+        places = dict.fromkeys(str(_named(place)) for place in spread.values()) or [_named(self.device)]
+        attention = getattr(getattr(self.model, "config", None), "_attn_implementation", None)
+        return ", ".join(places) + (f" ({attention} attention)" if attention else "")
 
     @property
     def abilities(self) -> frozenset[Ability]:
@@ -166,6 +173,13 @@ class LocalPrediction:
         return logits
 
 
+def _named(device: Any) -> str:
+    if device == "disk":
+        return "disk"
+    found = torch.device(device)
+    return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
+
+
 def _backbone(model: PreTrainedModel) -> nn.Module:
     return model.get_decoder()
 
@@ -225,7 +239,13 @@ def find_device(name: str) -> torch.device:
 
 
 def load_teacher(
-    teacher: str, gguf_file: str | None = None, dtype: str = "auto", device: str = "auto", *, reporter: Reporter = SILENT
+    teacher: str,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    reporter: Reporter = SILENT,
+    **options: Any,
 ) -> LocalTeacher:
     """Load a teacher and hash its files.
 
@@ -235,17 +255,22 @@ def load_teacher(
         dtype: one of `protocol.DTYPES`; "auto" is float32 on a CPU, and the model's own elsewhere.
         device: see `find_device`.
         reporter: hears of progress, and of a model that takes more memory.
+        options: the other fields of `loading.Loading`.
 
     Raises:
         InputError: it cannot be used; says why.
     """
+    loading = Loading(gguf_file, dtype, device, **options)
+    check_loading(loading)
     where = find_device(device)
     if dtype not in DTYPES:
         raise InputError(f"there is no dtype {dtype!r} for a teacher: use {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
-    folder = find_folder(teacher, gguf_file)
+    folder = find_folder(teacher, gguf_file, loading.revision)
     files = model_files(folder, gguf_file)
     wanted = getattr(torch, dtype) if dtype != "auto" else torch.float32 if where.type == "cpu" else "auto"
     source: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
+    # Of weights that are kept on the disk, and are in no file as they are used.
+    scratch = TemporaryDirectory(prefix="teacher-weights-") if loading.device_map != "none" else None
     try:
         with silence(), panics_as_errors():
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **source)
@@ -257,20 +282,29 @@ def load_teacher(
                 trust_remote_code=False,
                 use_safetensors=None if gguf_file else True,
                 output_loading_info=True,
+                **_placement(loading, where, wanted, scratch.name if scratch else None),
                 **source,
             )
-    except InputError:
-        raise
+        if scratch is not None:
+            weakref.finalize(model, scratch.cleanup)
     except Exception as error:  # a broken folder fails in many ways, all of them the folder's
+        if scratch is not None:
+            scratch.cleanup()
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"the teacher in {folder} cannot be loaded: {_first_line(error)}") from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {folder} are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
-    model = model.to(where).eval().requires_grad_(False)
+    if loading.device_map == "none" and not loading.quantised:
+        model = model.to(where)
+    model = model.eval().requires_grad_(False)
+    where = _input_device(model, where)
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         raise InputError(f"the model in {folder} has no language-model head")
-    whole = _needs_whole_logits(model, where)
+    with _asked(folder):
+        whole = _needs_whole_logits(model, where)
     if whole:
         reporter.note(f"{teacher} changes its logits after the head, so whole logits are used: this takes more memory")
     config = model.config.get_text_config()
@@ -278,24 +312,64 @@ def load_teacher(
         # A local teacher is called by its own name: where somebody keeps it is no part of what it is.
         "name": gguf_file or (folder.resolve().name if Path(teacher).is_dir() else teacher),
         "model_type": config.model_type,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": _parameters(model),
         "hidden_size": getattr(config, "hidden_size", None),
         "vocabulary_size": head.weight.shape[0],
         "max_positions": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **({"quantize": loading.quantize} if loading.quantised else {}),
         "files": {path.name: file_sha256(path, reporter=reporter) for path in files},
     }
     loaded = LocalTeacher(model, tokenizer, description, where, whole)
-    try:
+    with _asked(folder):
         check_looks_back(loaded)
         loaded.impossible_tokens = impossible_tokens(loaded)
-        if len(loaded.impossible_tokens):
-            description["impossible_tokens"] = len(loaded.impossible_tokens)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # a model that needs more than a text
-        raise InputError(f"the model in {folder} cannot be asked about a text alone: {_first_line(error)}") from None
+    if len(loaded.impossible_tokens):
+        description["impossible_tokens"] = len(loaded.impossible_tokens)
     return loaded
+
+
+@contextlib.contextmanager
+def _asked(folder: Path) -> Iterator[None]:
+    """Ask a model that has just been loaded; InputError where it needs more than a text, which fails in many ways."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        raise InputError(f"the model in {folder} cannot be asked about a text: {_first_line(error)}") from None
+
+
+def _placement(loading: Loading, where: torch.device, dtype: Any, scratch: str | None) -> dict[str, Any]:
+    """What the library is told of where weights go, how large they are and how attention is computed."""
+    told: dict[str, Any] = {}
+    if loading.attention != "auto":
+        told["attn_implementation"] = loading.attention
+    if loading.device_map != "none":
+        told |= {"device_map": loading.device_map, "max_memory": loading.memory, "offload_folder": scratch}
+    elif loading.quantised:
+        told["device_map"] = {"": where}
+    if loading.quantised:
+        compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        told["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if loading.quantize == "8-bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+        )
+    return told
+
+
+def _parameters(model: PreTrainedModel) -> int:
+    """How many parameters a model has, however they are kept: on the disk a shared one is there twice, and two of 4 bits count
+    as one."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in type(model)(model.config).parameters())
+
+
+def _input_device(model: PreTrainedModel, device: torch.device) -> torch.device:
+    """Where a model that is spread over devices takes its inputs: its first accelerator, else the CPU."""
+    devices = getattr(model, "hf_device_map", None)
+    if not devices:
+        return device
+    return torch.device(next((place for place in devices.values() if place not in ("cpu", "disk")), "cpu"))
 
 
 def _check_architecture(folder: Path, config: PreTrainedConfig) -> None:

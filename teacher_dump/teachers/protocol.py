@@ -11,6 +11,9 @@ import numpy as np
 
 # Number types of the weights; "auto" is float32 on a CPU, the model's own elsewhere.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTISATIONS = ("none", "8-bit", "4-bit")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+DEVICE_MAPS = ("none", "auto")
 
 
 class Ability(StrEnum):

@@ -1,0 +1,77 @@
+"""How a teacher is loaded, and what of it can be wrong before torch is imported."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from knowledge_store.errors import InputError
+
+_ROOM = re.compile(r"(cpu|\d+)=(\d+(?:\.\d+)?\s*(?:[KMGT]i?B))", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a teacher is loaded (see `configuration.TeacherOptions`, which has an option for each).
+
+    Attributes:
+        gguf_file: name of a GGUF file in its folder.
+        dtype: one of `protocol.DTYPES`; "auto" is float32 on a CPU, and the model's own elsewhere.
+        device: see `local.find_device`.
+        device_map: one of `protocol.DEVICE_MAPS`. max_memory: room for weights on each device, as the option has it.
+        quantize: one of `protocol.QUANTISATIONS`; None as "none".
+        attention: one of `protocol.ATTENTIONS`.
+        revision: of a hub id.
+    """
+
+    gguf_file: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    device_map: str = "none"
+    max_memory: str | None = None
+    quantize: str | None = None
+    attention: str = "auto"
+    revision: str | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are made smaller as they are loaded."""
+        return self.quantize not in (None, "none")
+
+    @property
+    def memory(self) -> dict[int | str, str] | None:
+        """Room for weights by device: a number of an accelerator, or "cpu"."""
+        if self.max_memory is None:
+            return None
+        pairs = (_ROOM.fullmatch(part.strip()) for part in self.max_memory.split(","))
+        return {int(pair[1]) if pair[1].isdigit() else pair[1].lower(): pair[2] for pair in pairs if pair}
+
+
+def check_loading(loading: Loading) -> None:
+    """Make sure that a teacher can be loaded so.
+
+    Raises:
+        InputError: two options exclude each other, or a library is missing.
+    """
+    if loading.device_map != "none" and loading.device != "auto":
+        raise InputError("--device is one device and --device-map several: give one of the two")
+    if loading.max_memory is not None:
+        if loading.device_map == "none":
+            raise InputError("--max-memory is the room for weights on each device of --device-map: give that too")
+        wrong = next((part for part in loading.max_memory.split(",") if not _ROOM.fullmatch(part.strip())), None)
+        if wrong is not None:
+            raise InputError(f"--max-memory has {wrong!r}: give DEVICE=SIZE, such as 0=20GiB or cpu=64GiB, with commas between")
+    if loading.quantised:
+        if loading.gguf_file is not None:
+            raise InputError("--quantize does not go with --gguf-file: a GGUF file has weights of its own size")
+        if find_spec("bitsandbytes") is None:
+            raise InputError(
+                f"--quantize {loading.quantize} needs the library bitsandbytes, which is not here: pip install bitsandbytes"
+            )
+    if loading.device_map != "none" and find_spec("accelerate") is None:
+        raise InputError("--device-map needs the library accelerate, which is not here: pip install accelerate")
+    if loading.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise InputError(
+            "--attention flash_attention_2 needs the library flash-attn, which is not here: pip install flash-attn"
+        )
