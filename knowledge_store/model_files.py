@@ -39,6 +39,10 @@ TOKENIZER_FILES = (
 )
 
 
+# Templates that a tokenizer has beside its default one, by name.
+TEMPLATE_FILES = "additional_chat_templates/*.jinja"
+
+
 def check_folder_name(model: str) -> None:
     """Refuse what is no folder and has not the form of a hub id, OWNER/NAME; what has is left to `hub_folder`.
 
@@ -78,7 +82,7 @@ def hub_folder(model: str, gguf_file: str | None = None, revision: str | None = 
     )
 
     tensors = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"] if weights else []
-    patterns = ["config.json", "generation_config.json", ADAPTER, *tensors, *TOKENIZER_FILES, "*.model"]
+    patterns = ["config.json", "generation_config.json", ADAPTER, *tensors, *TOKENIZER_FILES, TEMPLATE_FILES, "*.model"]
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except RevisionNotFoundError:

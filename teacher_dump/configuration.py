@@ -15,6 +15,7 @@ from knowledge_store.configuration import CalibrationOptions, DumpOptions, GgufO
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
 from knowledge_store.options import check_options, flag_of, option
+from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
 from teacher_dump.extraction import EXTRACTORS, option_classes
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.protocol import ATTENTIONS, DEVICE_MAPS, DTYPES, QUANTISATIONS
@@ -100,6 +101,19 @@ class CorpusOptions(NamedTeacher):
         help="What becomes of prompts with completions, and of conversations, that are longer: cut their end off, skip them, or"
         " refuse the corpus. Plain text is never lost: it continues in another sequence.",
     )
+    chat_template: Path | None = option(
+        None, metavar="FILE", help="A chat template (Jinja) that stands in for the tokenizer's own; resuming needs no file."
+    )
+    train_on: str | None = option(
+        None,
+        choices=TRAIN_ON,
+        help="Which messages of the assistant are targets in a conversation: all (without this option), or the last of a row.",
+    )
+    template_date: str | None = option(
+        None,
+        metavar="YYYY-MM-DD",
+        help="The date that a chat template gets when it asks for today's; without it, the day on which the dump was begun.",
+    )
 
     def __post_init__(self) -> None:
         files: Any = self.corpus
@@ -108,6 +122,8 @@ class CorpusOptions(NamedTeacher):
         super().__post_init__()
         if not corpus:
             raise InputError("name at least one corpus file")
+        if self.template_date is not None:
+            check_date(self.template_date)
 
     @property
     def part_characters(self) -> int:

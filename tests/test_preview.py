@@ -110,3 +110,18 @@ def test_a_teacher_without_a_tokenizer_is_refused(corpus, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"the tokenizer in .* cannot be loaded"):
         preview(PreviewConfig(str(tmp_path / "empty"), (corpus,)))
+
+
+def test_reasoning_that_the_template_drops_from_earlier_turns_is_counted_and_told(tmp_path, tokenizer_folder):
+    template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>"
+        "{% if loop.last and message['reasoning_content'] %}({{ message['reasoning_content'] }}) {% endif %}"
+        "{{ message['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    (tokenizer_folder / "chat_template.jinja").write_text(template)
+    answer = {"role": "assistant", "content": "Far.", "reasoning_content": "As far as it is seen."}
+    corpus = write_jsonl(tmp_path / "reasoning.jsonl", [{"messages": [*TURNS[:1], answer] * 2}])
+    result = run_command("teacher_dump", "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 200)
+    assert result.returncode == 0, result
+    assert "reasoning of 1 message left out by the template" in result.stdout
+    assert "The chat template leaves the reasoning of 1 message out" in result.stdout

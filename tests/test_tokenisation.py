@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_no_sequence_is_too_long_or_trains_on_what_nothing_predicts(tokenizer, o
         except EmptyRow:
             continue
         except BadRow as reason:
-            assert "text" not in content and ("leaves no" in str(reason) or "turn by turn" in str(reason))
+            assert "text" not in content and re.search("leaves no|an answer is empty|private-use plane", str(reason))
             continue
         for sequence in sequences:
             assert 2 <= len(sequence.token_ids) == len(sequence.is_target) <= max_length
@@ -161,7 +162,7 @@ def test_a_conversation_as_prompt_and_completion(tokenizer):
     (sequence,) = CorpusTokenizer(tokenizer, 64).sequences(document(prompt=prompt, completion=completion))
     rendered = "<|user|>How far?<|end|>\n<|assistant|>As far as somebody looks.<|end|>\n"
     assert ids_of(sequence) == tokenizer(rendered)["input_ids"]  # no second end of sequence
-    assert words_of(tokenizer, sequence) == ["As far as somebody looks.<|end|>\n"]
+    assert words_of(tokenizer, sequence) == ["As far as somebody looks.<|end|>"]
 
 
 def test_what_goes_on_after_the_maximum_length_is_cut_and_said(tokenizer):
@@ -222,21 +223,14 @@ def test_the_assistants_turns_count_with_and_without_marks(template, trim_offset
     assert words_of(tokenizer, sequence) == ["Far é🌊.<|end|>", "  As far\n\nas somebody looks. <|end|>"]
 
 
-def test_a_template_that_renders_differently_turn_by_turn_is_refused(tokenizer):
+def test_a_template_that_leaves_words_out_is_refused_with_their_place():
     forgetful = make_tokenizer()
     forgetful.chat_template = (
         "{% for message in messages %}{% if loop.last or message['role'] == 'user' %}<|{{ message['role'] }}|>"
         "{{ message['content'] }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    with pytest.raises(BadRow, match=r"turn by turn \(message 3\)"):
+    with pytest.raises(BadRow, match=r"leaves out words of the row: message 1 \(system\), `content`; .* --chat-template"):
         CorpusTokenizer(forgetful, 128).sequences(document(messages=CONVERSATION))
-
-
-def test_a_template_that_leaves_the_assistant_out_is_refused():
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% generation %}{% endgeneration %}{% endfor %}"
-    with pytest.raises(BadRow, match="nothing is there to learn"):
-        CorpusTokenizer(tokenizer, 128).sequences(document(messages=CONVERSATION))
 
 
 def test_a_conversation_without_an_assistant_is_refused(tokenizer):

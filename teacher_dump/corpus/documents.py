@@ -120,7 +120,7 @@ def _row_content(record: Any) -> dict[str, Any] | str:
         return {"prompt": prompt, "completion": completion, "template_arguments": template_arguments(given)}
     if "messages" in given:
         if not is_conversation(given["messages"]):
-            return "`messages` must be a list of objects with `role` and `content`"
+            return "`messages` must be a list of objects with `role`"
         return {"messages": given["messages"], "template_arguments": template_arguments(given)}
     if "text" in given:
         return {"text": given["text"]} if isinstance(given["text"], str) else "`text` is not a string"

@@ -2,10 +2,9 @@
 
 * `text`: every token counts; an end-of-sequence token closes the text; a long text becomes consecutive windows, each opened
   by the tokens that the tokenizer puts before a text (a beginning-of-sequence token, where it has one).
-* `prompt` + `completion`: the completion's tokens count, from where prompt and prompt + completion differ as token ids.
-* `messages`: the assistant's tokens count, as the chat template marks them with {% generation %}. For a template without those
-  marks, an assistant turn is what the template adds to the prompt that would ask for it, and the row is refused where rendering
-  a conversation turn by turn does not give the conversation.
+* `prompt` + `completion` as text: the completion's tokens count, from where prompt and prompt + completion differ as token ids.
+* `messages`, and `prompt` + `completion` as messages: what the assistant writes counts, of the completion alone where there is
+  one (see `chat`).
 
 What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says how much was lost; or
 it is not used, if that is asked for.
@@ -22,7 +21,8 @@ import numpy as np
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.tokenizer import opening_tokens
-from teacher_dump.corpus.conversations import ChatTemplate
+from teacher_dump.corpus.chat.options import ChatOptions, today
+from teacher_dump.corpus.chat.template import ChatTemplate
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.rows import BadRow, EmptyRow, LongRow
 
@@ -39,7 +39,7 @@ class TokenSequence:
         token_ids: int64 (L,), L at least 2.
         is_target: bool (L,); never true at position 0, which nothing predicts.
         tokens_cut: how many tokens of the document come after its end; targets_cut: those of them that are targets.
-        dropped_reasoning: messages of which the chat template leaves the reasoning out.
+        dropped_reasoning: how many messages' reasoning the chat template left out, as it does in turns before the last.
     """
 
     document: Document
@@ -59,18 +59,22 @@ class TokenSequence:
 class CorpusTokenizer:
     """Turns documents into sequences of at most `max_length` tokens.
 
-    `cut` says whether what is longer loses its end, or cannot be used.
+    Args:
+        tokenizer: of the teacher.
+        max_length: in tokens.
+        cut: whether what is longer loses its end, or cannot be used.
+        chat: how conversations are rendered; as today without it.
 
     Raises (on construction):
         InputError: max_length leaves no room for text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, cut: bool = True):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, cut: bool = True, chat: ChatOptions | None = None):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.cut = cut
         self._opening = opening_tokens(tokenizer)
-        self._chat = ChatTemplate(tokenizer)
+        self._chat = ChatTemplate(tokenizer, chat or ChatOptions(today()))
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
@@ -91,10 +95,18 @@ class CorpusTokenizer:
             raise BadRow(document.problem)
         if document.text is not None:
             return self._windows(document, document.text)
-        if document.messages is not None:
-            token_ids, is_target = self._chat.tokens(document.messages, document.template_arguments or {})
-        else:
-            token_ids, is_target = self._completion(document)
+        if isinstance(document.prompt, str) and isinstance(document.completion, str):
+            return self._answer(document, *self._completion(document.prompt, document.completion))
+        messages, completion_from = document.messages or [], 0
+        if isinstance(document.prompt, list) and isinstance(document.completion, list):
+            messages, completion_from = [*document.prompt, *document.completion], len(document.prompt)
+        conversation = self._chat.tokens(messages, document.template_arguments, completion_from)
+        return self._answer(document, conversation.token_ids, conversation.is_target, conversation.dropped_reasoning)
+
+    def _answer(
+        self, document: Document, token_ids: np.ndarray, is_target: np.ndarray, dropped_reasoning: int = 0
+    ) -> list[TokenSequence]:
+        """The sequence of a document that has context and targets."""
         if len(token_ids) > self.max_length and not self.cut:
             raise LongRow(len(token_ids), self.max_length)
         first = int(np.argmax(is_target)) if is_target.any() else len(token_ids)
@@ -102,19 +114,29 @@ class CorpusTokenizer:
             raise BadRow(
                 f"the prompt leaves no room for what follows it (it has {first} tokens, and --max-length is {self.max_length})"
             )
-        sequence = self._sequence(document, 0, token_ids, is_target)
+        sequence = self._sequence(document, 0, token_ids, is_target, dropped_reasoning)
         return [sequence] if sequence.is_target.any() else []
 
-    def _sequence(self, document: Document, window: int, token_ids: np.ndarray, is_target: np.ndarray) -> TokenSequence:
+    def _sequence(
+        self, document: Document, window: int, token_ids: np.ndarray, is_target: np.ndarray, dropped_reasoning: int = 0
+    ) -> TokenSequence:
+        kept = is_target[: self.max_length].copy()
+        kept[:1] = False
+        cut = max(len(token_ids) - self.max_length, 0)
         targets_cut = int(is_target[self.max_length :].sum())
-        is_target = is_target[: self.max_length].copy()
-        is_target[:1] = False
-        tokens_cut = max(len(token_ids) - self.max_length, 0)
-        return TokenSequence(document, window, token_ids[: self.max_length], is_target, tokens_cut, targets_cut)
+        return TokenSequence(document, window, token_ids[: self.max_length], kept, cut, targets_cut, dropped_reasoning)
 
     def _encode(self, text: str) -> list[int]:
         # The tokenizer warns of texts longer than its model's context; windows take care of that.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _encode_continuation(self, text: str) -> list[int]:
+        """The tokens of a text that goes on after a line's end: some tokenizers put a space before what they think a text's
+        beginning."""
+        line_end = self._encode("\n")
+        token_ids = self._encode("\n" + text)
+        follows = token_ids[: len(line_end)] == line_end
+        return token_ids[len(line_end) :] if follows and len(token_ids) > len(line_end) else self._encode(text)
 
     def _close(self, token_ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
@@ -123,7 +145,7 @@ class CorpusTokenizer:
     def _windows(self, document: Document, text: str) -> list[TokenSequence]:
         if not text:
             return []
-        token_ids = self._encode(text)
+        token_ids = self._encode(text) if document.part == 0 else self._encode_continuation(text)
         if document.last_part:
             token_ids = self._close(token_ids)
         room = self.max_length - len(self._opening)
@@ -138,16 +160,9 @@ class CorpusTokenizer:
             if len(ids) > 1
         ]
 
-    def _completion(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
-        prompt, completion = document.prompt, document.completion
-        if isinstance(prompt, str) and isinstance(completion, str):
-            prompt_ids = [*self._opening, *self._encode(prompt)]
-            token_ids = self._close([*self._opening, *self._encode(prompt + completion)])
-        else:
-            assert isinstance(prompt, list) and isinstance(completion, list)
-            arguments = document.template_arguments or {}
-            prompt_ids = self._encode(self._chat.render(prompt, arguments, add_generation_prompt=True))
-            token_ids = self._encode(self._chat.render([*prompt, *completion], arguments))
+    def _completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+        prompt_ids = [*self._opening, *self._encode(prompt)]
+        token_ids = self._close([*self._opening, *self._encode(prompt + completion)])
         length = min(len(prompt_ids), len(token_ids))
         differing = np.array(prompt_ids[:length]) != np.array(token_ids[:length])
         prompt_length = int(np.argmax(differing)) if differing.any() else length
@@ -157,12 +172,13 @@ class CorpusTokenizer:
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What goes into the manifest about a tokenizer: the hash of its vocabulary (token → id), its size and special ids."""
     vocabulary = tokenizer.get_vocab()
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    templates = tokenizer.chat_template or ""
+    named = isinstance(templates, dict)
     return {
         "vocabulary_sha256": json_sha256(vocabulary),
         "size": len(vocabulary),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "chat_template_sha256": json_sha256(templates) if named else hashlib.sha256(templates.encode()).hexdigest(),
     }

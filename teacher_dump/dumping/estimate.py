@@ -24,6 +24,7 @@ from teacher_dump.dumping.batches import extract_batch, find_batching, length_ba
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer
 from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
 from teacher_dump.dumping.publishing import Knowledge
+from teacher_dump.dumping.request import chat_asked
 from teacher_dump.dumping.teacher_pass import shard_of
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
 from teacher_dump.teachers.local import load_teacher
@@ -120,7 +121,8 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     Raises:
         InputError: something given cannot be used, or the sample holds nothing that can.
     """
-    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher))
+    chat = chat_asked(config)
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher), chat)
     documents, count, characters = _sample_documents(config, reporter)
     sequences: list[TokenSequence] = []
     tally = Tally(config.too_long)
@@ -142,7 +144,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     batching = find_batching(config, teacher, config.max_length, reporter)
-    manifest = replace(identity_manifest(config, teacher, "estimate", reporter=reporter), derived={"columns": {}})
+    manifest = replace(identity_manifest(config, teacher, "estimate", chat, reporter=reporter), derived={"columns": {}})
     random.Random(0).shuffle(sequences)
     chosen: list[TokenSequence] = []
     for sequence in sequences:

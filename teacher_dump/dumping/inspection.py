@@ -11,11 +11,12 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.quantities import counted, percentage
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CorpusOptions, DumpConfig
+from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.documents import problem_text
 from teacher_dump.corpus.rows import LongRow
 from teacher_dump.corpus.scan import scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.request import check_length
+from teacher_dump.dumping.request import chat_asked, check_length
 from teacher_dump.teachers.files import find_folder, stated_sizes
 
 if TYPE_CHECKING:
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
 
 
 def inspect_before_loading(
-    config: DumpConfig, existing: Manifest | None, teacher: Teacher | None, *, reporter: Reporter = SILENT
+    config: DumpConfig,
+    existing: Manifest | None,
+    teacher: Teacher | None,
+    chat: ChatOptions,
+    *,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Make sure that the rows of a corpus can be used, and as many of them as is asked for.
 
@@ -33,6 +39,7 @@ def inspect_before_loading(
         config: of the dump.
         existing: the manifest of a dump that is resumed or repaired, which knows.
         teacher: the one that is loaded already; without one its tokenizer is loaded.
+        chat: how conversations are rendered.
         reporter: hears of progress.
 
     Returns:
@@ -49,7 +56,7 @@ def inspect_before_loading(
         from teacher_dump.teachers.local import find_device
 
         find_device(config.device)
-    return look_through(config, teacher_tokenizer(config, teacher), reporter=reporter)
+    return look_through(config, teacher_tokenizer(config, teacher), chat, reporter=reporter)
 
 
 def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None, weights: bool = True) -> PreTrainedTokenizerBase:
@@ -74,12 +81,20 @@ def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None, weights: b
     return load_tokenizer(str(folder), config.gguf_file)
 
 
-def corpus_tokenizer(config: CorpusOptions, tokenizer: PreTrainedTokenizerBase) -> CorpusTokenizer:
-    """What makes sequences of documents as the options say (InputError: --max-length leaves no room)."""
-    return CorpusTokenizer(tokenizer, config.max_length, cut=config.too_long == "cut")
+def corpus_tokenizer(
+    config: CorpusOptions, tokenizer: PreTrainedTokenizerBase, chat: ChatOptions | None = None
+) -> CorpusTokenizer:
+    """What makes sequences of documents as the options say; `chat` is how conversations are rendered, where a dump knows.
+
+    Raises:
+        InputError: --max-length leaves no room, or the file of the chat template cannot be used.
+    """
+    return CorpusTokenizer(tokenizer, config.max_length, config.too_long == "cut", chat or chat_asked(config))
 
 
-def look_through(config: DumpConfig, tokenizer: PreTrainedTokenizerBase, *, reporter: Reporter = SILENT) -> dict[str, Any]:
+def look_through(
+    config: DumpConfig, tokenizer: PreTrainedTokenizerBase, chat: ChatOptions, *, reporter: Reporter = SILENT
+) -> dict[str, Any]:
     """Read and tokenise every row of a corpus; nothing is written.
 
     Returns:
@@ -89,7 +104,7 @@ def look_through(config: DumpConfig, tokenizer: PreTrainedTokenizerBase, *, repo
         InputError: the corpus cannot be used, or a row cannot; names it.
     """
     size = sum(path.stat().st_size for path in config.corpus)
-    sequences = corpus_tokenizer(config, tokenizer)
+    sequences = corpus_tokenizer(config, tokenizer, chat)
     with reporter.progress("looking through the corpus", size) as advance:
         scanned = scan(config.corpus, sequences, config.shard_size, config.part_characters, config.too_long, advance)
     check_counts(config, scanned.counts)

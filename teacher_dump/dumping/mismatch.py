@@ -11,7 +11,7 @@ from knowledge_store.format.manifest import Manifest, in_words
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.request import parameters_asked, plan_record
+from teacher_dump.dumping.request import chat_asked, parameters_asked, plan_record
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.fingerprints import corpus_record
 
@@ -19,6 +19,9 @@ _NAMES = {
     "plan.max_length": "--max-length",
     "plan.too_long": "--too-long",
     "plan.shard_size": "--shard-size",
+    "plan.chat.date": "--template-date",
+    "plan.chat.train_on": "--train-on",
+    "plan.chat.template_sha256": "the text of --chat-template",
     "teacher.dtype": "--dtype",
     "teacher.quantize": "--quantize",
 }
@@ -32,7 +35,8 @@ def check_options(config: DumpConfig, storage: Storage, existing: Manifest, *, r
         InputError: a file of the corpus, or one that an option names, cannot be used.
     """
     kinds = {name: parameters_asked(config, name).to_record() for name in config.kinds}
-    asked = plan_record(config)
+    dated = config.template_date is not None or "date" in existing.plan.get("chat", {})
+    asked = plan_record(config, chat_asked(config, existing).record(dated))
     corpus = {"files": corpus_record(config.corpus, reporter=reporter)}
     check_same(storage, existing, replace(existing, kinds=kinds, corpus=corpus, plan={**existing.plan, **asked}))
 
@@ -55,6 +59,7 @@ def _sentences(existing: Manifest, asked: Manifest) -> list[str]:
     changes = existing.changes(asked)
     if "plan.max_length" in changes:
         changes.pop("plan.part_characters", None)  # which follows from it
+    changes.pop("plan.chat.template", None)  # its hash says so
     sentences = [_sentence(name, *values, existing, asked) for name, values in changes.items()]
     return list(dict.fromkeys(sentences))
 

@@ -13,12 +13,14 @@ from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
+from teacher_dump.corpus.chat.options import ChatOptions
+from teacher_dump.corpus.chat.rendering import Renderer
 from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check_files, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
 from teacher_dump.dumping.inspection import look_through
-from teacher_dump.dumping.request import check_length, parameters_asked, plan_record
+from teacher_dump.dumping.request import chat_asked, check_length, parameters_asked, plan_record
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.fingerprints import corpus_record
 from teacher_dump.teachers.protocol import Teacher
@@ -35,19 +37,27 @@ def corpus_files(config: CorpusOptions, files: tuple[Path, ...], teacher: Teache
     return corpus_record(files, reporter=reporter)
 
 
-def identity_manifest(config: EstimateConfig, teacher: Teacher, dump: str, *, reporter: Reporter = SILENT) -> Manifest:
+def identity_manifest(
+    config: EstimateConfig, teacher: Teacher, dump: str, chat: ChatOptions, *, reporter: Reporter = SILENT
+) -> Manifest:
     """The manifest of the dump that `config` asks for, with nothing derived yet.
+
+    Args:
+        config, teacher, dump: what is asked, of whom, and the dump's name.
+        chat: how conversations are rendered.
+        reporter: hears of progress.
 
     Raises:
         InputError: the corpus cannot be used, or an option does not fit the teacher.
     """
+    dated = config.template_date is not None or Renderer(teacher.tokenizer, chat).asks_for_date()
     return Manifest(
         dump=dump,
         kinds={name: _parameters(name, config, teacher).to_record() for name in config.kinds},
         teacher=teacher.description,
         tokenizer=describe_tokenizer(teacher.tokenizer),
         corpus={"files": corpus_files(config, config.corpus, teacher, reporter)},
-        plan=plan_record(config),
+        plan=plan_record(config, chat.record(dated)),
         derived={},
     )
 
@@ -63,21 +73,28 @@ def kept_parameters(manifest: Manifest) -> dict[str, Parameters]:
 
 
 def make_manifest(
-    config: DumpConfig, teacher: Teacher, derived: dict[str, Any] | None = None, *, reporter: Reporter = SILENT
+    config: DumpConfig,
+    teacher: Teacher,
+    chat: ChatOptions | None = None,
+    derived: dict[str, Any] | None = None,
+    *,
+    reporter: Reporter = SILENT,
 ) -> Manifest:
     """The manifest of the dump that `config` asks for.
 
     Args:
         config: of the dump.
         teacher: that is loaded.
+        chat: how conversations are rendered; as in a dump that begins today without it.
         derived: what `look_through` gave; None to look through the corpus now.
         reporter: hears of progress.
 
     Raises:
         InputError: the corpus cannot be used, or an option does not fit the teacher.
     """
-    manifest = identity_manifest(config, teacher, config.dump_name, reporter=reporter)
-    return replace(manifest, derived=derived or look_through(config, teacher.tokenizer, reporter=reporter))
+    chat = chat or chat_asked(config)
+    manifest = identity_manifest(config, teacher, config.dump_name, chat, reporter=reporter)
+    return replace(manifest, derived=derived or look_through(config, teacher.tokenizer, chat, reporter=reporter))
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import check_before_loading, check_request
 from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.dumping.request import chat_asked
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -67,7 +68,8 @@ def repair(
             shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
     loading = check_before_loading(config, storage, existing, teacher, reporter)
-    derived = inspect_before_loading(config, existing, teacher, reporter=reporter)
+    chat = chat_asked(config, existing)
+    derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
 
     # Torch takes seconds to import: mistakes that were found above, and sound dumps, do not wait for it.
     from teacher_dump.dumping.batches import find_batching
@@ -79,10 +81,10 @@ def repair(
     teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     find_batching(config, teacher, config.max_length, reporter)
-    planned = make_manifest(config, teacher, derived, reporter=reporter)
+    planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)
-    reader = ShardReader(config, planned, corpus_tokenizer(config, teacher.tokenizer))
+    reader = ShardReader(config, planned, corpus_tokenizer(config, teacher.tokenizer, chat))
     tokens = tokens_table(*teacher.tokens())
     made_again = existing is None and repair_manifest(storage, planned)
     writer = DumpWriter.open(storage, planned, tokens)

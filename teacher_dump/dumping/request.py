@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from knowledge_store.errors import InputError
+from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import Parameters
 from teacher_dump.configuration import CorpusOptions, EstimateConfig
+from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.teachers.files import check_local_teacher, stated_sizes
 
@@ -23,13 +25,25 @@ def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
     return KINDS[kind].parameters() if parameters is None else parameters(config.kind_options(kind))
 
 
-def plan_record(config: EstimateConfig) -> dict[str, Any]:
-    """`plan` of the manifest: how documents become sequences and shards."""
+def chat_asked(config: CorpusOptions, existing: Manifest | None = None) -> ChatOptions:
+    """How conversations are rendered: as the options say, and what they do not say as the dump that exists was made, or else as
+    a dump that begins today is.
+
+    Raises:
+        InputError: the file of the chat template cannot be used.
+    """
+    kept = {} if existing is None else existing.plan.get("chat", {})
+    return ChatOptions.asked(config.chat_template, config.train_on, config.template_date, kept)
+
+
+def plan_record(config: EstimateConfig, chat: dict[str, Any]) -> dict[str, Any]:
+    """`plan` of the manifest: how documents become sequences and shards; `chat` is how conversations do."""
     return {
         "max_length": config.max_length,
         "too_long": config.too_long,
         "shard_size": config.shard_size,
         "part_characters": config.part_characters,
+        "chat": chat,
     }
 
 

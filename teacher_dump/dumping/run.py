@@ -16,6 +16,7 @@ from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.remaining import remaining_shards, worker_shards
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.dumping.request import chat_asked
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -46,7 +47,8 @@ def dump(
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
     loading = check_before_loading(config, storage, existing, teacher, reporter)
-    derived = inspect_before_loading(config, existing, teacher, reporter=reporter)
+    chat = chat_asked(config, existing)
+    derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.dumping.batches import find_batching
@@ -58,13 +60,14 @@ def dump(
     teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
     check_needs(config.kinds, teacher)
     find_batching(config, teacher, config.max_length, reporter)  # a teacher that cannot be asked is refused here
-    existing = existing or existing_manifest(storage, config.dump_name)
-    planned = make_manifest(config, teacher, derived, reporter=reporter)
+    if existing is None and (existing := existing_manifest(storage, config.dump_name)) is not None:
+        chat, derived = chat_asked(config, existing), existing.derived  # another worker has begun the dump, maybe yesterday
+    planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)
     writer = DumpWriter.open(storage, planned, tokens_table(*teacher.tokens()))
     pending = remaining_shards(writer, rank, world_size)
-    reader = ShardReader(config, writer.manifest, corpus_tokenizer(config, teacher.tokenizer))
+    reader = ShardReader(config, writer.manifest, corpus_tokenizer(config, teacher.tokenizer, chat))
     started = time.monotonic()
     committed = dump_shards(config, teacher, reader, writer, pending, writer.commit, reporter)
     return DumpReport(

@@ -7,6 +7,7 @@ from typing import Any
 
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import (
+    TEMPLATE_FILES,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
     check_folder_name,
@@ -85,4 +86,4 @@ def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(path.name in VOCABULARY_FILES for path in tokenizer):
         raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
-    return [*weights, folder / "config.json", *tokenizer]
+    return [*weights, folder / "config.json", *tokenizer, *sorted(folder.glob(TEMPLATE_FILES))]

@@ -318,7 +318,7 @@ def load_teacher(
         "max_positions": getattr(config, "max_position_embeddings", None),
         "dtype": str(model.dtype).removeprefix("torch."),
         **({"quantize": loading.quantize} if loading.quantised else {}),
-        "files": {path.name: file_sha256(path, reporter=reporter) for path in files},
+        "files": {path.relative_to(folder).as_posix(): file_sha256(path, reporter=reporter) for path in files},
     }
     loaded = LocalTeacher(model, tokenizer, description, where, whole)
     with _asked(folder):

@@ -1,0 +1,127 @@
+"""A chat template on conversations: text with all its words, its tokens, and the targets among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from knowledge_store.errors import InputError
+from teacher_dump.corpus.chat.fields import think_tags
+from teacher_dump.corpus.chat.messages import Message, forms, messages_of
+from teacher_dump.corpus.chat.options import ChatOptions
+from teacher_dump.corpus.chat.rendering import Renderer, check_arguments
+from teacher_dump.corpus.chat.shapes import Row, Shapes
+from teacher_dump.corpus.chat.turns import Text, Turns
+from teacher_dump.corpus.chat.words import LostWords, Rendered, Words
+from teacher_dump.corpus.rows import BadRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template makes of a conversation.
+
+    Attributes:
+        token_ids: int64 (L,).
+        is_target: bool (L,), what the assistant writes: content, reasoning, calls, and the token that ends its turn.
+        dropped_reasoning: how many messages' reasoning the template left out, as it does in turns before the last.
+    """
+
+    token_ids: np.ndarray
+    is_target: np.ndarray
+    dropped_reasoning: int
+
+
+class ChatTemplate:
+    """A tokenizer's chat template at work on conversations.
+
+    Args:
+        tokenizer: of the teacher.
+        options: what a manifest says of conversations.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: ChatOptions):
+        self._tokenizer, self._options = tokenizer, options
+        self._renderer = Renderer(tokenizer, options)
+        shapes = Shapes(self._renderer)
+        self._words = Words(self._renderer, shapes)
+        self._turns = Turns(shapes)
+        self._special = _special_tokens(tokenizer)
+
+    def tokens(
+        self, records: list[dict[str, Any]], arguments: dict[str, Any] | None = None, completion_from: int = 0
+    ) -> Conversation:
+        """A conversation's tokens and targets.
+
+        Args:
+            records: its messages, as the row has them.
+            arguments: `chat_template_kwargs`, and `tools` among them.
+            completion_from: index of the first message that may be a target.
+
+        Raises:
+            BadRow: it cannot be used, or some of its words would be lost; names message and field.
+            InputError: the tokenizer cannot be used for conversations.
+        """
+        if not self._tokenizer.is_fast:
+            raise InputError(
+                "the corpus has conversations, and the teacher's tokenizer (a slow one) cannot tell where in a text its tokens"
+                " stand: give rows with `prompt` and `completion` as strings"
+            )
+        arguments = dict(arguments or {})
+        tools = arguments.pop("tools", None) or None
+        check_arguments(arguments)
+        messages = messages_of(records)
+        targets = self._targets(messages, completion_from)
+        rendered = self._rendered(Row(messages, tools, arguments, think_tags(self._renderer.template(tools))))
+        rendering = rendered.marked.text
+        encoded = self._tokenizer(rendering, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        text = Text.of(rendering, encoded["input_ids"], encoded["offset_mapping"], self._special)
+        is_target = np.zeros(len(text.token_ids), bool)
+        for index in targets:
+            is_target |= self._turns.of(rendered, text, index)
+        if not is_target.any():
+            raise BadRow("the chat template leaves nothing of the assistant's messages, so nothing is there to learn")
+        return Conversation(text.token_ids, is_target, len(rendered.dropped_reasoning))
+
+    def _targets(self, messages: list[Message], completion_from: int) -> list[int]:
+        """Indices of the messages to learn."""
+        assistants = [
+            index for index, message in enumerate(messages) if message.role == "assistant" and index >= completion_from
+        ]
+        if not assistants:
+            raise BadRow("no message has the role `assistant`, so nothing is there to learn")
+        if self._options.train_on == "last":
+            assistants = assistants[-1:]
+        targets = [index for index in assistants if messages[index].target is not False]
+        if not targets:
+            raise BadRow("`weight` or `train` leaves no message of the assistant to learn")
+        for index in targets:
+            if not messages[index].has_words:
+                raise BadRow(
+                    f"an answer is empty, so only the end of its turn is there to learn: message {index + 1} (assistant)"
+                )
+        return targets
+
+    def _rendered(self, row: Row) -> Rendered:
+        """The row in the first form in which the template shows all its words."""
+        problem: BadRow | None = None
+        for form in forms(row.messages):
+            try:
+                return self._words.rendered(row, form)
+            except LostWords as lost:
+                if not isinstance(problem, LostWords) or len(lost.fields) < len(problem.fields):
+                    problem = lost
+            except BadRow as refusal:
+                problem = problem or refusal
+        assert problem is not None
+        raise problem
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the special tokens, also of those that have no name of their own."""
+    added = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
+    return frozenset({*added, *tokenizer.all_special_ids})

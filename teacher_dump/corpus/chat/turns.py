@@ -1,0 +1,208 @@
+"""Where an assistant's turn begins and ends in a rendered conversation.
+
+A turn is the words between its first mark and its last; before them, what follows the prompt that asks for an answer, which is
+the syntax of a call or the marks of reasoning; after them, what stands there too when the conversation ends with the turn or
+goes on in another way: the syntax that closes a call, and the end-of-turn token. Where no special token is among these, the
+one that follows directly ends the turn: some templates end a turn by the header of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from teacher_dump.corpus.chat.fields import CONTENT, Field
+from teacher_dump.corpus.chat.marks import Marked
+from teacher_dump.corpus.chat.messages import Form
+from teacher_dump.corpus.chat.shapes import ASSISTANT, USER, Row, Shapes
+from teacher_dump.corpus.chat.words import Rendered
+from teacher_dump.corpus.rows import BadRow
+
+
+@dataclass(frozen=True)
+class Text:
+    """A rendered conversation and the tokens it is cut into.
+
+    Attributes:
+        text: the rendering.
+        token_ids: int64 (L,).
+        begins, ends: int64 (L,), the characters that each token stands for.
+        special: bool (L,), which tokens are special ones.
+    """
+
+    text: str
+    token_ids: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+    special: np.ndarray
+
+    @classmethod
+    def of(cls, text: str, ids: list[int], offsets: list[tuple[int, int]], special: frozenset[int]) -> Text:
+        """From what a tokenizer says of a text, and which of its tokens are special."""
+        begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+        # Some tokenizers leave white space out of their offsets. A token of nothing else begins where the one before it ended.
+        begins = np.where(begins < ends, begins, np.minimum(begins, np.concatenate([[0], ends[:-1]])))
+        return cls(text, np.array(ids, np.int64), begins, ends, np.array([token in special for token in ids], bool))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Marks of one message with none of another between them, as indices in `Marked.marks`: the first and the last."""
+
+    first: int
+    last: int
+
+
+class Turns:
+    """Finds the targets of assistant messages.
+
+    Args:
+        shapes: of the template's outlines.
+    """
+
+    def __init__(self, shapes: Shapes):
+        self._shapes = shapes
+
+    def of(self, rendered: Rendered, text: Text, index: int) -> np.ndarray:
+        """Which tokens are the turn of one assistant message, bool (L,).
+
+        Args:
+            rendered: the conversation.
+            text: its tokens.
+            index: of the message.
+
+        Raises:
+            BadRow: a token holds words of another message too, or nobody can tell where a turn begins or ends.
+        """
+        targets = np.zeros(len(text.token_ids), bool)
+        marked = rendered.marked
+        runs = _runs(marked, index)
+        if not runs and index not in rendered.dropped_reasoning:
+            raise BadRow(f"an answer has no words beside marks of reasoning: message {index + 1}; remove it")
+        if runs:
+            self._check_results(rendered, runs, index)
+        for number, run in enumerate(runs):
+            before = marked.marks[run.first - 1].position if run.first else 0
+            words = marked.marks[run.first].position
+            end = marked.marks[run.last].position
+            after = marked.next_mark(run.last)
+            begin = words if number else before + self._header(rendered, run, index, text.text[before:words])
+            inner = (text.begins < end) & (text.ends > begin)
+            if (inner & ((text.begins < before) | (text.ends > after))).any():
+                raise BadRow(
+                    "a token holds words of the assistant and of another message, so that it is neither target nor context:"
+                    f" message {index + 1}; name another template with --chat-template"
+                )
+            targets |= inner | self._closing(rendered, text, run, index, end, after)
+        return targets
+
+    def _check_results(self, rendered: Rendered, runs: list[Run], index: int) -> None:
+        """Make sure that no result of a call stands within a run, unseen because it is empty."""
+        silent = [n for n, message in enumerate(rendered.row.messages) if message.role == "tool" and not message.has_words]
+        if not silent:
+            return
+        messages = [
+            replace(message, content=("word",)) if number in silent else message
+            for number, message in enumerate(rendered.outline.messages)
+        ]
+        speaking = self._shapes.marked(replace(rendered.outline, messages=messages), rendered.form)
+        if speaking is None or len(_runs(speaking, index)) != len(runs):
+            raise BadRow(
+                "the result of a call is empty, and the chat template puts it into the assistant's turn, where nobody can tell"
+                f" it from the answer: message {index + 1}; give the result words"
+            )
+
+    def _header(self, rendered: Rendered, run: Run, index: int, before: str) -> int:
+        """How many characters between a turn's words and the words before them are the template's, and not the assistant's."""
+        form, marked = rendered.form, rendered.marked
+        if index and run.first:
+            previous = marked.marks[run.first - 1].field
+            for source in rendered.sources:
+                prompt = self._after(source.first(index), form, previous, prompt=True)
+                silence = self._after(source.first(index), form, previous)
+                if prompt is None or silence is None:
+                    continue
+                shared = _shared(before, prompt)
+                if shared > _shared(prompt, silence):
+                    return shared
+        header = self._prompt(rendered)
+        if header and (place := before.rfind(header)) >= 0:
+            return place + len(header)
+        answer = Field(index, "content", CONTENT)
+        plain = self._shapes.marked(rendered.outline.first(index, ASSISTANT), form)
+        if plain is not None and answer in plain.places:
+            first = plain.places[answer][0]
+            start = plain.marks[first - 1].position if first else 0
+            return _shared(before, plain.text[start : plain.marks[first].position])
+        return len(before)
+
+    def _closing(self, rendered: Rendered, text: Text, run: Run, index: int, end: int, after: int) -> np.ndarray:
+        """Which tokens between the end of a turn's words and the next mark close the turn, bool (L,)."""
+        field = rendered.marked.marks[run.last].field
+        following = text.text[end:after]
+        closing = np.zeros(len(text.token_ids), bool)
+        for other in self._endings(rendered, index, field, following):
+            stop = end + _shared(following, other)
+            visible = end + len(text.text[end:stop].rstrip())
+            closing = (text.begins >= end) & (text.begins < visible) & (text.ends <= _past_space(text.text, stop))
+            if closing.any():
+                break
+        prompt = self._prompt(rendered)
+        if not prompt:  # the template asks for an answer at every end, or never: what stands there is no witness
+            ends = np.flatnonzero(closing & text.special)
+            closing[ends[0] + 1 if len(ends) else len(closing) :] = False
+        if not (closing & text.special).any():
+            begin = _past_space(text.text, int(text.ends[closing].max()) if closing.any() else end)
+            direct = text.special & (text.begins >= end) & (text.begins <= begin) & (text.ends > begin)
+            # The header of another turn of the assistant does not end this one.
+            if direct.any() and not prompt.lstrip().startswith(text.text[begin : text.ends[direct].max()]):
+                closing |= direct
+        return closing
+
+    def _endings(self, rendered: Rendered, index: int, field: Field, following: str) -> Iterator[str]:
+        """What follows a turn's last field where the conversation ends with it, or where it goes on if it ends there itself."""
+        last = index + 1 == len(rendered.row.messages)
+        alone = last
+        for source in rendered.sources:
+            other = self._after(source.first(index + 1, *([USER] if last else [])), rendered.form, field)
+            if other is not None:
+                alone = False
+                yield other
+        if alone:
+            yield following
+
+    def _prompt(self, rendered: Rendered) -> str:
+        """What asks for an answer to a question; empty where nothing does."""
+        asked = self._shapes.marked(rendered.outline.first(0, USER), rendered.form, prompt=True)
+        ended = self._shapes.marked(rendered.outline.first(0, USER), rendered.form)
+        return "" if asked is None or ended is None else asked.text[_shared(asked.text, ended.text) :]
+
+    def _after(self, row: Row, form: Form, field: Field, prompt: bool = False) -> str | None:
+        marked = self._shapes.marked(row, form, prompt)
+        return None if marked is None else marked.after(field)
+
+
+def _runs(marked: Marked, index: int) -> list[Run]:
+    """The runs of a message's fields, each field where it stands first."""
+    places = sorted(place for field, place in marked.places.items() if field.message == index)
+    runs: list[Run] = []
+    for first, last in places:
+        if runs and all(mark.field.message == index for mark in marked.marks[runs[-1].last : first]):
+            runs[-1] = Run(runs[-1].first, max(last, runs[-1].last))
+        else:
+            runs.append(Run(first, last))
+    return runs
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginnings."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    return next(place for place in range(length) if one[place] != other[place])
+
+
+def _past_space(text: str, place: int) -> int:
+    return len(text) - len(text[place:].lstrip())

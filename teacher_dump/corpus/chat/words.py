@@ -1,0 +1,177 @@
+"""No word of a row is lost: a rendering with marks shows every field, or the row is refused with the field's name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from teacher_dump.corpus.chat.fields import CONTENT, NAME, REASONING, TEXT, TOOLS, Field
+from teacher_dump.corpus.chat.marks import Marked, Marks
+from teacher_dump.corpus.chat.messages import Form
+from teacher_dump.corpus.chat.rendering import Renderer
+from teacher_dump.corpus.chat.shapes import Row, Shapes
+from teacher_dump.corpus.rows import BadRow
+
+
+class LostWords(BadRow):
+    """A template leaves out words of a row.
+
+    Attributes:
+        fields: that are lost.
+    """
+
+    def __init__(self, row: Row, fields: list[Field]):
+        self.fields = fields
+        place = fields[0]
+        if place.message == TOOLS:
+            which, remedy = f"`{place.name}`", "remove it"
+        else:
+            role = row.messages[place.message].role
+            which = f"message {place.message + 1} ({role}), `{place.name}`"
+            if place.kind == REASONING and place.name != "reasoning_content":
+                which += " (its reasoning)"
+            remedy = "give the message the role `system`" if role == "developer" else "remove it"
+        super().__init__(
+            f"the chat template leaves out words of the row: {which}; name a template that shows them with --chat-template, or"
+            f" {remedy}"
+        )
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row's text with all its words.
+
+    Attributes:
+        row, form: what was rendered.
+        outline: of the row; its identifiers stay where the text shows them.
+        marked: the rendering.
+        dropped_reasoning: indices of messages whose reasoning is left out because others follow.
+    """
+
+    row: Row
+    form: Form
+    outline: Row
+    marked: Marked
+    dropped_reasoning: frozenset[int]
+
+    @property
+    def sources(self) -> tuple[Row, Row]:
+        """What can be rendered in part to find out about the row: its outline, and where that is no help, itself."""
+        return self.outline, self.row
+
+
+class Words:
+    """Renders rows and makes sure that their words are there.
+
+    Args:
+        renderer: of the template.
+        shapes: of its outlines.
+    """
+
+    def __init__(self, renderer: Renderer, shapes: Shapes):
+        self._renderer, self._shapes = renderer, shapes
+
+    def rendered(self, row: Row, form: Form) -> Rendered:
+        """A row's text, and where the words of each field stand in it.
+
+        Raises:
+            LostWords: the template leaves some out.
+            BadRow: it refuses the row, or looks into its words, so that nobody can tell where they stand.
+        """
+        plain = self._text(row, form)
+        marks, marked = self._fitting(row, form, plain)
+        lost = [*marked.cut, *(place for place in [*marked.missing, *marks.unmarked] if not self._seen(row, form, place))]
+        dropped = {place.message for place in lost if place.kind == REASONING and self._drops(row, form, place)}
+        lost = [place for place in lost if place.kind != REASONING or place.message not in dropped]
+        lost += _miswritten(row, form, plain)
+        if lost:
+            raise LostWords(row, lost)
+        self._check_values(row, form, marks.values)
+        outline = row.outline(form)
+        if not any(identifier in plain for identifier in row.identifiers()):
+            outline = outline.with_numbered_identifiers()
+        return Rendered(row, form, outline, marked, frozenset(dropped))
+
+    def _text(self, row: Row, form: Form) -> str:
+        return self._renderer.render(row.messages, form, row.tools, row.arguments)
+
+    def _fitting(self, row: Row, form: Form, plain: str) -> tuple[Marks, Marked]:
+        """Marks that change nothing of the text, as many as there can be, and the rendering with them."""
+        marks = Marks()
+        marked = self._with_marks(row, form, marks)
+        if marked is not None and marked.text == plain:
+            return marks, marked
+        # The template looks into the words somewhere: find out where, one field at a time.
+        around, inside = set(), set()
+        for place in marks.fields:
+            if self._fits(row, form, plain, {place}, set()):
+                around.add(place)
+            elif not _is_answer(row, place) and self._fits(row, form, plain, set(), {place}):
+                inside.add(place)
+            elif _is_answer(row, place) and place.kind != NAME:
+                raise BadRow(
+                    "the chat template looks into the words of the assistant, so that its turns cannot be told from the rest:"
+                    f" message {place.message + 1}, `{place.name}`; name another template with --chat-template"
+                )
+        marks = Marks(around.__contains__, inside.__contains__)
+        marked = self._with_marks(row, form, marks)
+        if marked is None or marked.text != plain:
+            raise BadRow(
+                "the chat template looks into the words of several messages at once, so that the assistant's turns cannot be"
+                " told from the rest; name another template with --chat-template"
+            )
+        return marks, marked
+
+    def _fits(self, row: Row, form: Form, plain: str, around: set[Field], inside: set[Field]) -> bool:
+        marks = Marks(around.__contains__, inside.__contains__)
+        marked = self._with_marks(row, form, marks)
+        return marked is not None and marked.text == plain and not (marked.cut or marked.missing)
+
+    def _with_marks(self, row: Row, form: Form, marks: Marks) -> Marked | None:
+        changed = row.changed(form, marks.change)
+        try:
+            return Marked(self._text(changed, form), marks)
+        except BadRow:
+            return None
+
+    def _seen(self, row: Row, form: Form, place: Field) -> bool:
+        """Whether words without marks are in the text nevertheless: written in another way, such as a list of Python's."""
+        if place.kind not in (TEXT, NAME):
+            return False
+        # Of the messages an outline is enough where the words are a tool's.
+        return self._shapes.shows(row.outline(form) if place.message == TOOLS else row, form, place)
+
+    def _drops(self, row: Row, form: Form, place: Field) -> bool:
+        """Whether a template that leaves reasoning out shows it as long as no further message follows."""
+        if place.message + 1 == len(row.messages):
+            return False
+        cut = self._shapes.marked(row.outline(form).first(place.message + 1), form)
+        return cut is not None and place in cut.places
+
+    def _check_values(self, row: Row, form: Form, values: list[Field]) -> None:
+        """Make sure that numbers and truth values of arguments are in the text."""
+        outline = row.outline(form, values=True) if values else row
+        lost = [place for place in values if not self._shapes.shows(outline, form, place)]
+        if lost:
+            raise LostWords(row, lost)
+
+
+def _is_answer(row: Row, place: Field) -> bool:
+    return place.message != TOOLS and row.messages[place.message].role == "assistant"
+
+
+def _miswritten(row: Row, form: Form, text: str) -> list[Field]:
+    """Fields that stand in the text as Python prints an object or a list, or as JSON text within JSON text."""
+    places = []
+    for index, message in enumerate(row.messages):
+        if form.parts and str(message.record(form).get("content")) in text:
+            places.append(Field(index, "content", CONTENT))
+        for number, call in enumerate(message.calls):
+            written = str(call.arguments)
+            if form.arguments_as_text:
+                sound = call.text.strip() in text
+            else:
+                sound = written == json.dumps(call.arguments, ensure_ascii=False) or written not in text
+            if not sound:
+                places.append(Field(index, f"tool_calls[{number}].function.arguments", TEXT))
+    return places

@@ -1,0 +1,103 @@
+"""The chat templates people use, with conversations of many shapes: used with the right targets, or refused.
+
+A part of what `python -m benchmarks.chat_templates` looks at whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+from benchmarks.chat_templates import SHAPES, Judge, Shape, conversation, names, table_row
+from teacher_dump.corpus.rows import BadRow
+
+PER_TEMPLATE = 5
+
+
+@cache
+def judge(name: str, sentencepiece: bool = False) -> Judge:
+    return Judge(name, sentencepiece)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_template_is_used_with_the_right_targets_or_refuses(name):
+    generator = random.Random(name)
+    simple = Shape(2, "", "parts" if "idefics" in name or "vl" in name else "plain", "")
+    counted = table_row(judge(name), [simple, *generator.sample(SHAPES, PER_TEMPLATE)])
+    assert counted["faults"] == {}
+    assert counted["refusals"] == {}  # of what the template shows whole
+    assert counted["used"] >= 1
+
+
+@pytest.mark.parametrize("name", ["phi3", "gemma3", "qwen3", "gptoss", "llama3_1"])
+def test_tokens_with_their_spaces_as_sentencepiece_has_them(name):
+    counted = table_row(judge(name, sentencepiece=True), random.Random(name).sample(SHAPES, PER_TEMPLATE))
+    assert counted["faults"] == counted["refusals"] == {}
+
+
+def changes(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """A row with one field after another replaced by another word: words, and what people named arguments and properties."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            for place, changed in changes(item, f"{path}[{index}]"):
+                yield place, [*value[:index], changed, *value[index + 1 :]]
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            place = f"{path}.{key}"
+            if key in ("role", "id", "tool_call_id", "type", "required"):
+                continue
+            if "arguments" in path or path.endswith("properties"):
+                yield f"{place} (its name)", {("another" if name == key else name): each for name, each in value.items()}
+            if isinstance(item, bool):
+                yield place, {**value, key: not item}
+            elif isinstance(item, int):
+                yield place, {**value, key: item + 1}
+            elif isinstance(item, str):
+                yield place, {**value, key: "another"}
+            else:
+                yield from ((inner, {**value, key: changed}) for inner, changed in changes(item, place))
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("answers", ["tools and calls", "reasoning and calls"])
+def test_no_word_of_a_row_can_change_unnoticed(name, answers):
+    chat = judge(name).chat
+    messages, arguments, _ = conversation(Shape(2, "system", answers, ""))
+    for message in messages:
+        message.pop("name", None)  # of a tool's answer: the name of the call it answers
+    row = {"messages": messages, **arguments}
+    try:
+        whole = chat.tokens(messages, arguments)
+    except BadRow:
+        return
+    dropped = 0
+    for place, changed in changes(row):
+        try:
+            found = chat.tokens(changed["messages"], {name: changed[name] for name in arguments})
+        except BadRow:
+            continue
+        same = found.token_ids.tolist() == whole.token_ids.tolist()
+        dropped += same
+        assert not same or "reasoning_content" in place, place
+    assert dropped == whole.dropped_reasoning
+
+
+@pytest.mark.parametrize("name", names())
+def test_weight_and_train_change_the_targets(name):
+    chat = judge(name).chat
+    messages = conversation(Shape(2, "", "parts" if "idefics" in name or "vl" in name or "llava" in name else "plain", ""))[0]
+    whole = chat.tokens(messages)
+    last = [index for index, message in enumerate(messages) if message["role"] == "assistant"][-1]
+    for field, context in (("weight", 0), ("train", False)):
+        changed = copy.deepcopy(messages)
+        changed[last][field] = context
+        found = chat.tokens(changed)
+        assert found.token_ids.tolist() == whole.token_ids.tolist()
+        assert 0 < found.is_target.sum() < whole.is_target.sum() and not (found.is_target & ~whole.is_target).any()
+        changed[last][field] = type(context)(1)
+        assert chat.tokens(changed).is_target.tolist() == whole.is_target.tolist()

@@ -1,0 +1,360 @@
+"""Conversations: what messages may hold, which of them are targets, and that no word of a row is lost."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers.utils.chat_template_utils as transformers_templates
+from conftest import CHAT_TEMPLATE, make_tokenizer, write_jsonl
+from stores import read_whole
+
+from knowledge_store import InputError, KnowledgeStore, MismatchError
+from knowledge_store.format.manifest import read_manifest
+from knowledge_store.storage import open_storage
+from knowledge_store.tokenizer import opening_tokens
+from teacher_dump import DumpConfig, dump, repair
+from teacher_dump.corpus.chat import options as chat_options
+from teacher_dump.corpus.chat.options import ChatOptions
+from teacher_dump.corpus.chat.template import ChatTemplate
+from teacher_dump.corpus.documents import Document
+from teacher_dump.corpus.rows import BadRow
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, describe_tokenizer
+
+ASK = {"role": "user", "content": "How far?"}
+ANSWER = {"role": "assistant", "content": "As far as somebody looks."}
+CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {"far": 3, "at": ["sea", "sky"]}}}]}
+SEEN = {"role": "tool", "name": "look", "content": "a ship"}
+
+# Shows what the plain one does not: reasoning of the last turn, calls with their arguments as JSON, and tools.
+FULL_TEMPLATE = """\
+{%- for tool in tools or [] %}{{ tool | tojson }}{{ '\n' }}{% endfor %}
+{%- for message in messages %}<|{{ message['role'] }}|>
+{%- if loop.last and message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}
+{{- message['content'] }}
+{%- for call in message.tool_calls or [] %}<call>{{ call.function.name }}:{{ call.function.arguments | tojson }}</call>
+{%- endfor %}
+{{- '<|end|>\n' }}{% endfor %}
+{%- if add_generation_prompt %}<|assistant|>{% endif %}"""
+
+
+def chat(template: str = FULL_TEMPLATE, **options) -> ChatTemplate:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    return ChatTemplate(tokenizer, ChatOptions("2026-01-31", **options))
+
+
+def shown(template: ChatTemplate, messages: list[dict], **arguments) -> str:
+    """The conversation as text, with targets in brackets."""
+    found = template.tokens(messages, arguments)
+    tokenizer, runs = make_tokenizer(), itertools.groupby(range(len(found.token_ids)), key=lambda index: found.is_target[index])
+    texts = ((target, tokenizer.decode(found.token_ids[list(run)])) for target, run in runs)
+    return "".join(f"⟦{text}⟧" if target else text for target, text in texts)
+
+
+def test_calls_count_with_their_syntax_and_results_do_not():
+    assert shown(chat(), [ASK, CALL, SEEN, ANSWER]) == (
+        '<|user|>How far?<|end|>\n<|assistant|>⟦<call>look:{"far": 3, "at": ["sea", "sky"]}</call><|end|>⟧\n'
+        "<|tool|>a ship<|end|>\n<|assistant|>⟦As far as somebody looks.<|end|>⟧\n"
+    )
+
+
+def test_content_is_text_or_text_in_parts():
+    parts = [{"role": "user", "content": [{"type": "text", "text": "How "}, {"type": "text", "text": "far?"}]}, ANSWER]
+    assert shown(chat(), parts) == shown(chat(), [ASK, ANSWER])
+    picture = [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, ANSWER]
+    with pytest.raises(BadRow, match=r"message 1 \(user\): `content` has a part of type `image_url`"):
+        chat().tokens(picture)
+
+
+def test_arguments_are_an_object_or_json_text():
+    written = json.loads(json.dumps(CALL))
+    written["tool_calls"][0]["function"]["arguments"] = json.dumps(CALL["tool_calls"][0]["function"]["arguments"])
+    assert shown(chat(), [ASK, written]) == shown(chat(), [ASK, CALL])
+    wants_text = chat(FULL_TEMPLATE.replace("arguments | tojson", "arguments + ''"))
+    assert shown(wants_text, [ASK, written]) == shown(wants_text, [ASK, CALL]) == shown(chat(), [ASK, CALL])
+    written["tool_calls"][0]["function"]["arguments"] = '{"far": 3, "far": 4}'
+    with pytest.raises(BadRow, match=r"message 2 \(assistant\): `tool_calls\[0\].function.arguments` is not JSON .*twice"):
+        chat().tokens([ASK, written])
+
+
+def test_arguments_are_never_written_as_python_prints_an_object():
+    printed = chat(FULL_TEMPLATE.replace("arguments | tojson", "arguments | string"))
+    assert shown(printed, [ASK, CALL]) == shown(chat(), [ASK, CALL])
+    with pytest.raises(BadRow, match=r"message 2 \(assistant\), `tool_calls\[0\].function.arguments`"):
+        chat(FULL_TEMPLATE.replace("arguments | tojson", "arguments.copy()")).tokens([ASK, CALL])
+
+
+@pytest.mark.parametrize(
+    "message, place",
+    [
+        ({**ANSWER, "reasoning_content": "Light bends."}, r"message 2 \(assistant\), `reasoning_content`"),
+        (CALL, r"message 2 \(assistant\), `tool_calls\[0\].function.name`"),
+        ({**ANSWER, "note": "a word"}, r"message 2 \(assistant\), `note`"),
+    ],
+)
+def test_words_that_a_template_leaves_out_are_named_with_the_way_out(message, place):
+    with pytest.raises(BadRow, match=f"{place}; name a template that shows them with --chat-template, or remove it"):
+        chat(CHAT_TEMPLATE).tokens([ASK, message, ASK, ANSWER])
+    with pytest.raises(BadRow, match=r"`tools\[0\].function.name`"):
+        chat(CHAT_TEMPLATE).tokens([ASK, ANSWER], {"tools": [{"type": "function", "function": {"name": "look"}}]})
+
+
+def test_a_message_of_a_role_that_a_template_does_not_know_is_refused():
+    template = CHAT_TEMPLATE.replace("messages %}", "messages if message['role'] != 'developer' %}")
+    with pytest.raises(BadRow, match=r"message 1 \(developer\), `content`; .*give the message the role `system`"):
+        chat(template).tokens([{"role": "developer", "content": "Be brief."}, ASK, ANSWER])
+
+
+def test_reasoning_that_a_template_drops_from_earlier_turns_is_counted():
+    answer = {**ANSWER, "reasoning_content": "Light bends."}
+    found = chat().tokens([ASK, answer, ASK, answer])
+    assert found.dropped_reasoning == 1
+    text = shown(chat(), [ASK, answer, ASK, answer])
+    assert text.count("Light bends.") == 1 and "⟦<think>Light bends.</think>As far as somebody looks.<|end|>⟧" in text
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_an_answer_without_words_is_refused(content):
+    with pytest.raises(BadRow, match=r"message 2 \(assistant\)"):
+        chat().tokens([ASK, {"role": "assistant", "content": content}])
+    empty_calls = {"role": "assistant", "content": content, "tool_calls": None}
+    with pytest.raises(BadRow, match=r"message 2 \(assistant\)"):
+        chat().tokens([ASK, empty_calls])
+
+
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"weight": 0.5}, "`weight` is 0.5, and can be 0 or 1"),
+        ({"train": "yes"}, "`train` is 'yes', and can be true or false"),
+        ({"weight": 1, "train": False}, "contradict each other"),
+        ({"tool_calls": "look()"}, "`tool_calls` is not a list"),
+        ({"tool_calls": [{"function": {"arguments": {}}}]}, r"`tool_calls\[0\]` has no `name`"),
+        ({"reasoning": "So.", "thinking": "Or so."}, "`thinking` and `reasoning` say different things"),
+        ({"content": 5}, "`content` is neither text nor a list"),
+    ],
+)
+def test_a_field_that_cannot_be_used_is_named(fields, said):
+    with pytest.raises(BadRow, match=rf"message 2 \(assistant\): .*{said}"):
+        chat().tokens([ASK, {**ANSWER, **fields}])
+
+
+def test_messages_of_no_weight_are_context():
+    messages = [ASK, ANSWER, ASK, {"role": "assistant", "content": "Far."}]
+    assert shown(chat(), [ASK, {**ANSWER, "weight": 0}, *messages[2:]]).count("⟦") == 1
+    assert shown(chat(), [ASK, {**ANSWER, "train": False}, *messages[2:]]).endswith("⟦Far.<|end|>⟧\n")
+    assert shown(chat(), [ASK, {**ANSWER, "weight": 1}, *messages[2:]]) == shown(chat(), messages)
+    with pytest.raises(BadRow, match="leaves no message of the assistant to learn"):
+        chat().tokens([ASK, {**ANSWER, "weight": 0}])
+    with pytest.raises(BadRow, match=r"message 1 \(user\): it is to be a target"):
+        chat().tokens([{**ASK, "train": True}, ANSWER])
+
+
+def test_the_last_answer_alone_is_trained_on_where_it_is_asked_for():
+    messages = [ASK, ANSWER, ASK, {"role": "assistant", "content": "Far."}, ASK]
+    assert shown(chat(train_on="last"), messages).split("⟦")[1:] == ["Far.<|end|>⟧\n<|user|>How far?<|end|>\n"]
+    with pytest.raises(BadRow, match="leaves no message"):
+        chat(train_on="last").tokens([*messages[:3], {**messages[3], "train": False}])
+
+
+def test_a_completion_of_messages_has_the_targets():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = FULL_TEMPLATE
+    document = Document(0, 0, 1, 0, 0, prompt=[ASK, ANSWER, ASK], completion=[CALL, SEEN, ANSWER])
+    (sequence,) = CorpusTokenizer(tokenizer, 256).sequences(document)
+    whole = chat().tokens([ASK, ANSWER, ASK, CALL, SEEN, ANSWER])
+    assert sequence.token_ids.tolist() == whole.token_ids.tolist()
+    first = chat().tokens([ASK, ANSWER])
+    expected = whole.is_target.copy()
+    expected[: len(first.token_ids)] = False
+    assert sequence.is_target.tolist() == expected.tolist()
+
+
+def test_a_conversation_may_begin_with_the_assistant_and_end_with_the_user():
+    assert shown(chat(), [ANSWER, ASK]).startswith("<|assistant|>⟦As far as somebody looks.<|end|>⟧\n<|user|>")
+
+
+@pytest.mark.parametrize("content", ["<thinking>", " a <|end|> b", "  indented\n\n", "<|assistant|>", '{"a": "\\n"}', "é🌊 ​x"])
+def test_words_may_look_like_anything(content):
+    text = shown(chat(), [ASK, {"role": "assistant", "content": content}, ASK])
+    assert f"⟦{content}<|end|>⟧" in text
+
+
+def test_a_template_that_always_asks_for_an_answer_does_not_make_the_question_a_target():
+    always = CHAT_TEMPLATE.replace("{% if add_generation_prompt %}", "").replace("<|assistant|>{% endif %}", "<|assistant|>")
+    assert shown(chat(always), [ASK, ANSWER]).endswith("⟦As far as somebody looks.<|end|>⟧\n<|assistant|>")
+
+
+def test_arguments_that_are_no_templates_are_refused():
+    with pytest.raises(BadRow, match="`chat_template_kwargs` has `tokenize`"):
+        chat().tokens([ASK, ANSWER], {"tokenize": False})
+
+
+def test_a_template_that_is_no_jinja_is_the_templates_fault():
+    with pytest.raises(InputError, match=r"not Jinja: line 1: .*--chat-template"):
+        chat("{% for %}").tokens([ASK, ANSWER])
+
+
+# --- tokenizers -----------------------------------------------------------------------------------------------------------
+
+
+def test_named_templates_are_used_and_part_of_the_identity():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": FULL_TEMPLATE}
+    named = ChatTemplate(tokenizer, ChatOptions("2026-01-31"))
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    assert shown(named, [ASK, ANSWER], tools=tools).startswith('{"type": "function"')
+    before = describe_tokenizer(tokenizer)["chat_template_sha256"]
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": FULL_TEMPLATE + " "}
+    assert describe_tokenizer(tokenizer)["chat_template_sha256"] != before
+    tokenizer.chat_template = {"tool_use": FULL_TEMPLATE}
+    with pytest.raises(InputError, match="the chat templates tool_use, and none is the `default`"):
+        ChatTemplate(tokenizer, ChatOptions("2026-01-31")).tokens([ASK, ANSWER])
+
+
+def test_opening_tokens_are_found_whatever_the_vocabulary_lacks():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({"<s>": 0, "x": 1, "y": 2, "xy": 3}, [("x", "y")]))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert opening_tokens(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")) == [0]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_parts_of_a_text_have_the_tokens_of_the_text(scheme):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
+    text = "The lamp was lit.\n\nThe ships came by.\n\nNobody slept."
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>", "</s>", "<0x0A>"], show_progress=False)
+    backend.train_from_iterator(text.split(), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    parts = text.replace("\n\n", "\n\n|").split("|")
+    made = [
+        token
+        for number, part in enumerate(parts)
+        for sequence in CorpusTokenizer(tokenizer, 100).sequences(
+            Document(number, 0, 1, number, 0, last_part=number == 2, text=part)
+        )
+        for token in sequence.token_ids
+    ]
+    assert made == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+# --- the date -------------------------------------------------------------------------------------------------------------
+
+DATED_TEMPLATE = "{{ '<|system|>' + strftime_now('%d %b %Y, %A 100%%') + '<|end|>\n' }}" + CHAT_TEMPLATE
+
+
+def at(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
+    """Move this process's clock."""
+    moment = datetime.datetime.fromisoformat(day)
+
+    class Moved(datetime.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return moment
+
+    class MovedDate(datetime.date):
+        @classmethod
+        def today(cls):
+            return moment.date()
+
+    monkeypatch.setattr(transformers_templates, "datetime", Moved)
+    monkeypatch.setattr(chat_options, "date", MovedDate)
+
+
+def test_a_template_gets_its_date_from_the_options(monkeypatch):
+    at(monkeypatch, "2030-12-24")
+    text = shown(chat("  \n" + DATED_TEMPLATE), [ASK, ANSWER])
+    assert text.startswith("  \n<|system|>31 Jan 2026, Saturday 100%<|end|>\n<|user|>")
+
+
+def dated_dump(folder: Path, teacher_folder: Path, store: str, **options) -> DumpConfig:
+    rows = [{"messages": [ASK, {"role": "assistant", "content": f"As far as ship {number}."}]} for number in range(6)]
+    template = folder / "dated.jinja"
+    template.write_text(DATED_TEMPLATE)
+    corpus = write_jsonl(folder / "chat.jsonl", rows)
+    options = {"chat_template": template, **options}
+    return DumpConfig(str(teacher_folder), (corpus,), folder / store, "d", max_length=96, shard_size=2, **options)
+
+
+def test_workers_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher_folder, loaded_teacher):
+    at(monkeypatch, "2026-02-27")
+    config = dated_dump(tmp_path, teacher_folder, "one")
+    dump(config, teacher=loaded_teacher)
+    others = dated_dump(tmp_path, teacher_folder, "many", chat_template=config.chat_template)
+    dump(others, 0, 3, teacher=loaded_teacher)
+    at(monkeypatch, "2026-02-28")
+    untold = dated_dump(tmp_path, teacher_folder, "many", chat_template=None)  # the manifest has the template
+    dump(untold, 1, 3, teacher=loaded_teacher)
+    at(monkeypatch, "2027-03-01")
+    dump(untold, 2, 3, teacher=loaded_teacher)
+    shard = next((others.store / "d/positions").glob("*00001*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    repair(untold, teacher=loaded_teacher)
+    names = {path.relative_to(config.store) for path in config.store.rglob("0*.parquet")}
+    assert len(names) == 6
+    for name in names:
+        assert read_whole(config.store / name).equals(read_whole(others.store / name))
+    plan = read_manifest(open_storage(others.store), "d").plan
+    assert plan["chat"]["date"] == "2026-02-27" and plan["chat"]["train_on"] == "all"
+    positions = KnowledgeStore.open(others.store).sql("SELECT DISTINCT document FROM sequences").num_rows
+    assert positions == 6
+    at(monkeypatch, "2030-01-01")
+    for wrong, said in (
+        ({"template_date": "2027-01-01"}, "--template-date was 2026-02-27 and is now 2027-01-01"),
+        ({"train_on": "last"}, "--train-on was all and is now last"),
+    ):
+        with pytest.raises(MismatchError, match=said):
+            dump(dated_dump(tmp_path, teacher_folder, "many", **wrong), teacher=loaded_teacher)
+    (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE)
+    with pytest.raises(MismatchError, match="the text of --chat-template was"):
+        dump(dated_dump(tmp_path, teacher_folder, "many", chat_template=tmp_path / "other.jinja"), teacher=loaded_teacher)
+
+
+def test_a_template_that_asks_for_no_date_has_none_in_the_manifest(tmp_path, teacher_folder, loaded_teacher):
+    config = dated_dump(tmp_path, teacher_folder, "one", chat_template=None, train_on="last")
+    dump(config, teacher=loaded_teacher)
+    assert read_manifest(open_storage(config.store), "d").plan["chat"] == {"train_on": "last"}
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"template_date": "31 January"}, "--template-date 31 January is no date"),
+        ({"template_date": "2026-02-30"}, "no date"),
+        ({"train_on": "first"}, "--train-on"),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(tmp_path, teacher_folder, options, said):
+    with pytest.raises(InputError, match=said):
+        dated_dump(tmp_path, teacher_folder, "one", **options)
+
+
+def test_a_template_file_that_cannot_be_used_is_named(tmp_path, teacher_folder, loaded_teacher):
+    missing = dated_dump(tmp_path, teacher_folder, "one", chat_template=tmp_path / "missing.jinja")
+    with pytest.raises(InputError, match=r"cannot read --chat-template .*missing.jinja"):
+        dump(missing, teacher=loaded_teacher)
+
+
+def test_targets_are_the_same_wherever_a_row_stands():
+    template = chat()
+    rows = [[ASK, ANSWER], [ASK, CALL, SEEN, ANSWER], [ANSWER, ASK, ANSWER], [ASK, {**ANSWER, "reasoning_content": "So."}]]
+    alone = [chat().tokens(row) for row in rows]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0]):
+        for index in order:
+            found = template.tokens(rows[index])
+            assert np.array_equal(found.token_ids, alone[index].token_ids)
+            assert np.array_equal(found.is_target, alone[index].is_target)
