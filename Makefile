@@ -17,7 +17,7 @@ test: .venv/dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # TEXT: a .txt file to measure on, such as WikiText-2's test split; without it, the language reference that Python carries.
-bench: .venv/demo .venv/teacher $(GEMMA)
+bench: .venv/demo .venv/dev .venv/teacher $(GEMMA)
 	$(BIN)/python -m benchmarks.bench --gemma $(GEMMA) $(if $(TEXT),--text $(TEXT))
 
 # Faults of every sort. SEED: of an earlier run, to see it again; without it one is drawn, and printed.

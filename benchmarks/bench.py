@@ -1,4 +1,4 @@
-"""The benchmarks of size, dump, reading, training, scale and architectures, one after the other: what `make bench` runs.
+"""The benchmarks of size, dump, reading, training, scale, architectures and chat templates: what `make bench` runs, in turn.
 
     python -m benchmarks.bench --gemma .bench/gemma/gemma-3-270m-q4_k_m.gguf [--text wikitext2-test.txt]
 
@@ -46,6 +46,7 @@ def commands(text: Path, gemma: Path) -> list[list[str]]:
         ["benchmarks.training", "--repeats", "1"],
         ["benchmarks.scale", "--repeats", "3"],
         ["benchmarks.architectures"],
+        ["benchmarks.chat_templates"],
     ]  # fmt: skip
 
 

@@ -366,13 +366,20 @@ def main() -> None:
         figures[name] = table_row(Judge(name), random.Random(0).sample(SHAPES, max(1, round(options.share * len(SHAPES)))))
         row = figures[name]
         print(f"{name:<24} {row['used']:>4} / {row['rendered']:>4} / {row['pairs']:>4}  wrong {row['wrong']}", flush=True)
-    keep("chat_templates", figures)
+    counts = ("pairs", "rendered", "used", "by_marks", "wrong")
+    all_templates = {count: sum(row[count] for row in figures.values()) for count in counts}
+    keep("chat_templates", {"shapes": len(SHAPES), "all": all_templates, "templates": figures})
 
 
 def table_row(judge: Judge, shapes: list[Shape]) -> dict[str, Any]:
-    """What is counted of one template."""
+    """What is counted of one template.
+
+    pairs: with shapes. rendered: of which the template shows all words. used: of these. by_marks: of which the variant's marks
+    were a judge. wrong: with faults.
+    """
     judgements = {shape: judge.judge(shape) for shape in shapes}
     found = judgements.values()
+    refusals = Counter((one.rendered, str(one.refusal).split(": ")[0]) for one in found if one.refusal is not None)
     return {
         "pairs": len(judgements),
         "rendered": sum(one.rendered for one in found),
@@ -381,8 +388,8 @@ def table_row(judge: Judge, shapes: list[Shape]) -> dict[str, Any]:
         "wrong": sum(bool(one.faults) for one in found),
         "faults": dict(Counter(fault for one in found for fault in set(one.faults))),
         "differences": dict(Counter(difference for one in found for difference in set(one.differences))),
-        "refusals": dict(Counter(one.refusal for one in found if one.refusal is not None and one.rendered)),
-        "refused unrendered": dict(Counter(one.refusal for one in found if one.refusal is not None and not one.rendered)),
+        "refused": {reason: count for (rendered, reason), count in refusals.items() if rendered},
+        "not rendered": {reason: count for (rendered, reason), count in refusals.items() if not rendered},
     }
 
 

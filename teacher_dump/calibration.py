@@ -26,8 +26,9 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.corpus_counts import CorpusCounts, Sentence
 from knowledge_store.reporter import SILENT, Advance, Reporter
 from teacher_dump.configuration import CalibrateConfig
-from teacher_dump.corpus.documents import check_files, problem_text, read_documents
+from teacher_dump.corpus.documents import problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start, stops
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
 from teacher_dump.dumping.batches import find_batching, length_batches, predict_batch
@@ -112,7 +113,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
     Raises:
         InputError: something given cannot be used, or the corpus holds no target.
     """
-    check_files(config.corpus)
+    config = with_local_corpus(config, reporter=reporter)
     tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher))
     sequences, counts, all_rows = _sample(config, tokenizer, reporter)
     teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
@@ -150,7 +151,7 @@ def _sample(
     tally = Tally(config.too_long)
     total, all_rows = 0, True
     with reporter.progress("reading the corpus", None) as advance:
-        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
+        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters, config.column_names):
             advance(document.characters)
             key = generator.random()
             if document.problem is None and total >= config.limit and key >= -kept[0][0]:

@@ -19,7 +19,7 @@ from knowledge_store.terminal.console import command_errors, note, output
 from knowledge_store.terminal.progress import TerminalReporter
 from knowledge_store.terminal.tokens import shown_tokens
 from teacher_dump.configuration import CalibrateConfig, CheckConfig, EstimateConfig, PreviewConfig, RunConfig
-from teacher_dump.corpus.documents import check_files
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import check_teacher
 
@@ -124,7 +124,7 @@ def preview(config: PreviewConfig) -> None:
     _check_packages()
     from teacher_dump.dumping.preview import preview as first_rows
 
-    found = first_rows(config)
+    found = first_rows(config, reporter=TerminalReporter())
     for row in found.rows:
         _show_row(row)
     counts = found.counts
@@ -162,7 +162,7 @@ def estimate(config: EstimateConfig) -> None:
     Example: `teacher-dump estimate --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl`
     """
     _check_packages()
-    check_files(config.corpus)
+    config = with_local_corpus(config, reporter=TerminalReporter())
     check_teacher(config)
     from teacher_dump.dumping.estimate import estimate as predict
 
@@ -193,7 +193,7 @@ def calibrate(config: CalibrateConfig) -> None:
     Example: `teacher-dump calibrate --teacher HuggingFaceTB/SmolLM2-135M --corpus heldout.jsonl --output calibration.json`
     """
     _check_packages()
-    check_files(config.corpus)
+    config = with_local_corpus(config, reporter=TerminalReporter())
     check_teacher(config)
     check_output(config.output)
     from teacher_dump.calibration import calibrate as fit_temperature

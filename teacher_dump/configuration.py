@@ -7,15 +7,16 @@ The options of a kind of knowledge are declared with its extractor. From Python 
 from __future__ import annotations
 
 import re
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from knowledge_store.configuration import CalibrationOptions, DumpOptions, GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
 from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
+from teacher_dump.corpus.columns import read_columns
 from teacher_dump.extraction import EXTRACTORS, option_classes
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.protocol import ATTENTIONS, DEVICE_MAPS, DTYPES, QUANTISATIONS
@@ -92,8 +93,17 @@ class TeacherOptions(NamedTeacher):
 class CorpusOptions(NamedTeacher):
     """Which corpus is read, and how it becomes sequences."""
 
-    corpus: tuple[Path, ...] = option(help="Files of the corpus, one or more: .jsonl, .jsonl.zst, .parquet or .txt.")
+    corpus: tuple[Path, ...] = option(
+        help="Files of the corpus, one or more: .jsonl, .json, .parquet, .arrow or .txt; or a data set of the hub,"
+        " hf://datasets/OWNER/NAME."
+    )
     _: KW_ONLY
+    columns: str | None = option(
+        None,
+        metavar="NAME=COLUMN,…",
+        help="Which column holds what, where they are called otherwise: prompt=question,completion=answer. It also says what"
+        " counts in rows that could be read in two ways.",
+    )
     max_length: int = option(512, min=2, help="Longest sequence, in tokens.")
     too_long: str = option(
         "cut",
@@ -122,8 +132,18 @@ class CorpusOptions(NamedTeacher):
         super().__post_init__()
         if not corpus:
             raise InputError("name at least one corpus file")
+        read_columns(self.columns)
         if self.template_date is not None:
             check_date(self.template_date)
+
+    def with_corpus(self, files: tuple[Path, ...]) -> Self:
+        """The same options with the corpus named by its files."""
+        return replace(self, corpus=files)
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """What `columns` says: what a row's part is called here → its column's name."""
+        return read_columns(self.columns)
 
     @property
     def part_characters(self) -> int:
@@ -203,13 +223,17 @@ class DumpConfig(StoreOptions, EstimateConfig):
         super().__post_init__()
         check_dump_name(self.dump_name)
 
+    def with_corpus(self, files: tuple[Path, ...]) -> Self:
+        """The same dump, under the same name, with the corpus named by its files."""
+        return replace(self, corpus=files, name=self.dump_name)
+
     @property
     def dump_name(self) -> str:
         """The dump's name."""
         if self.name is not None:
             return self.name
         teacher = self.gguf_file or self.teacher.rstrip("/").split("/")[-1]
-        corpus = self.corpus[0].name.split(".")[0]
+        corpus = self.corpus[0].name.split(".")[0].split("*")[0]
         words = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{teacher.removesuffix('.gguf')}-{corpus}").strip("-._")
         return words[:100] or "dump"
 

@@ -30,14 +30,14 @@ def test_a_template_is_used_with_the_right_targets_or_refuses(name):
     simple = Shape(2, "", "parts" if "idefics" in name or "vl" in name else "plain", "")
     counted = table_row(judge(name), [simple, *generator.sample(SHAPES, PER_TEMPLATE)])
     assert counted["faults"] == {}
-    assert counted["refusals"] == {}  # of what the template shows whole
+    assert counted["refused"] == {}  # of what the template shows whole
     assert counted["used"] >= 1
 
 
 @pytest.mark.parametrize("name", ["phi3", "gemma3", "qwen3", "gptoss", "llama3_1"])
 def test_tokens_with_their_spaces_as_sentencepiece_has_them(name):
     counted = table_row(judge(name, sentencepiece=True), random.Random(name).sample(SHAPES, PER_TEMPLATE))
-    assert counted["faults"] == counted["refusals"] == {}
+    assert counted["faults"] == counted["refused"] == {}
 
 
 def changes(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -322,6 +323,20 @@ def test_workers_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher
     (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE)
     with pytest.raises(MismatchError, match="the text of --chat-template was"):
         dump(dated_dump(tmp_path, teacher_folder, "many", chat_template=tmp_path / "other.jinja"), teacher=loaded_teacher)
+
+
+def test_a_damaged_manifest_is_made_again_with_the_date_of_its_dump(tmp_path, monkeypatch, teacher_folder, loaded_teacher):
+    at(monkeypatch, "2026-02-27")
+    config = dated_dump(tmp_path, teacher_folder, "one")
+    dump(config, teacher=loaded_teacher)
+    manifest = config.store / "d/manifest.json"
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:100])
+    at(monkeypatch, "2026-02-28")
+    with pytest.raises(MismatchError, match="pass the day of the dump's beginning as --template-date"):
+        repair(config, teacher=loaded_teacher)
+    repair(replace(config, template_date="2026-02-27"), teacher=loaded_teacher)
+    assert manifest.read_bytes() == whole
 
 
 def test_a_template_that_asks_for_no_date_has_none_in_the_manifest(tmp_path, teacher_folder, loaded_teacher):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from itertools import islice
@@ -15,11 +16,13 @@ import zstandard
 from conftest import write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_files import JSON_WRITERS, write_arrow
 
 from knowledge_store.errors import InputError
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus import json_list
 from teacher_dump.corpus import text as text_files
-from teacher_dump.corpus.documents import check_files, file_names, read_documents
+from teacher_dump.corpus.documents import check_files, file_names, problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value, scan
 from teacher_dump.corpus.text import cut_text
@@ -52,7 +55,14 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.jsonl.zst").write_bytes(compress(lines(*ROWS)))
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.jsonl.zst", "c.parquet"):
+    write_arrow(tmp_path / "e.arrow", ROWS)
+    (tmp_path / "f.jsonl.gz").write_bytes(gzip.compress(lines(*ROWS)))
+    (tmp_path / "g.json").write_text(json.dumps(ROWS))
+    (tmp_path / "h.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode()))
+    (tmp_path / "i.json").write_bytes(lines(*ROWS))
+    names = ("a.jsonl", "b.jsonl.zst", "c.parquet", "e.arrow", "f.jsonl.gz", "g.json", "h.json.gz", "i.json")
+    check_files(tuple(tmp_path / name for name in names))
+    for name in names:
         assert texts(tmp_path / name) == ["one", "zwei é", "three 🌊"]
         assert [document.row for document in documents(tmp_path / name)] == [1, 2, 3]
     (tmp_path / "d.txt").write_text("one\nzwei é\n")
@@ -75,15 +85,17 @@ def test_zstandard_of_several_frames_is_one_text_even_where_a_frame_ends_inside_
 
 
 @pytest.mark.parametrize("kept", [5, 20, -1])
-def test_a_zstandard_file_cut_off_anywhere_is_refused_by_name(tmp_path, kept):
-    data = compress(lines(*({"text": f"row {number} " * 40} for number in range(3000))))
-    path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(data[:kept])
-    with pytest.raises(InputError, match=r"a\.jsonl\.zst ends in the middle"):
+@pytest.mark.parametrize("ending", [".jsonl.zst", ".jsonl.gz", ".json", ".json.gz", ".arrow"])
+def test_a_file_cut_off_anywhere_is_refused_by_name(tmp_path, ending, kept):
+    write = {**JSON_WRITERS, ".json.gz": lambda path, rows: path.write_bytes(gzip.compress(json.dumps(rows).encode()))}
+    path = tmp_path / f"a{ending}"
+    {**write, ".arrow": write_arrow}[ending](path, [{"text": f"row {number} " * 40} for number in range(3000)])
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(InputError, match=rf"a{ending} (ends in the middle|cannot be read as Arrow)"):
         documents(path)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.jsonl.zst", "a.jsonl.gz", "a.json", "a.parquet", "a.arrow"])
 def test_a_file_that_is_not_what_its_name_says_is_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(b"just some words, long enough to be anything")
     with pytest.raises(InputError, match=name):
@@ -103,8 +115,8 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_by_name(tmp_path, name
         (b'{"prompt": "x"}', "`prompt` and `completion`"),
         (b'{"prompt": "x", "completion": [{"role": "assistant", "content": "y"}]}', "`prompt` and `completion`"),
         (b'{"messages": []}', "`messages` must be"),
-        (b'{"messages": [{"content": "x"}]}', "`messages` must be"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "tools": "["}', "`tools` is not JSON"),
+        (b'{"messages": [{"content": "x"}]}', "`messages` has a message that cannot be used: message 1 has no `role`"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": "["}', "`tools` is text that is not JSON"),
         (b'{"messages": [{"role": "user", "content": "x"}], "tools": 5}', "`tools` is not a list"),
         (b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": 5}', "`chat_template_kwargs`"),
         (b'{"text": "\\ud800"}', "sound Unicode"),
@@ -124,6 +136,67 @@ def test_a_row_that_cannot_be_used_says_why_and_keeps_its_number(tmp_path, line,
     assert (found.documents, found.counts.rows, found.counts.rows_left_out) == (3, 3, 1)
     (left,) = found.counts.left_out.values()
     assert (left.rows, left.bad, left.file, left.row) == (1, True, 0, 2)
+
+
+characters = st.characters(exclude_categories=["Cs"])
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(characters)
+json_rows_of_any_kind = st.lists(
+    st.recursive(
+        leaves,
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text('ab\\"]},é', max_size=3), inner, max_size=3),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(json_rows_of_any_kind, st.sampled_from([None, 1]), st.booleans(), st.integers(1, 9), st.data())
+def test_a_list_is_read_as_in_memory_whatever_is_read_at_once_and_from_any_row(tmp_path, rows, indent, ascii_only, chunk, data):
+    path = tmp_path / "a.json"
+    path.write_text(f" \n{json.dumps(rows, indent=indent, ensure_ascii=ascii_only)}\n ", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_list, "READ_BYTES", chunk)
+        found = list(json_list.json_file_rows(path, BEGINNING))
+        assert [row.record for row in found] == rows
+        start = data.draw(st.sampled_from(found))
+        again = json_list.json_file_rows(path, Start(0, 0, start.number, 0, start.offset))
+        assert list(again) == found[start.number - 1 :]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "is an empty list"),
+        ('[{"text": "a"}, {"text" "b"}]', r"row 2: not JSON \(Expecting ':' delimiter\) at byte 24, and where"),
+        ('[{"text": "a"} {"text": "b"}]', "row 1: followed by '{', not by a comma at byte 15"),
+        ('[{"text": "a"},]', "row 2: not JSON"),
+        ('[{"text": "a"}] {"text": "b"}', "goes on after its list, at byte 16"),
+        ('[{"text": "a"}', "ends in the middle"),
+        ('{\n "text": "a"\n}', r"line 1: not JSON .*A \.json file is a list of rows"),
+        ('[{"text": "é\udcff"}]', r"is not UTF-8 at byte 13"),
+        ("[" * 100_000, "row 1: not JSON"),
+    ],
+)
+def test_a_broken_list_is_refused_at_its_row_and_byte(tmp_path, text, message):
+    (tmp_path / "a.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=message):
+        documents(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_a_name_twice_in_an_object_is_that_row_alone(tmp_path, ending):
+    rows = ['{"text": "a"}', '{"text": "b", "text": "c"}', '{"text": "d", "more": {"x": {"y": 1, "y": 1}}}', '{"text": "e"}']
+    path = tmp_path / f"a{ending}"
+    path.write_text("\n".join(rows) if ending == ".jsonl" else f"[{','.join(rows)}]")
+    first, second, third, last = documents(path)
+    assert second.problem == "an object with the name `text` twice" and third.problem == "an object with the name `y` twice"
+    assert (first.text, last.text, last.row) == ("a", "e", 4)
+
+
+def test_problems_name_lines_of_lines_and_rows_of_all_else(tmp_path):
+    names = {"a.jsonl": "line", "a.jsonl.gz": "line", "a.json": "row", "a.parquet": "row", "a.arrow": "row"}
+    for name, word in names.items():
+        assert problem_text((tmp_path / name,), 0, 3, "x").endswith(f"{name}, {word} 3: x")
 
 
 def test_bad_values_in_parquet_are_that_row_alone(tmp_path):
@@ -226,13 +299,18 @@ def mixed_files(tmp_path_factory) -> tuple[Path, ...]:
     (folder / "a.jsonl").write_bytes(data)
     (folder / "b.jsonl.zst").write_bytes(compress(data[:100]) + compress(data[100:]))
     pq.write_table(pa.Table.from_pylist(rows), folder / "c.parquet", row_group_size=7)
+    write_arrow(folder / "f.arrow", rows)
+    (folder / "g.jsonl.gz").write_bytes(gzip.compress(data[:100]) + gzip.compress(data[100:]))
+    (folder / "h.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([*rows, {"title": "é 🌊"}], indent=2).encode())
+    (folder / "i.json.zst").write_bytes(compress(json.dumps([*rows, [1], 5, None]).encode()))
+    (folder / "j.json").write_bytes(lines(*rows[:5]))
     (folder / "d.txt").write_bytes("\ufeffParagraph é one.\r\n\r\nParagraph two 🌊.\r\n\r\n".encode() * 20)
     (folder / "e.jsonl").write_bytes(lines({"text": "the end"}))
     return tuple(sorted(folder.iterdir()))
 
 
 @settings(max_examples=20)
-@given(st.permutations(range(5)), st.integers(1, 20), st.integers(20, 150))
+@given(st.permutations(range(10)), st.integers(1, 20), st.integers(20, 150))
 def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, shard_size, limit):
     files = tuple(mixed_files[index] for index in order)
     whole = documents(*files, limit=limit)

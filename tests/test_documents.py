@@ -55,6 +55,7 @@ NOT_RUN = {
     ("benchmarks/RESULTS.md", "minutes to hours, with models and texts of your own"),
     ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
     ("student_train/TRAINERS.md", "needs two GPUs"),
+    ("teacher_dump/DATA.md", "downloads a data set"),
 }
 
 

@@ -33,7 +33,7 @@ from stores import (
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, Shard, verify
 from knowledge_store.format.integrity import FileRecord
-from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash, tokens_table
+from knowledge_store.format.sequences import corpus_column, sequence_id, stored_columns, token_hash, tokens_table
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.columns import list_offsets
 from knowledge_store.kinds.positions import damage
@@ -454,6 +454,17 @@ def test_corpus_columns_never_collide():
         *("corpus_source", "source", "meta.source"),
     ]
     assert len({name.lower() for name in stored}) == len({name.lower() for name in names})
+
+
+CASES = ["source", "Source", "SOURCE", "source_2", "Source_2", "length", "Length", "corpus_length"]
+
+
+@given(st.sets(st.sampled_from(CASES)))
+def test_columns_that_sql_does_not_tell_apart_are_stored_apart(names):
+    stored = stored_columns(names)
+    assert stored == stored_columns(sorted(names, reverse=True))
+    assert len({name.lower() for name in stored.values()}) == len(names)
+    assert stored_columns(["source", "Source"]) == {"Source": "Source", "source": "source_2"}
 
 
 def test_a_shard_without_sequences(place):

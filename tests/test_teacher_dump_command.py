@@ -67,7 +67,7 @@ LONG = {"prompt": "Far?", "completion": " As far" * 40}
 def test_rows_that_are_left_out_are_counted_by_reason_and_rows_that_are_cut_too(command, tmp_path):
     rows = ['{"text": "The lamp burns."}', "broken", "worse", "{}", json.dumps(LONG)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(rows))
-    missing = "none of the columns `text`, `prompt` and `completion`, or `messages`"
+    missing = "none of the columns that a row is read by"
     more = f"(2 more rows cannot be used: 1 not JSON; 1 {missing})"
     refused(command(), "corpus.jsonl, line 2: not JSON", more, "--skip-bad-rows")
     assert not (tmp_path / "store").exists()
@@ -79,10 +79,10 @@ def test_rows_that_are_left_out_are_counted_by_reason_and_rows_that_are_cut_too(
     assert summary.truncated == 1 and list(summary.skip_reasons.items()) == [("not JSON", 2), (missing, 1)]
     assert summary.counts.rows_used == summary.sequences == 2 and summary.counts.positions == summary.positions
     record = json.loads((tmp_path / "store/tiny-corpus/commits/00000.json").read_text())
-    assert [(row["row"], row["reason"], row.get("detail", "").split(" (")[0]) for row in record["skipped"]] == [
+    assert [(row["row"], row["reason"], row["detail"].split(" (")[0].split(": ")[0]) for row in record["skipped"]] == [
         (2, "not JSON", "not JSON"),
         (3, "not JSON", "not JSON"),
-        (4, missing, ""),
+        (4, missing, missing),
     ]
 
 

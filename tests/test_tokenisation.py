@@ -263,7 +263,8 @@ def test_tools_and_template_arguments_reach_the_template(tmp_path: Path, as_text
     messages = CONVERSATION[1:3]
     row = {"messages": messages, "tools": json.dumps(tools) if as_text else tools, "chat_template_kwargs": {"mood": "stormy"}}
     path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps(row) + "\n" + json.dumps({"prompt": messages[:1], "completion": messages[1:], **row}) + "\n")
+    halves = {**row, "messages": None, "prompt": messages[:1], "completion": messages[1:]}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(halves) + "\n")
     for each in read_documents((path,), Start(0, 0, 1, 0, 0), 1000):
         (sequence,) = CorpusTokenizer(tokenizer, 64).sequences(each)
         assert tokenizer.decode(sequence.token_ids).startswith("lamp stormy\n<|user|>")

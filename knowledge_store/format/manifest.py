@@ -37,7 +37,7 @@ _OPTIONAL: dict[str, dict[str, Any]] = {
     "teacher": {"files": {...: str}, "dtype": str, "model_type": str, "parameters": int},
     "tokenizer": {"vocabulary_sha256": str, "size": int, "chat_template_sha256": str},
     "corpus": {"files": [{"name": str, "sha256": str}]},
-    "plan": {"shard_size": int, "part_characters": int, "too_long": str},
+    "plan": {"shard_size": int, "part_characters": int, "too_long": str, "chat": {"train_on": str}},
     "derived": {"counts": COUNTS_SHAPE},
 }
 
@@ -57,7 +57,8 @@ class Manifest:
             each of its files.
         tokenizer: vocabulary_sha256, size, bos_token_id, eos_token_id, pad_token_id.
         corpus: files, each with its name, bytes and SHA-256.
-        plan: max_length, too_long (what becomes of rows that are longer), shard_size, part_characters.
+        plan: max_length, too_long (what becomes of rows that are longer), shard_size, part_characters,
+            chat (how conversations are rendered).
         derived: documents, counts (what becomes of the corpus's rows, see CorpusCounts), columns (the corpus's own, name to
             type), shards (where each begins, and how many tokens it holds), tokens (the file record of tokens.parquet).
         version: of the format.

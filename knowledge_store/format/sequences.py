@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,22 @@ def corpus_column(name: str) -> str:
     return f"corpus_{name}" if plain in SEQUENCE_COLUMNS or plain == "dump" else name
 
 
+def stored_columns(names: Iterable[str]) -> dict[str, str]:
+    """Each of a corpus's own columns → the name under which it is stored (see `corpus_column`). SQL does not tell `Source` from
+    `source`: of names that differ in case alone, the second in order is stored as `source_2`."""
+    stored: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in sorted(names):
+        plain = unique = corpus_column(name)
+        number = 1
+        while unique.lower() in taken:
+            number += 1
+            unique = f"{plain}_{number}"
+        taken.add(unique.lower())
+        stored[name] = unique
+    return stored
+
+
 def sequences_schema(manifest: Manifest) -> pa.Schema:
     """The schema of a dump's `sequences` table: the store's columns, then the corpus's own.
 
@@ -80,7 +97,8 @@ def sequences_schema(manifest: Manifest) -> pa.Schema:
     unknown = sorted(set(manifest.derived["columns"].values()) - CORPUS_TYPES.keys())
     if unknown:
         raise StoreError(f"dump {manifest.dump!r} has columns of unknown type: {', '.join(unknown)}")
-    corpus_columns = {corpus_column(name): CORPUS_TYPES[kind] for name, kind in manifest.derived["columns"].items()}
+    stored = stored_columns(manifest.derived["columns"])
+    corpus_columns = {stored[name]: CORPUS_TYPES[kind] for name, kind in manifest.derived["columns"].items()}
     return pa.schema(list({**SEQUENCE_COLUMNS, **corpus_columns}.items()))
 
 

@@ -1,5 +1,6 @@
-"""The user's data: rows of files, conversations, documents, and their tokens.
+"""The user's data: rows of files, what they hold, documents, and their tokens.
 
-One file for each type of file (`jsonl`, `parquet`, `text`); `documents` makes one numbered stream of them, and `tokenisation`
-the sequences that a teacher sees. Nothing here asks a teacher, or imports torch.
+One file for each type of file (`jsonl`, `json_list`, `parquet`, `arrow_files`, `text`), and `sources` for what becomes files
+first; `row_shapes` says what a row holds; `documents` makes one numbered stream of rows, and `tokenisation` the sequences that
+a teacher sees. Nothing here asks a teacher, or imports torch.
 """

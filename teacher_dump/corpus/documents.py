@@ -8,31 +8,43 @@ numbers do not depend on what is skipped. Nothing is held but the document at ha
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import InputError
-from teacher_dump.corpus.conversations import Turns, is_conversation, template_arguments
+from teacher_dump.corpus.arrow_files import arrow_rows
+from teacher_dump.corpus.columns import Columns
+from teacher_dump.corpus.compression import uncompressed_name
+from teacher_dump.corpus.hub import hub_file_name
+from teacher_dump.corpus.json_list import json_file_rows
 from teacher_dump.corpus.jsonl import json_rows
+from teacher_dump.corpus.messages import Turns
 from teacher_dump.corpus.parquet import parquet_rows
+from teacher_dump.corpus.row_shapes import Content, read_content
 from teacher_dump.corpus.rows import Row, Start
 from teacher_dump.corpus.text import cut_text, text_parts
 
-CONTENT_COLUMNS = ("text", "prompt", "completion", "messages", "tools", "chat_template_kwargs")
-SUFFIXES = (".jsonl", ".jsonl.zst", ".parquet", ".txt")
-SUFFIXES_READ_THROUGH = (".zst", ".parquet")  # to get to the middle of these is to read what comes before
+SUFFIXES = (
+    *(".jsonl", ".jsonl.gz", ".jsonl.zst"),
+    *(".json", ".json.gz", ".json.zst"),
+    *(".parquet", ".arrow", ".txt"),
+)
+SUFFIXES_READ_THROUGH = (".gz", ".zst", ".parquet", ".arrow")  # to get to the middle of these is to read what comes before
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document. Either `problem` says why it cannot be used, or one of text, prompt + completion, messages is there.
+    """One document. Either `problem` says why it cannot be used, or one of text, prompt + completion, messages, token ids is
+    there.
 
     Attributes:
         number: in the corpus, counted from 0.
         file, row, part, offset: where it stands (see Start).
         last_part: whether the row's text ends here.
+        messages: as the row has them, each with a `role`.
+        token_ids, is_target: of one length; the latter says which tokens count for training.
         columns: the row's other columns.
         template_arguments: `tools` and `chat_template_kwargs` for the chat template.
     """
@@ -47,6 +59,8 @@ class Document:
     prompt: str | Turns | None = None
     completion: str | Turns | None = None
     messages: Turns | None = None
+    token_ids: tuple[int, ...] | None = None
+    is_target: tuple[bool, ...] | None = None
     columns: dict[str, Any] | None = None
     template_arguments: dict[str, Any] | None = None
     problem: str | None = None
@@ -54,7 +68,7 @@ class Document:
     @property
     def characters(self) -> int:
         """Roughly how much text there is."""
-        contents = (self.text, self.prompt, self.completion, self.messages)
+        contents = (self.text, self.prompt, self.completion, self.messages, self.token_ids)
         return sum(len(str(content)) for content in contents if content is not None)
 
 
@@ -81,14 +95,16 @@ def check_files(files: tuple[Path, ...]) -> None:
 
 
 def file_names(files: tuple[Path, ...]) -> list[str]:
-    """What the corpus files are called in the store: their names, with their folder's where names repeat."""
-    names = [path.name for path in files]
-    return [f"{path.parent.name}/{path.name}" if names.count(path.name) > 1 else path.name for path in files]
+    """What the corpus files are called in the store: their names, with their folder's where names repeat; those of the hub with
+    their data set and its commit."""
+    names = [hub_file_name(path) or path.name for path in files]
+    return [f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(files, names, strict=True)]
 
 
 def place_text(files: tuple[Path, ...], file: int, row: int) -> str:
     """Where a row stands, as people read it."""
-    return f"{files[file]}, {'row' if files[file].suffix == '.parquet' else 'line'} {row}"
+    is_line = uncompressed_name(files[file]).endswith(".jsonl")
+    return f"{files[file]}, {'line' if is_line else 'row'} {row}"
 
 
 def problem_text(files: tuple[Path, ...], file: int, row: int, problem: str) -> str:
@@ -105,57 +121,67 @@ def _sound_unicode(value: Any) -> bool:
     return True
 
 
-def _row_content(record: Any) -> dict[str, Any] | str:
-    """The content of a row as Document's fields, or why it has none."""
-    if not isinstance(record, dict):
+def _row_content(row: Row, columns: Columns) -> Content | str:
+    """The content of a row, or why it has none."""
+    if row.problem is not None:
+        return row.problem
+    if not isinstance(row.record, dict):
         return "not an object with columns"
-    if not _sound_unicode(record):
+    if not _sound_unicode(row.record):
         return "text that is not sound Unicode (half of a surrogate pair)"
-    given = {name: record[name] for name in CONTENT_COLUMNS if record.get(name) is not None}
-    if "prompt" in given or "completion" in given:
-        prompt, completion = given.get("prompt"), given.get("completion")
-        strings = isinstance(prompt, str) and isinstance(completion, str)
-        if not strings and not (is_conversation(prompt) and is_conversation(completion)):
-            return "`prompt` and `completion` must both be given, both strings or both lists of messages"
-        return {"prompt": prompt, "completion": completion, "template_arguments": template_arguments(given)}
-    if "messages" in given:
-        if not is_conversation(given["messages"]):
-            return "`messages` must be a list of objects with `role`"
-        return {"messages": given["messages"], "template_arguments": template_arguments(given)}
-    if "text" in given:
-        return {"text": given["text"]} if isinstance(given["text"], str) else "`text` is not a string"
-    nulls = [f"`{name}`" for name in ("text", "prompt", "completion", "messages") if name in record]
-    if nulls:
-        return f"{' and '.join(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
-    return "none of the columns `text`, `prompt` and `completion`, or `messages`"
-
-
-def _row_documents(row: Row, number: int, file: int, first_part: int, part_characters: int) -> Iterator[Document]:
-    place: dict[str, Any] = {"file": file, "row": row.number, "offset": row.offset}
     try:
-        content = row.problem or _row_content(row.record)
+        return read_content(row.record, columns)
     except ValueError as error:
-        content = str(error)
+        return str(error)
+
+
+def _row_documents(
+    row: Row, columns: Columns, number: int, file: int, first_part: int, part_characters: int
+) -> Iterator[Document]:
+    place: dict[str, Any] = {"file": file, "row": row.number, "offset": row.offset}
+    content = _row_content(row, columns)
     if isinstance(content, str):
         yield Document(number, **place, part=0, problem=content)
         return
-    columns = {name: value for name, value in row.record.items() if name not in CONTENT_COLUMNS}
-    if "text" not in content:
-        yield Document(number, **place, part=0, columns=columns, **content)
+    text = content.fields.get("text")
+    if text is None:
+        yield Document(number, **place, part=0, columns=content.columns, **content.fields)
         return
-    parts = list(cut_text(content["text"], part_characters))
-    for part, text in list(enumerate(parts))[first_part:]:
+    parts = list(cut_text(text, part_characters))
+    for part, words in list(enumerate(parts))[first_part:]:
         yield Document(
-            number + part - first_part, **place, part=part, text=text, columns=columns, last_part=part + 1 == len(parts)
+            number + part - first_part,
+            **place,
+            part=part,
+            text=words,
+            columns=content.columns,
+            last_part=part + 1 == len(parts),
         )
 
 
-def read_documents(files: tuple[Path, ...], start: Start, part_characters: int) -> Iterator[Document]:
+def _file_rows(path: Path, start: Start) -> Iterator[Row]:
+    if path.suffix == ".parquet":
+        return parquet_rows(path, start)
+    if path.suffix == ".arrow":
+        return arrow_rows(path, start)
+    return json_rows(path, start) if uncompressed_name(path).endswith(".jsonl") else json_file_rows(path, start)
+
+
+def read_documents(
+    files: tuple[Path, ...], start: Start, part_characters: int, column_names: Mapping[str, str] | None = None
+) -> Iterator[Document]:
     """The documents of a corpus from `start` on.
+
+    Args:
+        files: checked by `check_files`.
+        start: where to begin.
+        part_characters: longest text that is one document.
+        column_names: what `--columns` says (see `read_columns`).
 
     Raises:
         InputError: a file cannot be read as what its name says.
     """
+    columns = Columns(column_names or {})
     number = start.document
     for file in range(start.file, len(files)):
         path = files[file]
@@ -166,10 +192,9 @@ def read_documents(files: tuple[Path, ...], start: Start, part_characters: int) 
                     yield Document(number, file, 1, part, offset, last, text=text, columns={})
                     number += 1
                 continue
-            rows = parquet_rows(path, here) if path.suffix == ".parquet" else json_rows(path, here)
             first_part = here.part
-            for row in rows:
-                for document in _row_documents(row, number, file, first_part, part_characters):
+            for row in _file_rows(path, here):
+                for document in _row_documents(row, columns, number, file, first_part, part_characters):
                     yield document
                     number += 1
                 first_part = 0

@@ -13,7 +13,7 @@ class Start:
     Attributes:
         document: its first document's number.
         file: index of the corpus file; row: counted from 1; part: of that row, counted from 0.
-        offset: of the row (of the part, in a .txt file) in bytes of uncompressed text; unused in Parquet.
+        offset: of the row (of the part, in a .txt file) in bytes of uncompressed text; unused in Parquet and Arrow.
         positions: how many tokens the shard's sequences have together.
     """
 

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -102,6 +102,7 @@ def scan(
     part_characters: int,
     too_long: str = "cut",
     advance: Advance = lambda amount, **figures: None,
+    column_names: Mapping[str, str] | None = None,
 ) -> Scan:
     """Read and tokenise the whole corpus once. Nothing is held of it but the documents at hand.
 
@@ -113,6 +114,7 @@ def scan(
         too_long: what becomes of rows that are too long: cut, skip or refuse.
         advance: called with the bytes of the files that were passed since the last call; those of a compressed file or of
             Parquet pass as a whole, or nearly so. Beside them, how fast it goes.
+        column_names: what `--columns` says.
 
     Raises:
         InputError: a file cannot be read as what its name says, or the tokenizer cannot be used for the corpus.
@@ -125,7 +127,8 @@ def scan(
     sizes = [path.stat().st_size for path in files]
     begins = [sum(sizes[:file]) for file in range(len(files))]
     began = time.monotonic()
-    for document, sequences in _tokenised(tokenizer, read_documents(files, Start(0, 0, 1, 0, 0), part_characters)):
+    documents = read_documents(files, Start(0, 0, 1, 0, 0), part_characters, column_names)
+    for document, sequences in _tokenised(tokenizer, documents):
         if document.number % shard_size == 0:
             starts.append(Start(document.number, document.file, document.row, document.part, document.offset))
             positions.append(0)

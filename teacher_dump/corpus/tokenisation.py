@@ -3,6 +3,7 @@
 * `text`: every token counts; an end-of-sequence token closes the text; a long text becomes consecutive windows, each opened
   by the tokens that the tokenizer puts before a text (a beginning-of-sequence token, where it has one).
 * `prompt` + `completion` as text: the completion's tokens count, from where prompt and prompt + completion differ as token ids.
+* token ids: as they are, with nothing added; the row says which count.
 * `messages`, and `prompt` + `completion` as messages: what the assistant writes counts, of the completion alone where there is
   one (see `chat`).
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,6 +80,10 @@ class CorpusTokenizer:
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
+    @cached_property
+    def _vocabulary(self) -> frozenset[int]:
+        return frozenset(self.tokenizer.get_vocab().values())
+
     def sequences(self, document: Document) -> list[TokenSequence]:
         """The sequences of a document; none for a part of a text that has no tokens.
 
@@ -95,6 +101,8 @@ class CorpusTokenizer:
             raise BadRow(document.problem)
         if document.text is not None:
             return self._windows(document, document.text)
+        if document.token_ids is not None:
+            return self._answer(document, *self._given_tokens(document))
         if isinstance(document.prompt, str) and isinstance(document.completion, str):
             return self._answer(document, *self._completion(document.prompt, document.completion))
         messages, completion_from = document.messages or [], 0
@@ -159,6 +167,16 @@ class CorpusTokenizer:
             for window, ids in enumerate(windows)
             if len(ids) > 1
         ]
+
+    def _given_tokens(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+        assert document.token_ids is not None and document.is_target is not None
+        for number, token in enumerate(document.token_ids, 1):
+            if token not in self._vocabulary:
+                raise BadRow(
+                    f"`input_ids` has a token that the teacher's tokenizer does not have ({token} at token {number}; it has"
+                    f" {len(self._vocabulary):,} tokens)"
+                )
+        return np.array(document.token_ids, np.int64), np.array(document.is_target, bool)
 
     def _completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
         prompt_ids = [*self._opening, *self._encode(prompt)]

@@ -18,6 +18,7 @@ from knowledge_store.writing.shard import pack_shard
 from teacher_dump.configuration import EstimateConfig
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
@@ -81,7 +82,7 @@ def _sample_documents(config: EstimateConfig, reporter: Reporter) -> tuple[list[
     sample: list[Document] = []
     count = characters = 0
     with reporter.progress("reading the corpus", None) as advance:
-        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters):
+        for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters, config.column_names):
             count += 1
             characters += document.characters
             advance(document.characters)
@@ -121,6 +122,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     Raises:
         InputError: something given cannot be used, or the sample holds nothing that can.
     """
+    config = with_local_corpus(config, reporter=reporter)
     chat = chat_asked(config)
     tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher), chat)
     documents, count, characters = _sample_documents(config, reporter)

@@ -106,7 +106,9 @@ def look_through(
     size = sum(path.stat().st_size for path in config.corpus)
     sequences = corpus_tokenizer(config, tokenizer, chat)
     with reporter.progress("looking through the corpus", size) as advance:
-        scanned = scan(config.corpus, sequences, config.shard_size, config.part_characters, config.too_long, advance)
+        scanned = scan(
+            config.corpus, sequences, config.shard_size, config.part_characters, config.too_long, advance, config.column_names
+        )
     check_counts(config, scanned.counts)
     return {
         "documents": scanned.documents,

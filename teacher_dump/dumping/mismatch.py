@@ -37,7 +37,7 @@ def check_options(config: DumpConfig, storage: Storage, existing: Manifest, *, r
     kinds = {name: parameters_asked(config, name).to_record() for name in config.kinds}
     dated = config.template_date is not None or "date" in existing.plan.get("chat", {})
     asked = plan_record(config, chat_asked(config, existing).record(dated))
-    corpus = {"files": corpus_record(config.corpus, reporter=reporter)}
+    corpus = {"files": corpus_record(config.corpus, reporter=reporter), "columns": config.column_names}
     check_same(storage, existing, replace(existing, kinds=kinds, corpus=corpus, plan={**existing.plan, **asked}))
 
 
@@ -73,6 +73,9 @@ def _sentence(name: str, old: Any, new: Any, existing: Manifest, asked: Manifest
         if index >= len(after):
             return f"corpus file {before[index]['name']} is missing"
         return f"corpus file {after[index]['name']} has other contents"
+    if (part := name.removeprefix("corpus.columns.")) != name:
+        old, new = (f"nothing of {part}" if value is None else f"{part}={value}" for value in (old, new))
+        return f"--columns said {old} and now says {new}"
     if name.startswith("teacher.files."):
         return f"the teacher's file {name.removeprefix('teacher.files.')} has other contents"
     if (kind := name.removeprefix("kinds.")) in existing.kinds.keys() ^ asked.kinds.keys():

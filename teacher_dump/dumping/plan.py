@@ -56,7 +56,7 @@ def identity_manifest(
         kinds={name: _parameters(name, config, teacher).to_record() for name in config.kinds},
         teacher=teacher.description,
         tokenizer=describe_tokenizer(teacher.tokenizer),
-        corpus={"files": corpus_files(config, config.corpus, teacher, reporter)},
+        corpus={"files": corpus_files(config, config.corpus, teacher, reporter), "columns": config.column_names},
         plan=plan_record(config, chat.record(dated)),
         derived={},
     )
@@ -164,7 +164,9 @@ class ShardReader:
         follows = document is not None and document.number == start.document
         passes = document is not None and document.number < start.document and document.file == start.file
         if not follows and not (passes and self._config.corpus[start.file].suffix in SUFFIXES_READ_THROUGH):
-            self._documents = read_documents(self._config.corpus, start, self._config.part_characters)
+            self._documents = read_documents(
+                self._config.corpus, start, self._config.part_characters, self._config.column_names
+            )
             self._next = next(self._documents, None)
         while self._next is not None and self._next.number < start.document:
             self._next = next(self._documents, None)

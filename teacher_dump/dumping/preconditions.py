@@ -14,7 +14,6 @@ from knowledge_store.format.store_file import check_store, occupied
 from knowledge_store.reporter import Reporter
 from knowledge_store.storage import Storage
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.corpus.documents import check_files
 from teacher_dump.dumping.mismatch import check_options
 from teacher_dump.dumping.request import check_teacher, parameters_asked
 from teacher_dump.teachers.loading import Loading, check_loading
@@ -25,15 +24,13 @@ def check_request(config: DumpConfig, storage: Storage, rank: int, world_size: i
     """Make sure that what a call of `dump` or `repair` was given can be used.
 
     Raises:
-        InputError: the rank is not one of the world size, or a file of the corpus, or one that an option names, cannot be
-            used.
+        InputError: the rank is not one of the world size, or a file that an option names cannot be used.
         NewerVersionError: something of the dump has a newer format version.
         DamageError: its `commits` is not a folder, or a file that an option names is damaged.
         StoreError: one of the dump's records cannot be read.
     """
     if not 0 <= rank < world_size:
         raise InputError(f"--rank {rank} is not one of --world-size {world_size}: ranks count from 0")
-    check_files(config.corpus)
     _check_versions(storage, config.dump_name)
     for kind in config.kinds:
         parameters_asked(config, kind)
@@ -45,6 +42,14 @@ def _check_versions(storage: Storage, dump: str) -> None:
     for name in (manifest_file(dump), *(commit_file(dump, shard) for shard in commit_records(storage, dump))):
         with suppress(DamageError):  # missing, or for --repair
             check_version(read_record(storage, name), storage.locate(name))
+
+
+def as_made(config: DumpConfig, existing: Manifest | None) -> DumpConfig:
+    """A configuration with the `--columns` that a dump was made with, where none are asked for."""
+    names = existing.corpus.get("columns", {}) if existing is not None else {}
+    if config.columns is not None or not names:
+        return config
+    return replace(config, columns=",".join(f"{part}={name}" for part, name in names.items()))
 
 
 def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None) -> Loading:

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from knowledge_store.format.corpus_counts import CorpusCounts
+from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import PreviewConfig
-from teacher_dump.corpus.documents import check_files, place_text, read_documents
+from teacher_dump.corpus.documents import place_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer
@@ -83,22 +85,25 @@ class Preview:
     counts: CorpusCounts
 
 
-def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> Preview:
+def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, reporter: Reporter = SILENT) -> Preview:
     """The first rows of a corpus as tokens. A text that is too long for one document counts as a row for each of its parts.
 
     Args:
         config: the teacher, the corpus, and how many rows.
         tokenizer: the teacher's, already loaded; loaded here when None.
+        reporter: hears of progress where the corpus is downloaded.
 
     Raises:
         InputError: something given cannot be used. A row that cannot be used is no error here: it says why.
     """
-    check_files(config.corpus)
+    config = with_local_corpus(config, reporter=reporter)
     tokenizer = tokenizer or teacher_tokenizer(config, None, weights=False)
     sequences = corpus_tokenizer(config, tokenizer)
     tally = Tally(config.too_long)
     rows = []
-    for document in islice(read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters), config.rows):
+    for document in islice(
+        read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters, config.column_names), config.rows
+    ):
         place = place_text(config.corpus, document.file, document.row)
         try:
             found = sequences.sequences(document)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from knowledge_store.errors import DamageError, InputError, MissingFileError
+from knowledge_store.errors import DamageError, InputError, MismatchError, MissingFileError
 from knowledge_store.format.commits import commit_records
 from knowledge_store.format.layout import STORE_FILE, manifest_file, tokens_file
 from knowledge_store.format.manifest import Manifest, read_manifest
@@ -24,9 +24,10 @@ from knowledge_store.writing.repair import (
 )
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
 from teacher_dump.dumping.mismatch import check_same
-from teacher_dump.dumping.preconditions import check_before_loading, check_request
+from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request
 from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import chat_asked
@@ -55,9 +56,11 @@ def repair(
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are repaired first.
     """
+    config = with_local_corpus(config, reporter=reporter)
     storage = open_storage(config.store)
     check_request(config, storage, rank, world_size)
     existing = _manifest_to_repair(storage, config.dump_name, reporter)
+    config = as_made(config, existing)
     if repair_store_file(storage):
         reporter.note(f"Repaired: {storage.locate(STORE_FILE)} was damaged, and is written again")
     pending: list[int] = []
@@ -86,7 +89,7 @@ def repair(
         check_same(storage, existing, planned)
     reader = ShardReader(config, planned, corpus_tokenizer(config, teacher.tokenizer, chat))
     tokens = tokens_table(*teacher.tokens())
-    made_again = existing is None and repair_manifest(storage, planned)
+    made_again = existing is None and _repair_manifest(storage, planned)
     writer = DumpWriter.open(storage, planned, tokens)
     if repair_tokens(writer, tokens):
         reporter.note(f"Repaired: {storage.locate(tokens_file(config.dump_name))} was damaged, and is written again")
@@ -120,6 +123,19 @@ def _manifest_to_repair(storage: Storage, dump: str, reporter: Reporter) -> Mani
             raise InputError(f"there is no dump {dump!r} in {storage.address} to repair") from None
         reporter.note(f"Damage: {error}")
         return None
+
+
+def _repair_manifest(storage: Storage, planned: Manifest) -> bool:
+    """`repair_manifest`, which says where it fails for a date that the damaged manifest alone knew."""
+    try:
+        return repair_manifest(storage, planned)
+    except MismatchError as error:
+        if "date" not in planned.plan["chat"]:
+            raise
+        raise MismatchError(
+            f"{error}. The chat template asks for the date ({planned.plan['chat']['date']} here): pass the day of the dump"
+            "'s beginning as --template-date"
+        ) from None
 
 
 def _damaged(writer: DumpWriter, shards: range, reporter: Reporter) -> list[int]:

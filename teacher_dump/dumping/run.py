@@ -11,9 +11,10 @@ from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import open_storage
 from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
 from teacher_dump.dumping.mismatch import check_same
-from teacher_dump.dumping.preconditions import check_before_loading, check_request, existing_manifest
+from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.remaining import remaining_shards, worker_shards
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import chat_asked
@@ -43,9 +44,11 @@ def dump(
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are committed first.
     """
+    config = with_local_corpus(config, reporter=reporter)
     storage = open_storage(config.store)
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
+    config = as_made(config, existing)
     loading = check_before_loading(config, storage, existing, teacher, reporter)
     chat = chat_asked(config, existing)
     derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)

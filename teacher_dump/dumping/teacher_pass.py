@@ -18,7 +18,7 @@ from typing import Any
 
 from knowledge_store.format.commits import CommitRecord
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.sequences import corpus_column, sequence_id, token_hash
+from knowledge_store.format.sequences import sequence_id, stored_columns, token_hash
 from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
@@ -163,9 +163,10 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
     """What the writer takes of a shard: its sequences, and for each kind what was taken of each of them."""
     names = [file["name"] for file in manifest.corpus["files"]]
     rows = []
+    stored = stored_columns(manifest.derived["columns"])
     for sequence in shard.sequences:
         document = sequence.document
-        row_columns = {corpus_column(name): value for name, value in corpus_columns(manifest, sequence).items()}
+        row_columns = {stored[name]: value for name, value in corpus_columns(manifest, sequence).items()}
         rows.append(
             {
                 "sequence_id": sequence_id(document.number, sequence.window),

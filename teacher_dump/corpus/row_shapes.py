@@ -1,0 +1,205 @@
+"""What a row holds: which of the known shapes it has, and its content as a document's fields.
+
+A row has one shape, and says so by its columns alone. Where they fit two, or would leave a prompt unread, the row is refused,
+and `--columns` says what counts. All columns that a shape does not take stay beside the row's sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from teacher_dump.corpus.columns import (
+    COMPLETION,
+    MESSAGES,
+    OWN_NAMES,
+    SHAPES,
+    SHAREGPT,
+    TEXT,
+    TOKENS,
+    Columns,
+    Shape,
+)
+from teacher_dump.corpus.json_text import json_value
+from teacher_dump.corpus.messages import Turns, is_message_list, message_texts, read_messages
+from teacher_dump.corpus.token_rows import token_content
+
+
+@dataclass(frozen=True)
+class Content:
+    """The content of a row.
+
+    Attributes:
+        fields: those of a Document: text; prompt and completion; messages; token_ids and is_target; template_arguments.
+        columns: the row's other columns.
+    """
+
+    fields: dict[str, Any]
+    columns: dict[str, Any]
+
+
+def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Content:
+    """The content of a row.
+
+    Raises:
+        ValueError: why it has none that can be used; names the column, and the message and its field.
+    """
+    shape = columns.shape or _shape_by_presence(record, columns)
+    # A prompt and completion in plain text are final: no template sees them, and `tools` beside them is a column as any other.
+    plain_text = shape is COMPLETION and not any(
+        columns.is_json(part) or not isinstance(record.get(columns.name(part)), str) for part in shape.required
+    )
+    parts = shape.required if plain_text else (*shape.required, *shape.optional)
+    given: dict[str, Any] = {}
+    for part in parts:
+        value = record.get(columns.name(part))
+        if value is None:
+            if part in shape.required:
+                raise ValueError(_missing(part, shape, record, columns))
+        elif isinstance(value, str) and columns.is_json(part):
+            try:
+                given[part] = json_value(value)
+            except ValueError as error:
+                raise ValueError(f"`{columns.name(part)}` is text that is {error}") from None
+        else:
+            given[part] = value
+    taken = {columns.name(part) for part in parts}
+    others = {name: value for name, value in record.items() if name not in taken}
+    return Content(_fields(shape, given, plain_text, columns), others)
+
+
+def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
+    there = {name for name, value in record.items() if value is not None}
+    shapes = columns.shapes(there)
+    if len(shapes) > 1:
+        ways = " or ".join(f"--columns {_own_names(shape)}" for shape in shapes[:2])
+        raise ValueError(f"it fits two shapes, {shapes[0].name} and {shapes[1].name}: say which counts with {ways}")
+    halves = [part for part in COMPLETION.required if part in there and COMPLETION not in shapes]
+    if not shapes:
+        raise ValueError(_no_shape(record, halves))
+    if halves:
+        _check_half(record, halves, shapes[0])
+    return shapes[0]
+
+
+def _check_half(record: dict[str, Any], halves: list[str], shape: Shape) -> None:
+    """Make sure that a `prompt` beside messages repeats one of them, as some published data sets have it; its words would
+    otherwise be lost."""
+    if halves == ["prompt"] and shape in (MESSAGES, SHAREGPT) and isinstance(record["prompt"], str):
+        value = record[shape.required[0]]
+        try:
+            messages = read_messages(json_value(value) if isinstance(value, str) else value, shape.required[0])
+        except ValueError:
+            return  # which is told when the messages are read
+        if record["prompt"].strip() in message_texts(messages):
+            return
+        raise ValueError(
+            f"`prompt` is the text of none of its `{shape.required[0]}`: if these are what counts, say so with"
+            f" --columns {_own_names(shape)}"
+        )
+    other = "completion" if halves == ["prompt"] else "prompt"
+    raise ValueError(
+        f"both {_quoted(shape.required)} and `{halves[0]}` without `{other}`: say what counts with"
+        f" --columns {_own_names(shape)}"
+    )
+
+
+def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
+    if halves:
+        return "`prompt` and `completion` must both be given, both strings or both lists of messages"
+    if nulls := [part for shape in SHAPES for part in shape.required if part in record and record[part] is None]:
+        return f"{_quoted(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
+    names = sorted(record)[:6]
+    found = f" (it has {_quoted(names)}{' and more' if len(record) > len(names) else ''})" if names else ""
+    return (
+        f"none of the columns that a row is read by{found}: `text`, `prompt` and `completion`, `messages`, `conversations`,"
+        " `instruction` and `output`, or `input_ids`. Columns of other names are read with --columns, as in"
+        " --columns prompt=question,completion=answer"
+    )
+
+
+def _missing(part: str, shape: Shape, record: dict[str, Any], columns: Columns) -> str:
+    name = columns.name(part)
+    why = "is null" if name in record else "is not there"
+    return f"`{name}` {why}, which --columns makes the {part} of {shape.name}" if name != part else f"`{name}` {why}"
+
+
+def _quoted(names: tuple[str, ...] | list[str]) -> str:
+    return " and ".join(f"`{name}`" for name in names)
+
+
+def _own_names(shape: Shape) -> str:
+    return ",".join(f"{part}={part}" for part in shape.required)
+
+
+def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Columns) -> dict[str, Any]:
+    if shape is TOKENS:
+        return token_content(given)
+    if shape is TEXT:
+        return {"text": _text(given, "text", columns)}
+    arguments = {} if plain_text else {"template_arguments": _template_arguments(given, columns)}
+    if plain_text:
+        return {"prompt": given["prompt"], "completion": given["completion"]}
+    if shape is COMPLETION:
+        if not (is_message_list(given["prompt"]) and is_message_list(given["completion"])):
+            names = _quoted([columns.name(part) for part in COMPLETION.required])
+            raise ValueError(f"{names} must both be given, both strings or both lists of messages")
+        return {part: read_messages(given[part], columns.name(part)) for part in COMPLETION.required} | arguments
+    if shape is MESSAGES:
+        return {"messages": read_messages(given["messages"], columns.name("messages"))} | arguments
+    if shape is SHAREGPT:
+        messages = read_messages(given["conversations"], columns.name("conversations"))
+        return {"messages": [*_system(given, messages, columns), *messages]} | arguments
+    return {"messages": _alpaca_messages(given, columns)} | arguments
+
+
+def _text(given: dict[str, Any], part: str, columns: Columns) -> str:
+    value = given.get(part, "")
+    if not isinstance(value, str):
+        raise ValueError(f"`{columns.name(part)}` is not a string")
+    return value
+
+
+def _system(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
+    """A `system` column as the first message; one that is empty is none."""
+    system = _text(given, "system", columns)
+    if not system:
+        return []
+    if messages and messages[0].get("role") == "system":
+        if messages[0].get("content") == system:
+            return []
+        raise ValueError(f"`{columns.name('system')}` and a first message of the role `system` say different things")
+    return [{"role": "system", "content": system}]
+
+
+def _alpaca_messages(given: dict[str, Any], columns: Columns) -> Turns:
+    instruction, words, output = (_text(given, part, columns) for part in ("instruction", "input", "output"))
+    turns = [(instruction + "\n" + words if instruction and words else instruction or words, output)]
+    history = given.get("history", [])
+    for number, pair in enumerate(history if isinstance(history, list) else [None], 1):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(words, str) for words in pair)):
+            raise ValueError(f"`{columns.name('history')}` must be a list of pairs of strings (entry {number} is none)")
+        turns.insert(number - 1, (pair[0], pair[1]))
+    return _system(given, [], columns) + [
+        {"role": role, "content": content} for turn in turns for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+
+
+def _template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """What goes to the chat template beside the messages."""
+    arguments, tools = given.get("chat_template_kwargs", {}), given.get("tools", [])
+    if not isinstance(arguments, dict):
+        raise ValueError(f"`{columns.name('chat_template_kwargs')}` is not an object")
+    if not isinstance(tools, list):
+        raise ValueError(f"`{columns.name('tools')}` is not a list")
+    described = []
+    for number, tool in enumerate(tools, 1):
+        unusable = f"`{columns.name('tools')}` has an entry that cannot be used: tool {number}"
+        try:
+            tool = json_value(tool) if isinstance(tool, str) else tool
+        except ValueError as error:
+            raise ValueError(f"{unusable} is text that is {error}") from None
+        if not isinstance(tool, dict):
+            raise ValueError(f"{unusable} is not an object")
+        described.append(tool)
+    return {**arguments, "tools": described} if described else dict(arguments)
