@@ -105,6 +105,15 @@ def test_words_that_a_template_leaves_out_are_named_with_the_way_out(message, pl
         chat(CHAT_TEMPLATE).tokens([ASK, ANSWER], {"tools": [{"type": "function", "function": {"name": "look"}}]})
 
 
+def test_a_template_may_look_into_the_names_of_tools():
+    spaces = "{% for tool in tools %}{{ tool.function.name.split('.')[0] }}: {{ tool.function.name }}\n{% endfor %}"
+    tools = [{"type": "function", "function": {"name": name}} for name in ("sea.look", "sea.sail")]
+    assert shown(chat(spaces + CHAT_TEMPLATE), [ASK, ANSWER], tools=tools).startswith("sea: sea.look\nsea: sea.sail\n<|user|>")
+    with pytest.raises(BadRow, match=r"`tools\[1\].function.description`"):
+        tools[1]["function"]["description"] = "To go there."
+        chat(spaces + CHAT_TEMPLATE).tokens([ASK, ANSWER], {"tools": tools})
+
+
 def test_a_message_of_a_role_that_a_template_does_not_know_is_refused():
     template = CHAT_TEMPLATE.replace("messages %}", "messages if message['role'] != 'developer' %}")
     with pytest.raises(BadRow, match=r"message 1 \(developer\), `content`; .*give the message the role `system`"):

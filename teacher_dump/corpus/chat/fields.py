@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from teacher_dump.corpus.chat.messages import Call, Form, Message
@@ -72,10 +71,10 @@ def _changed_message(message: Message, index: int, form: Form, change: Change, t
     if reasoning is not None:
         reasoning = change(Field(index, "reasoning_content", REASONING), reasoning)
     calls = tuple(_changed_call(call, index, number, form, change) for number, call in enumerate(message.calls))
-    other = {name: _changed(value, name, index, change) for name, value in message.other.items() if name not in IDENTIFIERS}
-    return replace(
-        message, content=content, reasoning=reasoning, calls=calls, other={**message.other, **other} if other else message.other
-    )
+    other = {
+        name: value if name in IDENTIFIERS else _changed(value, name, index, change) for name, value in message.other.items()
+    }
+    return Message(message.role, content, reasoning, calls, other, message.answers, message.target)
 
 
 def _changed_text(text: str, index: int, part: int, change: Change, cuts: re.Pattern[str] | None) -> str:

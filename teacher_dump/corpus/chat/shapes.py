@@ -88,6 +88,24 @@ class Row:
         ]
         return replace(self, messages=messages)
 
+    def excerpt(self, index: int) -> tuple[Row, int]:
+        """The messages that what stands around one message can depend on, and its index among them: a system prompt, the
+        question before it, the call and the results just before it, what follows it directly, and the last question of all."""
+        roles = [message.role for message in self.messages]
+        users = [place for place, role in enumerate(roles) if role == "user"]
+        kept = {0, index} if roles[0] in ("system", "developer") else {index}
+        kept.update([place for place in users if place < index][-1:], users[-1:] if users and users[-1] > index else [])
+        before, after = index - 1, index + 1
+        while before > 0 and roles[before] == "tool":
+            kept.add(before)
+            before -= 1
+        while after < len(roles) and roles[after] == "tool":
+            kept.add(after)
+            after += 1
+        kept.update(place for place in (before, index + 1) if 0 <= place < len(roles))
+        places = sorted(kept)
+        return replace(self, messages=[self.messages[place] for place in places]), places.index(index)
+
     def first(self, count: int, *further: Message) -> Row:
         """The first messages of the row, and further ones."""
         return replace(self, messages=[*self.messages[:count], *further])

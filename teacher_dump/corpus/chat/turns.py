@@ -8,7 +8,6 @@ one that follows directly ends the turn: some templates end a turn by the header
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -55,6 +54,34 @@ class Run:
     last: int
 
 
+@dataclass(frozen=True)
+class Around:
+    """What stands around the words of a run.
+
+    Attributes:
+        places: where the mark before it, its own last, and the mark after it stand.
+        before, following: the text between the outer marks and the inner ones.
+        previous: the field that the mark before it belongs to; None where there is none.
+        last: the field that its last mark belongs to.
+    """
+
+    places: tuple[int, int, int]
+    before: str
+    following: str
+    previous: Field | None
+    last: Field
+
+    @classmethod
+    def of(cls, marked: Marked, run: Run) -> Around:
+        """Of a run of a rendering."""
+        marks = marked.marks
+        before = marks[run.first - 1].position if run.first else 0
+        words, end, after = marks[run.first].position, marks[run.last].position, marked.next_mark(run.last)
+        previous = marks[run.first - 1].field if run.first else None
+        places = (before, end, after)
+        return cls(places, marked.text[before:words], marked.text[end:after], previous, marks[run.last].field)
+
+
 class Turns:
     """Finds the targets of assistant messages.
 
@@ -84,72 +111,96 @@ class Turns:
         if runs:
             self._check_results(rendered, runs, index)
         for number, run in enumerate(runs):
-            before = marked.marks[run.first - 1].position if run.first else 0
-            words = marked.marks[run.first].position
-            end = marked.marks[run.last].position
-            after = marked.next_mark(run.last)
-            begin = words if number else before + self._header(rendered, run, index, text.text[before:words])
+            around = Around.of(marked, run)
+            before, end, after = around.places
+            header, closing = self._sizes(rendered, index, number, around)
+            begin = before + header
             inner = (text.begins < end) & (text.ends > begin)
             if (inner & ((text.begins < before) | (text.ends > after))).any():
                 raise BadRow(
                     "a token holds words of the assistant and of another message, so that it is neither target nor context:"
                     f" message {index + 1}; name another template with --chat-template"
                 )
-            targets |= inner | self._closing(rendered, text, run, index, end, after)
+            targets |= inner | self._closing(rendered, text, end, closing)
         return targets
+
+    def _sizes(self, rendered: Rendered, index: int, number: int, around: Around) -> tuple[int, int]:
+        """How many characters before the words of a run are the template's, and how many after them close the turn."""
+        form = rendered.form
+        excerpt, place = rendered.outline.excerpt(index)
+        for row, at in ((excerpt, place), (rendered.outline, index), (rendered.row, index)):
+            marked = self._shapes.marked(row, form)
+            runs = _runs(marked, at) if marked is not None else []
+            if marked is None or number >= len(runs):
+                continue
+            found = Around.of(marked, runs[number])
+            if found.before == around.before and found.following == around.following:
+                header = len(found.before) if number else self._header(row, form, at, found)
+                return header, self._closing_size(row, form, at, found)
+        raise BadRow(
+            "the chat template writes this conversation in a way of its own, so that the assistant's turns cannot be told from"
+            f" the rest: message {index + 1}; name another template with --chat-template"
+        )
 
     def _check_results(self, rendered: Rendered, runs: list[Run], index: int) -> None:
         """Make sure that no result of a call stands within a run, unseen because it is empty."""
         silent = [n for n, message in enumerate(rendered.row.messages) if message.role == "tool" and not message.has_words]
         if not silent:
             return
-        messages = [
-            replace(message, content=("word",)) if number in silent else message
-            for number, message in enumerate(rendered.outline.messages)
-        ]
-        speaking = self._shapes.marked(replace(rendered.outline, messages=messages), rendered.form)
-        if speaking is None or len(_runs(speaking, index)) != len(runs):
+        outline, place = replace(
+            rendered.outline,
+            messages=[
+                replace(message, content=("word",)) if number in silent else message
+                for number, message in enumerate(rendered.outline.messages)
+            ],
+        ).excerpt(index)
+        speaking = self._shapes.marked(outline, rendered.form)
+        if speaking is None or len(_runs(speaking, place)) != len(runs):
             raise BadRow(
                 "the result of a call is empty, and the chat template puts it into the assistant's turn, where nobody can tell"
                 f" it from the answer: message {index + 1}; give the result words"
             )
 
-    def _header(self, rendered: Rendered, run: Run, index: int, before: str) -> int:
+    def _header(self, row: Row, form: Form, index: int, around: Around) -> int:
         """How many characters between a turn's words and the words before them are the template's, and not the assistant's."""
-        form, marked = rendered.form, rendered.marked
-        if index and run.first:
-            previous = marked.marks[run.first - 1].field
-            for source in rendered.sources:
-                prompt = self._after(source.first(index), form, previous, prompt=True)
-                silence = self._after(source.first(index), form, previous)
-                if prompt is None or silence is None:
-                    continue
-                shared = _shared(before, prompt)
-                if shared > _shared(prompt, silence):
-                    return shared
-        header = self._prompt(rendered)
+        before = around.before
+        if index and around.previous is not None:
+            prompt = self._after(row.first(index), form, around.previous, prompt=True)
+            silence = self._after(row.first(index), form, around.previous)
+            if prompt is not None and silence is not None and _shared(before, prompt) > _shared(prompt, silence):
+                return _shared(before, prompt)
+        header = self._prompt(row, form)
         if header and (place := before.rfind(header)) >= 0:
             return place + len(header)
         answer = Field(index, "content", CONTENT)
-        plain = self._shapes.marked(rendered.outline.first(index, ASSISTANT), form)
+        plain = self._shapes.marked(row.first(index, ASSISTANT), form)
         if plain is not None and answer in plain.places:
             first = plain.places[answer][0]
             start = plain.marks[first - 1].position if first else 0
             return _shared(before, plain.text[start : plain.marks[first].position])
         return len(before)
 
-    def _closing(self, rendered: Rendered, text: Text, run: Run, index: int, end: int, after: int) -> np.ndarray:
-        """Which tokens between the end of a turn's words and the next mark close the turn, bool (L,)."""
-        field = rendered.marked.marks[run.last].field
-        following = text.text[end:after]
-        closing = np.zeros(len(text.token_ids), bool)
-        for other in self._endings(rendered, index, field, following):
-            stop = end + _shared(following, other)
-            visible = end + len(text.text[end:stop].rstrip())
-            closing = (text.begins >= end) & (text.begins < visible) & (text.ends <= _past_space(text.text, stop))
-            if closing.any():
-                break
-        prompt = self._prompt(rendered)
+    def _closing_size(self, row: Row, form: Form, index: int, around: Around) -> int:
+        """How many characters after a turn's words stand there too where the conversation ends with it, or goes on if it ends
+        there itself."""
+        last = index + 1 == len(row.messages)
+        other = self._after(row.first(index + 1, *([USER] if last else [])), form, around.last)
+        if other is None:
+            return len(around.following) if last else 0
+        return _shared(around.following, other)
+
+    def _closing(self, rendered: Rendered, text: Text, end: int, size: int) -> np.ndarray:
+        """Which tokens close a turn whose words end at a place, bool (L,).
+
+        Args:
+            rendered, text: the conversation.
+            end: of its words.
+            size: of what closes it, in characters.
+        """
+        stop = end + size
+        visible = end + len(text.text[end:stop].rstrip())
+        closing = (text.begins >= end) & (text.begins < visible) & (text.ends <= _past_space(text.text, stop))
+        prompt = self._prompt(rendered.outline, rendered.form)
         if not prompt:  # the template asks for an answer at every end, or never: what stands there is no witness
             ends = np.flatnonzero(closing & text.special)
             closing[ends[0] + 1 if len(ends) else len(closing) :] = False
@@ -161,22 +212,10 @@ class Turns:
                 closing |= direct
         return closing
 
-    def _endings(self, rendered: Rendered, index: int, field: Field, following: str) -> Iterator[str]:
-        """What follows a turn's last field where the conversation ends with it, or where it goes on if it ends there itself."""
-        last = index + 1 == len(rendered.row.messages)
-        alone = last
-        for source in rendered.sources:
-            other = self._after(source.first(index + 1, *([USER] if last else [])), rendered.form, field)
-            if other is not None:
-                alone = False
-                yield other
-        if alone:
-            yield following
-
-    def _prompt(self, rendered: Rendered) -> str:
+    def _prompt(self, row: Row, form: Form) -> str:
         """What asks for an answer to a question; empty where nothing does."""
-        asked = self._shapes.marked(rendered.outline.first(0, USER), rendered.form, prompt=True)
-        ended = self._shapes.marked(rendered.outline.first(0, USER), rendered.form)
+        asked = self._shapes.marked(row.first(0, USER), form, prompt=True)
+        ended = self._shapes.marked(row.first(0, USER), form)
         return "" if asked is None or ended is None else asked.text[_shared(asked.text, ended.text) :]
 
     def _after(self, row: Row, form: Form, field: Field, prompt: bool = False) -> str | None:

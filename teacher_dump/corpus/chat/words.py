@@ -54,11 +54,6 @@ class Rendered:
     marked: Marked
     dropped_reasoning: frozenset[int]
 
-    @property
-    def sources(self) -> tuple[Row, Row]:
-        """What can be rendered in part to find out about the row: its outline, and where that is no help, itself."""
-        return self.outline, self.row
-
 
 class Words:
     """Renders rows and makes sure that their words are there.
@@ -88,7 +83,8 @@ class Words:
             raise LostWords(row, lost)
         self._check_values(row, form, marks.values)
         outline = row.outline(form)
-        if not any(identifier in plain for identifier in row.identifiers()):
+        identifiers = row.identifiers()
+        if identifiers and not any(identifier in plain for identifier in identifiers):
             outline = outline.with_numbered_identifiers()
         return Rendered(row, form, outline, marked, frozenset(dropped))
 
@@ -97,10 +93,10 @@ class Words:
 
     def _fitting(self, row: Row, form: Form, plain: str) -> tuple[Marks, Marked]:
         """Marks that change nothing of the text, as many as there can be, and the rendering with them."""
-        marks = Marks()
-        marked = self._with_marks(row, form, marks)
-        if marked is not None and marked.text == plain:
-            return marks, marked
+        for marks in (Marks(), Marks(lambda place: place.message != TOOLS)):
+            marked = self._with_marks(row, form, marks)
+            if marked is not None and marked.text == plain:
+                return marks, marked
         # The template looks into the words somewhere: find out where, one field at a time.
         around, inside = set(), set()
         for place in marks.fields:
@@ -138,20 +134,29 @@ class Words:
         """Whether words without marks are in the text nevertheless: written in another way, such as a list of Python's."""
         if place.kind not in (TEXT, NAME):
             return False
-        # Of the messages an outline is enough where the words are a tool's.
-        return self._shapes.shows(row.outline(form) if place.message == TOOLS else row, form, place)
+        # Few messages are enough where the words are a tool's.
+        return self._shapes.shows(row.outline(form).excerpt(0)[0] if place.message == TOOLS else row, form, place)
 
     def _drops(self, row: Row, form: Form, place: Field) -> bool:
         """Whether a template that leaves reasoning out shows it as long as no further message follows."""
         if place.message + 1 == len(row.messages):
             return False
-        cut = self._shapes.marked(row.outline(form).first(place.message + 1), form)
-        return cut is not None and place in cut.places
+        outline = row.outline(form)
+        excerpt, index = outline.excerpt(place.message)
+        for shorter, at in ((excerpt, index), (outline, place.message)):
+            cut = self._shapes.marked(shorter.first(at + 1), form)
+            if cut is not None and place._replace(message=at) in cut.places:
+                return True
+        return False
 
     def _check_values(self, row: Row, form: Form, values: list[Field]) -> None:
         """Make sure that numbers and truth values of arguments are in the text."""
         outline = row.outline(form, values=True) if values else row
-        lost = [place for place in values if not self._shapes.shows(outline, form, place)]
+        lost = []
+        for place in values:
+            excerpt, index = outline.excerpt(place.message)
+            if not self._shapes.shows(excerpt, form, place._replace(message=index)):
+                lost.append(place)
         if lost:
             raise LostWords(row, lost)
 
