@@ -64,7 +64,8 @@ class TeacherOptions(NamedTeacher):
     device_map: str = option(
         "none",
         choices=DEVICE_MAPS,
-        help="Where a teacher's layers go: all on --device (none), or spread over all devices, the CPU's memory and the disk (auto).",
+        help="Where a teacher's layers go: all on --device (none), or spread over all devices, the CPU's memory and the disk"
+        " (auto).",
     )
     max_memory: str | None = option(
         None, metavar="SIZES", help="With --device-map, the room for weights on each device, such as 0=20GiB,1=20GiB,cpu=64GiB."
