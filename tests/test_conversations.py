@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers.utils.chat_template_utils as transformers_templates
-from conftest import CHAT_TEMPLATE, make_tokenizer, write_jsonl
+from conftest import CHAT_TEMPLATE, make_tokenizer, run_command, write_jsonl
 from stores import read_whole
+from torture import workers
 
 from knowledge_store import InputError, KnowledgeStore, MismatchError
 from knowledge_store.format.manifest import read_manifest
@@ -300,6 +301,13 @@ def dated_dump(folder: Path, teacher_folder: Path, store: str, **options) -> Dum
     return DumpConfig(str(teacher_folder), (corpus,), folder / store, "d", max_length=96, shard_size=2, **options)
 
 
+def check_same_shards(one: Path, other: Path) -> None:
+    names = {path.relative_to(one) for path in one.rglob("0*.parquet")}
+    assert len(names) == 6
+    for name in names:
+        assert read_whole(one / name).equals(read_whole(other / name))
+
+
 def test_workers_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher_folder, loaded_teacher):
     at(monkeypatch, "2026-02-27")
     config = dated_dump(tmp_path, teacher_folder, "one")
@@ -314,10 +322,7 @@ def test_workers_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher
     shard = next((others.store / "d/positions").glob("*00001*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-100])
     repair(untold, teacher=loaded_teacher)
-    names = {path.relative_to(config.store) for path in config.store.rglob("0*.parquet")}
-    assert len(names) == 6
-    for name in names:
-        assert read_whole(config.store / name).equals(read_whole(others.store / name))
+    check_same_shards(config.store, others.store)
     plan = read_manifest(open_storage(others.store), "d").plan
     assert plan["chat"]["date"] == "2026-02-27" and plan["chat"]["train_on"] == "all"
     positions = KnowledgeStore.open(others.store).sql("SELECT DISTINCT document FROM sequences").num_rows
@@ -332,6 +337,26 @@ def test_workers_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher
     (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE)
     with pytest.raises(MismatchError, match="the text of --chat-template was"):
         dump(dated_dump(tmp_path, teacher_folder, "many", chat_template=tmp_path / "other.jinja"), teacher=loaded_teacher)
+
+
+@pytest.mark.skipif(workers.FAKETIME is None, reason="libfaketime is not installed (Debian: apt-get install libfaketime)")
+def test_commands_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher_folder, loaded_teacher):
+    config = dated_dump(tmp_path, teacher_folder, "many")
+    monkeypatch.setenv("DONT_FAKE_MONOTONIC", "1")
+    monkeypatch.setenv("LD_PRELOAD", str(workers.FAKETIME))
+    options = ["--teacher", config.teacher, "--corpus", config.corpus[0], "--name", "d", "--max-length", 96, "--shard-size", 2]
+    for rank, clock in enumerate(("-3d", "+3d")):
+        monkeypatch.setenv("FAKETIME", clock)
+        template = ["--chat-template", config.chat_template] if rank == 0 else []
+        worker = ["--rank", rank, "--world-size", 2]
+        ended = run_command("teacher_dump", "run", config.store, *options, *template, *worker)
+        assert ended.returncode == 0, ended.stderr
+    monkeypatch.undo()
+    begun = read_manifest(open_storage(config.store), "d").plan["chat"]["date"]
+    assert datetime.date.fromisoformat(begun) < datetime.date.today()
+    alone = replace(config, store=tmp_path / "one", template_date=begun)
+    dump(alone, teacher=loaded_teacher)
+    check_same_shards(alone.store, config.store)
 
 
 def test_a_damaged_manifest_is_made_again_with_the_date_of_its_dump(tmp_path, monkeypatch, teacher_folder, loaded_teacher):
