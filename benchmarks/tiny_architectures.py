@@ -96,6 +96,8 @@ TOKENS = [
 ]
 
 _LINEAR = ["linear_attention", "hybrid"] * 2
+MEDIA = ("image_token_id", "audio_token_id", "video_token_id", "image_token_index", "audio_token_index")
+
 OWN: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {
@@ -143,7 +145,8 @@ def _shrunk(settings: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(value, int) and name in SIZES:
             made[name] = min(value, SIZES[name]) if value >= 0 else value
         elif name in TOKENS and isinstance(value, int):
-            made[name] = {"pad_token_id": 0, "eos_token_id": 0}.get(name, 1)
+            # Tokens that stand for images and sounds are no text: the last of the vocabulary, which nobody asks about.
+            made[name] = {"pad_token_id": 0, "eos_token_id": 0}.get(name, VOCABULARY - 1 if name in MEDIA else 1)
         elif name in TOKENS and isinstance(value, list):
             made[name] = [0]
         elif isinstance(value, list) and len(value) in layers:

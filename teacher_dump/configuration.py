@@ -46,7 +46,7 @@ class TeacherOptions(GgufOptions):
     device_map: str = option(
         "none",
         choices=DEVICE_MAPS,
-        help="auto spreads a teacher that is larger than one device over all of them, the CPU's memory and the disk.",
+        help="Where a teacher's layers go: all on --device (none), or spread over all devices, the CPU's memory and the disk (auto).",
     )
     max_memory: str | None = option(
         None, metavar="SIZES", help="With --device-map, the room for weights on each device, such as 0=20GiB,1=20GiB,cpu=64GiB."

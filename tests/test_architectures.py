@@ -37,7 +37,6 @@ EQUAL = {
 REFUSED = {
     "bert": "bert looks ahead",
     "gemma3_text, bidirectional": "gemma3_text looks ahead",
-    "bart": "is an encoder-decoder, whose predictions depend on a second text",
     "llama with dynamic RoPE": "answers otherwise after another text than before it",
 }
 

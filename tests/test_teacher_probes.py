@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_tokenizer, write_jsonl
 from processes import Notes
+from transformers import AutoModelForSeq2SeqLM
 
 from benchmarks.tiny_architectures import tiny_config, tiny_model
 from knowledge_store import KnowledgeStore
@@ -117,6 +118,14 @@ def test_models_that_look_ahead_are_refused(tmp_path, architecture, settings, dt
 def test_the_same_architectures_as_decoders_are_not(tmp_path):
     for architecture, settings in (("gemma3_text", {}), ("bert", {"is_decoder": True}), ("llama", {})):
         load_teacher(str(save(tmp_path / architecture, architecture, **settings)), device="cpu")
+
+
+@pytest.mark.parametrize("architecture", ["bart", "t5"])
+def test_encoder_decoders_are_refused(tmp_path, architecture):
+    AutoModelForSeq2SeqLM.from_config(tiny_config(architecture)).save_pretrained(tmp_path / "t")
+    make_tokenizer().save_pretrained(tmp_path / "t")
+    with pytest.raises(InputError, match=rf"\({architecture}\) is an encoder-decoder.*choose a causal language model"):
+        load_teacher(str(tmp_path / "t"), device="cpu")
 
 
 PADDED = 8

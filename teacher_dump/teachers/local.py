@@ -315,7 +315,7 @@ def load_teacher(
         "parameters": _parameters(model),
         "hidden_size": getattr(config, "hidden_size", None),
         "vocabulary_size": head.weight.shape[0],
-        "max_positions": getattr(config, "max_position_embeddings", None),
+        "max_positions": _positions(config),
         "dtype": str(model.dtype).removeprefix("torch."),
         **({"quantize": loading.quantize} if loading.quantised else {}),
         "files": {path.relative_to(folder).as_posix(): file_sha256(path, reporter=reporter) for path in files},
@@ -355,6 +355,12 @@ def _placement(loading: Loading, where: torch.device, dtype: Any, scratch: str |
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         )
     return told
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a model knows; None where there is no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
 
 
 def _parameters(model: PreTrainedModel) -> int:

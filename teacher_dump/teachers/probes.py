@@ -98,7 +98,7 @@ def impossible_tokens(teacher: LocalTeacher) -> np.ndarray:
 def find_batching(teacher: LocalTeacher, longest: int, room: int) -> Batching:
     """Which sequences may share a batch.
 
-    Sequences of `longest` tokens, of half as many, a quarter and so on are asked alone and in one batch. Where a shorter one
+    Sequences of `longest` tokens, of 3/4, 1/2, 3/8, 1/4 and so on of that are asked alone and in one batch. Where a shorter one
     answers otherwise beside a longer one, the length that its configuration names as the one it was first trained on is tried
     as the border between two sorts of batches; else sequences are asked one by one, provided that a sequence's answer does
     not depend on what was asked before it.
@@ -112,7 +112,8 @@ def find_batching(teacher: LocalTeacher, longest: int, room: int) -> Batching:
         InputError: its answers depend on what it was asked before.
     """
     shared = min(longest, room // 2)  # tokens of the longest sequence that has company
-    lengths = [length for length in (shared >> halvings for halvings in range(32)) if length >= MIN_LENGTH]
+    shares = (shared * part // 4 >> halvings for halvings in range(32) for part in (4, 3))
+    lengths = [length for length in shares if length >= MIN_LENGTH]
     if len(lengths) < 2 or _same_together(teacher, lengths, room):
         return Batching()
     border = _border(teacher)
