@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from teacher_dump.calibration import TemperatureFit, calibrate
     from teacher_dump.checking.run import check
     from teacher_dump.checking.verdicts import Agreement
-    from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig
+    from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig, PreviewConfig
     from teacher_dump.dumping.estimate import Estimate, estimate
+    from teacher_dump.dumping.preview import Preview, preview
     from teacher_dump.dumping.repair import repair
     from teacher_dump.dumping.report import DumpReport
     from teacher_dump.dumping.run import dump
@@ -23,11 +24,14 @@ _MODULES = {
     "DumpReport": "teacher_dump.dumping.report",
     "Estimate": "teacher_dump.dumping.estimate",
     "EstimateConfig": "teacher_dump.configuration",
+    "Preview": "teacher_dump.dumping.preview",
+    "PreviewConfig": "teacher_dump.configuration",
     "TemperatureFit": "teacher_dump.calibration",
     "calibrate": "teacher_dump.calibration",
     "check": "teacher_dump.checking.run",
     "dump": "teacher_dump.dumping.run",
     "estimate": "teacher_dump.dumping.estimate",
+    "preview": "teacher_dump.dumping.preview",
     "repair": "teacher_dump.dumping.repair",
 }
 
@@ -39,11 +43,14 @@ __all__ = [
     "DumpReport",
     "Estimate",
     "EstimateConfig",
+    "Preview",
+    "PreviewConfig",
     "TemperatureFit",
     "calibrate",
     "check",
     "dump",
     "estimate",
+    "preview",
     "repair",
 ]
 

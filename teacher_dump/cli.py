@@ -1,24 +1,30 @@
-"""The command `teacher-dump`: a thin layer over `dump`, `repair`, `estimate`, `calibrate` and `check`."""
+"""The command `teacher-dump`: a thin layer over `preview`, `dump`, `repair`, `estimate`, `calibrate` and `check`."""
 
 from __future__ import annotations
 
 import importlib.util
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+from rich.text import Text
 
 from knowledge_store.calibration.file import check_output, write_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.format.corpus_counts import Sentence
-from knowledge_store.quantities import amount, byte_size, duration
+from knowledge_store.quantities import amount, byte_size, counted, duration
+from knowledge_store.sql.answers import visible
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import command_errors, note, output
 from knowledge_store.terminal.progress import TerminalReporter
-from teacher_dump.configuration import CalibrateConfig, CheckConfig, EstimateConfig, RunConfig
+from knowledge_store.terminal.tokens import shown_tokens
+from teacher_dump.configuration import CalibrateConfig, CheckConfig, EstimateConfig, PreviewConfig, RunConfig
 from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import check_teacher
+
+if TYPE_CHECKING:
+    from teacher_dump.dumping.preview import PreviewRow
 
 NOT_THE_SAME = 1
 
@@ -98,9 +104,55 @@ def _show_report(report: DumpReport, done: str) -> None:
 
 
 def _show_sentence(sentence: Sentence) -> None:
-    """A sentence for the person; one that matters is in bold, and says so where there is no bold."""
-    text = f"{sentence.text[0].upper()}{sentence.text[1:]}"
-    note(f"Warning: {text}" if sentence.strong else text, strong=sentence.strong)
+    note(_emphasised(sentence), strong=sentence.strong)
+
+
+def _emphasised(sentence: Sentence) -> str:
+    """A sentence of its own; one that matters says so, for where there is no bold."""
+    text = f"{sentence.text[:1].upper()}{sentence.text[1:]}"
+    return f"Warning: {text}" if sentence.strong else text
+
+
+@command(app, PreviewConfig, cls=CorpusCommand)
+def preview(config: PreviewConfig) -> None:
+    """Show a few rows of a corpus as the tokens that a teacher would see. Only its tokenizer is loaded.
+
+    ⟦Targets⟧ stand in brackets, and │ between tokens; · is a space and ↵ a line's end. A row that cannot be used says why.
+
+    Example: `teacher-dump preview --teacher HuggingFaceTB/SmolLM2-135M-Instruct --corpus chat.jsonl`
+    """
+    _check_packages()
+    from teacher_dump.dumping.preview import preview as first_rows
+
+    found = first_rows(config, reporter=TerminalReporter())
+    for row in found.rows:
+        _show_row(row)
+    counts = found.counts
+    amounts = f"{counted(counts.positions, 'token', 'tokens')}, {counted(counts.targets, 'target', 'targets')}"
+    for sentence in counts.sentences(config.max_length):
+        output.print(_emphasised(sentence), markup=False, style="bold" if sentence.strong else None)
+    output.print(f"In all: {amounts}", markup=False)
+    if not counts.rows_used:
+        raise InputError("none of these rows can be used, for the reasons above")
+
+
+def _show_row(row: PreviewRow) -> None:
+    place = f"{row.place}, part {row.part + 1}" if row.part else row.place
+    if row.problem is not None:
+        output.print(Text(visible(f"{place}: not used: {row.problem}"), "bold"), end="\n\n")
+        return
+    tokens = sum(len(sequence.tokens) for sequence in row.sequences)
+    targets = sum(sequence.targets for sequence in row.sequences)
+    amounts = f"{counted(tokens, 'token', 'tokens')}, {counted(targets, 'target', 'targets')}"
+    several = f", in {len(row.sequences)} sequences of which this is the first" if len(row.sequences) > 1 else ""
+    dropped = f", reasoning of {counted(row.dropped_reasoning, 'message', 'messages')} left out by the template"
+    output.print(Text(visible(f"{place}: {amounts}{several}{dropped if row.dropped_reasoning else ''}"), "bold"))
+    for sequence in row.sequences[:1]:
+        output.print(shown_tokens((token.text, token.is_target, token.is_special) for token in sequence.tokens))
+        if sequence.tokens_cut:
+            lost = f"{counted(sequence.targets_cut, 'target', 'targets')} among them" if sequence.targets_cut else "no target"
+            output.print(f"✂ cut off: {counted(sequence.tokens_cut, 'more token', 'more tokens')}, {lost}", markup=False)
+    output.print()
 
 
 @command(app, EstimateConfig, cls=CorpusCommand)

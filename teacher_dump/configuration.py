@@ -24,12 +24,30 @@ from teacher_dump.teachers.protocol import ATTENTIONS, DEVICE_MAPS, DTYPES, QUAN
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
 PART_CHARACTERS_PER_POSITION = 64
 
+TOO_LONG = ("cut", "skip", "refuse")
+
 
 @dataclass(frozen=True)
-class TeacherOptions(GgufOptions):
-    """Which teacher is asked, and how it is loaded and asked, alike in all commands."""
+class NamedTeacher(GgufOptions):
+    """Which teacher is meant."""
 
     teacher: str = option(help="A local folder or a hub id of a causal language model.")
+    _: KW_ONLY
+    revision: str | None = option(None, help="Branch, tag or commit of a hub id; main unless given.")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("Path", "Path | None") and value is not None:
+                object.__setattr__(self, field.name, Path(value))
+        object.__setattr__(self, "teacher", str(self.teacher))
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class TeacherOptions(NamedTeacher):
+    """Which teacher is asked, and how it is loaded and asked, alike in all commands."""
+
     _: KW_ONLY
     batch_size: int = option(
         16,
@@ -46,7 +64,8 @@ class TeacherOptions(GgufOptions):
     device_map: str = option(
         "none",
         choices=DEVICE_MAPS,
-        help="Where a teacher's layers go: all on --device (none), or spread over all devices, the CPU's memory and the disk (auto).",
+        help="Where a teacher's layers go: all on --device (none), or spread over all devices, the CPU's memory and the disk"
+        " (auto).",
     )
     max_memory: str | None = option(
         None, metavar="SIZES", help="With --device-map, the room for weights on each device, such as 0=20GiB,1=20GiB,cpu=64GiB."
@@ -60,15 +79,9 @@ class TeacherOptions(GgufOptions):
     attention: str = option(
         "auto", choices=ATTENTIONS, help="How attention is computed: auto, sdpa, eager or flash_attention_2."
     )
-    revision: str | None = option(None, help="Branch, tag or commit of a hub id; main unless given.")
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("Path", "Path | None") and value is not None:
-                object.__setattr__(self, field.name, Path(value))
-        object.__setattr__(self, "teacher", str(self.teacher))
-        check_options(self)
+        super().__post_init__()
         check_loading(self.loading)
 
     @property
@@ -78,7 +91,7 @@ class TeacherOptions(GgufOptions):
 
 
 @dataclass(frozen=True)
-class CorpusOptions(TeacherOptions):
+class CorpusOptions(NamedTeacher):
     """Which corpus is read, and how it becomes sequences."""
 
     corpus: tuple[Path, ...] = option(
@@ -95,11 +108,10 @@ class CorpusOptions(TeacherOptions):
     max_length: int = option(512, min=2, help="Longest sequence, in tokens.")
     too_long: str = option(
         "cut",
-        choices=("cut", "skip", "refuse"),
+        choices=TOO_LONG,
         help="What becomes of prompts with completions, and of conversations, that are longer: cut their end off, skip them, or"
         " refuse the corpus. Plain text is never lost: it continues in another sequence.",
     )
-    skip_bad_rows: bool = option(False, help="Leave out rows that cannot be used, and count them, instead of stopping.")
     chat_template: Path | None = option(
         None, metavar="FILE", help="A chat template (Jinja) that stands in for the tokenizer's own; resuming needs no file."
     )
@@ -141,7 +153,23 @@ class CorpusOptions(TeacherOptions):
 
 
 @dataclass(frozen=True)
-class CalibrateConfig(CalibrationOptions, CorpusOptions):
+class PreviewConfig(CorpusOptions):
+    """The options of `teacher-dump preview`."""
+
+    _: KW_ONLY
+    rows: int = option(3, min=1, help="How many rows to show, from the beginning of the corpus.")
+
+
+@dataclass(frozen=True)
+class PassOptions(CorpusOptions, TeacherOptions):
+    """A teacher that is asked about a corpus."""
+
+    _: KW_ONLY
+    skip_bad_rows: bool = option(False, help="Leave out rows that cannot be used, and count them, instead of stopping.")
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(CalibrationOptions, PassOptions):
     """The options of `teacher-dump calibrate`; `corpus` is text that the teacher was not trained on."""
 
     _: KW_ONLY
@@ -149,7 +177,7 @@ class CalibrateConfig(CalibrationOptions, CorpusOptions):
 
 
 @dataclass(frozen=True)
-class EstimateConfig(*option_classes(), CorpusOptions):  # type: ignore[misc]
+class EstimateConfig(*option_classes(), PassOptions):  # type: ignore[misc]
     """The options of `teacher-dump estimate`: those of a dump that decide what it keeps and takes.
 
     It has the options of every kind of knowledge, each as the field of that name.
@@ -162,7 +190,7 @@ class EstimateConfig(*option_classes(), CorpusOptions):  # type: ignore[misc]
     shard_size: int = option(512, min=1, help="Documents in a shard.")
 
     def __post_init__(self) -> None:
-        CorpusOptions.__post_init__(self)
+        PassOptions.__post_init__(self)
         if not self.kinds:
             raise InputError("name at least one --kind of knowledge")
         for kind in self.kinds:

@@ -101,10 +101,15 @@ def file_names(files: tuple[Path, ...]) -> list[str]:
     return [f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(files, names, strict=True)]
 
 
+def place_text(files: tuple[Path, ...], file: int, row: int) -> str:
+    """Where a row stands, as people read it."""
+    is_line = uncompressed_name(files[file]).endswith(".jsonl")
+    return f"{files[file]}, {'line' if is_line else 'row'} {row}"
+
+
 def problem_text(files: tuple[Path, ...], file: int, row: int, problem: str) -> str:
     """A row's problem with its place, as people read it."""
-    is_line = uncompressed_name(files[file]).endswith(".jsonl")
-    return f"{files[file]}, {'line' if is_line else 'row'} {row}: {problem}"
+    return f"{place_text(files, file, row)}: {problem}"
 
 
 def _sound_unicode(value: Any) -> bool:

@@ -54,6 +54,11 @@ class Tally:
         return self._counts["rows"]
 
     @property
+    def rows_left_out(self) -> int:
+        """Rows so far that are left out."""
+        return sum(left.rows for left in self._left_out.values())
+
+    @property
     def positions(self) -> int:
         """Tokens of all sequences so far."""
         return self._counts["positions"]

@@ -59,8 +59,13 @@ def inspect_before_loading(
     return look_through(config, teacher_tokenizer(config, teacher), chat, reporter=reporter)
 
 
-def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None) -> PreTrainedTokenizerBase:
+def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None, weights: bool = True) -> PreTrainedTokenizerBase:
     """The tokenizer of the teacher: of the one that is loaded, or loaded alone.
+
+    Args:
+        config: names the teacher.
+        teacher: the one that is loaded.
+        weights: whether a hub id's weights are going to be needed too.
 
     Raises:
         InputError: it cannot be used, or sequences are longer than the teacher knows positions.
@@ -70,8 +75,9 @@ def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None) -> PreTrai
         return teacher.tokenizer
     from teacher_dump.teachers.tokenizer import load_tokenizer
 
-    folder = find_folder(config.teacher, config.gguf_file, config.revision)
-    check_length(config, stated_sizes(str(folder), config.gguf_file))
+    folder = find_folder(config.teacher, config.gguf_file, config.revision, weights=weights)
+    if (folder / "config.json").is_file():
+        check_length(config, stated_sizes(str(folder), config.gguf_file))
     return load_tokenizer(str(folder), config.gguf_file)
 
 

@@ -28,9 +28,9 @@ from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
 from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request
-from teacher_dump.dumping.remaining import worker_shards
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import chat_asked
+from teacher_dump.dumping.worker_shards import worker_shards
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
