@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import json
-from dataclasses import replace
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import transformers.utils.chat_template_utils as transformers_templates
-from conftest import CHAT_TEMPLATE, make_tokenizer, write_jsonl
-from stores import read_whole
+from conftest import CHAT_TEMPLATE, make_tokenizer
 
-from knowledge_store import InputError, KnowledgeStore, MismatchError
-from knowledge_store.format.manifest import read_manifest
-from knowledge_store.storage import open_storage
+from knowledge_store import InputError
 from knowledge_store.tokenizer import opening_tokens
-from teacher_dump import DumpConfig, dump, repair
-from teacher_dump.corpus.chat import options as chat_options
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.chat.template import ChatTemplate
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.rows import BadRow
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, describe_tokenizer
+from teacher_dump.teachers.files import model_files
+from teacher_dump.teachers.local import load_teacher
 
 ASK = {"role": "user", "content": "How far?"}
 ANSWER = {"role": "assistant", "content": "As far as somebody looks."}
@@ -227,6 +222,20 @@ def test_named_templates_are_used_and_part_of_the_identity():
         ChatTemplate(tokenizer, ChatOptions("2026-01-31")).tokens([ASK, ANSWER])
 
 
+def test_named_templates_of_a_folder_are_files_of_the_teacher(tmp_path, teacher_folder):
+    folder = Path(shutil.copytree(teacher_folder, tmp_path / "tiny"))
+    named = folder / "additional_chat_templates/tool_use.jinja"
+    named.parent.mkdir()
+    named.write_text(FULL_TEMPLATE)
+    assert named in model_files(folder, None)
+    before = load_teacher(str(folder), device="cpu")
+    assert before.tokenizer.chat_template["tool_use"] == FULL_TEMPLATE
+    named.write_text(FULL_TEMPLATE + " ")
+    after = load_teacher(str(folder), device="cpu")
+    name = "additional_chat_templates/tool_use.jinja"
+    assert before.description["files"][name] != after.description["files"][name]
+
+
 def test_opening_tokens_are_found_whatever_the_vocabulary_lacks():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
@@ -260,117 +269,6 @@ def test_parts_of_a_text_have_the_tokens_of_the_text(scheme):
         for token in sequence.token_ids
     ]
     assert made == [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-
-
-# --- the date -------------------------------------------------------------------------------------------------------------
-
-DATED_TEMPLATE = "{{ '<|system|>' + strftime_now('%d %b %Y, %A 100%%') + '<|end|>\n' }}" + CHAT_TEMPLATE
-
-
-def at(monkeypatch: pytest.MonkeyPatch, day: str) -> None:
-    """Move this process's clock."""
-    moment = datetime.datetime.fromisoformat(day)
-
-    class Moved(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return moment
-
-    class MovedDate(datetime.date):
-        @classmethod
-        def today(cls):
-            return moment.date()
-
-    monkeypatch.setattr(transformers_templates, "datetime", Moved)
-    monkeypatch.setattr(chat_options, "date", MovedDate)
-
-
-def test_a_template_gets_its_date_from_the_options(monkeypatch):
-    at(monkeypatch, "2030-12-24")
-    text = shown(chat("  \n" + DATED_TEMPLATE), [ASK, ANSWER])
-    assert text.startswith("  \n<|system|>31 Jan 2026, Saturday 100%<|end|>\n<|user|>")
-
-
-def dated_dump(folder: Path, teacher_folder: Path, store: str, **options) -> DumpConfig:
-    rows = [{"messages": [ASK, {"role": "assistant", "content": f"As far as ship {number}."}]} for number in range(6)]
-    template = folder / "dated.jinja"
-    template.write_text(DATED_TEMPLATE)
-    corpus = write_jsonl(folder / "chat.jsonl", rows)
-    options = {"chat_template": template, **options}
-    return DumpConfig(str(teacher_folder), (corpus,), folder / store, "d", max_length=96, shard_size=2, **options)
-
-
-def test_workers_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher_folder, loaded_teacher):
-    at(monkeypatch, "2026-02-27")
-    config = dated_dump(tmp_path, teacher_folder, "one")
-    dump(config, teacher=loaded_teacher)
-    others = dated_dump(tmp_path, teacher_folder, "many", chat_template=config.chat_template)
-    dump(others, 0, 3, teacher=loaded_teacher)
-    at(monkeypatch, "2026-02-28")
-    untold = dated_dump(tmp_path, teacher_folder, "many", chat_template=None)  # the manifest has the template
-    dump(untold, 1, 3, teacher=loaded_teacher)
-    at(monkeypatch, "2027-03-01")
-    dump(untold, 2, 3, teacher=loaded_teacher)
-    shard = next((others.store / "d/positions").glob("*00001*.parquet"))
-    shard.write_bytes(shard.read_bytes()[:-100])
-    repair(untold, teacher=loaded_teacher)
-    names = {path.relative_to(config.store) for path in config.store.rglob("0*.parquet")}
-    assert len(names) == 6
-    for name in names:
-        assert read_whole(config.store / name).equals(read_whole(others.store / name))
-    plan = read_manifest(open_storage(others.store), "d").plan
-    assert plan["chat"]["date"] == "2026-02-27" and plan["chat"]["train_on"] == "all"
-    positions = KnowledgeStore.open(others.store).sql("SELECT DISTINCT document FROM sequences").num_rows
-    assert positions == 6
-    at(monkeypatch, "2030-01-01")
-    for wrong, said in (
-        ({"template_date": "2027-01-01"}, "--template-date was 2026-02-27 and is now 2027-01-01"),
-        ({"train_on": "last"}, "--train-on was all and is now last"),
-    ):
-        with pytest.raises(MismatchError, match=said):
-            dump(dated_dump(tmp_path, teacher_folder, "many", **wrong), teacher=loaded_teacher)
-    (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE)
-    with pytest.raises(MismatchError, match="the text of --chat-template was"):
-        dump(dated_dump(tmp_path, teacher_folder, "many", chat_template=tmp_path / "other.jinja"), teacher=loaded_teacher)
-
-
-def test_a_damaged_manifest_is_made_again_with_the_date_of_its_dump(tmp_path, monkeypatch, teacher_folder, loaded_teacher):
-    at(monkeypatch, "2026-02-27")
-    config = dated_dump(tmp_path, teacher_folder, "one")
-    dump(config, teacher=loaded_teacher)
-    manifest = config.store / "d/manifest.json"
-    whole = manifest.read_bytes()
-    manifest.write_bytes(whole[:100])
-    at(monkeypatch, "2026-02-28")
-    with pytest.raises(MismatchError, match="pass the day of the dump's beginning as --template-date"):
-        repair(config, teacher=loaded_teacher)
-    repair(replace(config, template_date="2026-02-27"), teacher=loaded_teacher)
-    assert manifest.read_bytes() == whole
-
-
-def test_a_template_that_asks_for_no_date_has_none_in_the_manifest(tmp_path, teacher_folder, loaded_teacher):
-    config = dated_dump(tmp_path, teacher_folder, "one", chat_template=None, train_on="last")
-    dump(config, teacher=loaded_teacher)
-    assert read_manifest(open_storage(config.store), "d").plan["chat"] == {"train_on": "last"}
-
-
-@pytest.mark.parametrize(
-    "options, said",
-    [
-        ({"template_date": "31 January"}, "--template-date 31 January is no date"),
-        ({"template_date": "2026-02-30"}, "no date"),
-        ({"train_on": "first"}, "--train-on"),
-    ],
-)
-def test_options_that_cannot_be_used_are_named(tmp_path, teacher_folder, options, said):
-    with pytest.raises(InputError, match=said):
-        dated_dump(tmp_path, teacher_folder, "one", **options)
-
-
-def test_a_template_file_that_cannot_be_used_is_named(tmp_path, teacher_folder, loaded_teacher):
-    missing = dated_dump(tmp_path, teacher_folder, "one", chat_template=tmp_path / "missing.jinja")
-    with pytest.raises(InputError, match=r"cannot read --chat-template .*missing.jinja"):
-        dump(missing, teacher=loaded_teacher)
 
 
 def test_targets_are_the_same_wherever_a_row_stands():

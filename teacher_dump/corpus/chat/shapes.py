@@ -25,7 +25,7 @@ ASSISTANT = Message("assistant", ("word",))
 
 
 @dataclass(frozen=True)
-class Row:
+class ChatRow:
     """What a row gives a chat template: its messages, its tools, further arguments, and what cuts the assistant's content."""
 
     messages: list[Message]
@@ -33,12 +33,12 @@ class Row:
     arguments: dict[str, Any]
     tags: Any
 
-    def changed(self, form: Form, change: Change) -> Row:
+    def changed(self, form: Form, change: Change) -> ChatRow:
         """The row with each field of its messages and tools as `change` gives it back."""
         tools = changed_tools(self.tools, change) if self.tools else self.tools
         return replace(self, messages=changed_messages(self.messages, form, change, self.tags), tools=tools)
 
-    def outline(self, form: Form, values: bool = False) -> Row:
+    def outline(self, form: Form, values: bool = False) -> ChatRow:
         """The row with a short word in place of each text of its messages; names of calls and arguments stay.
 
         Args:
@@ -66,7 +66,7 @@ class Row:
             if name in ("id", "tool_call_id") and isinstance(value, str)
         }
 
-    def with_numbered_identifiers(self) -> Row:
+    def with_numbered_identifiers(self) -> ChatRow:
         """The row with a number in place of each identifier, alike where they were alike."""
         numbers: dict[str, str] = {}
 
@@ -88,7 +88,7 @@ class Row:
         ]
         return replace(self, messages=messages)
 
-    def excerpt(self, index: int) -> tuple[Row, int]:
+    def excerpt(self, index: int) -> tuple[ChatRow, int]:
         """The messages that what stands around one message can depend on, and its index among them: a system prompt, the
         question before it, the call and the results just before it, what follows it directly, and the last question of all."""
         roles = [message.role for message in self.messages]
@@ -106,7 +106,7 @@ class Row:
         places = sorted(kept)
         return replace(self, messages=[self.messages[place] for place in places]), places.index(index)
 
-    def first(self, count: int, *further: Message) -> Row:
+    def first(self, count: int, *further: Message) -> ChatRow:
         """The first messages of the row, and further ones."""
         return replace(self, messages=[*self.messages[:count], *further])
 
@@ -122,7 +122,7 @@ class Shapes:
         self._renderer = renderer
         self._known: OrderedDict[Any, Any] = OrderedDict()
 
-    def marked(self, row: Row, form: Form, prompt: bool = False) -> Marked | None:
+    def marked(self, row: ChatRow, form: Form, prompt: bool = False) -> Marked | None:
         """A row rendered with marks; None where the template refuses it, or has no messages to render."""
 
         def render() -> Marked | None:
@@ -135,7 +135,7 @@ class Shapes:
 
         return self._remembered(("marked", prompt, *_key(row, form)), render) if row.messages else None
 
-    def shows(self, row: Row, form: Form, place: Field) -> bool:
+    def shows(self, row: ChatRow, form: Form, place: Field) -> bool:
         """Whether a field is in the text: another value there makes another text."""
 
         def change(field: Field, value: Any) -> Any:
@@ -167,5 +167,5 @@ class Shapes:
         return value
 
 
-def _key(row: Row, form: Form) -> tuple[Any, ...]:
+def _key(row: ChatRow, form: Form) -> tuple[Any, ...]:
     return form, tuple(map(repr, row.messages)), json.dumps([row.tools, row.arguments], sort_keys=False, default=repr)

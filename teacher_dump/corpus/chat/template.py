@@ -12,7 +12,7 @@ from teacher_dump.corpus.chat.fields import think_tags
 from teacher_dump.corpus.chat.messages import Message, forms, messages_of
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.chat.rendering import Renderer, check_arguments
-from teacher_dump.corpus.chat.shapes import Row, Shapes
+from teacher_dump.corpus.chat.shapes import ChatRow, Shapes
 from teacher_dump.corpus.chat.turns import Text, Turns
 from teacher_dump.corpus.chat.words import LostWords, Rendered, Words
 from teacher_dump.corpus.rows import BadRow
@@ -76,7 +76,7 @@ class ChatTemplate:
         check_arguments(arguments)
         messages = messages_of(records)
         targets = self._targets(messages, completion_from)
-        rendered = self._rendered(Row(messages, tools, arguments, think_tags(self._renderer.template(tools))))
+        rendered = self._rendered(ChatRow(messages, tools, arguments, think_tags(self._renderer.template(tools))))
         rendering = rendered.marked.text
         encoded = self._tokenizer(rendering, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         text = Text.of(rendering, encoded["input_ids"], encoded["offset_mapping"], self._special)
@@ -106,7 +106,7 @@ class ChatTemplate:
                 )
         return targets
 
-    def _rendered(self, row: Row) -> Rendered:
+    def _rendered(self, row: ChatRow) -> Rendered:
         """The row in the first form in which the template shows all its words."""
         problem: BadRow | None = None
         for form in forms(row.messages):

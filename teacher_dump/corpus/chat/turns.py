@@ -15,7 +15,7 @@ import numpy as np
 from teacher_dump.corpus.chat.fields import CONTENT, Field
 from teacher_dump.corpus.chat.marks import Marked
 from teacher_dump.corpus.chat.messages import Form
-from teacher_dump.corpus.chat.shapes import ASSISTANT, USER, Row, Shapes
+from teacher_dump.corpus.chat.shapes import ASSISTANT, USER, ChatRow, Shapes
 from teacher_dump.corpus.chat.words import Rendered
 from teacher_dump.corpus.rows import BadRow
 
@@ -161,7 +161,7 @@ class Turns:
                 f" it from the answer: message {index + 1}; give the result words"
             )
 
-    def _header(self, row: Row, form: Form, index: int, around: Around) -> int:
+    def _header(self, row: ChatRow, form: Form, index: int, around: Around) -> int:
         """How many characters between a turn's words and the words before them are the template's, and not the assistant's."""
         before = around.before
         if index and around.previous is not None:
@@ -180,7 +180,7 @@ class Turns:
             return _shared(before, plain.text[start : plain.marks[first].position])
         return len(before)
 
-    def _closing_size(self, row: Row, form: Form, index: int, around: Around) -> int:
+    def _closing_size(self, row: ChatRow, form: Form, index: int, around: Around) -> int:
         """How many characters after a turn's words stand there too where the conversation ends with it, or goes on if it ends
         there itself."""
         last = index + 1 == len(row.messages)
@@ -212,13 +212,13 @@ class Turns:
                 closing |= direct
         return closing
 
-    def _prompt(self, row: Row, form: Form) -> str:
+    def _prompt(self, row: ChatRow, form: Form) -> str:
         """What asks for an answer to a question; empty where nothing does."""
         asked = self._shapes.marked(row.first(0, USER), form, prompt=True)
         ended = self._shapes.marked(row.first(0, USER), form)
         return "" if asked is None or ended is None else asked.text[_shared(asked.text, ended.text) :]
 
-    def _after(self, row: Row, form: Form, field: Field, prompt: bool = False) -> str | None:
+    def _after(self, row: ChatRow, form: Form, field: Field, prompt: bool = False) -> str | None:
         marked = self._shapes.marked(row, form, prompt)
         return None if marked is None else marked.after(field)
 

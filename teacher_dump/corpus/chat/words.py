@@ -9,7 +9,7 @@ from teacher_dump.corpus.chat.fields import CONTENT, NAME, REASONING, TEXT, TOOL
 from teacher_dump.corpus.chat.marks import Marked, Marks
 from teacher_dump.corpus.chat.messages import Form
 from teacher_dump.corpus.chat.rendering import Renderer
-from teacher_dump.corpus.chat.shapes import Row, Shapes
+from teacher_dump.corpus.chat.shapes import ChatRow, Shapes
 from teacher_dump.corpus.rows import BadRow
 
 
@@ -20,7 +20,7 @@ class LostWords(BadRow):
         fields: that are lost.
     """
 
-    def __init__(self, row: Row, fields: list[Field]):
+    def __init__(self, row: ChatRow, fields: list[Field]):
         self.fields = fields
         place = fields[0]
         if place.message == TOOLS:
@@ -48,9 +48,9 @@ class Rendered:
         dropped_reasoning: indices of messages whose reasoning is left out because others follow.
     """
 
-    row: Row
+    row: ChatRow
     form: Form
-    outline: Row
+    outline: ChatRow
     marked: Marked
     dropped_reasoning: frozenset[int]
 
@@ -66,7 +66,7 @@ class Words:
     def __init__(self, renderer: Renderer, shapes: Shapes):
         self._renderer, self._shapes = renderer, shapes
 
-    def rendered(self, row: Row, form: Form) -> Rendered:
+    def rendered(self, row: ChatRow, form: Form) -> Rendered:
         """A row's text, and where the words of each field stand in it.
 
         Raises:
@@ -88,10 +88,10 @@ class Words:
             outline = outline.with_numbered_identifiers()
         return Rendered(row, form, outline, marked, frozenset(dropped))
 
-    def _text(self, row: Row, form: Form) -> str:
+    def _text(self, row: ChatRow, form: Form) -> str:
         return self._renderer.render(row.messages, form, row.tools, row.arguments)
 
-    def _fitting(self, row: Row, form: Form, plain: str) -> tuple[Marks, Marked]:
+    def _fitting(self, row: ChatRow, form: Form, plain: str) -> tuple[Marks, Marked]:
         """Marks that change nothing of the text, as many as there can be, and the rendering with them."""
         for marks in (Marks(), Marks(lambda place: place.message != TOOLS)):
             marked = self._with_marks(row, form, marks)
@@ -118,26 +118,26 @@ class Words:
             )
         return marks, marked
 
-    def _fits(self, row: Row, form: Form, plain: str, around: set[Field], inside: set[Field]) -> bool:
+    def _fits(self, row: ChatRow, form: Form, plain: str, around: set[Field], inside: set[Field]) -> bool:
         marks = Marks(around.__contains__, inside.__contains__)
         marked = self._with_marks(row, form, marks)
         return marked is not None and marked.text == plain and not (marked.cut or marked.missing)
 
-    def _with_marks(self, row: Row, form: Form, marks: Marks) -> Marked | None:
+    def _with_marks(self, row: ChatRow, form: Form, marks: Marks) -> Marked | None:
         changed = row.changed(form, marks.change)
         try:
             return Marked(self._text(changed, form), marks)
         except BadRow:
             return None
 
-    def _seen(self, row: Row, form: Form, place: Field) -> bool:
+    def _seen(self, row: ChatRow, form: Form, place: Field) -> bool:
         """Whether words without marks are in the text nevertheless: written in another way, such as a list of Python's."""
         if place.kind not in (TEXT, NAME):
             return False
         # Few messages are enough where the words are a tool's.
         return self._shapes.shows(row.outline(form).excerpt(0)[0] if place.message == TOOLS else row, form, place)
 
-    def _drops(self, row: Row, form: Form, place: Field) -> bool:
+    def _drops(self, row: ChatRow, form: Form, place: Field) -> bool:
         """Whether a template that leaves reasoning out shows it as long as no further message follows."""
         if place.message + 1 == len(row.messages):
             return False
@@ -149,7 +149,7 @@ class Words:
                 return True
         return False
 
-    def _check_values(self, row: Row, form: Form, values: list[Field]) -> None:
+    def _check_values(self, row: ChatRow, form: Form, values: list[Field]) -> None:
         """Make sure that numbers and truth values of arguments are in the text."""
         outline = row.outline(form, values=True) if values else row
         lost = []
@@ -161,11 +161,11 @@ class Words:
             raise LostWords(row, lost)
 
 
-def _is_answer(row: Row, place: Field) -> bool:
+def _is_answer(row: ChatRow, place: Field) -> bool:
     return place.message != TOOLS and row.messages[place.message].role == "assistant"
 
 
-def _miswritten(row: Row, form: Form, text: str) -> list[Field]:
+def _miswritten(row: ChatRow, form: Form, text: str) -> list[Field]:
     """Fields that stand in the text as Python prints an object or a list, or as JSON text within JSON text."""
     places = []
     for index, message in enumerate(row.messages):
