@@ -98,6 +98,7 @@ class Given:
 
     device = torch.device("cpu")
     vocabulary_size = 17
+    impossible_tokens = np.zeros(0, np.int64)
 
 
 def batch_of(sequences, logits: torch.Tensor, **arguments) -> ExtractionBatch:

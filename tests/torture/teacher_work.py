@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from conftest import make_tokenizer, story_rows, write_jsonl
+from conftest import make_tokenizer, save_teacher, story_rows, write_jsonl
 
 from knowledge_store import DumpWriter, Shard
 from knowledge_store.format.commits import CommitRecord
@@ -42,7 +42,8 @@ TABLE = np.random.default_rng(0).normal(0, 3, (TEACHER.vocabulary_size, TEACHER.
 
 
 def write_corpus(folder: Path) -> Path:
-    """The corpus that is dumped."""
+    """The corpus that is dumped, beside the files of a teacher, of which the tokenizer alone is loaded."""
+    save_teacher(folder / "teacher")
     return write_jsonl(folder / "rows.jsonl", story_rows(ROWS))
 
 
@@ -58,6 +59,7 @@ def work(acknowledge: Callable[[int], None], corpus: str, store: str) -> None:
 
     DumpWriter.commit = acknowledged  # type: ignore[method-assign]
     local.load_teacher = lambda *arguments, **options: TEACHER  # type: ignore[assignment]
-    options = {"teacher": "table", "corpus": corpus, "name": DUMP, "max-length": 40, "shard-size": SHARD_SIZE}
+    teacher = Path(corpus).parent / "teacher"
+    options = {"teacher": teacher, "corpus": corpus, "name": DUMP, "max-length": 40, "shard-size": SHARD_SIZE}
     sys.argv = ["teacher-dump", "run", store, *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
     cli.main()
