@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -75,7 +74,6 @@ def test_ctrl_c_while_a_corpus_is_looked_through_leaves_nothing(config, loaded_t
     with pytest.raises(KeyboardInterrupt):
         dump(config, teacher=loaded_teacher)
     assert not config.store.exists()
-    assert not any(thread.name.startswith("tokeniser") for thread in threading.enumerate())
 
 
 def document(row: int) -> Document:

@@ -4,26 +4,20 @@ that a worker goes straight to its shard."""
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.reporter import Advance
-from teacher_dump.corpus.documents import Document, read_documents
+from teacher_dump.corpus.documents import read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tally import Tally
-from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
+from teacher_dump.corpus.tokenisation import CorpusTokenizer
 
 FIGURES_EVERY = 64  # documents
-DOCUMENTS_AT_ONCE = 16  # of a thread
-THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -62,39 +56,6 @@ def column_value(value: Any, column_type: str) -> Any:
     return float(value) if column_type == "double" else value
 
 
-def _tokenised(
-    tokenizer: CorpusTokenizer, documents: Iterator[Document]
-) -> Iterator[tuple[Document, list[TokenSequence] | BadRow]]:
-    """Documents with their sequences, or why there are none, in order.
-
-    Several threads tokenise: a tokenizer that is written in Rust lets others work meanwhile.
-    """
-    # The first is done alone: whatever a tokenizer makes ready at its first call, no two threads make at once.
-    for document in islice(documents, 1):
-        yield from _tokenise(tokenizer, [document])
-    executor = ThreadPoolExecutor(THREADS, "tokeniser")
-    waiting: deque[Future[list[tuple[Document, list[TokenSequence] | BadRow]]]] = deque()
-    try:
-        while batch := list(islice(documents, DOCUMENTS_AT_ONCE)):
-            waiting.append(executor.submit(_tokenise, tokenizer, batch))
-            if len(waiting) > 2 * THREADS:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _tokenise(tokenizer: CorpusTokenizer, documents: list[Document]) -> list[tuple[Document, list[TokenSequence] | BadRow]]:
-    found: list[tuple[Document, list[TokenSequence] | BadRow]] = []
-    for document in documents:
-        try:
-            found.append((document, tokenizer.sequences(document)))
-        except BadRow as problem:
-            found.append((document, problem))
-    return found
-
-
 def scan(
     files: tuple[Path, ...],
     tokenizer: CorpusTokenizer,
@@ -127,8 +88,7 @@ def scan(
     sizes = [path.stat().st_size for path in files]
     begins = [sum(sizes[:file]) for file in range(len(files))]
     began = time.monotonic()
-    documents = read_documents(files, Start(0, 0, 1, 0, 0), part_characters, column_names)
-    for document, sequences in _tokenised(tokenizer, documents):
+    for document in read_documents(files, Start(0, 0, 1, 0, 0), part_characters, column_names):
         if document.number % shard_size == 0:
             starts.append(Start(document.number, document.file, document.row, document.part, document.offset))
             positions.append(0)
@@ -140,8 +100,10 @@ def scan(
             figures = {"tokens/s": f"{speed:,.0f}", "rows": f"{tally.rows:,}", "left out": f"{tally.rows_left_out:,}"}
         advance(place - passed, **figures)
         passed = place
-        if isinstance(sequences, BadRow):
-            tally.leave_out(document, sequences)
+        try:
+            sequences = tokenizer.sequences(document)
+        except BadRow as problem:
+            tally.leave_out(document, problem)
         else:
             tally.use(document, sequences)
             positions[-1] += sum(len(sequence.token_ids) for sequence in sequences)
