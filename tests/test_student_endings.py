@@ -98,8 +98,8 @@ def test_a_dumps_endings_are_found_whatever_is_cut(store):
 def test_a_base_student_of_a_chat_dump_stops(store, models, tmp_path):
     notes = trained(store, models / "base", tmp_path / "run", "chat")
     assert notes == [
-        "The targets of chat end with '<|end|>', and the student's generation settings stop at '<|stop|>': the trained student's"
-        " will stop at '<|end|>' and '<|stop|>' (--keep-eos leaves them)."
+        "The targets of chat end with '<|end|>', and the student's generation settings stop at '<|stop|>': the trained"
+        " student's will stop at '<|end|>' and '<|stop|>' (--keep-eos leaves them)."
     ]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     end, stop = tokenizer.convert_tokens_to_ids(["<|end|>", STOP])

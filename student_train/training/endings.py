@@ -64,8 +64,8 @@ def stop_at_ending(
 ) -> None:
     """Make a student's settings stop at the tokens that end a dump's targets, which it learns to end its texts with.
 
-    Where the generation settings lack such a token, it is put before those they have. The tokenizer's end-of-sequence token, and
-    that of the model's configuration, become the dump's where the dump has one alone, unless the chat template writes the
+    Where the generation settings lack such a token, it is put before those they have. The tokenizer's end-of-sequence token,
+    and that of the model's configuration, become the dump's where the dump has one alone, unless the chat template writes the
     tokenizer's own: that still ends a turn then. Settings that stop already are left as they are.
 
     Args:

@@ -164,8 +164,8 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the held-out documents, nats: `eval_loss`, the validation loss, which is the run's own objective; `eval_nll`,
-        the loss on the text; `eval_kl`, the divergence from the teacher.
+        """Means over the held-out documents, nats: `eval_loss`, the validation loss, which is that of the run's own objective;
+        `eval_nll`, the loss on the text; `eval_kl`, the divergence from the teacher.
 
         The last two are the same for any loss, so that runs can be compared. Both are left out for a loss that does not run
         on the text, and `eval_kl` (candidates and tail as one more symbol, a lower bound) for a dump without candidates.
