@@ -232,10 +232,8 @@ def test_runs_that_were_not_trained_alike_are_told(tmp_path):
     assert warnings_of(page(tmp_path, one, other)) == ""
     change_record(other / "history.json", step=20, tokens=4_800)
     warning = warnings_of(page(tmp_path, one, other))
-    assert (
-        "not trained alike: optimiser steps: one 40, two 20; tokens seen: one 9,600, two 4,800." in warning
+    assert "not trained alike: optimiser steps: one 40, two 20; tokens seen: one 9,600, two 4,800." in warning
     assert "dump" not in warning
-    )
     change_record(other / "history.json", step=40, tokens=9_600)
     change_record(other / "run.json", identity={"knowledge": "another"})
     assert "they read different states of the dump train" in warnings_of(page(tmp_path, one, other))
