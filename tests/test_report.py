@@ -48,7 +48,7 @@ def answers_of(seed: int, boast: float = 0.0, count: int = 400) -> tuple[np.ndar
 
 
 def evaluation(nll: float, kl: float, boast: float = 0.0) -> dict:
-    """A result on a dump, with a held-out loss and a divergence of exactly these means."""
+    """A result on a dump, with a loss on the text and a divergence of exactly these means."""
     confidence, correct, scores = answers_of(3, boast)
     sequence = np.repeat(np.arange(20), 20)
     spread = np.random.default_rng(2).normal(0, 0.2, 400)
@@ -285,7 +285,7 @@ def test_nothing_is_wider_than_a_phone(tmp_path):
 
 
 def test_differences_are_paired(tmp_path):
-    """The held-out losses of the two spread far more than they differ; on the same sequences, they differ exactly."""
+    """The losses of the two on the text spread far more than they differ; on the same sequences, they differ exactly."""
     first, other = write_run(tmp_path / "one", measured=(3.2, 0.8)), write_run(tmp_path / "two", measured=(3.15, 0.8))
     text = page(tmp_path, first, other)
     found = cells(text, "more than chance")
