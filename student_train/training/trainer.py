@@ -124,7 +124,6 @@ class DistillationTrainer(Trainer):
         totals = self.accelerator.reduce(totals, reduction="sum")
         self.stopping = bool(totals[3])
         self.tokens = int(totals[2])
-        self.state.num_input_tokens_seen += self.tokens  # which the library keeps in its checkpoints
         batches += [padding_batch(batches[0])] * (num_batches - len(batches))
         return batches, {"target": totals[0], "sequence": totals[1]}
 
@@ -259,6 +258,7 @@ class _Progress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        state.num_input_tokens_seen += self.trainer.tokens  # which the library keeps in its checkpoints
         now = time.monotonic()
         self.figures["tokens/s"] = f"{self.trainer.tokens / max(now - self.step_began, 1e-6):,.0f}"
         self.step_began = now
