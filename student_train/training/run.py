@@ -22,6 +22,7 @@ from student_train.training.calibration import configured
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset, split_ordinals
 from student_train.training.dump_facts import describe_dump
+from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run, columns_read, kinds_read
 from student_train.training.model_folder import model_sha256
@@ -51,7 +52,7 @@ class TrainResult:
         finished: whether `output` is the trained model; otherwise the checkpoint of `step` was saved, to resume from.
         began_at: the step it was resumed from; 0 for a new run; equal to `steps` when there was nothing to do.
         seconds: spent training, evaluations included, over all the runs that led here.
-        eval_loss: the last one, nats; None without evaluation.
+        eval_loss: the last validation loss, nats; None without evaluation.
     """
 
     output: Path
@@ -100,7 +101,9 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
-    check_student(store, dump, student.config, tokenizer, reporter=reporter if arguments.process_index == 0 else SILENT)
+    first_reporter = reporter if arguments.process_index == 0 else SILENT
+    check_student(store, dump, student.config, tokenizer, reporter=first_reporter)
+    stop_at_ending(student, tokenizer, store, dump, keep_eos=config.keep_eos, reporter=first_reporter)
 
     if arguments.world_size > 1:
         _check_ranks(store.snapshot(dump), arguments.world_size)  # nobody writes before everybody has looked
