@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -110,3 +111,54 @@ def test_weight_and_train_change_the_targets(name):
         assert 0 < found.is_target.sum() < whole.is_target.sum() and not (found.is_target & ~whole.is_target).any()
         changed[last][field] = type(context)(1)
         assert chat.tokens(changed).is_target.tolist() == whole.is_target.tolist()
+
+
+def answers(content: Any, later: bool = True, **fields: Any) -> list[dict[str, Any]]:
+    """A conversation whose first answer has a content, with another turn after it or none."""
+    asked = {"role": "user", "content": "Who lit the lamp?"}
+    further = [asked, {"role": "assistant", "content": "He did."}] if later else []
+    return [asked, {"role": "assistant", "content": content, **fields}, *further]
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    "content, fields",
+    [
+        ("The tag </think> closes it.", {}),
+        ("The tag <think> opens it, and </think> closes it.", {}),
+        ("<think>Light bends.</think> So </think> ends it.", {}),
+        ("<think>Light <think> bends.</think> Far.", {}),
+        ("The tag </think> closes it.", {"reasoning_content": "Light bends."}),
+    ],
+)
+def test_a_think_tag_among_the_words_of_an_answer_takes_none_of_them_away(name, content, fields):
+    chat = judge(name).chat
+    for later in (True, False):
+        try:
+            found = chat.tokens(answers(content, later, **fields))
+        except BadRow as refusal:
+            assert "reasoning" in str(refusal) or not fields, refusal
+            continue
+        text = judge(name).tokenizer.decode(found.token_ids)
+        dropped = fields.get("reasoning_content", "") if found.dropped_reasoning else ""
+        for word in re.findall(
+            r"\w+", content.replace("<think>", " ").replace("</think>", " ") + " " + fields.get("reasoning_content", "")
+        ):
+            assert word in text or word in dropped
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "glm4moe", "lfm2_2_5"])
+def test_what_stands_before_a_closing_tag_is_refused_with_the_way_out(name):
+    with pytest.raises(
+        BadRow, match=r"message 2 \(assistant\), `content`; .*give what stands before </think> as `reasoning_content`"
+    ):
+        judge(name).chat.tokens(answers("The tag </think> closes it."))
+    thought = judge(name).chat.tokens(answers("<think>Light bends.</think> Far."))
+    assert thought.dropped_reasoning == 1
+
+
+def test_an_answer_whose_thought_the_prompt_opens_may_begin_within_it():
+    content = "Light bends.\n</think>\n\nFar."
+    assert judge("qwen3_5_think").chat.tokens(answers(content, later=False)).dropped_reasoning == 0
+    with pytest.raises(BadRow, match="takes what stands before </think> in the content for reasoning"):
+        judge("qwen3").chat.tokens(answers(content, later=False))

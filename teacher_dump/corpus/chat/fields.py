@@ -67,7 +67,8 @@ def _changed_message(message: Message, index: int, form: Form, change: Change, t
     content, reasoning = message.content, message.reasoning
     if content is not None:
         cuts = tags if message.role == "assistant" else None
-        content = tuple(_changed_text(text, index, part, change, cuts) for part, text in enumerate(content))
+        opens = [not any(text.strip() for text in content[:part]) for part in range(len(content))]
+        content = tuple(_changed_text(text, index, part, change, cuts, opens[part]) for part, text in enumerate(content))
     if reasoning is not None:
         reasoning = change(Field(index, "reasoning_content", REASONING), reasoning)
     calls = tuple(_changed_call(call, index, number, form, change) for number, call in enumerate(message.calls))
@@ -77,14 +78,29 @@ def _changed_message(message: Message, index: int, form: Form, change: Change, t
     return Message(message.role, content, reasoning, calls, other, message.answers, message.target)
 
 
-def _changed_text(text: str, index: int, part: int, change: Change, cuts: re.Pattern[str] | None) -> str:
+def _changed_text(text: str, index: int, part: int, change: Change, cuts: re.Pattern[str] | None, opens: bool) -> str:
     name = "content" if part == 0 else f"content[{part}]"
     pieces: list[str] = cuts.split(text) if cuts is not None else [text]
-    closings = [place for place in range(1, len(pieces), 2) if pieces[place] in (closing for _, closing in THINK_TAGS)]
+    thought = opens and begins_with_thought(pieces)
     for place in range(0, len(pieces), 2):
-        kind = REASONING if closings and place < closings[-1] else CONTENT
-        pieces[place] = change(Field(index, name, kind, place), pieces[place])
+        pieces[place] = change(Field(index, name, REASONING if thought and place == 2 else CONTENT, place), pieces[place])
     return "".join(pieces)
+
+
+def begins_with_thought(pieces: list[str]) -> bool:
+    """Whether content that is split at think tags begins with a thought between two of them. Nothing else in it is reasoning:
+    a tag that stands among the words is one of them."""
+    return len(pieces) >= 5 and not pieces[0].strip() and (pieces[1], pieces[3]) in THINK_TAGS
+
+
+def closing_tag_among_words(message: Message, tags: re.Pattern[str] | None) -> tuple[str, str] | None:
+    """The pair of think tags of which the closing one stands in an assistant's content, and is no end of a thought that the
+    content begins with; None where there is no such tag."""
+    if tags is None or message.role != "assistant" or message.content is None:
+        return None
+    pieces = tags.split("".join(message.content))
+    found = pieces[5::2] if begins_with_thought(pieces) else pieces[1::2]
+    return next((pair for pair in THINK_TAGS if pair[1] in found), None)
 
 
 def _changed_call(call: Call, index: int, number: int, form: Form, change: Change) -> Call:

@@ -49,6 +49,18 @@ _RESERVED = frozenset(
 )
 
 
+class TemplateRefusal(BadRow):
+    """A chat template fails on a row.
+
+    Attributes:
+        error: what it says, in one line.
+    """
+
+    def __init__(self, error: str):
+        self.error = error
+        super().__init__(f"the chat template refuses it: {error}")
+
+
 class Renderer:
     """A tokenizer's chat templates, or the one that stands in for them.
 
@@ -107,7 +119,7 @@ class Renderer:
             prompt: whether the assistant is asked for an answer at the end.
 
         Raises:
-            BadRow: the template refuses it.
+            TemplateRefusal: the template fails.
             InputError: there is no template.
         """
         from jinja2.exceptions import TemplateSyntaxError  # transformers needs it for chat templates alone
@@ -132,7 +144,7 @@ class Renderer:
                 f"the chat template is not Jinja: line {error.lineno}: {error.message}; name another with --chat-template"
             ) from None
         except Exception as error:  # a template is a program of its own, and a row can make it fail in any way
-            raise BadRow(f"the chat template refuses it: {str(error).splitlines()[0] if str(error) else error!r}") from None
+            raise TemplateRefusal(str(error).splitlines()[0] if str(error) else repr(error)) from None
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from knowledge_store.errors import InputError
 from teacher_dump.corpus.chat.fields import think_tags
+from teacher_dump.corpus.chat.marks import MAX_FIELDS
 from teacher_dump.corpus.chat.messages import Message, forms, messages_of
 from teacher_dump.corpus.chat.options import ChatOptions
-from teacher_dump.corpus.chat.rendering import Renderer, check_arguments
+from teacher_dump.corpus.chat.rendering import Renderer, TemplateRefusal, check_arguments
 from teacher_dump.corpus.chat.shapes import ChatRow, Shapes
 from teacher_dump.corpus.chat.turns import Text, Turns
 from teacher_dump.corpus.chat.words import LostWords, Rendered, Words
@@ -107,18 +108,19 @@ class ChatTemplate:
         return targets
 
     def _rendered(self, row: ChatRow) -> Rendered:
-        """The row in the first form in which the template shows all its words."""
-        problem: BadRow | None = None
+        """The row in the first form in which the template shows all its words; or why there is none, as the form has it that
+        comes nearest."""
+        problems: list[tuple[int, BadRow]] = []
         for form in forms(row.messages):
             try:
                 return self._words.rendered(row, form)
             except LostWords as lost:
-                if not isinstance(problem, LostWords) or len(lost.fields) < len(problem.fields):
-                    problem = lost
+                problems.append((len(lost.fields), lost))
+            except TemplateRefusal as refusal:
+                problems.append((MAX_FIELDS, refusal))
             except BadRow as refusal:
-                problem = problem or refusal
-        assert problem is not None
-        raise problem
+                problems.append((int(form.parts), refusal))
+        raise min(problems, key=lambda problem: problem[0])[1]
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from teacher_dump.corpus.chat.fields import CONTENT, NAME, REASONING, TEXT, TOOLS, Field
+from teacher_dump.corpus.chat.fields import CONTENT, NAME, REASONING, TEXT, TOOLS, Field, closing_tag_among_words
 from teacher_dump.corpus.chat.marks import Marked, Marks
 from teacher_dump.corpus.chat.messages import Form
 from teacher_dump.corpus.chat.rendering import Renderer
-from teacher_dump.corpus.chat.shapes import ChatRow, Shapes
+from teacher_dump.corpus.chat.shapes import USER, ChatRow, Shapes
 from teacher_dump.corpus.rows import BadRow
 
 
@@ -31,6 +31,9 @@ class LostWords(BadRow):
             if place.kind == REASONING and place.name != "reasoning_content":
                 which += " (its reasoning)"
             remedy = "give the message the role `system`" if role == "developer" else "remove it"
+            tag = closing_tag_among_words(row.messages[place.message], row.tags)
+            if tag is not None and place.name.startswith("content"):
+                remedy = f"give what stands before {tag[1]} as `reasoning_content` if it is reasoning, or remove the tag"
         super().__init__(
             f"the chat template leaves out words of the row: {which}; name a template that shows them with --chat-template, or"
             f" {remedy}"
@@ -76,17 +79,18 @@ class Words:
         plain = self._text(row, form)
         marks, marked = self._fitting(row, form, plain)
         lost = [*marked.cut, *(place for place in [*marked.missing, *marks.unmarked] if not self._seen(row, form, place))]
-        dropped = {place.message for place in lost if place.kind == REASONING and self._drops(row, form, place)}
-        lost = [place for place in lost if place.kind != REASONING or place.message not in dropped]
+        dropped = {place for place in lost if place.kind == REASONING and self._drops(row, form, place)}
+        lost = [place for place in lost if place not in dropped]
         lost += _miswritten(row, form, plain)
         if lost:
             raise LostWords(row, lost)
+        self._check_thoughts(row, form, marked)
         self._check_values(row, form, marks.values)
         outline = row.outline(form)
         identifiers = row.identifiers()
         if identifiers and not any(identifier in plain for identifier in identifiers):
             outline = outline.with_numbered_identifiers()
-        return Rendered(row, form, outline, marked, frozenset(dropped))
+        return Rendered(row, form, outline, marked, frozenset(place.message for place in dropped))
 
     def _text(self, row: ChatRow, form: Form) -> str:
         return self._renderer.render(row.messages, form, row.tools, row.arguments)
@@ -148,6 +152,23 @@ class Words:
             if cut is not None and place._replace(message=at) in cut.places:
                 return True
         return False
+
+    def _check_thoughts(self, row: ChatRow, form: Form, marked: Marked) -> None:
+        """Make sure that no template opens a thought before words that are content."""
+        for index, message in enumerate(row.messages):
+            pair = closing_tag_among_words(message, row.tags)
+            places = [first for place, (first, _) in marked.places.items() if place.message == index and place.kind == CONTENT]
+            if pair is None or not places:
+                continue
+            first = min(places)
+            before = marked.text[marked.marks[first - 1].position if first else 0 : marked.marks[first].position]
+            asked = self._shapes.marked(row.first(0, USER), form, prompt=True)
+            opened = asked is not None and asked.text.rstrip().endswith(pair[0])  # the assistant goes on within the thought
+            if before.rstrip().endswith(pair[0]) and message.reasoning is None and not opened:
+                raise BadRow(
+                    f"the chat template takes what stands before {pair[1]} in the content for reasoning: message {index + 1}"
+                    " (assistant), `content`; give it as `reasoning_content` if it is, or remove the tag"
+                )
 
     def _check_values(self, row: ChatRow, form: Form, values: list[Field]) -> None:
         """Make sure that numbers and truth values of arguments are in the text."""
