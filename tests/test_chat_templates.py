@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.chat_templates import SHAPES, Judge, Shape, conversation, names, table_row
@@ -162,3 +163,31 @@ def test_an_answer_whose_thought_the_prompt_opens_may_begin_within_it():
     assert judge("qwen3_5_think").chat.tokens(answers(content, later=False)).dropped_reasoning == 0
     with pytest.raises(BadRow, match="takes what stands before </think> in the content for reasoning"):
         judge("qwen3").chat.tokens(answers(content, later=False))
+
+
+def test_what_a_message_of_no_weight_begins_with_ends_no_other():
+    call = {"function": {"name": "look", "arguments": {"far": "away"}}}
+    seen = {"role": "tool", "name": "look", "content": "a ship"}
+    messages = [
+        {"role": "user", "content": "Who lit the lamp?"},
+        {"role": "assistant", "content": "A while.", "tool_calls": [call]},
+        seen,
+        {"role": "assistant", "tool_calls": [call]},
+        seen,
+        {"role": "assistant", "content": "He did."},
+    ]
+    places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    for name in names():
+        chat = judge(name).chat
+        try:
+            whole = chat.tokens(messages).is_target
+        except BadRow:
+            continue
+        alone = []
+        for place in places:
+            weighted = [
+                {**message, "weight": int(index == place)} if index in places else message
+                for index, message in enumerate(messages)
+            ]
+            alone.append(chat.tokens(weighted).is_target)
+        assert (np.sum(alone, axis=0) == whole).all(), name  # each token is the target of one message

@@ -280,3 +280,24 @@ def test_targets_are_the_same_wherever_a_row_stands():
             found = template.tokens(rows[index])
             assert np.array_equal(found.token_ids, alone[index].token_ids)
             assert np.array_equal(found.is_target, alone[index].is_target)
+
+
+def test_a_token_that_holds_the_end_of_a_turn_and_more_is_refused():
+    text = CHAT_TEMPLATE.replace("<|end|>\n", "<x>").replace("<|", "<<").replace("|>", ">>")
+    tokenizer = make_tokenizer().train_new_from_iterator(["look<x><<user>>look"] * 9, 300, show_progress=False)
+    tokenizer.chat_template = text
+    template = ChatTemplate(tokenizer, ChatOptions("2026-01-31"))
+    with pytest.raises(BadRow, match=r"message 2; the template ends a turn with <x>, which is no token of the tokenizer"):
+        template.tokens([ASK, ANSWER, ASK, ANSWER])
+
+
+def test_a_turn_that_ends_without_a_token_is_noted():
+    whole = chat()
+    whole.tokens([ASK, CALL, SEEN, ANSWER])
+    assert whole.notes == []
+    pieces = chat(CHAT_TEMPLATE.replace("<|end|>", "<|stop|>"))
+    assert shown(pieces, [ASK, ANSWER, ASK, ANSWER]).count("⟦As far as somebody looks.<|stop|>⟧\n") == 2
+    assert [note.split(",")[0] for note in pieces.notes] == ["the chat template ends a turn with <|stop|>"]
+    nothing = chat(CHAT_TEMPLATE.replace("<|end|>", ""))
+    assert shown(nothing, [ASK, ANSWER, ASK, ANSWER]).count("⟦As far as somebody looks.⟧\n") == 2
+    assert [note.split(",")[0] for note in nothing.notes] == ["the chat template writes nothing at the end of an answer"]

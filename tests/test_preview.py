@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from knowledge_store.errors import InputError
+from knowledge_store.reporter import Reporter
 from knowledge_store.terminal.tokens import shown_tokens
 from teacher_dump import DumpConfig, PreviewConfig, dump, preview
 from teacher_dump.dumping.preview import token_texts
@@ -25,6 +26,16 @@ ROWS = [
     {"text": TEXT},
     {"text": ""},
 ]
+
+
+class Notes(Reporter):
+    """Keeps what it hears."""
+
+    def __init__(self):
+        self.sentences: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        self.sentences.append(sentence)
 
 
 @pytest.fixture
@@ -125,3 +136,17 @@ def test_reasoning_that_the_template_drops_from_earlier_turns_is_counted_and_tol
     assert result.returncode == 0, result
     assert "reasoning of 1 message left out by the template" in result.stdout
     assert "The chat template leaves the reasoning of 1 message out" in result.stdout
+
+
+def test_a_turn_without_an_end_is_told_once(tokenizer_folder, tmp_path):
+    template = tmp_path / "plain.jinja"
+    template.write_text("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}")
+    config = PreviewConfig(
+        teacher=str(tokenizer_folder),
+        corpus=(write_jsonl(tmp_path / "turns.jsonl", ROWS[:1] * 3),),
+        chat_template=template,
+        max_length=128,
+    )
+    notes = Notes()
+    assert all(row.problem is None for row in preview(config, reporter=notes).rows)
+    assert len(notes.sentences) == 1 and "a student does not learn there to stop" in notes.sentences[0]

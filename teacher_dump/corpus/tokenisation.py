@@ -80,6 +80,11 @@ class CorpusTokenizer:
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the conversations so far, a sentence each."""
+        return self._chat.notes
+
     @cached_property
     def _vocabulary(self) -> frozenset[int]:
         return frozenset(self.tokenizer.get_vocab().values())

@@ -110,6 +110,8 @@ def look_through(
             config.corpus, sequences, config.shard_size, config.part_characters, config.too_long, advance, config.column_names
         )
     check_counts(config, scanned.counts)
+    for note in sequences.notes:
+        reporter.note(note)
     return {
         "documents": scanned.documents,
         "counts": scanned.counts.to_record(),

@@ -91,7 +91,7 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
     Args:
         config: the teacher, the corpus, and how many rows.
         tokenizer: the teacher's, already loaded; loaded here when None.
-        reporter: hears of progress where the corpus is downloaded.
+        reporter: hears of progress where the corpus is downloaded, and of turns that have no end.
 
     Raises:
         InputError: something given cannot be used. A row that cannot be used is no error here: it says why.
@@ -115,6 +115,8 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
         shown = tuple(_sequence(tokenizer, sequence) for sequence in found)
         dropped = sum(sequence.dropped_reasoning for sequence in found)
         rows.append(PreviewRow(place, document.part, shown, dropped))
+    for note in sequences.notes:
+        reporter.note(note)
     return Preview(rows, tally.counts)
 
 

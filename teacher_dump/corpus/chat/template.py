@@ -50,8 +50,13 @@ class ChatTemplate:
         self._renderer = Renderer(tokenizer, options)
         shapes = Shapes(self._renderer)
         self._words = Words(self._renderer, shapes)
-        self._turns = Turns(shapes)
         self._special = _special_tokens(tokenizer)
+        self._turns = Turns(shapes, self._special | tokenizer.added_tokens_decoder.keys())
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know of the ends of the turns so far."""
+        return list(self._turns.notes.values())
 
     def tokens(
         self, records: list[dict[str, Any]], arguments: dict[str, Any] | None = None, completion_from: int = 0
@@ -83,7 +88,13 @@ class ChatTemplate:
         text = Text.of(rendering, encoded["input_ids"], encoded["offset_mapping"], self._special)
         is_target = np.zeros(len(text.token_ids), bool)
         for index in targets:
-            is_target |= self._turns.of(rendered, text, index)
+            turn = self._turns.of(rendered, text, index)
+            if (is_target & turn).any():
+                raise BadRow(
+                    "the chat template writes two answers into one another, so that nobody can tell which tokens are whose:"
+                    f" message {index + 1}; name another template with --chat-template"
+                )
+            is_target |= turn
         if not is_target.any():
             raise BadRow("the chat template leaves nothing of the assistant's messages, so nothing is there to learn")
         return Conversation(text.token_ids, is_target, len(rendered.dropped_reasoning))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from teacher_dump.corpus.chat.fields import CONTENT, Field
+from teacher_dump.corpus.chat.fields import CONTENT, TOOLS, Field
 from teacher_dump.corpus.chat.marks import Marked
 from teacher_dump.corpus.chat.messages import Form
 from teacher_dump.corpus.chat.shapes import ASSISTANT, USER, ChatRow, Shapes
@@ -87,10 +87,16 @@ class Turns:
 
     Args:
         shapes: of the template's outlines.
+        named: ids of the tokens that a tokenizer has beside those of its model, such as control tokens.
+
+    Attributes:
+        notes: what was found of the ends of turns that a person should know, a sentence for each kind.
     """
 
-    def __init__(self, shapes: Shapes):
+    def __init__(self, shapes: Shapes, named: frozenset[int]):
         self._shapes = shapes
+        self._named = np.array(sorted(named), np.int64)
+        self.notes: dict[str, str] = {}
 
     def of(self, rendered: Rendered, text: Text, index: int) -> np.ndarray:
         """Which tokens are the turn of one assistant message, bool (L,).
@@ -101,7 +107,7 @@ class Turns:
             index: of the message.
 
         Raises:
-            BadRow: a token holds words of another message too, or nobody can tell where a turn begins or ends.
+            BadRow: a token holds text of another message too, or nobody can tell where a turn begins or ends.
         """
         targets = np.zeros(len(text.token_ids), bool)
         marked = rendered.marked
@@ -121,8 +127,59 @@ class Turns:
                     "a token holds words of the assistant and of another message, so that it is neither target nor context:"
                     f" message {index + 1}; name another template with --chat-template"
                 )
-            targets |= inner | self._closing(rendered, text, end, closing)
+            self._check_border(rendered, text, index, end, closing)
+            closing_tokens = self._closing(rendered, text, end, closing, self._next_turn(rendered, run))
+            if number + 1 == len(runs):
+                self._note_end(rendered, text, index, end, closing_tokens)
+            targets |= inner | closing_tokens
         return targets
+
+    def _next_turn(self, rendered: Rendered, run: Run) -> int:
+        """Where the next message begins if it is the assistant's and follows a run directly; the text's end otherwise."""
+        marked, place = rendered.marked, run.last + 1
+        if place < len(marked.marks):
+            index = marked.marks[place].field.message
+            runs = _runs(marked, index) if index != TOOLS and rendered.row.messages[index].role == "assistant" else []
+            for number, further in enumerate(runs):
+                if further.first == place:
+                    around = Around.of(marked, further)
+                    return around.places[0] + self._sizes(rendered, index, number, around)[0]
+        return len(marked.text)
+
+    def _check_border(self, rendered: Rendered, text: Text, index: int, end: int, size: int) -> None:
+        """Make sure that no token stands half in a turn and half in the template's text after it."""
+        stop = end + size
+        visible, past = end + len(text.text[end:stop].rstrip()), _past_space(text.text, stop)
+        split = ~np.isin(text.token_ids, self._named) & (text.begins < max(visible, end)) & (text.ends > past)
+        if split.any() and self._prompt(rendered.outline, rendered.form):
+            written = text.text[end:visible].strip()
+            ending = f"the template ends a turn with {written}, which is no token of the tokenizer" if written else ""
+            raise BadRow(
+                "a token holds the end of an answer and text that follows it, so that it is neither target nor context:"
+                f" message {index + 1}; {ending or 'the template writes no end of turn'}: name another one with"
+                " --chat-template"
+            )
+
+    def _note_end(self, rendered: Rendered, text: Text, index: int, end: int, closing: np.ndarray) -> None:
+        """Note it where a turn ends without a token that says so; before a result or more of the assistant it need not."""
+        messages = rendered.row.messages
+        if index + 1 < len(messages) and messages[index + 1].role in ("assistant", "tool"):
+            return
+        if np.isin(text.token_ids[closing], self._named).any():
+            return
+        written = text.text[end : int(text.ends[closing].max())].strip() if closing.any() else ""
+        if written:
+            self.notes.setdefault(
+                "pieces",
+                f"the chat template ends a turn with {written}, which is no token of the tokenizer: a student learns to stop by"
+                " its pieces, or from a template of --chat-template that ends turns with a token",
+            )
+        else:
+            self.notes.setdefault(
+                "nothing",
+                "the chat template writes nothing at the end of an answer, or nothing after the last one, so that a student"
+                " does not learn there to stop: name a template that ends turns with --chat-template",
+            )
 
     def _sizes(self, rendered: Rendered, index: int, number: int, around: Around) -> tuple[int, int]:
         """How many characters before the words of a run are the template's, and how many after them close the turn."""
@@ -187,26 +244,34 @@ class Turns:
         other = self._after(row.first(index + 1, *([USER] if last else [])), form, around.last)
         if other is None:
             return len(around.following) if last else 0
-        return _shared(around.following, other)
+        size = _shared(around.following, other)
+        begun = around.following[:size].rstrip() if size < min(len(around.following), len(other)) else ""
+        words = begun.rsplit(None, 1)
+        # What follows may begin alike either way: half a tag of the next header closes nothing.
+        return len(begun) - len(words[1]) if len(words) > 1 and len(begun) == size else size
 
-    def _closing(self, rendered: Rendered, text: Text, end: int, size: int) -> np.ndarray:
+    def _closing(self, rendered: Rendered, text: Text, end: int, size: int, next_turn: int) -> np.ndarray:
         """Which tokens close a turn whose words end at a place, bool (L,).
 
         Args:
             rendered, text: the conversation.
             end: of its words.
             size: of what closes it, in characters.
+            next_turn: where the next message of the assistant begins: what stands there closes nothing.
         """
         stop = end + size
         visible = end + len(text.text[end:stop].rstrip())
-        closing = (text.begins >= end) & (text.begins < visible) & (text.ends <= _past_space(text.text, stop))
+        before = (text.begins >= end) & (text.begins < next_turn)
+        closing = before & (text.begins < visible) & (text.ends <= _past_space(text.text, stop))
+        if closing.any():  # what follows may begin alike: white space before half a token is the template's
+            closing &= text.begins < end + len(text.text[end : int(text.ends[closing].max())].rstrip())
         prompt = self._prompt(rendered.outline, rendered.form)
         if not prompt:  # the template asks for an answer at every end, or never: what stands there is no witness
             ends = np.flatnonzero(closing & text.special)
             closing[ends[0] + 1 if len(ends) else len(closing) :] = False
         if not (closing & text.special).any():
             begin = _past_space(text.text, int(text.ends[closing].max()) if closing.any() else end)
-            direct = text.special & (text.begins >= end) & (text.begins <= begin) & (text.ends > begin)
+            direct = text.special & before & (text.begins <= begin) & (text.ends > begin)
             # The header of another turn of the assistant does not end this one.
             if direct.any() and not prompt.lstrip().startswith(text.text[begin : text.ends[direct].max()]):
                 closing |= direct
