@@ -142,6 +142,8 @@ def test_an_answer_without_words_is_refused(content):
         ({"tool_calls": [{"function": {"arguments": {}}}]}, r"`tool_calls\[0\]` has no `name`"),
         ({"reasoning": "So.", "thinking": "Or so."}, "`thinking` and `reasoning` say different things"),
         ({"content": 5}, "`content` is neither text nor a list"),
+        ({"content": [{"type": "text"}]}, "`content` has a part of type `text` whose `text` is not there"),
+        ({"function_call": {"name": "look", "arguments": "{}"}}, "`function_call` is an old form of a call"),
     ],
 )
 def test_a_field_that_cannot_be_used_is_named(fields, said):
@@ -301,3 +303,101 @@ def test_a_turn_that_ends_without_a_token_is_noted():
     nothing = chat(CHAT_TEMPLATE.replace("<|end|>", ""))
     assert shown(nothing, [ASK, ANSWER, ASK, ANSWER]).count("⟦As far as somebody looks.⟧\n") == 2
     assert [note.split(",")[0] for note in nothing.notes] == ["the chat template writes nothing at the end of an answer"]
+
+
+TOOL = {"type": "function", "function": {"name": "look", "description": "To see.", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    "change, rows, tools, sentence",
+    [
+        (
+            ("message['content']", "message['content'] + ''"),
+            [ASK, CALL, SEEN, ANSWER],
+            None,
+            None,
+        ),  # which has a form of its own
+        (
+            ("message['content']", "((message['content'] or 5) + '')"),
+            [ASK, CALL, SEEN, ANSWER],
+            None,
+            r"message 2 \(assistant\), `content` is not",
+        ),
+        (
+            ("call.function.name", "call.function.name + 5"),
+            [ASK, CALL, SEEN, ANSWER],
+            None,
+            r"message 2 \(assistant\), `tool_calls`",
+        ),
+        (
+            ("tool | tojson", "tool.function.description | tojson"),
+            [ASK, ANSWER],
+            [TOOL, {"type": "function", "function": {"name": "sail"}}],
+            r"`tools\[1\].function.description` is not there",
+        ),
+        (("messages %}", "messages %}{{ message.content + 5 }}"), [ASK, ANSWER], None, "refuses it: .*; name another template"),
+    ],
+)
+def test_what_makes_a_template_fail_is_named(change, rows, tools, sentence):
+    template = chat(FULL_TEMPLATE.replace(*change))
+    if sentence is None:
+        assert template.tokens(rows).is_target.any()
+        return
+    with pytest.raises(BadRow, match=sentence) as refusal:
+        template.tokens(rows, {"tools": tools})
+    assert "--chat-template" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_words_of_a_templates_arguments_are_shown_or_refused():
+    template = chat(
+        "{% if mood == 'brief' %}Be brief.{% endif %}{% for page in documents or [] %}{{ page.text }}\n{% endfor %}"
+        + FULL_TEMPLATE
+    )
+    assert shown(template, [ASK, ANSWER], mood="long") == shown(template, [ASK, ANSWER], enable_thinking=False)
+    assert shown(template, [ASK, ANSWER], documents=[{"text": "A log."}]).startswith("A log.\n")
+    for arguments, place in (
+        ({"documents": [{"title": "Log", "text": "A log."}]}, r"`documents\[0\].title`"),
+        ({"voice": "low"}, "`voice`"),
+        ({"mood": "neither brief nor long"}, "`mood`"),
+    ):
+        with pytest.raises(BadRow, match=f"leaves out words of `chat_template_kwargs`: {place}"):
+            template.tokens([ASK, ANSWER], arguments)
+
+
+def test_numbers_of_tools_are_words_and_switches_are_not():
+    template = chat(FULL_TEMPLATE.replace("tool | tojson", "tool.function.name"))
+    for schema, place in (({"minimum": 5}, "minimum"), ({"enum": [True]}, r"enum\[0\]"), ({"default": False}, "default")):
+        tool = {"function": {"name": "look", "parameters": schema}}
+        with pytest.raises(BadRow, match=rf"`tools\[0\].function.parameters.{place}`"):
+            template.tokens([ASK, ANSWER], {"tools": [tool]})
+        assert "look" in shown(chat(), [ASK, ANSWER], tools=[tool])
+    assert shown(template, [ASK, ANSWER], tools=[{"function": {"name": "look", "strict": True}}]).startswith("look\n")
+
+
+@pytest.mark.parametrize("value", [["f"], {"a": ["f"]}, 5, True, [[["f"]]], ""])
+def test_values_of_odd_types_are_a_rows_own_fault(value):
+    sequences = CorpusTokenizer(make_tokenizer(), 128, chat=ChatOptions("2026-01-31"))
+    sequences.tokenizer.chat_template = FULL_TEMPLATE
+    schema = {"type": "object", "properties": {"at": {"type": "string"}}}
+    rows = [
+        ([{**message, field: value}], {})
+        for message in (ASK, ANSWER, CALL, SEEN)
+        for field in ("name", "content", "tool_calls", "tool_call_id", "reasoning_content", "weight", "train", "note")
+    ]
+    rows += [
+        ([], {"tools": [{"function": {"name": "look", "parameters": {**schema, key: value}}}]})
+        for key in ("required", "properties", "type")
+    ]
+    for messages, arguments in rows:
+        document = Document(0, 0, 1, 0, 0, messages=[ASK, CALL, SEEN, ANSWER, *messages], template_arguments=arguments)
+        try:
+            assert sequences.sequences(document)
+        except BadRow as refusal:
+            assert "cannot be made into tokens" not in str(refusal)
+
+
+def test_an_error_that_nobody_foresaw_is_a_rows_own_fault(monkeypatch):
+    sequences = CorpusTokenizer(make_tokenizer(), 128, chat=ChatOptions("2026-01-31"))
+    monkeypatch.setattr(ChatTemplate, "tokens", lambda *arguments: {}["a\nb"])
+    with pytest.raises(BadRow, match=r"cannot be made into tokens \(KeyError: 'a"):
+        sequences.sequences(Document(0, 0, 1, 0, 0, messages=[ASK, ANSWER]))

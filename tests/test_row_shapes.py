@@ -301,3 +301,9 @@ def test_sequences_of_token_ids_have_nothing_added_and_end_at_the_maximum_length
             read(nothing, [len(nothing) == 1] * len(nothing))
     with pytest.raises(BadRow, match=r"`input_ids` has a token that the teacher's tokenizer does not have \(99999 at token 2"):
         read([5, 99_999], [True, True])
+
+
+@pytest.mark.parametrize("beside", [{}, {"tools": TOOLS}])
+def test_tools_among_the_arguments_of_a_template_are_refused(beside):
+    sentence = "`chat_template_kwargs` has `tools`: give them as the row's `tools`"
+    assert sentence in problem({"messages": TURNS, "chat_template_kwargs": {"tools": TOOLS}, **beside})

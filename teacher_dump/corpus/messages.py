@@ -66,7 +66,7 @@ def _read_message(message: Any, place: str) -> dict[str, Any]:
 
 def _sharegpt_message(message: dict[str, Any], place: str) -> dict[str, Any]:
     speaker = message["from"]
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise ValueError(f"{place}: its `from` is none of {', '.join(SHAREGPT_ROLES)} ({speaker!r})")
     if "value" not in message:
         raise ValueError(f"{place} ({speaker}) has no `value`")

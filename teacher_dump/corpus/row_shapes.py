@@ -190,6 +190,10 @@ def _template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, An
     arguments, tools = given.get("chat_template_kwargs", {}), given.get("tools", [])
     if not isinstance(arguments, dict):
         raise ValueError(f"`{columns.name('chat_template_kwargs')}` is not an object")
+    if "tools" in arguments:
+        raise ValueError(
+            f"`{columns.name('chat_template_kwargs')}` has `tools`: give them as the row's `{columns.name('tools')}`"
+        )
     if not isinstance(tools, list):
         raise ValueError(f"`{columns.name('tools')}` is not a list")
     described = []

@@ -96,7 +96,12 @@ class CorpusTokenizer:
             BadRow: the document cannot be used; says why. LongRow where it is too long for that, EmptyRow where it has nothing
                 to learn from.
         """
-        found = self._sequences(document)
+        try:
+            found = self._sequences(document)
+        except (BadRow, InputError, MemoryError):
+            raise
+        except Exception as error:  # a row of odd types stops nothing but itself
+            raise BadRow(f"it cannot be made into tokens ({type(error).__name__}: {' '.join(str(error).split())})") from error
         if not found and document.part == 0:
             raise EmptyRow
         return found

@@ -15,7 +15,7 @@ CONTENT = "content"
 REASONING = "reasoning"
 TEXT = "text"  # of calls, tools and further fields: words that may stand in JSON
 NAME = "name"  # of an argument or a property
-VALUE = "value"  # a number or a truth value of an argument
+VALUE = "value"  # a number or a truth value of an argument, or a number of a tool
 
 # What names a thing, or says of what sort it is, and need not be seen by a teacher.
 IDENTIFIERS = frozenset({"id", "tool_call_id", "type", "index"})
@@ -55,12 +55,16 @@ def changed_messages(messages: Iterable[Message], form: Form, change: Change, ta
 
 
 def changed_tools(tools: list[Any], change: Change) -> list[Any]:
-    """Tools with each of their texts and property names as `change` gives them back."""
+    """Tools with each of their texts, numbers and property names as `change` gives them back."""
     return [_changed(tool, f"tools[{index}]", TOOLS, change, NAME_PARENTS) for index, tool in enumerate(tools)]
 
 
 # Keys of a schema whose values are objects that people name the members of.
 NAME_PARENTS = frozenset({"properties", "$defs", "definitions"})
+
+
+# Where truth values of a schema are what an argument may be.
+_VALUES = re.compile(r"\.(default|const|enum\[\d+\])$")
 
 
 def _changed_message(message: Message, index: int, form: Form, change: Change, tags: re.Pattern[str] | None) -> Message:
@@ -129,7 +133,9 @@ def _changed(
     if isinstance(value, str):
         return change(Field(index, path, TEXT), value)
     if isinstance(value, bool | int | float):
-        return change(Field(index, path, VALUE), value) if named is None else value
+        # Of tools, truth values are switches for who calls them (`strict`), and numbers are words (`minimum`).
+        counts = named is None or (index == TOOLS and (not isinstance(value, bool) or _VALUES.search(path)))
+        return change(Field(index, path, VALUE), value) if counts else value
     if isinstance(value, list):
         return [_changed(item, f"{path}[{place}]", index, change, named) for place, item in enumerate(value)]
     if not isinstance(value, dict):
@@ -146,7 +152,7 @@ def _changed(
             record[key] = {
                 renamed[name]: _changed(property, f"{inner}.{name}", index, change, named) for name, property in item.items()
             }
-        elif key == "required" and isinstance(item, list) and all(name in renamed for name in item):
+        elif key == "required" and isinstance(item, list) and all(isinstance(name, str) and name in renamed for name in item):
             record[key] = [renamed[name] for name in item]
         elif named is None or names:
             record[change(Field(index, inner, NAME), key)] = _changed(item, inner, index, change, named)

@@ -115,7 +115,7 @@ def forms(messages: list[Message]) -> Iterator[Form]:
 def _without_call_name(message: Message, names: set[str]) -> Message:
     """The `name` of a tool's answer says which call it answers, and is no words of its own: templates know it from the call."""
     name = message.other.get("name")
-    if message.role != "tool" or name not in names:
+    if message.role != "tool" or not isinstance(name, str) or name not in names:
         return message
     return replace(message, answers=name, other={key: value for key, value in message.other.items() if key != "name"})
 
@@ -136,6 +136,8 @@ def _message(record: dict[str, Any]) -> Message:
         target=_target(given, role),
         other={name: value for name, value in given.items() if name not in (*REASONING, *TRAINING)},
     )
+    if "function_call" in message.other:
+        raise ValueError("`function_call` is an old form of a call, which no template shows: write it as `tool_calls`")
     if not message.has_words and content is None:
         raise ValueError("it has neither `content` nor `tool_calls`: give it content, or remove it")
     return message
@@ -147,7 +149,11 @@ def _texts(value: Any, field: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise ValueError(f"`{field}` is neither text nor a list of parts")
     for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        if isinstance(part, dict) and part.get("type") == "text" and not isinstance(part.get("text"), str):
+            raise ValueError(
+                f"`{field}` has a part of type `text` whose `text` is {'no text' if 'text' in part else 'not there'}"
+            )
+        if not isinstance(part, dict) or part.get("type") != "text":
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
             raise ValueError(f"`{field}` has a part of type `{kind}`, and only parts of type `text` can be used")
         others = [name for name, value in part.items() if name not in ("type", "text") and value is not None]

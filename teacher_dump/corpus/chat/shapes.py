@@ -26,11 +26,13 @@ ASSISTANT = Message("assistant", ("word",))
 
 @dataclass(frozen=True)
 class ChatRow:
-    """What a row gives a chat template: its messages, its tools, further arguments, and what cuts the assistant's content."""
+    """What a row gives a chat template: its messages, its tools, further arguments, the template's text, and what cuts the
+    assistant's content under it."""
 
     messages: list[Message]
     tools: list[Any] | None
     arguments: dict[str, Any]
+    template: str
     tags: Any
 
     def changed(self, form: Form, change: Change) -> ChatRow:

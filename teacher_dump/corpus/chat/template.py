@@ -9,9 +9,9 @@ import numpy as np
 
 from knowledge_store.errors import InputError
 from teacher_dump.corpus.chat.fields import think_tags
-from teacher_dump.corpus.chat.marks import MAX_FIELDS
-from teacher_dump.corpus.chat.messages import Message, forms, messages_of
+from teacher_dump.corpus.chat.messages import Form, Message, forms, messages_of
 from teacher_dump.corpus.chat.options import ChatOptions
+from teacher_dump.corpus.chat.refusals import Refusals
 from teacher_dump.corpus.chat.rendering import Renderer, TemplateRefusal, check_arguments
 from teacher_dump.corpus.chat.shapes import ChatRow, Shapes
 from teacher_dump.corpus.chat.turns import Text, Turns
@@ -51,6 +51,7 @@ class ChatTemplate:
         shapes = Shapes(self._renderer)
         self._words = Words(self._renderer, shapes)
         self._special = _special_tokens(tokenizer)
+        self._refusals = Refusals(self._renderer)
         self._turns = Turns(shapes, self._special | tokenizer.added_tokens_decoder.keys())
 
     @property
@@ -82,7 +83,8 @@ class ChatTemplate:
         check_arguments(arguments)
         messages = messages_of(records)
         targets = self._targets(messages, completion_from)
-        rendered = self._rendered(ChatRow(messages, tools, arguments, think_tags(self._renderer.template(tools))))
+        template = self._renderer.template(tools)
+        rendered = self._rendered(ChatRow(messages, tools, arguments, template, think_tags(template)))
         rendering = rendered.marked.text
         encoded = self._tokenizer(rendering, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         text = Text.of(rendering, encoded["input_ids"], encoded["offset_mapping"], self._special)
@@ -122,16 +124,19 @@ class ChatTemplate:
         """The row in the first form in which the template shows all its words; or why there is none, as the form has it that
         comes nearest."""
         problems: list[tuple[int, BadRow]] = []
+        refused: list[tuple[Form, TemplateRefusal]] = []
         for form in forms(row.messages):
             try:
                 return self._words.rendered(row, form)
             except LostWords as lost:
                 problems.append((len(lost.fields), lost))
             except TemplateRefusal as refusal:
-                problems.append((MAX_FIELDS, refusal))
+                refused.append((form, refusal))
             except BadRow as refusal:
                 problems.append((int(form.parts), refusal))
-        raise min(problems, key=lambda problem: problem[0])[1]
+        if problems:
+            raise min(problems, key=lambda problem: problem[0])[1]
+        raise self._refusals.explained(row, refused)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

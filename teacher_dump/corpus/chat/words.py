@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
-from teacher_dump.corpus.chat.fields import CONTENT, NAME, REASONING, TEXT, TOOLS, Field, closing_tag_among_words
+from teacher_dump.corpus.chat.fields import CONTENT, IDENTIFIERS, NAME, REASONING, TEXT, TOOLS, Field, closing_tag_among_words
 from teacher_dump.corpus.chat.marks import Marked, Marks
 from teacher_dump.corpus.chat.messages import Form
 from teacher_dump.corpus.chat.rendering import Renderer
@@ -86,6 +89,7 @@ class Words:
             raise LostWords(row, lost)
         self._check_thoughts(row, form, marked)
         self._check_values(row, form, marks.values)
+        self._check_arguments(row, form, plain)
         outline = row.outline(form)
         identifiers = row.identifiers()
         if identifiers and not any(identifier in plain for identifier in identifiers):
@@ -171,15 +175,46 @@ class Words:
                 )
 
     def _check_values(self, row: ChatRow, form: Form, values: list[Field]) -> None:
-        """Make sure that numbers and truth values of arguments are in the text."""
+        """Make sure that numbers and truth values of arguments and tools are in the text."""
         outline = row.outline(form, values=True) if values else row
         lost = []
         for place in values:
-            excerpt, index = outline.excerpt(place.message)
-            if not self._shapes.shows(excerpt, form, place._replace(message=index)):
+            excerpt, index = outline.excerpt(max(place.message, 0))  # of a tool's, few messages are enough
+            if not self._shapes.shows(excerpt, form, place._replace(message=TOOLS if place.message == TOOLS else index)):
                 lost.append(place)
         if lost:
             raise LostWords(row, lost)
+
+    def _check_arguments(self, row: ChatRow, form: Form, plain: str) -> None:
+        """Make sure that words among the template's further arguments are in the text: another word there makes another text.
+        One word alone may be a switch, if the template's text has its name."""
+        for name, value in row.arguments.items():
+            if isinstance(value, str) and len(value.split()) < 2 and re.search(rf"\b{re.escape(name)}\b", row.template):
+                continue
+            for path, changed in _text_changes(value, name):
+                try:
+                    text = self._text(replace(row, arguments={**row.arguments, name: changed}), form)
+                except BadRow:
+                    continue
+                if text == plain:
+                    raise BadRow(
+                        f"the chat template leaves out words of `chat_template_kwargs`: `{path}`; name a template that shows"
+                        " them with --chat-template, or remove it"
+                    )
+
+
+def _text_changes(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """A JSON value with one text after another changed, and the place of each."""
+    if isinstance(value, str) and value.strip():
+        yield path, f"{value}other"
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            for place, changed in _text_changes(item, f"{path}[{index}]"):
+                yield place, [*value[:index], changed, *value[index + 1 :]]
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in IDENTIFIERS:
+                yield from ((place, {**value, key: changed}) for place, changed in _text_changes(item, f"{path}.{key}"))
 
 
 def _is_answer(row: ChatRow, place: Field) -> bool:
