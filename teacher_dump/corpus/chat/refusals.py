@@ -31,8 +31,8 @@ class Refusals:
             found = self._explained(row, form, refusal)
             if found is not None:
                 return found
-        # A message without content is nothing to complain of in the form that gives it some.
-        refusal = next((refusal for form, refusal in refusals if form.empty_content), refusals[0][1])
+        # What a template says itself is nearer to the row than what fails in a form that it was not made for.
+        refusal = min(refusals, key=lambda item: (" object" in item[1].error, not item[0].empty_content))[1]
         return BadRow(f"the chat template refuses it: {refusal.error}; name another template with --chat-template")
 
     def _explained(self, row: ChatRow, form: Form, refusal: TemplateRefusal) -> BadRow | None:
