@@ -1,7 +1,7 @@
 """What the commands of `teacher-dump` are asked to do: a frozen dataclass for each, one field for each option.
 
 The options of a kind of knowledge are declared with its extractor. From Python a path may be given as text or as a Path, and
-`corpus` as one file or as several; the fields hold Paths.
+`corpus` as one file or as several; the fields hold Paths. A store stays what it was given as.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 from knowledge_store.configuration import DumpOptions, GgufOptions
 from knowledge_store.errors import InputError
 from knowledge_store.options import check_options, option
+from knowledge_store.storage import StorePlace, open_storage
 from student_train.configuration import BatchOptions
 from student_train.evaluation.questions import ANSWER_AS
 from student_train.evaluation.results import read_evaluation
@@ -19,7 +20,7 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     """An evaluation; each field is an option of `student-train evaluate`."""
 
     model: str = option(help="Folder or hub id of the model to evaluate.")
-    store: Path | None = option(
+    store: StorePlace | None = option(
         None, argument=True, metavar="STORE", help="The store's folder, to evaluate on a held-out dump."
     )
     _: KW_ONLY
@@ -41,6 +42,11 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
         help="Evaluate a second time at a temperature of the model, from a file of other questions (.jsonl) to fit one on, or"
         " from the model's own calibration (.json) of `teacher-dump calibrate`.",
     )
+
+    @property
+    def store_address(self) -> str | None:
+        """What results call the store; None without one."""
+        return None if self.store is None else open_storage(self.store).address
 
     @property
     def questions_name(self) -> str:
@@ -105,7 +111,7 @@ def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
             previous = read_evaluation(path)["config"]
         except InputError as error:
             raise InputError(f"{error}. Give --output to write the result somewhere else") from None
-        source = previous["questions"] or previous["store"]
-        if Path(source).resolve() != Path(str(config.questions or config.store)).resolve():
+        source, asked = previous["questions"] or previous["store"], config.questions or config.store_address
+        if Path(str(source)).resolve() != Path(str(asked)).resolve():
             raise InputError(f"{path} holds the results on {source}: give --output for those on another")
     return path

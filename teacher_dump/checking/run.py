@@ -61,7 +61,7 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
         )
     count = store.sequence_count(manifest.dump)
     if not count:
-        raise InputError(f"dump {manifest.dump!r} of {config.store} has no committed sequence yet")
+        raise InputError(f"dump {manifest.dump!r} of {store.address} has no committed sequence yet")
     if teacher is None:
         check_local_teacher(config.teacher, config.gguf_file, config.revision)
     for kind in manifest.kinds:
