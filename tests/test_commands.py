@@ -69,6 +69,16 @@ def test_names_of_dumps_are_completed(program, words, tmp_path, monkeypatch, cap
     assert capsys.readouterr().out.split() == ["small"]
 
 
+@pytest.mark.parametrize("program", APPS)
+def test_help_shows_choices_and_what_is_required_first(program):
+    for command in get_command(APPS[program]).commands.values():
+        options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+        required = [option.required for option in options]
+        assert required == sorted(required, reverse=True), command.name
+    shown = CliRunner().invoke(APPS["student-train"], ["evaluate", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "letter|text" in shown and "--output                      <path>" in shown
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [

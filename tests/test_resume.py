@@ -266,6 +266,16 @@ def test_resuming_with_another_option_is_refused_and_changes_nothing(existing, l
     assert contents(existing.store) == before
 
 
+def test_resuming_with_other_kinds_is_refused_by_their_names_alone(existing, loaded_teacher, monkeypatch):
+    monkeypatch.setitem(KINDS, "lengths", Kind("lengths", "sequence", lambda manifest: (Field("tokens", pa.int32()),)))
+    monkeypatch.setitem(EXTRACTORS, "lengths", Extractor(frozenset(), lambda batch: []))
+    with pytest.raises(MismatchError, match=r"differently: --kind lengths was not given and is now\. Use"):
+        dump(replace(existing, kinds=("positions", "lengths")), teacher=loaded_teacher)
+    both = r"--kind lengths was not given and is now; --kind positions was given and is not now"
+    with pytest.raises(MismatchError, match=rf"differently: {both}\. Use"):
+        dump(replace(existing, kinds=("lengths",)), teacher=loaded_teacher)
+
+
 def test_resuming_with_another_corpus_is_refused_and_changes_nothing(existing, loaded_teacher, tmp_path, corpus):
     before = contents(existing.store)
     other = tmp_path / corpus.name

@@ -143,7 +143,7 @@ def command(
 
 
 def _parameters(configuration: type) -> list[inspect.Parameter]:
-    """The parameters of a command that has a configuration's options."""
+    """The parameters of a command that has a configuration's options: those that are required come first."""
     hints = get_type_hints(configuration)
     parameters = []
     for field in fields(configuration):
@@ -154,12 +154,15 @@ def _parameters(configuration: type) -> list[inspect.Parameter]:
         annotation, default = _listed(_as_text(hints[field.name]), default)
         annotation = Annotated[annotation, _declaration(declared, flag_of(field))]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    return parameters
+    return sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
 
 def _declaration(declared: Option, flag: str) -> Any:
     """An option as typer has it."""
-    shared: dict[str, Any] = {"help": declared.help, "metavar": declared.metavar}
+    shared: dict[str, Any] = {
+        "help": declared.help,
+        "metavar": declared.metavar or "|".join(map(str, declared.choices)) or None,
+    }
     if declared.names_dump:
         shared["autocompletion"] = dump_names
     return typer.Argument(**shared) if declared.argument else typer.Option(flag, **shared)

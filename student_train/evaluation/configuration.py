@@ -27,11 +27,13 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     limit: int | None = option(None, min=1, help="Evaluate only this many sequences or questions, spread evenly over them all.")
     output: str | None = option(
         None,
+        metavar="<path>",
         help="File to write. The default is MODEL/evaluations/DUMP.json or MODEL/evaluations/QUESTIONS.letter.json, and nothing"
         " for a hub id.",
     )
     questions: str | None = option(
         None,
+        metavar="<path>",
         help="JSON Lines file of multiple-choice questions (`question`, `options`, `answer`), to evaluate on these instead.",
     )
     answer_as: str = option(
@@ -39,6 +41,7 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     )
     post_hoc_temperature: str | None = option(
         None,
+        metavar="<path>",
         help="Evaluate a second time at a temperature of the model, from a file of other questions (.jsonl) to fit one on, or"
         " from the model's own calibration (.json) of `teacher-dump calibrate`.",
     )
