@@ -216,15 +216,12 @@ def check(config: CheckConfig) -> None:
     from teacher_dump.checking.run import check as ask_again
 
     agreements = ask_again(config, reporter=TerminalReporter()).values()
-    from teacher_dump.checking.report import describe
-    from teacher_dump.checking.verdicts import AGREES
-
     for agreement in agreements:
-        for line in describe(agreement):
+        for line in agreement.lines:
             output.print(line, markup=False)
         for sentence in agreement.notes:
             note(f"Note: {sentence}")
-    if any(agreement.verdict != AGREES for agreement in agreements):
+    if not all(agreement.agrees for agreement in agreements):
         raise typer.Exit(NOT_THE_SAME)
 
 

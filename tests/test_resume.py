@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import save_teacher, story_rows, write_jsonl
@@ -19,10 +20,12 @@ from stores import contents
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, MismatchError, StoreError
+from knowledge_store.kinds import KINDS, Field, Kind
 from knowledge_store.storage import local as publication
 from knowledge_store.writing.verification import verify
 from teacher_dump import DumpConfig, dump, fingerprints, repair
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.extraction import EXTRACTORS, Extractor
 from teacher_dump.extraction.sampling import systematic_points
 from teacher_dump.teachers import local as teachers
 from teacher_dump.teachers.local import load_teacher

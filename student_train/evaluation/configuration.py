@@ -67,10 +67,11 @@ def check_evaluation(config: EvaluateConfig) -> Path | None:
     """Check everything that needs no model, and give the file that the result goes to, if any.
 
     Raises:
-        InputError: options do not fit each other; a file, the store, the dump or the model's folder is missing; or the result
-            would take the place of something else.
+        InputError: options do not fit each other; a file, the store, the dump or the model's folder is missing; no figures
+            exist for what the dump holds; or the result would take the place of something else.
     """
     from knowledge_store import KnowledgeStore
+    from student_train.evaluation.kinds import check_figures
 
     check_options(config)
     if (config.store is None) == (config.questions is None):
@@ -89,7 +90,11 @@ def check_evaluation(config: EvaluateConfig) -> Path | None:
             raise InputError(f"there is no file {path}")
     if config.calibration and not config.calibration.is_file():
         raise InputError(f"there is no calibration file {config.calibration}")
-    dump = KnowledgeStore.open(config.store).dump(config.dump) if config.store else None
+    dump = None
+    if config.store:
+        store = KnowledgeStore.open(config.store)
+        dump = store.dump(config.dump)
+        check_figures(store, dump)
     output = _checked_output(config, dump)
     check_model_folder(config.model, config.gguf_file)
     return output
