@@ -76,6 +76,7 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
     Raises:
         InputError: an option, the student or the store cannot be used, or `output` holds something else or a run with
             another configuration; nothing is written then.
+        DivergenceError: a loss or a gradient is no finite number; the last checkpoint is kept.
     """
     quieten()
     store, dump, loss = check_run(config)

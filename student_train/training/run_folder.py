@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -217,7 +218,7 @@ def read_record(path: Path, names: Sequence[str], description: str) -> Record:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file in one go: a reader sees the old one or the new one."""
+    """Write a JSON file in one go: a reader sees the old one or the new one. Numbers that are not finite become null."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     temporary.write_text(_json_text(record, "\n") + "\n")
     temporary.replace(path)
@@ -231,7 +232,13 @@ def _json_text(value: Any, line: str) -> str:
         return "{" + inner + f",{inner}".join(items) + line + "}"
     if isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value):
         return "[" + inner + f",{inner}".join(_json_text(item, inner) for item in value) + line + "]"
-    return json.dumps(value, default=str)
+    if isinstance(value, list | tuple):
+        value = [_finite(item) for item in value]
+    return json.dumps(_finite(value), default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:
