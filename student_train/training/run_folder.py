@@ -26,6 +26,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.model_files import check_weights
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
+from student_train.training.run_lock import LOCK_FILE, check_unlocked
 
 Record = dict[str, Any]
 
@@ -94,9 +95,10 @@ def check_resume(config: TrainConfig, store: KnowledgeStore, dump: str, calibrat
     compares the number of steps and the student's files too.
 
     Raises:
-        InputError: it is; says what differs.
+        InputError: it is, or another process is training into it; says what differs.
     """
     output = Path(config.output)
+    check_unlocked(output)
     record = check_folder(output)
     if not record:
         return
@@ -174,17 +176,14 @@ def last_checkpoint(output: Path) -> Checkpoint | None:
     return last
 
 
-def prepare_output(output: Path) -> None:
-    """Make the folder, and remove checkpoints that were never completed and files that were never finished."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {output}: {error.strerror}") from error
+def tidy_output(output: Path) -> None:
+    """Remove checkpoints that were never completed and files that were never finished; the folder's lock must be held."""
     for folder in output.glob("checkpoint-*"):
         if not (folder / COMPLETE_FILE).exists():
             shutil.rmtree(folder)
     for path in output.glob(f"{TEMPORARY_PREFIX}*"):
-        path.unlink()
+        if path.name != LOCK_FILE:
+            path.unlink()
 
 
 def read_run(folder: Path) -> Record:
