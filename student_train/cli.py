@@ -88,10 +88,10 @@ def run(config: TrainConfig) -> None:
         raise typer.Exit(INTERRUPTED)
     if first_process:
         already = result.began_at == result.steps
-        held_out = "" if result.eval_loss is None else f", held-out loss {result.eval_loss:.3f}"
+        validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.3f}"
         output.print(
             f"{result.output} is finished{' already' if already else ''}:"
-            f" {result.steps:,} steps in {result.seconds:,.0f} s{held_out}",
+            f" {result.steps:,} steps in {result.seconds:,.0f} s{validation}",
             markup=False,
         )
 

@@ -124,7 +124,7 @@ def test_a_student_that_gives_no_numbers(settings, student, tmp_path):
     broken = broken_model(student, tmp_path / "student")
     with pytest.raises(DivergenceError, match="at step 1: the loss is nan"):
         train(TrainConfig(**settings | {"student": str(broken)}))
-    with pytest.raises(DivergenceError, match="at step 0: the held-out loss is nan"):
+    with pytest.raises(DivergenceError, match="at step 0: the validation loss is nan"):
         train(TrainConfig(**settings | {"student": str(broken), "eval_fraction": 0.2, "output": str(tmp_path / "other")}))
 
 

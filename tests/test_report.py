@@ -8,6 +8,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ def answers_of(seed: int, boast: float = 0.0, count: int = 400) -> tuple[np.ndar
 
 
 def evaluation(nll: float, kl: float, boast: float = 0.0) -> dict:
-    """A result on a dump, with a held-out loss and a divergence of exactly these means."""
+    """A result on a dump, with a loss on the text and a divergence of exactly these means."""
     confidence, correct, scores = answers_of(3, boast)
     sequence = np.repeat(np.arange(20), 20)
     spread = np.random.default_rng(2).normal(0, 0.2, 400)
@@ -127,7 +128,7 @@ def write_run(
     folder.mkdir(parents=True)
     if run:
         record = {
-            "identity": {},
+            "identity": {"number of steps": 40, "sequences per step": 4},
             "config": CONFIG,
             "dump": {**DUMP, "name": "train"},
             "sequences": {"train": 90, "eval": 4},
@@ -141,8 +142,9 @@ def write_run(
             {"step": step, "eval_loss": 1.0, "eval_kl": 1 / (step + 1), "eval_nll": 3 / (step + 1), "seconds": step}
             for step in range(5)
         ]
-        entries.append({"step": 5, "loss": 0.5, "seconds": 5})
-        (folder / "history.json").write_text(json.dumps({"finished": True, "seconds": 83.0, "entries": entries}))
+        entries += [{"step": 39, "loss": 0.5, "seconds": 5}, {"step": 40, "eval_loss": 0.625, "seconds": 5}]
+        record = {"finished": True, "seconds": 83.0, "step": 40, "tokens": 9600, "entries": entries}
+        (folder / "history.json").write_text(json.dumps(record))
     (folder / "evaluations").mkdir()
     if measured:
         (folder / "evaluations" / "heldout.json").write_text(json.dumps(evaluation(*measured)))
@@ -186,19 +188,104 @@ def test_what_a_run_cost(tmp_path):
     text = page(tmp_path, write_run(tmp_path / "distilled", measured=(3.1, 0.5)), write_run(tmp_path / "bare", history=False))
     costs = cells(text, "What it cost")
     dense = f"{4000 * 512 * 4 / 60_000:,.0f}×"
-    assert costs["distilled forward-kl, 0.2 cross-entropy"] == [
+    assert costs["distilled"] == [
         "train positions: top-k 5 + 4 tail draws; vectors",
         "14.3 12.0 of what its loss reads",
         "0.06 MB",
         dense,
-        "1,234",
-        "1 min 23 s",
     ]
-    assert costs["bare forward-kl, 0.2 cross-entropy"][-1] == "–"
+    assert costs["bare"] == costs["distilled"]
+
+
+def test_what_each_run_was_trained_with(tmp_path):
+    folders = [write_run(tmp_path / "distilled"), write_run(tmp_path / "bare", history=False)]
+    text = page(tmp_path, *folders, write_run(tmp_path / "base", run=False, history=False, measured=(4.0, 2.0)))
+    runs = cells(text, "The runs")
+    assert list(runs) == ["", "distilled", "bare"]
+    assert runs["distilled"] == [
+        "forward-kl, 0.2 cross-entropy validation loss 0.625",
+        "train 90 sequences",
+        "40 of 4 sequences",
+        "9,600",
+        "1 min 23 s",
+        "1,234",
+    ]
+    assert runs["bare"][2:5] == ["– of 4 sequences", "–", "–"]
+    assert "not trained alike" not in text and "Not finished" not in text
+
+
+def change_record(path: Path, **changes: object) -> None:
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, **changes}))
+
+
+def warnings_of(text: str) -> str:
+    """The warnings of the section on the runs, as plain text."""
+    section = text[text.index("The runs</h2>") : text.index("</section>")]
+    return " ".join(re.sub("<[^>]*>", "", words) for words in re.findall(r'<p class="missing">(.*?)</p>', section))
+
+
+def test_runs_that_were_not_trained_alike_are_told(tmp_path):
+    one, other = write_run(tmp_path / "one", measured=(3.2, 0.8)), write_run(tmp_path / "two", measured=(3.1, 0.5))
+    assert warnings_of(page(tmp_path, one, other)) == ""
+    change_record(other / "history.json", tokens=9_700)  # another seed
+    assert warnings_of(page(tmp_path, one, other)) == ""
+    change_record(other / "history.json", step=20, tokens=4_800)
+    warning = warnings_of(page(tmp_path, one, other))
+    assert "not trained alike: optimiser steps: one 40, two 20; tokens seen: one 9,600, two 4,800." in warning
+    assert "dump" not in warning
+    change_record(other / "history.json", step=40, tokens=9_600)
+    change_record(other / "run.json", identity={"knowledge": "another"})
+    assert "they read different states of the dump train" in warnings_of(page(tmp_path, one, other))
+    change_record(other / "run.json", dump={**DUMP, "name": "code"})
+    assert "dumps: one train, two code." in warnings_of(page(tmp_path, one, other))
+    change_record(other / "history.json", finished=False, step=12)
+    change_record(other / "run.json", identity={"number of steps": 40})
+    text = page(tmp_path, one, other)
+    assert "Not finished: two." in warnings_of(text) and cells(text, "The runs")["two"][2] == "12 of 40"
+
+
+class Boxes(HTMLParser):
+    """The classes of the elements around each table and picture, innermost last."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.around: list[tuple[str, str]] = []
+        self.found: list[tuple[str, list[str]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag in ("table", "svg"):
+            self.found.append((tag, [name for _, name in self.around if name]))
+        if tag in ("div", "section", "figure", "main", "details", "table"):
+            self.around.append((tag, dict(attributes).get("class") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.around and self.around[-1][0] == tag:
+            self.around.pop()
+
+
+def test_nothing_is_wider_than_a_phone(tmp_path):
+    """Tables and wide pictures lie in boxes that scroll by themselves; the small pictures are in rows that become columns."""
+    folders = [
+        write_run(tmp_path / name, measured=(3.2, 0.8), exam=answered(0.2)) for name in ("one", "a-run-with-a-long-name" * 3)
+    ]
+    text = page(tmp_path, *folders)
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    boxes = Boxes(text)
+    assert boxes.around == []
+    assert {tag for tag, _ in boxes.found} == {"table", "svg"}
+    for tag, around in boxes.found:
+        assert around and around[-1] in (("scroll",) if tag == "table" else ("scroll", "row"))
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert ".scroll { overflow-x: auto; }" in style and "overflow-wrap: break-word" in style
+    narrow = style[style.index("@media (max-width: 640px)") :]
+    for rule in ("position: sticky", "dl { grid-template-columns: minmax(0, 1fr); }", "minmax(min(200px, 100%), 1fr)"):
+        assert rule in narrow
 
 
 def test_differences_are_paired(tmp_path):
-    """The held-out losses of the two spread far more than they differ; on the same sequences, they differ exactly."""
+    """The losses of the two on the text spread far more than they differ; on the same sequences, they differ exactly."""
     first, other = write_run(tmp_path / "one", measured=(3.2, 0.8)), write_run(tmp_path / "two", measured=(3.15, 0.8))
     text = page(tmp_path, first, other)
     found = cells(text, "more than chance")

@@ -129,7 +129,7 @@ def test_columns_of_clashing_types_and_odd_names(tmp_path):
     second = new_dump(tmp_path / "store", "select", {"source": "double", "Dump": "string", "Token_Hash": "bool"})
     commit(second, 0, random_sequences(1, 1), source=[1.5], Dump=["mine"], Token_Hash=[True])
     third = new_dump(tmp_path / "store", "third", {"source": "string", "SOURCE": "int64"})
-    commit(third, 0, random_sequences(1, 1), source=["b"], SOURCE=[3])
+    commit(third, 0, random_sequences(1, 1), source_2=["b"], SOURCE=[3])
     store = KnowledgeStore.open(tmp_path / "store")
     assert rows(store, "SELECT count(*) AS n FROM sequences") == [{"n": 4}]
     query = """SELECT "meta.source", "say ""hi\""", "naïve {rows}", source, corpus_dump, corpus_token_hash
@@ -137,7 +137,10 @@ def test_columns_of_clashing_types_and_odd_names(tmp_path):
     assert [tuple(row.values()) for row in rows(store, query)] == [(None, None, None, "1.5", "mine", True)]
     names = store.sql("SELECT DISTINCT dump FROM positions ORDER BY 1")["dump"].to_pylist()
     assert names == ["1.a-b_c", "select", "third"]
-    assert store.sequences("third").column_names[-2:] == ["source", "SOURCE"]
+    assert store.sequences("third").column_names[-2:] == ["source_2", "SOURCE"]  # SQL does not tell the two names apart
+    assert rows(store, "SELECT source_2, source AS other FROM sequences WHERE dump = 'third'") == [
+        {"source_2": "b", "other": "3"}
+    ]
 
 
 def test_odd_texts_of_tokens(tmp_path):

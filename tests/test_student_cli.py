@@ -152,10 +152,15 @@ def test_from_a_teacher_to_a_page(teacher_folder, store_folder, tmp_path, monkey
         assert asked.exit_code == 0, asked.stderr
         assert "9 questions of exam" in asked.stdout and "over the options" in asked.stdout and "post-hoc" in asked.stdout
         assert f"Written to {model}/evaluations/exam.letter.json" in asked.stderr
-    page = invoke("report", "student", "runs/one", "--output", "pages/report.html")
+    shorter = ["run", store_folder, "--student", "student", "--output", "runs/two", "--dump", "train", "--steps", "2"]
+    assert "validation loss" in invoke(*shorter).stdout
+    page = invoke("report", "student", "runs/one", "runs/two", "--output", "pages/report.html")
     assert page.exit_code == 0, page.stderr
     assert page.stdout == "pages/report.html\n"
-    assert "runs/one" not in (tmp_path / "pages/report.html").read_text().split("<details>")[0]  # called `one`
+    text = (tmp_path / "pages/report.html").read_text().split("<details>")[0]
+    assert "runs/one" not in text  # called `one`
+    assert "not trained alike: optimiser steps: <b>one</b> 4, <b>two</b> 2; tokens seen: " in text
+    assert "dumps:" not in text and "different states" not in text and "<small>of 8 sequences</small>" in text
 
 
 def test_interrupt_says_how_to_resume(teacher_folder, store_folder, tmp_path, monkeypatch):

@@ -136,6 +136,15 @@ def test_accumulation_and_workers_change_nothing(settings, tmp_path):
         assert_close(weights(tmp_path / name), whole, 0 if name == "workers" else TOLERANCE)
 
 
+def test_tokens_seen_are_those_of_the_sequences_each_time_they_are_read(settings, tmp_path):
+    sequences = KnowledgeStore.open(settings["store"]).sequences("train")
+    settings |= {"epochs": 2, "steps": None, "batch_size": 3, "gradient_accumulation": 2}
+    train(TrainConfig(**settings))
+    history = json.loads((tmp_path / "run" / "history.json").read_text())
+    assert history["tokens"] == 2 * sum(sequences["length"].to_pylist())
+    assert history["step"] == 2 * -(-sequences.num_rows // 6)
+
+
 def test_bfloat16_is_near_float32(settings, tmp_path):
     train(TrainConfig(**settings))
     train(TrainConfig(**settings | {"precision": "bf16", "output": str(tmp_path / "bf16")}))
@@ -184,6 +193,7 @@ def test_interrupted_runs_resume(settings, tmp_path, monkeypatch):
     assert [entry["eval_loss"] for entry in measured] == expected and len(measured) == 4
     seconds = [entry["seconds"] for entry in one["entries"]]
     assert seconds == sorted(seconds)
+    assert (one["step"], one["tokens"]) == (other["step"], other["tokens"]) and one["step"] == 6
 
     fourth = train(broken)
     assert fourth.finished and fourth.began_at == 6 and fourth.eval_loss == expected[-1]

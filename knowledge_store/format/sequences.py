@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from knowledge_store.errors import StoreError
+from knowledge_store.errors import InputError, StoreError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import COUNTING, TEXT, Columns
 
@@ -103,8 +103,16 @@ def sequences_schema(manifest: Manifest) -> pa.Schema:
 
 
 def sequences_table(rows: list[dict[str, Any]], manifest: Manifest) -> pa.Table:
-    """A `sequences` table of the given rows (missing corpus columns are null)."""
-    return pa.Table.from_pylist(rows, schema=sequences_schema(manifest))
+    """A `sequences` table of the given rows, whose keys are the names of stored columns (missing corpus columns are null).
+
+    Raises:
+        InputError: a row has a value for a column that the manifest does not name.
+    """
+    schema = sequences_schema(manifest)
+    unknown = sorted({name for row in rows for name in row} - set(schema.names))
+    if unknown:
+        raise InputError(f"a sequence has a column {unknown[0]!r}, which the manifest of the dump does not name")
+    return pa.Table.from_pylist(rows, schema=schema)
 
 
 def tokens_table(texts: list[str | None], tokens: list[str | None]) -> pa.Table:

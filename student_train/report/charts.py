@@ -174,7 +174,7 @@ def learning_curves(panels: Sequence[tuple[str, str, Sequence[Curve]]], descript
         axis.set_xlabel("optimiser step")
         axis.set_ylabel(unit)
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    return svg(figure, description, "learning curves")
+    return _wide(svg(figure, description, "learning curves"))
 
 
 def bar_charts(panels: Sequence[Bars], description: str, place: str) -> str:
@@ -198,7 +198,7 @@ def bar_charts(panels: Sequence[Bars], description: str, place: str) -> str:
             axis.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         else:
             axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    return svg(figure, description, place)
+    return _wide(svg(figure, description, place))
 
 
 def _mark(axis: Axes, mean: float, edges: np.ndarray) -> None:
@@ -215,6 +215,11 @@ def _mark(axis: Axes, mean: float, edges: np.ndarray) -> None:
         va="top",
         fontsize=10,
     )
+
+
+def _wide(picture: str) -> str:
+    """A picture as wide as the page, in a box of its own to scroll where the page is narrow."""
+    return f'<div class="scroll">{picture}</div>'
 
 
 def _clipped(name: str, length: int) -> str:

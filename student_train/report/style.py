@@ -18,7 +18,7 @@ STYLE = """
   }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 var(--sans); }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 var(--sans); overflow-wrap: break-word; }
 main { max-width: 1180px; margin: 0 auto; padding: 56px 24px 72px; }
 header { margin-bottom: 36px; }
 h1 { font-size: 34px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 8px; }
@@ -56,17 +56,31 @@ figure svg { max-width: 100%; height: auto; display: block; }
 .row { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 18px; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0 0 10px; padding: 0;
   font-size: 14px; }
+.legend li { min-width: 0; overflow-wrap: anywhere; }
 .small { font-size: 13px; margin-bottom: 14px; }
 .small th, .small td { padding: 7px 10px; }
 details { font-size: 13px; border-top: 1px solid var(--grid); padding: 9px 0; }
 summary { cursor: pointer; font-weight: 600; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; margin: 10px 0 4px; }
+dl { display: grid; grid-template-columns: fit-content(45%) minmax(0, 1fr); gap: 2px 18px; margin: 10px 0 4px; }
 dt { color: var(--faint); }
 dd { margin: 0; white-space: normal; overflow-wrap: anywhere; }
 code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 @media print { section { break-inside: avoid; border: 0; padding: 0; } details { display: block; } }
 @media (max-width: 900px) { .row { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); } }
-@media (max-width: 640px) { main { padding: 28px 14px 40px; } section { padding: 18px 16px; } h1 { font-size: 27px; } }
+@media (max-width: 640px) {
+  main { padding: 28px 14px 40px; }
+  section { padding: 18px 16px; }
+  h1 { font-size: 27px; }
+  th, td { padding: 8px 7px; font-size: 14px; }
+  /* The names of rows stay in sight while a table is scrolled. */
+  th:first-child:not([colspan]) { position: sticky; left: 0; z-index: 1; min-width: 7em; max-width: 36vw; white-space: normal;
+    overflow-wrap: anywhere; background: var(--card); }
+  /* Shrunk to a phone's width, the words in a wide picture could not be read: it is scrolled as tables are. */
+  .scroll > figure svg { max-width: none; width: 720px !important; }
+  .row { grid-template-columns: repeat(auto-fill, minmax(min(200px, 100%), 1fr)); }
+  dl { grid-template-columns: minmax(0, 1fr); }
+  dd { margin-bottom: 6px; }
+}
 """
 
 FRAME = """<!doctype html>

@@ -1,18 +1,17 @@
-"""The sections on training: what each run cost, and its learning curves."""
+"""The sections on training: what the dumps took on disk, and the learning curves."""
 
 from __future__ import annotations
 
 import html
 
-from knowledge_store.quantities import duration
 from student_train.report import charts
 from student_train.report.runs import Run, listed
 from student_train.training.run_folder import Record
 
 
 def costs(runs: list[Run]) -> str:
-    """What each run learned from, in bytes, and how long it took."""
-    trained = [(index, run) for index, run in enumerate(runs) if run.run or run.history]
+    """What each run learned from, in bytes."""
+    trained = [(index, run) for index, run in enumerate(runs) if run.run]
     if not trained:
         return ""
     rows = []
@@ -24,11 +23,10 @@ def costs(runs: list[Run]) -> str:
         used = f"<small>{read / positions:.1f} of what its loss reads</small>" if read and positions else ""
         on_disk = f"{size / 1e6:,.2f} MB" if size else "–"
         ratio = f"{dense / size:,.0f}×" if dense and size else "–"
-        parameters = f"{run.run['parameters']:,}" if "parameters" in run.run else "–"
         rows.append(
-            f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}<small>{_described(run)}</small></th>"
+            f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}</th>"
             f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(knowledge(dump))}</small></td>"
-            f"<td>{per_position}{used}</td><td>{on_disk}</td><td>{ratio}</td><td>{parameters}</td><td>{_trained(run)}</td></tr>"
+            f"<td>{per_position}{used}</td><td>{on_disk}</td><td>{ratio}</td></tr>"
         )
     body = "\n".join(rows)
     return f"""
@@ -38,8 +36,7 @@ def costs(runs: list[Run]) -> str:
 teacher's whole distributions would be: predictions × vocabulary × 4 bytes. In small type, what is left without the columns that
 the run's loss has no use for.</p>
 <div class="scroll"><table><thead><tr><th></th><th>Dump<small>its knowledge</small></th><th>Bytes<small>a position</small></th>
-<th>On disk</th><th>Dense<small>as many times that</small></th><th>Parameters<small>of the student</small></th>
-<th>Training<small>wall clock</small></th></tr></thead><tbody>{body}</tbody></table></div>
+<th>On disk</th><th>Dense<small>as many times that</small></th></tr></thead><tbody>{body}</tbody></table></div>
 </section>"""
 
 
@@ -52,40 +49,6 @@ def knowledge(dump: Record) -> str:
     return "; ".join(kinds)
 
 
-# Options of a run that are worth a word where they matter: the field, the loss that takes it (None: any), and its word.
-_OPTIONS = [
-    ("first_c", "first", "c"),
-    ("beta", "jensen-shannon", "β"),
-    ("skew", "skewed-kl", "λ"),
-    ("skew", "skewed-reverse-kl", "λ"),
-    ("smoothing", "label-smoothing", "smoothing"),
-]
-
-
-def _described(run: Run) -> str:
-    config = run.run.get("config", {})
-    if not config:
-        return "no training run here"
-    words = [str(config["loss"])]
-    if config["loss"] != "ce" and config["ce_weight"]:
-        words.append(f"{config['ce_weight']:g} cross-entropy")
-    if config["temperature"] != 1:
-        words.append(f"temperature {config['temperature']:g}")
-    words += [f"{word} {config[field]:g}" for field, loss, word in _OPTIONS if config["loss"] == loss and field in config]
-    if config.get("tail", "auto") != "auto":
-        words.append(f"tail as {config['tail']}")
-    if config.get("calibration"):
-        words.append("re-calibrated")
-    return html.escape(", ".join(words))
-
-
-def _trained(run: Run) -> str:
-    if not run.history:
-        return "–"
-    time = duration(run.history.get("seconds", 0.0))
-    return time if run.history.get("finished") else f"{time}, not finished"
-
-
 def learning(runs: list[Run]) -> str:
     curves = [(index, run, run.history.get("entries", [])) for index, run in enumerate(runs)]
     panels = [
@@ -95,7 +58,7 @@ def learning(runs: list[Run]) -> str:
     shown = [panel for panel in panels if any(panel[0] in entry for _, _, entries in curves for entry in entries)]
     words = "Measured during training, on documents of the training dump that were kept out of it."
     if not shown:
-        shown = [("loss", "Training loss", "each run's own loss, nats per target")]
+        shown = [("loss", "Training loss", "the run's own objective, nats per target")]
         words = "No documents were kept out of training, so this is each run's own training loss."
         if not any("loss" in entry for _, _, entries in curves for entry in entries):
             words = "None of these folders has a history of training."

@@ -63,7 +63,7 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
     max_grad_norm: float = option(1.0, min=0, help="Norm that gradients are clipped to. 0 means no clipping.")
     seed: int = option(0, help="Seed of the order of sequences, and of anything random in the student.")
     eval_fraction: float = option(
-        0.02, min=0, below=1, help="Share of the documents that is kept out of training, to follow the loss on."
+        0.02, min=0, below=1, help="Share of the documents that is kept out of training, for the validation loss."
     )
     evaluations: int = option(10, min=1, help="Number of evaluations on them during the run, after one before the first step.")
     precision: str = option(
@@ -78,6 +78,11 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
         min=0,
         max=1_000_000,
         help="Disk space in GB for decoded sequences in the user's cache folder, which is safe to delete. 0 means no cache.",
+    )
+    keep_eos: bool = option(
+        False,
+        help="Leave the student's generation settings and tokenizer as they are where the dump's targets end with another token"
+        " than those they stop at.",
     )
     report_to: str = option(
         "none", choices=TRACKERS, help="Experiment tracker that transformers reports to, such as tensorboard or wandb."

@@ -24,6 +24,7 @@ from student_train.training.configuration import TrainConfig
 from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset, split_ordinals
 from student_train.training.dump_facts import describe_dump
+from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run, columns_read, kinds_read
 from student_train.training.model_folder import model_sha256
@@ -54,7 +55,7 @@ class TrainResult:
         finished: whether `output` is the trained model; otherwise the checkpoint of `step` was saved, to resume from.
         began_at: the step it was resumed from; 0 for a new run; equal to `steps` when there was nothing to do.
         seconds: spent training, evaluations included, over all the runs that led here.
-        eval_loss: the last one, nats; None without evaluation.
+        eval_loss: the last validation loss, nats; None without evaluation.
     """
 
     output: Path
@@ -110,6 +111,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     check_student(store, dump, student.config, tokenizer, reporter=first_reporter)
     if TEXT[0] in loss.inputs:
         check_context(store, dump, student, reporter=first_reporter)
+    stop_at_ending(student, tokenizer, store, dump, keep_eos=config.keep_eos, reporter=first_reporter)
 
     _begin_alone(output, store.snapshot(dump), arguments, reporter, held)
     # What stands there may have changed until now, and does no more.

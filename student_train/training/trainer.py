@@ -209,7 +209,8 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Means over the held-out documents, nats: `eval_loss`, the run's; `eval_nll` of the text; `eval_kl` to the teacher.
+        """Means over the held-out documents, nats: `eval_loss`, the validation loss, which is that of the run's own objective;
+        `eval_nll`, the loss on the text; `eval_kl`, the divergence from the teacher.
 
         The last two are the same for any loss, so that runs can be compared. Both are left out for a loss that does not run
         on the text, and `eval_kl` (candidates and tail as one more symbol, a lower bound) for a dump without candidates.
@@ -229,14 +230,14 @@ class DistillationTrainer(Trainer):
         self.model.train()
         means = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum")
         named = dict(zip(self.figures, means, strict=True))
-        self._check_finite({f"held-out {name}": value for name, value in named.items()}, step=self.state.global_step)
+        self._check_finite({f"validation {name}": value for name, value in named.items()}, step=self.state.global_step)
         metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in named.items()}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _measured(self, batch: dict[str, Tensor], counts: dict[str, int]) -> Tensor:
-        """A held-out batch's shares of `self.figures`, a tensor of as many numbers."""
+        """A batch of held-out documents: its shares of `self.figures`, a tensor of as many numbers."""
         options: dict[str, Any] = {"ce_weight": self.config.ce_weight, "options": self.config.loss_options()}
         if not self.distillation.whole_batch:
             function = per_target(self.distillation, **options)
@@ -286,7 +287,13 @@ class DistillationTrainer(Trainer):
         if self.is_world_process_zero():
             # The last entry of a run is the library's own summary, whose figures count this session only.
             entries = [entry for entry in self.state.log_history if "train_runtime" not in entry]
-            record = {"finished": finished, "seconds": round(self.seconds, 3), "entries": entries}
+            record = {
+                "finished": finished,
+                "seconds": round(self.seconds, 3),
+                "step": self.state.global_step,
+                "tokens": self.state.num_input_tokens_seen,
+                "entries": entries,
+            }
             write_json(Path(self.args.output_dir) / HISTORY_FILE, record)
 
 
@@ -302,6 +309,7 @@ class _Progress(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        state.num_input_tokens_seen += self.trainer.tokens  # which the library keeps in its checkpoints
         now = time.monotonic()
         self.figures["tokens/s"] = f"{self.trainer.tokens / max(now - self.step_began, 1e-6):,.0f}"
         self.step_began = now
@@ -321,7 +329,7 @@ class _Progress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, label in (("loss", "loss"), ("eval_loss", "held_out")):
+        for name, label in (("loss", "loss"), ("eval_loss", "validation")):
             if logs and name in logs:
                 self.figures[label] = f"{logs[name]:.3f}"
         if self.trainer.advance:
