@@ -91,7 +91,7 @@ def same(one, other) -> bool:
 def as_kept(rows, field: Field, place: int):
     """Row `place` of an extractor's array, as a list or a value; None for null."""
     value = rows[place]
-    if value is None or value is np.ma.masked:
+    if value is None or value is np.ma.masked or (isinstance(value, np.ma.MaskedArray) and value.mask.all()):
         return None
     return list(value) if field.is_list else value
 
@@ -373,6 +373,36 @@ def test_fields_that_nothing_can_be_kept_of():
         Field("x", pa.float32(), 0)
     with pytest.raises(InputError, match="a mean over a total"):
         Kind("x", "sequence", lambda manifest: (), statistics={"mean": "nothing"})
+
+
+@pytest.mark.parametrize("per", ["positions", "items"])
+def test_a_row_group_of_nulls_is_read(tmp_path, monkeypatch, per):
+    """Of a field of fixed width: verified and read, and padding stands in the batch."""
+    case = CASES[f"notes of {per}"]
+    monkeypatch.setitem(KINDS, "notes", case.kind)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 200)
+    store = write(tmp_path / "store", case)
+    path = store / "d/notes/00000.parquet"
+    groups = [pq.ParquetFile(path).read_row_group(group)["pair"] for group in range(pq.read_metadata(path).num_row_groups)]
+    assert any(column.null_count == len(column) for column in groups) and any(column.null_count < len(column) for column in groups)
+    assert verify(store).damage == []
+    for arrays, one in zip(rows_of(case), KnowledgeStore.open(store, cache_size=0), strict=True):
+        assert np.array_equal(one["vector"], arrays["vector"].filled(-3.5))
+        assert np.array_equal(one["count"], arrays["count"].filled(-7))
+        assert one["pair"] == arrays["pair"]
+
+
+def test_what_cannot_be_decoded_is_not_sound(case, store, monkeypatch):
+    """Verify finds what a reader would fail at, whatever the other checks of the kind say."""
+
+    def decode(self, table, manifest):
+        raise ValueError("these rows stand for no arrays")
+
+    monkeypatch.setattr(Kind, "decode", decode)
+    damage = verify(store).damage
+    assert len(damage) == SHARDS
+    for shard, sentence in enumerate(damage):
+        assert sentence == f"{store / 'd' / case.kind.name / f'0000{shard}.parquet'} cannot be read: these rows stand for no arrays"
 
 
 def test_a_width_equal_to_the_length_is_not_taken_for_positions(tmp_path, monkeypatch):

@@ -258,7 +258,7 @@ def _decoded(column: pa.ChunkedArray, field: Field) -> Any:
         raise ValueError(f"{field.name} is null")
     if isinstance(field.shape, int):
         widths = pc.list_value_length(column)
-        if len(column) and not pc.all(pc.equal(widths, field.shape), skip_nulls=True).as_py():
+        if not pc.all(pc.equal(widths, field.shape), skip_nulls=True, min_count=0).as_py():  # where all rows are null too
             raise ValueError(f"{field.name} does not have {field.shape} values in each row")
     if field.is_text:
         return column.to_pylist()

@@ -163,6 +163,12 @@ def _check_contents(
                 raise DamageError(f"{path}: {error}") from None
             for complaint in kind.checks(group, sequences.slice(start, end - start), manifest):
                 raise DamageError(f"{path}: {complaint}")
+            try:
+                kind.decode(group, manifest)
+            except MemoryError:
+                raise
+            except _UNSOUND as error:
+                raise DamageError(f"{path} cannot be read: {error}") from None
             parts.append(measured(kind, group, manifest))
         statistics |= qualified(kind, added(kind, parts))
     recorded = commit.statistics
