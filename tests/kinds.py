@@ -114,8 +114,7 @@ COMPLETIONS = Kind(
 
 
 def notes(per: str) -> Kind:
-    """Vectors and words that stand at some rows and are null at others: of a fixed width, and so wide that a sequence fills a row
-    group."""
+    """Vectors and words of a fixed width that stand at some rows and are null at others. A sequence's fill a row group."""
     return Kind(
         name="notes",
         per=per,  # type: ignore[arg-type]
