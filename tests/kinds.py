@@ -78,6 +78,7 @@ def rationales(per: str) -> Kind:
         checks=shares,
         relations={
             "explained": "SELECT {dump} AS dump, sequence_id, unnest(rationale_ids) AS token_id FROM {rows}",
+            "described": "SELECT {dump} AS dump, {'ids': rationale_ids, 'inner': {'x': 1}} AS pair, '{x}' AS text FROM {rows}",
         },
         lines=lambda manifest, totals: [("scores of rationales", f"{totals.count('scores')}")],
     )
@@ -110,7 +111,6 @@ COMPLETIONS = Kind(
     statistics={"mean_length": "rows"},
     measure=lambda table, manifest: {"mean_length": float(np.mean([len(each) for each in table["completion"].to_pylist()]))},
 )
-
 
 
 def notes(per: str) -> Kind:

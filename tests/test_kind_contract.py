@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ import pytest
 from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, rationales
 from stores import assert_close, make_manifest, random_sequences, sequence_row, words
 
-from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, Shard, StoreError, verify
+from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, QueryError, Shard, StoreError, verify
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays, item_mask
 from knowledge_store.kinds.field import KEYS
@@ -324,6 +325,25 @@ def test_sql_has_the_same_rows(case, store):
     assert {name, *case.kind.relations, "sequences", "shards", "dumps"} <= names
     for relation in case.kind.relations:
         opened.sql(f"SELECT * FROM {relation}")
+    with duckdb.connect() as connection:
+        connection.execute(opened.view())
+        assert connection.sql(f"SELECT count(*) FROM {name}").fetchall() == [(len(expected),)]
+
+
+def test_a_relation_that_is_no_sql(tmp_path, monkeypatch):
+    """The relation and its kind are named; a struct in braces is SQL like any other."""
+    relations = {
+        "pairs": "SELECT {dump} AS dump, {'x': x, '{rows': 1} AS pair FROM {rows}",
+        "wrong": "SELECT {dump} AS dump, * FROM {row}",
+        "absent": "SELECT {dump} AS dump, y FROM {rows}",
+    }
+    monkeypatch.setitem(KINDS, "toy", Kind("toy", "sequence", lambda m: (Field("x", pa.int8()),), relations=relations))
+    DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("toy",)), TOKENS)
+    opened = KnowledgeStore.open(tmp_path / "store")
+    assert opened.sql("SELECT pair.x FROM pairs").num_rows == 0
+    for name in ("wrong", "absent"):
+        with pytest.raises(QueryError, match=f"the relation '{name}' that the kind 'toy' declares is no SQL: "):
+            opened.sql(f"SELECT * FROM {name}")
 
 
 def readable(column: pa.Field) -> pa.Field:

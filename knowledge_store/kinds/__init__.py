@@ -53,9 +53,9 @@ def check_kinds(manifest: Manifest, address: str) -> None:
         if name not in KINDS:
             raise StoreError(
                 f"{where} holds knowledge of kind {name!r}, which this knowledge-store does not know: install the version that"
-                " its commit records name under `made_by`; or, where a package adds the kind to KINDS, use the store in a program"
-                " that imports it, since commands and isolated processes know built-in kinds alone; `knowledge-store info"
-                f" {address}` lists the dumps that can be used as it is"
+                " its commit records name under `made_by`; or, where a package adds the kind to KINDS, use the store in a"
+                " program that imports it, since commands and isolated processes know built-in kinds alone;"
+                f" `knowledge-store info {address}` lists the dumps that can be used as it is"
             )
         kind = KINDS[name]
         try:
