@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 app = application("Query, verify and keep a store of a teacher's knowledge.")
 
-DAMAGED = 1
+NOT_SOUND = 1  # damaged, or not checked: then nothing is proven
 SHOWN_SHARE = 0.005
 
 
@@ -167,7 +167,7 @@ def export(config: ExportConfig) -> None:
 
 @command(app, VerifyConfig)
 def verify(config: VerifyConfig) -> None:
-    """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged.
+    """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged, or closed and not checked.
 
     The store may come from anybody: it is read in a process of its own, which does not outlive its limits.
 
@@ -179,19 +179,21 @@ def verify(config: VerifyConfig) -> None:
         verification = verify_isolated(str(config.store), TerminalReporter(), config.memory_limit * 2**30)
     except LimitError as error:
         messages.print(f"Limits: {visible(str(error))}", style="red", markup=False)
-        raise typer.Exit(DAMAGED) from None
+        raise typer.Exit(NOT_SOUND) from None
     for sentence in verification.notes:
         note(f"Note: {sentence}")
     for sentence in verification.damage:
         messages.print(f"Damage: {visible(sentence)}", style="red", markup=False)
+    for sentence in verification.closed:
+        messages.print(f"Closed: {visible(sentence)}", style="red", markup=False)
     counts = f"{verification.dumps} dumps, {verification.shards} shards, {verification.positions:,} positions"
     checked = f"{counts}, {byte_size(verification.bytes)}"
+    if not verification.sound:
+        note(f"{len(verification.damage)} damaged, {len(verification.closed)} closed and not checked; sound: {checked}")
     if verification.damage:
-        note(f"{len(verification.damage)} damaged or closed; sound: {checked}")
-    if len(verification.damage) > verification.closed:
         note("Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair")
-    if verification.damage:
-        raise typer.Exit(DAMAGED)
+    if not verification.sound:
+        raise typer.Exit(NOT_SOUND)
     output.print(f"Sound: {checked}", markup=False)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import run_command
 from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, rationales
 from stores import assert_close, make_manifest, random_sequences, sequence_row, words
 
@@ -524,4 +525,10 @@ def test_who_does_not_know_a_kind_refuses_it(tmp_path, monkeypatch):
     monkeypatch.delitem(KINDS, "states")
     with pytest.raises(StoreError, match="'states', which this knowledge-store does not know: install the version"):
         KnowledgeStore.open(tmp_path / "store").manifest()
-    assert all("does not know" in sentence for sentence in verify(tmp_path / "store").damage)
+    found = verify(tmp_path / "store")
+    assert (found.damage, found.dumps, found.sound) == ([], 0, False)
+    [sentence] = found.closed
+    assert "which this knowledge-store does not know" in sentence
+    answer = run_command("knowledge_store", "verify", tmp_path / "store")
+    assert answer.returncode == 1 and "Damage" not in answer.stderr and "--repair" not in answer.stderr
+    assert f"Closed: {sentence}\n" in answer.stderr and "0 damaged, 1 closed and not checked" in answer.stderr

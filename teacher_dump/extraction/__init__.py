@@ -29,11 +29,8 @@ def option_classes() -> tuple[type, ...]:
     owners: dict[str, str] = {}
     for kind, extractor in EXTRACTORS.items():
         declared = extractor.options
-        if (
-            not is_dataclass(declared)
-            or not declared.__dataclass_params__.frozen
-            or not all(field.kw_only for field in fields(declared))
-        ):
+        frozen = is_dataclass(declared) and getattr(declared, "__dataclass_params__").frozen  # noqa: B009
+        if not frozen or not all(field.kw_only for field in fields(declared)):
             raise TypeError(
                 f"the options of the kind {kind!r} cannot become those of a command: declare {declared.__name__} with"
                 " @dataclass(frozen=True, kw_only=True)"
