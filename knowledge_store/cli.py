@@ -138,12 +138,17 @@ def _statement(query: str | None, file: Path | None) -> str:
     """The statement that was given in one of three ways."""
     if (query is None) == (file is None):
         raise InputError("give one statement: as QUERY, as `-` for standard input, or with --file")
+    if query is not None and query != "-":
+        return query
+    source = file or "standard input"
     try:
-        if file is not None:
-            return file.read_text(encoding="utf-8")
-        return sys.stdin.read() if query == "-" else str(query)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the statement cannot be read from {file or 'standard input'}: {error}") from None
+        return (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"the statement cannot be read from {source}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the statement cannot be read from {source}: its byte {error.start} is not UTF-8; save it as UTF-8"
+        ) from None
 
 
 @command(app, OneDumpOptions)

@@ -373,3 +373,15 @@ def test_sql_that_no_other_process_can_answer():
     with pytest.raises(InputError, match=f"SQL over {storage.address} cannot be isolated: no other program can .*copy"):
         opened.sql("SELECT 1", isolated=True)
     assert opened.sql("SELECT 1 AS one").to_pylist() == [{"one": 1}]
+
+
+@pytest.mark.parametrize("kind", ["the same", "another way"])
+def test_a_copy_into_itself(tmp_path, kind):
+    write_store(tmp_path / "store")
+    (tmp_path / "link").symlink_to("store")
+    with pytest.raises(InputError, match="cannot be copied into itself: give another store"):
+        copy(tmp_path / "store", tmp_path / ("store" if kind == "the same" else "link"))
+    storage = MemoryStorage()
+    write_store(storage)
+    with pytest.raises(InputError, match="cannot be copied into itself"):
+        copy(storage, storage)

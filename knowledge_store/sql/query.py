@@ -320,8 +320,13 @@ class Query:
             for damage in self._catalogue.errors:
                 raise damage from None
             if isinstance(error, MemoryError) or "Out of Memory" in str(error):
-                limit = f"its limit of {binary_size(self._memory_limit)}" if self._memory_limit is not None else "there is"
-                raise QueryError(f"this SQL needs more memory than {limit}: {_reason(error)}") from None
+                # What DuckDB advises further, to set this and that, no query may.
+                reason, *_ = str(error).splitlines() or [type(error).__name__]
+                limit, advice = "there is", ""
+                if self._memory_limit is not None:
+                    limit = f"its limit of {binary_size(self._memory_limit)}"
+                    advice = "; give a larger memory limit (--memory-limit), or ask for less"
+                raise QueryError(f"this SQL needs more memory than {limit}: {reason}{advice}") from None
             reason = _reason(error)
             if "Table with name" in reason:
                 reason += f" (the store's relations: {', '.join(self._relations)})"
