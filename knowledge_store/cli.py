@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 app = application("Query, verify and keep a store of a teacher's knowledge.")
 
-DAMAGED = 1
+NOT_SOUND = 1  # damaged, or not checked: then nothing is proven
 SHOWN_SHARE = 0.005
 
 
@@ -138,12 +138,17 @@ def _statement(query: str | None, file: Path | None) -> str:
     """The statement that was given in one of three ways."""
     if (query is None) == (file is None):
         raise InputError("give one statement: as QUERY, as `-` for standard input, or with --file")
+    if query is not None and query != "-":
+        return query
+    source = file or "standard input"
     try:
-        if file is not None:
-            return file.read_text(encoding="utf-8")
-        return sys.stdin.read() if query == "-" else str(query)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the statement cannot be read from {file or 'standard input'}: {error}") from None
+        return (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"the statement cannot be read from {source}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the statement cannot be read from {source}: its byte {error.start} is not UTF-8; save it as UTF-8"
+        ) from None
 
 
 @command(app, OneDumpOptions)
@@ -167,7 +172,7 @@ def export(config: ExportConfig) -> None:
 
 @command(app, VerifyConfig)
 def verify(config: VerifyConfig) -> None:
-    """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged.
+    """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged, or closed and not checked.
 
     The store may come from anybody: it is read in a process of its own, which does not outlive its limits.
 
@@ -179,19 +184,21 @@ def verify(config: VerifyConfig) -> None:
         verification = verify_isolated(str(config.store), TerminalReporter(), config.memory_limit * 2**30)
     except LimitError as error:
         messages.print(f"Limits: {visible(str(error))}", style="red", markup=False)
-        raise typer.Exit(DAMAGED) from None
+        raise typer.Exit(NOT_SOUND) from None
     for sentence in verification.notes:
         note(f"Note: {sentence}")
     for sentence in verification.damage:
         messages.print(f"Damage: {visible(sentence)}", style="red", markup=False)
+    for sentence in verification.closed:
+        messages.print(f"Closed: {visible(sentence)}", style="red", markup=False)
     counts = f"{verification.dumps} dumps, {verification.shards} shards, {verification.positions:,} positions"
     checked = f"{counts}, {byte_size(verification.bytes)}"
+    if not verification.sound:
+        note(f"{len(verification.damage)} damaged, {len(verification.closed)} closed and not checked; sound: {checked}")
     if verification.damage:
-        note(f"{len(verification.damage)} damaged or closed; sound: {checked}")
-    if len(verification.damage) > verification.closed:
         note("Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair")
-    if verification.damage:
-        raise typer.Exit(DAMAGED)
+    if not verification.sound:
+        raise typer.Exit(NOT_SOUND)
     output.print(f"Sound: {checked}", markup=False)
 
 

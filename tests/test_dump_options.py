@@ -101,6 +101,22 @@ def test_the_options_of_a_kind_go_with_the_kind(monkeypatch):
     assert replace(config, kinds=("moods", "positions"), top_k=3).kind_options("positions").rule.candidates == 3
 
 
+def mood(frozen: bool) -> type:
+    @dataclass(frozen=frozen)
+    class Mood:
+        mood: int = option(1, help="A mood.")
+
+    return Mood
+
+
+@pytest.mark.parametrize("options", [mood(frozen=True), dataclass(kw_only=True)(mood(frozen=False)), int])
+def test_options_of_a_kind_that_no_command_can_have(monkeypatch, options):
+    """They would take places among the positional fields of a command, or break its class."""
+    monkeypatch.setitem(EXTRACTORS, "moods", Extractor(frozenset(), lambda batch: [], options=options))
+    with pytest.raises(TypeError, match=r"of the kind 'moods' .*declare \w+ with @dataclass\(frozen=True, kw_only=True\)"):
+        option_classes()
+
+
 # --- what is told before torch is imported --------------------------------------------------------------------------------
 
 
