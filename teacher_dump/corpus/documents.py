@@ -66,6 +66,11 @@ class Document:
     problem: str | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is a whole row, and no part of one."""
+        return self.part == 0 and self.last_part
+
+    @property
     def characters(self) -> int:
         """Roughly how much text there is."""
         contents = (self.text, self.prompt, self.completion, self.messages, self.token_ids)
