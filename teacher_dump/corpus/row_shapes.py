@@ -49,7 +49,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     plain_text = shape is COMPLETION and not any(
         columns.is_json(part) or not isinstance(record.get(columns.name(part)), str) for part in shape.required
     )
-    parts = shape.required if plain_text else (*shape.required, *shape.optional)
+    parts = shape.required if plain_text else (*shape.required, *columns.optional(shape))
     given: dict[str, Any] = {}
     for part in parts:
         value = record.get(columns.name(part))
