@@ -117,6 +117,7 @@ def preview(config: PreviewConfig) -> None:
     Example: `teacher-dump preview --teacher HuggingFaceTB/SmolLM2-135M-Instruct --corpus chat.jsonl`
     """
     _check_packages()
+    from teacher_dump.dumping.inspection import ways_out
     from teacher_dump.dumping.preview import preview as first_rows
 
     excerpt = first_rows(config, reporter=TerminalReporter())
@@ -124,9 +125,14 @@ def preview(config: PreviewConfig) -> None:
         _show_row(row)
     counts = excerpt.counts
     amounts = f"{counted(counts.positions, 'token', 'tokens')}, {counted(counts.targets, 'target', 'targets')}"
-    for sentence in counts.sentences(config.max_length):
+    for sentence in counts.sentences(config.max_length, "not"):
         output.print(_emphasised(sentence), markup=False, style="bold" if sentence.strong else None)
     output.print(f"In all: {amounts}", markup=False)
+    if bad := [reason for reason, left in counts.by_reason if left.bad]:
+        number = sum(counts.left_out[reason].rows for reason in bad)
+        note(f"`teacher-dump run` would stop: {counted(number, 'row', 'rows')} of these cannot be used. {ways_out(*bad)}")
+    if not counts.rows:
+        raise InputError("the corpus has no rows")
     if not counts.rows_used:
         raise InputError("none of these rows can be used, for the reasons above")
 
@@ -134,7 +140,8 @@ def preview(config: PreviewConfig) -> None:
 def _show_row(row: PreviewRow) -> None:
     place = f"{row.place}, part {row.part + 1}" if row.part else row.place
     if row.problem is not None:
-        output.print(Text(visible(f"{place}: not used: {row.problem}"), "bold"), end="\n\n")
+        fate = "would stop the run" if row.stops else "not used"
+        output.print(Text(visible(f"{place}: {fate}: {row.problem}"), "bold"), end="\n\n")
         return
     tokens = sum(len(sequence.tokens) for sequence in row.sequences)
     targets = sum(sequence.targets for sequence in row.sequences)

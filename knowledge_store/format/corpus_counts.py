@@ -94,9 +94,14 @@ class CorpusCounts:
         left_out = {reason: LeftOut(**rows) for reason, rows in record["left_out"].items()}
         return cls(**{**record, "left_out": left_out})
 
-    def sentences(self, max_length: int) -> list[Sentence]:
-        """The counts in words: rows used and left out, with the reasons; then what was cut, and reasoning that is not there."""
-        sentences = [self._rows()]
+    def sentences(self, max_length: int, unused: str = "left out") -> list[Sentence]:
+        """The counts in words: rows used and left out, with the reasons; then what was cut, and reasoning that is not there.
+
+        Args:
+            max_length: of a sequence, in tokens.
+            unused: what is said of rows that are not used.
+        """
+        sentences = [self._rows(unused)]
         if self.cut:
             share = self.cut / max(self.rows_used, 1)
             answers = f"{self.answers_cut:,} answers lose" if self.answers_cut != 1 else "1 answer loses"
@@ -110,10 +115,11 @@ class CorpusCounts:
             sentences.append(Sentence(f"the chat template leaves the reasoning of {messages} out"))
         return sentences
 
-    def _rows(self) -> Sentence:
-        used = f"{self.rows_used:,} of {counted(self.rows, 'row', 'rows')} {'is' if self.rows_used == 1 else 'are'} used"
+    def _rows(self, unused: str) -> Sentence:
+        verb = "is" if 1 in (self.rows, self.rows_used) else "are"
+        used = f"{self.rows_used:,} of {counted(self.rows, 'row', 'rows')} {verb} used"
         if not self.left_out:
             return Sentence(used)
         share = self.rows_left_out / max(self.rows, 1)
         reasons = "; ".join(f"{rows.rows:,} {reason}" for reason, rows in self.by_reason)
-        return Sentence(f"{used}, {self.rows_left_out:,} left out ({percentage(share)}): {reasons}", share > MANY)
+        return Sentence(f"{used}, {self.rows_left_out:,} {unused} ({percentage(share)}): {reasons}", share > MANY)

@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from knowledge_store.errors import KnowledgeStoreError
 from knowledge_store.options import Option, check_options, flag_of, option_of
 from knowledge_store.storage import Storage
-from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output
+from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output, output_errors, show_in_any_encoding
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # of the command-line library that typer brings with it
 
@@ -67,8 +67,10 @@ class _Program(TyperGroup):
         options["standalone_mode"] = False
         if not alone:
             return super().main(*args, **options)
+        show_in_any_encoding()
         try:
-            result = super().main(*args, **options)
+            with output_errors():
+                result = super().main(*args, **options)
         except _UsageError as error:
             result = _show_usage_error(error)
         except typer.Abort:  # the input ended at a question

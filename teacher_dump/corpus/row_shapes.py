@@ -49,7 +49,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     plain_text = shape is COMPLETION and not any(
         columns.is_json(part) or not isinstance(record.get(columns.name(part)), str) for part in shape.required
     )
-    parts = shape.required if plain_text else (*shape.required, *shape.optional)
+    parts = shape.required if plain_text else (*shape.required, *columns.optional(shape))
     given: dict[str, Any] = {}
     for part in parts:
         value = record.get(columns.name(part))
@@ -139,6 +139,7 @@ def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Colu
         return {"text": _text(given, "text", columns)}
     arguments = {} if plain_text else {"template_arguments": _template_arguments(given, columns)}
     if plain_text:
+        _check_words(given, "completion", columns)
         return {"prompt": given["prompt"], "completion": given["completion"]}
     if shape is COMPLETION:
         if not (is_message_list(given["prompt"]) and is_message_list(given["completion"])):
@@ -160,6 +161,12 @@ def _text(given: dict[str, Any], part: str, columns: Columns) -> str:
     return value
 
 
+def _check_words(given: dict[str, Any], part: str, columns: Columns) -> None:
+    """Make sure that there is something to learn: without words, the only target would be the token that ends the sequence."""
+    if not _text(given, part, columns).strip():
+        raise ValueError(f"an answer is empty, so only its end is there to learn: `{columns.name(part)}`")
+
+
 def _system(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
     """A `system` column as the first message; one that is empty is none."""
     system = _text(given, "system", columns)
@@ -173,6 +180,7 @@ def _system(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
 
 
 def _alpaca_messages(given: dict[str, Any], columns: Columns) -> Turns:
+    _check_words(given, "output", columns)
     instruction, words, output = (_text(given, part, columns) for part in ("instruction", "input", "output"))
     turns = [(instruction + "\n" + words if instruction and words else instruction or words, output)]
     history = given.get("history", [])

@@ -100,6 +100,8 @@ class CorpusTokenizer:
         if document.problem is not None:
             raise BadRow(document.problem)
         if document.text is not None:
+            if document.is_whole and not document.text.strip():
+                return []  # white space alone is as good as no text
             return self._windows(document, document.text)
         if document.token_ids is not None:
             return self._answer(document, *self._given_tokens(document))
