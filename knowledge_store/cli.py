@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,9 @@ from knowledge_store.errors import InputError, LimitError
 from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
+from knowledge_store.storage import StorePlace
 from knowledge_store.terminal.commands import Command, application, command
-from knowledge_store.terminal.console import messages, note, output
+from knowledge_store.terminal.console import end_at_sigterm, messages, note, output
 from knowledge_store.terminal.progress import TerminalReporter
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ NOT_SOUND = 1  # damaged, or not checked: then nothing is proven
 SHOWN_SHARE = 0.005
 
 
-def _open(store: Path, **options: Any) -> KnowledgeStore:
+def _open(store: StorePlace, **options: Any) -> KnowledgeStore:
     """The store, and with it the libraries that reading it takes: `sql` leaves both to its child."""
     from knowledge_store.store import KnowledgeStore
 
@@ -68,7 +68,7 @@ def info(config: InfoConfig) -> None:
         typer.echo(json.dumps(records, indent=1, ensure_ascii=False))
         return
     if not summaries:
-        note(f"{config.store} holds no dump yet")
+        note(f"{opened.storage.address} holds no dump yet")
     for summary in summaries:
         _print_summary(summary)
 
@@ -127,7 +127,7 @@ def sql(config: SqlConfig) -> None:
     """
     statement = _statement(config.query, config.file)
     form, memory_limit = config.format, config.memory_limit * 2**30
-    with asked(config.store, statement, form.value, memory_limit, config.timeout, note) as answer:
+    with asked(str(config.store), statement, form.value, memory_limit, config.timeout, note) as answer:
         text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
         if form is Format.table and (names := text.readline()):
             output.print(Text(names.rstrip("\n"), style="bold"))
@@ -280,13 +280,9 @@ def sequence(config: SequenceConfig) -> None:
             output.print(Text(line, style="" if number else "bold"))
 
 
-def _interrupt(signal_number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point of the command. SIGTERM ends it as Ctrl-C does: unfinished files are removed."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_at_sigterm()
     app()
 
 

@@ -318,6 +318,8 @@ class KnowledgeStore:
             InputError: there is no such dump, the new name cannot be used or is taken, or the storage cannot rename.
             DamageError, StoreError: a record is damaged, or cannot be read or written.
         """
+        if old not in (*self.dumps, *self.closed) and new not in self.closed:  # which may be where a rename was cut off
+            self.dump(old)
         rename_dump(self.storage, old, new)
         self._open_again()
 

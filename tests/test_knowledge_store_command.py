@@ -312,7 +312,7 @@ def test_copy_and_rename(tmp_path):
     assert after.sql(sql.format("other")).equals(before.sql(sql.format("second")))
     assert invoke("verify", destination).exit_code == 0
     for words, reason in [
-        (("rename", destination, "third", "x"), "has no dump 'third'"),
+        (("rename", destination, "third", "x"), "has no dump 'third' (it has first, other)"),
         (("rename", destination, "first", "other"), "other"),
         (("rename", destination, "first", "a/b"), "cannot name a dump"),
         (("copy", tmp_path / "nowhere", destination), "there is no store"),

@@ -262,7 +262,7 @@ class LocalStorage:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        self.address = str(root)
+        self.address = str(self.root)
         self._files: dict[str, _OpenFile] = {}  # by path, the one used last at the end
         self._lasting: set[Path] = set()  # folders that are known to survive a power cut
 

@@ -5,6 +5,7 @@ Results go to standard output, so that they can be piped; progress, notes and er
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,15 @@ INTERRUPTED = 130
 def note(text: str, strong: bool = False) -> None:
     """Say something to the person at the terminal (standard error, plain text, one line), in bold where it is `strong`."""
     messages.print(visible(text), markup=False, style="bold" if strong else None)
+
+
+def end_at_sigterm() -> None:
+    """Let SIGTERM end this program as Ctrl-C does."""
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ def evaluate(config: EvaluateConfig, *, reporter: Reporter = SILENT) -> dict[str
     """
     path = check_evaluation(config)
     result = _evaluate_questions(config, reporter) if config.questions else _evaluate_dump(config, reporter)
-    result = {"model": config.model, **result, "config": asdict(config), "versions": versions()}
+    options = asdict(replace(config, store=config.store_address))
+    result = {"model": config.model, **result, "config": options, "versions": versions()}
     if path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
