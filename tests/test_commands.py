@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
 import pytest
+from conftest import PATIENCE, ROOT, make_tokenizer, write_jsonl
 from stores import write_store
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -67,3 +74,88 @@ def test_names_of_dumps_are_completed(program, words, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit):
         get_command(APPS[program]).main([], program, "_COMPLETE")
     assert capsys.readouterr().out.split() == ["small"]
+
+
+@pytest.mark.parametrize("program", APPS)
+def test_help_shows_choices_and_what_is_required_first(program):
+    for command in get_command(APPS[program]).commands.values():
+        options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+        required = [option.required for option in options]
+        assert required == sorted(required, reverse=True), command.name
+    shown = CliRunner().invoke(APPS["student-train"], ["evaluate", "--help"], env={"COLUMNS": "200"}).stdout
+    assert "letter|text" in shown and "--output                      <path>" in shown
+
+
+PREVIEW = ("preview", "--corpus", "rows.jsonl", "--teacher", "tokenizer", "--max-length", "40")
+
+
+def in_a_terminal(program: str, *words: str, encoding: str, stdout: IO[str] | int) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, with standard output in some encoding."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", f"{program.replace('-', '_')}.cli", *words]
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
+    return subprocess.run(command, **pipes, env=environment, encoding=encoding, timeout=PATIENCE, check=False)
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    make_tokenizer().save_pretrained("tokenizer")
+    return write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Who lit\tit?", "completion": " Zoë\ndid."}])
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ("ascii", ["[[_|Z", "\\xeb", "\\t", "\\n\n", "]]"]),
+        ("cp1252", ["[[·|Z", "ë", "]]"]),
+        ("utf-8", ["⟦·│Z", "ë", "↵\n", "⟧"]),
+    ],
+)
+def test_signs_that_an_encoding_lacks_are_shown_in_ascii(encoding, words, rows):
+    shown = in_a_terminal("teacher-dump", *PREVIEW, encoding=encoding, stdout=subprocess.PIPE)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    for word in words:
+        assert word in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("knowledge-store", "info ADDRESS"),
+        ("knowledge-store", "sql ADDRESS FROM\tdumps"),
+        ("knowledge-store", "verify ADDRESS"),
+        ("knowledge-store", "copy ADDRESS copied"),
+        ("knowledge-store", "copy STORE ADDRESS"),
+        ("teacher-dump", "run ADDRESS --teacher nobody --corpus nothing.jsonl"),
+        ("teacher-dump", "check ADDRESS --teacher nobody"),
+        ("student-train", "run ADDRESS --student nobody --output run"),
+        ("student-train", "evaluate ADDRESS --model nobody"),
+        ("student-train", "calibrate ADDRESS"),
+    ],
+)
+def test_an_address_that_no_storage_serves_is_refused_by_name(program, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_store("store")
+    before = sorted(tmp_path.iterdir())
+    values = {"ADDRESS": "s3://bucket/store", "STORE": "store"}
+    arguments = [values.get(word, word).replace("\t", " ") for word in words.split(" ")]
+    result = CliRunner().invoke(APPS[program], arguments, prog_name=program)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
+    sentence = "Error: stores in buckets are not served yet: give the path of a folder instead of s3://bucket/store\n"
+    assert result.stderr == sentence
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [("knowledge-store", ["--version"]), ("student-train", ["run", "--help"]), ("teacher-dump", PREVIEW)],
+)
+def test_standard_output_that_cannot_be_written_is_one_line(program, words, rows):
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with full.open("w") as stdout:
+        refused = in_a_terminal(program, *words, encoding="utf-8", stdout=stdout)
+    sentence = "Error: standard output cannot be written: No space left on device\n"
+    assert (refused.returncode, refused.stderr) == (2, sentence)

@@ -193,6 +193,15 @@ def test_a_name_twice_in_an_object_is_that_row_alone(tmp_path, ending):
     assert (first.text, last.text, last.row) == ("a", "e", 4)
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_list_in_a_file_of_lines_is_told_how_to_be_read(tmp_path, indent):
+    rows = [{"text": "x"}, {"text": "y"}]
+    (tmp_path / "list.jsonl").write_text(json.dumps(rows, indent=indent))
+    first = documents(tmp_path / "list.jsonl")[0]
+    assert first.problem is not None and "one list of rows is read under the name .json" in first.problem
+    assert texts((tmp_path / "list.jsonl").rename(tmp_path / "list.json")) == ["x", "y"]
+
+
 def test_problems_name_lines_of_lines_and_rows_of_all_else(tmp_path):
     names = {"a.jsonl": "line", "a.jsonl.gz": "line", "a.json": "row", "a.parquet": "row", "a.arrow": "row"}
     for name, word in names.items():
@@ -236,6 +245,21 @@ def test_files_are_checked_before_anything_is_read(tmp_path, name, content, mess
 def test_files_of_one_name_are_told_apart_by_their_folder():
     files = (Path("/x/train/a.jsonl"), Path("/x/test/a.jsonl"), Path("/x/b.jsonl"))
     assert file_names(files) == ["train/a.jsonl", "test/a.jsonl", "b.jsonl"]
+    deep = (Path("/x/1/d/a.jsonl"), Path("/x/2/d/a.jsonl"), Path("/a.jsonl"), Path("a.jsonl"))
+    assert file_names(deep) == ["1/d/a.jsonl", "2/d/a.jsonl", "a.jsonl", f"{Path.cwd().name}/a.jsonl"]
+
+
+def test_a_file_that_is_given_twice_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mix.jsonl").write_bytes(lines({"text": "x"}))
+    (tmp_path / "copy.jsonl").write_bytes(lines({"text": "x"}))
+    (tmp_path / "link.jsonl").symlink_to("mix.jsonl")
+    check_files((Path("mix.jsonl"), Path("copy.jsonl")))
+    with pytest.raises(InputError, match=r"^mix\.jsonl is given twice"):
+        check_files((Path("mix.jsonl"), Path("copy.jsonl"), Path("./mix.jsonl")))
+    for other in (tmp_path / "mix.jsonl", Path("link.jsonl"), Path("../") / tmp_path.name / "mix.jsonl"):
+        with pytest.raises(InputError, match=r"mix\.jsonl|link\.jsonl is the same file as mix\.jsonl: .* name it once"):
+            check_files((Path("mix.jsonl"), other))
 
 
 # --- parts --------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ def run_line(line: str) -> None:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", [words[0], *arguments])
         if "<" in files:
-            patch.setattr(sys, "stdin", io.StringIO(Path(files["<"]).read_text()))
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(Path(files["<"]).read_bytes())))
         try:
             importlib.import_module(module).main()
         except SystemExit as ended:

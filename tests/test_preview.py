@@ -101,7 +101,7 @@ def test_the_command_needs_no_weights_and_shows_rows_with_their_reasons(corpus, 
         "<|end|>⟧",
         "not used: no message has the role `assistant`",
         "✂ cut off: ",
-        "Warning: 3 of 5 rows are used, 2 left out (40%)",
+        "Warning: 3 of 5 rows are used, 2 not (40%)",
         "1 row is cut at 40 tokens (33%); 1 answer loses the end",
         "In all: ",
     ):
@@ -114,7 +114,25 @@ def test_rows_of_which_none_can_be_used_are_shown_and_the_exit_code_says_so(tmp_
     corpus.write_text("broken\n" + json.dumps({"title": "x"}))
     result = run_command("teacher_dump", "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 40)
     assert result.returncode == 2 and "bad.jsonl, line 2: not used: none of the columns" in result.stdout
-    assert result.stderr == "Error: none of these rows can be used, for the reasons above\n"
+    assert "Warning: 0 of 2 rows are used, 2 not (100%)" in result.stdout
+    assert result.stderr == (
+        "`teacher-dump run` would stop: 2 rows of these cannot be used. Repair the corpus, or pass --skip-bad-rows to leave bad"
+        " rows out\nError: none of these rows can be used, for the reasons above\n"
+    )
+    corpus.write_text("\n \n")
+    result = run_command("teacher_dump", "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 40)
+    assert (result.returncode, result.stderr) == (2, "Error: the corpus has no rows\n")
+
+
+def test_rows_that_would_stop_a_run_are_not_said_to_be_left_out(corpus, tokenizer_folder):
+    write_jsonl(corpus, ROWS[2:3])
+    line = ["preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 40, "--too-long", "refuse"]
+    result = run_command("teacher_dump", *line)
+    assert result.returncode == 2 and "line 1: would stop the run: longer than --max-length" in result.stdout
+    assert "Warning: 0 of 1 row is used, 1 not (100%)" in result.stdout and "left out" not in result.stdout
+    assert (
+        "would stop: 1 row of these cannot be used. Give a larger --max-length, or use --too-long cut or skip" in result.stderr
+    )
 
 
 def test_a_teacher_without_a_tokenizer_is_refused(corpus, tmp_path):

@@ -204,6 +204,13 @@ def test_columns_of_other_names_are_read_where_columns_says_so():
     assert "(it has `answer` and `question`)" in sentence and "--columns prompt=question,completion=answer" in sentence
 
 
+def test_a_column_that_is_named_for_one_part_is_not_read_as_another_too():
+    swapped = content({"prompt": "a", "completion": "b"}, "prompt=completion,completion=prompt")
+    assert swapped.fields == {"prompt": "b", "completion": "a"}
+    pairs = messages({"input": "How far?", "output": "Far."}, "instruction=input")
+    assert [turn["content"] for turn in pairs] == ["How far?", "Far."]
+
+
 def test_text_that_looks_like_json_is_text_unless_it_is_declared_as_json():
     halves = {"prompt": json.dumps(TURNS[:1]), "completion": json.dumps(TURNS[1:])}
     assert content(halves).fields == halves
@@ -221,6 +228,9 @@ def test_text_that_looks_like_json_is_text_unless_it_is_declared_as_json():
         ("question=prompt", "there is no 'question'; it names text, prompt, completion, tools"),
         ("prompt=a,prompt=b", "prompt is there twice"),
         ("prompt=a,messages=b", "a row is prompt and completion or messages, not both"),
+        ("prompt=a,completion=a", "prompt and completion would both be the column 'a'"),
+        ("prompt=completion", "prompt and completion would both be the column 'completion'"),
+        ("messages=a,tools=a", "messages and tools would both be the column 'a'"),
         ("text=a:json", ":json is for prompt and completion alone"),
     ],
 )
@@ -238,8 +248,8 @@ def test_columns_are_part_of_a_dump_and_taken_from_it(tmp_path, loaded_teacher):
     config = DumpConfig(**plain, columns="prompt=question,completion=answer")
     assert dump(config, 0, 2, teacher=loaded_teacher).shards == 2
     assert dump(DumpConfig(**plain), 1, 2, teacher=loaded_teacher).shards == 1
-    with pytest.raises(MismatchError, match="--columns said completion=answer and now says completion=question"):
-        dump(DumpConfig(**plain, columns="prompt=question,completion=question"), teacher=loaded_teacher)
+    with pytest.raises(MismatchError, match="--columns said completion=answer and now says completion=reply"):
+        dump(DumpConfig(**plain, columns="prompt=question,completion=reply"), teacher=loaded_teacher)
     assert KnowledgeStore.open(tmp_path / "s").sql("SELECT count(*) AS n FROM sequences").to_pylist() == [{"n": 5}]
 
 

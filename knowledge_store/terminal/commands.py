@@ -20,7 +20,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from knowledge_store.errors import KnowledgeStoreError
 from knowledge_store.options import Option, check_options, flag_of, option_of
-from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output
+from knowledge_store.storage import Storage
+from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output, output_errors, show_in_any_encoding
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # of the command-line library that typer brings with it
 
@@ -66,8 +67,10 @@ class _Program(TyperGroup):
         options["standalone_mode"] = False
         if not alone:
             return super().main(*args, **options)
+        show_in_any_encoding()
         try:
-            result = super().main(*args, **options)
+            with output_errors():
+                result = super().main(*args, **options)
         except _UsageError as error:
             result = _show_usage_error(error)
         except typer.Abort:  # the input ended at a question
@@ -142,7 +145,7 @@ def command(
 
 
 def _parameters(configuration: type) -> list[inspect.Parameter]:
-    """The parameters of a command that has a configuration's options."""
+    """The parameters of a command that has a configuration's options: those that are required come first."""
     hints = get_type_hints(configuration)
     parameters = []
     for field in fields(configuration):
@@ -150,18 +153,29 @@ def _parameters(configuration: type) -> list[inspect.Parameter]:
         if declared is None:
             continue
         default = inspect.Parameter.empty if field.default is MISSING else field.default
-        annotation, default = _listed(hints[field.name], default)
+        annotation, default = _listed(_as_text(hints[field.name]), default)
         annotation = Annotated[annotation, _declaration(declared, flag_of(field))]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    return parameters
+    return sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
 
 def _declaration(declared: Option, flag: str) -> Any:
     """An option as typer has it."""
-    shared: dict[str, Any] = {"help": declared.help, "metavar": declared.metavar}
+    shared: dict[str, Any] = {
+        "help": declared.help,
+        "metavar": declared.metavar or "|".join(map(str, declared.choices)) or None,
+    }
     if declared.names_dump:
         shared["autocompletion"] = dump_names
     return typer.Argument(**shared) if declared.argument else typer.Option(flag, **shared)
+
+
+def _as_text(annotation: Any) -> Any:
+    """What a store is opened by, as the text that it is on a command line."""
+    members = get_args(annotation)
+    if Storage not in members:
+        return annotation
+    return str | None if type(None) in members else str
 
 
 def _listed(annotation: Any, default: Any) -> tuple[Any, Any]:

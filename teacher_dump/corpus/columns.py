@@ -55,6 +55,11 @@ class Columns:
         """The corpus's name of a column that a shape calls `part`."""
         return self.names.get(part, part).removesuffix(JSON_MARK)
 
+    def optional(self, shape: Shape) -> list[str]:
+        """What a shape takes where it is there. A column that was named for another part is not taken by its own name."""
+        taken = {self.name(part) for part in self.names}
+        return [part for part in shape.optional if part in self.names or part not in taken]
+
     def shapes(self, present: Set[str]) -> list[Shape]:
         """The shapes whose required columns are all among those that are present."""
         return [shape for shape, required in self._required if required <= present]
@@ -98,4 +103,11 @@ def read_columns(text: str | None) -> dict[str, str]:
     decided = [shape for shape in SHAPES if any(part in names for part in shape.required)]
     if len(decided) > 1:
         raise InputError(f"--columns {text}: a row is {decided[0].name} or {decided[1].name}, not both")
+    columns = Columns(names)
+    parts_of: dict[str, list[str]] = {}
+    for part in dict.fromkeys([*names, *(decided[0].required if decided else ())]):
+        parts_of.setdefault(columns.name(part), []).append(part)
+    for name, same in parts_of.items():
+        if len(same) > 1:
+            raise InputError(f"--columns {text}: {' and '.join(same)} would both be the column {name!r}: name one for each")
     return names

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from knowledge_store.errors import InputError
@@ -66,6 +66,11 @@ class Document:
     problem: str | None = None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is a whole row, and no part of one."""
+        return self.part == 0 and self.last_part
+
+    @property
     def characters(self) -> int:
         """Roughly how much text there is."""
         contents = (self.text, self.prompt, self.completion, self.messages, self.token_ids)
@@ -73,12 +78,19 @@ class Document:
 
 
 def check_files(files: tuple[Path, ...]) -> None:
-    """Make sure every corpus file is there and of a known kind.
+    """Make sure every corpus file is there and of a known kind, and that none is there twice.
 
     Raises:
         InputError: naming the file.
     """
+    known: dict[Path, Path] = {}
     for path in files:
+        # In the hub's cache, two files of one content are links to one.
+        place = path.parent.resolve() / path.name if hub_file_name(path) else path.resolve()
+        if place in known:
+            same = f"{path} is given twice" if path == known[place] else f"{path} is the same file as {known[place]}"
+            raise InputError(f"{same}: its rows would count twice; name it once")
+        known[place] = path
         if not path.exists():
             raise InputError(f"there is no corpus file {path}")
         if not path.is_file():
@@ -95,10 +107,19 @@ def check_files(files: tuple[Path, ...]) -> None:
 
 
 def file_names(files: tuple[Path, ...]) -> list[str]:
-    """What the corpus files are called in the store: their names, with their folder's where names repeat; those of the hub with
-    their data set and its commit."""
-    names = [hub_file_name(path) or path.name for path in files]
-    return [f"{path.parent.name}/{name}" if names.count(name) > 1 else name for path, name in zip(files, names, strict=True)]
+    """What the corpus files are called in the store: their names, and where names repeat, as many of their folders' before them
+    as tell them apart; those of the hub with their data set and its commit."""
+    places = [PurePath(hub_file_name(path) or path.parent.resolve() / path.name) for path in files]
+    depths = [1 if hub_file_name(path) is None else len(place.parts) for path, place in zip(files, places, strict=True)]
+    while True:
+        names = ["/".join(place.parts[-depth:]) for place, depth in zip(places, depths, strict=True)]
+        deeper = [
+            depth + (names.count(name) > 1 and depth < len(place.parts) - 1)
+            for name, place, depth in zip(names, places, depths, strict=True)
+        ]
+        if deeper == depths:
+            return names
+        depths = deeper
 
 
 def place_text(files: tuple[Path, ...], file: int, row: int) -> str:

@@ -9,6 +9,8 @@ from teacher_dump.corpus.compression import open_bytes
 from teacher_dump.corpus.json_text import json_value
 from teacher_dump.corpus.rows import Row, Start
 
+LIST_HINT = "a file that is one list of rows is read under the name .json"
+
 
 def json_rows(path: Path, start: Start) -> Iterator[Row]:
     """The rows of a file from `start` on: each line that is not blank is one, numbered as an editor numbers lines."""
@@ -22,9 +24,16 @@ def json_rows(path: Path, start: Start) -> Iterator[Row]:
 
 
 def _json_row(line: bytes, number: int, offset: int) -> Row:
+    text = ""
     try:
-        return Row(number, offset, json_value(line.decode("utf-8-sig" if number == 1 else "utf-8")))
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        value = json_value(text)
+        if isinstance(value, list):
+            raise ValueError(f"a list, not an object with columns ({LIST_HINT})")
+        return Row(number, offset, value)
     except UnicodeDecodeError as error:
         return Row(number, offset, problem=f"not UTF-8 (byte {error.start + 1} of the line)")
     except ValueError as error:
+        if number == 1 and text.strip() == "[":  # the beginning of a list that is laid out over lines
+            return Row(number, offset, problem=f"not JSON ({LIST_HINT})")
         return Row(number, offset, problem=str(error))

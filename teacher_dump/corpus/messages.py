@@ -54,7 +54,7 @@ def read_messages(value: Any, column: str) -> Turns:
 def _read_message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{place} is {_kind_of(message)}, not an object")
-    if "from" in message and "role" not in message:
+    if message.get("from") is not None and message.get("role") is None:
         return _sharegpt_message(message, place)
     role = message.get("role")
     if role is None:
@@ -65,14 +65,16 @@ def _read_message(message: Any, place: str) -> dict[str, Any]:
 
 
 def _sharegpt_message(message: dict[str, Any], place: str) -> dict[str, Any]:
-    speaker = message["from"]
-    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
-        raise ValueError(f"{place}: its `from` is none of {', '.join(SHAREGPT_ROLES)} ({speaker!r})")
+    name = message["from"]
+    speaker = name.lower() if isinstance(name, str) else ""
+    if speaker not in SHAREGPT_ROLES:
+        found = repr(name) if isinstance(name, str) else _kind_of(name)
+        raise ValueError(f"{place}: its `from` is none of {', '.join(SHAREGPT_ROLES)} ({found})")
     if "value" not in message:
         raise ValueError(f"{place} ({speaker}) has no `value`")
     if taken := [name for name in ("content", "tool_calls") if message.get(name) is not None]:
         raise ValueError(f"{place} ({speaker}) has `{taken[0]}` beside `value`")
-    others = {name: value for name, value in message.items() if name not in ("from", "value")}
+    others = {name: value for name, value in message.items() if name not in ("from", "value", "role", "content", "tool_calls")}
     if speaker in _CALLS:
         return {"role": "assistant", "tool_calls": _calls(message["value"], f"{place} ({speaker})"), **others}
     return {"role": SHAREGPT_ROLES[speaker], "content": message["value"], **others}

@@ -49,7 +49,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     plain_text = shape is COMPLETION and not any(
         columns.is_json(part) or not isinstance(record.get(columns.name(part)), str) for part in shape.required
     )
-    parts = shape.required if plain_text else (*shape.required, *shape.optional)
+    parts = shape.required if plain_text else (*shape.required, *columns.optional(shape))
     given: dict[str, Any] = {}
     for part in parts:
         value = record.get(columns.name(part))
@@ -69,12 +69,12 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
 
 
 def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
-    there = {name for name, value in record.items() if value is not None}
-    shapes = columns.shapes(there)
+    names = {name for name, value in record.items() if value is not None}
+    shapes = columns.shapes(names)
     if len(shapes) > 1:
         ways = " or ".join(f"--columns {_own_names(shape)}" for shape in shapes[:2])
         raise ValueError(f"it fits two shapes, {shapes[0].name} and {shapes[1].name}: say which counts with {ways}")
-    halves = [part for part in COMPLETION.required if part in there and COMPLETION not in shapes]
+    halves = [part for part in COMPLETION.required if part in names and COMPLETION not in shapes]
     if not shapes:
         raise ValueError(_no_shape(record, halves))
     if halves:
@@ -110,9 +110,9 @@ def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
     if nulls := [part for shape in SHAPES for part in shape.required if part in record and record[part] is None]:
         return f"{_quoted(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
     names = sorted(record)[:6]
-    found = f" (it has {_quoted(names)}{' and more' if len(record) > len(names) else ''})" if names else ""
+    columns = f" (it has {_quoted(names)}{' and more' if len(record) > len(names) else ''})" if names else ""
     return (
-        f"none of the columns that a row is read by{found}: `text`, `prompt` and `completion`, `messages`, `conversations`,"
+        f"none of the columns that a row is read by{columns}: `text`, `prompt` and `completion`, `messages`, `conversations`,"
         " `instruction` and `output`, or `input_ids`. Columns of other names are read with --columns, as in"
         " --columns prompt=question,completion=answer"
     )
@@ -139,6 +139,7 @@ def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Colu
         return {"text": _text(given, "text", columns)}
     arguments = {} if plain_text else {"template_arguments": _template_arguments(given, columns)}
     if plain_text:
+        _check_words(given, "completion", columns)
         return {"prompt": given["prompt"], "completion": given["completion"]}
     if shape is COMPLETION:
         if not (is_message_list(given["prompt"]) and is_message_list(given["completion"])):
@@ -160,6 +161,12 @@ def _text(given: dict[str, Any], part: str, columns: Columns) -> str:
     return value
 
 
+def _check_words(given: dict[str, Any], part: str, columns: Columns) -> None:
+    """Make sure that there is something to learn: without words, the only target would be the token that ends the sequence."""
+    if not _text(given, part, columns).strip():
+        raise ValueError(f"an answer is empty, so only its end is there to learn: `{columns.name(part)}`")
+
+
 def _system(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
     """A `system` column as the first message; one that is empty is none."""
     system = _text(given, "system", columns)
@@ -173,6 +180,7 @@ def _system(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
 
 
 def _alpaca_messages(given: dict[str, Any], columns: Columns) -> Turns:
+    _check_words(given, "output", columns)
     instruction, words, output = (_text(given, part, columns) for part in ("instruction", "input", "output"))
     turns = [(instruction + "\n" + words if instruction and words else instruction or words, output)]
     history = given.get("history", [])

@@ -97,19 +97,21 @@ class CorpusTokenizer:
                 to learn from.
         """
         try:
-            found = self._sequences(document)
+            sequences = self._sequences(document)
         except (BadRow, InputError, MemoryError):
             raise
         except Exception as error:  # a row of odd types stops nothing but itself
             raise BadRow(f"it cannot be made into tokens ({type(error).__name__}: {' '.join(str(error).split())})") from error
-        if not found and document.part == 0:
+        if not sequences and document.part == 0:
             raise EmptyRow
-        return found
+        return sequences
 
     def _sequences(self, document: Document) -> list[TokenSequence]:
         if document.problem is not None:
             raise BadRow(document.problem)
         if document.text is not None:
+            if document.is_whole and not document.text.strip():
+                return []  # white space alone is as good as no text
             return self._windows(document, document.text)
         if document.token_ids is not None:
             return self._answer(document, *self._given_tokens(document))

@@ -13,7 +13,7 @@ from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import PreviewConfig
 from teacher_dump.corpus.documents import place_text, read_documents
-from teacher_dump.corpus.rows import BadRow, Start
+from teacher_dump.corpus.rows import BadRow, Start, stops
 from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import TokenSequence
@@ -68,6 +68,7 @@ class PreviewRow:
         sequences: what becomes of it.
         dropped_reasoning: messages of which the chat template leaves the reasoning out.
         problem: why it cannot be used; None where it can.
+        stops: whether it would stop a dump whatever becomes of bad rows: it is too long, and such rows are refused.
     """
 
     place: str
@@ -75,6 +76,7 @@ class PreviewRow:
     sequences: tuple[PreviewSequence, ...]
     dropped_reasoning: int = 0
     problem: str | None = None
+    stops: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
     """
     config = with_local_corpus(config, reporter=reporter)
     tokenizer = tokenizer or teacher_tokenizer(config, None, weights=False)
-    sequences = corpus_tokenizer(config, tokenizer)
+    cutter = corpus_tokenizer(config, tokenizer)
     tally = Tally(config.too_long)
     rows = []
     for document in islice(
@@ -106,16 +108,17 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
     ):
         place = place_text(config.corpus, document.file, document.row)
         try:
-            found = sequences.sequences(document)
+            sequences = cutter.sequences(document)
         except BadRow as problem:
             tally.leave_out(document, problem)
-            rows.append(PreviewRow(place, document.part, (), problem=str(problem)))
+            refused = stops(problem, config.too_long, skip_bad_rows=True)
+            rows.append(PreviewRow(place, document.part, (), problem=str(problem), stops=refused))
             continue
-        tally.use(document, found)
-        shown = tuple(_sequence(tokenizer, sequence) for sequence in found)
-        dropped = sum(sequence.dropped_reasoning for sequence in found)
+        tally.use(document, sequences)
+        shown = tuple(_sequence(tokenizer, sequence) for sequence in sequences)
+        dropped = sum(sequence.dropped_reasoning for sequence in sequences)
         rows.append(PreviewRow(place, document.part, shown, dropped))
-    for note in sequences.notes:
+    for note in cutter.notes:
         reporter.note(note)
     return Preview(rows, tally.counts)
 
