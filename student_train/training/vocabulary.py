@@ -78,6 +78,8 @@ def _used(store: KnowledgeStore, dump: str, token_ids: set[int]) -> set[int]:
     """Those of some tokens that a dump's sequences hold; all of them where its kinds of knowledge do not say."""
     if not token_ids or "positions" not in store.manifest(dump).kinds:
         return token_ids
+    # Candidates and draws are not asked: a draw may be any token, so that a long dump has drawn nearly all of them, and would
+    # refuse every renamed one; what a student learns there is how likely the teacher finds an id that the text never holds.
     chosen = ", ".join(map(str, sorted(token_ids)))
     query = f"SELECT DISTINCT token_id FROM positions WHERE dump = $dump AND token_id IN ({chosen})"
     return set(store.sql(query, {"dump": dump}, timeout=SCAN_SECONDS)["token_id"].to_pylist())
