@@ -85,7 +85,7 @@ def run_bare(teacher: LocalTeacher, batches: list[list[TokenSequence]]) -> float
 
 def run_dump(config: DumpConfig, teacher: LocalTeacher) -> float:
     """Positions/s of a dump's pass, into a store of its own beside `config.store`."""
-    with tempfile.TemporaryDirectory(dir=config.store.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=Path(str(config.store)).parent) as folder:
         report = dump(replace(config, store=Path(folder) / "store"), teacher=teacher)
     return report.positions / report.seconds
 
@@ -208,7 +208,7 @@ def profile(config: DumpConfig, teacher: LocalTeacher) -> dict[str, Any]:
         extractor = EXTRACTORS["positions"]
         extractor = replace(extractor, function=found.timed("checks and gathering", extractor.function))
         stack.enter_context(patch.dict(EXTRACTORS, positions=extractor))
-        with tempfile.TemporaryDirectory(dir=config.store.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=Path(str(config.store)).parent) as folder:
             report = dump(replace(config, store=Path(folder) / "store"), teacher=teacher)
 
     def percent(seconds: float) -> float:

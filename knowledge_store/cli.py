@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,9 @@ from knowledge_store.errors import InputError, LimitError
 from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
+from knowledge_store.storage import StorePlace
 from knowledge_store.terminal.commands import Command, application, command
-from knowledge_store.terminal.console import messages, note, output
+from knowledge_store.terminal.console import end_at_sigterm, messages, note, output
 from knowledge_store.terminal.progress import TerminalReporter
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 app = application("Query, verify and keep a store of a teacher's knowledge.")
 
-DAMAGED = 1
+NOT_SOUND = 1  # damaged, or not checked: then nothing is proven
 SHOWN_SHARE = 0.005
 
 
-def _open(store: Path, **options: Any) -> KnowledgeStore:
+def _open(store: StorePlace, **options: Any) -> KnowledgeStore:
     """The store, and with it the libraries that reading it takes: `sql` leaves both to its child."""
     from knowledge_store.store import KnowledgeStore
 
@@ -68,7 +68,7 @@ def info(config: InfoConfig) -> None:
         typer.echo(json.dumps(records, indent=1, ensure_ascii=False))
         return
     if not summaries:
-        note(f"{config.store} holds no dump yet")
+        note(f"{opened.storage.address} holds no dump yet")
     for summary in summaries:
         _print_summary(summary)
 
@@ -139,7 +139,7 @@ def sql(config: SqlConfig) -> None:
     """
     statement = _statement(config.query, config.file)
     form, memory_limit = config.format, config.memory_limit * 2**30
-    with asked(config.store, statement, form.value, memory_limit, config.timeout, note) as answer:
+    with asked(str(config.store), statement, form.value, memory_limit, config.timeout, note) as answer:
         text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
         if form is Format.table and (names := text.readline()):
             output.print(Text(names.rstrip("\n"), style="bold"))
@@ -150,12 +150,17 @@ def _statement(query: str | None, file: Path | None) -> str:
     """The statement that was given in one of three ways."""
     if (query is None) == (file is None):
         raise InputError("give one statement: as QUERY, as `-` for standard input, or with --file")
+    if query is not None and query != "-":
+        return query
+    source = file or "standard input"
     try:
-        if file is not None:
-            return file.read_text(encoding="utf-8")
-        return sys.stdin.read() if query == "-" else str(query)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the statement cannot be read from {file or 'standard input'}: {error}") from None
+        return (sys.stdin.buffer.read() if file is None else file.read_bytes()).decode()
+    except OSError as error:
+        raise InputError(f"the statement cannot be read from {source}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"the statement cannot be read from {source}: its byte {error.start} is not UTF-8; save it as UTF-8"
+        ) from None
 
 
 @command(app, OneDumpOptions)
@@ -179,7 +184,7 @@ def export(config: ExportConfig) -> None:
 
 @command(app, VerifyConfig)
 def verify(config: VerifyConfig) -> None:
-    """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged.
+    """Check every file: hashes, counts and the format's rules. Exit code 1 when anything is damaged, or closed and not checked.
 
     The store may come from anybody: it is read in a process of its own, which does not outlive its limits.
 
@@ -191,19 +196,21 @@ def verify(config: VerifyConfig) -> None:
         verification = verify_isolated(str(config.store), TerminalReporter(), config.memory_limit * 2**30)
     except LimitError as error:
         messages.print(f"Limits: {visible(str(error))}", style="red", markup=False)
-        raise typer.Exit(DAMAGED) from None
+        raise typer.Exit(NOT_SOUND) from None
     for sentence in verification.notes:
         note(f"Note: {sentence}")
     for sentence in verification.damage:
         messages.print(f"Damage: {visible(sentence)}", style="red", markup=False)
+    for sentence in verification.closed:
+        messages.print(f"Closed: {visible(sentence)}", style="red", markup=False)
     counts = f"{verification.dumps} dumps, {verification.shards} shards, {verification.positions:,} positions"
     checked = f"{counts}, {byte_size(verification.bytes)}"
+    if not verification.sound:
+        note(f"{len(verification.damage)} damaged, {len(verification.closed)} closed and not checked; sound: {checked}")
     if verification.damage:
-        note(f"{len(verification.damage)} damaged or closed; sound: {checked}")
-    if len(verification.damage) > verification.closed:
         note("Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair")
-    if verification.damage:
-        raise typer.Exit(DAMAGED)
+    if not verification.sound:
+        raise typer.Exit(NOT_SOUND)
     output.print(f"Sound: {checked}", markup=False)
 
 
@@ -285,13 +292,9 @@ def sequence(config: SequenceConfig) -> None:
             output.print(Text(line, style="" if number else "bold"))
 
 
-def _interrupt(signal_number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point of the command. SIGTERM ends it as Ctrl-C does: unfinished files are removed."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_at_sigterm()
     app()
 
 

@@ -12,6 +12,7 @@ from knowledge_store.isolation.child import MEMORY_LIMIT as READING_LIMIT
 from knowledge_store.options import option
 from knowledge_store.sql.answers import Format
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
+from knowledge_store.storage import StorePlace
 
 # --- shared by the three programs -------------------------------------------------------------------------------------------
 
@@ -20,7 +21,7 @@ from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 class StoreOptions:
     """Of a command that works on a store."""
 
-    store: Path = option(argument=True, metavar="STORE", help="The store's folder.")
+    store: StorePlace = option(argument=True, metavar="STORE", help="The store's folder.")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class SqlConfig(StoreOptions):
     )
     file: Path | None = option(None, help="Read the statement from this file.")
     format: Format = option(Format.table, help="How the answer is printed; json is one array of row objects.")
-    memory_limit: float = option(MEMORY_LIMIT / 2**30, above=0, help="For the query and its answer, in GiB.")
-    timeout: float = option(TIMEOUT, above=0, help="In seconds, after which the query is interrupted.")
+    memory_limit: float = option(MEMORY_LIMIT / 2**30, above=0, help="The most memory for the query and its answer, in GiB.")
+    timeout: float = option(TIMEOUT, above=0, help="The query is interrupted after this many seconds.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ExportConfig(OneDumpOptions):
 class VerifyConfig(StoreOptions):
     """The options of `knowledge-store verify`."""
 
-    memory_limit: float = option(READING_LIMIT / 2**30, above=0, help="For reading one shard, in GiB.")
+    memory_limit: float = option(READING_LIMIT / 2**30, above=0, help="The most memory for reading one shard, in GiB.")
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class RenameConfig(StoreOptions):
 class CopyConfig:
     """The options of `knowledge-store copy`."""
 
-    source: Path = option(argument=True, metavar="SOURCE", help="The store to copy from.")
-    destination: Path = option(argument=True, metavar="DESTINATION", help="The store to copy to; made when missing.")
+    source: StorePlace = option(argument=True, metavar="SOURCE", help="The store to copy from.")
+    destination: StorePlace = option(argument=True, metavar="DESTINATION", help="The store to copy to; made when missing.")
     dump: str | None = option(None, names_dump=True, help="Copy this dump alone.")
 
 
@@ -121,4 +122,4 @@ class CopyConfig:
 class SequenceConfig(StoreOptions, DumpOptions):
     """The options of `knowledge-store sequence`."""
 
-    sequence_id: int = option(argument=True, metavar="ID", help="A sequence_id.")
+    sequence_id: int = option(argument=True, metavar="ID", help="The sequence's `sequence_id`, as SQL shows it.")

@@ -21,7 +21,7 @@ class Option:
         help: one sentence.
         flag: the option's name, `--max-length`; made from the field's name when empty.
         argument: it is given by its place, not by its name.
-        metavar: what stands for its value in the help.
+        metavar: what stands for its value in the help; its choices where it has any and this is None, and else its type.
         min, max: the smallest and largest number that is taken.
         above, below: the same, where the limit itself is not taken.
         choices: the only values that are taken; empty for any.

@@ -12,7 +12,7 @@ import pyarrow as pa
 from knowledge_store.catalogue.dumps import Dumps, open_dumps
 from knowledge_store.catalogue.summary import DumpSummary, summarise
 from knowledge_store.errors import InputError
-from knowledge_store.format.layout import SEQUENCES
+from knowledge_store.format.layout import SEQUENCES, STORE_FILE
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import sequences_schema
@@ -148,7 +148,7 @@ class KnowledgeStore:
                 DuckDB watches the limits, and a single long expression can go past them.
 
         Raises:
-            InputError: a limit is too small, or a parameter cannot be passed to another process.
+            InputError: a limit is too small, or a parameter cannot be passed to another process, or it cannot open the store.
             QueryError: it is not one SELECT statement, would read or write anything else, needs more than its limits, or
                 DuckDB cannot run it.
             DamageError: a file it reads is not what was published, or a dump is closed because it is damaged.
@@ -156,6 +156,10 @@ class KnowledgeStore:
         """
         remarks: list[str] = []
         if isolated:
+            try:
+                self.storage.external_address(STORE_FILE)
+            except InputError as error:
+                raise InputError(f"SQL over {self.address} cannot be isolated: {error}, or ask without `isolated`") from None
             table = isolated_answer(self.storage.address, query, memory_limit, timeout, parameters, remarks.append)
         else:
             table = run_query(self._dumps, query, memory_limit, timeout, parameters)
@@ -314,6 +318,8 @@ class KnowledgeStore:
             InputError: there is no such dump, the new name cannot be used or is taken, or the storage cannot rename.
             DamageError, StoreError: a record is damaged, or cannot be read or written.
         """
+        if old not in (*self.dumps, *self.closed) and new not in self.closed:  # which may be where a rename was cut off
+            self.dump(old)
         rename_dump(self.storage, old, new)
         self._open_again()
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from student_train.report.html import write_report
     from student_train.training.configuration import TrainConfig
     from student_train.training.dataset import DistillationDataset, split_ordinals
+    from student_train.training.divergence import DivergenceError
     from student_train.training.initialisation import initialise
     from student_train.training.run import TrainResult, train
     from student_train.training.vocabulary import check_student
@@ -77,6 +78,7 @@ _HOMES = {
     "student_train.report.html": "write_report",
     "student_train.training.configuration": "TrainConfig",
     "student_train.training.dataset": "DistillationDataset split_ordinals",
+    "student_train.training.divergence": "DivergenceError",
     "student_train.training.vocabulary": "check_student",
     "student_train.training.initialisation": "initialise",
     "student_train.training.run": "TrainResult train",
@@ -85,6 +87,7 @@ _HOMES = {
 __all__ = [
     "LOSSES",
     "DistillationDataset",
+    "DivergenceError",
     "EvaluateConfig",
     "FullVocabularyCalibration",
     "Loss",

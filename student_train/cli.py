@@ -23,6 +23,7 @@ from student_train.training.configuration import InitialiseConfig, TrainConfig, 
 
 app = application("Train students from a knowledge store, without the teacher.")
 
+DIVERGED = 1  # the exit code of a run that came to no end, through no mistake in its options
 _LIBRARIES = {"torch", "transformers", "accelerate", "safetensors", "matplotlib"}
 
 
@@ -67,10 +68,15 @@ def run(config: TrainConfig) -> None:
     check_run(config)
     first_process = os.environ.get("RANK", "0") == "0"
     with _libraries():
+        from student_train.training.divergence import DivergenceError
         from student_train.training.run import leave_processes, train
 
         try:
             result = train(config, reporter=TerminalReporter())
+        except DivergenceError as error:
+            if first_process:
+                note(f"Error: {error}")
+            raise typer.Exit(DIVERGED) from None
         finally:
             leave_processes()
     if not result.finished:

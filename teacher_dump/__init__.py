@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from teacher_dump.calibration import TemperatureFit, calibrate
+    from teacher_dump.checking.agreement import Agreement
     from teacher_dump.checking.run import check
-    from teacher_dump.checking.verdicts import Agreement
     from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig, PreviewConfig
     from teacher_dump.dumping.estimate import Estimate, estimate
     from teacher_dump.dumping.preview import Preview, preview
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from teacher_dump.dumping.run import dump
 
 _MODULES = {
-    "Agreement": "teacher_dump.checking.verdicts",
+    "Agreement": "teacher_dump.checking.agreement",
     "CalibrateConfig": "teacher_dump.configuration",
     "CheckConfig": "teacher_dump.configuration",
     "DumpConfig": "teacher_dump.configuration",

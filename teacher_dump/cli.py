@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import signal
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -15,7 +14,7 @@ from knowledge_store.format.corpus_counts import Sentence
 from knowledge_store.quantities import amount, byte_size, counted, duration
 from knowledge_store.sql.answers import visible
 from knowledge_store.terminal.commands import Command, application, command
-from knowledge_store.terminal.console import command_errors, note, output
+from knowledge_store.terminal.console import command_errors, end_at_sigterm, note, output
 from knowledge_store.terminal.progress import TerminalReporter
 from knowledge_store.terminal.tokens import shown_tokens
 from teacher_dump.configuration import CalibrateConfig, CheckConfig, EstimateConfig, PreviewConfig, RunConfig
@@ -68,10 +67,6 @@ def _check_packages() -> None:
         raise InputError(f"teacher-dump needs {' and '.join(missing)}: pip install 'knowledge-store[teacher]'")
 
 
-def _interrupt(signal_number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 @command(app, RunConfig, cls=CorpusCommand)
 def run(config: RunConfig) -> None:
     """Dump a teacher's knowledge of a corpus. If it was stopped, the same command resumes it. A missing store is created.
@@ -81,7 +76,7 @@ def run(config: RunConfig) -> None:
     Several workers: give each `--world-size W` and its own `--rank`; any of them may stop and start at any time.
     """
     _check_packages()
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_at_sigterm()
     if config.repair:
         from teacher_dump.dumping.repair import repair
 
@@ -125,10 +120,10 @@ def preview(config: PreviewConfig) -> None:
     from teacher_dump.dumping.inspection import ways_out
     from teacher_dump.dumping.preview import preview as first_rows
 
-    found = first_rows(config, reporter=TerminalReporter())
-    for row in found.rows:
+    excerpt = first_rows(config, reporter=TerminalReporter())
+    for row in excerpt.rows:
         _show_row(row)
-    counts = found.counts
+    counts = excerpt.counts
     amounts = f"{counted(counts.positions, 'token', 'tokens')}, {counted(counts.targets, 'target', 'targets')}"
     for sentence in counts.sentences(config.max_length, "not"):
         output.print(_emphasised(sentence), markup=False, style="bold" if sentence.strong else None)
@@ -228,15 +223,12 @@ def check(config: CheckConfig) -> None:
     from teacher_dump.checking.run import check as ask_again
 
     agreements = ask_again(config, reporter=TerminalReporter()).values()
-    from teacher_dump.checking.report import describe
-    from teacher_dump.checking.verdicts import AGREES
-
     for agreement in agreements:
-        for line in describe(agreement):
+        for line in agreement.lines:
             output.print(line, markup=False)
         for sentence in agreement.notes:
             note(f"Note: {sentence}")
-    if any(agreement.verdict != AGREES for agreement in agreements):
+    if not all(agreement.agrees for agreement in agreements):
         raise typer.Exit(NOT_THE_SAME)
 
 

@@ -1,7 +1,7 @@
 """What the commands of `teacher-dump` are asked to do: a frozen dataclass for each, one field for each option.
 
 The options of a kind of knowledge are declared with its extractor. From Python a path may be given as text or as a Path, and
-`corpus` as one file or as several; the fields hold Paths.
+`corpus` as one file or as several; the fields hold Paths. A store stays what it was given as.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class TeacherOptions(NamedTeacher):
     quantize: str | None = option(
         None,
         choices=QUANTISATIONS,
-        help="Weights of 8-bit or 4-bit, which the library bitsandbytes makes as it loads them: they take less memory, and"
-        " answer otherwise. None unless given; a dump is resumed and checked with those it was begun with.",
+        help="Load the weights as 8-bit or 4-bit numbers, which takes less memory and changes the answers. It needs the"
+        " library bitsandbytes. Without it they are not quantised, and a dump is resumed and checked as it was begun.",
     )
     attention: str = option(
         "auto", choices=ATTENTIONS, help="How attention is computed: auto, sdpa, eager or flash_attention_2."
@@ -194,8 +194,10 @@ class EstimateConfig(*option_classes(), PassOptions):  # type: ignore[misc]
         if not self.kinds:
             raise InputError("name at least one --kind of knowledge")
         for kind in self.kinds:
+            if self.kinds.count(kind) > 1:
+                raise InputError(f"--kind {kind} is given {self.kinds.count(kind)} times: name each kind once")
             if kind not in EXTRACTORS:
-                raise InputError(f"there is no --kind {kind}: choose from {', '.join(EXTRACTORS)}")
+                raise InputError(f"there is no --kind {kind or repr(kind)}: choose from {', '.join(EXTRACTORS)}")
             self.kind_options(kind)
         for kind in EXTRACTORS.keys() - set(self.kinds):
             for field in fields(EXTRACTORS[kind].options):

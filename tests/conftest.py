@@ -128,6 +128,17 @@ def memory_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch computes with one thread: the models are tiny, and more threads only wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def skip_for(reason: str | None) -> None:
     """Skip a test for a reason that it cannot run here, if there is one."""
     if reason is not None:

@@ -18,6 +18,7 @@ from knowledge_store.kinds.positions import POSITIONS
 from knowledge_store.kinds.positions.selection import Selection
 
 HIDDEN = 576
+WIDTH = 50
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def rationales(per: str) -> Kind:
         checks=shares,
         relations={
             "explained": "SELECT {dump} AS dump, sequence_id, unnest(rationale_ids) AS token_id FROM {rows}",
+            "described": "SELECT {dump} AS dump, {'ids': rationale_ids, 'inner': {'x': 1}} AS pair, '{x}' AS text FROM {rows}",
         },
         lines=lambda manifest, totals: [("scores of rationales", f"{totals.count('scores')}")],
     )
@@ -109,6 +111,28 @@ COMPLETIONS = Kind(
     statistics={"mean_length": "rows"},
     measure=lambda table, manifest: {"mean_length": float(np.mean([len(each) for each in table["completion"].to_pylist()]))},
 )
+
+
+def notes(per: str) -> Kind:
+    """Vectors and words of a fixed width that stand at some rows and are null at others. A sequence's fill a row group."""
+    return Kind(
+        name="notes",
+        per=per,  # type: ignore[arg-type]
+        fields=lambda manifest: (
+            Field("vector", pa.float32(), WIDTH, nullable=True, padding=-3.5),
+            Field("count", pa.int16(), WIDTH, nullable=True, padding=-7),
+            Field("pair", pa.string(), 2, nullable=True),
+        ),
+        checks=positive,
+    )
+
+
+def positive(table: pa.Table, sequences: pa.Table, manifest: Any) -> Iterator[str]:
+    """An invariant: a count is not below 0."""
+    values = table["count"].combine_chunks().flatten().to_numpy()
+    if (values < 0).any():
+        yield "a count is below 0"
+
 
 PREFERENCES = Kind(
     name="preferences",
@@ -146,6 +170,24 @@ def completion_rows(random: np.random.Generator, count: int) -> Arrays:
         "words": words,
         "token_ids": [np.arange(len(each)) for each in words],
     }
+
+
+def note_rows(random: np.random.Generator, count: int) -> Arrays:
+    """Notes of so many rows; every second sequence has none at all, another is null in its first row."""
+    absent = np.zeros(count, bool)
+    absent[: count if random.random() < 0.5 else 1] = True
+    masked = np.repeat(absent[:, None], WIDTH, axis=1)
+    return {
+        "vector": np.ma.masked_array(random.normal(0, 2, (count, WIDTH)).astype(np.float32), masked),
+        "count": np.ma.masked_array(random.integers(0, 99, (count, WIDTH)).astype(np.int16), masked),
+        "pair": [None if null else ["yes", f"no {row}"] for row, null in enumerate(absent)],
+    }
+
+
+def lower_a_count(arrays: Arrays) -> None:
+    """A count falls below 0, where there is one."""
+    if len(arrays["count"]):
+        arrays["count"][-1] = -1
 
 
 def preference_rows(random: np.random.Generator, count: int) -> Arrays:
@@ -260,5 +302,9 @@ CASES = {
     ),
     "states": Case(STATES, "a state is not finite", alter("state", np.inf), state_rows, {"layer": 3}),
     "completions": Case(COMPLETIONS, "a completion is empty", alter("completion", ""), completion_rows),
+    "notes of positions": Case(notes("position"), "a count is below 0", lower_a_count, note_rows),
+    "notes of items": Case(
+        notes("item"), "a count is below 0", lower_a_count, lambda random, count: note_rows(random, int(random.integers(0, 4)))
+    ),
     "preferences": Case(PREFERENCES, "both texts", prefer_the_same, preference_rows),
 }  # fmt: skip

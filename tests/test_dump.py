@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import story_rows, write_jsonl
+from memory_storage import MemoryStorage
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.kinds import KINDS, Field, Kind
@@ -312,3 +313,18 @@ def test_a_new_kind_takes_a_schema_an_extractor_and_a_line_for_each(tmp_path, lo
     found = store.sql("SELECT pooled[1] AS first FROM pooled JOIN sequences USING (dump, sequence_id) ORDER BY sequence_id")
     np.testing.assert_array_equal(found["first"].to_numpy(), batch["pooled"][:, 0])
     assert verify(tmp_path / "s").damage == []
+
+
+def test_a_dump_goes_to_any_storage(tmp_path, teacher_folder, loaded_teacher):
+    corpus = write_jsonl(tmp_path / "stories.jsonl", story_rows(7))
+    storages = MemoryStorage(), tmp_path / "store"
+    for storage in storages:
+        config = DumpConfig(str(teacher_folder), corpus, storage, "d", max_length=48, shard_size=4)
+        assert config.store is storage
+        dump(config, teacher=loaded_teacher)
+        assert verify(storage).damage == []
+    in_memory, in_folder = (KnowledgeStore.open(storage) for storage in storages)
+    assert len(in_memory.sequences("d")) > 0
+    assert in_memory.sequences("d") == in_folder.sequences("d")
+    assert in_memory.stored(0, "positions", "d") == in_folder.stored(0, "positions", "d")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store", "stories.jsonl"]

@@ -64,10 +64,10 @@ def test_a_store_that_was_forgotten_is_asked_for(corpus):
 @pytest.mark.parametrize("given", ["a.jsonl", Path("a.jsonl"), ["a.jsonl"], ("a.jsonl",), (Path("a.jsonl"),)])
 def test_from_python_paths_are_text_or_paths_and_a_corpus_is_one_file_or_several(given):
     config = DumpConfig(teacher=Path("models/tiny"), corpus=given, store="store", calibration="fit.json")
-    assert config == DumpConfig("models/tiny", (Path("a.jsonl"),), Path("store"), calibration=Path("fit.json"))
+    assert config == DumpConfig("models/tiny", (Path("a.jsonl"),), "store", calibration=Path("fit.json"))
     assert config.dump_name == "tiny-a"
     assert CalibrateConfig("tiny", given, output="o.json").output == Path("o.json")
-    assert CheckConfig("store", "tiny").store == Path("store")
+    assert CheckConfig("store", "tiny").store == "store"
 
 
 def test_several_kinds_are_chosen_by_repeating_the_option():
@@ -76,6 +76,10 @@ def test_several_kinds_are_chosen_by_repeating_the_option():
     assert result.exit_code == 2 and "there is no --kind moods: choose from positions" in result.stderr
     result = invoke("estimate", "--teacher", "t", "--corpus", "c.jsonl", "--kind", "moods")
     assert result.exit_code == 2 and "there is no --kind moods" in result.stderr
+    result = invoke("estimate", "--teacher", "t", "--corpus", "c.jsonl", "--kind", "")
+    assert result.exit_code == 2 and "there is no --kind '': choose from positions" in result.stderr
+    result = invoke("estimate", "--teacher", "t", "--corpus", "c.jsonl", "--kind", "positions", "--kind", "positions")
+    assert result.exit_code == 2 and "--kind positions is given 2 times: name each kind once" in result.stderr
     with pytest.raises(InputError, match="at least one --kind"):
         replace(config, kinds=())
 
@@ -95,6 +99,22 @@ def test_the_options_of_a_kind_go_with_the_kind(monkeypatch):
     with pytest.raises(InputError, match="--top-k is an option of --kind positions, which is not given"):
         replace(config, top_k=3)
     assert replace(config, kinds=("moods", "positions"), top_k=3).kind_options("positions").rule.candidates == 3
+
+
+def mood(frozen: bool) -> type:
+    @dataclass(frozen=frozen)
+    class Mood:
+        mood: int = option(1, help="A mood.")
+
+    return Mood
+
+
+@pytest.mark.parametrize("options", [mood(frozen=True), dataclass(kw_only=True)(mood(frozen=False)), int])
+def test_options_of_a_kind_that_no_command_can_have(monkeypatch, options):
+    """They would take places among the positional fields of a command, or break its class."""
+    monkeypatch.setitem(EXTRACTORS, "moods", Extractor(frozenset(), lambda batch: [], options=options))
+    with pytest.raises(TypeError, match=r"of the kind 'moods' .*declare \w+ with @dataclass\(frozen=True, kw_only=True\)"):
+        option_classes()
 
 
 # --- what is told before torch is imported --------------------------------------------------------------------------------

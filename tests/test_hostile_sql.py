@@ -211,6 +211,13 @@ def test_memory(store, isolated):
         with pytest.raises(QueryError, match="memory") as raised:
             store.sql(query, memory_limit=64 * MIB, timeout=AMPLE, isolated=isolated)
         assert "64 MiB" in str(raised.value)
+        assert "SET " not in str(raised.value) and "temporary" not in str(raised.value)  # advice that no query may follow
+
+
+def test_what_duckdb_lacks_is_said_with_advice_that_can_be_followed(store):
+    with pytest.raises(QueryError, match=r"than its limit of 64 MiB: .*--memory-limit\), or ask for less$") as raised:
+        store.sql("SELECT list(i) FROM range(100000000) AS t(i)", memory_limit=64 * MIB, timeout=AMPLE)
+    assert not any(word in str(raised.value) for word in ("SET ", "Possible", "\n"))
 
 
 @pytest.mark.parametrize("isolated", [False, True])

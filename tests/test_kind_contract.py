@@ -13,14 +13,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import run_command
 from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, rationales
 from stores import assert_close, make_manifest, random_sequences, sequence_row, words
 
-from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, Shard, StoreError, verify
+from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, QueryError, Shard, StoreError, verify
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import Arrays, item_mask
 from knowledge_store.kinds.field import KEYS
@@ -91,7 +93,7 @@ def same(one, other) -> bool:
 def as_kept(rows, field: Field, place: int):
     """Row `place` of an extractor's array, as a list or a value; None for null."""
     value = rows[place]
-    if value is None or value is np.ma.masked:
+    if value is None or value is np.ma.masked or (isinstance(value, np.ma.MaskedArray) and value.mask.all()):
         return None
     return list(value) if field.is_list else value
 
@@ -229,6 +231,33 @@ def test_a_name_that_batches_have_for_themselves(tmp_path, monkeypatch, name):
         KnowledgeStore.open(tmp_path / "store").manifest()
 
 
+@pytest.mark.parametrize("name", ["position", "item", "dump", "Sequence_ID", "Position", "ITEM", "Dump", "Labels"])
+@pytest.mark.parametrize("per", ["position", "sequence", "item"])
+def test_a_name_that_a_table_has_for_itself(tmp_path, monkeypatch, name, per):
+    """Of a key, or of what relations add: in whatever case, since SQL tells no two cases apart."""
+    monkeypatch.setitem(KINDS, "toy", Kind("toy", per, lambda manifest: (Field(name, pa.float32()),)))
+    with pytest.raises(StoreError, match=rf"kind 'toy': '{name}' is reserved, and cannot name an? (column|array)"):
+        DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("toy",)), TOKENS)
+
+
+@pytest.mark.parametrize("names", [("X", "x"), ("x", "x"), ("toy_mask", "x"), ("x", "Toy_Mask")])
+def test_two_columns_or_arrays_of_one_name(tmp_path, monkeypatch, names):
+    monkeypatch.setitem(KINDS, "toy", Kind("toy", "item", lambda manifest: tuple(Field(name, pa.float32()) for name in names)))
+    with pytest.raises(StoreError, match=r"the kind 'toy': two of its (columns|arrays) are named .*choose other names"):
+        DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("toy",)), TOKENS)
+
+
+def test_names_of_two_kinds_that_differ_in_case_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(KINDS, "one", Kind("one", "sequence", lambda manifest: (Field("x", pa.float32()),)))
+    for other in (
+        Kind("other", "sequence", lambda manifest: (Field("X", pa.float32()),)),
+        Kind("other", "sequence", lambda manifest: (Field("y", pa.float32()),), relations={"One": "SELECT 1"}),
+    ):
+        monkeypatch.setitem(KINDS, "other", other)
+        with pytest.raises(StoreError, match=r"'one' and 'other' together: .*'(x' and 'X|one' and 'One)', which SQL"):
+            DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("one", "other")), TOKENS)
+
+
 @pytest.mark.parametrize("name", ["sequences", "tokens", "shards", "dumps", "commits"])
 def test_a_name_that_sql_has_for_itself(tmp_path, monkeypatch, name):
     for kind in (
@@ -297,6 +326,25 @@ def test_sql_has_the_same_rows(case, store):
     assert {name, *case.kind.relations, "sequences", "shards", "dumps"} <= names
     for relation in case.kind.relations:
         opened.sql(f"SELECT * FROM {relation}")
+    with duckdb.connect() as connection:
+        connection.execute(opened.view())
+        assert connection.sql(f"SELECT count(*) FROM {name}").fetchall() == [(len(expected),)]
+
+
+def test_a_relation_that_is_no_sql(tmp_path, monkeypatch):
+    """The relation and its kind are named; a struct in braces is SQL like any other."""
+    relations = {
+        "pairs": "SELECT {dump} AS dump, {'x': x, '{rows': 1} AS pair FROM {rows}",
+        "wrong": "SELECT {dump} AS dump, * FROM {row}",
+        "absent": "SELECT {dump} AS dump, y FROM {rows}",
+    }
+    monkeypatch.setitem(KINDS, "toy", Kind("toy", "sequence", lambda m: (Field("x", pa.int8()),), relations=relations))
+    DumpWriter.open(tmp_path / "store", make_manifest("d", kinds=("toy",)), TOKENS)
+    opened = KnowledgeStore.open(tmp_path / "store")
+    assert opened.sql("SELECT pair.x FROM pairs").num_rows == 0
+    for name in ("wrong", "absent"):
+        with pytest.raises(QueryError, match=f"the relation '{name}' that the kind 'toy' declares is no SQL: "):
+            opened.sql(f"SELECT * FROM {name}")
 
 
 def readable(column: pa.Field) -> pa.Field:
@@ -375,6 +423,37 @@ def test_fields_that_nothing_can_be_kept_of():
         Kind("x", "sequence", lambda manifest: (), statistics={"mean": "nothing"})
 
 
+@pytest.mark.parametrize("per", ["positions", "items"])
+def test_a_row_group_of_nulls_is_read(tmp_path, monkeypatch, per):
+    """Of a field of fixed width: verified and read, and padding stands in the batch."""
+    case = CASES[f"notes of {per}"]
+    monkeypatch.setitem(KINDS, "notes", case.kind)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 200)
+    store = write(tmp_path / "store", case)
+    path = store / "d/notes/00000.parquet"
+    groups = [pq.ParquetFile(path).read_row_group(group)["pair"] for group in range(pq.read_metadata(path).num_row_groups)]
+    assert {column.null_count == len(column) for column in groups} == {True, False}
+    assert verify(store).damage == []
+    for arrays, one in zip(rows_of(case), KnowledgeStore.open(store, cache_size=0), strict=True):
+        assert np.array_equal(one["vector"], arrays["vector"].filled(-3.5))
+        assert np.array_equal(one["count"], arrays["count"].filled(-7))
+        assert one["pair"] == arrays["pair"]
+
+
+def test_what_cannot_be_decoded_is_not_sound(case, store, monkeypatch):
+    """Verify finds what a reader would fail at, whatever the other checks of the kind say."""
+
+    def decode(self, table, manifest):
+        raise ValueError("these rows stand for no arrays")
+
+    monkeypatch.setattr(Kind, "decode", decode)
+    damage = verify(store).damage
+    assert len(damage) == SHARDS
+    for shard, sentence in enumerate(damage):
+        path = store / "d" / case.kind.name / f"0000{shard}.parquet"
+        assert sentence == f"{path} cannot be read: these rows stand for no arrays"
+
+
 def test_a_width_equal_to_the_length_is_not_taken_for_positions(tmp_path, monkeypatch):
     """A vector per sequence as wide as the batch is long stays a vector."""
     vectors = Kind("vectors", "sequence", lambda manifest: (Field("vector", pa.float32(), 4),))
@@ -446,4 +525,10 @@ def test_who_does_not_know_a_kind_refuses_it(tmp_path, monkeypatch):
     monkeypatch.delitem(KINDS, "states")
     with pytest.raises(StoreError, match="'states', which this knowledge-store does not know: install the version"):
         KnowledgeStore.open(tmp_path / "store").manifest()
-    assert all("does not know" in sentence for sentence in verify(tmp_path / "store").damage)
+    found = verify(tmp_path / "store")
+    assert (found.damage, found.dumps, found.sound) == ([], 0, False)
+    [sentence] = found.closed
+    assert "which this knowledge-store does not know" in sentence
+    answer = run_command("knowledge_store", "verify", tmp_path / "store")
+    assert answer.returncode == 1 and "Damage" not in answer.stderr and "--repair" not in answer.stderr
+    assert f"Closed: {sentence}\n" in answer.stderr and "0 damaged, 1 closed and not checked" in answer.stderr

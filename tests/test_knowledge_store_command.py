@@ -312,7 +312,7 @@ def test_copy_and_rename(tmp_path):
     assert after.sql(sql.format("other")).equals(before.sql(sql.format("second")))
     assert invoke("verify", destination).exit_code == 0
     for words, reason in [
-        (("rename", destination, "third", "x"), "has no dump 'third'"),
+        (("rename", destination, "third", "x"), "has no dump 'third' (it has first, other)"),
         (("rename", destination, "first", "other"), "other"),
         (("rename", destination, "first", "a/b"), "cannot name a dump"),
         (("copy", tmp_path / "nowhere", destination), "there is no store"),
@@ -354,3 +354,19 @@ def test_a_dump_renamed_by_hand_can_be_renamed_by_the_command(tmp_path):
     good(*command[1].split())
     assert KnowledgeStore.open(store).dumps == ("mytrain",)
     assert "Sound: 1 dumps" in knowledge_store("verify", store).stdout
+
+
+def test_a_statement_that_cannot_be_read(store, tmp_path):
+    absent, latin = tmp_path / "absent.sql", tmp_path / "latin.sql"
+    latin.write_bytes("SELECT 'é'".encode("latin-1"))
+    for given, reason in (
+        (absent, f"{absent}: No such file or directory"),
+        (tmp_path, f"{tmp_path}: Is a directory"),
+        (latin, f"{latin}: its byte 8 is not UTF-8; save it as UTF-8"),
+    ):
+        answer = knowledge_store("sql", store, "--file", given)
+        assert (answer.returncode, answer.stderr) == (2, f"Error: the statement cannot be read from {reason}\n")
+    with latin.open("rb") as file:
+        answer = run_command("knowledge_store", "sql", store, "-", stdin=file)
+    assert answer.returncode == 2
+    assert answer.stderr.endswith("cannot be read from standard input: its byte 8 is not UTF-8; save it as UTF-8\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,14 +20,7 @@ from student_train.evaluation.multiple_choice import CONFIDENCES, fit_temperatur
 from student_train.evaluation.questions import TokenisedQuestion, read_questions, tokenise
 from student_train.evaluation.run import evaluate
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The models are tiny: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def question_rows(count: int, start: int = 0) -> list[dict]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from knowledge_store import KINDS, DumpWriter, Field, Kind, Shard
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
-from student_train.evaluation.configuration import EvaluateConfig
+from student_train.evaluation.configuration import EvaluateConfig, check_evaluation
 from student_train.evaluation.run import evaluate
 from student_train.losses.step import model_inputs, run_student, step_loss
 from student_train.losses.table import LOSSES, Loss
@@ -129,8 +129,9 @@ def test_what_does_not_fit_is_refused(store, tmp_path, store_folder, teacher_fol
         train(TrainConfig(store=str(store), **{**settings, "loss": "forward-kl"}))
     with pytest.raises(InputError, match="does not run the student on the text, so it takes no --ce-weight"):
         train(TrainConfig(store=str(store), ce_weight=0.5, **settings))
-    with pytest.raises(InputError, match="the dump pairs holds pairs, which no figures exist for"):
-        evaluate(EvaluateConfig(str(teacher_folder), str(store)))
+    for refused in (check_evaluation, evaluate):
+        with pytest.raises(InputError, match="the dump pairs holds pairs, which no figures exist for"):
+            refused(EvaluateConfig(str(teacher_folder), str(store)))
     with pytest.raises(ValueError, match="give whole_batch=True for other inputs"):
         Loss(prefer, inputs=("chosen_ids",))
     assert not (tmp_path / "run").exists()

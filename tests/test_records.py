@@ -14,7 +14,7 @@ from stores import commit_of, make_manifest, manifest_of, sealed_json, write_sto
 
 from knowledge_store import DamageError, KnowledgeStore, StoreError
 from knowledge_store.format.layout import FORMAT_VERSION
-from knowledge_store.format.records import seal, unseal
+from knowledge_store.format.records import MAX_DEPTH, seal, unseal
 
 HERE = Path("record.json")
 
@@ -246,3 +246,19 @@ def test_records_are_read_as_they_were_written(tmp_path):
     record = commit_of(store, 0)
     assert (record.dump, record.shard, record.first_document, record.documents) == ("small", 0, 0, 100)
     assert record.made_by["host"] == "here"
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"", "what stands from line 1, column 1 on is not JSON"),
+        (b'{"a": 1,\n nothing}', "what stands from line 2, column 2 on is not JSON"),
+        (b'{"a": "\xff"}', "it is not UTF-8"),
+        (b"[]", "it is not a JSON object"),
+        (b"[" * 10**6, f"it is nested more than {MAX_DEPTH} deep"),
+    ],
+)
+def test_what_is_no_record_is_told_in_words(data, sentence):
+    with pytest.raises(DamageError) as raised:
+        unseal(data, HERE)
+    assert str(raised.value) == f"{HERE} is damaged: {sentence}"

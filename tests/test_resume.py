@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import save_teacher, story_rows, write_jsonl
@@ -19,10 +20,12 @@ from stores import contents
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, MismatchError, StoreError
+from knowledge_store.kinds import KINDS, Field, Kind
 from knowledge_store.storage import local as publication
 from knowledge_store.writing.verification import verify
 from teacher_dump import DumpConfig, dump, fingerprints, repair
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.extraction import EXTRACTORS, Extractor
 from teacher_dump.extraction.sampling import systematic_points
 from teacher_dump.teachers import local as teachers
 from teacher_dump.teachers.local import load_teacher
@@ -264,6 +267,16 @@ def test_resuming_with_another_option_is_refused_and_changes_nothing(existing, l
         dump(replace(existing, **change), teacher=loaded_teacher)
     assert named in str(caught.value)
     assert contents(existing.store) == before
+
+
+def test_resuming_with_other_kinds_is_refused_by_their_names_alone(existing, loaded_teacher, monkeypatch):
+    monkeypatch.setitem(KINDS, "lengths", Kind("lengths", "sequence", lambda manifest: (Field("tokens", pa.int32()),)))
+    monkeypatch.setitem(EXTRACTORS, "lengths", Extractor(frozenset(), lambda batch: []))
+    with pytest.raises(MismatchError, match=r"differently: --kind lengths was not given and is now\. Use"):
+        dump(replace(existing, kinds=("positions", "lengths")), teacher=loaded_teacher)
+    both = r"--kind lengths was not given and is now; --kind positions was given and is not now"
+    with pytest.raises(MismatchError, match=rf"differently: {both}\. Use"):
+        dump(replace(existing, kinds=("lengths",)), teacher=loaded_teacher)
 
 
 def test_resuming_with_another_corpus_is_refused_and_changes_nothing(existing, loaded_teacher, tmp_path, corpus):

@@ -147,4 +147,7 @@ def test_figures_of_a_kind_are_measured_printed_compared_and_reported(monkeypatc
         and "squared &amp; mean" in section
     )
     assert all(f"{distance:.4f}" in section for distance in distances)
+    for text in (section, printed[0].stdout[printed[0].stdout.index("sequences of both") :]):
+        assert "small type" not in text and "In brackets" not in text and "alibration error" not in text
+    assert "alibration error" in page and printed[0].stdout.count("In brackets") == 1
     assert "more than chance" in section and f"{difference.value:+.4f}".replace("-", "−") in section

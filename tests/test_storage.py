@@ -184,10 +184,12 @@ def test_a_copy_under_another_name_is_closed_and_the_store_is_open(place, tmp_pa
         opened.dump("small copy")
     with pytest.raises(InputError, match=r"name a dump of .*small; small copy is closed: .*belongs to a dump named 'small'"):
         opened.dump()
-    [sentence] = verify(place).damage
+    found = verify(place)
+    [sentence] = found.closed
+    assert not found.damage and not found.sound and found.dumps == 1
     assert "small copy/manifest.json belongs to a dump named 'small'" in sentence
     opened.remove("small copy")
-    assert not KnowledgeStore.open(place).closed and not verify(place).damage
+    assert not KnowledgeStore.open(place).closed and verify(place).sound
 
 
 def test_a_damaged_manifest_closes_its_dump_and_sql(place):
@@ -361,3 +363,25 @@ def test_what_is_damaged_is_not_copied(place, tmp_path):
     write_store(tmp_path / "third", k=2)
     with pytest.raises(MismatchError, match="made differently"):
         copy(place, tmp_path / "third")
+
+
+def test_sql_that_no_other_process_can_answer():
+    """The storage is named, and what to do."""
+    storage = MemoryStorage()
+    write_store(storage)
+    opened = KnowledgeStore.open(storage)
+    with pytest.raises(InputError, match=f"SQL over {storage.address} cannot be isolated: no other program can .*copy"):
+        opened.sql("SELECT 1", isolated=True)
+    assert opened.sql("SELECT 1 AS one").to_pylist() == [{"one": 1}]
+
+
+@pytest.mark.parametrize("kind", ["the same", "another way"])
+def test_a_copy_into_itself(tmp_path, kind):
+    write_store(tmp_path / "store")
+    (tmp_path / "link").symlink_to("store")
+    with pytest.raises(InputError, match="cannot be copied into itself: give another store"):
+        copy(tmp_path / "store", tmp_path / ("store" if kind == "the same" else "link"))
+    storage = MemoryStorage()
+    write_store(storage)
+    with pytest.raises(InputError, match="cannot be copied into itself"):
+        copy(storage, storage)

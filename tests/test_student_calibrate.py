@@ -34,12 +34,7 @@ def calibration(method: str = "temperature", value: float = 1.5, **changes) -> C
     return Calibration(method=method, value=value, **{**fields, **changes})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- targets at a temperature ---------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ RUN = ["run", "STORE", "--student", "TEACHER", "--output", "o"]
     [
         (["init", "--from", "/absent", "--keep-layers", "0", "--output", "o"], "there is no folder /absent"),
         (["init", "--from", "TEACHER", "--keep-layers", "0", "--output", "TEACHER"], "exists already: choose another --output"),
+        (["init", "--from", "TEACHER", "--keep-layers", "0,99", "--output", "o"], "layer 99 does not exist"),
         (["run", "/absent", "--student", "TEACHER", "--output", "o"], "there is no store at /absent"),
         ([*RUN, "--dump", "absent"], "no dump 'absent'"),
         ([*RUN, "--dump", "train", "--loss", "nonsense"], "there is no loss 'nonsense'"),

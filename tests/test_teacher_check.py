@@ -30,9 +30,9 @@ from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds.positions import exact_steps
 from teacher_dump import CheckConfig, DumpConfig, dump
 from teacher_dump import check as check_dump
-from teacher_dump.checking.report import describe
+from teacher_dump.checking.agreement import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER
+from teacher_dump.checking.positions.verdicts import PositionsAgreement
 from teacher_dump.checking.run import CHECKERS
-from teacher_dump.checking.verdicts import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, Agreement
 from teacher_dump.corpus.tokenisation import describe_tokenizer
 from teacher_dump.dumping import teacher_pass
 from teacher_dump.extraction import EXTRACTORS
@@ -48,7 +48,7 @@ SELECTIONS = {
 }
 
 
-def check(store: Path, teacher: str | LocalTeacher, **options) -> Agreement:
+def check(store: Path, teacher: str | LocalTeacher, **options) -> PositionsAgreement:
     """Check positions with a loaded teacher, or with the teacher in a folder."""
     if isinstance(teacher, str):
         return check_dump(CheckConfig(store, teacher, **options))["positions"]
@@ -265,7 +265,7 @@ def test_draws_that_others_made_are_damage(make_dump, teachers, monkeypatch, mad
     found = check(store, teachers[asked])
     assert found.verdict == DAMAGE and found.reasons[0].startswith("draws are off in most sequences: in the median one its")
     assert found.draws_off > 0.1 and found.moved_draws > 0.95 and found.noise < found.limits.typical
-    text = "\n".join(describe(found))
+    text = "\n".join(found.lines)
     assert "draws that fall on another token: 9" in text and "Noise in draws: those of a sequence off by up to" in text
     again = replace(teachers[asked], description={**teachers[asked].description, "files": {"model.safetensors": "ab"}})
     found = check(store, again)
@@ -565,7 +565,7 @@ def test_the_command(store_folder, teacher_folder, tmp_path):
 
 
 def test_a_person_is_told_all_of_it(store_folder, loaded_teacher):
-    text = "\n".join(describe(check(store_folder, loaded_teacher, dump="heldout")))
+    text = "\n".join(check(store_folder, loaded_teacher, dump="heldout").lines)
     for words in (
         "same step",
         "|mean|",

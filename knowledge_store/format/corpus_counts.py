@@ -72,7 +72,7 @@ class CorpusCounts:
     @property
     def rows_left_out(self) -> int:
         """How many rows are not used."""
-        return sum(each.rows for each in self.left_out.values())
+        return sum(rows.rows for rows in self.left_out.values())
 
     @property
     def rows_used(self) -> int:
@@ -91,7 +91,7 @@ class CorpusCounts:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> CorpusCounts:
         """From a record of COUNTS_SHAPE."""
-        left_out = {reason: LeftOut(**each) for reason, each in record["left_out"].items()}
+        left_out = {reason: LeftOut(**rows) for reason, rows in record["left_out"].items()}
         return cls(**{**record, "left_out": left_out})
 
     def sentences(self, max_length: int, unused: str = "left out") -> list[Sentence]:
@@ -101,7 +101,7 @@ class CorpusCounts:
             max_length: of a sequence, in tokens.
             unused: what is said of rows that are not used.
         """
-        said = [self._rows(unused)]
+        sentences = [self._rows(unused)]
         if self.cut:
             share = self.cut / max(self.rows_used, 1)
             answers = f"{self.answers_cut:,} answers lose" if self.answers_cut != 1 else "1 answer loses"
@@ -109,11 +109,11 @@ class CorpusCounts:
                 f"{counted(self.cut, 'row is', 'rows are')} cut at {max_length:,} tokens ({percentage(share)});"
                 f" {answers if self.answers_cut else 'no answer loses'} the end"
             )
-            said.append(Sentence(text, share > MANY))
+            sentences.append(Sentence(text, share > MANY))
         if self.dropped_reasoning:
             messages = counted(self.dropped_reasoning, "message", "messages")
-            said.append(Sentence(f"the chat template leaves the reasoning of {messages} out"))
-        return said
+            sentences.append(Sentence(f"the chat template leaves the reasoning of {messages} out"))
+        return sentences
 
     def _rows(self, unused: str) -> Sentence:
         verb = "is" if 1 in (self.rows, self.rows_used) else "are"
@@ -121,5 +121,5 @@ class CorpusCounts:
         if not self.left_out:
             return Sentence(used)
         share = self.rows_left_out / max(self.rows, 1)
-        reasons = "; ".join(f"{each.rows:,} {reason}" for reason, each in self.by_reason)
+        reasons = "; ".join(f"{rows.rows:,} {reason}" for reason, rows in self.by_reason)
         return Sentence(f"{used}, {self.rows_left_out:,} {unused} ({percentage(share)}): {reasons}", share > MANY)

@@ -88,11 +88,18 @@ def unseal(data: bytes, path: object) -> dict[str, Any]:
     try:
         record = json.loads(data, object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant)
         if not isinstance(record, dict):
-            raise ValueError("not a JSON object")
+            raise ValueError("it is not a JSON object")
         check_depth(record)
         seal_found = record.pop(SEAL, None)
         intact = seal_found == json_sha256(record)
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno}, column {error.colno}"
+        raise DamageError(f"{path} is damaged: what stands from {place} on is not JSON") from None
+    except UnicodeError:
+        raise DamageError(f"{path} is damaged: it is not UTF-8") from None
+    except RecursionError:
+        raise DamageError(f"{path} is damaged: it is nested more than {MAX_DEPTH} deep") from None
+    except ValueError as error:
         raise DamageError(f"{path} is damaged: {error}") from None
     if not intact:
         raise DamageError(f"{path} is damaged: its contents do not match its SHA-256")

@@ -132,8 +132,8 @@ def limit(memory: int, seconds: float) -> None:
     if sys.platform == "linux":
         memory_in_use = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     allowed = memory_in_use + memory
-    _, most = resource.getrlimit(resource.RLIMIT_DATA)  # left as it is: a later limit may be larger
-    resource.setrlimit(resource.RLIMIT_DATA, (allowed if most == resource.RLIM_INFINITY else min(allowed, most), most))
+    _, maximum = resource.getrlimit(resource.RLIMIT_DATA)  # left as it is: a later limit may be larger
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed if maximum == resource.RLIM_INFINITY else min(allowed, maximum), maximum))
     limit_time(seconds)
 
 

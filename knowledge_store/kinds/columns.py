@@ -208,10 +208,10 @@ def _numbers(values: Any, field: Field) -> np.ndarray:
         return _rounded(values, dtype, field.infinite)
     if values.dtype.kind == "f" and (wrong := ~(np.isfinite(values) & (np.trunc(values) == values))).any():
         raise ValueError(f"{_short(values[wrong][0])} is not an integer")
-    least, most = np.iinfo(dtype).min, np.iinfo(dtype).max
+    minimum, maximum = np.iinfo(dtype).min, np.iinfo(dtype).max
     for value in (int(values.min()), int(values.max())):
-        if not least <= value <= most:
-            raise ValueError(f"{value} is not between {least} and {most}")
+        if not minimum <= value <= maximum:
+            raise ValueError(f"{value} is not between {minimum} and {maximum}")
     return values.astype(dtype)
 
 
@@ -258,7 +258,7 @@ def _decoded(column: pa.ChunkedArray, field: Field) -> Any:
         raise ValueError(f"{field.name} is null")
     if isinstance(field.shape, int):
         widths = pc.list_value_length(column)
-        if len(column) and not pc.all(pc.equal(widths, field.shape), skip_nulls=True).as_py():
+        if not pc.all(pc.equal(widths, field.shape), skip_nulls=True, min_count=0).as_py():  # where all rows are null too
             raise ValueError(f"{field.name} does not have {field.shape} values in each row")
     if field.is_text:
         return column.to_pylist()

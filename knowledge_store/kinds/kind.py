@@ -16,7 +16,13 @@ from knowledge_store.kinds.columns import Arrays, decode_columns, encode_columns
 from knowledge_store.kinds.field import KEYS, Field
 
 _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
+_PLACES = re.compile(r"\{(rows|dump|texts)\}")
 ROWS = "rows"  # the statistic that every kind has
+
+
+def filled(sql: str, **names: str) -> str:
+    """SQL of a kind with what `{rows}`, `{dump}` and `{texts}` stand for. Other braces are SQL's: `{'a': x}` is a struct."""
+    return _PLACES.sub(lambda place: names[place[1]], sql)
 
 
 class Parameters(Protocol):

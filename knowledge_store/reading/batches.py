@@ -80,7 +80,7 @@ class Batches:
 
 
 def check_snapshot(dump: str, snapshot: int, expected: int | None) -> None:
-    """Refuse to go on in the order of a dump that has other sequences since: some would be lost and others repeated.
+    """Refuse to resume in the order of a dump that has other sequences since: some would be lost and others repeated.
 
     Args:
         dump: its name.

@@ -31,16 +31,16 @@ def collate(
             rows = [None if arrays is None else arrays[key] for arrays in knowledge]
             batch[key] = _together(rows, template[name][key], padding, kind.per == "sequence")
         if kind.per == "item":
-            batch[item_mask(name)] = _mask(knowledge, least=0)
+            batch[item_mask(name)] = _mask(knowledge, min_width=0)
         elif kind.per == "position" and "attention_mask" not in batch:
-            batch["attention_mask"] = _mask(knowledge, least=1)
+            batch["attention_mask"] = _mask(knowledge, min_width=1)
     return batch
 
 
-def _mask(knowledge: list[Arrays | None], least: int) -> np.ndarray:
-    """Which rows each sequence has, bool (B, the most of any, or `least`)."""
+def _mask(knowledge: list[Arrays | None], min_width: int) -> np.ndarray:
+    """Which rows each sequence has, bool (B, the most of any, and at least `min_width`)."""
     counts = [0 if arrays is None else len(next(iter(arrays.values()))) for arrays in knowledge]
-    mask: np.ndarray = np.arange(max([least, *counts])) < np.array(counts)[:, None]
+    mask: np.ndarray = np.arange(max([min_width, *counts])) < np.array(counts)[:, None]
     return mask
 
 

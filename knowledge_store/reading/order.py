@@ -1,7 +1,7 @@
 """The order in which sequences are read: a pure function of (seed, epoch), the same for ever and on every machine.
 
 Each sequence is ranked by a hash of its ordinal, the seed and the epoch. numpy's own generators promise no stream across
-versions, and a run that resumes after an upgrade must go on in the order it began. The hash is SplitMix64's finaliser
+versions, and a run that resumes after an upgrade must resume in the order it began. The hash is SplitMix64's finaliser
 (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit words, so the keys of one epoch never tie.
 """
 

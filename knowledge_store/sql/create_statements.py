@@ -13,6 +13,7 @@ from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS
+from knowledge_store.kinds.kind import filled
 from knowledge_store.sql.query import identifier, literal, readable
 
 
@@ -35,9 +36,9 @@ def create_statements(dumps: Dumps, manifest: Manifest) -> str:
         rows = _files(dumps, manifest, name, kind.stored_schema(manifest))
         view = kind.view(manifest)
         if view is not None:
-            rows = f"({view.format(rows=rows)})"
+            rows = f"({filled(view, rows=rows)})"
         for relation, sql in {name: "SELECT {dump} AS dump, * FROM {rows}", **kind.relations}.items():
-            statements[relation] = sql.format(dump=dump, rows=rows, texts=texts).strip()
+            statements[relation] = filled(sql, dump=dump, rows=rows, texts=texts).strip()
     return "\n\n".join(f"CREATE VIEW {identifier(relation)} AS\n{sql};" for relation, sql in statements.items())
 
 

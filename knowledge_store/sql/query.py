@@ -29,6 +29,7 @@ from knowledge_store.format.parquet import dataset, read_table
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
 from knowledge_store.isolation.child import MAX_MEMORY_LIMIT
 from knowledge_store.kinds import KINDS
+from knowledge_store.kinds.kind import filled
 from knowledge_store.quantities import binary_size
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.sql.parameters import Parameters, plain_parameters
@@ -145,11 +146,11 @@ class _Catalogue:
         rows = self._table(f"{manifest.dump} {table}", make_rows)
         view = KINDS[table].view(manifest) if table in KINDS else None
         if view is not None:
-            rows = f"({view.format(rows=rows)})"
+            rows = f"({filled(view, rows=rows)})"
         if sql is None:
             return f"SELECT {dump} AS dump, * FROM {rows}"
         texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""
-        return sql.format(dump=dump, rows=rows, texts=texts)
+        return filled(sql, dump=dump, rows=rows, texts=texts)
 
     def add(self, relation: str, rows: pa.Table) -> None:
         """Make a relation of a table that is at hand."""
@@ -163,7 +164,11 @@ class _Catalogue:
             self.add(relation, pa.schema([("dump", pa.string()), *columns.items()]).empty_table())
             return
         union = " UNION ALL BY NAME ".join(self._branch(*branch) for branch in branches)
-        self._connection.execute(f"CREATE VIEW {identifier(relation)} AS {union}")
+        try:
+            self._connection.execute(f"CREATE VIEW {identifier(relation)} AS {union}")
+        except (duckdb.ParserException, duckdb.BinderException, duckdb.CatalogException) as error:
+            kinds = " and ".join(dict.fromkeys(repr(kind) for _, kind, _ in branches))
+            raise QueryError(f"the relation {relation!r} that the kind {kinds} declares is no SQL: {_reason(error)}") from None
 
 
 def connect(memory_limit: float) -> duckdb.DuckDBPyConnection:
@@ -315,8 +320,13 @@ class Query:
             for damage in self._catalogue.errors:
                 raise damage from None
             if isinstance(error, MemoryError) or "Out of Memory" in str(error):
-                limit = f"its limit of {binary_size(self._memory_limit)}" if self._memory_limit is not None else "there is"
-                raise QueryError(f"this SQL needs more memory than {limit}: {_reason(error)}") from None
+                # What DuckDB advises further, to set this and that, no query may.
+                reason, *_ = str(error).splitlines() or [type(error).__name__]
+                limit, advice = "there is", ""
+                if self._memory_limit is not None:
+                    limit = f"its limit of {binary_size(self._memory_limit)}"
+                    advice = "; give a larger memory limit (--memory-limit), or ask for less"
+                raise QueryError(f"this SQL needs more memory than {limit}: {reason}{advice}") from None
             reason = _reason(error)
             if "Table with name" in reason:
                 reason += f" (the store's relations: {', '.join(self._relations)})"

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from knowledge_store.errors import InputError
 from knowledge_store.storage.local import LocalStorage
 from knowledge_store.storage.protocol import Entry, Storage, Write, contents
 
-__all__ = ["Entry", "Storage", "Write", "contents", "open_storage"]
+__all__ = ["Entry", "Storage", "StorePlace", "Write", "contents", "open_storage"]
+
+StorePlace = str | Path | Storage  # what a store is opened by: its address or folder, or the storage that holds it
 
 
-def open_storage(store: str | Path | Storage) -> Storage:
-    """The storage of a store, from its folder; a storage stays as it is."""
+def open_storage(store: StorePlace) -> Storage:
+    """The storage of a store, from its folder; a storage stays as it is.
+
+    Raises:
+        InputError: it is an address such as `s3://bucket/store`, which no storage serves.
+    """
+    if isinstance(store, str) and "://" in store:
+        raise InputError(f"stores in buckets are not served yet: give the path of a folder instead of {store}")
     return LocalStorage(store) if isinstance(store, str | Path) else store

@@ -6,7 +6,7 @@ power cut. A writer that finds the name taken leaves what is there alone.
 
 A process that is killed leaves its temporary file behind. Its writer holds an `flock` on it for as long as it lives, so
 anyone can tell a file in use from a leftover, on any machine that shares the file system, with no clock and no
-process ids. A folder is removed under a temporary name too, which any number of processes may go on with.
+process ids. A folder is removed under a temporary name too, and any number of processes may resume its removal.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ class LocalStorage:
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        self.address = str(root)
+        self.address = str(self.root)
         self._files: dict[str, _OpenFile] = {}  # by path, the one used last at the end
         self._lasting: set[Path] = set()  # folders that are known to survive a power cut
 

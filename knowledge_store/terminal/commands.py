@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from knowledge_store.errors import KnowledgeStoreError
 from knowledge_store.options import Option, check_options, flag_of, option_of
+from knowledge_store.storage import Storage
 from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output, output_errors, show_in_any_encoding
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # of the command-line library that typer brings with it
@@ -144,7 +145,7 @@ def command(
 
 
 def _parameters(configuration: type) -> list[inspect.Parameter]:
-    """The parameters of a command that has a configuration's options."""
+    """The parameters of a command that has a configuration's options: those that are required come first."""
     hints = get_type_hints(configuration)
     parameters = []
     for field in fields(configuration):
@@ -152,18 +153,29 @@ def _parameters(configuration: type) -> list[inspect.Parameter]:
         if declared is None:
             continue
         default = inspect.Parameter.empty if field.default is MISSING else field.default
-        annotation, default = _listed(hints[field.name], default)
+        annotation, default = _listed(_as_text(hints[field.name]), default)
         annotation = Annotated[annotation, _declaration(declared, flag_of(field))]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    return parameters
+    return sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
 
 
 def _declaration(declared: Option, flag: str) -> Any:
     """An option as typer has it."""
-    shared: dict[str, Any] = {"help": declared.help, "metavar": declared.metavar}
+    shared: dict[str, Any] = {
+        "help": declared.help,
+        "metavar": declared.metavar or "|".join(map(str, declared.choices)) or None,
+    }
     if declared.names_dump:
         shared["autocompletion"] = dump_names
     return typer.Argument(**shared) if declared.argument else typer.Option(flag, **shared)
+
+
+def _as_text(annotation: Any) -> Any:
+    """What a store is opened by, as the text that it is on a command line."""
+    members = get_args(annotation)
+    if Storage not in members:
+        return annotation
+    return str | None if type(None) in members else str
 
 
 def _listed(annotation: Any, default: Any) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,15 @@ def _refused_output() -> str | None:
     except OSError as error:  # a stream that is no file has no number, and says so with one of these too
         return None if isinstance(error, io.UnsupportedOperation) else error.strerror
     return None
+
+
+def end_at_sigterm() -> None:
+    """Let SIGTERM end this program as Ctrl-C does."""
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from knowledge_store.catalogue.dumps import open_dumps
-from knowledge_store.errors import DamageError, MismatchError, MissingFileError
+from knowledge_store.errors import DamageError, InputError, MismatchError, MissingFileError
 from knowledge_store.format.commits import commit_records, read_commit_of
 from knowledge_store.format.integrity import MAX_READ, FileRecord, check_whole
 from knowledge_store.format.layout import commit_file, manifest_file, table_file, tokens_file
@@ -49,13 +49,15 @@ def copy(
         reporter: hears of progress in shards.
 
     Raises:
-        InputError: the source has no such dump.
+        InputError: the source has no such dump, or the destination is the source.
         MismatchError: the destination has another dump of that name.
         DamageError: a file of the source is damaged; neither it nor its commit record is copied. Or one that is in the
             destination already is; says what to do.
         StoreError: the source is no store, the destination cannot be one, or one of them cannot be read or written.
     """
     origin, target = open_storage(source), open_storage(destination)
+    if origin.cache_key == target.cache_key:
+        raise InputError(f"{origin.address} cannot be copied into itself: give another store as the destination")
     dumps = open_dumps(origin)
     names = tuple(dumps.manifests) if dump is None else (dumps.name(dump),)
     for name, reason in dumps.closed.items() if dump is None else ():

@@ -41,18 +41,24 @@ class Verification:
 
     Attributes:
         damage: one sentence for each thing that is wrong; each names its file.
+        closed: one sentence for each dump that cannot be used here, though nothing is known to be damaged (a kind of knowledge
+            that is not known, a folder of another name). It says what to do; a repair does not help. Its files are not checked.
         notes: things that are no damage: uncommitted files, shards not dumped yet.
-        closed: how many of those sentences are of dumps that are closed, though not damaged: no repair helps them.
         dumps, shards, positions, bytes: how much is sound.
     """
 
     damage: list[str] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    closed: int = 0
     dumps: int = 0
     shards: int = 0
     positions: int = 0
     bytes: int = 0
+
+    @property
+    def sound(self) -> bool:
+        """Whether all of the store was checked, and none of it is damaged."""
+        return not self.damage and not self.closed
 
 
 def _check_file(file: TableFile) -> list[pa.Table]:
@@ -163,6 +169,12 @@ def _check_contents(
                 raise DamageError(f"{path}: {error}") from None
             for complaint in kind.checks(group, sequences.slice(start, end - start), manifest):
                 raise DamageError(f"{path}: {complaint}")
+            try:
+                kind.decode(group, manifest)
+            except MemoryError:
+                raise
+            except _UNSOUND as error:
+                raise DamageError(f"{path} cannot be read: {error}") from None
             parts.append(measured(kind, group, manifest))
         statistics |= qualified(kind, added(kind, parts))
     recorded = commit.statistics
@@ -179,8 +191,7 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
     except NewerVersionError:
         raise
     except (DamageError, StoreError) as error:
-        result.damage.append(str(error))
-        result.closed += not isinstance(error, DamageError)
+        (result.damage if isinstance(error, DamageError) else result.closed).append(str(error))
         return
     tokens = TableFile(storage, tokens_file(dump), FileRecord.from_dict(manifest.derived["tokens"]), TOKENS_SCHEMA)
     advance(0, reading=f"the vocabulary of {dump}")
@@ -244,7 +255,8 @@ def _check_folder(storage: Storage, name: str, result: Verification) -> None:
 
 
 def verify(store: str | Path | Storage, reporter: Reporter = SILENT) -> Verification:
-    """Check every file of a store: hashes, counts, schemas and the invariants of each kind.
+    """Check every file of a store: hashes, counts, schemas and the invariants of each kind, and that each row group can be
+    decoded.
 
     Args:
         store: the store's folder or storage.
@@ -271,9 +283,9 @@ def verify(store: str | Path | Storage, reporter: Reporter = SILENT) -> Verifica
             shards += len(commit_records(storage, dump))
     with reporter.progress("verifying", max(shards, 1), "shards") as advance:
         for dump in dumps:
-            before = len(result.damage)
+            before = len(result.damage) + len(result.closed)
             _check_dump(storage, dump, result, advance)
-            result.dumps += len(result.damage) == before
+            result.dumps += len(result.damage) + len(result.closed) == before
     for name in storage.folders(""):
         if name not in dumps:
             _check_folder(storage, name, result)

@@ -98,7 +98,7 @@ class DumpWriter:
         self._lasting: set[int] = set()  # shards whose commit records are known to survive a power cut
 
     def refresh(self, manifest: Manifest) -> None:
-        """Go on with the manifest as it stands in the store now, since it was repaired."""
+        """Resume with the manifest as it stands in the store now, since it was repaired."""
         self.manifest = manifest
         self._standing = self.storage.read(manifest_file(self.dump))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from knowledge_store.configuration import DumpOptions, GgufOptions
 from knowledge_store.errors import InputError
 from knowledge_store.options import check_options, option
+from knowledge_store.storage import StorePlace, open_storage
 from student_train.configuration import BatchOptions
 from student_train.evaluation.questions import ANSWER_AS
 from student_train.evaluation.results import read_evaluation
@@ -19,18 +20,20 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     """An evaluation; each field is an option of `student-train evaluate`."""
 
     model: str = option(help="Folder or hub id of the model to evaluate.")
-    store: Path | None = option(
+    store: StorePlace | None = option(
         None, argument=True, metavar="STORE", help="The store's folder, to evaluate on a held-out dump."
     )
     _: KW_ONLY
     limit: int | None = option(None, min=1, help="Evaluate only this many sequences or questions, spread evenly over them all.")
     output: str | None = option(
         None,
+        metavar="<path>",
         help="File to write. The default is MODEL/evaluations/DUMP.json or MODEL/evaluations/QUESTIONS.letter.json, and nothing"
         " for a hub id.",
     )
     questions: str | None = option(
         None,
+        metavar="<path>",
         help="JSON Lines file of multiple-choice questions (`question`, `options`, `answer`), to evaluate on these instead.",
     )
     answer_as: str = option(
@@ -38,9 +41,15 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     )
     post_hoc_temperature: str | None = option(
         None,
+        metavar="<path>",
         help="Evaluate a second time at a temperature of the model, from a file of other questions (.jsonl) to fit one on, or"
         " from the model's own calibration (.json) of `teacher-dump calibrate`.",
     )
+
+    @property
+    def store_address(self) -> str | None:
+        """What results call the store; None without one."""
+        return None if self.store is None else open_storage(self.store).address
 
     @property
     def questions_name(self) -> str:
@@ -58,10 +67,11 @@ def check_evaluation(config: EvaluateConfig) -> Path | None:
     """Check everything that needs no model, and give the file that the result goes to, if any.
 
     Raises:
-        InputError: options do not fit each other; a file, the store, the dump or the model's folder is missing; or the result
-            would take the place of something else.
+        InputError: options do not fit each other; a file, the store, the dump or the model's folder is missing; no figures
+            exist for what the dump holds; or the result would take the place of something else.
     """
     from knowledge_store import KnowledgeStore
+    from student_train.evaluation.kinds import check_figures
 
     check_options(config)
     if (config.store is None) == (config.questions is None):
@@ -80,7 +90,11 @@ def check_evaluation(config: EvaluateConfig) -> Path | None:
             raise InputError(f"there is no file {path}")
     if config.calibration and not config.calibration.is_file():
         raise InputError(f"there is no calibration file {config.calibration}")
-    dump = KnowledgeStore.open(config.store).dump(config.dump) if config.store else None
+    dump = None
+    if config.store:
+        store = KnowledgeStore.open(config.store)
+        dump = store.dump(config.dump)
+        check_figures(store, dump)
     output = _checked_output(config, dump)
     check_model_folder(config.model, config.gguf_file)
     return output
@@ -105,7 +119,7 @@ def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
             previous = read_evaluation(path)["config"]
         except InputError as error:
             raise InputError(f"{error}. Give --output to write the result somewhere else") from None
-        source = previous["questions"] or previous["store"]
-        if Path(source).resolve() != Path(str(config.questions or config.store)).resolve():
+        source, asked = previous["questions"] or previous["store"], config.questions or config.store_address
+        if Path(str(source)).resolve() != Path(str(asked)).resolve():
             raise InputError(f"{path} holds the results on {source}: give --output for those on another")
     return path

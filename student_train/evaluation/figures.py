@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel
 
+ABOVE = "A calibration error sums absolute values and comes out higher on a resample, so it can lie below its interval."
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -30,6 +32,7 @@ class Metric:
         form: of its numbers, as `format` takes it; one that ends in "%" is a share.
         lowest: whether less of it is better.
         remark: a sentence that stands below a table of the report that has it.
+        interval_remark: a sentence that stands below any table that has it with its interval.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Metric:
     form: str
     lowest: bool = True
     remark: str = ""
+    interval_remark: str = ""
 
     def shown(self, value: float | None) -> str:
         """The number as it is printed."""
@@ -47,10 +51,26 @@ class Metric:
 def calibration_errors(form: str) -> tuple[Metric, ...]:
     """The metrics of the calibration errors that `metrics.describe_answers` gives."""
     return (
-        Metric("ece_10", "ECE", "10 bins", form),
-        Metric("ece_15", "ECE", "15 bins", form),
-        Metric("adaptive_ece", "Adaptive ECE", "equal counts", form),
+        calibration_error("ece_10", "ECE", "10 bins", form),
+        calibration_error("ece_15", "ECE", "15 bins", form),
+        calibration_error("adaptive_ece", "Adaptive ECE", "equal counts", form),
     )
+
+
+def calibration_error(name: str, title: str, note: str, form: str) -> Metric:
+    """A calibration error, with what has to be said of any."""
+    remark = "Calibration error can be small for a poor model: read it beside the loss, which no model gains by pretending."
+    return Metric(name, title, note, form, remark=remark, interval_remark=ABOVE)
+
+
+def intervals_shown(metrics: Sequence[Metric], rows: Sequence[Row]) -> list[Metric]:
+    """The metrics of which at least one row has an interval."""
+    return [metric for metric in metrics if any(metric.name in row.figures.get("intervals", {}) for row in rows)]
+
+
+def remarks_once(remarks: Iterable[str]) -> list[str]:
+    """The remarks that say something, each once, in their order."""
+    return [remark for remark in dict.fromkeys(remarks) if remark]
 
 
 @dataclass(frozen=True)
@@ -198,6 +218,15 @@ class Figures:
     charts: Callable[[Measurement], Iterator[Chart]] = _no_charts
 
 
+@dataclass(frozen=True)
+class Curve:
+    """A figure that a run measures on the way: its name in the run's history, what it is called, and its unit."""
+
+    name: str
+    title: str
+    unit: str
+
+
 class Measure(Protocol):
     """Measures a model by one kind of knowledge of a dump.
 
@@ -221,6 +250,16 @@ class Measure(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class KindFigures(Figures):
-    """The figures of a kind of knowledge: `measure` computes the record that the others read."""
+    """The figures of a kind of knowledge.
+
+    Attributes:
+        measure: computes the record that the others read.
+        curves: of a run's history, for the report.
+        whole_bytes: the name of the fact that says how many bytes the knowledge would take if all of it were kept; empty where
+            there is no such fact. whole_words: a sentence on it, as plain text.
+    """
 
     measure: Measure
+    curves: tuple[Curve, ...] = ()
+    whole_bytes: str = ""
+    whole_words: str = ""

@@ -29,6 +29,26 @@ def measurements(result: Record) -> list[Measurement]:
     return [Measurement(kind, FIGURES[kind], record, result) for kind, record in records if kind in FIGURES]
 
 
+def check_figures(store: KnowledgeStore, dump: str) -> None:
+    """Refuse a dump that holds no kind of knowledge that a model can be measured by (InputError)."""
+    kinds = store.manifest(dump).kinds
+    if FIGURES.keys().isdisjoint(kinds):
+        raise InputError(
+            f"the dump {dump} holds {', '.join(kinds)}, which no figures exist for: evaluate on a dump that holds"
+            f" {' or '.join(FIGURES)}"
+        )
+
+
+def evaluated_ordinals(store: KnowledgeStore, dump: str, limit: int | None = None) -> np.ndarray:
+    """The ordinals (int64) of the sequences that `measure` reads, the longest first."""
+    lengths = store.sequences(dump)["length"].to_numpy()
+    ordinals = np.arange(len(lengths))
+    if limit is not None and limit < len(lengths):
+        ordinals = np.linspace(0, len(lengths) - 1, limit).round().astype(np.int64)
+    # Sequences of one length together leave little padding.
+    return ordinals[np.argsort(-lengths[ordinals], kind="stable")]
+
+
 def measure(
     model: PreTrainedModel,
     store: KnowledgeStore,
@@ -57,21 +77,12 @@ def measure(
     Raises:
         InputError: the dump holds no kind of knowledge that a model can be measured by, or no target.
     """
+    check_figures(store, dump)
     kinds = tuple(store.manifest(dump).kinds)
     unmeasured = [kind for kind in kinds if kind not in FIGURES]
-    if len(unmeasured) == len(kinds):
-        raise InputError(
-            f"the dump {dump} holds {', '.join(kinds)}, which no figures exist for: evaluate on a dump that holds"
-            f" {' or '.join(FIGURES)}"
-        )
     for kind in unmeasured:
         reporter.note(f"The kind {kind} of the dump {dump} is not evaluated: no figures exist for it.")
-    lengths = store.sequences(dump)["length"].to_numpy()
-    ordinals = np.arange(len(lengths))
-    if limit is not None and limit < len(lengths):
-        ordinals = np.linspace(0, len(lengths) - 1, limit).round().astype(np.int64)
-    # Sequences of one length together leave little padding.
-    ordinals = ordinals[np.argsort(-lengths[ordinals], kind="stable")]
+    ordinals = evaluated_ordinals(store, dump, limit)
     model.eval()
     started = time.monotonic()
     options: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature, "reporter": reporter}

@@ -16,6 +16,7 @@ from knowledge_store.calibration.expected_calibration_error import (
     expected_calibration_error,
     reliability,
 )
+from knowledge_store.errors import InputError
 from student_train.evaluation.bootstrap import Interval, bootstrap_calibration_error, bootstrap_interval
 
 BINS = (10, 15)  # of calibration errors; the second is that of reliability diagrams too
@@ -144,6 +145,17 @@ def describe_answers(
     figures["intervals"] |= _known(intervals)
     figures["reliability"] = reliability(confidence, correct, max(BINS)).as_dict()
     return figures
+
+
+def check_finite(*scores: np.ndarray) -> None:
+    """Refuse scores of a model, of any shape, that are not finite: no figure could be made of them (InputError)."""
+    for values in scores:
+        spoilt = values[~np.isfinite(values)]
+        if len(spoilt):
+            raise InputError(
+                f"the model gives no probabilities that can be measured: a log-probability is {float(spoilt[0])}. Its training"
+                " diverged or its weights are damaged; evaluate another model, or an earlier checkpoint of it"
+            )
 
 
 def rounded(values: np.ndarray) -> list[Any]:

@@ -30,6 +30,7 @@ from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.metrics import (
     brier,
     brier_from_sums,
+    check_finite,
     describe_answers,
     negative_log_likelihood,
     rounded,
@@ -102,6 +103,9 @@ def score(
         keep_logits: whether to keep all logits at the first token.
         title: of the progress that the reporter hears of.
         reporter: hears of progress.
+
+    Raises:
+        InputError: the model gives numbers that are not finite.
     """
     prompts = sorted(_prompts(questions), key=lambda prompt: -len(prompt.tokens))
     parts = np.bincount([prompt.question for prompt in prompts])
@@ -115,6 +119,7 @@ def score(
             batch = prompts[begin : begin + batch_size]
             logits, places = _logits(model, questions, batch)
             total = torch.logsumexp(logits, dim=-1)
+            check_finite(total.cpu().numpy())
             for prompt, place in zip(batch, places, strict=True):
                 question = questions[prompt.question]
                 if prompt.is_first:

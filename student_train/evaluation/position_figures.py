@@ -8,7 +8,17 @@ import numpy as np
 
 from student_train.deferred import deferred
 from student_train.evaluation.comparison import Difference, calibration_difference, mean_difference
-from student_train.evaluation.figures import Bars, Chart, KindFigures, Measurement, Metric, Row, calibration_errors
+from student_train.evaluation.figures import (
+    Bars,
+    Chart,
+    Curve,
+    KindFigures,
+    Measurement,
+    Metric,
+    Row,
+    calibration_error,
+    calibration_errors,
+)
 from student_train.training.run_folder import Record
 
 METRICS = (
@@ -24,7 +34,7 @@ METRICS = (
     Metric("accuracy", "Accuracy", "top-1, on the text", ".1%", lowest=False),
     Metric("brier", "Brier", "full vocabulary", ".4f"),
     *calibration_errors(".2%"),
-    Metric("full_ece", "Full-ECE", "every token", ".2%"),
+    calibration_error("full_ece", "Full-ECE", "every token", ".2%"),
 )
 MEANS = ("nll", "kl_lower_bound", "top_1_agreement", "accuracy", "brier")
 
@@ -77,6 +87,9 @@ POSITION_FIGURES = KindFigures(
     metrics=METRICS,
     rows=_rows,
     measure=deferred("student_train.evaluation.positions", "position_figures"),
+    curves=(Curve("eval_kl", "KL to the teacher", "nats per token, lower bound"),),
+    whole_bytes="dense_bytes",
+    whole_words="The teacher's whole distributions would take predictions × vocabulary × 4 bytes.",
     counted="target positions",
     count=lambda measurement: measurement.record["positions"],
     sample=lambda measurement: (measurement.source, measurement.record["per_sequence"]["targets"]),

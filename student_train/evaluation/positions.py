@@ -24,6 +24,7 @@ from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, gr
 from student_train.evaluation.metrics import (
     FullVocabularyCalibration,
     brier_from_sums,
+    check_finite,
     describe_answers,
     describe_scores,
     rounded,
@@ -58,7 +59,7 @@ def position_figures(
         everything that needs them is left out.
 
     Raises:
-        InputError: the sequences have no target positions.
+        InputError: the sequences have no target positions, or the model gives numbers that are not finite.
     """
     positions = int(store.sequences(dump)["targets"].to_numpy()[ordinals].sum())
     if not positions:
@@ -142,17 +143,19 @@ class _Student:
         self.columns: dict[str, np.ndarray] = {}
 
     def add(self, logits: Tensor, targets: Targets, candidates: int) -> None:
-        """Take in N positions."""
+        """Take in N positions (InputError: the model gives numbers that are not finite)."""
         logits = logits.float() / self.temperature
-        nll = cross_entropy(logits, targets)
+        scores = {"nll": cross_entropy(logits, targets)}
+        if candidates:
+            scores["kl_lower_bound"] = forward_kl(logits, targets, tail="bucket")
+        columns = {name: _numpy(column) for name, column in scores.items()}
+        check_finite(*columns.values())
         probabilities = torch.softmax(logits, dim=-1)
         confidence, choice = probabilities.max(dim=-1)
         self.vocabulary.add(probabilities, targets.token_ids)
         squares = probabilities.square_().sum(dim=-1)
-        columns = {"nll": nll, "confidence": confidence, "choice": choice, "squares": squares}
-        if candidates:
-            columns["kl_lower_bound"] = forward_kl(logits, targets, tail="bucket")
-        self.parts.append({name: _numpy(column) for name, column in columns.items()})
+        more = {"confidence": confidence, "choice": choice, "squares": squares}
+        self.parts.append({**columns, **{name: _numpy(column) for name, column in more.items()}})
 
     def _columns(self, stored: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         """Confidence, correct, and the scores to average."""

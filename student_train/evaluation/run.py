@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.configuration import EvaluateConfig, check_evaluation
-from student_train.evaluation.kinds import measure
+from student_train.evaluation.kinds import evaluated_ordinals, measure
 from student_train.evaluation.multiple_choice import FIT_QUESTIONS, measure_questions
 from student_train.evaluation.questions import Question, read_questions, tokenise
+from student_train.training.context import check_context
 from student_train.training.dump_facts import describe_dump
 from student_train.training.models import load_model, load_tokenizer
 from student_train.training.run_folder import versions, write_json
@@ -39,11 +40,13 @@ def evaluate(config: EvaluateConfig, *, reporter: Reporter = SILENT) -> dict[str
         `headline` (the confidence to judge by) and seconds.
 
     Raises:
-        InputError: an option, the model, the store or the questions cannot be used, or the vocabularies differ.
+        InputError: an option, the model, the store or the questions cannot be used, the vocabularies differ, or the model's
+            context is too short.
     """
     path = check_evaluation(config)
     result = _evaluate_questions(config, reporter) if config.questions else _evaluate_dump(config, reporter)
-    result = {"model": config.model, **result, "config": asdict(config), "versions": versions()}
+    options = asdict(replace(config, store=config.store_address))
+    result = {"model": config.model, **result, "config": options, "versions": versions()}
     if path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +64,7 @@ def _evaluate_dump(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]
     temperature = _given_temperature(config, tokenizer)
     model = load_model(config.model, config.gguf_file)
     check_student(store, dump, model.config, tokenizer, name=config.model)
+    check_context(store, dump, model, evaluated_ordinals(store, dump, config.limit), name=config.model, reporter=reporter)
     options: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "temperature": temperature}
     measured = measure(_on_device(model), store, dump, **options, reporter=reporter)
     return {"parameters": model.num_parameters(), "dump": describe_dump(store, dump), **measured}

@@ -6,14 +6,11 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from student_train.evaluation.figures import Figures, Metric, Row
+from student_train.evaluation.figures import Figures, Metric, Row, intervals_shown, remarks_once
 from student_train.evaluation.kinds import measurements
 from student_train.training.run_folder import Record
 
-CAPTION = (
-    "In brackets: where 95 of 100 resamples of the {} lie (bootstrap). A calibration error comes out higher on a resample,"
-    " so it can lie below."
-)
+CAPTION = "In brackets: where 95 of 100 resamples of the {} lie (bootstrap)."
 
 
 def tables(result: Record) -> Iterator[Table]:
@@ -37,7 +34,7 @@ def remarks(result: Record) -> Iterator[str]:
 
 
 def _table(title: str, figures: Figures, rows: Sequence[Row]) -> Table:
-    table = Table(title=title, title_justify="left", caption=CAPTION.format(figures.resampled))
+    table = Table(title=title, title_justify="left", caption=_caption(figures, rows))
     table.add_column("")
     for row in rows:
         table.add_column(row.label, justify="right")
@@ -48,6 +45,13 @@ def _table(title: str, figures: Figures, rows: Sequence[Row]) -> Table:
             label = f"{metric.title} ({metric.note})" if metric.note else metric.title
             table.add_row(label, *(_with_interval(row, metric) for row in rows))
     return table
+
+
+def _caption(figures: Figures, rows: Sequence[Row]) -> str | None:
+    """What the brackets are; None where there are none."""
+    metrics = intervals_shown(figures.metrics, rows)
+    remarks = remarks_once(metric.interval_remark for metric in metrics)
+    return " ".join([CAPTION.format(figures.resampled), *remarks]) if metrics else None
 
 
 def _with_interval(row: Row, metric: Metric) -> str:

@@ -12,4 +12,4 @@ class ReportConfig:
     """A report; each field is an option of `student-train report`."""
 
     runs: tuple[str, ...] = option(argument=True, metavar="RUN...", help="Folders of runs or of evaluated models.")
-    output: str = option("report.html", help="The page to write.")
+    output: str = option("report.html", metavar="<path>", help="The page to write.")

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import html
 
-from student_train.evaluation.figures import Measurement
+from student_train.evaluation.figures import Measurement, intervals_shown, remarks_once
 from student_train.evaluation.kinds import measurements
 from student_train.report import charts
 from student_train.report.runs import Run, listed, listed_numbers
 from student_train.report.tables import Side, compared, table
 
-_INTERVALS = (
-    "In small type, where 95 of 100 resamples of the {units} lie (percentile bootstrap); a calibration error sums absolute"
-    " values and comes out higher on a resample, so it can lie below. Best in each column in bold. Calibration error can be"
-    " small for a poor model: read it beside the loss, which no model gains by pretending."
-)
+_INTERVALS = "In small type, where 95 of 100 resamples of the {units} lie (percentile bootstrap)."
+_BEST = "Best in each column in bold."
 _TEMPERATURE = (
     "Rows at a temperature T are the control for every claim of better calibration: the same student, its logits divided after"
     " training by a T that was fitted on other data."
@@ -67,9 +64,12 @@ def _section(runs: list[Run], kind: str, name: str) -> str:
     missing = [run.name for run in runs if run.evaluations and run.name not in {other.name for _, other, _ in measured}]
     if missing:
         warnings.append(f"Not measured here: {listed(missing)}.")
+    bounded = intervals_shown(figures.metrics, [side.row for side in sides])
     remarks = [
-        _INTERVALS.format(units=figures.resampled),
-        *(metric.remark for metric in figures.metrics if metric.remark and any(metric.name in side.figures for side in sides)),
+        *([_INTERVALS.format(units=figures.resampled)] if bounded else []),
+        *remarks_once(metric.interval_remark for metric in bounded),
+        _BEST,
+        *remarks_once(metric.remark for metric in figures.metrics if any(metric.name in side.figures for side in sides)),
         *([_TEMPERATURE] if any(side.temperature is not None for side in sides) else []),
     ]
     return "\n".join(

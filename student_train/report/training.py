@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import html
 
+from student_train.evaluation.figures import Curve
+from student_train.evaluation.kinds import FIGURES
 from student_train.report import charts
 from student_train.report.runs import Run, listed
 from student_train.training.run_folder import Record
+
+TEXT_CURVE = Curve("eval_nll", "Loss on the text", "nats per token")
 
 
 def costs(runs: list[Run]) -> str:
@@ -15,14 +19,19 @@ def costs(runs: list[Run]) -> str:
     if not trained:
         return ""
     rows = []
+    words: dict[str, None] = {}
     for index, run in trained:
         dump = run.run.get("dump", {})
         size, positions, read = (dump.get(name) for name in ("bytes", "positions", "bytes_read"))
-        dense = sum(facts.get("dense_bytes") or 0 for facts in dump.get("kinds", {}).values())
+        whole = 0
+        for kind, facts in dump.get("kinds", {}).items():
+            if kind in FIGURES and (whole_bytes := facts.get(FIGURES[kind].whole_bytes)):
+                whole += whole_bytes
+                words[FIGURES[kind].whole_words] = None
         per_position = f"{size / positions:.1f}" if size and positions else "–"
         used = f"<small>{read / positions:.1f} of what its loss reads</small>" if read and positions else ""
         on_disk = f"{size / 1e6:,.2f} MB" if size else "–"
-        ratio = f"{dense / size:,.0f}×" if dense and size else "–"
+        ratio = f"{whole / size:,.0f}×" if whole and size else "–"
         rows.append(
             f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}</th>"
             f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(knowledge(dump))}</small></td>"
@@ -32,11 +41,11 @@ def costs(runs: list[Run]) -> str:
     return f"""
 <section>
 <h2>What it cost</h2>
-<p>The dump that each run learned from, as it lies on disk, everything in it but the vocabulary. Beside it, how much larger the
-teacher's whole distributions would be: predictions × vocabulary × 4 bytes. In small type, what is left without the columns that
+<p>The dump that each run learned from, as it lies on disk, everything in it but the vocabulary. Beside it, how much more its
+knowledge would take if all of it were kept. {html.escape(" ".join(words))} In small type, what is left without the columns that
 the run's loss has no use for.</p>
 <div class="scroll"><table><thead><tr><th></th><th>Dump<small>its knowledge</small></th><th>Bytes<small>a position</small></th>
-<th>On disk</th><th>Dense<small>as many times that</small></th></tr></thead><tbody>{body}</tbody></table></div>
+<th>On disk</th><th>Kept whole<small>as many times that</small></th></tr></thead><tbody>{body}</tbody></table></div>
 </section>"""
 
 
@@ -51,30 +60,29 @@ def knowledge(dump: Record) -> str:
 
 def learning(runs: list[Run]) -> str:
     curves = [(index, run, run.history.get("entries", [])) for index, run in enumerate(runs)]
-    panels = [
-        ("eval_kl", "KL to the teacher", "nats per token, lower bound"),
-        ("eval_nll", "Loss on the text", "nats per token"),
-    ]
-    shown = [panel for panel in panels if any(panel[0] in entry for _, _, entries in curves for entry in entries)]
+    declared = [*(curve for figures in FIGURES.values() for curve in figures.curves), TEXT_CURVE]
+    shown = [curve for curve in declared if any(curve.name in entry for _, _, entries in curves for entry in entries)]
     words = "Measured during training, on documents of the training dump that were kept out of it."
     if not shown:
-        shown = [("loss", "Training loss", "the run's own objective, nats per target")]
+        shown = [Curve("loss", "Training loss", "the run's own objective, nats per target")]
         words = "No documents were kept out of training, so this is each run's own training loss."
         if not any("loss" in entry for _, _, entries in curves for entry in entries):
             words = "None of these folders has a history of training."
             return f'<section><h2>Learning curves</h2><p class="missing">{words}</p></section>'
     drawn = [
         (
-            title,
-            unit,
+            curve.title,
+            curve.unit,
             [
-                charts.Curve(charts.colour(index), [(entry["step"], entry[name]) for entry in entries if name in entry])
+                charts.Curve(
+                    charts.colour(index), [(entry["step"], entry[curve.name]) for entry in entries if curve.name in entry]
+                )
                 for index, _, entries in curves
             ],
         )
-        for name, title, unit in shown
+        for curve in shown
     ]
-    without = [run.name for _, run, entries in curves if not any(shown[0][0] in entry for entry in entries)]
+    without = [run.name for _, run, entries in curves if not any(shown[0].name in entry for entry in entries)]
     missing = f'<p class="missing">No curve for {listed(without)}.</p>' if without else ""
     trained = [(index, run.name) for index, run, entries in curves if entries]
     legend = "".join(f"<li>{charts.swatch(index)}{html.escape(name)}</li>" for index, name in trained)

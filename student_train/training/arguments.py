@@ -24,6 +24,8 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
+            # It would log a loss that is not finite as one that is. The trainer looks at the loss itself, once a step.
+            logging_nan_inf_filter=False,
             lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
             seed=config.seed,
             bf16=bf16,

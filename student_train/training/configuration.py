@@ -24,7 +24,7 @@ class InitialiseConfig(GgufOptions):
 
     source: str = option(flag="--from", help="Folder or hub id of the model to copy.")
     keep_layers: str = option(help="Numbers of the layers to keep, counted from 0 and separated by commas: 0,6,12.")
-    output: str = option(help="Folder of the new model.")
+    output: str = option(metavar="<path>", help="Folder of the new model.")
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
     """A training run; each field is an option of `student-train run`."""
 
     student: str = option(help="Folder or hub id of the model to train.")
-    output: str = option(help="Folder of the run, which becomes the trained model.")
+    output: str = option(metavar="<path>", help="Folder of the run, which becomes the trained model.")
     _: KW_ONLY
-    loss: str = option("forward-kl", help=f"The loss to minimise: {', '.join(LOSSES)}.")
+    loss: str = option("forward-kl", metavar="LOSS", help=f"The loss to minimise: {', '.join(LOSSES)}.")
     ce_weight: float = option(0.0, min=0, max=1, help="Share of cross-entropy in the loss, from 0 to 1.")
     temperature: float = option(1.0, above=0, help="Temperature of the divergences and of top-k-renormalised.")
     first_c: float = option(0.28, above=0, max=1, help="Scale of the probabilities in the loss first, at most 1.")
@@ -47,7 +47,9 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
     skew: float = option(0.1, above=0, below=1, help="Share mixed into the reference of the skewed losses, between 0 and 1.")
     smoothing: float = option(0.1, min=0, below=1, help="Probability that label-smoothing takes off the likeliest candidate.")
     calibration: str | None = option(
-        None, help="File of a calibration that re-calibrates the teacher's targets. The tail is treated as a bucket then."
+        None,
+        metavar="<path>",
+        help="File of a calibration that re-calibrates the teacher's targets. The tail is treated as a bucket then.",
     )
     epochs: float | None = option(None, above=0, help="Passes over the training sequences. It is 1 unless --steps is given.")
     steps: int | None = option(None, min=1, help="Number of optimiser steps, instead of --epochs.")
@@ -85,7 +87,10 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
         " than those they stop at.",
     )
     report_to: str = option(
-        "none", choices=TRACKERS, help="Experiment tracker that transformers reports to, such as tensorboard or wandb."
+        "none",
+        choices=TRACKERS,
+        metavar="TRACKER",
+        help="Experiment tracker that transformers reports to, such as tensorboard or wandb.",
     )
 
     def loss_options(self) -> dict[str, float | str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knowledge_store.errors import InputError
-from student_train.training.model_folder import check_model_folder
+from student_train.training.model_folder import check_model_folder, stated_layers
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ def initialise(source: str, keep_layers: list[int], output: str | Path, *, gguf_
     if keep_layers != sorted(keep_layers):
         raise InputError("the layers of --keep-layers must be in ascending order")
     check_model_folder(source, gguf_file)
+    if (stated := stated_layers(source, gguf_file)) is not None:
+        _check_layers(keep_layers, stated, source)
     # Imports torch, which takes seconds: mistakes are found before.
     from student_train.training.models import layer_count, load_model, load_tokenizer, rebuild, text_model
 
     tokenizer = load_tokenizer(source, gguf_file)
     model = text_model(load_model(source, gguf_file))
     total = layer_count(model)
-    missing = [layer for layer in keep_layers if not 0 <= layer < total]
-    if missing:
-        raise InputError(f"layer {missing[0]} does not exist: {source} has layers 0 to {total - 1}")
+    _check_layers(keep_layers, total, source)
     student = rebuild(model, keep_layers)
 
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
@@ -76,3 +76,9 @@ def initialise(source: str, keep_layers: list[int], output: str | Path, *, gguf_
         layers_before=total,
         parameters_before=model.num_parameters(),
     )
+
+
+def _check_layers(keep_layers: list[int], total: int, source: str) -> None:
+    missing = [layer for layer in keep_layers if not 0 <= layer < total]
+    if missing:
+        raise InputError(f"layer {missing[0]} does not exist: {source} has layers 0 to {total - 1}")

@@ -1,14 +1,16 @@
-"""What a dump's selection of candidates and draws allows a run. Here alone does training know of the kind `positions`, but for
-`calibration`, which re-calibrates what that kind keeps. Imports no torch.
+"""What a dump's selection of candidates and draws allows a run, and which tokens its sequences hold. Here alone does training
+know of the kind `positions`, but for `calibration`, which re-calibrates what that kind keeps. Imports no torch.
 """
 
 from __future__ import annotations
 
-from knowledge_store import Manifest
+from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import POSITIONS, positions_of
 from student_train.losses.table import LOSSES, Loss
 from student_train.training.configuration import TrainConfig
+
+SCAN_SECONDS = 3600.0  # for one column of the whole dump
 
 
 def check_selection(manifest: Manifest, config: TrainConfig, loss: Loss) -> None:
@@ -35,3 +37,14 @@ def check_selection(manifest: Manifest, config: TrainConfig, loss: Loss) -> None
 def keeps_candidates(manifest: Manifest) -> bool:
     """Whether a dump says which tokens the teacher finds likeliest."""
     return POSITIONS.name in manifest.kinds and bool(positions_of(manifest).selection.candidates)
+
+
+def used_tokens(store: KnowledgeStore, dump: str, token_ids: set[int]) -> set[int]:
+    """Those of some tokens that a dump's sequences hold; all of them where the dump has no rows of positions to say so."""
+    if not token_ids or POSITIONS.name not in store.manifest(dump).kinds:
+        return token_ids
+    chosen = ", ".join(map(str, sorted(token_ids)))
+    # Candidates and draws are not asked: a draw may be any token, so that a long dump has drawn nearly all of them, and would
+    # refuse every renamed one; what a student learns there is how likely the teacher finds an id that the text never holds.
+    query = f"SELECT DISTINCT token_id FROM positions WHERE dump = $dump AND token_id IN ({chosen})"
+    return set(store.sql(query, {"dump": dump}, timeout=SCAN_SECONDS)["token_id"].to_pylist())

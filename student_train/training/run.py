@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
+from student_train.losses.table import TEXT
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
 from student_train.training.configuration import TrainConfig
+from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset, split_ordinals
 from student_train.training.dump_facts import describe_dump
 from student_train.training.endings import stop_at_ending
@@ -32,12 +34,13 @@ from student_train.training.run_folder import (
     RUN_FILE,
     check_output,
     last_checkpoint,
-    prepare_output,
     read_history,
     run_identity,
+    tidy_output,
     versions,
     write_json,
 )
+from student_train.training.run_lock import locked
 from student_train.training.trainer import DistillationTrainer
 from student_train.training.vocabulary import check_student
 
@@ -76,8 +79,15 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
 
     Raises:
         InputError: an option, the student or the store cannot be used, or `output` holds something else or a run with
-            another configuration; nothing is written then.
+            another configuration, or another process is training into it; nothing is written then.
+        DivergenceError: a loss or a gradient is no finite number; the last checkpoint is kept.
     """
+    with ExitStack() as held:
+        return _train(config, reporter, held)
+
+
+def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainResult:
+    """As `train`; `held` gets the lock of the output folder."""
     quieten()
     store, dump, loss = check_run(config)
     manifest = store.manifest(dump)
@@ -91,24 +101,26 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
     output = Path(config.output)
     student_sha256 = model_sha256(config.student)
     identity = run_identity(config, store, dump, sequences_per_step, steps, student_sha256, calibration_sha256)
-    check_output(output, identity)
-    history = read_history(output)
-    if history.get("finished"):
-        eval_loss = _last(history["entries"], "eval_loss")
-        return TrainResult(output, steps, steps, True, steps, history["seconds"], eval_loss)
-    checkpoint = last_checkpoint(output)
-    began_at = checkpoint.step if checkpoint else 0
+    if result := _finished(output, identity, steps):
+        return result
+    last_checkpoint(output)  # refuses one that is not to be loaded
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
     first_reporter = reporter if arguments.process_index == 0 else SILENT
     check_student(store, dump, student.config, tokenizer, reporter=first_reporter)
+    if TEXT[0] in loss.inputs:
+        check_context(store, dump, student, reporter=first_reporter)
     stop_at_ending(student, tokenizer, store, dump, keep_eos=config.keep_eos, reporter=first_reporter)
 
-    if arguments.world_size > 1:
-        _check_ranks(store.snapshot(dump), arguments.world_size)  # nobody writes before everybody has looked
+    _begin_alone(output, store.snapshot(dump), arguments, reporter, held)
+    # What stands there may have changed until now, and does no more.
+    if result := _finished(output, identity, steps):
+        return result
+    checkpoint = last_checkpoint(output)
+    began_at = checkpoint.step if checkpoint else 0
     if arguments.process_index == 0:
-        prepare_output(output)
+        tidy_output(output)
         if not (output / RUN_FILE).exists():
             facts = {
                 "identity": identity,
@@ -187,12 +199,40 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
     )
 
 
-def _check_ranks(snapshot: int, world_size: int) -> None:
-    """Make sure that every process sees the same sequences: a dump may have grown while they opened it (InputError)."""
-    snapshots: list[int | None] = [None] * world_size
-    torch.distributed.all_gather_object(snapshots, snapshot)
-    if len(set(snapshots)) > 1:
+def _finished(output: Path, identity: dict[str, Any], steps: int) -> TrainResult | None:
+    """The result of the run that an output holds, if that is finished (InputError: it holds something else)."""
+    check_output(output, identity)
+    history = read_history(output)
+    if not history.get("finished"):
+        return None
+    return TrainResult(output, steps, steps, True, steps, history["seconds"], _last(history["entries"], "eval_loss"))
+
+
+def _begin_alone(output: Path, snapshot: int, arguments: TrainingArguments, reporter: Reporter, held: ExitStack) -> None:
+    """Lock the output, in the first process, once every process has looked at it, and make sure that all see the same
+    sequences: a dump may have grown while they opened it.
+
+    Raises:
+        InputError: on all of them, where another run holds the lock, or they do not see the same.
+    """
+
+    def gathered(value: Any) -> list[Any]:
+        values = [value] * arguments.world_size
+        if arguments.world_size > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
+
+    if len(set(gathered(snapshot))) > 1:
         raise InputError("the dump grew while the processes of this run opened it, one after the other: start them again")
+    refusal = None
+    if arguments.process_index == 0:
+        try:
+            held.enter_context(locked(output, reporter))
+        except InputError as error:
+            refusal = str(error)
+    [refusal, *_] = gathered(refusal)
+    if refusal:
+        raise InputError(refusal)
 
 
 def leave_processes() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -25,6 +26,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.model_files import check_weights
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
+from student_train.training.run_lock import LOCK_FILE, check_unlocked
 
 Record = dict[str, Any]
 
@@ -93,9 +95,10 @@ def check_resume(config: TrainConfig, store: KnowledgeStore, dump: str, calibrat
     compares the number of steps and the student's files too.
 
     Raises:
-        InputError: it is; says what differs.
+        InputError: it is, or another process is training into it; says what differs.
     """
     output = Path(config.output)
+    check_unlocked(output)
     record = check_folder(output)
     if not record:
         return
@@ -173,17 +176,14 @@ def last_checkpoint(output: Path) -> Checkpoint | None:
     return last
 
 
-def prepare_output(output: Path) -> None:
-    """Make the folder, and remove checkpoints that were never completed and files that were never finished."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create {output}: {error.strerror}") from error
+def tidy_output(output: Path) -> None:
+    """Remove checkpoints that were never completed and files that were never finished; the folder's lock must be held."""
     for folder in output.glob("checkpoint-*"):
         if not (folder / COMPLETE_FILE).exists():
             shutil.rmtree(folder)
     for path in output.glob(f"{TEMPORARY_PREFIX}*"):
-        path.unlink()
+        if path.name != LOCK_FILE:
+            path.unlink()
 
 
 def read_run(folder: Path) -> Record:
@@ -217,7 +217,7 @@ def read_record(path: Path, names: Sequence[str], description: str) -> Record:
 
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write a JSON file in one go: a reader sees the old one or the new one."""
+    """Write a JSON file in one go: a reader sees the old one or the new one. Numbers that are not finite become null."""
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     temporary.write_text(_json_text(record, "\n") + "\n")
     temporary.replace(path)
@@ -231,7 +231,13 @@ def _json_text(value: Any, line: str) -> str:
         return "{" + inner + f",{inner}".join(items) + line + "}"
     if isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value):
         return "[" + inner + f",{inner}".join(_json_text(item, inner) for item in value) + line + "]"
-    return json.dumps(value, default=str)
+    if isinstance(value, list | tuple):
+        value = [_finite(item) for item in value]
+    return json.dumps(_finite(value), default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

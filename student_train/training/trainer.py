@@ -8,11 +8,15 @@ never reaches across the end of an epoch. Its loss is the sum over all their tar
 are, so the same sequences give the same gradient however they are cut into batches and ranks. Where a run stands is
 therefore one number, its step; a resume from a checkpoint reads nothing that was read before.
 
+A step whose loss or gradient is no finite number is not made, and weights that give no finite loss are not saved: the run ends
+with a `DivergenceError`, on all ranks alike.
+
 `interruption` says what Ctrl-C does, and `run_folder` what stands in a run's folder.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +37,7 @@ from student_train.losses.table import TEXT, Loss
 from student_train.losses.targets import Targets, predicting_logits, target_tokens, targets_of
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset, padding_batch
+from student_train.training.divergence import DivergenceError
 from student_train.training.run_folder import HISTORY_FILE, Checkpoint, write_json
 
 
@@ -76,6 +81,8 @@ class DistillationTrainer(Trainer):
         self._seconds_before = checkpoint.seconds if checkpoint else 0.0
         self.logged_at = checkpoint.logged_at if checkpoint else 0
         self._unlogged: Tensor | float = checkpoint.unlogged_loss if checkpoint else 0.0
+        self._step_loss: Tensor | float = 0.0
+        self._last_batch: dict[str, Tensor] = {}
         self._started = time.monotonic()
         has_plain_head(student)  # looked up before anything wraps it
         super().__init__(
@@ -124,6 +131,7 @@ class DistillationTrainer(Trainer):
         totals = self.accelerator.reduce(totals, reduction="sum")
         self.stopping = bool(totals[3])
         self.tokens = int(totals[2])
+        self._step_loss, self._last_batch = 0.0, batches[0]
         batches += [padding_batch(batches[0])] * (num_batches - len(batches))
         return batches, {"target": totals[0], "sequence": totals[1]}
 
@@ -133,7 +141,45 @@ class DistillationTrainer(Trainer):
         """The library forgets its sum of losses with each session: this one goes into the checkpoints."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._unlogged = self._unlogged + loss.detach().float()
+        self._step_loss = self._step_loss + loss.detach().float()
         return loss
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """The norm of the step's gradient, which the library asks for before each update.
+
+        Raises:
+            DivergenceError: it is no finite number, or the step's loss is not.
+        """
+        norm: Tensor | float | None = super()._get_grad_norm(model, grad_norm=grad_norm)
+        loss = torch.as_tensor(self._step_loss, device=self.args.device)
+        figures = {"loss": self.accelerator.reduce(loss, reduction="mean")}
+        if norm is not None:  # DeepSpeed does not always know it
+            figures["norm of the gradient"] = torch.as_tensor(norm, dtype=torch.float32, device=self.args.device)
+        self._check_finite(figures, step=self.state.global_step + 1)
+        return norm
+
+    def _check_finite(self, figures: Mapping[str, Tensor], step: int) -> None:
+        """Raises DivergenceError where a figure, which is the same on all ranks, is not finite."""
+        for name, value in zip(figures, torch.stack(list(figures.values())).tolist(), strict=True):
+            if not math.isfinite(value):
+                raise DivergenceError(Path(self.args.output_dir), step, self.state.global_step, name, value)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save, unless the last update spoilt the weights: the next step's loss comes too late to keep this checkpoint from
+        taking the place of a good one.
+
+        Raises:
+            DivergenceError: they give no finite loss.
+        """
+        batch = self._prepare_inputs(self._last_batch)
+        counts = {unit: max(1, int(count)) for unit, count in units(batch).items()}
+        self.model.eval()  # draws no random numbers, of which the next step would get others
+        with torch.no_grad():
+            loss = self._measured(batch, counts)[0].float()
+        self.model.train()
+        figures = {"loss after it": self.accelerator.reduce(loss, reduction="mean")}
+        self._check_finite(figures, step=self.state.global_step)
+        super()._save_checkpoint(model, trial)
 
     def unlogged_loss(self) -> float:
         """The sum of the losses of the steps since `logged_at`; every process must ask for it together."""
@@ -168,6 +214,9 @@ class DistillationTrainer(Trainer):
 
         The last two are the same for any loss, so that runs can be compared. Both are left out for a loss that does not run
         on the text, and `eval_kl` (candidates and tail as one more symbol, a lower bound) for a dump without candidates.
+
+        Raises:
+            DivergenceError: one of them is no finite number.
         """
         dataset: DistillationDataset = eval_dataset or self.eval_dataset
         sequences = dataset.store.sequences(dataset.dump)
@@ -179,8 +228,10 @@ class DistillationTrainer(Trainer):
             for batch in self._loader(dataset):
                 totals += self._measured(self._prepare_inputs(batch), counts).double().cpu()
         self.model.train()
-        means = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum").tolist()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in zip(self.figures, means, strict=True)}
+        means = self.accelerator.reduce(totals.float().to(self.args.device), reduction="sum")
+        named = dict(zip(self.figures, means, strict=True))
+        self._check_finite({f"validation {name}": value for name, value in named.items()}, step=self.state.global_step)
+        metrics = {f"{metric_key_prefix}_{name}": float(value) for name, value in named.items()}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -7,8 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
-
-SCAN_SECONDS = 3600.0  # for one column of the whole dump, where names of unused tokens differ
+from student_train.training.positions import used_tokens
 
 
 def check_student(
@@ -55,7 +54,7 @@ def check_student(
     harmless = {
         token_id for token_id in differing if (token_id in added or token_id > last) and kept.get(token_id) not in known
     }
-    harmless -= _used(store, dump, harmless)
+    harmless -= used_tokens(store, dump, harmless)
     if refused := differing - harmless:
         raise InputError(
             f"the vocabulary of {name} is not that of the dump {dump}: {_differences(refused, kept, tokens)}."
@@ -72,17 +71,6 @@ def check_student(
         reporter.note(
             f"Tokens that no sequence of {dump} holds have other names in {name}: {_differences(harmless, kept, tokens)}"
         )
-
-
-def _used(store: KnowledgeStore, dump: str, token_ids: set[int]) -> set[int]:
-    """Those of some tokens that a dump's sequences hold; all of them where its kinds of knowledge do not say."""
-    if not token_ids or "positions" not in store.manifest(dump).kinds:
-        return token_ids
-    # Candidates and draws are not asked: a draw may be any token, so that a long dump has drawn nearly all of them, and would
-    # refuse every renamed one; what a student learns there is how likely the teacher finds an id that the text never holds.
-    chosen = ", ".join(map(str, sorted(token_ids)))
-    query = f"SELECT DISTINCT token_id FROM positions WHERE dump = $dump AND token_id IN ({chosen})"
-    return set(store.sql(query, {"dump": dump}, timeout=SCAN_SECONDS)["token_id"].to_pylist())
 
 
 def _differences(token_ids: set[int], kept: dict[int, str], tokens: dict[int, str]) -> str:

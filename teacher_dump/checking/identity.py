@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from knowledge_store import KnowledgeStore, Manifest
-from teacher_dump.checking.limits import SHORT, limits_of
 from teacher_dump.corpus.tokenisation import describe_tokenizer
 from teacher_dump.teachers.local import LocalTeacher
 from teacher_dump.teachers.protocol import Teacher
@@ -30,13 +29,13 @@ def same_weights(manifest: Manifest, teacher: LocalTeacher) -> tuple[bool, list[
     kept, now = manifest.teacher.get("dtype"), teacher.description["dtype"]
     if kept != now:
         notes.append(f"the dump was made in {kept}, and the teacher is asked in {now} now")
-    config = teacher.model.config.get_text_config()
-    if limits_of(manifest, teacher) is SHORT and any((getattr(config, name, None) or 0) > 1 for name in EXPERTS):
-        notes.append(
-            "a mixture of experts sends some tokens to other experts where rounding differs, which moves values by more than"
-            f" any limit here: before believing in damage, ask as the dump did (--dtype {kept}, a device of the same kind)"
-        )
     return same, notes
+
+
+def has_experts(teacher: LocalTeacher) -> bool:
+    """Whether the teacher is a mixture of experts."""
+    config = teacher.model.config.get_text_config()
+    return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
 
 
 def other_tokenizer(store: KnowledgeStore, manifest: Manifest, teacher: Teacher, notes: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from teacher_dump.teachers.files import check_local_teacher
 from teacher_dump.teachers.loading import check_loading
 
 if TYPE_CHECKING:
-    from teacher_dump.checking.verdicts import Agreement
+    from teacher_dump.checking.agreement import Agreement
     from teacher_dump.teachers.local import LocalTeacher
 
 # Given a store and a dump's manifest, ordinals int64 (S,) of the sequences to ask about, ascending, and the teacher.
@@ -28,7 +28,7 @@ Checker = Callable[[KnowledgeStore, Manifest, np.ndarray, "LocalTeacher", CheckC
 
 def _check_positions(*arguments: Any) -> Agreement:
     # Torch takes seconds to import, and mistakes must not wait for it.
-    from teacher_dump.checking.positions import check_positions
+    from teacher_dump.checking.positions.checker import check_positions
 
     return check_positions(*arguments)
 
@@ -61,7 +61,7 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
         )
     count = store.sequence_count(manifest.dump)
     if not count:
-        raise InputError(f"dump {manifest.dump!r} of {config.store} has no committed sequence yet")
+        raise InputError(f"dump {manifest.dump!r} of {store.address} has no committed sequence yet")
     if teacher is None:
         check_local_teacher(config.teacher, config.gguf_file, config.revision)
     for kind in manifest.kinds:

@@ -143,7 +143,7 @@ def _iso_text(text: Any) -> str:
     """ISO 8601 of Arrow's text of a point in time: a `T` before the time, and no zeros at the end of a fraction."""
     if str(text).startswith("<"):
         raise ValueError(f"a date or time out of range: {str(text).strip('<>').split(': ')[-1]}")
-    return re.sub(r"\.(\d*?)0+(?!\d)", lambda found: f".{found[1]}" if found[1] else "", str(text)).replace(" ", "T")
+    return re.sub(r"\.(\d*?)0+(?!\d)", lambda fraction: f".{fraction[1]}" if fraction[1] else "", str(text)).replace(" ", "T")
 
 
 def _decimal(value: Decimal) -> int | float | str:

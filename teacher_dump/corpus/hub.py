@@ -89,8 +89,8 @@ def hub_files(address: HubAddress, suffixes: tuple[str, ...], reporter: Reporter
     names = _chosen(address, listing, suffixes)
 
     def cached(name: str) -> Path | None:
-        found = try_to_load_from_cache(address.repository, name, revision=listing.commit, repo_type="dataset")
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(address.repository, name, revision=listing.commit, repo_type="dataset")
+        return Path(path) if isinstance(path, str) else None
 
     missing = [name for name in names if cached(name) is None]
     if missing and problem is None:
@@ -149,7 +149,7 @@ def _ask(address: HubAddress) -> Listing:
     )
 
     try:
-        found = HfApi().dataset_info(address.repository, revision=address.revision, timeout=_TIMEOUT)
+        info = HfApi().dataset_info(address.repository, revision=address.revision, timeout=_TIMEOUT)
     except OfflineModeIsEnabled:
         raise _Unreachable(address, "HF_HUB_OFFLINE keeps the hub from being asked") from None
     except RevisionNotFoundError:
@@ -162,7 +162,7 @@ def _ask(address: HubAddress) -> Listing:
         raise _Unreachable(address, f"the hub answers with an error ({_first_line(error)})") from None
     except Exception as error:  # those of the HTTP library, which differs from release to release
         raise _Unreachable(address, f"the hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__})") from None
-    return Listing(str(found.sha), sorted(sibling.rfilename for sibling in found.siblings or []))
+    return Listing(str(info.sha), sorted(sibling.rfilename for sibling in info.siblings or []))
 
 
 def _chosen(address: HubAddress, listing: Listing, suffixes: tuple[str, ...]) -> list[str]:
@@ -177,9 +177,9 @@ def _chosen(address: HubAddress, listing: Listing, suffixes: tuple[str, ...]) ->
     patterns = sorted({_pattern(name) for name in chosen})
     if not chosen:
         known = sorted({_pattern(name) for name in readable})
-        found = f"it has {_listed(known)}" if known else f"it has no file that ends in {', '.join(suffixes)}"
+        files = f"it has {_listed(known)}" if known else f"it has no file that ends in {', '.join(suffixes)}"
         other = "" if known else "; the hub keeps many others as Parquet: try @refs/convert/parquet"
-        raise InputError(f"{address} names no file that can be read: {found}{other}")
+        raise InputError(f"{address} names no file that can be read: {files}{other}")
     if "*" not in path and len(patterns) > 1:  # which would mix splits, or train on a test set
         example = f"hf://datasets/{address.repository}@{address.revision}/{patterns[0]}"
         raise InputError(f"{address} has several sorts of files: name one, as in '{example}', of {_listed(patterns)}")

@@ -69,12 +69,12 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
 
 
 def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
-    there = {name for name, value in record.items() if value is not None}
-    shapes = columns.shapes(there)
+    names = {name for name, value in record.items() if value is not None}
+    shapes = columns.shapes(names)
     if len(shapes) > 1:
         ways = " or ".join(f"--columns {_own_names(shape)}" for shape in shapes[:2])
         raise ValueError(f"it fits two shapes, {shapes[0].name} and {shapes[1].name}: say which counts with {ways}")
-    halves = [part for part in COMPLETION.required if part in there and COMPLETION not in shapes]
+    halves = [part for part in COMPLETION.required if part in names and COMPLETION not in shapes]
     if not shapes:
         raise ValueError(_no_shape(record, halves))
     if halves:
@@ -110,9 +110,9 @@ def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
     if nulls := [part for shape in SHAPES for part in shape.required if part in record and record[part] is None]:
         return f"{_quoted(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
     names = sorted(record)[:6]
-    found = f" (it has {_quoted(names)}{' and more' if len(record) > len(names) else ''})" if names else ""
+    columns = f" (it has {_quoted(names)}{' and more' if len(record) > len(names) else ''})" if names else ""
     return (
-        f"none of the columns that a row is read by{found}: `text`, `prompt` and `completion`, `messages`, `conversations`,"
+        f"none of the columns that a row is read by{columns}: `text`, `prompt` and `completion`, `messages`, `conversations`,"
         " `instruction` and `output`, or `input_ids`. Columns of other names are read with --columns, as in"
         " --columns prompt=question,completion=answer"
     )

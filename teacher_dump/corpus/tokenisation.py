@@ -91,10 +91,10 @@ class CorpusTokenizer:
             BadRow: the document cannot be used; says why. LongRow where it is too long for that, EmptyRow where it has nothing
                 to learn from.
         """
-        found = self._sequences(document)
-        if not found and document.part == 0:
+        sequences = self._sequences(document)
+        if not sequences and document.part == 0:
             raise EmptyRow
-        return found
+        return sequences
 
     def _sequences(self, document: Document) -> list[TokenSequence]:
         if document.problem is not None:

@@ -60,7 +60,12 @@ def _sentences(existing: Manifest, asked: Manifest) -> list[str]:
     if "plan.max_length" in changes:
         changes.pop("plan.part_characters", None)  # which follows from it
     changes.pop("plan.chat.template", None)  # its hash says so
-    sentences = [_sentence(name, *values, existing, asked) for name, values in changes.items()]
+    sentences = []
+    for kind in sorted(existing.kinds.keys() ^ asked.kinds.keys()):
+        sentences.append(f"--kind {kind} was {'given and is not now' if kind in existing.kinds else 'not given and is now'}")
+        # What that kind's options are says nothing more.
+        changes = {name: values for name, values in changes.items() if not f"{name}.".startswith(f"kinds.{kind}.")}
+    sentences += [_sentence(name, *values, existing, asked) for name, values in changes.items()]
     return list(dict.fromkeys(sentences))
 
 
@@ -78,8 +83,6 @@ def _sentence(name: str, old: Any, new: Any, existing: Manifest, asked: Manifest
         return f"--columns said {old} and now says {new}"
     if name.startswith("teacher.files."):
         return f"the teacher's file {name.removeprefix('teacher.files.')} has other contents"
-    if (kind := name.removeprefix("kinds.")) in existing.kinds.keys() ^ asked.kinds.keys():
-        return f"--kind {kind} was {'given and is not now' if kind in existing.kinds else 'not given and is now'}"
     label = _NAMES.get(name) or in_words(name)
     for kind, extractor in EXTRACTORS.items():
         parameter = name.removeprefix(f"kinds.{kind}.")

@@ -100,7 +100,7 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
     """
     config = with_local_corpus(config, reporter=reporter)
     tokenizer = tokenizer or teacher_tokenizer(config, None, weights=False)
-    sequences = corpus_tokenizer(config, tokenizer)
+    cutter = corpus_tokenizer(config, tokenizer)
     tally = Tally(config.too_long)
     rows = []
     for document in islice(
@@ -108,15 +108,15 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
     ):
         place = place_text(config.corpus, document.file, document.row)
         try:
-            found = sequences.sequences(document)
+            sequences = cutter.sequences(document)
         except BadRow as problem:
             tally.leave_out(document, problem)
             refused = stops(problem, config.too_long, skip_bad_rows=True)
             rows.append(PreviewRow(place, document.part, (), problem=str(problem), stops=refused))
             continue
-        tally.use(document, found)
-        shown = tuple(_sequence(tokenizer, sequence) for sequence in found)
-        dropped = sum(sequence.dropped_reasoning for sequence in found)
+        tally.use(document, sequences)
+        shown = tuple(_sequence(tokenizer, sequence) for sequence in sequences)
+        dropped = sum(sequence.dropped_reasoning for sequence in sequences)
         rows.append(PreviewRow(place, document.part, shown, dropped))
     return Preview(rows, tally.counts)
 

@@ -56,8 +56,8 @@ def repair(
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are repaired first.
     """
-    config = with_local_corpus(config, reporter=reporter)
     storage = open_storage(config.store)
+    config = with_local_corpus(config, reporter=reporter)
     check_request(config, storage, rank, world_size)
     existing = _manifest_to_repair(storage, config.dump_name, reporter)
     config = as_made(config, existing)

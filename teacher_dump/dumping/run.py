@@ -44,8 +44,8 @@ def dump(
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are committed first.
     """
-    config = with_local_corpus(config, reporter=reporter)
     storage = open_storage(config.store)
+    config = with_local_corpus(config, reporter=reporter)
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
     config = as_made(config, existing)

@@ -5,7 +5,7 @@ To add a kind, write its extractor in a file of its own and add its line to `EXT
 import no torch: options are checked before anything heavy is loaded.
 """
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 from knowledge_store.errors import InputError
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor
@@ -23,10 +23,18 @@ def option_classes() -> tuple[type, ...]:
     """The options of all kinds.
 
     Raises:
-        TypeError: two kinds have an option of one name, which could not be told apart in a command.
+        TypeError: the options of a kind cannot be put together with others, or two kinds have an option of one name, which
+            could not be told apart in a command.
     """
     owners: dict[str, str] = {}
     for kind, extractor in EXTRACTORS.items():
+        declared = extractor.options
+        frozen = is_dataclass(declared) and getattr(declared, "__dataclass_params__").frozen  # noqa: B009
+        if not frozen or not all(field.kw_only for field in fields(declared)):
+            raise TypeError(
+                f"the options of the kind {kind!r} cannot become those of a command: declare {declared.__name__} with"
+                " @dataclass(frozen=True, kw_only=True)"
+            )
         for field in fields(extractor.options):
             if owners.setdefault(field.name, kind) != kind:
                 raise TypeError(f"the kinds {owners[field.name]!r} and {kind!r} both have an option {field.name!r}")

@@ -56,8 +56,8 @@ class Extractor:
     Attributes:
         needs: what the teacher must be able to give.
         function: the arrays of each sequence of a batch; for a kind per sequence they have one entry.
-        options: a frozen dataclass whose fields, with defaults, are the kind's options in commands and configurations; what
-            does not fit together it refuses when it is made. No two kinds have an option of one name.
+        options: a frozen dataclass whose fields, by keyword alone and with defaults, are the kind's options in commands and
+            configurations; what does not fit together it refuses when it is made. No two kinds have an option of one name.
         parameters: of the kind, from its options; None for a kind without parameters.
         check: raises InputError where options do not fit a teacher, given what is known of it (see `Teacher.description`;
             before it is loaded perhaps `vocabulary_size` and `max_positions` alone) and of its tokenizer (None before).

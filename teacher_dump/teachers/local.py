@@ -176,8 +176,8 @@ class LocalPrediction:
 def _named(device: Any) -> str:
     if device == "disk":
         return "disk"
-    found = torch.device(device)
-    return torch.cuda.get_device_name(found) if found.type == "cuda" else found.type
+    place = torch.device(device)
+    return torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
 
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
@@ -340,21 +340,21 @@ def _asked(folder: Path) -> Iterator[None]:
 
 def _placement(loading: Loading, where: torch.device, dtype: Any, scratch: str | None) -> dict[str, Any]:
     """What the library is told of where weights go, how large they are and how attention is computed."""
-    told: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     if loading.attention != "auto":
-        told["attn_implementation"] = loading.attention
+        arguments["attn_implementation"] = loading.attention
     if loading.device_map != "none":
-        told |= {"device_map": loading.device_map, "max_memory": loading.memory, "offload_folder": scratch}
+        arguments |= {"device_map": loading.device_map, "max_memory": loading.memory, "offload_folder": scratch}
     elif loading.quantised:
-        told["device_map"] = {"": where}
+        arguments["device_map"] = {"": where}
     if loading.quantised:
         compute = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-        told["quantization_config"] = (
+        arguments["quantization_config"] = (
             BitsAndBytesConfig(load_in_8bit=True)
             if loading.quantize == "8-bit"
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
         )
-    return told
+    return arguments
 
 
 def _positions(config: PreTrainedConfig) -> int | None:

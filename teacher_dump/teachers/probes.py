@@ -41,10 +41,10 @@ def _logits(teacher: LocalTeacher, rows: list[np.ndarray], places: list[np.ndarr
     for index, row in enumerate(rows):
         padded[index, : len(row)] = row
     prediction = teacher.predict(padded, np.arange(padded.shape[1]) < lengths[:, None])
-    numbers = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(own) for own in places])).to(teacher.device)
+    numbers = torch.from_numpy(np.repeat(np.arange(len(rows)), [len(part) for part in places])).to(teacher.device)
     positions = torch.from_numpy(np.concatenate(places)).to(teacher.device)
     logits = torch.cat([part.cpu() for _, part in prediction.logit_slices(numbers, positions)])
-    return list(logits.split([len(own) for own in places]))
+    return list(logits.split([len(part) for part in places]))
 
 
 def difference(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -178,8 +178,8 @@ def _probe_length(teacher: LocalTeacher) -> int:
 
 
 def _rope(teacher: LocalTeacher) -> dict[str, Any]:
-    found = getattr(teacher.model.config.get_text_config(), "rope_parameters", None)
-    return found if isinstance(found, dict) else {}
+    parameters = getattr(teacher.model.config.get_text_config(), "rope_parameters", None)
+    return parameters if isinstance(parameters, dict) else {}
 
 
 def _border(teacher: LocalTeacher) -> int | None:

@@ -105,8 +105,8 @@ def check_standing(store: Path, acknowledged: set[int], whole: Path) -> set[int]
     if not (store / DUMP / "manifest.json").exists():
         assert not standing, "commit records without a manifest"
         return standing
-    damage = verify(store).damage
-    assert not damage, damage
+    found = verify(store)
+    assert found.sound, found
     with_shards = KnowledgeStore.open(store)
     ids = with_shards.sequences(DUMP)["sequence_id"].to_pylist()
     seen = {(each >> WINDOW_BITS) // DOCUMENTS for each in ids}

@@ -252,7 +252,7 @@ def check_complete(store: Path, folder: Path, shards: int, machines: set[int], t
     leftovers = list(store.rglob(".tmp-*"))
     assert not leftovers, f"left behind: {leftovers}"
     found = verify(store)
-    assert not found.damage and not found.notes, (found.damage, found.notes)
+    assert found.sound and not found.notes, found
     files = {name: data for name, (_, data) in published(store).items()}
     alone = [undisturbed(folder, shards, machine, teacher) for machine in sorted(machines)]
     assert files.keys() == alone[0].keys(), sorted(files.keys() ^ alone[0].keys())
@@ -344,7 +344,7 @@ def race_for_a_name(difference: str, folder: Path, racers: int = 4, shards: int 
             assert "delete" not in outcome, f"a racer is told to delete the winner's dump: {outcome}"
     [(teacher, prefix)] = winners
     found = verify(store)
-    assert not found.damage and not found.notes, (found.damage, found.notes)
+    assert found.sound and not found.notes, found
     text = KnowledgeStore.open(store).tokens()["text"].to_pylist()[0]
     assert text == f"{prefix}0", (winners, text)
     files = published(store)

@@ -51,10 +51,10 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
     ids, id_counts = padded_lists(table["candidate_ids"], -1, np.int64)
     logprobs, logprob_counts = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     width = min(rule.candidates, vocabulary)
-    least = min(width, 1) if rule.name == "top-p" else width
+    min_count = min(width, 1) if rule.name == "top-p" else width
     counts = id_counts[kept]
-    if (counts < least).any() or (counts > width).any() or (logprob_counts[kept] != counts).any():
-        yield f"a position does not have {width if least == width else f'{least} to {width}'} candidates"
+    if (counts < min_count).any() or (counts > width).any() or (logprob_counts[kept] != counts).any():
+        yield f"a position does not have {width if min_count == width else f'{min_count} to {width}'} candidates"
         return
     if not rule.candidates:
         # Nothing is kept but the token's own log-probability, and the draws.

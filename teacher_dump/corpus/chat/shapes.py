@@ -148,8 +148,8 @@ class Shapes:
         def differ() -> bool:
             try:
                 texts = [
-                    self._renderer.render(each.messages, form, each.tools, each.arguments)
-                    for each in (row, row.changed(form, change))
+                    self._renderer.render(version.messages, form, version.tools, version.arguments)
+                    for version in (row, row.changed(form, change))
                 ]
             except BadRow:
                 return False

@@ -133,10 +133,10 @@ class Turns:
             runs = _runs(marked, at) if marked is not None else []
             if marked is None or number >= len(runs):
                 continue
-            found = Around.of(marked, runs[number])
-            if found.before == around.before and found.following == around.following:
-                header = len(found.before) if number else self._header(row, form, at, found)
-                return header, self._closing_size(row, form, at, found)
+            surroundings = Around.of(marked, runs[number])
+            if surroundings.before == around.before and surroundings.following == around.following:
+                header = len(surroundings.before) if number else self._header(row, form, at, surroundings)
+                return header, self._closing_size(row, form, at, surroundings)
         raise BadRow(
             "the chat template writes this conversation in a way of its own, so that the assistant's turns cannot be told from"
             f" the rest: message {index + 1}; name another template with --chat-template"

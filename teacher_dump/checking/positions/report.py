@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from teacher_dump.checking.limits import FLOAT32, SHARE_OFF
-from teacher_dump.checking.verdicts import Agreement
+from typing import TYPE_CHECKING
+
+from teacher_dump.checking.positions.limits import FLOAT32, SHARE_OFF
+
+if TYPE_CHECKING:
+    from teacher_dump.checking.positions.verdicts import PositionsAgreement
 
 
-def describe(agreement: Agreement) -> list[str]:
+def describe(agreement: PositionsAgreement) -> list[str]:
     """An agreement in words: the distribution of differences, rates, and the verdict with what it rests on."""
     lines = [f"{agreement.dump}: {agreement.sequences} sequences asked again, {agreement.positions:,} positions with knowledge"]
     if agreement.differences:

@@ -10,10 +10,11 @@ import numpy as np
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions import positions_of
-from teacher_dump.checking.comparison import KeptSequence
-from teacher_dump.checking.limits import SHARE_OFF, SHORT, Limits
+from teacher_dump.checking.agreement import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, Agreement
+from teacher_dump.checking.positions.comparison import KeptSequence
+from teacher_dump.checking.positions.limits import SHARE_OFF, SHORT, Limits
+from teacher_dump.checking.positions.report import describe
 
-AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER = "agrees", "damage", "another teacher", "another tokenizer"
 MAX_COUNTED = 2.0  # nats of one value, in a mean
 SHOWN = 5
 QUANTILES = (0.5, 0.9, 0.99, 0.999, 1.0)
@@ -39,15 +40,12 @@ class Differences:
     noise: float = 0.0
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How far a teacher agrees with a dump.
+@dataclass(frozen=True, kw_only=True)
+class PositionsAgreement(Agreement):
+    """How far a teacher agrees with the predictions that a dump keeps.
 
     Attributes:
-        dump, sequences, positions: what was compared; positions with knowledge.
-        verdict: one of AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER.
-        reasons: what it rests on, one sentence each.
-        notes: what else a person should know.
+        positions: how many were compared, those with knowledge.
         limits: what counts as numeric noise here.
         differences: of `token`, `candidates`, `tail`, and where there are any `tail at T`, `selection`, `draws`.
         noise: the largest `typical` of any quantity (nats).
@@ -58,12 +56,7 @@ class Agreement:
             cannot be read, or have other tokens than they had.
     """
 
-    dump: str
-    sequences: int
     positions: int
-    verdict: str
-    reasons: tuple[str, ...]
-    notes: tuple[str, ...]
     limits: Limits
     differences: dict[str, Differences] = field(default_factory=dict)
     noise: float = 0.0
@@ -71,6 +64,11 @@ class Agreement:
     changed_top_1: float | None = None
     moved_draws: float | None = None
     sequences_off: int = 0
+
+    @property
+    def lines(self) -> list[str]:
+        """The distribution of differences, rates, and the verdict with what it rests on."""
+        return describe(self)
 
 
 def _values(compared: list[Arrays], ending: str) -> np.ndarray:
@@ -171,7 +169,7 @@ def judge(
     notes: list[str],
     limits: Limits,
     sample: int,
-) -> Agreement:
+) -> PositionsAgreement:
     draws = [shares for shares in (_values([arrays], "draws off") for arrays in compared) if len(shares)]
     draws_off, moved = _median(shares.mean() for shares in draws), _median((shares > 0).mean() for shares in draws)
     farthest = [_farthest(sequence, arrays, limits) for sequence, arrays in zip(kept, compared, strict=True)]
@@ -225,7 +223,7 @@ def judge(
             reasons.append(f"in the median sequence {drawn}; no draw is off by {limits.draw}")
         if not same_weights and limits is SHORT:
             notes = [*notes, "a teacher that differs by less than a short dtype's noise passes too: --dtype float32 tells more"]
-    return Agreement(
+    return PositionsAgreement(
         dump=manifest.dump,
         sequences=sample,
         positions=sum(len(sequence.places) for sequence in kept),

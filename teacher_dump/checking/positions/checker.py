@@ -1,4 +1,4 @@
-"""The checker of the kind `positions`: it and its parts, `comparison`, `verdicts` and `report`, know what that kind keeps.
+"""How the predictions that were kept are held against those of the teacher now.
 
 What was kept is rounded, what is asked now is not. Held against each other are the values that the format rounds each by itself
 (`positions.exact_steps`): how far each candidate is below the first, the tail's log-odds, and the log-probability of a token
@@ -25,10 +25,11 @@ import numpy as np
 
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.reporter import Reporter
-from teacher_dump.checking.comparison import ask, read_sequences
-from teacher_dump.checking.identity import other_model, other_tokenizer, same_weights
-from teacher_dump.checking.limits import limits_of
-from teacher_dump.checking.verdicts import OTHER_TEACHER, OTHER_TOKENIZER, Agreement, judge
+from teacher_dump.checking.agreement import OTHER_TEACHER, OTHER_TOKENIZER
+from teacher_dump.checking.identity import has_experts, other_model, other_tokenizer, same_weights
+from teacher_dump.checking.positions.comparison import ask, read_sequences
+from teacher_dump.checking.positions.limits import SHORT, limits_of
+from teacher_dump.checking.positions.verdicts import PositionsAgreement, judge
 from teacher_dump.configuration import CheckConfig
 from teacher_dump.teachers.local import LocalTeacher
 
@@ -40,15 +41,24 @@ def check_positions(
     teacher: LocalTeacher,
     config: CheckConfig,
     reporter: Reporter,
-) -> Agreement:
+) -> PositionsAgreement:
     """How far a teacher agrees with the predictions that were kept of some sequences (a `run.Checker`)."""
     limits = limits_of(manifest, teacher)
     weights_are_same, notes = same_weights(manifest, teacher)
+    if limits is SHORT and has_experts(teacher):
+        notes.append(
+            "a mixture of experts sends some tokens to other experts where rounding differs, which moves values by more than"
+            " any limit here: before believing in damage, ask as the dump did"
+            f" (--dtype {manifest.teacher.get('dtype')}, a device of the same kind)"
+        )
     tokenizer = other_tokenizer(store, manifest, teacher, notes)
     refusal = other_model(manifest, teacher)
     if refusal:
         verdict = OTHER_TOKENIZER if tokenizer else OTHER_TEACHER
-        return Agreement(manifest.dump, 0, 0, verdict, (*tokenizer, refusal), tuple(notes), limits)
+        reasons = (*tokenizer, refusal)
+        return PositionsAgreement(
+            dump=manifest.dump, sequences=0, positions=0, verdict=verdict, reasons=reasons, notes=tuple(notes), limits=limits
+        )
     kept, unreadable = read_sequences(store, manifest, ordinals.tolist())
     compared = ask(manifest, teacher, kept, config, reporter)
     return judge(manifest, kept, compared, unreadable, tokenizer, weights_are_same, notes, limits, len(ordinals))

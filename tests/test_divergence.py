@@ -1,0 +1,181 @@
+"""Runs whose numbers stop being finite end at once, say where, and keep what was good; evaluations of such models end too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_teacher, write_jsonl
+from safetensors.torch import load_file, save_file
+from test_student_training import command, environment
+from torture.heartbeat import PATIENCE
+from typer.testing import CliRunner
+
+from knowledge_store.errors import InputError
+from student_train.cli import app
+from student_train.evaluation.configuration import EvaluateConfig
+from student_train.evaluation.run import evaluate
+from student_train.training.configuration import TrainConfig
+from student_train.training.divergence import DivergenceError
+from student_train.training.run import train
+from student_train.training.run_folder import last_checkpoint, write_json
+from student_train.training.trainer import DistillationTrainer
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("student") / "student", layers=1, seed=1)
+
+
+@pytest.fixture
+def settings(store_folder, student, tmp_path) -> dict:
+    return {
+        "store": str(store_folder),
+        "student": str(student),
+        "output": str(tmp_path / "run"),
+        "dump": "train",
+        "batch_size": 4,
+        "steps": 6,
+        "eval_fraction": 0.0,
+        "learning_rate": 1e-3,
+    }
+
+
+WILD = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup": 0.0}
+
+
+def strict(path: Path) -> dict:
+    """A JSON file; NaN and Infinity are none."""
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{path.name} has {word}"))
+
+
+def break_weights(monkeypatch, after: int) -> None:
+    """After so many steps an update spoils the weights."""
+    schedule = DistillationTrainer._get_learning_rate
+
+    def spoil(self):
+        if self.state.global_step == after - 1:  # asked for between the update and the next step
+            next(self.model.parameters()).data.fill_(float("nan"))
+        return schedule(self)
+
+    monkeypatch.setattr(DistillationTrainer, "_get_learning_rate", spoil)
+
+
+def test_a_run_that_diverges_is_no_finished_one(settings, tmp_path):
+    done = CliRunner().invoke(app, ["run", *command(settings | WILD)])
+    assert done.exit_code == 1 and not done.stdout
+    assert done.stderr.count("Error: training diverged at step ") == 1
+    assert "--learning-rate" in done.stderr.splitlines()[-1]
+    run = tmp_path / "run"
+    assert not strict(run / "history.json").get("finished") and not (run / "model.safetensors").exists()
+    assert last_checkpoint(run) is None or last_checkpoint(run).step == 0
+
+
+@pytest.mark.parametrize("save_steps", [1, 2, 3])
+def test_the_last_good_checkpoint_is_kept(settings, tmp_path, monkeypatch, save_steps):
+    """The fourth update spoils the weights. A checkpoint of them is not written, in whose place a good one would be removed."""
+    break_weights(monkeypatch, after=4)
+    with pytest.raises(DivergenceError, match=r"diverged at step [45]: the loss.* is nan\. The checkpoint of step") as error:
+        train(TrainConfig(**settings | {"save_steps": save_steps}))
+    assert error.value.step == (5 if save_steps == 3 else 4)
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint.step == {1: 3, 2: 2, 3: 3}[save_steps]
+    assert all(tensor.isfinite().all() for tensor in load_file(checkpoint.folder / "model.safetensors").values())
+    assert not strict(tmp_path / "run" / "history.json")["finished"]
+    monkeypatch.undo()
+    resumed = train(TrainConfig(**settings | {"save_steps": save_steps}))
+    assert resumed.finished and resumed.began_at == checkpoint.step
+
+
+def test_the_last_update_is_looked_at_too(settings, tmp_path, monkeypatch):
+    break_weights(monkeypatch, after=6)
+    with pytest.raises(DivergenceError, match="diverged at step 6: the loss after it is nan"):
+        train(TrainConfig(**settings | {"save_steps": 2}))
+    assert last_checkpoint(tmp_path / "run").step == 4
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_gradient_that_overflows(settings, monkeypatch):
+    """The loss is finite; clipping would make nothing of an infinite gradient."""
+
+    class Overflowing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * float("inf")
+
+    compute = DistillationTrainer.compute_loss
+    monkeypatch.setattr(
+        DistillationTrainer, "compute_loss", lambda *given, **named: Overflowing.apply(compute(*given, **named))
+    )
+    with pytest.raises(DivergenceError, match=r"at step 1: the norm of the gradient is (inf|nan)") as error:
+        train(TrainConfig(**settings))
+    assert "no checkpoint was saved" in str(error.value).lower() and "--learning-rate" not in str(error.value)
+
+
+def test_a_student_that_gives_no_numbers(settings, student, tmp_path):
+    broken = broken_model(student, tmp_path / "student")
+    with pytest.raises(DivergenceError, match="at step 1: the loss is nan"):
+        train(TrainConfig(**settings | {"student": str(broken)}))
+    with pytest.raises(DivergenceError, match="at step 0: the validation loss is nan"):
+        train(TrainConfig(**settings | {"student": str(broken), "eval_fraction": 0.2, "output": str(tmp_path / "other")}))
+
+
+def test_all_ranks_stop_together(settings, tmp_path):
+    """One of two processes has the loss that is not finite."""
+    (tmp_path / "rank.py").write_text(
+        "from student_train import cli\n"
+        "from student_train.training.trainer import DistillationTrainer\n"
+        "compute = DistillationTrainer.compute_loss\n"
+        "def spoilt(self, *given, **named):\n"
+        "    loss = compute(self, *given, **named)\n"
+        "    return loss + float('inf') if self.state.global_step == 2 and self.args.process_index == 1 else loss\n"
+        "DistillationTrainer.compute_loss = spoilt\n"
+        "cli.main()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]
+    arguments = command(settings | {"batch_size": 2, "save_steps": 1})
+    done = subprocess.run(
+        launch + arguments, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Error: training diverged at step 3: the loss is inf") == 1
+    assert last_checkpoint(tmp_path / "run").step == 2
+
+
+def broken_model(model: Path, folder: Path, value: float = float("nan")) -> Path:
+    """A copy of a model, one weight of which is not finite."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_evaluating_a_model_that_gives_no_numbers(store_folder, student, tmp_path, value):
+    broken = broken_model(student, tmp_path / "broken", value)
+    done = CliRunner().invoke(app, ["evaluate", str(store_folder), "--dump", "heldout", "--model", str(broken)])
+    assert done.exit_code == 2, done.exception
+    assert [line[:55] for line in done.stderr.splitlines() if line] == [
+        "Error: the model gives no probabilities that can be mea"
+    ]
+    assert not (broken / "evaluations").exists()
+    questions = write_jsonl(tmp_path / "questions.jsonl", [{"question": "Who?", "options": ["he", "she"], "answer": 0}] * 3)
+    with pytest.raises(InputError, match="no probabilities that can be measured"):
+        evaluate(EvaluateConfig(str(broken), questions=str(questions)))
+
+
+def test_numbers_that_are_no_json(tmp_path):
+    record = {"loss": float("nan"), "entries": [{"grad_norm": float("inf")}, [1.0, float("-inf")]], "step": 3}
+    write_json(tmp_path / "history.json", record)
+    assert strict(tmp_path / "history.json") == {"loss": None, "entries": [{"grad_norm": None}, [1.0, None]], "step": 3}

@@ -1,0 +1,152 @@
+"""Two runs into one folder: the second is refused, whatever it finds there, and no lock outlives its run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import save_teacher
+from processes import child_process
+from test_student_training import assert_close, command, environment, weights
+from torture.heartbeat import PATIENCE, wait_until
+from typer.testing import CliRunner
+
+from knowledge_store.errors import InputError
+from knowledge_store.reporter import SILENT
+from student_train.cli import app
+from student_train.training.configuration import TrainConfig
+from student_train.training.run import train
+from student_train.training.run_lock import LOCK_FILE, check_unlocked, locked
+from student_train.training.trainer import DistillationTrainer
+
+
+@pytest.fixture
+def settings(store_folder, tmp_path) -> dict:
+    return {
+        "store": str(store_folder),
+        "student": str(save_teacher(tmp_path / "student", layers=1, seed=1)),
+        "output": str(tmp_path / "run"),
+        "dump": "train",
+        "batch_size": 4,
+        "steps": 3,
+        "eval_fraction": 0.0,
+    }
+
+
+def test_a_second_run_is_refused(settings, tmp_path, monkeypatch):
+    """While the first is between two steps; the first goes on as if nothing had happened."""
+    train(TrainConfig(**settings | {"output": str(tmp_path / "alone")}))
+    draw = DistillationTrainer.get_batch_samples
+    refused = []
+
+    def drawing(self, *arguments):
+        if self.state.global_step == 1:
+            refused.append(CliRunner().invoke(app, ["run", *command(settings)]))
+            # … also one whose beginning is past the first look.
+            with pytest.raises(InputError, match="another process is training into"), locked(tmp_path / "run", SILENT):
+                pytest.fail("two hold the lock")
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(DistillationTrainer, "get_batch_samples", drawing)
+    assert train(TrainConfig(**settings)).finished
+    [second] = refused
+    sentence = f"Error: another process is training into {tmp_path / 'run'}: wait until it ends, or choose another --output\n"
+    assert (second.exit_code, second.stdout, second.stderr) == (2, "", sentence)
+    assert_close(weights(tmp_path / "run"), weights(tmp_path / "alone"), 0)
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_a_run_that_finished_while_another_loaded_its_model(settings, tmp_path, monkeypatch):
+    """The other finds it finished, and leaves it alone."""
+    from student_train.training import run
+
+    load = run.load_model
+    monkeypatch.setattr(run, "load_model", lambda *arguments: (train_meanwhile(), load(*arguments))[1])
+
+    def train_meanwhile() -> None:
+        monkeypatch.setattr(run, "load_model", load)
+        train(TrainConfig(**settings))
+
+    result = train(TrainConfig(**settings))
+    assert result.finished and result.began_at == 3
+
+
+PAUSED = """
+import os, pathlib, time
+from student_train import cli
+from student_train.training.trainer import DistillationTrainer
+
+def wait(self, *arguments):
+    pathlib.Path(os.environ["REACHED"]).touch()
+    time.sleep(3600)
+
+DistillationTrainer.training_step = wait
+cli.main()
+"""
+
+
+def test_a_killed_run_leaves_no_lock(settings, tmp_path):
+    """Not even through the processes that read its batches ahead, which live on for some seconds."""
+    reached = tmp_path / "reached"
+    run = [sys.executable, "-c", PAUSED, "run", *command(settings | {"workers": 2})]
+    with child_process(run, env={**environment(), "REACHED": str(reached)}) as process:
+        wait_until(reached.exists, lambda: process.poll() is None)
+        with pytest.raises(InputError, match="another process is training into"):
+            check_unlocked(tmp_path / "run")
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert workers
+        for worker in workers:
+            os.kill(int(worker), signal.SIGSTOP)  # they notice nothing
+        process.kill()
+        process.wait()
+        try:
+            assert train(TrainConfig(**settings)).finished
+        finally:
+            for worker in workers:
+                os.kill(int(worker), signal.SIGKILL)
+    assert not (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_all_ranks_hear_of_another_run(settings, tmp_path):
+    """The lock is the first process's; the others end with it, and say the same."""
+    (tmp_path / "rank.py").write_text(
+        "from student_train.training import run_folder\n"
+        "run_folder.check_unlocked = lambda output: None\n"  # as if the other run had begun later
+        "from student_train import cli\n"
+        "cli.main()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]
+    with locked(tmp_path / "run", SILENT):
+        done = subprocess.run(
+            launch + command(settings | {"batch_size": 2}),
+            env=environment(),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+    assert done.returncode and "Error: another process is training into" in done.stderr
+    assert "student_train/training" not in done.stderr  # torchrun's traceback is its own
+
+
+def test_a_file_system_without_locks(settings, tmp_path, monkeypatch):
+    import fcntl
+
+    from processes import Notes
+
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    notes = Notes()
+    with locked(tmp_path / "run", notes):
+        check_unlocked(tmp_path / "run")
+    assert notes.notes == [
+        f"Warning: {tmp_path / 'run'} cannot be locked (Operation not supported): start no other run with this --output."
+    ]
