@@ -82,6 +82,16 @@ def _rows(summary: DumpSummary) -> list[str]:
     return [*sentences, f"{summary.truncated:,} sequences cut"] if summary.truncated else sentences
 
 
+def _conversations(chat: dict[str, Any]) -> str:
+    """How conversations are rendered, as the plan says; it may come from anybody."""
+    parts = [f"train on {chat['train_on']}"] if "train_on" in chat else []
+    if "template_sha256" in chat:
+        parts.append(f"a chat template of its own (SHA-256 {str(chat['template_sha256'])[:12]}…)")
+    if "date" in chat:
+        parts.append(f"template date {chat['date']}")
+    return ", ".join(parts)
+
+
 def _print_summary(summary: DumpSummary) -> None:
     shards = f"{summary.shards} of {summary.shards_planned} shards"
     lines = [
@@ -92,6 +102,8 @@ def _print_summary(summary: DumpSummary) -> None:
     ]
     for label, sentence in zip(("corpus", "", ""), _rows(summary), strict=False):
         lines.append((label, sentence))
+    if summary.chat:
+        lines.append(("conversations", _conversations(summary.chat)))
     lines += summary.lines
     if summary.bytes_per_position is not None:
         on_disk = f"{byte_size(summary.bytes)}, {summary.bytes_per_position:.2f} bytes a position"

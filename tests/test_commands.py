@@ -86,6 +86,34 @@ def test_help_shows_choices_and_what_is_required_first(program):
     assert "letter|text" in shown and "--output                      <path>" in shown
 
 
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("knowledge-store", "info ADDRESS"),
+        ("knowledge-store", "sql ADDRESS FROM\tdumps"),
+        ("knowledge-store", "verify ADDRESS"),
+        ("knowledge-store", "copy ADDRESS copied"),
+        ("knowledge-store", "copy STORE ADDRESS"),
+        ("teacher-dump", "run ADDRESS --teacher nobody --corpus nothing.jsonl"),
+        ("teacher-dump", "check ADDRESS --teacher nobody"),
+        ("student-train", "run ADDRESS --student nobody --output run"),
+        ("student-train", "evaluate ADDRESS --model nobody"),
+        ("student-train", "calibrate ADDRESS"),
+    ],
+)
+def test_an_address_that_no_storage_serves_is_refused_by_name(program, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_store("store")
+    before = sorted(tmp_path.iterdir())
+    values = {"ADDRESS": "s3://bucket/store", "STORE": "store"}
+    arguments = [values.get(word, word).replace("\t", " ") for word in words.split(" ")]
+    result = CliRunner().invoke(APPS[program], arguments, prog_name=program)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
+    sentence = "Error: stores in buckets are not served yet: give the path of a folder instead of s3://bucket/store\n"
+    assert result.stderr == sentence
+    assert sorted(tmp_path.iterdir()) == before
+
+
 PREVIEW = ("preview", "--corpus", "rows.jsonl", "--teacher", "tokenizer", "--max-length", "40")
 
 
@@ -117,34 +145,6 @@ def test_signs_that_an_encoding_lacks_are_shown_in_ascii(encoding, words, rows):
     assert (shown.returncode, shown.stderr) == (0, "")
     for word in words:
         assert word in shown.stdout
-
-
-@pytest.mark.parametrize(
-    ("program", "words"),
-    [
-        ("knowledge-store", "info ADDRESS"),
-        ("knowledge-store", "sql ADDRESS FROM\tdumps"),
-        ("knowledge-store", "verify ADDRESS"),
-        ("knowledge-store", "copy ADDRESS copied"),
-        ("knowledge-store", "copy STORE ADDRESS"),
-        ("teacher-dump", "run ADDRESS --teacher nobody --corpus nothing.jsonl"),
-        ("teacher-dump", "check ADDRESS --teacher nobody"),
-        ("student-train", "run ADDRESS --student nobody --output run"),
-        ("student-train", "evaluate ADDRESS --model nobody"),
-        ("student-train", "calibrate ADDRESS"),
-    ],
-)
-def test_an_address_that_no_storage_serves_is_refused_by_name(program, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_store("store")
-    before = sorted(tmp_path.iterdir())
-    values = {"ADDRESS": "s3://bucket/store", "STORE": "store"}
-    arguments = [values.get(word, word).replace("\t", " ") for word in words.split(" ")]
-    result = CliRunner().invoke(APPS[program], arguments, prog_name=program)
-    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
-    sentence = "Error: stores in buckets are not served yet: give the path of a folder instead of s3://bucket/store\n"
-    assert result.stderr == sentence
-    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

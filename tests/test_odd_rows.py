@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from conftest import CHAT_TEMPLATE, make_tokenizer, write_jsonl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from knowledge_store.errors import InputError
+from teacher_dump import DumpConfig, dump
 from teacher_dump.corpus.columns import SHAPES
 from teacher_dump.corpus.documents import Document, read_documents
 from teacher_dump.corpus.messages import SHAREGPT_ROLES
@@ -126,3 +129,17 @@ def test_white_space_between_the_parts_of_a_long_text_is_kept(tmp_path):
     assert any(not part.text.strip() for part in parts if part.text is not None)
     assert all(tokenizer().sequences(part) for part in parts)
     assert json.loads((tmp_path / "long.jsonl").read_text()) == row
+
+
+def test_a_token_that_the_model_does_not_know_is_found_before_the_model_is_loaded(tmp_path, teacher_folder):
+    folder = shutil.copytree(teacher_folder, tmp_path / "teacher")
+    for weights in folder.glob("*.safetensors"):
+        weights.write_bytes(b"no weights")
+    configuration = json.loads((folder / "config.json").read_text())
+    ids = tokenizer().tokenizer("lit it")["input_ids"]
+    (folder / "config.json").write_text(json.dumps({**configuration, "vocab_size": max(ids)}))
+    corpus = write_jsonl(tmp_path / "rows.jsonl", [{"input_ids": [0, 1]}, {"input_ids": ids}])
+    sentence = rf"rows\.jsonl, line 2: the teacher's tokenizer gives token {max(ids)}, and its config\.json has a vocabulary of"
+    with pytest.raises(InputError, match=sentence):
+        dump(DumpConfig(str(folder), (corpus,), tmp_path / "store", max_length=40))
+    assert not (tmp_path / "store").exists()

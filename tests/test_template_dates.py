@@ -81,6 +81,10 @@ def test_workers_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher
     assert plan["chat"]["date"] == "2026-02-27" and plan["chat"]["train_on"] == "all"
     positions = KnowledgeStore.open(others.store).sql("SELECT DISTINCT document FROM sequences").num_rows
     assert positions == 6
+    shown_text = run_command("knowledge_store", "info", others.store).stdout
+    sha256 = plan["chat"]["template_sha256"][:12]
+    expected = f"conversations           train on all, a chat template of its own (SHA-256 {sha256}…), template date 2026-02-27"
+    assert expected in shown_text
     at(monkeypatch, "2030-01-01")
     for wrong, said in (
         ({"template_date": "2027-01-01"}, "--template-date was 2026-02-27 and is now 2027-01-01"),

@@ -28,6 +28,7 @@ class DumpSummary:
         skipped_rows: rows of the corpus that were skipped; skip_reasons: how many for each reason, most first.
         truncated: sequences that were truncated at the maximum length.
         counts: what becomes of the rows of the whole corpus, committed or not; None where the manifest does not say.
+        chat: what the plan says of conversations: train_on, and where it has them the date and the template's SHA-256.
         sequences: committed; positions: all their tokens.
         bytes: everything of the dump but its vocabulary (tokens.parquet), commit records included.
         column_bytes: compressed bytes of each column, as "table.column".
@@ -49,6 +50,7 @@ class DumpSummary:
     skip_reasons: dict[str, int]
     truncated: int
     counts: CorpusCounts | None
+    chat: dict[str, Any]
     sequences: int
     positions: int
     bytes: int
@@ -132,6 +134,7 @@ def summarise(dumps: Dumps, manifest: Manifest) -> DumpSummary:
         skip_reasons=_added(shards["skip_reasons"]),
         truncated=_sum(shards["truncated"]),
         counts=manifest.counts,
+        chat={name: value for name, value in manifest.plan.get("chat", {}).items() if name != "template"},
         sequences=_sum(shards["sequences"]),
         positions=_sum(shards["positions"]),
         bytes=size,

@@ -31,15 +31,6 @@ def note(text: str, strong: bool = False) -> None:
     messages.print(visible(text), markup=False, style="bold" if strong else None)
 
 
-def end_at_sigterm() -> None:
-    """Let SIGTERM end this program as Ctrl-C does."""
-
-    def interrupt(signal_number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-
-
 # What stands for the signs of these programs where an encoding lacks them.
 ASCII_SIGNS = {"⟦": "[[", "⟧": "]]", "│": "|", "·": "_", "↵": "\\n", "⇥": "\\t", "✂": "--", "…": "...", "−": "-", "×": "x"}
 _WITH_ASCII_SIGNS = "knowledge-store-ascii-signs"
@@ -99,6 +90,15 @@ def _refused_output() -> str | None:
     except OSError as error:  # a stream that is no file has no number, and says so with one of these too
         return None if isinstance(error, io.UnsupportedOperation) else error.strerror
     return None
+
+
+def end_at_sigterm() -> None:
+    """Let SIGTERM end this program as Ctrl-C does."""
+
+    def interrupt(signal_number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 @contextmanager

@@ -44,5 +44,7 @@ def used_tokens(store: KnowledgeStore, dump: str, token_ids: set[int]) -> set[in
     if not token_ids or POSITIONS.name not in store.manifest(dump).kinds:
         return token_ids
     chosen = ", ".join(map(str, sorted(token_ids)))
+    # Candidates and draws are not asked: a draw may be any token, so that a long dump has drawn nearly all of them, and would
+    # refuse every renamed one; what a student learns there is how likely the teacher finds an id that the text never holds.
     query = f"SELECT DISTINCT token_id FROM positions WHERE dump = $dump AND token_id IN ({chosen})"
     return set(store.sql(query, {"dump": dump}, timeout=SCAN_SECONDS)["token_id"].to_pylist())

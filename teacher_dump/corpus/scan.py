@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from knowledge_store.errors import InputError
 from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.reporter import Advance
-from teacher_dump.corpus.documents import read_documents
+from teacher_dump.corpus.documents import place_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tally import Tally
-from teacher_dump.corpus.tokenisation import CorpusTokenizer
+from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
 
 FIGURES_EVERY = 64  # documents
 
@@ -56,6 +57,16 @@ def column_value(value: Any, column_type: str) -> Any:
     return float(value) if column_type == "double" else value
 
 
+def _check_tokens(sequences: list[TokenSequence], vocabulary_size: int, files: tuple[Path, ...]) -> None:
+    for sequence in sequences:
+        if (largest := sequence.token_ids.max()) >= vocabulary_size:
+            place = place_text(files, sequence.document.file, sequence.document.row)
+            raise InputError(
+                f"{place}: the teacher's tokenizer gives token {largest}, and"
+                f" its config.json has a vocabulary of {vocabulary_size:,}: they do not belong together"
+            )
+
+
 def scan(
     files: tuple[Path, ...],
     tokenizer: CorpusTokenizer,
@@ -64,6 +75,7 @@ def scan(
     too_long: str = "cut",
     advance: Advance = lambda amount, **figures: None,
     column_names: Mapping[str, str] | None = None,
+    vocabulary_size: int | None = None,
 ) -> Scan:
     """Read and tokenise the whole corpus once. Nothing is held of it but the documents at hand.
 
@@ -76,9 +88,11 @@ def scan(
         advance: called with the bytes of the files that were passed since the last call; those of a compressed file or of
             Parquet pass as a whole, or nearly so. Beside them, how fast it goes.
         column_names: what `--columns` says.
+        vocabulary_size: how many tokens the teacher's model knows, where that is known without it.
 
     Raises:
-        InputError: a file cannot be read as what its name says, or the tokenizer cannot be used for the corpus.
+        InputError: a file cannot be read as what its name says, or the tokenizer cannot be used for the corpus: it gives tokens
+            that the model does not know.
     """
     starts: list[Start] = []
     positions: list[int] = []
@@ -105,6 +119,8 @@ def scan(
         except BadRow as problem:
             tally.leave_out(document, problem)
         else:
+            if vocabulary_size is not None:
+                _check_tokens(sequences, vocabulary_size, files)
             tally.use(document, sequences)
             positions[-1] += sum(len(sequence.token_ids) for sequence in sequences)
         if document.problem is None and document.part == 0:

@@ -107,7 +107,14 @@ def look_through(
     sequences = corpus_tokenizer(config, tokenizer, chat)
     with reporter.progress("looking through the corpus", size) as advance:
         scanned = scan(
-            config.corpus, sequences, config.shard_size, config.part_characters, config.too_long, advance, config.column_names
+            config.corpus,
+            sequences,
+            config.shard_size,
+            config.part_characters,
+            config.too_long,
+            advance,
+            config.column_names,
+            stated_sizes(config.teacher, config.gguf_file).get("vocabulary_size"),
         )
     check_counts(config, scanned.counts)
     for note in sequences.notes:
