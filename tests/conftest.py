@@ -187,6 +187,27 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory, loaded_teacher, teach
     return folder / "store"
 
 
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    """A student's folder."""
+    return save_teacher(tmp_path_factory.mktemp("student") / "student", layers=1, seed=1)
+
+
+@pytest.fixture
+def settings(store_folder, student, tmp_path) -> dict:
+    """Options of a short run of it."""
+    return {
+        "store": str(store_folder),
+        "student": str(student),
+        "output": str(tmp_path / "run"),
+        "dump": "train",
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "steps": 6,
+        "eval_fraction": 0.0,
+    }
+
+
 def run_command(package: str, *arguments: object, **options) -> subprocess.CompletedProcess[str]:
     """Run one of the three commands as a user would, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "default"}

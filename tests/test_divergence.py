@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_teacher, write_jsonl
+from conftest import write_jsonl
 from safetensors.torch import load_file, save_file
 from test_student_training import command, environment
 from torture.heartbeat import PATIENCE
@@ -24,26 +24,6 @@ from student_train.training.divergence import DivergenceError
 from student_train.training.run import train
 from student_train.training.run_folder import last_checkpoint, write_json
 from student_train.training.trainer import DistillationTrainer
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("student") / "student", layers=1, seed=1)
-
-
-@pytest.fixture
-def settings(store_folder, student, tmp_path) -> dict:
-    return {
-        "store": str(store_folder),
-        "student": str(student),
-        "output": str(tmp_path / "run"),
-        "dump": "train",
-        "batch_size": 4,
-        "steps": 6,
-        "eval_fraction": 0.0,
-        "learning_rate": 1e-3,
-    }
-
 
 WILD = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup": 0.0}
 

@@ -43,25 +43,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("student") / "student", layers=1, seed=1)
-
-
-@pytest.fixture
-def settings(store_folder, student, tmp_path) -> dict:
-    return {
-        "store": str(store_folder),
-        "student": str(student),
-        "output": str(tmp_path / "run"),
-        "dump": "train",
-        "batch_size": 4,
-        "learning_rate": 1e-3,
-        "steps": 6,
-        "eval_fraction": 0.0,
-    }
-
-
-@pytest.fixture(scope="module")
 def finished(store_folder, student, tmp_path_factory) -> Path:
     """A run of one step."""
     output = tmp_path_factory.mktemp("finished") / "run"
