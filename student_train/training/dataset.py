@@ -112,8 +112,8 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         refuse_another_division(sys._getframe(1).f_locals.get("self"))
         if epoch < self._plan.epoch:
             raise InputError(
-                f"this dataset begins with epoch {self._plan.epoch}, so there is no epoch {epoch} to read: count from there, in a"
-                f" loader of accelerate too (`loader.set_epoch({self._plan.epoch})`)"
+                f"this dataset begins with epoch {self._plan.epoch}, so there is no epoch {epoch} to read: count from there,"
+                f" in a loader of accelerate too (`loader.set_epoch({self._plan.epoch})`)"
             )
         self._next[0] = epoch
 
