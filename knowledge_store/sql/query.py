@@ -131,26 +131,30 @@ class _Catalogue:
             relations[SEQUENCES].append((manifest, SEQUENCES, None))
             relations["tokens"].append((manifest, "tokens", None))
             for name in manifest.kinds:
-                for relation, sql in {name: None, **KINDS[name].relations}.items():
-                    relations[relation].append((manifest, name, sql))
+                for relation in {name: None, **KINDS[name].relations}:
+                    relations[relation].append((manifest, name, KINDS[name].relation(relation, manifest)))
         return relations
 
-    def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
+    def _rows(self, manifest: Manifest, table: str) -> str:
+        """A dump's table, as SQL."""
+
         def make_rows() -> pa.Table | ds.Dataset:
             if table == "tokens":
                 return read_tokens(self._dumps.storage, manifest)
             schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
             return self._shards(manifest, table, schema)
 
-        dump = literal(manifest.dump)
         rows = self._table(f"{manifest.dump} {table}", make_rows)
         view = KINDS[table].view(manifest) if table in KINDS else None
-        if view is not None:
-            rows = f"({filled(view, rows=rows)})"
+        return rows if view is None else f"({filled(view, rows=rows)})"
+
+    def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
+        dump, rows = literal(manifest.dump), self._rows(manifest, table)
         if sql is None:
             return f"SELECT {dump} AS dump, * FROM {rows}"
         texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""
-        return filled(sql, dump=dump, rows=rows, texts=texts)
+        positions = self._rows(manifest, "positions") if "{positions}" in sql else ""
+        return filled(sql, dump=dump, rows=rows, texts=texts, positions=positions)
 
     def add(self, relation: str, rows: pa.Table) -> None:
         """Make a relation of a table that is at hand."""
