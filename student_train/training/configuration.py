@@ -11,6 +11,7 @@ from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
 from student_train.configuration import BatchOptions
 from student_train.losses.table import LOSSES, TAILS, Loss
+from student_train.training.settings import parse_settings
 
 # What transformers can report to.
 TRACKERS = (
@@ -94,6 +95,13 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
         help="Experiment tracker that transformers reports to, such as tensorboard or wandb.",
     )
 
+    set: tuple[str, ...] = option(
+        (),
+        metavar="NAME=VALUE",
+        help="A setting of transformers.TrainingArguments, such as optim=adafactor or gradient_checkpointing=true; JSON for"
+        " dictionaries and lists. May be repeated.",
+    )
+
     def loss_options(self) -> dict[str, float | str]:
         """Keyword arguments for the chosen loss."""
         return {name: getattr(self, _FIELDS[name]) for name in LOSSES[self.loss].options if name in _FIELDS}
@@ -123,6 +131,8 @@ def check_config(config: TrainConfig) -> Loss:
     for name, field in _FIELDS.items():
         if name not in loss.options and getattr(config, field) != getattr(TrainConfig, field):
             raise InputError(f"the loss {config.loss} takes no --{field.replace('_', '-')}")
+    if "lr_scheduler_type" in parse_settings(config.set) and config.schedule != TrainConfig.schedule:
+        raise InputError("give --schedule or --set lr_scheduler_type, not both")
     if config.epochs is not None and config.steps is not None:
         raise InputError("give --epochs or --steps, not both")
     if config.tail == "draws" and config.temperature != 1:

@@ -106,8 +106,15 @@ class RunTrainer(Trainer):
         return self._loader(self.train_dataset)
 
     def _loader(self, dataset: DistillationDataset) -> DataLoader:
-        pin = self.args.device.type == "cuda"
-        return DataLoader(dataset, batch_size=None, num_workers=self.config.workers, pin_memory=pin)
+        arguments, workers = self.args, self.config.workers
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context if workers else None,
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
