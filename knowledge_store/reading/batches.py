@@ -42,6 +42,7 @@ class Batches:
         if ((chosen < 0) | (chosen >= len(reader))).any():
             raise InputError(f"some of the ordinals are not those of a sequence: the dump has {len(reader)}, counted from 0")
         self._reader, self._plan = reader, plan
+        self._mask = (plan.targets or {}).get(manifest.dump)
         self._taken = 0
         self._order = chosen[shuffled(len(chosen), plan.seed, plan.epoch)] if plan.shuffle else chosen
 
@@ -67,10 +68,21 @@ class Batches:
             raise IndexError(f"step {step} of {len(self)}")
         plan = self._plan
         items = self._order[batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)]
-        sequences = [self._reader.sequence(int(ordinal), self._kinds) for ordinal in items]
-        template = sequences[0] if sequences else self._reader.sequence(int(self._order[0]), self._kinds)
+        sequences = [self._read(int(ordinal)) for ordinal in items]
+        template = sequences[0] if sequences else self._read(int(self._order[0]))
         padding = [None] * (plan.batch_size - len(sequences))
         return collate([*sequences, *padding], self._arrays, template[1])
+
+    def _read(self, ordinal: int) -> tuple[int, dict[str, Arrays]]:
+        sequence_id, knowledge = self._reader.sequence(ordinal, self._kinds)
+        for kind, arrays in knowledge.items():
+            target = KINDS[kind].target
+            if self._mask is not None and target is not None:
+                positions = self._mask.positions(ordinal)
+                if len(positions) != len(arrays[target]):
+                    raise InputError(f"the chosen targets of dump {self._reader.manifest.dump!r} are those of another dump")
+                arrays[target] = arrays[target] & positions
+        return sequence_id, knowledge
 
     def __iter__(self) -> Iterator[Arrays]:
         for step in range(len(self)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from knowledge_store.errors import InputError
+from knowledge_store.reading.target_mask import TargetMask
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class ReadPlan:
         rank, world_size: step s of rank r takes items [(sW + r)B, (sW + r + 1)B) of the order.
         consumed: items that all ranks together have taken before (see `Batches.state`).
         ordinals: read only these sequences; None reads all.
+        targets: of which dump which targets count; all of them where a dump is not named.
         shuffle: False reads them in order.
         kinds: which kinds of knowledge; None means all the dump has.
         snapshot: of the dump when the order was begun (see `Batches.state`); None when it begins now.
@@ -34,6 +37,7 @@ class ReadPlan:
     world_size: int = 1
     consumed: int = 0
     ordinals: np.ndarray | None = None
+    targets: Mapping[str, TargetMask] | None = None
     shuffle: bool = True
     kinds: tuple[str, ...] | None = None
     snapshot: int | None = None

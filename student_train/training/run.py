@@ -20,6 +20,7 @@ from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.table import TEXT
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
+from student_train.training.choice import choose, choose_once
 from student_train.training.configuration import TrainConfig
 from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset, split_ordinals
@@ -94,6 +95,13 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     config, recalibrate, calibration_sha256 = configured(config, manifest, loss)
     train_ordinals, eval_ordinals = split_ordinals(store, dump, eval_fraction=config.eval_fraction)
     arguments = training_arguments(config)
+    first_reporter = reporter if arguments.process_index == 0 else SILENT
+    choice = choose_once(
+        arguments.process_index,
+        arguments.world_size,
+        lambda: choose(config, store, [dump], {dump: train_ordinals}, reporter=first_reporter),
+    )
+    train_ordinals = choice.ordinals[dump]
     sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
     steps_per_epoch = math.ceil(len(train_ordinals) / sequences_per_step)
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
@@ -101,13 +109,13 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     output = Path(config.output)
     student_sha256 = model_sha256(config.student)
     identity = run_identity(config, store, dump, sequences_per_step, steps, student_sha256, calibration_sha256)
+    identity |= choice.identity
     if result := _finished(output, identity, steps):
         return result
     last_checkpoint(output)  # refuses one that is not to be loaded
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
-    first_reporter = reporter if arguments.process_index == 0 else SILENT
     check_student(store, dump, student.config, tokenizer, reporter=first_reporter)
     if TEXT[0] in loss.inputs:
         check_context(store, dump, student, reporter=first_reporter)
@@ -126,6 +134,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
                 "identity": identity,
                 "config": asdict(config),
                 "dump": describe_dump(store, dump, columns_read(manifest, config, loss)),
+                "choice": choice.facts,
                 "sequences": {"train": len(train_ordinals), "eval": len(eval_ordinals)},
                 "world_size": arguments.world_size,
                 "parameters": student.num_parameters(),
@@ -147,6 +156,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         epoch=began_at // steps_per_epoch,
         consumed=began_at % steps_per_epoch * sequences_per_step,
         ordinals=train_ordinals,
+        targets=choice.targets,
         endless=True,
         **shared,
     )
@@ -168,6 +178,9 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     first_process = trainer.is_world_process_zero()
     if first_process and began_at:
         reporter.note(f"Resuming {output} from step {began_at:,} of {steps:,}.")
+    elif first_process:
+        for line in choice.lines:
+            reporter.note(line)
     if began_at < steps:
         title = f"training from step {began_at:,}" if began_at else "training"
         progress = reporter.progress(title, steps - began_at, "steps") if first_process else nullcontext(None)
