@@ -139,6 +139,9 @@ class Kind:
             text of each token id.
         lines: what `info` tells of it: label and value.
         facts: what the relation `dumps` has of it besides the statistics: columns "KIND.NAME".
+        of_text: the arrays of a batch that say what the teacher read, the same for every teacher of a corpus. The others are
+            what it knows.
+        target: the one of them, of bool, that says which positions are targets, where there is one.
         show: header and rows of a table that shows a sequence to a person, given its arrays and the text of a token id.
     """
 
@@ -154,6 +157,8 @@ class Kind:
     relations: dict[str, str] = field(default_factory=dict)
     lines: Callable[[Manifest, Totals], list[tuple[str, str]]] = no_lines
     facts: Callable[[Manifest, Totals], dict[str, str | float | int | None]] = no_facts
+    of_text: tuple[str, ...] = ()
+    target: str | None = None
     show: Callable[[Arrays, Callable[[int], str]], tuple[list[str], list[list[str]]]] | None = None
 
     def __post_init__(self) -> None:

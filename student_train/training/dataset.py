@@ -10,18 +10,19 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.reading.batches import check_snapshot
+from knowledge_store.reading.mixture import Named
 from knowledge_store.reading.order import step_count
+from knowledge_store.reading.ordinals import AllBut
 from knowledge_store.reading.plan import ReadPlan
 
 IGNORED = -100  # the label that every library's cross-entropy leaves out
@@ -36,26 +37,26 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
 
     Args:
         store: an open store.
-        dump: which dump; may be left out when there is one.
+        dump: which dump, or several, as `KnowledgeStore.batches` takes them; may be left out when there is one.
         endless: continue with the next epoch instead of stopping. Such a dataset has no length.
         plan: the fields of `knowledge_store.reading.plan.ReadPlan`, which say what is read and in what order, such as
             `batch_size=8, seed=1`. `state_after` gives those with which another run resumes.
 
     Raises:
-        InputError: there is no such dump or rank, nothing to read, or the dump has grown since the order was begun.
+        InputError: there is no such dump or rank, nothing to read, dumps that do not go together, or one has grown since the
+            order was begun.
     """
 
-    def __init__(self, store: KnowledgeStore, dump: str | None = None, *, endless: bool = False, **plan: Any) -> None:
+    def __init__(self, store: KnowledgeStore, dump: Named = None, *, endless: bool = False, **plan: Any) -> None:
         super().__init__()
         self.store = store
-        self.dump = store.dump(dump)
+        self.dump = dump
         self.plan = ReadPlan(**plan)
         self.endless = endless
-        self.snapshot = store.snapshot(self.dump)
-        check_snapshot(self.dump, self.snapshot, self.plan.snapshot)
-        self.sequences = store.sequence_count(self.dump) if self.plan.ordinals is None else len(self.plan.ordinals)
+        batches = store.read(self.plan, dump)
+        self.dumps, self.snapshot, self.sequences = batches.dumps, batches.state["snapshot"], len(batches.order)
         if not self.sequences:
-            raise InputError(f"there is no sequence to read in the dump {self.dump}")
+            raise InputError(f"there is no sequence to read in {', '.join(self.dumps)}")
 
     @property
     def batches_per_epoch(self) -> int:
@@ -67,7 +68,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             raise TypeError("an endless DistillationDataset has no length")
         return self._batches_left(self.plan.consumed)
 
-    def state_after(self, batches: int) -> dict[str, int]:
+    def state_after(self, batches: int) -> dict[str, Any]:
         """Where to begin again after each rank took `batches` batches from here: seed, epoch, consumed and snapshot."""
         epoch, consumed = self.plan.epoch, self.plan.consumed
         while batches >= self._batches_left(consumed):
@@ -82,10 +83,11 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         # A forked worker must not share open files with its parent, and must not see shards that were committed meanwhile.
         store = copy.copy(self.store) if info else self.store
         taken = 0  # batches of this rank before this epoch, over all workers
+        opened = store.read(self.plan, self.dump)
         epoch, consumed = self.plan.epoch, self.plan.consumed
         while True:
             left = self._batches_left(consumed)
-            batches = store.read(replace(self.plan, epoch=epoch, consumed=consumed), self.dump)
+            batches = opened.at(epoch, consumed)
             # The loader takes batches from its workers in turn: the rank's batch number `taken + step` is that of
             # worker (taken + step) mod workers.
             for step in range((worker - taken) % workers, left, workers):
@@ -115,7 +117,9 @@ def tensors(batch: dict[str, Any]) -> dict[str, Any]:
 def padding_batch(like: dict[str, Any]) -> dict[str, Any]:
     """A batch of one row of padding, with the columns of another: takes part in a step and adds nothing to it."""
     result = {name: value[:1].clone() if isinstance(value, Tensor) else value[:1] for name, value in like.items()}
-    result["sequence_id"].fill_(-1)
+    for name in ("sequence_id", "dump"):
+        if name in result:
+            result[name].fill_(-1)
     if "input_ids" in result:
         result["is_target"].fill_(False)
         result["labels"].fill_(IGNORED)
@@ -123,7 +127,7 @@ def padding_batch(like: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fraction: float) -> tuple[AllBut, np.ndarray]:
     """Divide a dump's sequences into those to train on and those to evaluate on, by document.
 
     A row of the corpus goes to one side whole, with all its parts and windows, chosen by a hash of its file and row:
@@ -135,7 +139,7 @@ def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fract
         eval_fraction: share of the rows to evaluate on, in [0, 1). Above 0 it is at least one row.
 
     Returns:
-        Two ascending int64 arrays of ordinals; the second is empty for a fraction of 0.
+        The ordinals to train on, as all but the others, and the others, ascending, int64; none for a fraction of 0.
 
     Raises:
         InputError: the fraction is out of range, or nothing would be left to train on.
@@ -143,15 +147,27 @@ def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fract
     if not 0 <= eval_fraction < 1:
         raise InputError(f"--eval-fraction must be at least 0 and below 1, not {eval_fraction}")
     name = store.dump(dump)
-    table = store.sequences(name).select(["file", "row"])
-    rows = list(zip(table["file"].to_pylist(), table["row"].to_pylist(), strict=True))
-    ranked = sorted(set(rows), key=lambda row: hashlib.sha256(f"{row[0]}\n{row[1]}".encode()).digest())
-    count = max(1, round(eval_fraction * len(ranked))) if eval_fraction else 0
-    if count >= len(ranked):
+    if not eval_fraction:
+        return AllBut(store.sequence_count(name)), np.empty(0, np.int64)
+    ranks, rows = _ranked_rows(store.sequences(name, ["file", "row"]))
+    documents = len(ranks)
+    count = max(1, round(eval_fraction * documents))
+    if count >= documents:
         raise InputError(
-            f"the dump {name} has {len(ranked)} document(s), so --eval-fraction {eval_fraction} leaves none to train"
+            f"the dump {name} has {documents} document(s), so --eval-fraction {eval_fraction} leaves none to train"
             " on: use --eval-fraction 0"
         )
-    held_out = set(ranked[:count])
-    chosen = np.fromiter((row in held_out for row in rows), dtype=bool, count=len(rows))
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    held_out = np.flatnonzero(ranks[rows] <= np.partition(ranks, count - 1)[count - 1])
+    return AllBut(len(rows), held_out), held_out
+
+
+def _ranked_rows(sequences: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each row of the corpus by which rows are ranked, uint64, and which of them each sequence is of."""
+    files, row = sequences["file"].combine_chunks().dictionary_encode(), sequences["row"].to_numpy()
+    file = files.indices.to_numpy(zero_copy_only=False)
+    changes = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0))  # in the order of documents
+    names = [name.as_py() for name in files.dictionary]
+    keys = (f"{names[code]}\n{number}".encode() for code, number in zip(file[changes], row[changes], strict=True))
+    digests = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
+    ranks = np.fromiter(digests, np.uint64, len(changes))
+    return ranks, np.repeat(np.arange(len(changes)), np.diff(changes, append=len(row)))

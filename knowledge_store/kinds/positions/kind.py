@@ -381,5 +381,7 @@ POSITIONS = Kind(
     relations=RELATIONS,
     lines=lines,
     facts=facts,
+    of_text=("input_ids", "is_target"),
+    target="is_target",
     show=show,
 )
