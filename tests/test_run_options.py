@@ -23,8 +23,8 @@ from student_train.training.arguments import training_arguments, typed_settings
 from student_train.training.configuration import TrainConfig, check_config
 from student_train.training.models import load_model
 from student_train.training.run import train
+from student_train.training.run_trainer import RunTrainer
 from student_train.training.settings import settings_identity
-from student_train.training.trainer import DistillationTrainer
 
 Weights = dict[str, torch.Tensor]
 
@@ -161,14 +161,14 @@ class Notes(Reporter):
 
 def stopped_and_resumed(config: TrainConfig, monkeypatch, step: int) -> None:
     """A run that stops after a step, as at Ctrl-C, and is resumed to its end."""
-    draw = DistillationTrainer.get_batch_samples
+    draw = RunTrainer.get_batch_samples
 
     def drawing(self, *arguments):
         self.stop_asked = self.state.global_step == step - 1
         return draw(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "get_batch_samples", drawing)
+        patch.setattr(RunTrainer, "get_batch_samples", drawing)
         assert train(config).step == step
     assert train(config).began_at == step
 
@@ -233,13 +233,13 @@ def test_an_adapter_resumes(adapted, settings, tmp_path, monkeypatch):
     whole = weights(adapted, "adapter_model.safetensors")
     assert furthest(weights(tmp_path / "run", "adapter_model.safetensors"), whole) == 0
     late = TrainConfig(**run | {"output": str(tmp_path / "late"), "save_steps": 3})
-    save = DistillationTrainer.save_model
+    save = RunTrainer.save_model
 
     def unsaved(self, output_dir=None, _internal_call=False):
         return save(self, output_dir, _internal_call) if _internal_call else 1 / 0
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "save_model", unsaved)
+        patch.setattr(RunTrainer, "save_model", unsaved)
         with pytest.raises(ZeroDivisionError):
             train(late)
     assert train(late).began_at == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
 from knowledge_store.configuration import DumpOptions, GgufOptions, StoreOptions
@@ -148,6 +149,21 @@ def check_config(config: TrainConfig) -> Loss:
     if config.ce_weight and "input_ids" not in loss.inputs:
         raise InputError(f"the loss {config.loss} does not run the student on the text, so it takes no --ce-weight")
     return loss
+
+
+def check_loss(loss: str, ce_weight: float, options: Mapping[str, float | str]) -> tuple[TrainConfig, Loss]:
+    """A loss, its share of cross-entropy and keyword arguments of its function, as a run's options, and its entry in `LOSSES`.
+
+    Raises:
+        InputError: there is no such loss, it has no such argument, or a value is out of range.
+    """
+    known = LOSSES[loss].options if loss in LOSSES else tuple(_FIELDS)
+    for name in options:
+        if name not in known:
+            raise InputError(f"the loss {loss} takes no {name!r}: it takes {', '.join(known) or 'no options'}")
+    fields = {_FIELDS[name]: value for name, value in options.items() if name in _FIELDS}
+    config = TrainConfig("", "", "", loss=loss, ce_weight=ce_weight, **fields)  # type: ignore[arg-type]
+    return config, check_config(config)
 
 
 def parse_layers(keep_layers: str) -> list[int]:

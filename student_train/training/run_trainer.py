@@ -1,4 +1,4 @@
-"""The trainer: a small subclass of `transformers.Trainer` that is fed by a store. `run.train` is the way to use it.
+"""The trainer of a run: a small subclass of `transformers.Trainer` that is fed by a store. `run.train` is the way to use it.
 
 The ecosystem's: mixed precision, accumulation, checkpoints, DDP and FSDP, experiment trackers. Ours: where batches come
 from, what the loss is, and what an interrupted run remembers.
@@ -41,7 +41,7 @@ from student_train.training.divergence import DivergenceError
 from student_train.training.run_folder import HISTORY_FILE, Checkpoint, write_json
 
 
-class DistillationTrainer(Trainer):
+class RunTrainer(Trainer):
     """`transformers.Trainer` fed by a store; see the head of this module.
 
     Args:
@@ -308,7 +308,7 @@ class _Progress(TrainerCallback):
     """At each step: figures for the progress bar, an evaluation after the last one, and the stop that Ctrl-C asked for. At each
     checkpoint: the record that makes it complete."""
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
         self.figures: dict[str, str] = {}
         self.step_began = time.monotonic()
