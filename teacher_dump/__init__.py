@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from teacher_dump.calibration import TemperatureFit, calibrate
     from teacher_dump.checking.agreement import Agreement
     from teacher_dump.checking.run import check
-    from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig, PreviewConfig
+    from teacher_dump.configuration import CalibrateConfig, CheckConfig, DumpConfig, EstimateConfig, PreviewConfig, RunConfig
+    from teacher_dump.dumping.append import append
     from teacher_dump.dumping.estimate import Estimate, estimate
     from teacher_dump.dumping.preview import Preview, preview
     from teacher_dump.dumping.repair import repair
@@ -26,7 +27,9 @@ _MODULES = {
     "EstimateConfig": "teacher_dump.configuration",
     "Preview": "teacher_dump.dumping.preview",
     "PreviewConfig": "teacher_dump.configuration",
+    "RunConfig": "teacher_dump.configuration",
     "TemperatureFit": "teacher_dump.calibration",
+    "append": "teacher_dump.dumping.append",
     "calibrate": "teacher_dump.calibration",
     "check": "teacher_dump.checking.run",
     "dump": "teacher_dump.dumping.run",
@@ -45,7 +48,9 @@ __all__ = [
     "EstimateConfig",
     "Preview",
     "PreviewConfig",
+    "RunConfig",
     "TemperatureFit",
+    "append",
     "calibrate",
     "check",
     "dump",

@@ -46,6 +46,17 @@ class CorpusCommand(Command):
         return super().parse_args(ctx, spread)
 
 
+class RunCommand(CorpusCommand):
+    """`run`: beside `--append` it refuses a setting, also one that is given as it is without being given."""
+
+    def parsed(self, ctx: Any, args: list[str]) -> tuple[dict[str, Any], list[Any]]:
+        values, order = super().parsed(ctx, args)
+        if values.get("append") is not None and not ctx.resilient_parsing:
+            with command_errors():
+                RunConfig.check_appended({parameter.name for parameter in order})
+        return values, order
+
+
 def _spread_files(arguments: list[str]) -> list[str]:
     """`--corpus a b c` as `--corpus a --corpus b --corpus c`."""
     spread: list[str] = []
@@ -67,13 +78,15 @@ def _check_packages() -> None:
         raise InputError(f"teacher-dump needs {' and '.join(missing)}: pip install 'knowledge-store[teacher]'")
 
 
-@command(app, RunConfig, cls=CorpusCommand)
+@command(app, RunConfig, cls=RunCommand)
 def run(config: RunConfig) -> None:
     """Dump a teacher's knowledge of a corpus. If it was stopped, the same command resumes it. A missing store is created.
 
     Example: `teacher-dump run knowledge/ --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl`
 
     Several workers: give each `--world-size W` and its own `--rank`; any of them may stop and start at any time.
+
+    A corpus that grows: `teacher-dump run knowledge/ --append books --corpus march.jsonl` makes `books-2`, as `books` was made.
     """
     _check_packages()
     end_at_sigterm()
@@ -81,6 +94,10 @@ def run(config: RunConfig) -> None:
         from teacher_dump.dumping.repair import repair
 
         _show_report(repair(config, config.rank, config.world_size, reporter=TerminalReporter()), "repaired")
+    elif config.append is not None:
+        from teacher_dump.dumping.append import append
+
+        _show_report(append(config, reporter=TerminalReporter()), "dumped")
     else:
         from teacher_dump.dumping.run import dump
 

@@ -7,6 +7,7 @@ The options of a kind of knowledge are declared with its extractor. From Python 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from typing import Any, Self
 from knowledge_store.configuration import CalibrationOptions, DumpOptions, GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
+from knowledge_store.format.manifest import Manifest
 from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
 from teacher_dump.corpus.columns import read_columns
@@ -188,6 +190,8 @@ class EstimateConfig(*option_classes(), PassOptions):  # type: ignore[misc]
         ("positions",), flag="--kind", metavar="KIND", help="A kind of knowledge to keep; give the option again for more kinds."
     )
     shard_size: int = option(512, min=1, help="Documents in a shard.")
+    # Not an option: of a dump whose kinds of knowledge, with their parameters, this one is to have; `append` sets it.
+    like: Manifest | None = None
 
     def __post_init__(self) -> None:
         PassOptions.__post_init__(self)
@@ -241,14 +245,56 @@ class DumpConfig(StoreOptions, EstimateConfig):
         return words[:100] or "dump"
 
 
+# What may be said beside `--append`; all else is a setting, which a family of dumps has throughout.
+_NO_SETTINGS = {
+    *("store", "append", "corpus", "teacher", "gguf_file", "revision", "batch_size", "device", "device_map", "max_memory"),
+    *("attention", "skip_bad_rows", "max_skipped", "rank", "world_size"),
+}
+
+
 @dataclass(frozen=True)
 class RunConfig(DumpConfig):
     """The options of `teacher-dump run`: a dump, and which worker of it this is."""
 
     _: KW_ONLY
+    teacher: str = option(
+        "", help="A local folder or a hub id of a causal language model. With --append, a hub id may be left out."
+    )
+    append: str | None = option(
+        None,
+        metavar="FAMILY",
+        names_dump=True,
+        help="Begin or resume the next dump of a family, FAMILY-2, FAMILY-3, …, of another corpus and with the settings of the"
+        " last one.",
+    )
     rank: int = option(0, min=0, help="Number of this worker, counted from 0.")
     world_size: int = option(1, min=1, help="How many workers share the dump.")
     repair: bool = option(False, help="Repair the dump instead: make damaged shards and files again, and no others.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.append is not None:
+            self.check_appended({field.name for field in fields(self) if getattr(self, field.name) != field.default})
+        elif not self.teacher:
+            raise InputError("--teacher is missing: name a local folder or a hub id of a causal language model")
+
+    @classmethod
+    def check_appended(cls, given: Collection[str]) -> None:
+        """Make sure that no setting is given beside `--append`, by the names of the fields that are given.
+
+        Raises:
+            InputError: one is; names it.
+        """
+        for field in fields(cls):
+            if field.name in given and field.name not in _NO_SETTINGS:
+                raise InputError(
+                    f"{flag_of(field)} cannot be given beside --append, which takes all settings from the family's last dump:"
+                    " leave it out, or begin another family with --name"
+                )
+
+    def with_corpus(self, files: tuple[Path, ...]) -> Self:
+        """The same dump with the corpus named by its files; `append` gives it its name."""
+        return super().with_corpus(files) if self.append is None else replace(self, corpus=files)
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,8 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     shutil.copytree(teacher_folder, folder / "student")
     rows = story_rows(12)
     (folder / "data").mkdir()
-    for name in ("train.jsonl", "data/part-1.jsonl", "data/part-2.jsonl"):
-        write_jsonl(folder / name, rows)
+    for name, content in (("train.jsonl", rows), ("data/part-1.jsonl", rows), ("data/part-2.jsonl", story_rows(12, start=40))):
+        write_jsonl(folder / name, content)
     write_jsonl(folder / "heldout.jsonl", story_rows(6, start=30))
     turns = [{"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "The keeper did."}]
     write_jsonl(folder / "chat.jsonl", [{"messages": turns}] * 4)

@@ -100,6 +100,20 @@ class Codec:
     arrays: Callable[[Manifest], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """What a kind has several of in each row, for conditions on its rows: one that names such a column is met by a row where it
+    is met by any of what the row has.
+
+    Attributes:
+        columns: the names that stand for one of these, in small letters.
+        rows: SQL over `{rows}`, the relation of the kind's name: its rows, once for each, with these columns too.
+    """
+
+    columns: tuple[str, ...]
+    rows: str
+
+
 def no_measures(table: pa.Table, manifest: Manifest) -> dict[str, float]:
     """For kinds that are not measured."""
     return {}
@@ -143,6 +157,8 @@ class Kind:
             of each token id.
         lines: what `info` tells of it: label and value.
         facts: what the relation `dumps` has of it besides the statistics: columns "KIND.NAME".
+        target: the column, and the array of a batch, that says which rows count for training; None where all do.
+        repeated: what conditions on its rows may name besides its columns; None for nothing.
         show: header and rows of a table that shows a sequence to a person, given its arrays and the text of a token id.
     """
 
@@ -158,6 +174,8 @@ class Kind:
     relations: Mapping[str, str | Callable[[Manifest], str]] = field(default_factory=dict)
     lines: Callable[[Manifest, Totals], list[tuple[str, str]]] = no_lines
     facts: Callable[[Manifest, Totals], dict[str, str | float | int | None]] = no_facts
+    target: str | None = None
+    repeated: Repeated | None = None
     show: Callable[[Arrays, Callable[[int], str]], tuple[list[str], list[list[str]]]] | None = None
 
     def __post_init__(self) -> None:

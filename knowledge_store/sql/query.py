@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.summary import dumps_table, shards_table
-from knowledge_store.errors import KnowledgeStoreError, QueryError
+from knowledge_store.errors import KnowledgeStoreError, QueryError, QueryLimitError
 from knowledge_store.format.integrity import FileRecord, TableFile
 from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
@@ -312,7 +312,7 @@ class Query:
                 size += batch.nbytes
                 if self._memory_limit is not None and size > self._memory_limit:
                     limit = binary_size(self._memory_limit)
-                    raise QueryError(f"this SQL was cut off: its answer takes more memory than the limit of {limit}")
+                    raise QueryLimitError(f"this SQL was cut off: its answer takes more memory than the limit of {limit}")
                 yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
 
     @contextmanager
@@ -330,7 +330,7 @@ class Query:
                 if self._memory_limit is not None:
                     limit = f"its limit of {binary_size(self._memory_limit)}"
                     advice = "; give a larger memory limit (--memory-limit), or ask for less"
-                raise QueryError(f"this SQL needs more memory than {limit}: {reason}{advice}") from None
+                raise QueryLimitError(f"this SQL needs more memory than {limit}: {reason}{advice}") from None
             reason = _reason(error)
             if "Table with name" in reason:
                 reason += f" (the store's relations: {', '.join(self._relations)})"

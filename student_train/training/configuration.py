@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
 from knowledge_store.configuration import DumpOptions, GgufOptions, StoreOptions
@@ -10,6 +11,7 @@ from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
 from student_train.configuration import BatchOptions
 from student_train.losses.table import LOSSES, TAILS, Loss
+from student_train.training.settings import parse_settings
 
 # What transformers can report to.
 TRACKERS = (
@@ -93,6 +95,13 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
         help="Experiment tracker that transformers reports to, such as tensorboard or wandb.",
     )
 
+    set: tuple[str, ...] = option(
+        (),
+        metavar="NAME=VALUE",
+        help="A setting of transformers.TrainingArguments, such as optim=adafactor or gradient_checkpointing=true; JSON for"
+        " dictionaries and lists. May be repeated.",
+    )
+
     def loss_options(self) -> dict[str, float | str]:
         """Keyword arguments for the chosen loss."""
         return {name: getattr(self, _FIELDS[name]) for name in LOSSES[self.loss].options if name in _FIELDS}
@@ -122,6 +131,8 @@ def check_config(config: TrainConfig) -> Loss:
     for name, field in _FIELDS.items():
         if name not in loss.options and getattr(config, field) != getattr(TrainConfig, field):
             raise InputError(f"the loss {config.loss} takes no --{field.replace('_', '-')}")
+    if "lr_scheduler_type" in parse_settings(config.set) and config.schedule != TrainConfig.schedule:
+        raise InputError("give --schedule or --set lr_scheduler_type, not both")
     if config.epochs is not None and config.steps is not None:
         raise InputError("give --epochs or --steps, not both")
     if config.tail == "draws" and config.temperature != 1:
@@ -129,6 +140,21 @@ def check_config(config: TrainConfig) -> Loss:
     if config.ce_weight and "input_ids" not in loss.inputs:
         raise InputError(f"the loss {config.loss} does not run the student on the text, so it takes no --ce-weight")
     return loss
+
+
+def check_loss(loss: str, ce_weight: float, options: Mapping[str, float | str]) -> tuple[TrainConfig, Loss]:
+    """A loss, its share of cross-entropy and keyword arguments of its function, as a run's options, and its entry in `LOSSES`.
+
+    Raises:
+        InputError: there is no such loss, it has no such argument, or a value is out of range.
+    """
+    known = LOSSES[loss].options if loss in LOSSES else tuple(_FIELDS)
+    for name in options:
+        if name not in known:
+            raise InputError(f"the loss {loss} takes no {name!r}: it takes {', '.join(known) or 'no options'}")
+    fields = {_FIELDS[name]: value for name, value in options.items() if name in _FIELDS}
+    config = TrainConfig("", "", "", loss=loss, ce_weight=ce_weight, **fields)  # type: ignore[arg-type]
+    return config, check_config(config)
 
 
 def parse_layers(keep_layers: str) -> list[int]:

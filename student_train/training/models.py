@@ -44,7 +44,7 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
         with silence(), panics_as_errors():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_gguf(gguf_file))
     except Exception as error:  # the library raises whatever its parsers raise
-        raise InputError(f"cannot load a tokenizer from {model}: {_first_line(error)}") from error
+        raise InputError(f"cannot load a tokenizer from {model}: {first_line(error)}") from error
 
 
 def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
@@ -74,7 +74,7 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
                 **(_gguf(gguf_file) if gguf_file else {"use_safetensors": True}),
             )
     except Exception as error:
-        raise InputError(f"cannot load a causal language model from {model}: {_first_line(error)}") from error
+        raise InputError(f"cannot load a causal language model from {model}: {first_line(error)}") from error
     if report["missing_keys"]:  # the library would fill them with random numbers
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {model} are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
@@ -96,7 +96,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
         alone.get_decoder().load_state_dict(model.get_decoder().state_dict())
         alone.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
     except (AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f"the language model cannot be taken out of a {kind} model: {_first_line(error)}") from error
+        raise InputError(f"the language model cannot be taken out of a {kind} model: {first_line(error)}") from error
     tokens = (torch.arange(24) * 7919 % config.vocab_size)[None]
     with torch.inference_mode():
         before, after = (some(input_ids=tokens, use_cache=False).logits for some in (model.eval(), alone))
@@ -139,7 +139,7 @@ def rebuild(model: PreTrainedModel, layers: list[int] | None = None) -> PreTrain
         fresh.load_state_dict(state)
     except (RuntimeError, ValueError, IndexError) as error:
         kind = model.config.model_type
-        raise InputError(f"a {kind} model cannot be rebuilt from these layers: {_first_line(error)}") from error
+        raise InputError(f"a {kind} model cannot be rebuilt from these layers: {first_line(error)}") from error
     if model.generation_config is not None:
         fresh.generation_config = copy.deepcopy(model.generation_config)
     return fresh.float().eval()
@@ -182,6 +182,7 @@ def _gguf(gguf_file: str | None) -> dict[str, str]:
     return {"gguf_file": gguf_file} if gguf_file else {}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,6 +1,6 @@
 """A training run from beginning to end: everything is checked, then the student is trained, or a run resumed.
 
-`trainer` says what a step is, `interruption` what Ctrl-C does, and `run_folder` what stands in a run's folder.
+`run_trainer` says what a step is, `interruption` what Ctrl-C does, and `run_folder` what stands in a run's folder.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from student_train.training.run_folder import (
     write_json,
 )
 from student_train.training.run_lock import locked
-from student_train.training.trainer import DistillationTrainer
+from student_train.training.run_trainer import RunTrainer
 from student_train.training.vocabulary import check_student
 
 
@@ -153,7 +153,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     evaluation = (
         DistillationDataset(store, dump, ordinals=eval_ordinals, shuffle=False, **shared) if len(eval_ordinals) else None
     )
-    trainer = DistillationTrainer(
+    trainer = RunTrainer(
         student,
         arguments,
         config,

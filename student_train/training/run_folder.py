@@ -27,6 +27,7 @@ from knowledge_store.model_files import check_weights
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
 from student_train.training.run_lock import LOCK_FILE, check_unlocked
+from student_train.training.settings import settings_identity
 
 Record = dict[str, Any]
 
@@ -56,6 +57,7 @@ def run_identity(
     knowledge = json.dumps(store.manifest(dump).identity(), sort_keys=True, default=str)
     return {
         **facts,
+        "set": settings_identity(config.set),
         "calibration": calibration_sha256,
         "dump": dump,
         "student's files": student_sha256,

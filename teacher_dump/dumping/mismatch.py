@@ -55,6 +55,20 @@ def check_same(storage: Storage, existing: Manifest, asked: Manifest) -> None:
         )
 
 
+def check_alike(storage: Storage, last: Manifest, asked: Manifest) -> None:
+    """Make sure that a dump is made as the last one of its family was, of whatever corpus.
+
+    Raises:
+        MismatchError: it is not; names what differs.
+    """
+    sentences = _sentences(last, replace(asked, corpus={**asked.corpus, "files": last.corpus["files"]}))
+    if sentences:
+        raise MismatchError(
+            f"dump {last.dump!r} in {storage.address} was made differently: {'; '.join(sentences)}."
+            " Append with what it was made with, or begin another family with --name"
+        )
+
+
 def _sentences(existing: Manifest, asked: Manifest) -> list[str]:
     changes = existing.changes(asked)
     if "plan.max_length" in changes:

@@ -63,7 +63,8 @@ def identity_manifest(
 
 
 def _parameters(kind: str, config: EstimateConfig, teacher: Teacher) -> Parameters:
-    EXTRACTORS[kind].check(config.kind_options(kind), teacher.description, describe_tokenizer(teacher.tokenizer))
+    if config.like is None:  # else they fitted this teacher before
+        EXTRACTORS[kind].check(config.kind_options(kind), teacher.description, describe_tokenizer(teacher.tokenizer))
     return parameters_asked(config, kind)
 
 

@@ -16,11 +16,13 @@ from teacher_dump.teachers.files import check_local_teacher, stated_sizes
 
 
 def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
-    """The parameters of a kind that the options stand for.
+    """The parameters of a kind that the options stand for, or those of the dump that this one is to be like.
 
     Raises:
         InputError: a file that an option names cannot be used. DamageError: it was altered.
     """
+    if config.like is not None:
+        return KINDS[kind].parameters.from_record(config.like.kinds[kind])
     parameters = EXTRACTORS[kind].parameters
     return KINDS[kind].parameters() if parameters is None else parameters(config.kind_options(kind))
 
@@ -67,6 +69,6 @@ def check_teacher(config: CorpusOptions) -> None:
     check_local_teacher(config.teacher, config.gguf_file, config.revision)
     sizes = stated_sizes(config.teacher, config.gguf_file)
     check_length(config, sizes)
-    if isinstance(config, EstimateConfig):
+    if isinstance(config, EstimateConfig) and config.like is None:
         for kind in config.kinds:
             EXTRACTORS[kind].check(config.kind_options(kind), sizes, None)

@@ -13,7 +13,7 @@ from knowledge_store.writing.writer import DumpWriter
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loading
-from teacher_dump.dumping.mismatch import check_same
+from teacher_dump.dumping.mismatch import check_alike, check_same
 from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import chat_asked
@@ -50,7 +50,7 @@ def dump(
     existing = existing_manifest(storage, config.dump_name)
     config = as_made(config, existing)
     loading = check_before_loading(config, storage, existing, teacher, reporter)
-    chat = chat_asked(config, existing)
+    chat = chat_asked(config, existing or config.like)
     derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
@@ -68,6 +68,8 @@ def dump(
     planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)
+    elif config.like is not None:
+        check_alike(storage, config.like, planned)
     writer = DumpWriter.open(storage, planned, tokens_table(*teacher.tokens()))
     pending = remaining_shards(writer, rank, world_size)
     reader = ShardReader(config, writer.manifest, corpus_tokenizer(config, teacher.tokenizer, chat))

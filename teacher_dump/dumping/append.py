@@ -1,0 +1,144 @@
+"""`append`: the next dump of a family, of another corpus and otherwise as the last one was made. That is how a corpus grows.
+
+The dumps of the family `news` are `news` or `news-1`, the first, and then `news-2`, `news-3`, … Which of them a command means
+follows from its corpus alone: the one that has exactly these files, or a new one. So workers that are given the same command
+agree, whenever each of them starts, and a command that is given again resumes its dump.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from knowledge_store.errors import InputError, MismatchError
+from knowledge_store.format.commits import commit_records
+from knowledge_store.format.manifest import Manifest, manifest_exists, read_manifest
+from knowledge_store.quantities import counted
+from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.storage import Storage, open_storage
+from teacher_dump.configuration import RunConfig
+from teacher_dump.corpus.sources import with_local_corpus
+from teacher_dump.dumping.preconditions import as_made, existing_manifest
+from teacher_dump.dumping.report import DumpReport
+from teacher_dump.dumping.run import dump
+from teacher_dump.dumping.worker_shards import worker_shards
+from teacher_dump.fingerprints import corpus_record
+
+if TYPE_CHECKING:
+    from teacher_dump.teachers.protocol import Teacher
+
+
+def append(config: RunConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> DumpReport:
+    """Begin the next dump of the family `config.append`, or resume the one of this corpus.
+
+    Args:
+        config: the family, the corpus, which worker this is, and how the teacher is asked; no settings.
+        teacher: already loaded; loaded here when None.
+        reporter: hears of progress, of files that the family has already, and of which dump it is.
+
+    Raises:
+        InputError: there is no such family, something given cannot be used, or nobody says where the teacher is.
+        MismatchError: the teacher or its tokenizer is another, or another command has begun the dump of that name meanwhile.
+        DamageError: a manifest of the family is damaged.
+        StoreError: the store cannot be written, or something of the dump has a newer format version.
+        KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are committed first.
+    """
+    family = config.append
+    if family is None:
+        raise InputError("name the family of dumps that is appended to")
+    storage = open_storage(config.store)
+    config = with_local_corpus(config, reporter=reporter)
+    members = _members(storage, family)
+    corpus = [str(file["sha256"]) for file in corpus_record(config.corpus, reporter=reporter)]
+    same = next((manifest for manifest in reversed(members.values()) if _hashes(manifest) == corpus), None)
+    number, last = next(reversed(members.items()))
+    if same is not None:
+        if not _missing_shards(storage, same):
+            reporter.note(f"{same.dump} is the dump of this corpus, and is finished: nothing is left to do")
+            shards = worker_shards(same, config.rank, config.world_size)
+            return DumpReport(same.dump, 0, len(shards), same.shard_count)
+        reporter.note(f"{same.dump} is the dump of this corpus, and is resumed")
+        name, like = same.dump, same
+    else:
+        name, like = f"{family}-{number + 1}", last
+        _note_overlap(config, corpus, members.values(), reporter)
+        if missing := _missing_shards(storage, last):
+            shards_missing = counted(missing, "shard of it is", "shards of it are")
+            reporter.note(
+                f"Warning: {last.dump} is not finished, {shards_missing} missing: the command that began it resumes it"
+            )
+        reporter.note(f"{name} is begun with the settings of {last.dump}")
+    try:
+        return dump(_next(config, name, like), config.rank, config.world_size, teacher, reporter=reporter)
+    except MismatchError:
+        standing = existing_manifest(storage, name)
+        if same is not None or standing is None or _hashes(standing) == corpus:
+            raise
+        raise MismatchError(
+            f"another command has begun {name} in {storage.address} with another corpus meanwhile: give this command again,"
+            " and it takes the next name"
+        ) from None
+
+
+def _members(storage: Storage, family: str) -> dict[int, Manifest]:
+    """The dumps of a family by their numbers, in order; there is at least one.
+
+    Raises:
+        InputError: there is none, or two are the first.
+        DamageError: a manifest is damaged.
+    """
+    pattern = re.compile(rf"{re.escape(family)}(?:-([1-9]\d*))?")
+    names: dict[int, str] = {}
+    for folder in storage.folders(""):
+        if (match := pattern.fullmatch(folder)) and manifest_exists(storage, folder):
+            number = int(match[1] or 1)
+            if number in names:
+                raise InputError(f"{names[number]} and {folder} are both the first dump of the family {family}: rename one")
+            names[number] = folder
+    if 1 not in names:
+        raise InputError(
+            f"there is no dump {family} or {family}-1 in {storage.address} to append to: the first dump of a family is made"
+            f" without --append, under --name {family}"
+        )
+    return {number: read_manifest(storage, names[number]) for number in sorted(names)}
+
+
+def _hashes(manifest: Manifest) -> list[str]:
+    """SHA-256 of each file of its corpus."""
+    return [str(file["sha256"]) for file in manifest.corpus.get("files", [])]
+
+
+def _missing_shards(storage: Storage, manifest: Manifest) -> int:
+    return manifest.shard_count - len(list(commit_records(storage, manifest.dump)))
+
+
+def _note_overlap(config: RunConfig, corpus: Sequence[str], members: Iterable[Manifest], reporter: Reporter) -> None:
+    """Say which files of the corpus the family has already."""
+    dumps = {sha256: manifest.dump for manifest in members for sha256 in _hashes(manifest)}
+    for file, sha256 in zip(config.corpus, corpus, strict=True):
+        if sha256 in dumps:
+            reporter.note(f"Warning: {file} is in {dumps[sha256]} already: its documents will be in the family twice")
+
+
+def _next(config: RunConfig, name: str, like: Manifest) -> RunConfig:
+    """The configuration of a dump of that name with the settings of another (InputError: nobody says where the teacher is)."""
+    made_by = str(like.teacher["name"])
+    if not config.teacher and ("/" not in made_by or config.gguf_file):
+        raise InputError(
+            f"the teacher of {like.dump} is called {made_by!r}, and no dump knows where it is kept: say where with --teacher"
+        )
+    plan = {name: like.plan[name] for name in ("max_length", "too_long", "shard_size") if name in like.plan}
+    settings = replace(
+        config,
+        append=None,
+        name=name,
+        like=like,
+        teacher=config.teacher or made_by,
+        kinds=tuple(like.kinds),
+        dtype=like.teacher.get("dtype", config.dtype),
+        quantize=like.teacher.get("quantize", "none"),
+        **plan,
+    )
+    return as_made(settings, like)
