@@ -226,7 +226,7 @@ class RunTrainer(Trainer):
             DivergenceError: one of them is no finite number.
         """
         dataset: DistillationDataset = eval_dataset or self.eval_dataset
-        sequences = dataset.store.sequences(dataset.dump)
+        sequences = dataset.store.sequences(dataset.dumps[0])
         targets = int(sequences["targets"].to_numpy()[dataset.plan.ordinals].sum())
         counts = {"target": targets, "sequence": dataset.sequences}
         totals = torch.zeros(len(self.figures), dtype=torch.float64)
