@@ -152,7 +152,7 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from student_train.training.arguments import schedule, training_arguments
     from student_train.training.configuration import TrainConfig, check_config
     from student_train.training.dataset import DistillationDataset
-    from student_train.training.trainer import DistillationTrainer
+    from student_train.training.run_trainer import RunTrainer
 
     class OneBatch(DistillationDataset):
         """The first batch again and again, read once."""
@@ -171,7 +171,7 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
             self.ends.append(time.perf_counter())
 
-    class Waiting(DistillationTrainer):
+    class Waiting(RunTrainer):
         """Counts the seconds in which a step waits for its batches."""
 
         waited = 0.0

@@ -6,6 +6,7 @@ KnowledgeStoreError          base of all: a command prints it as one line and ex
 │   ├── NewerVersionError    a file is of a format version that this code does not know
 │   └── MismatchError        the dump was made differently; says which things differ
 ├── QueryError               SQL that is refused or does not run
+│   └── QueryLimitError      SQL that needs more memory or time than it may
 ├── LimitError               work on what somebody else made needs more memory or time than it may
 └── DamageError              bytes on disk are not the bytes that were published; names the file
     └── MissingFileError     a file is not there
@@ -40,6 +41,10 @@ class MismatchError(StoreError):
 
 class QueryError(KnowledgeStoreError):
     """A query that is refused, or that DuckDB cannot run."""
+
+
+class QueryLimitError(QueryError):
+    """A query that needs more memory or time than it may."""
 
 
 class LimitError(KnowledgeStoreError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ import pyarrow as pa
 
 from knowledge_store.catalogue.dumps import Dumps, open_dumps
 from knowledge_store.catalogue.summary import DumpSummary, summarise
+from knowledge_store.choice.answers import MEMORY_LIMIT as CHOICE_MEMORY_LIMIT
+from knowledge_store.choice.answers import TIMEOUT as CHOICE_TIMEOUT
+from knowledge_store.choice.sequences import ChosenSequences, check_query, choose_sequences
+from knowledge_store.choice.targets import ChosenTargets, check_condition, choose_targets
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import SEQUENCES, STORE_FILE
 from knowledge_store.format.manifest import Manifest
@@ -167,6 +172,73 @@ class KnowledgeStore:
         for sentence in remarks:
             warnings.warn(sentence, stacklevel=2)
         return table
+
+    def choose_sequences(
+        self,
+        query: str,
+        dumps: str | Sequence[str] | None = None,
+        *,
+        memory_limit: float = CHOICE_MEMORY_LIMIT,
+        timeout: float = CHOICE_TIMEOUT,
+        reporter: Reporter = SILENT,
+    ) -> ChosenSequences:
+        """The sequences that a SELECT statement gives, in a process of its own; its `ordinals` are for `batches`.
+
+        Args:
+            query: gives the columns dump and sequence_id, and no others; sequence_id alone will do where one dump is read.
+            dumps: the names of those that are read; None for the only one.
+            memory_limit, timeout: in bytes and seconds, for the query.
+            reporter: hears of the progress.
+
+        Raises:
+            InputError: there is no such dump, or the query gives no sequence, one twice, one that there is not, or one of
+                another dump.
+            QueryError: the query is refused, has other columns, or DuckDB cannot run it.
+            QueryLimitError: it needs more than its limits.
+            DamageError, StoreError: as of `sql`.
+        """
+        limits: Any = {"memory_limit": memory_limit, "timeout": timeout, "reporter": reporter}
+        return choose_sequences(self._dumps, query, self._names(dumps), **limits)
+
+    def choose_targets(
+        self,
+        condition: str,
+        dumps: str | Sequence[str] | None = None,
+        *,
+        memory_limit: float = CHOICE_MEMORY_LIMIT,
+        timeout: float = CHOICE_TIMEOUT,
+        reporter: Reporter = SILENT,
+    ) -> ChosenTargets:
+        """The targets that meet a condition in SQL, asked in a process of its own; its `masks` are for `batches`.
+
+        Args:
+            condition: over the columns of `positions`, such as "exp(tail_logprob) > 0.05". One that names `rank`, `logprob` or
+                `candidates.token_id` is met by a target where any of its candidates meets it. It is not met where its value is
+                null.
+            dumps: the names of those that are read; None for the only one.
+            memory_limit, timeout: in bytes and seconds, for each dump.
+            reporter: hears of the progress.
+
+        Raises:
+            InputError: there is no such dump, or none of its targets meets the condition.
+            QueryError: it is no condition, is refused, or DuckDB cannot run it.
+            QueryLimitError: it needs more than its limits.
+            DamageError, StoreError: as of `sql`.
+        """
+        limits: Any = {"memory_limit": memory_limit, "timeout": timeout, "reporter": reporter}
+        return choose_targets(self._dumps, condition, self._names(dumps), **limits)
+
+    def check_choice(self, query: str | None, condition: str | None, dumps: str | Sequence[str] | None = None) -> None:
+        """Refuse at once a query for `choose_sequences` or a condition for `choose_targets` that cannot be run or has another
+        shape (raises as these); what it chooses is not looked at."""
+        if query is not None:
+            check_query(self._dumps, query, self._names(dumps))
+        if condition is not None:
+            check_condition(self._dumps, condition, self._names(dumps))
+
+    def _names(self, dumps: str | Sequence[str] | None) -> list[str]:
+        """Dumps by name (InputError: there is none of that name)."""
+        return [self.dump(name) for name in ([dumps] if dumps is None or isinstance(dumps, str) else dumps)]
 
     def view(self, dump: str | None = None) -> str:
         """SQL that creates a dump's relations in any DuckDB, over the committed files (see `sql.create_statements`)."""

@@ -46,10 +46,12 @@ if TYPE_CHECKING:
     from student_train.losses.table import LOSSES, Loss
     from student_train.losses.targets import Targets, select_targets
     from student_train.report.html import write_report
+    from student_train.training.collator import DistillationCollator
     from student_train.training.configuration import TrainConfig
     from student_train.training.dataset import DistillationDataset, split_ordinals
     from student_train.training.divergence import DivergenceError
     from student_train.training.initialisation import initialise
+    from student_train.training.mixin import DistillationMixin, DistillationTrainer
     from student_train.training.run import TrainResult, train
     from student_train.training.vocabulary import check_student
 
@@ -77,16 +79,21 @@ _HOMES = {
     "student_train.losses.targets": "Targets select_targets",
     "student_train.report.html": "write_report",
     "student_train.training.configuration": "TrainConfig",
+    "student_train.training.collator": "DistillationCollator",
     "student_train.training.dataset": "DistillationDataset split_ordinals",
     "student_train.training.divergence": "DivergenceError",
     "student_train.training.vocabulary": "check_student",
     "student_train.training.initialisation": "initialise",
+    "student_train.training.mixin": "DistillationMixin DistillationTrainer",
     "student_train.training.run": "TrainResult train",
 }
 
 __all__ = [
     "LOSSES",
+    "DistillationCollator",
     "DistillationDataset",
+    "DistillationMixin",
+    "DistillationTrainer",
     "DivergenceError",
     "EvaluateConfig",
     "FullVocabularyCalibration",

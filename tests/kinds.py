@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from stores import drawn_sequences, random_sequences
+from stores import drawn_sequences, knowledge_of, random_sequences
 
 from knowledge_store import Field, Kind
 from knowledge_store.format.parquet import TEXT
@@ -16,6 +16,7 @@ from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.field import PLAIN, SPLIT
 from knowledge_store.kinds.positions import POSITIONS
 from knowledge_store.kinds.positions.selection import Selection
+from knowledge_store.kinds.saliency import MAX_STEPS, SALIENCY
 
 HIDDEN = 576
 WIDTH = 50
@@ -64,10 +65,10 @@ def differing(table: pa.Table, sequences: pa.Table, manifest: Any) -> Iterator[s
         yield "both texts of a pair are the same"
 
 
-def rationales(per: str) -> Kind:
+def explanations(per: str) -> Kind:
     """Tokens that explain, each with a score: ragged, per position or per sequence."""
     return Kind(
-        name="rationales",
+        name="explanations",
         per=per,  # type: ignore[arg-type]
         fields=lambda manifest: (
             Field("rationale_ids", pa.uint32(), "ragged", padding=7, encoding=PLAIN),
@@ -80,12 +81,12 @@ def rationales(per: str) -> Kind:
             "explained": "SELECT {dump} AS dump, sequence_id, unnest(rationale_ids) AS token_id FROM {rows}",
             "described": "SELECT {dump} AS dump, {'ids': rationale_ids, 'inner': {'x': 1}} AS pair, '{x}' AS text FROM {rows}",
         },
-        lines=lambda manifest, totals: [("scores of rationales", f"{totals.count('scores')}")],
+        lines=lambda manifest, totals: [("scores of explanations", f"{totals.count('scores')}")],
     )
 
 
 def scores(table: pa.Table) -> dict[str, float]:
-    """Statistics of rationales."""
+    """Statistics of explanations."""
     values = table["rationale_scores"].combine_chunks().flatten().to_numpy()
     return {"scores": len(values), "mean_score": float(values.mean(dtype=np.float64)) if len(values) else 0.0}
 
@@ -147,7 +148,7 @@ PREFERENCES = Kind(
 
 
 def rationale_rows(random: np.random.Generator, count: int) -> Arrays:
-    """Rationales of so many rows, 0 to 6 tokens each."""
+    """Explanations of so many rows, 0 to 6 tokens each."""
     lengths = random.integers(0, 7, count)
     return {
         "rationale_ids": [random.integers(0, 11, length) for length in lengths],
@@ -263,6 +264,37 @@ def sampled(seed: int, count: int) -> list[Arrays]:
     return found
 
 
+def answered(count: int) -> np.ndarray:
+    """Targets of a sequence with so many tokens, bool (count,): its second half, without the last of four or more."""
+    places = np.arange(count)
+    return (places >= count // 2) & (places < count - (count > 3))
+
+
+def answers(seed: int, count: int) -> list[Arrays]:
+    """Sequences with a context, whose targets are `answered`."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(2, 10, count).tolist()
+    return [
+        knowledge_of(random.integers(0, 11, length), random.normal(0, 2, (length, 11)), 3, answered(length))
+        for length in lengths
+    ]
+
+
+def saliency_rows(random: np.random.Generator, count: int) -> Arrays:
+    """Shares of the context before the last target, as they are kept; now and then there are none."""
+    context = ~answered(count) & (np.arange(count) < np.flatnonzero(answered(count))[-1])
+    steps = np.where(context, random.integers(0, MAX_STEPS, count), 0) * (random.random() < 0.9)
+    if steps.any():
+        steps[steps.argmax()] = MAX_STEPS
+    step_share = np.float32(1 / steps.sum()) if steps.any() else np.float32(0)
+    return {"share": np.ma.masked_array((steps * np.float64(step_share)).astype(np.float32), ~context)}
+
+
+def share_at_a_target(arrays: Arrays) -> None:
+    """Something stands where the last target is."""
+    arrays["share"][-1] = 1.0
+
+
 TARGETS = "sequence 0 does not have"
 CASES = {
     "positions": Case(POSITIONS, TARGETS, lose_a_target, parameters={}),
@@ -291,11 +323,19 @@ CASES = {
         parameters={"selection": Selection("random-sampling", 0, 2).to_record()},
         sequences=sampled,
     ),
-    "rationales of positions": Case(
-        rationales("position"), "a score is not between", alter("rationale_scores", [2.0]), rationale_rows
+    "saliency": Case(
+        SALIENCY,
+        "a share behind its last target",
+        share_at_a_target,
+        saliency_rows,
+        {"method": "gradient-norm", "of": "gold"},
+        answers,
     ),
-    "rationales of sequences": Case(
-        rationales("sequence"),
+    "explanations of positions": Case(
+        explanations("position"), "a score is not between", alter("rationale_scores", [2.0]), rationale_rows
+    ),
+    "explanations of sequences": Case(
+        explanations("sequence"),
         "a score is not between",
         alter("rationale_scores", [2.0]),
         lambda random, count: rationale_rows(random, 1),

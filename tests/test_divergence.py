@@ -23,7 +23,7 @@ from student_train.training.configuration import TrainConfig
 from student_train.training.divergence import DivergenceError
 from student_train.training.run import train
 from student_train.training.run_folder import last_checkpoint, write_json
-from student_train.training.trainer import DistillationTrainer
+from student_train.training.run_trainer import RunTrainer
 
 WILD = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup": 0.0}
 
@@ -35,14 +35,14 @@ def strict(path: Path) -> dict:
 
 def break_weights(monkeypatch, after: int) -> None:
     """After so many steps an update spoils the weights."""
-    schedule = DistillationTrainer._get_learning_rate
+    schedule = RunTrainer._get_learning_rate
 
     def spoil(self):
         if self.state.global_step == after - 1:  # asked for between the update and the next step
             next(self.model.parameters()).data.fill_(float("nan"))
         return schedule(self)
 
-    monkeypatch.setattr(DistillationTrainer, "_get_learning_rate", spoil)
+    monkeypatch.setattr(RunTrainer, "_get_learning_rate", spoil)
 
 
 def test_a_run_that_diverges_is_no_finished_one(settings, tmp_path):
@@ -91,10 +91,8 @@ def test_a_gradient_that_overflows(settings, monkeypatch):
         def backward(ctx, gradient):
             return gradient * float("inf")
 
-    compute = DistillationTrainer.compute_loss
-    monkeypatch.setattr(
-        DistillationTrainer, "compute_loss", lambda *given, **named: Overflowing.apply(compute(*given, **named))
-    )
+    compute = RunTrainer.compute_loss
+    monkeypatch.setattr(RunTrainer, "compute_loss", lambda *given, **named: Overflowing.apply(compute(*given, **named)))
     with pytest.raises(DivergenceError, match=r"at step 1: the norm of the gradient is (inf|nan)") as error:
         train(TrainConfig(**settings))
     assert "no checkpoint was saved" in str(error.value).lower() and "--learning-rate" not in str(error.value)
@@ -112,12 +110,12 @@ def test_all_ranks_stop_together(settings, tmp_path):
     """One of two processes has the loss that is not finite."""
     (tmp_path / "rank.py").write_text(
         "from student_train import cli\n"
-        "from student_train.training.trainer import DistillationTrainer\n"
-        "compute = DistillationTrainer.compute_loss\n"
+        "from student_train.training.run_trainer import RunTrainer\n"
+        "compute = RunTrainer.compute_loss\n"
         "def spoilt(self, *given, **named):\n"
         "    loss = compute(self, *given, **named)\n"
         "    return loss + float('inf') if self.state.global_step == 2 and self.args.process_index == 1 else loss\n"
-        "DistillationTrainer.compute_loss = spoilt\n"
+        "RunTrainer.compute_loss = spoilt\n"
         "cli.main()\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -130,13 +131,35 @@ def without_torch(tmp_path_factory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
 
 
-def told(without_torch, folder: Path, *arguments: object) -> str:
-    """The one line that a command says in such an environment."""
-    line = [sys.executable, "-m", "teacher_dump.cli", *map(str, arguments)]
-    result = subprocess.run(line, capture_output=True, text=True, env=without_torch, cwd=folder, check=False)
-    assert result.returncode == 2 and result.stdout == "", result
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("Error: "), result.stderr
-    return result.stderr
+# Runs command lines one after the other, each in a fork of a process that has imported the commands, which takes longest.
+ONE_AFTER_ANOTHER = """
+import json, os, sys
+from teacher_dump.cli import main
+for arguments in json.load(open(sys.argv[1])):
+    output = sys.argv[1] + ".output"
+    pid = os.fork()
+    if pid == 0:
+        out, err = (os.open(output + end, os.O_CREAT | os.O_WRONLY | os.O_TRUNC) for end in (".out", ".err"))
+        os.dup2(out, 1), os.dup2(err, 2)
+        sys.argv = ["teacher-dump", *arguments]
+        main()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    print(json.dumps([code, open(output + ".out").read(), open(output + ".err").read()]))
+"""
+
+
+def told(without_torch, folder: Path, commands: list[list[object]]) -> list[str]:
+    """The one line that each command says in such an environment."""
+    lines = folder / "commands.json"
+    lines.write_text(json.dumps([list(map(str, arguments)) for arguments in commands]))
+    program = [sys.executable, "-c", ONE_AFTER_ANOTHER, str(lines)]
+    result = subprocess.run(program, capture_output=True, text=True, env=without_torch, cwd=folder, check=True)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(answers) == len(commands)
+    for code, out, err in answers:
+        assert code == 2 and out == "", (code, out, err)
+        assert err.count("\n") == 1 and err.startswith("Error: "), err
+    return [err for _, _, err in answers]
 
 
 def test_mistakes_are_told_before_torch_is_imported(without_torch, store_folder, teacher_folder, tmp_path):
@@ -148,7 +171,7 @@ def test_mistakes_are_told_before_torch_is_imported(without_torch, store_folder,
     shutil.copytree(store_folder, tmp_path / "store")
     corpus, teacher = ["--corpus", "c.jsonl"], ["--teacher", teacher_folder]
     train = ["--corpus", store_folder.parent / "train.jsonl", "--name", "train", *teacher]
-    for arguments, message in (
+    mistakes = (
         (["run", "new", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),
         (["run", "new", *teacher, *corpus, "--name", "../up"], "cannot name a dump"),
         (["run", "new", *teacher, *corpus, "--rank", 3], "--rank 3 is not one of --world-size 1"),
@@ -178,8 +201,10 @@ def test_mistakes_are_told_before_torch_is_imported(without_torch, store_folder,
         (["check", "none", *teacher], "there is no store at none"),
         (["check", "store", *teacher], "name a dump"),
         (["check", "store", *teacher, "--dump", "other"], "has no dump 'other'"),
-    ):
-        assert message in told(without_torch, tmp_path, *arguments), arguments
+    )
+    answers = told(without_torch, tmp_path, [arguments for arguments, _ in mistakes])
+    for (arguments, message), answer in zip(mistakes, answers, strict=True):
+        assert message in answer, arguments
     assert not (tmp_path / "new").exists()
 
 

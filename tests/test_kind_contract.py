@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_command
-from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, rationales
+from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, explanations
 from stores import assert_close, make_manifest, random_sequences, sequence_row, words
 
 from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, QueryError, Shard, StoreError, verify
@@ -49,7 +49,10 @@ def knowledge_of(case: Case, shard: int) -> tuple[list[Arrays], list[Arrays]]:
     if case.rows is None:
         return tokens, tokens
     random = np.random.default_rng(shard)
-    return tokens, [case.rows(random, len(each["token_id"])) for each in tokens]
+    knowledge = [case.rows(random, len(each["token_id"])) for each in tokens]
+    given = {"token_id", "is_target"}.intersection(case.kind.takes(manifest_of(case)))
+    knowledge = [{**arrays, **{name: each[name] for name in given}} for arrays, each in zip(knowledge, tokens, strict=True)]
+    return tokens, knowledge
 
 
 def write(folder: Path, case: Case, change=lambda arrays: None) -> Path:
@@ -472,11 +475,11 @@ def test_a_width_equal_to_the_length_is_not_taken_for_positions(tmp_path, monkey
 
 def test_kinds_together(tmp_path, monkeypatch):
     """All toys beside positions, in one dump and one batch; and each of them read alone."""
-    toys = {"rationales": rationales("position"), "states": STATES, "completions": COMPLETIONS, "preferences": PREFERENCES}
+    toys = {"explanations": explanations("position"), "states": STATES, "completions": COMPLETIONS, "preferences": PREFERENCES}
     for name, kind in toys.items():
         monkeypatch.setitem(KINDS, name, kind)
     cases = {each.kind.name: each for each in CASES.values() if each.rows}
-    cases["rationales"] = CASES["rationales of positions"]
+    cases["explanations"] = CASES["explanations of positions"]
     manifest = make_manifest(shards=1, kinds=("positions", *toys))
     manifest = manifest.__class__(**{**manifest.__dict__, "kinds": {**manifest.kinds, "states": {"layer": 1}}})
     writer = DumpWriter.open(tmp_path / "store", manifest, TOKENS)

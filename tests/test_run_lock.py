@@ -21,7 +21,7 @@ from student_train.cli import app
 from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
 from student_train.training.run_lock import LOCK_FILE, check_unlocked, locked
-from student_train.training.trainer import DistillationTrainer
+from student_train.training.run_trainer import RunTrainer
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def settings(store_folder, tmp_path) -> dict:
 def test_a_second_run_is_refused(settings, tmp_path, monkeypatch):
     """While the first is between two steps; the first goes on as if nothing had happened."""
     train(TrainConfig(**settings | {"output": str(tmp_path / "alone")}))
-    draw = DistillationTrainer.get_batch_samples
+    draw = RunTrainer.get_batch_samples
     refused = []
 
     def drawing(self, *arguments):
@@ -51,7 +51,7 @@ def test_a_second_run_is_refused(settings, tmp_path, monkeypatch):
                 pytest.fail("two hold the lock")
         return draw(self, *arguments)
 
-    monkeypatch.setattr(DistillationTrainer, "get_batch_samples", drawing)
+    monkeypatch.setattr(RunTrainer, "get_batch_samples", drawing)
     assert train(TrainConfig(**settings)).finished
     [second] = refused
     sentence = f"Error: another process is training into {tmp_path / 'run'}: wait until it ends, or choose another --output\n"
@@ -78,13 +78,13 @@ def test_a_run_that_finished_while_another_loaded_its_model(settings, tmp_path, 
 PAUSED = """
 import os, pathlib, time
 from student_train import cli
-from student_train.training.trainer import DistillationTrainer
+from student_train.training.run_trainer import RunTrainer
 
 def wait(self, *arguments):
     pathlib.Path(os.environ["REACHED"]).touch()
     time.sleep(3600)
 
-DistillationTrainer.training_step = wait
+RunTrainer.training_step = wait
 cli.main()
 """
 

@@ -37,6 +37,8 @@ COLUMNS = {
         *("positions.ratio", "positions.rows", "positions.predictions", "positions.mean_nll", "positions.mean_top_k_mass"),
         "positions.mean_top_1_accuracy",
     ],
+    "saliency": ["dump"],  # no dump of these has any
+    "rationales": ["dump"],
 }
 
 

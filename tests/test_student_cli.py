@@ -17,7 +17,7 @@ import student_train
 from knowledge_store.calibration.file import Calibration, write_calibration
 from student_train.cli import app
 from student_train.training.run_folder import last_checkpoint
-from student_train.training.trainer import DistillationTrainer
+from student_train.training.run_trainer import RunTrainer
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -165,14 +165,14 @@ def test_from_a_teacher_to_a_page(teacher_folder, store_folder, tmp_path, monkey
 
 
 def test_interrupt_says_how_to_resume(teacher_folder, store_folder, tmp_path, monkeypatch):
-    draw = DistillationTrainer.get_batch_samples
+    draw = RunTrainer.get_batch_samples
 
     def interrupting(self, *arguments):
         if self.state.global_step == 1:
             signal.raise_signal(signal.SIGINT)
         return draw(self, *arguments)
 
-    monkeypatch.setattr(DistillationTrainer, "get_batch_samples", interrupting)
+    monkeypatch.setattr(RunTrainer, "get_batch_samples", interrupting)
     run = ["run", store_folder, "--student", teacher_folder, "--output", tmp_path / "run", "--dump", "train"]
     done = invoke(*run, "--steps", 5)
     assert done.exit_code == 130

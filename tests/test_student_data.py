@@ -6,10 +6,12 @@ import copy
 import json
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
 from conftest import make_tokenizer, write_jsonl
 from processes import Notes
 from tokenizers import Tokenizer
@@ -227,3 +229,69 @@ def test_the_bytes_of_what_a_loss_reads(store, options, read, stored):
     columns = next(summary for summary in store.info() if summary.dump == "train").column_bytes
     left_out = sum(columns[f"positions.{name}"] for name in {*CANDIDATES, *DRAWS, "token_steps"} - stored)
     assert facts["bytes_read"] == facts["bytes"] - left_out and left_out > 0
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_persistent_workers_read_the_epoch_that_is_set(store):
+    dataset = DistillationDataset(store, "train", batch_size=4)
+    loader = DataLoader(dataset, batch_size=None, num_workers=2, persistent_workers=True, prefetch_factor=4)
+    epochs = []
+    for epoch in (0, 1, 1, 5):
+        dataset.set_epoch(epoch)
+        if epoch == 5:
+            next(iter(loader))  # one that is given up in the middle
+        epochs.append(ids_of(loader))
+    expected = [ids_of(DistillationDataset(store, "train", batch_size=4, epoch=epoch)) for epoch in (0, 1, 1, 5)]
+    assert epochs == expected and expected[0] != expected[1] != expected[3]
+
+
+def test_an_epoch_that_is_set_is_whole_but_for_the_one_that_the_plan_begins_with(store):
+    whole = DistillationDataset(store, "train", batch_size=4, seed=2)
+    begun = DistillationDataset(store, "train", batch_size=4, **whole.state_after(whole.batches_per_epoch + 2))
+    whole.set_epoch(1)
+    assert ids_of(begun) == ids_of(whole)[2:]
+    begun.set_epoch(2), whole.set_epoch(2)
+    assert ids_of(begun) == ids_of(whole) and len(begun) == len(whole) == whole.batches_per_epoch
+    assert begun.state_after(1)["epoch"] == 2
+    with pytest.raises(InputError, match=r"begins with epoch 1, so there is no epoch 0 to read"):
+        begun.set_epoch(0)
+    begun.set_epoch(3), begun.pass_over(3, 2), whole.set_epoch(3)
+    passed = list(begun)
+    assert passed[:2] == [{}, {}] and ids_of(passed[2:]) == ids_of(whole)[2:]
+
+
+def test_ranks_are_found_where_nobody_gives_them(store, monkeypatch):
+    dataset = DistillationDataset(store, "train", batch_size=3)
+    alone = len(dataset)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    second = DistillationDataset(store, "train", batch_size=3, rank=1, world_size=2)
+    assert len(dataset) == len(second) < alone
+    assert ids_of(dataset) == ids_of(second)
+    sent = pickle.loads(pickle.dumps(dataset))  # to a worker that a loader starts
+    monkeypatch.delenv("RANK")
+    assert ids_of(sent) == ids_of(second) and len(dataset) == alone
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(InputError, match="RANK=2 and WORLD_SIZE=2"):
+        len(dataset)
+    with pytest.raises(InputError, match="both rank and world_size"):
+        DistillationDataset(store, "train", rank=1)
+
+
+def test_a_loader_that_would_divide_or_collate_again_is_refused(store):
+    dataset = DistillationDataset(store, "train", batch_size=4, rank=0, world_size=2)
+    with pytest.raises(InputError, match="give its DataLoader batch_size=None"):
+        next(iter(DataLoader(dataset, batch_size=4)))
+    with pytest.raises(InputError, match="give its DataLoader batch_size=None"):
+        next(iter(DataLoader(dataset, batch_size=4, num_workers=1)))
+    for divided in (
+        prepare_data_loader(DataLoader(dataset, batch_size=1), num_processes=2, process_index=0, dispatch_batches=False),
+        IterableDatasetShard(dataset, num_processes=2),
+    ):
+        with pytest.raises(InputError, match="leave its DataLoader out of"):
+            next(iter(divided))
+    dispatcher = prepare_data_loader(DataLoader(dataset, batch_size=None), put_on_device=True, device=torch.device("cpu"))
+    assert ids_of(dispatcher) == ids_of(dataset)  # of one process, which accelerate gives everything
+    dispatcher.state = SimpleNamespace(num_processes=2, process_index=0, device=torch.device("cpu"))
+    with pytest.raises(InputError, match="leave its DataLoader out of"):
+        next(iter(dispatcher))

@@ -27,11 +27,11 @@ from knowledge_store.errors import InputError
 from knowledge_store.reporter import Reporter
 from student_train.cli import app
 from student_train.losses.table import LOSSES, Loss
-from student_train.training import trainer
+from student_train.training import run_trainer
 from student_train.training.configuration import TrainConfig, check_config
 from student_train.training.run import train
 from student_train.training.run_folder import last_checkpoint
-from student_train.training.trainer import DistillationTrainer
+from student_train.training.run_trainer import RunTrainer
 
 Weights = dict[str, torch.Tensor]
 
@@ -130,7 +130,7 @@ def test_interrupted_runs_resume(settings, tmp_path, monkeypatch):
     """Ctrl-C in step 3, and again in step 5: same weights as without, nothing read twice, and it says so."""
     whole = settings | {"output": str(tmp_path / "whole"), "eval_fraction": 0.2, "evaluations": 3}
     train(TrainConfig(**whole))
-    draw = DistillationTrainer.get_batch_samples
+    draw = RunTrainer.get_batch_samples
     drawn: list[int] = []
     stop_at = 2
 
@@ -140,7 +140,7 @@ def test_interrupted_runs_resume(settings, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return draw(self, *arguments)
 
-    monkeypatch.setattr(DistillationTrainer, "get_batch_samples", interrupting)
+    monkeypatch.setattr(RunTrainer, "get_batch_samples", interrupting)
     broken = TrainConfig(**whole | {"output": str(tmp_path / "run")})
     notes: list[str] = []
     reporter = Reporter()
@@ -176,7 +176,7 @@ def test_interrupted_runs_resume(settings, tmp_path, monkeypatch):
 def test_logged_losses_are_means_over_the_same_steps(settings, tmp_path, monkeypatch):
     """Of a run of 600 steps every third is logged. Ctrl-C between them, and a kill after a checkpoint between them."""
     settings |= {"steps": 600, "save_steps": 4}
-    draw = DistillationTrainer.get_batch_samples
+    draw = RunTrainer.get_batch_samples
 
     def until(step: int, output: Path, *, kill: bool = False) -> dict[int, float]:
         def drawing(self, *arguments):
@@ -186,7 +186,7 @@ def test_logged_losses_are_means_over_the_same_steps(settings, tmp_path, monkeyp
                 signal.raise_signal(signal.SIGINT)
             return draw(self, *arguments)
 
-        monkeypatch.setattr(DistillationTrainer, "get_batch_samples", drawing)
+        monkeypatch.setattr(RunTrainer, "get_batch_samples", drawing)
         with pytest.raises(MemoryError) if kill else nullcontext():
             train(TrainConfig(**settings | {"output": str(output)}))
         entries = json.loads((output / "history.json").read_text())["entries"]
@@ -203,7 +203,7 @@ def test_logged_losses_are_means_over_the_same_steps(settings, tmp_path, monkeyp
 def test_a_run_stopped_before_its_model_was_saved(settings, tmp_path, monkeypatch):
     train(TrainConfig(**settings | {"output": str(tmp_path / "whole")}))
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "write_history", lambda self, *, finished: 1 / 0 if finished else None)
+        patch.setattr(RunTrainer, "write_history", lambda self, *, finished: 1 / 0 if finished else None)
         with pytest.raises(ZeroDivisionError):
             train(TrainConfig(**settings))
     (tmp_path / "run" / "model.safetensors").unlink()
@@ -224,15 +224,15 @@ def environment() -> dict[str, str]:
 KILLED = """
 import os, signal
 from student_train import cli
-from student_train.training import trainer
+from student_train.training import run_trainer
 
-write = trainer.Checkpoint.write
+write = run_trainer.Checkpoint.write
 
 def write_and_die(checkpoint):
     write(checkpoint)
     os.kill(os.getpid(), signal.SIGKILL)
 
-trainer.Checkpoint.write = write_and_die
+run_trainer.Checkpoint.write = write_and_die
 cli.main()
 """
 
@@ -261,14 +261,14 @@ def test_killed_at_one_moment_after_another(settings, tmp_path):
 
 def stopped_at_once(settings, monkeypatch):
     """What `train` returns of a run that Ctrl-C stops at its first step."""
-    draw = DistillationTrainer.get_batch_samples
+    draw = RunTrainer.get_batch_samples
 
     def interrupted(self, *arguments):
         signal.raise_signal(signal.SIGINT)
         return draw(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "get_batch_samples", interrupted)
+        patch.setattr(RunTrainer, "get_batch_samples", interrupted)
         return train(TrainConfig(**settings))
 
 
@@ -307,9 +307,9 @@ def test_killed_while_it_wrote_its_first_file(settings, tmp_path):
 RANK = """
 import sys, torch
 from student_train import cli
-from student_train.training import run as training, trainer
+from student_train.training import run as training, run_trainer
 
-class Recorded(training.DistillationTrainer):
+class Recorded(training.RunTrainer):
     def save_model(self, output_dir=None, _internal_call=False):
         if not _internal_call:
             record = {"weights": self.model.state_dict(), "gradients": training.recorded}
@@ -320,8 +320,8 @@ def record(self, args, state, control, model=None, **kwargs):
     training.recorded.append({name: p.grad.clone() for name, p in self.trainer.model.named_parameters()})
 
 training.recorded = []
-training.DistillationTrainer = Recorded
-trainer._Progress.on_pre_optimizer_step = record
+training.RunTrainer = Recorded
+run_trainer._Progress.on_pre_optimizer_step = record
 cli.main()
 """
 
@@ -345,7 +345,7 @@ def test_two_processes_are_one_with_twice_the_batch(settings, tmp_path, monkeypa
 
     alone: list[Weights] = []
     monkeypatch.setattr(
-        trainer._Progress,
+        run_trainer._Progress,
         "on_pre_optimizer_step",
         lambda self, *_, **__: alone.append({n: p.grad.clone() for n, p in self.trainer.model.named_parameters()}),
     )

@@ -300,9 +300,9 @@ def test_sequences_longer_than_the_dump_s_longest_are_never_asked(make_dump, loa
     monkeypatch.setattr(KnowledgeStore, "manifest", lambda *_: replace(opened, plan={**opened.plan, "max_length": 20}))
     asked = []
 
-    def predict(teacher, token_ids, mask):
+    def predict(teacher, token_ids, mask, **more):
         asked.append(token_ids.shape[1])
-        return original(teacher, token_ids, mask)
+        return original(teacher, token_ids, mask, **more)
 
     original = LocalTeacher.predict
     monkeypatch.setattr(LocalTeacher, "predict", predict)
@@ -322,7 +322,7 @@ def test_sequences_longer_than_the_dump_s_longest_are_never_asked(make_dump, loa
     ],
 )
 def test_too_little_memory_is_said_in_one_line(store_folder, loaded_teacher, monkeypatch, error):
-    def predict(*_):
+    def predict(*_, **__):
         raise error
 
     monkeypatch.setattr(LocalTeacher, "predict", predict)

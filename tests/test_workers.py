@@ -133,7 +133,7 @@ def four_shards(store):
 def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder, monkeypatch):
     """The same student as from a copy of the store with the shards there were at the start."""
     from student_train.training.configuration import TrainConfig
-    from student_train.training.run import DistillationTrainer, train
+    from student_train.training.run import RunTrainer, train
 
     corpus = write_jsonl(tmp_path / "rows.jsonl", story_rows(120))
     store, frozen = tmp_path / "store", tmp_path / "frozen"
@@ -145,7 +145,7 @@ def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder, monkeypatch):
         "student": str(save_teacher(tmp_path / "student", layers=1, seed=1)), "steps": 4, "batch_size": 4, "eval_fraction": 0.0,
         "workers": 2,
     }  # fmt: skip
-    draw = DistillationTrainer.get_batch_samples
+    draw = RunTrainer.get_batch_samples
 
     def drawing(self, *arguments):
         assert len(list(store.glob("d/commits/*.json"))) == 4 or self.state.global_step
@@ -153,7 +153,7 @@ def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder, monkeypatch):
         return draw(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(DistillationTrainer, "get_batch_samples", drawing)
+        patch.setattr(RunTrainer, "get_batch_samples", drawing)
         result = train(TrainConfig(store=str(store), output=str(tmp_path / "run"), **settings))
     assert result.finished
     assert dump.wait().returncode == 0

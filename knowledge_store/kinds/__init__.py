@@ -10,11 +10,13 @@ from knowledge_store.kinds.columns import Arrays, joined
 from knowledge_store.kinds.field import KEYS, Field
 from knowledge_store.kinds.kind import Codec, Kind, NoParameters, Totals
 from knowledge_store.kinds.positions import POSITIONS
+from knowledge_store.kinds.saliency import SALIENCY
 
 __all__ = ["KINDS", "Arrays", "Codec", "Field", "Kind", "NoParameters", "Totals", "check_kinds", "item_mask", "joined"]
 
 KINDS: dict[str, Kind] = {
     "positions": POSITIONS,
+    "saliency": SALIENCY,
 }
 
 # Names that are not free, and the one kind that may have them: batches, and the training that takes them, have arrays of their

@@ -16,12 +16,15 @@ from knowledge_store.kinds.columns import Arrays, decode_columns, encode_columns
 from knowledge_store.kinds.field import KEYS, Field
 
 _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
-_PLACES = re.compile(r"\{(rows|dump|texts)\}")
+_PLACES = re.compile(r"\{(rows|positions|dump|texts)\}")
 ROWS = "rows"  # the statistic that every kind has
 
 
 def filled(sql: str, **names: str) -> str:
-    """SQL of a kind with what `{rows}`, `{dump}` and `{texts}` stand for. Other braces are SQL's: `{'a': x}` is a struct."""
+    """SQL of a kind with what `{rows}`, `{positions}`, `{dump}` and `{texts}` stand for.
+
+    Other braces are SQL's: `{'a': x}` is a struct.
+    """
     return _PLACES.sub(lambda place: names[place[1]], sql)
 
 
@@ -97,6 +100,20 @@ class Codec:
     arrays: Callable[[Manifest], dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Repeated:
+    """What a kind has several of in each row, for conditions on its rows: one that names such a column is met by a row where it
+    is met by any of what the row has.
+
+    Attributes:
+        columns: the names that stand for one of these, in small letters.
+        rows: SQL over `{rows}`, the relation of the kind's name: its rows, once for each, with these columns too.
+    """
+
+    columns: tuple[str, ...]
+    rows: str
+
+
 def no_measures(table: pa.Table, manifest: Manifest) -> dict[str, float]:
     """For kinds that are not measured."""
     return {}
@@ -134,11 +151,14 @@ class Kind:
         measure: those numbers, of some of a shard's rows.
         checks: given the rows of some whole sequences, these sequences' rows of `sequences`, and the manifest, sentences that
             say what is wrong; none when all is sound. `verify` calls it for each row group.
-        relations: SQL of the relations it offers, by name; one that is just the table is added by itself. `{rows}` stands for
-            the table, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the
-            text of each token id.
+        relations: SQL of the relations it offers, by name, which may differ from dump to dump; one that is just the table is
+            added by itself. `{rows}` stands for the table, `{positions}` for that of the dump's kind `positions`, where it has
+            one, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the text
+            of each token id.
         lines: what `info` tells of it: label and value.
         facts: what the relation `dumps` has of it besides the statistics: columns "KIND.NAME".
+        target: the column, and the array of a batch, that says which rows count for training; None where all do.
+        repeated: what conditions on its rows may name besides its columns; None for nothing.
         show: header and rows of a table that shows a sequence to a person, given its arrays and the text of a token id.
     """
 
@@ -151,9 +171,11 @@ class Kind:
     statistics: Mapping[str, str | None] = field(default_factory=dict)
     measure: Callable[[pa.Table, Manifest], dict[str, float]] = no_measures
     checks: Callable[[pa.Table, pa.Table, Manifest], Iterator[str]] = no_checks
-    relations: dict[str, str] = field(default_factory=dict)
+    relations: Mapping[str, str | Callable[[Manifest], str]] = field(default_factory=dict)
     lines: Callable[[Manifest, Totals], list[tuple[str, str]]] = no_lines
     facts: Callable[[Manifest, Totals], dict[str, str | float | int | None]] = no_facts
+    target: str | None = None
+    repeated: Repeated | None = None
     show: Callable[[Arrays, Callable[[int], str]], tuple[list[str], list[list[str]]]] | None = None
 
     def __post_init__(self) -> None:
@@ -228,6 +250,11 @@ class Kind:
     def decode(self, table: pa.Table, manifest: Manifest) -> Arrays:
         """The arrays of a batch that a table, or a slice of it, stands for; one entry a row. ValueError: it stands for none."""
         return self.codec.decode(table) if self.codec else decode_columns(table, self.fields(manifest))
+
+    def relation(self, name: str, manifest: Manifest) -> str | None:
+        """SQL of one of its relations in a dump; None of the one that is just the table."""
+        sql = self.relations.get(name)
+        return sql(manifest) if callable(sql) else sql
 
     def view(self, manifest: Manifest) -> str | None:
         """SQL of the table over `{rows}`, the stored one; None where they are the same."""

@@ -31,15 +31,21 @@ def create_statements(dumps: Dumps, manifest: Manifest) -> str:
         SEQUENCES: f"SELECT {dump} AS dump, * FROM {_files(dumps, manifest, SEQUENCES, sequences_schema(manifest))}",
     }
     texts = f"(SELECT list(text ORDER BY token_id) AS list FROM {tokens})"
-    for name in manifest.kinds:
+    tables = {name: _table(dumps, manifest, name) for name in manifest.kinds}
+    for name, rows in tables.items():
         kind = KINDS[name]
-        rows = _files(dumps, manifest, name, kind.stored_schema(manifest))
-        view = kind.view(manifest)
-        if view is not None:
-            rows = f"({filled(view, rows=rows)})"
-        for relation, sql in {name: "SELECT {dump} AS dump, * FROM {rows}", **kind.relations}.items():
-            statements[relation] = filled(sql, dump=dump, rows=rows, texts=texts).strip()
+        places = {"dump": dump, "rows": rows, "texts": texts, "positions": tables.get("positions", "")}
+        for relation in {name: None, **kind.relations}:
+            sql = kind.relation(relation, manifest) or "SELECT {dump} AS dump, * FROM {rows}"
+            statements[relation] = filled(sql, **places).strip()
     return "\n\n".join(f"CREATE VIEW {identifier(relation)} AS\n{sql};" for relation, sql in statements.items())
+
+
+def _table(dumps: Dumps, manifest: Manifest, name: str) -> str:
+    """The table of a kind, as SQL."""
+    kind = KINDS[name]
+    rows, view = _files(dumps, manifest, name, kind.stored_schema(manifest)), kind.view(manifest)
+    return rows if view is None else f"({filled(view, rows=rows)})"
 
 
 def _files(dumps: Dumps, manifest: Manifest, table: str, schema: pa.Schema) -> str:

@@ -53,6 +53,7 @@ def asked(
     timeout: float,
     remark: Callable[[str], None],
     parameters: Parameters | None = None,
+    kept: bool = True,
 ) -> Iterator[IO[bytes]]:
     """Ask a store in a process of its own, which ends with this context, and with the thread that entered it.
 
@@ -64,6 +65,7 @@ def asked(
         timeout: in seconds.
         remark: called with what a person should know of the answer.
         parameters: of the statement (see `query.Query`): numbers, texts, truth values, None, and lists and dicts of them.
+        kept: whether the caller keeps the answer in memory, which the memory limit then holds for too.
 
     Yields:
         the answer, as it comes.
@@ -76,7 +78,7 @@ def asked(
     values = plain_parameters(parameters)
     check_json(values)
     limits = {"memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS)}
-    request = {"store": str(store), "sql": sql, "form": form, "parameters": values, **limits}
+    request = {"store": str(store), "sql": sql, "form": form, "parameters": values, "kept": kept, **limits}
     with started("knowledge_store.sql.isolated:answer", request) as child:
         yield child.answer
         sentence = _result(child, memory_limit, timeout)
@@ -98,6 +100,35 @@ def _result(child: Child, memory_limit: float, timeout: float) -> Any:
         raise broken(str(killed), memory_limit) from None
 
 
+@contextmanager
+def isolated_batches(
+    store: str,
+    sql: str,
+    memory_limit: float = MEMORY_LIMIT,
+    timeout: float = TIMEOUT,
+    parameters: Parameters | None = None,
+    remark: Callable[[str], None] = lambda sentence: None,
+    kept: bool = False,
+) -> Iterator[pa.RecordBatchReader]:
+    """The answer to a statement, batch by batch as it comes, from a process of its own (see `asked`).
+
+    The errors of the statement come when all there is of the answer was read, as this context ends.
+    """
+    import pyarrow as pa
+
+    complete = False
+    # Where the stream ends too soon, how the child ended says why.
+    with (
+        asked(store, sql, ARROW, memory_limit, timeout, remark, parameters, kept) as answer,
+        suppress(pa.ArrowInvalid, OSError),
+        pa.ipc.open_stream(answer) as reader,
+    ):
+        yield reader
+        complete = True
+    if not complete:
+        raise errors.QueryError("this SQL was not answered in full")
+
+
 def isolated_answer(
     store: str,
     sql: str,
@@ -107,14 +138,9 @@ def isolated_answer(
     remark: Callable[[str], None] = lambda sentence: None,
 ) -> pa.Table:
     """`run_query` in a process of its own, which opens the store again (see `asked`)."""
-    import pyarrow as pa
-
-    child = asked(store, sql, ARROW, memory_limit, timeout, remark, parameters)
-    # Where the stream ends too soon, how the child ended says why.
-    with child as answer, suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(answer) as reader:
+    with isolated_batches(store, sql, memory_limit, timeout, parameters, remark, kept=True) as reader:
         table: pa.Table = reader.read_all()
-        return table
-    raise errors.QueryError("this SQL was not answered in full")
+    return table
 
 
 def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | None:
@@ -136,7 +162,7 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
         report({"state": OPENED})  # before the clock begins: however short the time is, it is the query's
         limit(memory_limit, timeout)
         try:
-            query = Query(connection, dumps, request["sql"], memory_limit, request["parameters"])
+            query = Query(connection, dumps, request["sql"], memory_limit if request["kept"] else None, request["parameters"])
             schema, batches = query.answer()
             remark = None
             if request["form"] == ARROW:

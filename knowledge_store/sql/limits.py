@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from knowledge_store.errors import InputError, QueryError, StoreError
+from knowledge_store.errors import InputError, QueryLimitError, StoreError
 from knowledge_store.quantities import binary_size
 
 MEMORY_LIMIT = 2 * 2**30
@@ -22,9 +22,9 @@ def check_limits(memory_limit: float, timeout: float) -> None:
         raise InputError(f"a time limit is more than 0 seconds, and this is {timeout:g}")
 
 
-def interrupted(timeout: float) -> QueryError:
+def interrupted(timeout: float) -> QueryLimitError:
     """What to say of a query that had its time."""
-    return QueryError(f"this SQL was interrupted: it had not been answered after {timeout:g} s, its limit of time")
+    return QueryLimitError(f"this SQL was interrupted: it had not been answered after {timeout:g} s, its limit of time")
 
 
 def not_opened(timeout: float, memory_limit: float, reason: str) -> StoreError:
@@ -32,8 +32,8 @@ def not_opened(timeout: float, memory_limit: float, reason: str) -> StoreError:
     return StoreError(f"the store could not be opened within {timeout:g} s and {binary_size(memory_limit)} ({reason})")
 
 
-def broken(reason: str, memory_limit: float) -> QueryError:
+def broken(reason: str, memory_limit: float) -> QueryLimitError:
     """What to say of a query that ended its process."""
-    return QueryError(
+    return QueryLimitError(
         f"this SQL broke the process that ran it ({reason}): it may need more memory than its {binary_size(memory_limit)}"
     )

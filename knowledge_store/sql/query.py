@@ -21,7 +21,7 @@ import pyarrow.dataset as ds
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.summary import dumps_table, shards_table
-from knowledge_store.errors import KnowledgeStoreError, QueryError
+from knowledge_store.errors import KnowledgeStoreError, QueryError, QueryLimitError
 from knowledge_store.format.integrity import FileRecord, TableFile
 from knowledge_store.format.layout import SEQUENCES, tokens_file
 from knowledge_store.format.manifest import Manifest
@@ -131,26 +131,30 @@ class _Catalogue:
             relations[SEQUENCES].append((manifest, SEQUENCES, None))
             relations["tokens"].append((manifest, "tokens", None))
             for name in manifest.kinds:
-                for relation, sql in {name: None, **KINDS[name].relations}.items():
-                    relations[relation].append((manifest, name, sql))
+                for relation in {name: None, **KINDS[name].relations}:
+                    relations[relation].append((manifest, name, KINDS[name].relation(relation, manifest)))
         return relations
 
-    def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
+    def _rows(self, manifest: Manifest, table: str) -> str:
+        """A dump's table, as SQL."""
+
         def make_rows() -> pa.Table | ds.Dataset:
             if table == "tokens":
                 return read_tokens(self._dumps.storage, manifest)
             schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
             return self._shards(manifest, table, schema)
 
-        dump = literal(manifest.dump)
         rows = self._table(f"{manifest.dump} {table}", make_rows)
         view = KINDS[table].view(manifest) if table in KINDS else None
-        if view is not None:
-            rows = f"({filled(view, rows=rows)})"
+        return rows if view is None else f"({filled(view, rows=rows)})"
+
+    def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
+        dump, rows = literal(manifest.dump), self._rows(manifest, table)
         if sql is None:
             return f"SELECT {dump} AS dump, * FROM {rows}"
         texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""
-        return filled(sql, dump=dump, rows=rows, texts=texts)
+        positions = self._rows(manifest, "positions") if "{positions}" in sql else ""
+        return filled(sql, dump=dump, rows=rows, texts=texts, positions=positions)
 
     def add(self, relation: str, rows: pa.Table) -> None:
         """Make a relation of a table that is at hand."""
@@ -308,7 +312,7 @@ class Query:
                 size += batch.nbytes
                 if self._memory_limit is not None and size > self._memory_limit:
                     limit = binary_size(self._memory_limit)
-                    raise QueryError(f"this SQL was cut off: its answer takes more memory than the limit of {limit}")
+                    raise QueryLimitError(f"this SQL was cut off: its answer takes more memory than the limit of {limit}")
                 yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
 
     @contextmanager
@@ -326,7 +330,7 @@ class Query:
                 if self._memory_limit is not None:
                     limit = f"its limit of {binary_size(self._memory_limit)}"
                     advice = "; give a larger memory limit (--memory-limit), or ask for less"
-                raise QueryError(f"this SQL needs more memory than {limit}: {reason}{advice}") from None
+                raise QueryLimitError(f"this SQL needs more memory than {limit}: {reason}{advice}") from None
             reason = _reason(error)
             if "Table with name" in reason:
                 reason += f" (the store's relations: {', '.join(self._relations)})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
 from knowledge_store.configuration import DumpOptions, GgufOptions, StoreOptions
@@ -10,6 +11,8 @@ from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
 from student_train.configuration import BatchOptions
 from student_train.losses.table import LOSSES, TAILS, Loss
+from student_train.training.model_folder import check_peft
+from student_train.training.settings import parse_settings
 
 # What transformers can report to.
 TRACKERS = (
@@ -70,8 +73,12 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
     evaluations: int = option(10, min=1, help="Number of evaluations on them during the run, after one before the first step.")
     precision: str = option(
         "auto",
-        choices=("auto", "fp32", "bf16"),
-        help="fp32, bf16 (mixed precision), or auto, which takes bf16 on a GPU that supports it.",
+        choices=("auto", "fp32", "bf16", "bf16-weights"),
+        help="fp32, bf16 (mixed precision: the weights are fp32), bf16-weights (weights, gradients and the optimizer's moments"
+        " are bf16 too), or auto, which takes bf16 on a GPU that supports it.",
+    )
+    lora_rank: int | None = option(
+        None, min=1, help="Train a LoRA adapter of this rank, and not the student itself. The adapter is what is saved."
     )
     save_steps: int = option(200, min=1, help="Number of optimiser steps between checkpoints.")
     workers: int = option(0, min=0, help="Number of processes that read batches ahead. 0 reads them in the training process.")
@@ -91,6 +98,13 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
         choices=TRACKERS,
         metavar="TRACKER",
         help="Experiment tracker that transformers reports to, such as tensorboard or wandb.",
+    )
+
+    set: tuple[str, ...] = option(
+        (),
+        metavar="NAME=VALUE",
+        help="A setting of transformers.TrainingArguments, such as optim=adafactor or gradient_checkpointing=true; JSON for"
+        " dictionaries and lists. May be repeated.",
     )
 
     def loss_options(self) -> dict[str, float | str]:
@@ -122,6 +136,12 @@ def check_config(config: TrainConfig) -> Loss:
     for name, field in _FIELDS.items():
         if name not in loss.options and getattr(config, field) != getattr(TrainConfig, field):
             raise InputError(f"the loss {config.loss} takes no --{field.replace('_', '-')}")
+    if "lr_scheduler_type" in parse_settings(config.set) and config.schedule != TrainConfig.schedule:
+        raise InputError("give --schedule or --set lr_scheduler_type, not both")
+    if config.lora_rank is not None:
+        check_peft("--lora-rank")
+        if config.gguf_file:
+            raise InputError("--lora-rank needs a student in safetensors files, which an adapter can name as its base")
     if config.epochs is not None and config.steps is not None:
         raise InputError("give --epochs or --steps, not both")
     if config.tail == "draws" and config.temperature != 1:
@@ -129,6 +149,21 @@ def check_config(config: TrainConfig) -> Loss:
     if config.ce_weight and "input_ids" not in loss.inputs:
         raise InputError(f"the loss {config.loss} does not run the student on the text, so it takes no --ce-weight")
     return loss
+
+
+def check_loss(loss: str, ce_weight: float, options: Mapping[str, float | str]) -> tuple[TrainConfig, Loss]:
+    """A loss, its share of cross-entropy and keyword arguments of its function, as a run's options, and its entry in `LOSSES`.
+
+    Raises:
+        InputError: there is no such loss, it has no such argument, or a value is out of range.
+    """
+    known = LOSSES[loss].options if loss in LOSSES else tuple(_FIELDS)
+    for name in options:
+        if name not in known:
+            raise InputError(f"the loss {loss} takes no {name!r}: it takes {', '.join(known) or 'no options'}")
+    fields = {_FIELDS[name]: value for name, value in options.items() if name in _FIELDS}
+    config = TrainConfig("", "", "", loss=loss, ce_weight=ce_weight, **fields)  # type: ignore[arg-type]
+    return config, check_config(config)
 
 
 def parse_layers(keep_layers: str) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.reading.batches import check_snapshot
 from knowledge_store.reading.order import step_count
 from knowledge_store.reading.plan import ReadPlan
+from student_train.training.ranks import rank_and_world_size, refuse_another_division
 
 IGNORED = -100  # the label that every library's cross-entropy leaves out
 
@@ -34,69 +36,130 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
     `labels` (B, T): `input_ids` where a position counts, −100 elsewhere. Rows of padding, whose `sequence_id` is −1, attend
     to their first token so that no model divides by an empty softmax; none of their positions counts.
 
+    Every process reads its own share, so nothing else may divide it among them: a loader that would is refused.
+
     Args:
         store: an open store.
         dump: which dump; may be left out when there is one.
         endless: continue with the next epoch instead of stopping. Such a dataset has no length.
-        plan: the fields of `knowledge_store.reading.plan.ReadPlan`, which say what is read and in what order, such as
+        rank, world_size: whose share is read. Where both are left out they are found when batches are asked for, in
+            `torch.distributed` or the environment (see `ranks`).
+        plan: the other fields of `knowledge_store.reading.plan.ReadPlan`, which say what is read and in what order, such as
             `batch_size=8, seed=1`. `state_after` gives those with which another run resumes.
 
     Raises:
         InputError: there is no such dump or rank, nothing to read, or the dump has grown since the order was begun.
     """
 
-    def __init__(self, store: KnowledgeStore, dump: str | None = None, *, endless: bool = False, **plan: Any) -> None:
+    def __init__(
+        self,
+        store: KnowledgeStore,
+        dump: str | None = None,
+        *,
+        endless: bool = False,
+        rank: int | None = None,
+        world_size: int | None = None,
+        **plan: Any,
+    ) -> None:
         super().__init__()
+        if (rank is None) != (world_size is None):
+            raise InputError("give both rank and world_size, or neither")
         self.store = store
         self.dump = store.dump(dump)
-        self.plan = ReadPlan(**plan)
+        self._found = rank is None or world_size is None
+        self._plan = (
+            ReadPlan(**plan) if rank is None or world_size is None else ReadPlan(rank=rank, world_size=world_size, **plan)
+        )
         self.endless = endless
         self.snapshot = store.snapshot(self.dump)
-        check_snapshot(self.dump, self.snapshot, self.plan.snapshot)
-        self.sequences = store.sequence_count(self.dump) if self.plan.ordinals is None else len(self.plan.ordinals)
+        check_snapshot(self.dump, self.snapshot, self._plan.snapshot)
+        self.sequences = store.sequence_count(self.dump) if self._plan.ordinals is None else len(self._plan.ordinals)
         if not self.sequences:
             raise InputError(f"there is no sequence to read in the dump {self.dump}")
+        # The epoch to read next, and of which epoch how many batches are passed over. Worker processes see it change, also
+        # those that live through several epochs.
+        self._next = torch.tensor([self._plan.epoch, 0, 0]).share_memory_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A started process may know nothing of the group of processes that this one belongs to.
+        return {**self.__dict__, "_plan": self.plan, "_found": False}
+
+    @property
+    def plan(self) -> ReadPlan:
+        """What is read, and by which rank."""
+        if not self._found:
+            return self._plan
+        rank, world_size = rank_and_world_size()
+        return replace(self._plan, rank=rank, world_size=world_size)
 
     @property
     def batches_per_epoch(self) -> int:
         """Batches that each rank takes in a whole epoch."""
-        return self._batches_left(0)
+        return self._batches_left(self.plan, 0)
 
     def __len__(self) -> int:
         if self.endless:
             raise TypeError("an endless DistillationDataset has no length")
-        return self._batches_left(self.plan.consumed)
+        _, consumed = self._start()
+        return self._batches_left(self.plan, consumed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration reads: a whole one, or, of the epoch that the plan begins with, what is left of it.
+
+        Raises:
+            InputError: the plan begins with a later one.
+        """
+        refuse_another_division(sys._getframe(1).f_locals.get("self"))
+        if epoch < self._plan.epoch:
+            raise InputError(
+                f"this dataset begins with epoch {self._plan.epoch}, so there is no epoch {epoch} to read: count from there,"
+                f" in a loader of accelerate too (`loader.set_epoch({self._plan.epoch})`)"
+            )
+        self._next[0] = epoch
+
+    def pass_over(self, epoch: int, batches: int) -> None:
+        """Give empty dictionaries for the first batches of an epoch, for a reader that only counts them."""
+        self._next[1], self._next[2] = epoch, batches
 
     def state_after(self, batches: int) -> dict[str, int]:
         """Where to begin again after each rank took `batches` batches from here: seed, epoch, consumed and snapshot."""
-        epoch, consumed = self.plan.epoch, self.plan.consumed
-        while batches >= self._batches_left(consumed):
-            batches -= self._batches_left(consumed)
+        plan, (epoch, consumed) = self.plan, self._start()
+        while batches >= self._batches_left(plan, consumed):
+            batches -= self._batches_left(plan, consumed)
             epoch, consumed = epoch + 1, 0
-        consumed += batches * self.plan.batch_size * self.plan.world_size
-        return {"seed": self.plan.seed, "epoch": epoch, "consumed": consumed, "snapshot": self.snapshot}
+        consumed += batches * plan.batch_size * plan.world_size
+        return {"seed": plan.seed, "epoch": epoch, "consumed": consumed, "snapshot": self.snapshot}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        refuse_another_division(sys._getframe(1).f_locals.get("self"))
+        return self._read(self.plan, *self._start())
+
+    def _read(self, plan: ReadPlan, epoch: int, consumed: int) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         # A forked worker must not share open files with its parent, and must not see shards that were committed meanwhile.
         store = copy.copy(self.store) if info else self.store
+        passed_epoch, passed = self._next[1:].tolist()
         taken = 0  # batches of this rank before this epoch, over all workers
-        epoch, consumed = self.plan.epoch, self.plan.consumed
         while True:
-            left = self._batches_left(consumed)
-            batches = store.read(replace(self.plan, epoch=epoch, consumed=consumed), self.dump)
+            left = self._batches_left(plan, consumed)
+            batches = store.read(replace(plan, epoch=epoch, consumed=consumed), self.dump)
             # The loader takes batches from its workers in turn: the rank's batch number `taken + step` is that of
             # worker (taken + step) mod workers.
             for step in range((worker - taken) % workers, left, workers):
-                yield tensors(batches[step])
+                yield {} if epoch == passed_epoch and step < passed else tensors(batches[step])
             if not self.endless:
                 return
             taken += left
             epoch, consumed = epoch + 1, 0
 
-    def _batches_left(self, consumed: int) -> int:
-        return step_count(self.sequences - consumed, self.plan.world_size, self.plan.batch_size)
+    def _start(self) -> tuple[int, int]:
+        """The epoch that is read next, and how many items of it are consumed."""
+        epoch = int(self._next[0])
+        return epoch, self._plan.consumed if epoch == self._plan.epoch else 0
+
+    def _batches_left(self, plan: ReadPlan, consumed: int) -> int:
+        return step_count(self.sequences - consumed, plan.world_size, plan.batch_size)
 
 
 def tensors(batch: dict[str, Any]) -> dict[str, Any]:

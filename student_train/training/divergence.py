@@ -1,4 +1,4 @@
-"""What is said of a run whose numbers are no longer finite, which `trainer` looks for in every step and before every save."""
+"""What is said of a run whose numbers are not finite, which `run_trainer` looks for in every step and before every save."""
 
 from __future__ import annotations
 

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from knowledge_store.reporter import Reporter
-from student_train.training.trainer import DistillationTrainer
+from student_train.training.run_trainer import RunTrainer
 
 
 @contextmanager
-def stop_on_interrupt(trainer: DistillationTrainer, reporter: Reporter) -> Iterator[None]:
+def stop_on_interrupt(trainer: RunTrainer, reporter: Reporter) -> Iterator[None]:
     """While the body runs, Ctrl-C and SIGTERM stop training as described above; outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield

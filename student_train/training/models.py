@@ -1,7 +1,7 @@
 """Models and tokenizers as files: loading them without surprises, and rebuilding one with fewer layers.
 
 Weights come from safetensors or GGUF only, no remote code runs, and everything is float32: a student is trained with
-float32 weights, and a lower precision is the trainer's business.
+float32 weights, and a lower precision is the trainer's business, unless a run asks for weights in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors, silence
-from student_train.training.model_folder import check_model_folder
+from student_train.training.adapters import merged
+from student_train.training.model_folder import adapter_base, check_model_folder
 
 
 def quieten() -> None:
@@ -40,15 +41,17 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     """
     quieten()
     folder = _folder(model, gguf_file)
+    if (base := adapter_base(folder)) is not None and not (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(base)
     try:
         with silence(), panics_as_errors():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_gguf(gguf_file))
     except Exception as error:  # the library raises whatever its parsers raise
-        raise InputError(f"cannot load a tokenizer from {model}: {_first_line(error)}") from error
+        raise InputError(f"cannot load a tokenizer from {model}: {first_line(error)}") from error
 
 
 def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
-    """A causal language model in float32, from a folder or hub id.
+    """A causal language model in float32, from a folder or hub id; an adapter is merged into its base.
 
     Args:
         model: folder or hub id.
@@ -62,6 +65,8 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
     folder = _folder(model, gguf_file)
     if gguf_file:
         check_gguf(folder, gguf_file)
+    elif (base := adapter_base(folder)) is not None:
+        return merged(load_model(base), folder)
     else:
         check_weights(folder)
     try:
@@ -74,11 +79,20 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
                 **(_gguf(gguf_file) if gguf_file else {"use_safetensors": True}),
             )
     except Exception as error:
-        raise InputError(f"cannot load a causal language model from {model}: {_first_line(error)}") from error
+        raise InputError(f"cannot load a causal language model from {model}: {first_line(error)}") from error
     if report["missing_keys"]:  # the library would fill them with random numbers
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {model} are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
     return rebuild(loaded) if gguf_file else loaded
+
+
+def hold_in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """A model whose weights are bfloat16, changed in place. What it computes positions from (RoPE) stays float32, as it does
+    where such a model is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    return model
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -96,7 +110,7 @@ def text_model(model: PreTrainedModel) -> PreTrainedModel:
         alone.get_decoder().load_state_dict(model.get_decoder().state_dict())
         alone.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
     except (AttributeError, RuntimeError, ValueError) as error:
-        raise InputError(f"the language model cannot be taken out of a {kind} model: {_first_line(error)}") from error
+        raise InputError(f"the language model cannot be taken out of a {kind} model: {first_line(error)}") from error
     tokens = (torch.arange(24) * 7919 % config.vocab_size)[None]
     with torch.inference_mode():
         before, after = (some(input_ids=tokens, use_cache=False).logits for some in (model.eval(), alone))
@@ -139,7 +153,7 @@ def rebuild(model: PreTrainedModel, layers: list[int] | None = None) -> PreTrain
         fresh.load_state_dict(state)
     except (RuntimeError, ValueError, IndexError) as error:
         kind = model.config.model_type
-        raise InputError(f"a {kind} model cannot be rebuilt from these layers: {_first_line(error)}") from error
+        raise InputError(f"a {kind} model cannot be rebuilt from these layers: {first_line(error)}") from error
     if model.generation_config is not None:
         fresh.generation_config = copy.deepcopy(model.generation_config)
     return fresh.float().eval()
@@ -182,6 +196,7 @@ def _gguf(gguf_file: str | None) -> dict[str, str]:
     return {"gguf_file": gguf_file} if gguf_file else {}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -66,15 +66,24 @@ class CorpusTokenizer:
         max_length: in tokens.
         cut: whether what is longer loses its end, or cannot be used.
         chat: how conversations are rendered; as today without it.
+        with_context: the kinds of knowledge, if any, that need a context before the targets: documents without are no use.
 
     Raises (on construction):
         InputError: max_length leaves no room for text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, cut: bool = True, chat: ChatOptions | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        cut: bool = True,
+        chat: ChatOptions | None = None,
+        with_context: tuple[str, ...] = (),
+    ):
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.cut = cut
+        self._with_context = with_context
         self._opening = opening_tokens(tokenizer)
         self._chat = ChatTemplate(tokenizer, chat or ChatOptions(today()))
         if max_length < len(self._opening) + 2:
@@ -112,6 +121,7 @@ class CorpusTokenizer:
         if document.text is not None:
             if document.is_whole and not document.text.strip():
                 return []  # white space alone is as good as no text
+            self._check_context(np.ones(1, bool))
             return self._windows(document, document.text)
         if document.token_ids is not None:
             return self._answer(document, *self._given_tokens(document))
@@ -135,7 +145,18 @@ class CorpusTokenizer:
                 f"the prompt leaves no room for what follows it (it has {first} tokens, and --max-length is {self.max_length})"
             )
         sequence = self._sequence(document, 0, token_ids, is_target, dropped_reasoning)
-        return [sequence] if sequence.is_target.any() else []
+        if not sequence.is_target.any():
+            return []
+        self._check_context(is_target[: np.flatnonzero(sequence.is_target)[-1]])
+        return [sequence]
+
+    def _check_context(self, is_target: np.ndarray) -> None:
+        """Make sure that some token before the last target is none itself, where that is needed (BadRow)."""
+        if self._with_context and is_target.all():
+            raise BadRow(
+                f"no context stands before its targets (--kind {self._with_context[0]} asks which of its tokens decided them:"
+                " give rows of prompt and completion, or messages)"
+            )
 
     def _sequence(
         self, document: Document, window: int, token_ids: np.ndarray, is_target: np.ndarray, dropped_reasoning: int = 0

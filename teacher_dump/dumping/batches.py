@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,7 +14,7 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import TeacherOptions
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.extraction import EXTRACTORS, ExtractionBatch
+from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, need_gradients
 from teacher_dump.teachers.protocol import Batching, Prediction, Teacher
 
 ANY = Batching()
@@ -59,6 +59,16 @@ def find_batching(options: TeacherOptions, teacher: Teacher, longest: int, repor
     return batching
 
 
+def batch_room(options: TeacherOptions, teacher: Teacher, longest: int, kinds: Iterable[str]) -> int:
+    """How many positions a batch may have, padding included: those of `--batch-size` sequences of `longest` tokens; with
+    gradients no more than there is room for, but always one sequence."""
+    room = options.batch_size * longest
+    if need_gradients(kinds):
+        with enough_memory(options, [np.zeros(longest)]):
+            room = min(room, max(longest, teacher.gradient_room(longest)))
+    return room
+
+
 def batch_arrays(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids int64 (B, T), padded on the right, and which of them are tokens, bool (B, T), from the B sequences' own."""
     lengths = np.array([len(token_ids) for token_ids in sequences])
@@ -68,8 +78,10 @@ def batch_arrays(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarra
     return padded, np.arange(padded.shape[1]) < lengths[:, None]
 
 
-def predict_batch(options: TeacherOptions, teacher: Teacher, sequences: list[TokenSequence]) -> Prediction:
-    """Run the teacher on some sequences as one batch.
+def predict_batch(
+    options: TeacherOptions, teacher: Teacher, sequences: list[TokenSequence], kinds: Iterable[str] = ()
+) -> Prediction:
+    """Run the teacher on some sequences as one batch, so that some kinds of knowledge can be taken from its prediction.
 
     Raises:
         InputError: a token is not in the model's vocabulary, the model never gives one that is a target, or there is too
@@ -89,7 +101,7 @@ def predict_batch(options: TeacherOptions, teacher: Teacher, sequences: list[Tok
             )
     token_ids = [sequence.token_ids for sequence in sequences]
     with enough_memory(options, token_ids):
-        return teacher.predict(*batch_arrays(token_ids))
+        return teacher.predict(*batch_arrays(token_ids), gradients=need_gradients(kinds))
 
 
 def extract_batch(
@@ -111,7 +123,8 @@ def extract_batch(
     """
     with enough_memory(options, [sequence.token_ids for sequence in sequences]):
         return {
-            kind: EXTRACTORS[kind].function(ExtractionBatch(sequences, prediction, kept)) for kind, kept in parameters.items()
+            kind: EXTRACTORS[kind].function(ExtractionBatch(sequences, prediction, kept, tuple(parameters)))
+            for kind, kept in parameters.items()
         }
 
 

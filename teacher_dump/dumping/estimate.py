@@ -21,7 +21,7 @@ from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
+from teacher_dump.dumping.batches import batch_room, extract_batch, find_batching, length_batches, predict_batch
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer
 from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
 from teacher_dump.dumping.publishing import Knowledge
@@ -155,23 +155,25 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
         chosen.append(sequence)
     parameters = kept_parameters(manifest)
     lengths = [len(sequence.token_ids) for sequence in chosen]
-    predict_batch(config, teacher, chosen[:1])  # the first pass pays for what later ones find ready
+    predict_batch(config, teacher, chosen[:1], parameters)  # the first pass pays for what later ones find ready
     knowledge: Knowledge = {kind: [] for kind in parameters}
     sums: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     ordered: list[TokenSequence] = []
     seconds = 0.0
     with reporter.progress("asking the teacher", sum(lengths), "positions") as advance:
-        for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
+        for indices in length_batches(lengths, batch_room(config, teacher, config.max_length, parameters), batching):
             batch = [chosen[index] for index in indices]
             started = time.monotonic()
-            prediction = predict_batch(config, teacher, batch)
+            prediction = predict_batch(config, teacher, batch, parameters)
             for kind, extracted in extract_batch(config, parameters, prediction, batch).items():
                 knowledge[kind] += extracted
             seconds += time.monotonic() - started
             for kind, kept in parameters.items():
                 figures = EXTRACTORS[kind].sample_figures
-                for name, (total, number) in (figures(ExtractionBatch(batch, prediction, kept)) if figures else {}).items():
+                for name, (total, number) in (
+                    figures(ExtractionBatch(batch, prediction, kept, config.kinds)) if figures else {}
+                ).items():
                     sums[name] += total  # type: ignore[assignment]
                     counts[name] += number
             ordered += batch

@@ -10,13 +10,14 @@ from knowledge_store.format.corpus_counts import CorpusCounts, LeftOut
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.quantities import counted, percentage
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.configuration import CorpusOptions, DumpConfig
+from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.documents import problem_text
 from teacher_dump.corpus.rows import LongRow
 from teacher_dump.corpus.scan import scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.request import chat_asked, check_length
+from teacher_dump.extraction import kinds_with_context
 from teacher_dump.teachers.files import find_folder, stated_sizes
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def corpus_tokenizer(
     Raises:
         InputError: --max-length leaves no room, or the file of the chat template cannot be used.
     """
-    return CorpusTokenizer(tokenizer, config.max_length, config.too_long == "cut", chat or chat_asked(config))
+    with_context = kinds_with_context(config.kinds) if isinstance(config, EstimateConfig) else ()
+    return CorpusTokenizer(tokenizer, config.max_length, config.too_long == "cut", chat or chat_asked(config), with_context)
 
 
 def look_through(

@@ -23,7 +23,7 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.batches import extract_batch, find_batching, length_batches, predict_batch
+from teacher_dump.dumping.batches import batch_room, extract_batch, find_batching, length_batches, predict_batch
 from teacher_dump.dumping.plan import ShardInput, ShardReader, corpus_columns, kept_parameters
 from teacher_dump.dumping.publishing import Committed, Knowledge, ShardPublisher
 from teacher_dump.extraction import EXTRACTORS
@@ -147,9 +147,10 @@ def _ask(
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in parameters}
     batching = find_batching(config, teacher, config.max_length)
-    for indices in length_batches(lengths, config.batch_size * config.max_length, batching):
+    room = batch_room(config, teacher, config.max_length, parameters)
+    for indices in length_batches(lengths, room, batching):
         sequences = [shard.sequences[index] for index in indices]
-        batch = extract_batch(config, parameters, predict_batch(config, teacher, sequences), sequences)
+        batch = extract_batch(config, parameters, predict_batch(config, teacher, sequences, parameters), sequences)
         for kind, extracted in batch.items():
             for index, arrays in zip(indices, extracted, strict=True):
                 knowledge[kind][index] = arrays

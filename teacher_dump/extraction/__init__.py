@@ -5,17 +5,28 @@ To add a kind, write its extractor in a file of its own and add its line to `EXT
 import no torch: options are checked before anything heavy is loaded.
 """
 
+from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 
 from knowledge_store.errors import InputError
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor
 from teacher_dump.extraction.positions import POSITIONS
-from teacher_dump.teachers.protocol import Teacher
+from teacher_dump.extraction.saliency import SALIENCY
+from teacher_dump.teachers.protocol import Ability, Teacher
 
-__all__ = ["EXTRACTORS", "ExtractionBatch", "Extractor", "check_needs", "option_classes"]
+__all__ = [
+    "EXTRACTORS",
+    "ExtractionBatch",
+    "Extractor",
+    "check_needs",
+    "kinds_with_context",
+    "need_gradients",
+    "option_classes",
+]
 
 EXTRACTORS: dict[str, Extractor] = {
     "positions": POSITIONS,
+    "saliency": SALIENCY,
 }
 
 
@@ -41,11 +52,21 @@ def option_classes() -> tuple[type, ...]:
     return tuple(dict.fromkeys(extractor.options for extractor in EXTRACTORS.values()))
 
 
+def kinds_with_context(kinds: Iterable[str]) -> tuple[str, ...]:
+    """Those of some kinds of which a sequence without a context has nothing."""
+    return tuple(kind for kind in kinds if EXTRACTORS[kind].needs_context)
+
+
+def need_gradients(kinds: Iterable[str]) -> bool:
+    """Whether one of some kinds is made of gradients: then its teacher is asked with them."""
+    return any(Ability.GRADIENTS in EXTRACTORS[kind].needs for kind in kinds)
+
+
 def check_needs(kinds: tuple[str, ...], teacher: Teacher) -> None:
     """Make sure that a teacher can give what some kinds of knowledge need.
 
     Raises:
-        InputError: naming the kind, what it needs, and the teacher.
+        InputError: naming the kind, what it needs, and the teacher; or its gradients are not those of its answers.
     """
     for kind in kinds:
         missing = sorted(EXTRACTORS[kind].needs - teacher.abilities)
@@ -54,3 +75,5 @@ def check_needs(kinds: tuple[str, ...], teacher: Teacher) -> None:
                 f"knowledge of kind {kind!r} needs {' and '.join(missing)}, which the teacher {teacher.description['name']!r}"
                 " cannot give: use another teacher, or leave this kind out"
             )
+    if need_gradients(kinds):
+        teacher.check_gradients()

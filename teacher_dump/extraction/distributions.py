@@ -124,7 +124,7 @@ def _points(batch: ExtractionBatch, lengths: np.ndarray) -> np.ndarray:
     points = systematic_points if selection.candidates else independent_points
     return np.concatenate(
         [
-            points(_number(sequence), int(length), selection.draws)
+            points(number_of(sequence), int(length), selection.draws)
             for sequence, length in zip(batch.sequences, lengths, strict=True)
         ]
     )
@@ -150,7 +150,7 @@ def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_
     not_finite = ~torch.cat(finite).cpu().numpy() if finite else np.zeros(0, bool)
     if not_finite.any():
         raise UnsoundLogits(
-            f"the teacher's logits are NaN or infinite in {_place(batch.sequences[rows[not_finite][0]])}:"
+            f"the teacher's logits are NaN or infinite in {place_of(batch.sequences[rows[not_finite][0]])}:"
             " nothing of its shard was written. Check the teacher's weights; if its dtype is a short one,"
             " dump under another --name with --dtype float32"
         )
@@ -159,13 +159,15 @@ def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_
     return {name: array.astype(np.uint32) if array.dtype == np.int64 else array for name, array in arrays.items()}
 
 
-def _number(sequence: TokenSequence) -> int:
+def number_of(sequence: TokenSequence) -> int:
+    """The sequence's id."""
     return sequence_id(sequence.document.number, sequence.window)
 
 
-def _place(sequence: TokenSequence) -> str:
+def place_of(sequence: TokenSequence) -> str:
+    """Where a sequence stands, in words."""
     document = sequence.document
-    return f"sequence {_number(sequence)} (row {document.row} of corpus file {document.file + 1}, window {sequence.window})"
+    return f"sequence {number_of(sequence)} (row {document.row} of corpus file {document.file + 1}, window {sequence.window})"
 
 
 def coverage_by_depth(batch: ExtractionBatch) -> dict[str, Total]:

@@ -27,11 +27,13 @@ class ExtractionBatch:
         sequences: the B sequences of the batch.
         prediction: the teacher's, for token ids padded on the right.
         parameters: of the extractor's kind, as its dump's manifest has them (see `Kind.parameters`).
+        kinds: all that the dump holds.
     """
 
     sequences: list[TokenSequence]
     prediction: Prediction
     parameters: Any
+    kinds: tuple[str, ...] = ()
 
     @property
     def attention_mask(self) -> np.ndarray:
@@ -56,6 +58,7 @@ class Extractor:
     Attributes:
         needs: what the teacher must be able to give.
         function: the arrays of each sequence of a batch; for a kind per sequence they have one entry.
+        needs_context: whether nothing can be taken of a sequence that has no context before its targets, such as plain text.
         options: a frozen dataclass whose fields, by keyword alone and with defaults, are the kind's options in commands and
             configurations; what does not fit together it refuses when it is made. No two kinds have an option of one name.
         parameters: of the kind, from its options; None for a kind without parameters.
@@ -72,6 +75,7 @@ class Extractor:
 
     needs: frozenset[Ability]
     function: Callable[[ExtractionBatch], list[Arrays]]
+    needs_context: bool = False
     options: type = NoOptions
     parameters: Callable[[Any], Parameters] | None = None
     check: Callable[[Any, Mapping[str, Any], Mapping[str, Any] | None], None] = no_limits

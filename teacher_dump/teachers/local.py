@@ -12,6 +12,7 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,15 +36,12 @@ from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.fingerprints import file_sha256
 from teacher_dump.teachers.files import find_folder, model_files
 from teacher_dump.teachers.loading import Loading, check_loading
-from teacher_dump.teachers.probes import check_looks_back, find_batching, impossible_tokens
+from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
+from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
 
-# Logits held at once, little beside a batch's: 64 MB in float32 on a CPU, 256 MB on a GPU. Smaller ones do not pay: the head's
-# product slows down with fewer rows, and what follows it gains nothing measurable from staying in cache.
-SLICE_LOGITS = {"cpu": 2**24, "cuda": 2**26, "mps": 2**26}
-
-# How far below the likeliest token one is that a teacher never gives, in nats: e^-10000 is 0 in float64 too.
-IMPOSSIBLE = 1e4
+# Kept between a forward and a backward pass at once: larger batches pay little on a CPU, and more on a GPU.
+GRADIENT_BYTES = {"cpu": 2**30, "cuda": 2**33, "mps": 2**31}
 
 
 @dataclass
@@ -66,6 +64,7 @@ class LocalTeacher:
     whole_logits: bool
     impossible_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     _batchings: dict[tuple[int, int], Batching] = field(default_factory=dict)
+    _gradient_bytes: dict[int, int] = field(default_factory=dict)
 
     @property
     def vocabulary_size(self) -> int:
@@ -82,9 +81,17 @@ class LocalTeacher:
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        """What it can give: hidden states only where the backbone is run by itself."""
-        hidden = set() if self.whole_logits else {Ability.HIDDEN_STATES}
-        return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | hidden)
+        """What it can give: hidden states only where the backbone is run by itself, gradients only where it can be given
+        embeddings instead of tokens."""
+        more = set() if self.whole_logits else {Ability.HIDDEN_STATES}
+        if self.model is not None and "inputs_embeds" in signature(self._runner.forward).parameters:
+            more.add(Ability.GRADIENTS)
+        return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | more)
+
+    @property
+    def _runner(self) -> nn.Module:
+        """What is run on a batch."""
+        return self.model if self.whole_logits else _backbone(self.model)
 
     def batching(self, longest: int, room: int) -> Batching:
         """Which sequences may share a batch (see `probes.find_batching`)."""
@@ -92,12 +99,23 @@ class LocalTeacher:
             self._batchings[longest, room] = find_batching(self, longest, room)
         return self._batchings[longest, room]
 
-    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> LocalPrediction:
+    def check_gradients(self) -> None:
+        """Make sure that its gradients are those of its answers (see `probes.check_gradients`)."""
+        check_gradients(self)
+
+    def gradient_room(self, longest: int) -> int:
+        """How many positions of sequences of at most `longest` tokens keep no more than GRADIENT_BYTES for their gradients."""
+        if longest not in self._gradient_bytes:
+            self._gradient_bytes[longest] = gradient_bytes(self, longest)
+        return GRADIENT_BYTES[self.device.type] // self._gradient_bytes[longest]
+
+    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False) -> LocalPrediction:
         """Run the teacher on a batch.
 
         Args:
             token_ids: int64 (B, T), padded on either side.
             attention_mask: bool (B, T).
+            gradients: whether the prediction is asked for gradients.
         """
         tokens = torch.from_numpy(token_ids).to(self.device)
         mask = torch.from_numpy(attention_mask).to(self.device)
@@ -105,11 +123,18 @@ class LocalTeacher:
         if not attention_mask[:, 0].all():
             # Padding on the left moves a sequence to the right; its positions still count from 0.
             arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-        with torch.inference_mode():
-            if self.whole_logits:
-                return LocalPrediction(self, None, self.model(**arguments, use_cache=False).logits)
-            hidden = _backbone(self.model)(**arguments, use_cache=False).last_hidden_state
-            return LocalPrediction(self, hidden, None)
+        traced = None
+        if gradients:
+            with torch.no_grad():
+                embeddings = self.model.get_input_embeddings()(arguments.pop("input_ids"))
+            arguments["inputs_embeds"] = embeddings.detach().requires_grad_()
+        with torch.enable_grad() if gradients else torch.inference_mode():
+            answer = self._runner(**arguments, use_cache=False)
+            outputs = answer.logits if self.whole_logits else answer.last_hidden_state
+        if gradients:
+            traced, outputs = (arguments["inputs_embeds"], outputs), outputs.detach()
+        hidden, logits = (None, outputs) if self.whole_logits else (outputs, None)
+        return LocalPrediction(self, hidden, logits, traced)
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
@@ -129,50 +154,6 @@ class LocalTeacher:
         return texts, names
 
 
-@dataclass
-class LocalPrediction:
-    """A teacher's prediction for a batch (see `protocol.Prediction`).
-
-    Attributes:
-        teacher: whose.
-        hidden: the backbone's last hidden states (B, T, H), in the model's dtype; None where logits are whole.
-        logits: (B, T, V) in the model's dtype; only where logits are whole.
-    """
-
-    teacher: LocalTeacher
-    hidden: torch.Tensor | None
-    logits: torch.Tensor | None
-
-    def logit_slices(self, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The logits at (rows[i], positions[i]), int64 (N,) each, slice by slice.
-
-        Yields:
-            which of the N, and their logits, float32 (n, V), on the teacher's device. They may be changed in place.
-        """
-        device = self.teacher.device
-        size = max(1, SLICE_LOGITS[device.type] // self.teacher.vocabulary_size)
-        with torch.inference_mode():
-            for start in range(0, len(rows), size):
-                part = slice(start, min(start + size, len(rows)))
-                yield part, self._with_finite_padding(self._logits(rows[part], positions[part]).to(device).float())
-
-    def _logits(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """(n, V), in the model's dtype, where the model left them."""
-        states = self.logits if self.logits is not None else self.hidden
-        assert states is not None
-        chosen = states[rows.to(states.device), positions.to(states.device)]
-        return chosen if self.logits is not None else _head(self.teacher.model)(chosen)
-
-    def _with_finite_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """Give tokens that are never given, whose logits are −inf, ones so low that their probability is 0 all the same: sums
-        of products and checks for what is not finite then need to know nothing of them."""
-        ids = torch.from_numpy(self.teacher.impossible_tokens).to(logits.device)
-        if len(ids):
-            padding = logits[:, ids]
-            logits[:, ids] = torch.where(padding.isneginf(), logits.amax(dim=1, keepdim=True) - IMPOSSIBLE, padding)
-        return logits
-
-
 def _named(device: Any) -> str:
     if device == "disk":
         return "disk"
@@ -182,10 +163,6 @@ def _named(device: Any) -> str:
 
 def _backbone(model: PreTrainedModel) -> nn.Module:
     return model.get_decoder()
-
-
-def _head(model: PreTrainedModel) -> nn.Module:
-    return model.get_output_embeddings()
 
 
 def _needs_whole_logits(model: PreTrainedModel, device: torch.device) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SHORT = 32  # tokens: of the texts that are asked when a teacher is loaded
 MIN_LENGTH = 8  # tokens: of the shortest sequence that is batched with longer ones
 COMPARED = 64  # positions of a sequence
+MEASURED = 512  # tokens of a text whose memory is measured: attention that takes the square is what grows beyond it
 # Beyond it two answers differ by more than rounding: as a share of the logits' standard deviation.
 TOLERANCE = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}
 # The same where both answers come from one batch, all of whose rows are computed alike.
@@ -85,6 +86,66 @@ def check_looks_back(teacher: LocalTeacher) -> None:
             f"{teacher.description['name']} looks ahead (tokens that come later change what it predicts, as in a model that"
             " fills gaps): choose a causal language model as the teacher, which predicts each token from those before it alone"
         )
+
+
+def check_gradients(teacher: LocalTeacher) -> None:
+    """Make sure that a teacher answers alike when it is given the embeddings of tokens in the tokens' place, and that gradients
+    reach them. Some models look at the tokens in deeper layers too.
+
+    Raises:
+        InputError: it does not, or cannot be asked so.
+    """
+    tokens = _tokens(2 * _probe_length(teacher), teacher.vocabulary_size, 0).reshape(2, -1)
+    mask = np.ones(tokens.shape, bool)
+    rows, positions = (torch.from_numpy(indices.ravel()).to(teacher.device) for indices in np.indices(tokens.shape))
+    reason = "their gradients are 0, NaN or infinite"
+    try:
+        prediction = teacher.predict(tokens, mask, gradients=True)
+        answers = [
+            torch.cat([part.cpu() for _, part in each.logit_slices(rows, positions)])
+            for each in (teacher.predict(tokens, mask), prediction)
+        ]
+        moved = (difference(*answers) > _of_dtype(TOLERANCE_OF_ROWS, teacher)).float().mean()
+        _, gradients = prediction.input_gradients(rows, positions, lambda part, logits: logits.sign())
+        if gradients.isfinite().all() and gradients.any() and moved <= _of_dtype(SHARE, teacher):
+            return
+        if moved > _of_dtype(SHARE, teacher):
+            reason = "they are not all that it looks at"
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:
+        reason = str(error).strip().split("\n")[0]
+    raise InputError(
+        f"{teacher.description['name']} cannot be asked about the embeddings of its tokens, of which gradients are taken"
+        f" ({reason}): use another teacher, or leave the kind of knowledge out that is made of gradients"
+    )
+
+
+def gradient_bytes(teacher: LocalTeacher, longest: int) -> int:
+    """Bytes that are kept of a position between the forward and the backward pass, in a sequence of up to `longest` tokens."""
+    length = min(longest, MEASURED, teacher.description["max_positions"] or longest)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in teacher.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = _tokens(length, teacher.vocabulary_size, 0)[None]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prediction = teacher.predict(tokens, np.ones(tokens.shape, bool), gradients=True)
+    assert prediction.traced is not None
+    outputs = prediction.traced[1]
+    return (sum(kept.values()) + 2 * outputs.untyped_storage().nbytes()) // length + 1
 
 
 def impossible_tokens(teacher: LocalTeacher) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -70,6 +70,20 @@ class Prediction(Protocol):
         """
         ...
 
+    def input_gradients(self, rows: Any, positions: Any, slopes: Callable[[slice, Any], Any]) -> tuple[Any, Any]:
+        """How a function of some logits moves with the input embeddings, once, with the ability GRADIENTS and where the
+        prediction was asked for with them.
+
+        Args:
+            rows, positions: as those of `logit_slices`, each pair once.
+            slopes: of a slice of the N and its logits, float32 (n, V), which it may change in place: the function's gradient
+                with regard to these logits, (n, V).
+
+        Returns:
+            embeddings and gradients, torch tensors (B, T, E) in the model's dtype.
+        """
+        ...
+
 
 class Teacher(Protocol):
     """A teacher that can be asked.
@@ -116,12 +130,26 @@ class Teacher(Protocol):
         """
         ...
 
-    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> Prediction:
+    def check_gradients(self) -> None:
+        """Make sure that a teacher with the ability GRADIENTS gives those of its answers.
+
+        Raises:
+            InputError: it does not.
+        """
+        ...
+
+    def gradient_room(self, longest: int) -> int:
+        """How many positions a batch of sequences of at most `longest` tokens may have where gradients are asked for, so that
+        what is kept for them takes no more memory than is good."""
+        ...
+
+    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False) -> Prediction:
         """Ask for a batch.
 
         Args:
             token_ids: int64 (B, T), padded on either side.
             attention_mask: bool (B, T).
+            gradients: whether the prediction is asked for gradients, which takes far more memory.
 
         Raises:
             MemoryError: the batch is too large for the device.

@@ -181,7 +181,7 @@ def train_until(settings: dict[str, Any], moment: int | None, number: int) -> No
 
     from student_train.training.configuration import TrainConfig
     from student_train.training.run import train
-    from student_train.training.trainer import DistillationTrainer
+    from student_train.training.run_trainer import RunTrainer
 
     torch.set_num_threads(1)
     output = settings["output"]
@@ -197,14 +197,14 @@ def train_until(settings: dict[str, Any], moment: int | None, number: int) -> No
         if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and str(arguments[0]).startswith(output):
             pass_moment()
 
-    draw = DistillationTrainer.get_batch_samples
+    draw = RunTrainer.get_batch_samples
 
-    def drawing(self: DistillationTrainer, *arguments: Any) -> Any:
+    def drawing(self: RunTrainer, *arguments: Any) -> Any:
         pass_moment()
         return draw(self, *arguments)
 
     sys.addaudithook(watch)
-    with patch.object(DistillationTrainer, "get_batch_samples", drawing):
+    with patch.object(RunTrainer, "get_batch_samples", drawing):
         result = train(TrainConfig(**settings))
     print(json.dumps([passed, result.finished]))
 

@@ -23,7 +23,7 @@ ROWS, SHARD_SIZE = 8, 2
 class TableTeacher(LocalTeacher):
     """A teacher whose prediction depends on the last token alone."""
 
-    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray) -> LocalPrediction:
+    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False) -> LocalPrediction:
         """Logits from a table."""
         return LocalPrediction(self, None, torch.from_numpy(TABLE[token_ids]))
 

@@ -51,7 +51,7 @@ from knowledge_store.kinds.positions.packing import (
     unpack_predictions,
 )
 from knowledge_store.kinds.positions.packing import exact_steps as exact_prediction_steps
-from knowledge_store.kinds.positions.relations import RELATIONS
+from knowledge_store.kinds.positions.relations import EACH_CANDIDATE, RELATIONS
 from knowledge_store.kinds.positions.selection import Selection
 from knowledge_store.quantities import byte_size
 
@@ -379,6 +379,8 @@ POSITIONS = Kind(
     measure=measure,
     checks=checks,
     relations=RELATIONS,
+    target="is_target",
+    repeated=EACH_CANDIDATE,
     lines=lines,
     facts=facts,
     show=show,

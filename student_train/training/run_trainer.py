@@ -1,4 +1,4 @@
-"""The trainer: a small subclass of `transformers.Trainer` that is fed by a store. `run.train` is the way to use it.
+"""The trainer of a run: a small subclass of `transformers.Trainer` that is fed by a store. `run.train` is the way to use it.
 
 The ecosystem's: mixed precision, accumulation, checkpoints, DDP and FSDP, experiment trackers. Ours: where batches come
 from, what the loss is, and what an interrupted run remembers.
@@ -41,7 +41,7 @@ from student_train.training.divergence import DivergenceError
 from student_train.training.run_folder import HISTORY_FILE, Checkpoint, write_json
 
 
-class DistillationTrainer(Trainer):
+class RunTrainer(Trainer):
     """`transformers.Trainer` fed by a store; see the head of this module.
 
     Args:
@@ -106,8 +106,15 @@ class DistillationTrainer(Trainer):
         return self._loader(self.train_dataset)
 
     def _loader(self, dataset: DistillationDataset) -> DataLoader:
-        pin = self.args.device.type == "cuda"
-        return DataLoader(dataset, batch_size=None, num_workers=self.config.workers, pin_memory=pin)
+        arguments, workers = self.args, self.config.workers
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context if workers else None,
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
@@ -301,7 +308,7 @@ class _Progress(TrainerCallback):
     """At each step: figures for the progress bar, an evaluation after the last one, and the stop that Ctrl-C asked for. At each
     checkpoint: the record that makes it complete."""
 
-    def __init__(self, trainer: DistillationTrainer) -> None:
+    def __init__(self, trainer: RunTrainer) -> None:
         self.trainer = trainer
         self.figures: dict[str, str] = {}
         self.step_began = time.monotonic()

@@ -1,0 +1,437 @@
+"""A store in the trainers that people already have: a mixin for `transformers.Trainer` and what is made of it, such as TRL's.
+
+    class SFTDistillation(DistillationMixin, SFTTrainer): pass
+
+The trainer keeps its arguments, callbacks, optimisers, checkpoints and evaluations. Ours: where batches come from, what the
+loss is, and how a step is counted. The loss of an optimiser step is the mean over all targets of its batches, on all processes,
+so that the same sequences give the same gradient however they are cut into batches, accumulated or shared out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import DataLoaderShard
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.errors import InputError
+from student_train.losses.divergences import forward_kl, token_nll
+from student_train.losses.head import has_plain_head
+from student_train.losses.sliced import Prepare, Share, sliced_loss, sum_over_slices
+from student_train.losses.step import per_target, run_student, step_loss, units
+from student_train.losses.table import TEXT
+from student_train.losses.targets import Targets, predicting_logits, target_tokens, targets_of
+from student_train.training.collator import DistillationCollator
+from student_train.training.configuration import check_loss
+from student_train.training.context import check_context
+from student_train.training.dataset import DistillationDataset
+from student_train.training.knowledge import check_knowledge, kinds_read
+from student_train.training.positions import keeps_candidates
+from student_train.training.trainer_arguments import check_arguments
+from student_train.training.vocabulary import check_student
+
+Batch = dict[str, Any]
+
+# What the mixin's methods call is a trainer's: to a type checker it is one, and in truth it stands before one.
+if TYPE_CHECKING:
+    _Base = Any
+else:
+    _Base = object
+
+
+class DistillationMixin(_Base):
+    """Makes a trainer learn from a store; stands before `transformers.Trainer`, or a class made of it, among the bases.
+
+    What the rows are:
+
+    * without `train_dataset`, the sequences of the dump, `per_device_train_batch_size` at once, in the store's order by
+      `data_seed` or `seed`;
+    * with one, its rows, which are tokenised and in the dump; see `DistillationCollator`.
+
+    Every figure of an evaluation is a mean over the targets of all processes: `eval_loss`, the objective on the evaluated
+    sequences; `eval_nll`, the negative log-likelihood of their text; and `eval_kl`, the divergence from the teacher
+    (candidates and tail as one more symbol, a lower bound). The last two are the same for any loss; they are left out for one
+    that does not run on the text, and `eval_kl` for a dump without candidates.
+
+    Args:
+        model, args, data_collator: as of the trainer; the collator is made here.
+        train_dataset: rows of your own, or a `DistillationDataset` with its own batches; None for the dump's sequences.
+        eval_dataset: the same, or several by name.
+        store, dump: what to learn from; the dump may be left out when there is one.
+        ordinals: of the dump's sequences, which to read (see `split_ordinals`); None for all.
+        loss: a name in `LOSSES`.
+        ce_weight: share of cross-entropy in the loss, from 0 to 1.
+        loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
+        recalibrate: what to make of the teacher's targets before the loss, such as `recalibrated`.
+        named: whatever else the trainer takes.
+
+    Raises:
+        InputError: the dump does not hold what the loss needs, or is of another vocabulary than the model; rows are not in the
+            dump; or an argument does not go with it, and which.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        store: KnowledgeStore | None = None,
+        dump: str | None = None,
+        ordinals: Any = None,
+        loss: str = "forward-kl",
+        ce_weight: float = 0.0,
+        loss_options: Mapping[str, float | str] | None = None,
+        recalibrate: Callable[[Targets], Targets] | None = None,
+        **named: Any,
+    ) -> None:
+        if isinstance(train_dataset, DistillationDataset):
+            store, dump = train_dataset.store, train_dataset.dump
+        if store is None:
+            raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
+        dump = store.dump(dump)
+        config, self.distillation = check_loss(loss, ce_weight, loss_options or {})
+        check_knowledge(store, dump, config, self.distillation)
+        self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
+        manifest, on_text = store.manifest(dump), TEXT[0] in self.distillation.inputs
+        with_kl = on_text and keeps_candidates(manifest)
+        self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()))
+        self._source: dict[str, Any] = {"store": store, "dump": dump}
+        self._plan: dict[str, Any] = {"ordinals": ordinals, "kinds": kinds_read(manifest, self.distillation)}
+        from_store = train_dataset is None
+        if from_store:
+            train_dataset = DistillationDataset(**self._source, **self._plan)
+        reads_store = isinstance(train_dataset, DistillationDataset)
+        if ordinals is not None and not from_store:
+            raise InputError(
+                "ordinals choose among the dump's sequences, and train_dataset gives rows of its own: leave one out"
+            )
+        if args is not None:
+            check_arguments(args, named, from_store=reads_store)
+        if data_collator is not None and not isinstance(data_collator, DistillationCollator):
+            raise InputError("data_collator is made here, of store and dump: leave it out")
+        if data_collator is None:
+            data_collator = DistillationCollator(store, dump, kinds=self._plan["kinds"])
+
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            self._as_taken(train_dataset),
+            self._as_taken(eval_dataset),
+            **named,
+        )
+        if args is None:
+            check_arguments(self.args, named, from_store=reads_store)
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise InputError("tensor, context and sequence parallelism do not go with learning from a store: use DDP or FSDP")
+        if reads_store:
+            self.train_dataset = self._dataset() if from_store else train_dataset
+        if _of_store(eval_dataset):
+            self.eval_dataset = eval_dataset
+        self._from_store = from_store
+        # A step's counts are divided by in `compute_loss`, so the trainer divides by nothing more.
+        self.model_accepts_loss_kwargs = True
+        self._check_model(store, dump)
+        for dataset in (self.train_dataset, *(_each(self.eval_dataset))):
+            self._check_rows(dataset)
+        self.add_callback(DumpSnapshots())
+
+    def _as_taken(self, dataset: Any) -> Any:
+        """A data set as the trainer's own initialisation takes it. TRL's looks at rows, and takes those of `datasets` alone: it
+        is shown one row, and has its data set back afterwards."""
+        if not _of_store(dataset) or not any(base.__module__.startswith("trl.") for base in type(self).__mro__):
+            return dataset
+        import datasets
+
+        return datasets.Dataset.from_dict({"input_ids": [[0, 0]], "labels": [[0, 0]]})
+
+    def _dataset(self) -> DistillationDataset:
+        """The dump's sequences, for this process."""
+        arguments = self.args
+        return DistillationDataset(
+            **self._source,
+            **self._plan,
+            batch_size=self._train_batch_size,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            shuffle=arguments.train_sampling_strategy != "sequential",
+            rank=arguments.process_index,
+            world_size=arguments.world_size,
+        )
+
+    def _check_model(self, store: KnowledgeStore, dump: str) -> None:
+        """Raises InputError where the model cannot learn from the dump."""
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            check_student(store, dump, self.model.config, self.processing_class)
+        if TEXT[0] in self.distillation.inputs:
+            check_context(store, dump, self.accelerator.unwrap_model(self.model))
+
+    def _check_rows(self, dataset: Any) -> None:
+        """Raises InputError where people's own rows, if they can be counted, are not all in the dump."""
+        if isinstance(dataset, DistillationDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            return
+        count, rank, processes = len(dataset), self.args.process_index, self.args.world_size
+        numbers = range(rank, count, processes)  # each process looks at some
+        missing = [numbers[place] for place in self.data_collator.missing(dataset[number] for number in numbers)]
+        found = torch.tensor([len(missing), missing[0] if missing else count], device=self.args.device)
+        found = self.accelerator.gather(found).reshape(-1, 2)
+        total, first = int(found[:, 0].sum()), int(found[:, 1].min())
+        if total:
+            raise InputError(
+                f"{total:,} of {count:,} rows are not in the dump {self._source['dump']}; the first is row {first}: leave"
+                " them out (`DistillationCollator.missing` gives their numbers), or make a dump of them"
+            )
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The store's batches as they are, which each process reads for itself; or the trainer's own loader of rows."""
+        has_plain_head(self.accelerator.unwrap_model(self.model))  # looked up before anything wraps it
+        if not isinstance(self.train_dataset, DistillationDataset):
+            return super().get_train_dataloader()
+        if self._from_store:
+            self.train_dataset = self._dataset()  # the batch size may be another one by now (auto_find_batch_size)
+        return self._loader(self.train_dataset, persistent=self.args.dataloader_persistent_workers)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The same of a data set to evaluate on."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if isinstance(dataset, DistillationDataset):
+            return self._loader(dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The same of a data set to predict on."""
+        if isinstance(test_dataset, DistillationDataset):
+            return self._loader(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _loader(self, dataset: DistillationDataset, *, persistent: bool = False) -> DataLoader:
+        arguments, workers = self.args, self.args.dataloader_num_workers
+        # Accelerate's, which tells the data set its epoch. Made here: `accelerator.prepare` would divide it among processes.
+        return DataLoaderShard(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
+            persistent_workers=persistent and workers > 0,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context if workers else None,
+        )
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """How many sequences a loader reads in an epoch, over all processes."""
+        if isinstance(dataloader.dataset, DistillationDataset):
+            return dataloader.dataset.sequences
+        return super().num_examples(dataloader)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "sequence_id" not in self._signature_columns:
+            self._signature_columns += ["sequence_id", "attention_mask", "labels"]
+
+    def _init_training_state(self, *positional: Any, **named: Any) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(*positional, **named)
+        if isinstance(self.train_dataset, DistillationDataset) and not self.train_dataset.endless:
+            self.train_dataset.pass_over(epochs, batches)  # a resumed trainer draws them, and throws them away
+        return epochs, batches
+
+    def _prepare_input(self, data: Any) -> Any:
+        # With DeepSpeed the trainer would make 16 bits of log-probabilities, as of what a model computes with.
+        return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
+
+    # A step
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[str, Tensor]]:
+        """The batches of one optimiser step, and how many targets and sequences they hold over all processes."""
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, self.step_counts(batches, device)
+
+    def step_counts(self, batches: Sequence[Batch], device: torch.device, **more: int) -> dict[str, Tensor]:
+        """Sums over all processes: of the units of some batches, and of other numbers."""
+        counts = [units(batch) for batch in batches]
+        sums = {unit: sum(int(count[unit]) for count in counts) for unit in ("target", "sequence")} | more
+        totals = self.accelerator.reduce(torch.tensor(list(sums.values()), device=device), reduction="sum")
+        return dict(zip(sums, totals, strict=True))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[str, Tensor] | None = None,
+    ) -> Any:
+        """This batch's share of the step's loss, times the number of processes: DDP averages gradients over them, and so do
+        FSDP and DeepSpeed, whose shards are means of what each process adds."""
+        counts = units(inputs) if num_items_in_batch is None else num_items_in_batch
+        options: dict[str, Any] = {"ce_weight": self.ce_weight, "options": self.loss_options}
+        outputs = None
+        if self.distillation.whole_batch or return_outputs:
+            outputs = run_student(model, self.distillation, inputs)
+            loss = step_loss(self.distillation, outputs, inputs, counts, recalibrate=self.recalibrate, **options)
+        else:
+            function = per_target(self.distillation, **options)
+            loss = sliced_loss(model, inputs, function, count=counts["target"], recalibrate=self.recalibrate)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs[0]) if outputs and return_outputs else loss
+
+    # Evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As of the trainer. Its figures are those of the head of this class, and what `compute_metrics` gives."""
+        if not _of_store(eval_dataset):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        kept, self.eval_dataset = self.eval_dataset, eval_dataset  # TRL's would tokenise what it is given
+        try:
+            return super().evaluate(None, ignore_keys, metric_key_prefix)
+        finally:
+            self.eval_dataset = kept
+
+    def evaluation_loop(self, dataloader: DataLoader, *positional: Any, **named: Any) -> Any:
+        """As of the trainer, whose loss would be a mean of batches' means."""
+        self._sums = torch.zeros(len(self.figures), dtype=torch.float64)
+        self._units = {"target": 0, "sequence": 0}
+        output = super().evaluation_loop(dataloader, *positional, **named)
+        prefix = named.get("metric_key_prefix", positional[3] if len(positional) > 3 else "eval")
+        output.metrics.update({f"{prefix}_{name}": float(value) for name, value in self._means().items()})
+        if isinstance(dataloader.dataset, DistillationDataset):
+            output = output._replace(num_samples=dataloader.dataset.sequences)
+        return output
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Any, Any]:
+        """Loss, logits and labels of a batch, the last two where they are asked for."""
+        batch = self._without_repeated_rows(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums, logits = self._measured(model, batch, keep_logits=not prediction_loss_only)
+        counts = {unit: int(count) for unit, count in units(batch).items()}
+        self._sums += sums.double().cpu()
+        for unit, count in counts.items():
+            self._units[unit] += count
+        loss = (sums[0] / max(counts[self.distillation.unit], 1)).detach()
+        return loss, logits, None if logits is None else batch["labels"]
+
+    def _without_repeated_rows(self, batch: Batch) -> Batch:
+        """The last batch of rows of people's own without those with which accelerate filled it up, from the beginning."""
+        state, rows = self.accelerator.gradient_state, len(batch["sequence_id"])
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        places = torch.arange(rows, device=batch["sequence_id"].device) + self.args.process_index * rows
+        real = places < state.remainder
+        batch = {**batch, "sequence_id": batch["sequence_id"].where(real, -1)}
+        if "is_target" in batch:
+            batch["is_target"] = batch["is_target"] & real.unsqueeze(-1)
+        return batch
+
+    def _means(self) -> dict[str, Tensor]:
+        """The figures of what was measured, over all processes."""
+        device = self.args.device
+        sums = self.accelerator.reduce(self._sums.float().to(device), reduction="sum")
+        counts = self.accelerator.reduce(torch.tensor(list(self._units.values()), device=device), reduction="sum")
+        divisors = dict(zip(self._units, counts.clamp(min=1), strict=True))
+        means = {
+            name: value / divisors[self.distillation.unit if name == "loss" else "target"]
+            for name, value in zip(self.figures, sums, strict=True)
+        }
+        if self.ce_weight:  # apart until here, since it may be of other units
+            means["loss"] = (1 - self.ce_weight) * means["loss"] + self.ce_weight * means["nll"]
+        return means
+
+    def _measured(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool = False) -> tuple[Tensor, Any]:
+        """A batch's sums of the figures, the loss without its share of cross-entropy, and the logits where they are kept."""
+        if not (self.distillation.whole_batch or keep_logits):
+            return sum_over_slices(model, batch, self._shares(batch, self.distillation.function)), None
+        outputs = run_student(model, self.distillation, batch)
+        whole = outputs[self.distillation.inputs.index(TEXT[0])].logits if TEXT[0] in self.distillation.inputs else None
+        kept = whole if keep_logits else None
+        function = None if self.distillation.whole_batch else self.distillation.function
+        sums = []
+        if function is None:
+            ones = {"target": 1, "sequence": 1}
+            sums.append(step_loss(self.distillation, outputs, batch, ones, options=self.loss_options).unsqueeze(0))
+        if whole is not None:
+            logits = predicting_logits(whole, batch)
+            sums.append(self._shares(batch, function)(logits.shape[-1])(logits, slice(0, len(logits))))
+        return torch.cat(sums), kept
+
+    def _shares(self, batch: Batch, function: Callable[..., Tensor] | None) -> Prepare:
+        """What a slice of logits adds to the figures; without a function, to all but the first, the loss."""
+        tokens = target_tokens(batch)
+
+        def prepare(vocabulary_size: int) -> Share:
+            known = targets_of(batch, vocabulary_size) if "kl" in self.figures else None
+            learned = targets_of(batch, vocabulary_size, self.recalibrate) if function else None
+
+            def share(logits: Tensor, rows: slice) -> Tensor:
+                sums = [function(logits, learned.part(rows), **self.loss_options).sum()] if function and learned else []
+                sums.append(token_nll(logits, tokens[rows]).sum())
+                if known:
+                    sums.append(forward_kl(logits, known.part(rows), tail="bucket").sum())
+                return torch.stack(sums)
+
+            return share
+
+        return prepare
+
+
+class DistillationTrainer(DistillationMixin, Trainer):
+    """`transformers.Trainer` that learns from a store; see `DistillationMixin` for its arguments.
+
+    `DistillationTrainer(model, args=TrainingArguments(…), store=KnowledgeStore.open(…), dump="train").train()`
+    """
+
+
+class DumpSnapshots(TrainerCallback, ExportableState):
+    """Keeps in checkpoints which sequences the dump has, and refuses to resume where it has others: in another order."""
+
+    def __init__(self) -> None:
+        self.snapshot: Any = None
+
+    def state(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
+        return {"args": {}, "attributes": {"snapshot": self.snapshot}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Compare, and remember.
+
+        Raises:
+            InputError: the dump has other sequences than when training began.
+        """
+        dataset = kwargs["train_dataloader"].dataset
+        if not isinstance(dataset, DistillationDataset):
+            return
+        before = state.stateful_callbacks.get(type(self).__name__, self.state())["attributes"]["snapshot"]
+        self.snapshot = dataset.snapshot
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        if before not in (None, self.snapshot):
+            raise InputError(
+                f"the dump {dataset.dump} has other sequences than when this training began (it may have grown): begin it"
+                " again, without resume_from_checkpoint"
+            )
+
+
+def _of_store(dataset: Any) -> bool:
+    return any(isinstance(part, DistillationDataset) for part in _each(dataset))
+
+
+def _each(dataset: Any) -> tuple[Any, ...]:
+    """A data set, or several by name, as a tuple."""
+    if dataset is None:
+        return ()
+    return tuple(dataset.values()) if isinstance(dataset, dict) else (dataset,)
