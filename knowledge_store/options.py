@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 from knowledge_store.errors import InputError
@@ -93,6 +95,12 @@ def flag_of(configuration_field: Field[Any]) -> str:
     """The name of a field's option, `--max-length`."""
     declared = option_of(configuration_field)
     return (declared.flag if declared else "") or f"--{configuration_field.name.replace('_', '-')}"
+
+
+def advice(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that is not known: which ones are like it, if any."""
+    near = get_close_matches(word, list(known), cutoff=0.5)
+    return f": do you mean {' or '.join(near)}?" if near else ""
 
 
 def check_options(configuration: Any) -> None:

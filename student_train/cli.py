@@ -55,7 +55,7 @@ def init(config: InitialiseConfig) -> None:
     )
 
 
-@command(app, TrainConfig)
+@command(app, TrainConfig, configuration_file=True)
 def run(config: TrainConfig) -> None:
     """Train a student. The same command resumes a run that was interrupted.
 

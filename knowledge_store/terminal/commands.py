@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -21,6 +22,7 @@ from typer.core import TyperCommand, TyperGroup
 from knowledge_store.errors import KnowledgeStoreError
 from knowledge_store.options import Option, check_options, flag_of, option_of
 from knowledge_store.storage import Storage
+from knowledge_store.terminal.configuration_file import file_text, option_values
 from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output, output_errors, show_in_any_encoding
 
 _UsageError: Any = typer.BadParameter.__bases__[0]  # of the command-line library that typer brings with it
@@ -114,7 +116,12 @@ def application(help: str) -> typer.Typer:
 
 
 def command(
-    app: typer.Typer, configuration: type, *, name: str | None = None, cls: type[Command] = Command
+    app: typer.Typer,
+    configuration: type,
+    *,
+    name: str | None = None,
+    cls: type[Command] = Command,
+    configuration_file: bool = False,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command of a function.
 
@@ -124,18 +131,22 @@ def command(
             within the limits of its fields.
         name: the command's name; the function's when None.
         cls: how it reads its arguments.
+        configuration_file: whether it takes its options from a file too (`configuration_file`).
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        parameters = _parameters(configuration)
+        parameters = [*_parameters(configuration), *(_file_parameters(configuration) if configuration_file else ())]
 
         @functools.wraps(function)
-        def run(**values: Any) -> None:
+        def run(*, config: Path | None = None, print_config: bool = False, **values: Any) -> None:
             with command_errors():
                 lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
                 chosen = configuration(**{**values, **lists})
                 check_options(chosen)
-                function(chosen)
+                if print_config:
+                    output.print(file_text(chosen), markup=False, highlight=False, soft_wrap=True, end="")
+                else:
+                    function(chosen)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -157,6 +168,34 @@ def _parameters(configuration: type) -> list[inspect.Parameter]:
         annotation = Annotated[annotation, _declaration(declared, flag_of(field))]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+
+
+def _file_parameters(configuration: type) -> list[inspect.Parameter]:
+    """The parameters of a command that takes its options from a file too."""
+
+    def use(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None and not context.resilient_parsing:
+            with command_errors():
+                # The library takes from here what a command line leaves out.
+                context.default_map = option_values(path, configuration)
+        return path
+
+    config = typer.Option(
+        "--config",
+        metavar="<path>",
+        is_eager=True,
+        callback=use,
+        help="YAML file of options by their names. An option given here too wins; a repeated one takes the place of all of its"
+        " values there.",
+    )
+    shown = typer.Option("--print-config", help="Print all options as such a file, and exit.")
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, default, annotation in (
+            ("config", None, Annotated[Path | None, config]),
+            ("print_config", False, Annotated[bool, shown]),
+        )
+    ]
 
 
 def _declaration(declared: Option, flag: str) -> Any:

@@ -92,6 +92,8 @@ def sum_over_slices(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return sliced(hidden[rows, columns], weight, bias, prepare(len(weight)))
 
+    # A compiled model is compiled up to its head: the loss has other shapes in each step.
+    compute = torch.compiler.disable(compute) if _compiled(model) else compute
     with in_place_of_head(inner.get_output_embeddings(), compute) as results:
         outputs = model(**inputs)
     if not untouched(outputs, results):
@@ -168,9 +170,19 @@ class _Sliced(torch.autograd.Function):
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    while isinstance(module := getattr(model, "module", None), nn.Module):
+    while (module := _wrapped(model)) is not None:
         model = module
     return model
+
+
+def _wrapped(model: nn.Module) -> nn.Module | None:
+    """The module in a wrapper for parallel (`module`) or compiled (`_orig_mod`) execution; None for one that is no wrapper."""
+    inside = (getattr(model, name, None) for name in ("_orig_mod", "module"))
+    return next((module for module in inside if isinstance(module, nn.Module)), None)
+
+
+def _compiled(model: nn.Module | None) -> bool:
+    return model is not None and (hasattr(model, "_orig_mod") or _compiled(_wrapped(model)))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import warnings
 from dataclasses import fields
@@ -15,6 +14,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import IntervalStrategy
 
 from knowledge_store.errors import InputError
+from knowledge_store.options import advice
 from student_train.training.configuration import TrainConfig
 from student_train.training.models import first_line
 from student_train.training.settings import parse_settings
@@ -78,7 +78,7 @@ def typed_settings(config: TrainConfig) -> dict[str, Any]:
     known = [field.name for field in fields(TrainingArguments) if field.init]
     for name in settings:
         if name not in known:
-            raise InputError(f"--set {name} is no setting of transformers.TrainingArguments{_nearest(name, known)}")
+            raise InputError(f"--set {name} is no setting of transformers.TrainingArguments{advice(name, known)}")
     parser = HfArgumentParser(TrainingArguments, exit_on_error=False, allow_abbrev=False)
     actions = {action.dest: action for action in parser._actions if action.dest in settings}
     return {name: _typed(parser, actions[name], value) for name, value in settings.items()}
@@ -94,18 +94,13 @@ def _typed(parser: HfArgumentParser, action: argparse.Action, value: str) -> Any
     if name.endswith("_kwargs"):
         raise InputError(f"--set {name} is {value!r}; it must be a JSON object")
     if action.choices and value not in action.choices:
-        raise InputError(f"--set {name} cannot be {value!r}{_nearest(value, [str(choice) for choice in action.choices])}")
+        raise InputError(f"--set {name} cannot be {value!r}{advice(value, [str(choice) for choice in action.choices])}")
     if action.const is True and value.lower() == "true":
         return True
     try:
         return getattr(parser.parse_args([f"--{name}={value}"]), name)
     except (argparse.ArgumentError, TypeError) as error:
         raise InputError(f"--set {name} is {value!r}: {first_line(error).partition(': ')[2] or error}") from None
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known) or difflib.get_close_matches(word, known, cutoff=0.3)
-    return f": do you mean {' or '.join(near)}?" if near else ""
 
 
 def _defaults(config: TrainConfig) -> dict[str, Any]:
