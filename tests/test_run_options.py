@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from knowledge_store.errors import InputError
-from student_train.training import arguments
+from knowledge_store.reporter import Reporter
+from student_train.cli import app
+from student_train.training import arguments, model_folder
 from student_train.training.arguments import training_arguments, typed_settings
 from student_train.training.configuration import TrainConfig, check_config
+from student_train.training.models import load_model
 from student_train.training.run import train
+from student_train.training.run_trainer import RunTrainer
 from student_train.training.settings import settings_identity
 
 Weights = dict[str, torch.Tensor]
@@ -73,7 +82,7 @@ def test_a_setting_has_the_type_that_the_library_gives_it(settings, word, value)
         (["max_steps=3"], "--set max_steps is what the option --steps says: use that"),
         (["packing=true"], "--set packing cannot be used: documents are not packed"),
         (["load_best_model_at_end=true"], "a run keeps the checkpoints that it can resume from, and no others"),
-        (["optm=sgd"], "--set optm is no setting of transformers.TrainingArguments: do you mean optim?"),
+        (["optm=sgd"], "--set optm is no setting of transformers.TrainingArguments: do you mean optim or "),
         (["optim=adam_w"], "--set optim cannot be 'adam_w': do you mean "),
         (["adam_beta1=high"], "--set adam_beta1 is 'high': invalid float value"),
         (["lr_scheduler_kwargs={min_lr"], "which is not JSON"),
@@ -137,3 +146,144 @@ def test_gradient_checkpointing_changes_nothing(settings, plain, tmp_path):
     train(TrainConfig(**settings | {"steps": 3}, set=("gradient_checkpointing=true",)))
     assert furthest(weights(tmp_path / "run"), weights(plain)) == 0
     assert history(tmp_path / "run")[-1]["loss"] == history(plain)[-1]["loss"]
+
+
+# --- weights in bfloat16, and adapters ----------------------------------------------------------------------------------
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str, strong: bool = False) -> None:
+        self.notes.append(text)
+
+
+def stopped_and_resumed(config: TrainConfig, monkeypatch, step: int) -> None:
+    """A run that stops after a step, as at Ctrl-C, and is resumed to its end."""
+    draw = RunTrainer.get_batch_samples
+
+    def drawing(self, *arguments):
+        self.stop_asked = self.state.global_step == step - 1
+        return draw(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "get_batch_samples", drawing)
+        assert train(config).step == step
+    assert train(config).began_at == step
+
+
+def test_weights_in_bfloat16(settings, plain, tmp_path, monkeypatch):
+    """All of it is bfloat16 but what positions are computed from; the run says what that means, and resumes."""
+    reporter = Notes()
+    run = settings | {"steps": 3, "precision": "bf16-weights"}
+    train(TrainConfig(**run), reporter=reporter)
+    assert any("the weights and the optimizer's moments are bfloat16" in note for note in reporter.notes)
+    low = weights(tmp_path / "run")
+    assert {tensor.dtype for tensor in low.values()} == {torch.bfloat16}
+    assert 0 < furthest(low, weights(plain)) < 0.02
+    assert load_model(str(tmp_path / "run")).dtype == torch.float32
+    again = TrainConfig(**run | {"output": str(tmp_path / "again")})
+    stopped_and_resumed(again, monkeypatch, 2)
+    assert furthest(weights(tmp_path / "again"), low) == 0
+
+
+@pytest.fixture(scope="module")
+def adapted(store_folder, student, tmp_path_factory) -> Path:
+    """A run of an adapter."""
+    output = tmp_path_factory.mktemp("adapted") / "run"
+    options = {"batch_size": 4, "learning_rate": 1e-2, "steps": 3, "eval_fraction": 0.0, "lora_rank": 4}
+    train(TrainConfig(store=str(store_folder), student=str(student), output=str(output), dump="train", **options))
+    return output
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # which peft asks transformers for
+def test_an_adapter_is_saved_as_peft_saves_it(adapted, student, plain):
+    assert not (adapted / "model.safetensors").exists() and not list(adapted.glob("*.bin"))
+    saved = json.loads((adapted / "adapter_config.json").read_text())
+    assert (saved["base_model_name_or_path"], saved["r"], saved["lora_alpha"]) == (str(student), 4, 8)
+    assert all(tensor.abs().max() > 0 for tensor in weights(adapted, "adapter_model.safetensors").values())
+    ours = load_model(str(adapted))
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(student), adapted)
+    tokens = torch.arange(7)[None]
+    with torch.no_grad():
+        logits = ours(tokens).logits
+        torch.testing.assert_close(logits, peft(tokens).logits)
+        assert (logits - load_model(str(student))(tokens).logits).abs().max() > 0.01
+    assert ours.generation_config.eos_token_id == load_model(str(plain)).generation_config.eos_token_id
+    run = json.loads((adapted / "run.json").read_text())
+    assert 0 < run["trained_parameters"] < run["parameters"] / 10
+
+
+def test_an_adapters_folder_is_evaluated_reported_and_trained_like_a_models(adapted, settings, plain, tmp_path):
+    for words in (
+        ("evaluate", settings["store"], "--model", adapted, "--dump", "heldout"),
+        ("report", adapted, plain, "--output", tmp_path / "page.html"),
+        ("run", settings["store"], "--student", adapted, "--output", tmp_path / "run", "--dump", "train", "--steps", 1),
+    ):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0, done.stderr
+    assert weights(tmp_path / "run").keys() == weights(plain).keys()
+
+
+def test_an_adapter_resumes(adapted, settings, tmp_path, monkeypatch):
+    """After a step, and between the last step and the saving of the result."""
+    run = settings | {"steps": 3, "learning_rate": 1e-2, "lora_rank": 4}
+    stopped_and_resumed(TrainConfig(**run), monkeypatch, 2)
+    whole = weights(adapted, "adapter_model.safetensors")
+    assert furthest(weights(tmp_path / "run", "adapter_model.safetensors"), whole) == 0
+    late = TrainConfig(**run | {"output": str(tmp_path / "late"), "save_steps": 3})
+    save = RunTrainer.save_model
+
+    def unsaved(self, output_dir=None, _internal_call=False):
+        return save(self, output_dir, _internal_call) if _internal_call else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunTrainer, "save_model", unsaved)
+        with pytest.raises(ZeroDivisionError):
+            train(late)
+    assert train(late).began_at == 3
+    assert furthest(weights(tmp_path / "late", "adapter_model.safetensors"), whole) == 0
+
+
+def test_an_adapter_on_weights_in_bfloat16_is_float32(settings, tmp_path):
+    reporter = Notes()
+    words = {"steps": 2, "lora_rank": 2, "precision": "bf16-weights", "set": ("gradient_checkpointing=true",)}
+    train(TrainConfig(**settings | words), reporter=reporter)
+    assert not any("bfloat16" in note for note in reporter.notes)
+    adapter = weights(tmp_path / "run", "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+
+
+def test_an_adapter_that_cannot_be_made_or_loaded_is_refused(adapted, settings, tmp_path, monkeypatch):
+    def refusal(run) -> str:
+        with pytest.raises(InputError) as caught:
+            run()
+        return str(caught.value)
+
+    run = TrainConfig(**settings, lora_rank=4)
+    with monkeypatch.context() as patch:
+        patch.setitem(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, "llama", ["absent"])
+        assert "--lora-rank finds no layers that can be adapted in a llama model" in refusal(lambda: train(run))
+    with monkeypatch.context() as patch:
+        patch.setattr(model_folder, "find_spec", lambda _: None)
+        assert refusal(lambda: train(run)) == "--lora-rank needs peft: pip install 'knowledge-store[lora]'"
+        assert "needs peft: pip install" in refusal(lambda: load_model(str(adapted)))
+    assert "--lora-rank needs a student in safetensors" in refusal(lambda: train(replace(run, gguf_file="m.gguf")))
+    assert not any(tmp_path.iterdir())
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapted, folder)
+    good = json.loads((folder / "adapter_config.json").read_text())
+    for change, message in (
+        ({"peft_type": "IA3"}, "is an adapter of another kind than LoRA"),
+        ({"base_model_name_or_path": None}, "does not name the model that the adapter belongs to"),
+        ({"base_model_name_or_path": "/absent"}, "there is no folder /absent"),
+        ({"base_model_name_or_path": str(folder)}, "which is an adapter itself"),
+        ({"r": 2}, "cannot be used: "),
+        ({"target_modules": ["k_proj"]}, "cannot be used: "),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(good | change))
+        assert message in refusal(lambda: load_model(str(folder)))
+    (folder / "adapter_config.json").write_text(json.dumps(good))
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    assert "without adapter_model.safetensors" in refusal(lambda: load_model(str(folder)))

@@ -48,7 +48,10 @@ def file_text(configuration: Any) -> str:
     """The file that says what a configuration says; what is None is left out."""
     declared = {_key(field): getattr(configuration, field.name) for field in fields(configuration) if option_of(field)}
     plain = {key: _plain(value) for key, value in declared.items() if value is not None}
-    text: str = _yaml().safe_dump(plain, sort_keys=False, allow_unicode=True)
+    lists = (value if isinstance(value, list) else [value] for value in plain.values())
+    # The library leaves some characters as they are that it reads as the end of a line.
+    readable = all(str(item).isprintable() for items in lists for item in items)
+    text: str = _yaml().safe_dump(plain, sort_keys=False, allow_unicode=readable)
     return text
 
 

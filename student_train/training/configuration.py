@@ -11,6 +11,7 @@ from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
 from student_train.configuration import BatchOptions
 from student_train.losses.table import LOSSES, TAILS, Loss
+from student_train.training.model_folder import check_peft
 from student_train.training.settings import parse_settings
 
 # What transformers can report to.
@@ -72,8 +73,12 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
     evaluations: int = option(10, min=1, help="Number of evaluations on them during the run, after one before the first step.")
     precision: str = option(
         "auto",
-        choices=("auto", "fp32", "bf16"),
-        help="fp32, bf16 (mixed precision), or auto, which takes bf16 on a GPU that supports it.",
+        choices=("auto", "fp32", "bf16", "bf16-weights"),
+        help="fp32, bf16 (mixed precision: the weights are fp32), bf16-weights (weights, gradients and the optimizer's moments"
+        " are bf16 too), or auto, which takes bf16 on a GPU that supports it.",
+    )
+    lora_rank: int | None = option(
+        None, min=1, help="Train a LoRA adapter of this rank, and not the student itself. The adapter is what is saved."
     )
     save_steps: int = option(200, min=1, help="Number of optimiser steps between checkpoints.")
     workers: int = option(0, min=0, help="Number of processes that read batches ahead. 0 reads them in the training process.")
@@ -133,6 +138,10 @@ def check_config(config: TrainConfig) -> Loss:
             raise InputError(f"the loss {config.loss} takes no --{field.replace('_', '-')}")
     if "lr_scheduler_type" in parse_settings(config.set) and config.schedule != TrainConfig.schedule:
         raise InputError("give --schedule or --set lr_scheduler_type, not both")
+    if config.lora_rank is not None:
+        check_peft("--lora-rank")
+        if config.gguf_file:
+            raise InputError("--lora-rank needs a student in safetensors files, which an adapter can name as its base")
     if config.epochs is not None and config.steps is not None:
         raise InputError("give --epochs or --steps, not both")
     if config.tail == "draws" and config.temperature != 1:

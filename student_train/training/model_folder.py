@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from knowledge_store.errors import InputError
-from knowledge_store.model_files import check_folder_name, check_gguf
+from knowledge_store.model_files import ADAPTER, check_folder_name, check_gguf
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what configurations call their number
 
 
@@ -22,8 +24,41 @@ def check_model_folder(model: str, gguf_file: str | None) -> None:
         return
     if gguf_file:
         check_gguf(folder, gguf_file)
+    elif (base := adapter_base(folder)) is not None:
+        check_model_folder(base, None)
     elif not (folder / "config.json").is_file():
         raise InputError(f"{model} is not a model folder: it has no config.json")
+
+
+def check_peft(wanted_by: str) -> None:
+    """Raises InputError where peft is not installed, which something needs."""
+    if find_spec("peft") is None:
+        raise InputError(f"{wanted_by} needs peft: pip install 'knowledge-store[lora]'")
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The folder or hub id of the model that an adapter in a folder belongs to; None where the folder is no adapter's.
+
+    Raises:
+        InputError: it is no LoRA adapter, has no weights in safetensors, or names no model that can be its base.
+    """
+    path = folder / ADAPTER
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_bytes())
+        kind, base = settings["peft_type"], settings["base_model_name_or_path"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not the configuration of an adapter: {error}") from None
+    if kind != "LORA" or settings.get("megatron_config"):
+        raise InputError(f"{folder} is an adapter of another kind than LoRA ({kind}): merge it into its model, and save that")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"{folder} is an adapter without {ADAPTER_WEIGHTS}: weights must be safetensors files")
+    if not isinstance(base, str) or not base:
+        raise InputError(f"{path} does not name the model that the adapter belongs to (base_model_name_or_path)")
+    if (Path(base) / ADAPTER).is_file():
+        raise InputError(f"{path} names {base}, which is an adapter itself: merge that into its model first")
+    return base
 
 
 def stated_layers(model: str, gguf_file: str | None) -> int | None:
@@ -42,10 +77,14 @@ def stated_layers(model: str, gguf_file: str | None) -> int | None:
 
 
 def model_sha256(model: str) -> str:
-    """SHA-256 over the names and contents of a model folder's configuration and weights; of a hub id, over the id."""
-    digest = hashlib.sha256(b"" if Path(model).is_dir() else model.encode())
-    for path in sorted(Path(model).glob("*")):
-        if path.suffix in (".safetensors", ".gguf") or path.name == "config.json":
+    """SHA-256 over the names and contents of a model folder's configuration and weights, of an adapter's base too; of a hub id,
+    over the id."""
+    folder = Path(model)
+    digest = hashlib.sha256(b"" if folder.is_dir() else model.encode())
+    for path in sorted(folder.glob("*")):
+        if path.suffix in (".safetensors", ".gguf") or path.name in ("config.json", ADAPTER):
             with open(path, "rb") as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    if (base := adapter_base(folder)) is not None:
+        digest.update(model_sha256(base).encode())
     return digest.hexdigest()

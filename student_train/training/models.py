@@ -1,7 +1,7 @@
 """Models and tokenizers as files: loading them without surprises, and rebuilding one with fewer layers.
 
 Weights come from safetensors or GGUF only, no remote code runs, and everything is float32: a student is trained with
-float32 weights, and a lower precision is the trainer's business.
+float32 weights, and a lower precision is the trainer's business, unless a run asks for weights in bfloat16.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors, silence
-from student_train.training.model_folder import check_model_folder
+from student_train.training.adapters import merged
+from student_train.training.model_folder import adapter_base, check_model_folder
 
 
 def quieten() -> None:
@@ -40,6 +41,8 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     """
     quieten()
     folder = _folder(model, gguf_file)
+    if (base := adapter_base(folder)) is not None and not (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(base)
     try:
         with silence(), panics_as_errors():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_gguf(gguf_file))
@@ -48,7 +51,7 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
 
 
 def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
-    """A causal language model in float32, from a folder or hub id.
+    """A causal language model in float32, from a folder or hub id; an adapter is merged into its base.
 
     Args:
         model: folder or hub id.
@@ -62,6 +65,8 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
     folder = _folder(model, gguf_file)
     if gguf_file:
         check_gguf(folder, gguf_file)
+    elif (base := adapter_base(folder)) is not None:
+        return merged(load_model(base), folder)
     else:
         check_weights(folder)
     try:
@@ -79,6 +84,15 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
         missing = sorted(report["missing_keys"])
         raise InputError(f"the weights in {model} are incomplete: {missing[0]} and {len(missing) - 1} more are missing")
     return rebuild(loaded) if gguf_file else loaded
+
+
+def hold_in_bfloat16(model: PreTrainedModel) -> PreTrainedModel:
+    """A model whose weights are bfloat16, changed in place. What it computes positions from (RoPE) stays float32, as it does
+    where such a model is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    return model
 
 
 def text_model(model: PreTrainedModel) -> PreTrainedModel:

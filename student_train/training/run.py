@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.table import TEXT
+from student_train.training.adapters import add_adapter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
 from student_train.training.configuration import TrainConfig
@@ -28,7 +29,7 @@ from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run, columns_read, kinds_read
 from student_train.training.model_folder import model_sha256
-from student_train.training.models import load_model, load_tokenizer, quieten
+from student_train.training.models import hold_in_bfloat16, load_model, load_tokenizer, quieten
 from student_train.training.run_folder import (
     RUN_FILE,
     check_output,
@@ -111,6 +112,8 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     if TEXT[0] in loss.inputs:
         check_context(store, dump, student, reporter=first_reporter)
     stop_at_ending(student, tokenizer, store, dump, keep_eos=config.keep_eos, reporter=first_reporter)
+    generation = student.generation_config
+    student = _prepared(student, config, first_reporter)
 
     _begin_alone(output, store.snapshot(dump), arguments, reporter, held)
     # What stands there may have changed until now, and does no more.
@@ -128,6 +131,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
                 "sequences": {"train": len(train_ordinals), "eval": len(eval_ordinals)},
                 "world_size": arguments.world_size,
                 "parameters": student.num_parameters(),
+                "trained_parameters": student.num_parameters(only_trainable=True),
                 "versions": versions(),
             }
             write_json(output / RUN_FILE, facts)
@@ -169,7 +173,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
     else:
         assert checkpoint is not None  # stopped between its last step and the saving of the model
-        trainer.model.load_state_dict(load_model(str(checkpoint.folder)).state_dict())
+        if config.lora_rank is None:
+            trainer.model.load_state_dict(load_model(str(checkpoint.folder)).state_dict())
+        else:
+            trainer._load_from_checkpoint(str(checkpoint.folder))
+        trainer.is_fsdp_enabled = False  # of a model that was never wrapped
         trainer.state = TrainerState.load_from_json(str(checkpoint.folder / "trainer_state.json"))
 
     step = trainer.state.global_step
@@ -178,6 +186,8 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         trainer.save_model(str(output))
         if first_process:
             tokenizer.save_pretrained(output)
+            if config.lora_rank is not None and generation is not None:
+                generation.save_pretrained(output)  # not saved with an adapter
             (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says the same
             trainer.write_history(finished=True)
             for folder in output.glob("checkpoint-*"):
@@ -191,6 +201,21 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         seconds=trainer.seconds,
         eval_loss=_last(trainer.state.log_history, "eval_loss"),
     )
+
+
+def _prepared(student: PreTrainedModel, config: TrainConfig, reporter: Reporter) -> PreTrainedModel:
+    """The student with weights of the precision that is asked for, and with an adapter where one is to be trained."""
+    if config.precision == "bf16-weights":
+        student = hold_in_bfloat16(student)
+        if config.lora_rank is None:
+            reporter.note(
+                "Warning: the weights and the optimizer's moments are bfloat16, and an update smaller than about 1/512 of a"
+                " weight is lost: --precision bf16 keeps both in float32"
+            )
+    if config.lora_rank is None:
+        return student
+    base = str(Path(config.student).resolve()) if Path(config.student).is_dir() else config.student
+    return add_adapter(student, config.lora_rank, base=base, seed=config.seed)
 
 
 def _finished(output: Path, identity: dict[str, Any], steps: int) -> TrainResult | None:

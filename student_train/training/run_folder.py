@@ -26,6 +26,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.model_files import check_weights
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
+from student_train.training.model_folder import ADAPTER_WEIGHTS
 from student_train.training.run_lock import LOCK_FILE, check_unlocked
 from student_train.training.settings import settings_identity
 
@@ -159,6 +160,10 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder=path.parent, **{name: record[name] for name in Checkpoint._fields if name != "folder"})
 
 
+# Of these the library reads no program: never, or (the state of sharded weights and optimizers) tensors alone.
+_READ_AS_TENSORS = ("training_args.bin", "optimizer.bin", "pytorch_model_fsdp.bin")
+
+
 def last_checkpoint(output: Path) -> Checkpoint | None:
     """The last complete checkpoint.
 
@@ -168,13 +173,14 @@ def last_checkpoint(output: Path) -> Checkpoint | None:
     last = max((_read_checkpoint(path) for path in output.glob(f"checkpoint-*/{COMPLETE_FILE}")), default=None)
     # Without this file the trainer takes a pickle instead, before safetensors in several files.
     if last and not (last.folder / "model.safetensors").is_file():
-        pickles = sorted(path.name for path in last.folder.glob("*.bin*") if path.name != "training_args.bin")
+        pickles = sorted(path.name for path in last.folder.glob("*.bin*") if path.name not in _READ_AS_TENSORS)
         if pickles:
             raise InputError(
                 f"{last.folder} has {pickles[0]} instead of model.safetensors: a pickle can run code, and is never loaded."
                 " Remove that folder, and the run resumes from the checkpoint before it"
             )
-        check_weights(last.folder)
+        if not (last.folder / ADAPTER_WEIGHTS).is_file():
+            check_weights(last.folder)
     return last
 
 
