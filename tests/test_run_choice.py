@@ -44,7 +44,7 @@ def read(output, name: str = "run.json") -> dict:
 def test_a_run_over_chosen_sequences_is_told_and_recorded(settings, tmp_path):
     store = KnowledgeStore.open(settings["store"])
     lengths = store.sequences("train")["length"].to_numpy()
-    ordinals, _ = split_ordinals(store, "train", eval_fraction=0.2)
+    ordinals = np.asarray(split_ordinals(store, "train", eval_fraction=0.2)[0])
     chosen = ordinals[lengths[ordinals] > 30]
     notes = Notes()
     settings |= {"eval_fraction": 0.2, "steps": None, "epochs": 1, "where": LONG}
@@ -94,7 +94,7 @@ def test_only_chosen_targets_are_trained_on(settings, tmp_path):
 
     store = KnowledgeStore.open(settings["store"])
     found = store.choose_targets(UNSURE, "train")
-    ordinals, _ = split_ordinals(store, "train", eval_fraction=0.2)
+    ordinals = np.asarray(split_ordinals(store, "train", eval_fraction=0.2)[0])
     counts, total = found.masks["train"].counts()[ordinals], found.targets["train"][ordinals].sum()
     left_out = int((counts == 0).sum())
     facts = {"targets": int(counts.sum()), "of": int(total), "sequences_left_out": left_out}
