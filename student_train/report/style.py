@@ -67,6 +67,9 @@ dd { margin: 0; white-space: normal; overflow-wrap: anywhere; }
 dl.texts { gap: 8px 18px; font-size: 15px; margin: 10px 0 14px; }
 dl.texts dt { max-width: 16em; overflow-wrap: anywhere; }
 dl.texts dd { white-space: pre-wrap; }
+dl.texts dd small { display: inline; opacity: 0.7; }
+td.words { white-space: normal; min-width: 9em; overflow-wrap: anywhere; }
+p.note code { overflow-wrap: anywhere; }
 .candidates td { white-space: normal; text-align: left; }
 .candidates th:first-child + th { text-align: left; }
 .candidates span { display: inline-block; margin-right: 14px; color: var(--faint); white-space: nowrap; }
@@ -88,6 +91,8 @@ code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
   .row { grid-template-columns: repeat(auto-fill, minmax(min(200px, 100%), 1fr)); }
   dl { grid-template-columns: minmax(0, 1fr); }
   dd { margin-bottom: 6px; }
+  dl.texts { gap: 0; }
+  dl.texts dd { margin-bottom: 10px; }
 }
 """
 
