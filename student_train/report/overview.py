@@ -35,7 +35,7 @@ def overview(runs: Sequence[Run]) -> str:
         return ""
     rows = [
         f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}</th>"
-        f"<td>{_objective(run)}{_small(_validation(run))}</td>"
+        f'<td class="words">{_objective(run)}{_small(_validation(run))}</td>'
         f'<td class="words">{_dumps_shown(run)}{_small(_sequences(run))}</td>'
         f"<td>{_steps(run)}{_small(_step_size(run))}</td><td>{_tokens(run)}</td><td>{_time(run)}</td><td>{_parameters(run)}</td>"
         "</tr>"
@@ -96,14 +96,14 @@ def _dump(run: Run) -> str:
     return f"{words}, several teachers" if run.run.get("several_teachers") else words
 
 
-def _dumps_shown(run: Run) -> str:
-    """The dumps, or the first of many, as HTML: a line for each."""
+def _dumps_shown(run: Run, between: str = "<br>") -> str:
+    """The dumps, or the first of many, as HTML."""
     words = _weighted(run)
     if len(words) > SHOWN_DUMPS:
         words = [*words[: SHOWN_DUMPS - 1], f"and {len(words) - SHOWN_DUMPS + 1:,} more"]
     if run.run.get("several_teachers"):
         words.append("teachers of one corpus")
-    return "<br>".join(map(html.escape, words)) or "–"
+    return between.join(map(html.escape, words)) or "–"
 
 
 def _chosen(run: Run, option: str) -> str:
@@ -187,7 +187,7 @@ def _different_tokens(runs: Sequence[Run]) -> str:
 def _different_dumps(runs: Sequence[Run]) -> str:
     names = {_dump(run) for run in runs if run.run}
     if len(names) > 1:
-        return _by_run("dumps", runs, lambda run: html.escape(_dump(run)))
+        return _by_run("dumps", runs, partial(_dumps_shown, between=", "))
     contents = {
         tuple(str(fact) for name, fact in run.run["identity"].items() if name.startswith(("knowledge of", "committed")))
         for run in runs
@@ -198,7 +198,7 @@ def _different_dumps(runs: Sequence[Run]) -> str:
 
 def _different_choices(runs: Sequence[Run]) -> list[str]:
     return [
-        _by_run(f"chosen {what}", runs, partial(_chosen, option=option))
+        f"other {what} were chosen for some than for others (below the table)"
         for option, what in CHOICES.items()
         if len({_chosen(run, option) for run in runs if run.run}) > 1
     ]
