@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from knowledge_store.errors import InputError
 from knowledge_store.reading.ordinals import AllBut
+from knowledge_store.reading.target_mask import TargetMask
 
 Order = Literal["global", "blocks"]
 WINDOW = 16
-
-
-class TargetMask(Protocol):
-    """Which targets of a dump count."""
-
-    def positions(self, ordinal: int) -> np.ndarray:
-        """Which positions of a sequence may be targets, bool (T,)."""
-        ...
 
 
 @dataclass(frozen=True)

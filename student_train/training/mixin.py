@@ -101,7 +101,7 @@ class DistillationMixin(_Base):
         **named: Any,
     ) -> None:
         if isinstance(train_dataset, DistillationDataset):
-            store, dump = train_dataset.store, train_dataset.dump
+            store, dump = train_dataset.store, list(train_dataset.plan.teachers or train_dataset.dumps)
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
         config, self.distillation = check_loss(loss, ce_weight, loss_options or {})
