@@ -24,6 +24,7 @@ from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays, item_mask
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
+from knowledge_store.reading.mixture import Named, check_vocabularies, named_dumps
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader
 from knowledge_store.reporter import SILENT, Reporter
@@ -117,12 +118,13 @@ class KnowledgeStore:
         """A dump's vocabulary: token_id uint32, text string (as a person reads it), token string (the tokenizer's name)."""
         return read_tokens(self.storage, self.manifest(dump))
 
-    def sequences(self, dump: str | None = None) -> pa.Table:
-        """A dump's `sequences` table, in the order of ordinals."""
+    def sequences(self, dump: str | None = None, columns: list[str] | None = None) -> pa.Table:
+        """A dump's `sequences` table, or some of its columns, in the order of ordinals."""
         manifest = self.manifest(dump)
         schema = sequences_schema(manifest)
         files = self._dumps.files(manifest, SEQUENCES, schema)
-        return pa.concat_tables([schema.empty_table(), *map(read_table, files.values())])
+        empty = schema.empty_table().select(columns or schema.names)
+        return pa.concat_tables([empty, *(read_table(file, columns) for file in files.values())])
 
     def info(self) -> list[DumpSummary]:
         """The facts of each dump, from manifests and the index alone."""
@@ -283,24 +285,29 @@ class KnowledgeStore:
             self._readers[name] = DumpReader(self._dumps, name, self.cache_size)
         return self._readers[name]
 
-    def batches(self, dump: str | None = None, batch_size: int = ReadPlan.batch_size, **plan: Any) -> Batches:
+    def batches(self, dump: Named = None, batch_size: int = ReadPlan.batch_size, **plan: Any) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).
 
         Args:
-            dump: which dump; None when there is only one.
+            dump: which dump, or several, as a list of names or as a mapping from name to weight: the shares of an epoch, which
+                has as many sequences as the dumps together (see `reading.order`); None when there is only one.
             batch_size, plan: the fields of `ReadPlan`, such as `seed=1`.
 
         Raises:
-            InputError: no such dump, rank or kind; nothing to read; or the dump has grown since the order was begun.
+            InputError: no such dump, weight, rank or kind; nothing to read; dumps that do not go together; or one has grown
+                since the order was begun.
         """
         return self.read(ReadPlan(batch_size, **plan), dump)
 
-    def read(self, plan: ReadPlan, dump: str | None = None) -> Batches:
+    def read(self, plan: ReadPlan, dump: Named = None) -> Batches:
         """`batches` of a plan."""
-        reader = self._reader(dump)
-        if not len(reader):
-            raise InputError(f"dump {self.dump(dump)!r} of {self.address} has no committed shard yet")
-        return Batches(reader, plan)
+        names, weights = named_dumps(dump, self.dump)
+        readers = {name: self._reader(name) for name in names}
+        for name, reader in readers.items():
+            if not len(reader):
+                raise InputError(f"dump {name!r} of {self.address} has no committed shard yet")
+        check_vocabularies([reader.manifest for reader in readers.values()], self.tokens)
+        return Batches(readers, weights, plan)
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together (DamageError: one of them is damaged)."""

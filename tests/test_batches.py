@@ -11,7 +11,7 @@ from stores import commit, make_manifest, random_sequences, words, write_store
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore
 from knowledge_store.format.sequences import tokens_table
-from knowledge_store.reading.order import shuffled
+from knowledge_store.reading.permutation import permuted
 
 SHAPES = {
     "sequence_id": ("int64", 1),
@@ -45,6 +45,11 @@ def store(folder):
 @pytest.fixture(scope="module")
 def ids(store) -> list[int]:
     return store.sequences()["sequence_id"].to_pylist()
+
+
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch of one dump."""
+    return permuted(np.arange(count), count, seed, 0, epoch).tolist()
 
 
 def taken(batches) -> list[int]:
@@ -150,7 +155,7 @@ def test_padding_rows_count_for_nothing(store, ids):
 def test_batches_from_where_an_epoch_ended(store):
     batches = store.batches(batch_size=4)
     list(batches)
-    assert batches.state == {"seed": 0, "epoch": 0, "consumed": 13, "snapshot": store.snapshot()}
+    assert batches.state == {"seed": 0, "epoch": 0, "consumed": 13, "snapshot": {"small": store.snapshot()}}
     assert list(store.batches(batch_size=4, **batches.state)) == []
     assert len(store.batches(consumed=99)) == 0
     assert list(store.batches(ordinals=np.array([], np.int64))) == []

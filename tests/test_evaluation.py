@@ -240,3 +240,59 @@ def test_bad_input(teacher_folder, store_folder, changed, message):
     settings = {"model": str(teacher_folder), "store": str(store_folder), "dump": "heldout", **changed}
     with pytest.raises(InputError, match=message):
         evaluate(EvaluateConfig(**settings))
+
+
+def test_samples_are_what_the_model_writes_and_the_teacher_expected(result, teacher_folder, store_folder):
+    """The teacher as its own student: the likeliest token is the first of the candidates, token after token."""
+    store, samples = KnowledgeStore.open(store_folder), result["samples"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher_folder), AutoTokenizer.from_pretrained(teacher_folder)
+    assert len({sample["sequence_id"] for sample in samples}) == len(samples) == 3
+    texts = store.tokens("heldout")["text"].to_pylist()
+    for sample in samples:
+        query = "SELECT token_id FROM positions WHERE dump = 'heldout' AND sequence_id = $id ORDER BY position"
+        ids = store.sql(query, {"id": sample["sequence_id"]})["token_id"].to_pylist()
+        start = sample["start"]
+        assert 0 < start < len(ids)
+        assert tokenizer.decode(ids[:start]).endswith(sample["prompt"])
+        assert sample["text"] == tokenizer.decode(ids[start : start + 32])
+        written, known = [], torch.tensor([ids[:start]])
+        while len(written) < 32:
+            with torch.no_grad():
+                written.append(int(model(known).logits[0, -1].argmax()))
+            known = torch.cat([known, torch.tensor([written[-1:]])], dim=1)
+            if written[-1] == tokenizer.eos_token_id:
+                break
+        assert sample["written"] == tokenizer.decode(written)
+        assert [entry["token"] for entry in sample["positions"]] == [texts[token] for token in ids[start : start + 6]]
+        for entry in sample["positions"]:
+            shares = [share for _, share in entry["candidates"]]
+            assert len(shares) == 5 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
+        likeliest = [text for text, share in sample["positions"][0]["candidates"] if share == max(shares_of(sample))]
+        assert texts[written[0]] in likeliest
+
+
+def shares_of(sample: dict) -> list[float]:
+    return [share for _, share in sample["positions"][0]["candidates"]]
+
+
+def test_samples_do_not_depend_on_the_model_or_its_settings(result, teacher_folder, store_folder, tmp_path):
+    """Another model continues the same texts; one whose settings sample writes the likeliest tokens all the same."""
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=9.0, max_length=7)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path / "model")
+    found = evaluate(EvaluateConfig(str(tmp_path / "model"), str(store_folder), dump="heldout", limit=1))
+    assert found["samples"] == result["samples"]
+
+
+def test_samples_of_conversations_begin_where_the_answer_does(teacher_folder, loaded_teacher, tmp_path):
+    turns = [{"role": "user", "content": "How far?"}, {"role": "assistant", "content": "As far as somebody looks for it."}]
+    corpus = write_jsonl(tmp_path / "chat.jsonl", [{"messages": turns}] * 2)
+    selection = {"selection": "random-sampling", "draws": 6}
+    dump(DumpConfig(str(teacher_folder), (corpus,), tmp_path / "store", max_length=48, **selection), teacher=loaded_teacher)
+    found = evaluate(EvaluateConfig(str(teacher_folder), str(tmp_path / "store"), output=str(tmp_path / "e.json")))
+    assert len(found["samples"]) == 2
+    for sample in found["samples"]:
+        assert sample["prompt"].endswith("How far?<|end|>\n<|assistant|>") and not sample["prompt_cut"]
+        assert sample["text"].startswith("As far as somebody")
+        assert all(entry["candidates"] == [] for entry in sample["positions"])

@@ -177,11 +177,11 @@ def test_what_a_teacher_cannot_give_is_refused_by_name():
 
 
 def test_what_a_teacher_cannot_give_is_refused_before_anything_is_read_or_made(monkeypatch, tmp_path, loaded_teacher):
-    asked = replace(EXTRACTORS["positions"], needs=frozenset({Ability.DISTRIBUTIONS, Ability.GRADIENTS}))
+    asked = replace(EXTRACTORS["positions"], needs=frozenset({Ability.DISTRIBUTIONS, Ability.TEXT}))
     monkeypatch.setitem(EXTRACTORS, "positions", asked)
     corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(3))
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=40)
     for call in (dump, estimate):
-        with pytest.raises(InputError, match=r"needs gradients, which the teacher 'tiny' cannot give"):
+        with pytest.raises(InputError, match=r"needs generated text, which the teacher 'tiny' cannot give"):
             call(config, teacher=loaded_teacher)
     assert list(tmp_path.iterdir()) == [corpus]

@@ -50,8 +50,8 @@ def knowledge_of(case: Case, shard: int) -> tuple[list[Arrays], list[Arrays]]:
         return tokens, tokens
     random = np.random.default_rng(shard)
     knowledge = [case.rows(random, len(each["token_id"])) for each in tokens]
-    if "token_id" in case.kind.takes(manifest_of(case)):
-        knowledge = [{**arrays, "token_id": each["token_id"]} for arrays, each in zip(knowledge, tokens, strict=True)]
+    given = {"token_id", "is_target"}.intersection(case.kind.takes(manifest_of(case)))
+    knowledge = [{**arrays, **{name: each[name] for name in given}} for arrays, each in zip(knowledge, tokens, strict=True)]
     return tokens, knowledge
 
 

@@ -25,7 +25,7 @@ KINDS: dict[str, Kind] = {
 RESERVED: dict[str, dict[str, str | None]] = {
     "column": dict.fromkeys(("dump", *(key.name for keys in KEYS.values() for key in keys))),
     "array": {
-        **dict.fromkeys(("sequence_id", "attention_mask", "labels")),
+        **dict.fromkeys(("sequence_id", "attention_mask", "labels", "dump", "teacher_weights")),
         **dict.fromkeys(("input_ids", "is_target"), POSITIONS.name),
     },
     "relation": dict.fromkeys((SEQUENCES, "tokens", "shards", "dumps", COMMITS)),

@@ -157,6 +157,8 @@ class Kind:
             of each token id.
         lines: what `info` tells of it: label and value.
         facts: what the relation `dumps` has of it besides the statistics: columns "KIND.NAME".
+        of_text: the arrays of a batch that say what the teacher read, the same for every teacher of a corpus. The others are
+            what it knows.
         target: the column, and the array of a batch, that says which rows count for training; None where all do.
         repeated: what conditions on its rows may name besides its columns; None for nothing.
         show: header and rows of a table that shows a sequence to a person, given its arrays and the text of a token id.
@@ -174,6 +176,7 @@ class Kind:
     relations: Mapping[str, str | Callable[[Manifest], str]] = field(default_factory=dict)
     lines: Callable[[Manifest, Totals], list[tuple[str, str]]] = no_lines
     facts: Callable[[Manifest, Totals], dict[str, str | float | int | None]] = no_facts
+    of_text: tuple[str, ...] = ()
     target: str | None = None
     repeated: Repeated | None = None
     show: Callable[[Arrays, Callable[[int], str]], tuple[list[str], list[list[str]]]] | None = None

@@ -18,7 +18,8 @@ In a batch of B sequences of at most T positions these are
 
     saliency   (B, T)  float32  the shares; 0 at targets, after the last of them, and in padding
 
-A dump without `positions` has the tokens too: `token_id` (B, T) int64.
+Where a dump has no `positions`, the table says itself which tokens these are, in `token_id` and `is_target`, and a batch has
+`token_id` (B, T) int64.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ TOP = 5  # tokens whose shares are added up in a statistic
 ROW_BYTES = 2048  # as a position takes, so that a sequence stands in the same row group of both
 
 SHARE = Field("share", pa.float32(), nullable=True)
-TOKEN = Field("token_id", pa.uint32(), encoding=PLAIN, identifying=True)
+TOKENS = (
+    Field("token_id", pa.uint32(), encoding=PLAIN, identifying=True),
+    Field("is_target", pa.bool_(), identifying=True),
+)
 STORED = (Field("steps", pa.uint16(), nullable=True), Field("step_share", pa.float32()))
 
 VIEW = """\
@@ -58,7 +62,7 @@ RANKED = """
                texts.list[CAST(token_id AS BIGINT) + 1] AS token_text, share
         FROM (SELECT sequence_id, "position", token_id, share,
                      CAST(row_number() OVER (PARTITION BY sequence_id ORDER BY share DESC, "position") AS INTEGER) AS rank
-              FROM TOKENS
+              FROM COLUMNS
               WHERE share IS NOT NULL) AS ranked, {texts} AS texts"""
 BESIDE = '(SELECT token_id, shares.* FROM {positions} JOIN {rows} AS shares USING (sequence_id, "position"))'
 
@@ -110,7 +114,7 @@ def has_tokens(manifest: Manifest) -> bool:
 
 
 def _more(manifest: Manifest) -> tuple[Field, ...]:
-    return (TOKEN,) if has_tokens(manifest) else ()
+    return TOKENS if has_tokens(manifest) else ()
 
 
 def fields(manifest: Manifest) -> tuple[Field, ...]:
@@ -140,7 +144,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     Args:
         keys: sequence_id and position, N rows.
         arrays: share (N,), a `numpy.ma` array of floats at least 0 and of any sum, masked where a position is no context; and
-            token_id (N,) where the dump has no `positions`.
+            token_id (N,) and is_target (N,) where the dump has no `positions`.
         manifest: of the dump.
 
     Raises:
@@ -160,8 +164,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         total = steps[start:end].sum()
         step_share[start:end] = 1 / total if total else 0
     columns = [*keys.columns, pa.array(steps.astype(np.uint16), mask=absent), pa.array(step_share)]
-    if has_tokens(manifest):
-        columns.append(pa.array(arrays["token_id"], pa.uint32()))
+    columns += [pa.array(arrays[field.name], field.type) for field in _more(manifest)]
     return pa.table(columns, schema=SALIENCY.stored_schema(manifest))
 
 
@@ -190,15 +193,16 @@ def decode(table: pa.Table) -> Arrays:
         saliency float32 (N,), 0 where a position is no context; where the table has tokens token_id int64 (N,).
 
     Raises:
-        ValueError: a token is missing, or numbers are not finite.
+        ValueError: a token or its being a target is missing, or numbers are not finite.
     """
     shares = table["share"].fill_null(0).to_numpy()
     if not np.isfinite(shares).all():
         raise ValueError("a share is not a finite number")
     if "token_id" not in table.column_names:
         return {"saliency": shares}
-    if table["token_id"].null_count:
-        raise ValueError("token_id is null")
+    for field in TOKENS:
+        if table[field.name].null_count:
+            raise ValueError(f"{field.name} is null")
     return {"saliency": shares, "token_id": table["token_id"].to_numpy().astype(np.int64)}
 
 
@@ -207,21 +211,10 @@ def arrays_of(manifest: Manifest) -> dict[str, float]:
     return {"saliency": 0.0, **({"token_id": 0} if has_tokens(manifest) else {})}
 
 
-def targets_of(share: pa.ChunkedArray, targets: int) -> np.ndarray:
-    """Which positions of a sequence are its targets, bool (L,).
-
-    Args:
-        share: the column of all its positions.
-        targets: how many it has, as `sequences` says: the first so many that are no context.
-    """
-    absent = share.is_null().to_numpy()
-    return absent & (absent.cumsum() <= targets)
-
-
 def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator[str]:
     """What is wrong with the saliency of some sequences, in words."""
     shares, known = table["share"].fill_null(0).to_numpy().astype(np.float64), table["share"].is_valid().to_numpy()
-    tokens = table["token_id"].to_numpy() if has_tokens(manifest) else None
+    tokens, is_target = (table[field.name].to_numpy() for field in TOKENS) if has_tokens(manifest) else (None, None)
     if not np.isfinite(shares).all() or (shares < 0).any():
         yield "a share is below zero, or not a finite number"
         return
@@ -238,8 +231,13 @@ def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator
             yield f"sequence {sequence} has a share behind its last target"
         if (total := shares[part].sum()) and abs(total - 1) > MAX_EXCESS:
             yield f"the shares of sequence {sequence} do not sum to one, but to {total:.6g}"
-        if tokens is not None and token_hash(tokens[part]) != expected:
+        if tokens is None or is_target is None:
+            continue
+        if token_hash(tokens[part]) != expected:
             yield f"the token ids of sequence {sequence} do not match its token_hash"
+        context = ~is_target[part] & (np.arange(length) < np.flatnonzero(is_target[part]).max(initial=0))
+        if is_target[part].sum() != targets or (known[part] != context).any():
+            yield f"sequence {sequence} does not have {targets} targets, and shares at all the context before the last"
 
 
 def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
@@ -272,7 +270,7 @@ def facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | N
 
 def rationales(manifest: Manifest) -> str:
     """SQL of the relation `rationales`: the tokens of each context, most salient first."""
-    return RANKED.replace("TOKENS", "{rows}" if has_tokens(manifest) else BESIDE)
+    return RANKED.replace("COLUMNS", "{rows}" if has_tokens(manifest) else BESIDE)
 
 
 def show(knowledge: Arrays, text: Callable[[int], str]) -> tuple[list[str], list[list[str]]]:

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
 
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.reading.collate import Sequence as Read
 from knowledge_store.reading.collate import collate
-from knowledge_store.reading.order import batch_items, shuffled, step_count
+from knowledge_store.reading.mixture import Taken, taken
+from knowledge_store.reading.order import (
+    CHUNK,
+    EpochOrder,
+    InOrder,
+    Order,
+    Shuffled,
+    Stream,
+    batch_items,
+    epoch_shares,
+    step_count,
+)
+from knowledge_store.reading.ordinals import Chosen, chosen
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader
 
+CHUNKS = 4  # of the order, kept in memory
+
 
 class Batches:
-    """The batches of one rank over one epoch of a dump.
+    """The batches of one rank over one epoch of one or several dumps.
 
     Iterate it, or index a step: `batches[s]` is the same batch whatever was read before. `len()` counts steps, and is the
     same for all ranks: a rank with too few items gets padding rows, which have no targets.
@@ -23,74 +39,151 @@ class Batches:
     A batch is a dict of the arrays of all kinds that are read, of B sequences of at most T positions:
 
         sequence_id     (B,)       int64  −1 for a padding row
+        dump            (B,)       int64  of several dumps, the place of the row's in the order in which they were named; −1 for
+                                          a padding row
         attention_mask  (B, T)     bool   where a kind per position is read; padding is on the right
         KIND_mask       (B, I)     bool   which items of a kind per item there are
 
     What else is in it, the kinds say (of predictions, `kinds.positions`). Arrays of a kind per position are (B, T, …), per
-    sequence (B, …), per item (B, I, …); texts are lists.
+    sequence (B, …), per item (B, I, …); texts are lists. Of several dumps it has the arrays that all of them have.
+
+    Attributes:
+        dumps: the names of the dumps.
+        weights: of the dumps, where they have some.
+        sequences: how many sequences are read of each dump.
+        order: what stands in each slot of the epoch, all ranks together.
+        taken: what is read of the dumps' kinds.
     """
 
-    def __init__(self, reader: DumpReader, plan: ReadPlan):
-        manifest = reader.manifest
-        self._kinds = tuple(manifest.kinds) if plan.kinds is None else plan.kinds
-        for kind in self._kinds:
-            if kind not in manifest.kinds:
-                raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}")
-        self._arrays = {kind: KINDS[kind].arrays(manifest) for kind in self._kinds}
-        check_snapshot(manifest.dump, reader.snapshot, plan.snapshot)
-        chosen = np.arange(len(reader)) if plan.ordinals is None else np.asarray(plan.ordinals, dtype=np.int64)
-        if ((chosen < 0) | (chosen >= len(reader))).any():
-            raise InputError(f"some of the ordinals are not those of a sequence: the dump has {len(reader)}, counted from 0")
-        self._reader, self._plan = reader, plan
-        self._taken = 0
-        self._order = chosen[shuffled(len(chosen), plan.seed, plan.epoch)] if plan.shuffle else chosen
+    def __init__(self, readers: Mapping[str, DumpReader], weights: Mapping[str, float] | None, plan: ReadPlan):
+        if plan.teachers is not None or plan.order != "global":
+            raise InputError("several teachers and the order `blocks` cannot be read yet")
+        self.dumps = tuple(readers)
+        self.weights = weights
+        self.taken: Taken = taken([reader.manifest for reader in readers.values()], plan.kinds)
+        self._readers = list(readers.values())
+        self._snapshots = {dump: reader.snapshot for dump, reader in readers.items()}
+        check_snapshots(self._snapshots, plan.snapshot)
+        self._chosen = [
+            chosen(ordinals, len(reader))
+            for reader, ordinals in zip(self._readers, _by_dump(plan.ordinals, self.dumps), strict=True)
+        ]
+        self._masks = [(plan.targets or {}).get(dump) for dump in self.dumps]
+        unknown = (plan.targets or {}).keys() - set(self.dumps)
+        if unknown:
+            raise InputError(f"targets are chosen of {min(unknown)!r}, which is not one of the dumps: {', '.join(self.dumps)}")
+        self.sequences = {dump: len(of_dump) for dump, of_dump in zip(self.dumps, self._chosen, strict=True)}
+        self._streams = [_stream(of_dump, plan, place) for place, of_dump in enumerate(self._chosen)]
+        self._begin(plan)
+
+    def _begin(self, plan: ReadPlan) -> None:
+        self._plan = plan
+        self._steps = 0
+        shares = epoch_shares(self.sequences, self.weights)
+        self.order: Order = EpochOrder(self._streams, shares, plan.seed, plan.epoch, plan.shuffle)
+        self._chunk = lru_cache(CHUNKS)(lambda number: self.order.items(number * CHUNK, (number + 1) * CHUNK))
+
+    def at(self, epoch: int, consumed: int = 0) -> Batches:
+        """The batches of another epoch, or from another place in it."""
+        other = object.__new__(type(self))
+        other.__dict__ |= self.__dict__
+        other._begin(replace(self._plan, epoch=epoch, consumed=consumed))
+        return other
 
     def __len__(self) -> int:
-        return step_count(len(self._order) - self._plan.consumed, self._plan.world_size, self._plan.batch_size)
+        return step_count(len(self.order) - self._plan.consumed, self._plan.world_size, self._plan.batch_size)
 
     @property
-    def state(self) -> dict[str, int]:
+    def state(self) -> dict[str, Any]:
         """Where all ranks stand after the batches yielded so far; `store.batches(…, **state)` resumes there, with any
-        number of ranks. `snapshot` stands for the dump's sequences: a dump that has others now is read in another order,
-        and refused."""
+        number of ranks. `snapshot` has a number for each dump that stands for its sequences: a dump that has others now is read
+        in another order, and refused."""
         plan = self._plan
-        consumed = plan.consumed + self._taken * plan.world_size * plan.batch_size
+        consumed = plan.consumed + self._steps * plan.world_size * plan.batch_size
         return {
             "seed": plan.seed,
             "epoch": plan.epoch,
-            "consumed": min(consumed, len(self._order)),
-            "snapshot": self._reader.snapshot,
+            "consumed": min(consumed, len(self.order)),
+            "snapshot": dict(self._snapshots),
         }
 
     def __getitem__(self, step: int) -> Arrays:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         plan = self._plan
-        items = self._order[batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)]
-        sequences = [self._reader.sequence(int(ordinal), self._kinds) for ordinal in items]
-        template = sequences[0] if sequences else self._reader.sequence(int(self._order[0]), self._kinds)
+        items = batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)
+        sequences = [self._read(place, ordinal) for place, ordinal in self._items(items.start, items.stop)]
+        template = sequences[0] if sequences else self._read(*self._items(0, 1)[0])
         padding = [None] * (plan.batch_size - len(sequences))
-        return collate([*sequences, *padding], self._arrays, template[1])
+        batch = collate([*sequences, *padding], self.taken.kinds, template.knowledge)
+        if len(self.dumps) == 1:
+            del batch["dump"]
+        return batch
+
+    def _items(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The place of the dump and the ordinal of each slot of the order, as far as there are any."""
+        found: list[tuple[int, int]] = []
+        for number in range(start // CHUNK, -(-min(stop, len(self.order)) // CHUNK)):
+            places, ordinals = self._chunk(number)
+            within = slice(max(start - number * CHUNK, 0), stop - number * CHUNK)
+            found += zip(places[within].tolist(), ordinals[within].tolist(), strict=True)
+        return found
+
+    def _read(self, place: int, ordinal: int) -> Read:
+        sequence_id, knowledge = self._readers[place].sequence(ordinal, tuple(self.taken.kinds))
+        mask = self._masks[place]
+        for kind, arrays in knowledge.items():
+            target = KINDS[kind].target
+            if mask is not None and target is not None:
+                positions = mask.positions(ordinal)
+                if len(positions) != len(arrays[target]):
+                    raise InputError(f"the chosen targets of dump {self.dumps[place]!r} are those of another dump")
+                arrays[target] = arrays[target] & positions
+        return Read(sequence_id, knowledge, place)
 
     def __iter__(self) -> Iterator[Arrays]:
         for step in range(len(self)):
             batch = self[step]
-            self._taken = step + 1
+            self._steps = step + 1
             yield batch
 
 
-def check_snapshot(dump: str, snapshot: int, expected: int | None) -> None:
-    """Refuse to resume in the order of a dump that has other sequences since: some would be lost and others repeated.
+def _by_dump(ordinals: Any, dumps: Sequence[str]) -> list[Any]:
+    """Which sequences are read of each dump (InputError: it does not say of which dump, or of another)."""
+    if not isinstance(ordinals, Mapping):
+        if ordinals is not None and len(dumps) > 1:
+            raise InputError(f"the ordinals do not say of which dump they are: give them by name, of {', '.join(dumps)}")
+        return [ordinals] * len(dumps)
+    unknown = ordinals.keys() - set(dumps)
+    if unknown:
+        raise InputError(f"there are ordinals of {min(unknown)!r}, which is not one of the dumps: {', '.join(dumps)}")
+    return [ordinals.get(dump) for dump in dumps]
+
+
+def _stream(of_dump: Chosen, plan: ReadPlan, place: int) -> Stream:
+    return Shuffled(of_dump, plan.seed, place) if plan.shuffle else InOrder(of_dump)
+
+
+def check_snapshots(snapshots: Mapping[str, int], expected: Mapping[str, int] | None) -> None:
+    """Refuse to resume in the order of dumps that have other sequences since: some would be lost and others repeated.
 
     Args:
-        dump: its name.
-        snapshot: of the dump.
-        expected: what it was when the order was begun; None when it begins now.
+        snapshots: of the dumps.
+        expected: what they were when the order was begun; None when it begins now.
 
     Raises:
-        InputError: they differ.
+        InputError: a dump has another one, or the dumps are others.
     """
-    if expected not in (None, snapshot):
+    if expected is None:
+        return
+    if expected.keys() != snapshots.keys():
         raise InputError(
-            f"dump {dump!r} has other sequences than when this order was begun (it may have grown): begin again without a state"
+            f"this order was begun with {', '.join(expected)}, and not with {', '.join(snapshots)}: name the same dumps, or"
+            " begin again without a state"
         )
+    for dump, snapshot in snapshots.items():
+        if expected[dump] != snapshot:
+            raise InputError(
+                f"dump {dump!r} has other sequences than when this order was begun (it may have grown): begin again without a"
+                " state"
+            )

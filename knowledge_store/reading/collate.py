@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,24 +11,42 @@ import numpy as np
 from knowledge_store.kinds import KINDS, Arrays, item_mask
 
 
+@dataclass(frozen=True)
+class Sequence:
+    """One sequence of a batch.
+
+    Attributes:
+        sequence_id: its id.
+        knowledge: of each kind, its arrays.
+        place: of its dump among those that are read.
+    """
+
+    sequence_id: int
+    knowledge: dict[str, Arrays]
+    place: int = 0
+
+
 def collate(
-    sequences: list[tuple[int, dict[str, Arrays]] | None],
-    kinds: dict[str, dict[str, Any]],
+    sequences: list[Sequence | None],
+    kinds: Mapping[str, dict[str, Any]],
     template: dict[str, Arrays],
 ) -> Arrays:
     """One batch of B sequences, padded to the longest.
 
     Args:
-        sequences: from `DumpReader.sequence`; None stands for a padding row (sequence_id −1, no position attended).
+        sequences: None stands for a padding row (sequence_id and dump −1, no position attended).
         kinds: which kinds to put together, and of each the names of its arrays with their padding (see `Kind.arrays`). Arrays
             of a kind per position become (B, T, …), per sequence (B, …), per item (B, I, …) beside the mask KIND_mask, bool
             (B, I). Text becomes lists: of B str per sequence (None in a padding row), of B lists per position or item.
         template: any sequence's knowledge: gives names, types and widths when every row is padding (T is 1 then).
     """
-    batch: Arrays = {"sequence_id": np.array([-1 if sequence is None else sequence[0] for sequence in sequences], np.int64)}
+    batch: Arrays = {
+        "sequence_id": np.array([-1 if sequence is None else sequence.sequence_id for sequence in sequences], np.int64),
+        "dump": np.array([-1 if sequence is None else sequence.place for sequence in sequences], np.int64),
+    }
     for name, arrays_of in kinds.items():
         kind = KINDS[name]
-        knowledge = [None if sequence is None else sequence[1][name] for sequence in sequences]
+        knowledge = [None if sequence is None else sequence.knowledge[name] for sequence in sequences]
         for key, padding in arrays_of.items():
             rows = [None if arrays is None else arrays[key] for arrays in knowledge]
             batch[key] = _together(rows, template[name][key], padding, kind.per == "sequence")

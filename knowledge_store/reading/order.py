@@ -1,28 +1,205 @@
-"""The order in which sequences are read: a pure function of (seed, epoch), the same for ever and on every machine.
+"""The order in which sequences of several dumps are read: a pure function of seed, epoch, dumps and weights, the same for ever
+and on every machine. It takes no memory: what stands in any slot is computed from the slot.
 
-Each sequence is ranked by a hash of its ordinal, the seed and the epoch. numpy's own generators promise no stream across
-versions, and a run that resumes after an upgrade must resume in the order it began. The hash is SplitMix64's finaliser
-(Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit words, so the keys of one epoch never tie.
+Of each dump there is an endless stream: its sequences in one permutation after the other. An epoch takes the next so many of
+each, its share: a dump with a larger share than it has sequences is repeated in new permutations, and one with a smaller share
+goes on in the next epoch where it stopped. The streams are interleaved as evenly as whole numbers allow, and then shuffled
+within chunks of slots, so that no dump always falls to the same rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Protocol
+
 import numpy as np
 
+from knowledge_store.errors import InputError
+from knowledge_store.reading.ordinals import Chosen
+from knowledge_store.reading.permutation import permuted
 
-def _mix(words: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is the point
-        words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
+CHUNK = 1024
+MOST = 2**32 - 1  # slots of an epoch of several dumps: products of two such numbers fit a word
+_SLOTS = -1  # where a dump's place stands in the key of a permutation of its own
 
 
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The numbers 0 … count − 1 in the order of (seed, epoch), int64."""
-    increment = np.uint64(0x9E3779B97F4A7C15)
-    with np.errstate(over="ignore"):
-        start = _mix(_mix(np.array([int(seed) % 2**64], np.uint64) + increment) + np.uint64(int(epoch) % 2**64) * increment)
-    return np.argsort(_mix(np.arange(count, dtype=np.uint64) ^ start), kind="stable")
+class Order(Protocol):
+    """What stands in the slots of one epoch."""
+
+    def __len__(self) -> int: ...
+
+    def items(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the slots from `start` to `stop`, as far as there are any: the places of their dumps in the order in which these
+        were named, and their ordinals there; both int64."""
+        ...
+
+
+class Stream(Protocol):
+    """The sequences of one dump, again and again."""
+
+    def __len__(self) -> int:
+        """How many sequences there are, each once in so many items."""
+        ...
+
+    def ordinals(self, items: np.ndarray) -> np.ndarray:
+        """The ordinals that stand at some items of the stream (int64, each at least 0)."""
+        ...
+
+
+def passes(items: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Items of a stream by permutation: its number, which of the items are of it, and their places in it."""
+    numbers, places = np.divmod(items, count)
+    for number in np.unique(numbers).tolist():
+        where = np.flatnonzero(numbers == number)
+        yield number, where, places[where]
+
+
+class InOrder:
+    """Sequences as they are stored, or listed."""
+
+    def __init__(self, chosen: Chosen):
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def ordinals(self, items: np.ndarray) -> np.ndarray:
+        return self._chosen[items % len(self)]
+
+
+class Shuffled:
+    """Any sequence after any other; every permutation is another, by its number.
+
+    Args:
+        chosen: the sequences.
+        seed: of the order.
+        place: of the dump among those that are read.
+    """
+
+    def __init__(self, chosen: Chosen, seed: int, place: int):
+        self._chosen, self._seed, self._place = chosen, seed, place
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def ordinals(self, items: np.ndarray) -> np.ndarray:
+        result = np.empty(len(items), np.int64)
+        for number, where, places in passes(items, len(self)):
+            result[where] = self._chosen[permuted(places, len(self), self._seed, self._place, number)]
+        return result
+
+
+class EpochOrder:
+    """One epoch of several streams.
+
+    Args:
+        streams: of the dumps, in the order in which they were named.
+        shares: how many sequences the epoch has of each.
+        seed, epoch: which order.
+        shuffle: False has the dumps one after the other.
+
+    Raises:
+        InputError: the epoch is too long.
+    """
+
+    def __init__(self, streams: Sequence[Stream], shares: Sequence[int], seed: int, epoch: int, shuffle: bool = True):
+        if len(streams) > 1 and sum(shares) > MOST:
+            raise InputError(f"an epoch of several dumps has at most {MOST:,} sequences, not {sum(shares):,}: use fewer dumps")
+        self.streams, self.shares = streams, shares
+        self._seed, self._epoch, self._shuffle = seed, epoch, shuffle
+
+    def __len__(self) -> int:
+        return sum(self.shares)
+
+    def items(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        slots = np.arange(start, max(start, min(stop, len(self))), dtype=np.int64)
+        places, within = self._shared(slots)
+        ordinals = np.empty_like(slots)
+        for place, (stream, share) in enumerate(zip(self.streams, self.shares, strict=True)):
+            where = np.flatnonzero(places == place)
+            if len(where):
+                ordinals[where] = stream.ordinals(within[where] + self._epoch * share)
+        return places, ordinals
+
+    def _shared(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The place of the dump of each slot, and which item of its share it takes."""
+        if len(self.streams) == 1:
+            return np.zeros_like(slots), slots
+        if not self._shuffle:
+            ends = np.cumsum(self.shares)
+            places = np.searchsorted(ends, slots, side="right")
+            return places, slots - (ends - self.shares)[places]
+        return divided(self._moved(slots), self.shares)
+
+    def _moved(self, slots: np.ndarray) -> np.ndarray:
+        """Slots shuffled within chunks."""
+        moved = np.empty_like(slots)
+        for chunk in np.unique(slots // CHUNK).tolist():
+            first = chunk * CHUNK
+            where = np.flatnonzero(slots // CHUNK == chunk)
+            size = min(CHUNK, len(self) - first)
+            moved[where] = first + permuted(slots[where] - first, size, self._seed, _SLOTS, self._epoch, chunk)
+        return moved
+
+
+def divided(slots: np.ndarray, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Slots divided among shares as evenly as whole numbers allow.
+
+    The first share has item number floor(slot · share / all) at each slot where that number grows; the slots that are left,
+    which become consecutive numbers again, are divided among the other shares in the same way.
+
+    Args:
+        slots: int64, below the sum of the shares, which is at most `MOST`.
+        shares: how many slots each gets.
+
+    Returns:
+        which share each slot is of, and which of its items, both int64.
+    """
+    places, within = np.empty_like(slots), np.empty_like(slots)
+    rest, where = slots.astype(np.uint64), np.arange(len(slots))
+    left = sum(shares)
+    for place, share in enumerate(shares[:-1]):
+        before, after = (number * np.uint64(share) // np.uint64(max(left, 1)) for number in (rest, rest + np.uint64(1)))
+        taken = after > before
+        places[where[taken]], within[where[taken]] = place, before[taken]
+        rest, where = (rest - before)[~taken], where[~taken]
+        left -= share
+    places[where], within[where] = len(shares) - 1, rest
+    return places, within
+
+
+def epoch_shares(counts: Mapping[str, int], weights: Mapping[str, float] | None) -> list[int]:
+    """How many sequences an epoch has of each dump: all together as many as the dumps have.
+
+    Args:
+        counts: sequences of each dump.
+        weights: of the same dumps, shares that need not sum to one; None shares by the counts.
+
+    Returns:
+        whole numbers by the method of largest remainders (the first of equals), in the order of `counts`.
+
+    Raises:
+        InputError: a dump has a weight and no sequence, or its share is less than one sequence.
+    """
+    if weights is None or len(counts) == 1:
+        return list(counts.values())
+    total = sum(counts.values())
+    exact = {dump: Fraction(weights[dump]) for dump in counts}  # of floats, which are fractions
+    quotas = [total * weight / sum(exact.values()) for weight in exact.values()]
+    shares = [int(quota) for quota in quotas]
+    remainders = sorted(range(len(quotas)), key=lambda place: (shares[place] - quotas[place], place))
+    for place in remainders[: total - sum(shares)]:
+        shares[place] += 1
+    for (dump, count), share in zip(counts.items(), shares, strict=True):
+        if not count:
+            raise InputError(f"there is no sequence to read in the dump {dump}, which has a weight: leave it out")
+        if not share:
+            raise InputError(
+                f"the weight {weights[dump]:g} of the dump {dump} is less than one of the {total:,} sequences of an epoch:"
+                " raise it, or leave the dump out"
+            )
+    return shares
 
 
 def batch_items(step: int, rank: int, world_size: int, batch_size: int, consumed: int) -> slice:

@@ -1,12 +1,19 @@
-"""What is read of a dump, in what order, and by which rank."""
+"""What is read of one or several dumps, in what order, and by which rank."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from knowledge_store.errors import InputError
+from knowledge_store.reading.ordinals import AllBut
+from knowledge_store.reading.target_mask import TargetMask
+
+Order = Literal["global", "blocks"]
+WINDOW = 16
 
 
 @dataclass(frozen=True)
@@ -18,10 +25,16 @@ class ReadPlan:
         seed, epoch: decide the order, the same for every rank and any number of ranks.
         rank, world_size: step s of rank r takes items [(sW + r)B, (sW + r + 1)B) of the order.
         consumed: items that all ranks together have taken before (see `Batches.state`).
-        ordinals: read only these sequences; None reads all.
-        shuffle: False reads them in order.
-        kinds: which kinds of knowledge; None means all the dump has.
-        snapshot: of the dump when the order was begun (see `Batches.state`); None when it begins now.
+        ordinals: read only these sequences, an int64 array or an `AllBut`, by dump where there are several; None, or a dump
+            that is not named, reads all.
+        targets: of which dump which targets count; all of them where a dump is not named.
+        shuffle: False reads them in order, dump after dump.
+        order: `global` has any sequence after any other; `blocks` shuffles row groups, and sequences within windows of so many
+            of them, so that each row group is decoded once (see `reading.blocks`).
+        window: row groups in a window of the order `blocks`.
+        kinds: which kinds of knowledge; None means all the dumps have.
+        teachers: dumps of one corpus that are read together, each with its weight in the loss; then no other dump is named.
+        snapshot: of each dump when the order was begun (see `Batches.state`); None when it begins now.
 
     Raises (on construction):
         InputError: there are no such batches.
@@ -33,12 +46,22 @@ class ReadPlan:
     rank: int = 0
     world_size: int = 1
     consumed: int = 0
-    ordinals: np.ndarray | None = None
+    ordinals: Mapping[str, np.ndarray | AllBut] | np.ndarray | AllBut | None = None
+    targets: Mapping[str, TargetMask] | None = None
     shuffle: bool = True
+    order: Order = "global"
+    window: int = WINDOW
     kinds: tuple[str, ...] | None = None
-    snapshot: int | None = None
+    teachers: Mapping[str, float] | None = None
+    snapshot: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.world_size < 1 or not 0 <= self.rank < self.world_size or self.consumed < 0:
             rank = f"rank {self.rank} of {self.world_size}"
             raise InputError(f"no such batches: batch size {self.batch_size}, {rank}, {self.consumed} consumed")
+        if self.epoch < 0:
+            raise InputError(f"there is no epoch {self.epoch}: they are counted from 0")
+        if self.order not in get_args(Order):
+            raise InputError(f"there is no order {self.order!r}: use {' or '.join(get_args(Order))}")
+        if self.window < 1:
+            raise InputError(f"a window has at least 1 row group, not {self.window}")

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -248,18 +248,31 @@ class Measure(Protocol):
     ) -> Record: ...
 
 
+class Likeliest(Protocol):
+    """What a teacher found likeliest at some positions, as one kind of knowledge keeps it.
+
+    It is given the batch of one sequence, as `KnowledgeStore.batches` gives it with the text, and positions of targets in it.
+    For each of them it returns (token id, probability), the likeliest first; none where the dump does not say.
+    """
+
+    def __call__(self, batch: Mapping[str, np.ndarray], positions: Sequence[int]) -> list[list[tuple[int, float]]]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class KindFigures(Figures):
     """The figures of a kind of knowledge.
 
     Attributes:
         measure: computes the record that the others read.
+        likeliest: what the teacher expected at positions of a text, to show beside what a model writes; None for a kind that
+            has no text or does not know.
         curves: of a run's history, for the report.
         whole_bytes: the name of the fact that says how many bytes the knowledge would take if all of it were kept; empty where
             there is no such fact. whole_words: a sentence on it, as plain text.
     """
 
     measure: Measure
+    likeliest: Likeliest | None = None
     curves: tuple[Curve, ...] = ()
     whole_bytes: str = ""
     whole_words: str = ""

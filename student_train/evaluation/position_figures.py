@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -82,11 +83,23 @@ def _coverage(measurement: Measurement) -> Iterator[Chart]:
     )
 
 
+def _likeliest(batch: Mapping[str, np.ndarray], positions: Sequence[int]) -> list[list[tuple[int, float]]]:
+    """The candidates, of which a dump of draws alone has none."""
+    if "candidate_ids" not in batch:
+        return [[] for _ in positions]
+    columns = (batch[name][0, list(positions)].tolist() for name in ("candidate_ids", "candidate_logprobs"))
+    return [
+        [(token, math.exp(logprob)) for token, logprob in zip(*candidates, strict=True) if math.isfinite(logprob)]
+        for candidates in zip(*columns, strict=True)
+    ]
+
+
 POSITION_FIGURES = KindFigures(
     title="On held-out text",
     metrics=METRICS,
     rows=_rows,
     measure=deferred("student_train.evaluation.positions", "position_figures"),
+    likeliest=_likeliest,
     curves=(Curve("eval_kl", "KL to the teacher", "nats per token, lower bound"),),
     whole_bytes="dense_bytes",
     whole_words="The teacher's whole distributions would take predictions × vocabulary × 4 bytes.",

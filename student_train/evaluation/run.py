@@ -25,6 +25,7 @@ from student_train.evaluation.configuration import EvaluateConfig, check_evaluat
 from student_train.evaluation.kinds import evaluated_ordinals, measure
 from student_train.evaluation.multiple_choice import FIT_QUESTIONS, measure_questions
 from student_train.evaluation.questions import Question, read_questions, tokenise
+from student_train.evaluation.samples import sample_continuations
 from student_train.training.context import check_context
 from student_train.training.dump_facts import describe_dump
 from student_train.training.models import load_model, load_tokenizer
@@ -36,8 +37,8 @@ def evaluate(config: EvaluateConfig, *, reporter: Reporter = SILENT) -> dict[str
     """Evaluate a model on a dump or on questions, and write the result as JSON.
 
     Returns:
-        What was written. On a dump: what `kinds.measure` returns. On questions: what `measure_questions` returns,
-        `headline` (the confidence to judge by) and seconds.
+        What was written. On a dump: what `kinds.measure` returns, and `samples`, which `sample_continuations` returns. On
+        questions: what `measure_questions` returns, `headline` (the confidence to judge by) and seconds.
 
     Raises:
         InputError: an option, the model, the store or the questions cannot be used, the vocabularies differ, or the model's
@@ -67,7 +68,12 @@ def _evaluate_dump(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]
     check_context(store, dump, model, evaluated_ordinals(store, dump, config.limit), name=config.model, reporter=reporter)
     options: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "temperature": temperature}
     measured = measure(_on_device(model), store, dump, **options, reporter=reporter)
-    return {"parameters": model.num_parameters(), "dump": describe_dump(store, dump), **measured}
+    return {
+        "parameters": model.num_parameters(),
+        "dump": describe_dump(store, dump),
+        **measured,
+        "samples": sample_continuations(model, tokenizer, store, dump, reporter=reporter),
+    }
 
 
 def _evaluate_questions(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:

@@ -41,8 +41,7 @@ def check_context(
     Raises:
         InputError: the model cannot read them.
     """
-    config = model.config.get_text_config()
-    limit = next((size for known in _LIMITS if isinstance(size := getattr(config, known, None), int) and size > 0), None)
+    limit = context_length(model)
     lengths = store.sequences(dump)["length"].to_numpy()
     lengths = lengths if ordinals is None else lengths[ordinals]
     if limit is None or not len(lengths) or lengths.max() <= limit:
@@ -57,6 +56,12 @@ def check_context(
             f" `teacher-dump run --max-length {limit}`"
         )
     reporter.note(f"Warning: {too_long}. It computes its positions and goes on beyond, where it may never have been trained.")
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """How many tokens a model was made for; None where its configuration does not say."""
+    config = model.config.get_text_config()
+    return next((size for known in _LIMITS if isinstance(size := getattr(config, known, None), int) and size > 0), None)
 
 
 def _continues(model: PreTrainedModel, position: int) -> bool:

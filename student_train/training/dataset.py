@@ -15,14 +15,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.reading.batches import check_snapshot
+from knowledge_store.reading.mixture import Named
 from knowledge_store.reading.order import step_count
+from knowledge_store.reading.ordinals import AllBut
 from knowledge_store.reading.plan import ReadPlan
 from student_train.training.ranks import rank_and_world_size, refuse_another_division
 
@@ -40,7 +42,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
 
     Args:
         store: an open store.
-        dump: which dump; may be left out when there is one.
+        dump: which dump, or several, as `KnowledgeStore.batches` takes them; may be left out when there is one.
         endless: continue with the next epoch instead of stopping. Such a dataset has no length.
         rank, world_size: whose share is read. Where both are left out they are found when batches are asked for, in
             `torch.distributed` or the environment (see `ranks`).
@@ -48,13 +50,14 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             `batch_size=8, seed=1`. `state_after` gives those with which another run resumes.
 
     Raises:
-        InputError: there is no such dump or rank, nothing to read, or the dump has grown since the order was begun.
+        InputError: there is no such dump or rank, nothing to read, dumps that do not go together, or one has grown since the
+            order was begun.
     """
 
     def __init__(
         self,
         store: KnowledgeStore,
-        dump: str | None = None,
+        dump: Named = None,
         *,
         endless: bool = False,
         rank: int | None = None,
@@ -65,17 +68,16 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         if (rank is None) != (world_size is None):
             raise InputError("give both rank and world_size, or neither")
         self.store = store
-        self.dump = store.dump(dump)
+        self.dump = dump
         self._found = rank is None or world_size is None
         self._plan = (
             ReadPlan(**plan) if rank is None or world_size is None else ReadPlan(rank=rank, world_size=world_size, **plan)
         )
         self.endless = endless
-        self.snapshot = store.snapshot(self.dump)
-        check_snapshot(self.dump, self.snapshot, self._plan.snapshot)
-        self.sequences = store.sequence_count(self.dump) if self._plan.ordinals is None else len(self._plan.ordinals)
+        batches = store.read(self._plan, dump)
+        self.dumps, self.snapshot, self.sequences = batches.dumps, batches.state["snapshot"], len(batches.order)
         if not self.sequences:
-            raise InputError(f"there is no sequence to read in the dump {self.dump}")
+            raise InputError(f"there is no sequence to read in {', '.join(self.dumps)}")
         # The epoch to read next, and of which epoch how many batches are passed over. Worker processes see it change, also
         # those that live through several epochs.
         self._next = torch.tensor([self._plan.epoch, 0, 0]).share_memory_()
@@ -121,7 +123,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         """Give empty dictionaries for the first batches of an epoch, for a reader that only counts them."""
         self._next[1], self._next[2] = epoch, batches
 
-    def state_after(self, batches: int) -> dict[str, int]:
+    def state_after(self, batches: int) -> dict[str, Any]:
         """Where to begin again after each rank took `batches` batches from here: seed, epoch, consumed and snapshot."""
         plan, (epoch, consumed) = self.plan, self._start()
         while batches >= self._batches_left(plan, consumed):
@@ -141,9 +143,10 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         store = copy.copy(self.store) if info else self.store
         passed_epoch, passed = self._next[1:].tolist()
         taken = 0  # batches of this rank before this epoch, over all workers
+        opened = store.read(plan, self.dump)
         while True:
             left = self._batches_left(plan, consumed)
-            batches = store.read(replace(plan, epoch=epoch, consumed=consumed), self.dump)
+            batches = opened.at(epoch, consumed)
             # The loader takes batches from its workers in turn: the rank's batch number `taken + step` is that of
             # worker (taken + step) mod workers.
             for step in range((worker - taken) % workers, left, workers):
@@ -178,7 +181,9 @@ def tensors(batch: dict[str, Any]) -> dict[str, Any]:
 def padding_batch(like: dict[str, Any]) -> dict[str, Any]:
     """A batch of one row of padding, with the columns of another: takes part in a step and adds nothing to it."""
     result = {name: value[:1].clone() if isinstance(value, Tensor) else value[:1] for name, value in like.items()}
-    result["sequence_id"].fill_(-1)
+    for name in ("sequence_id", "dump"):
+        if name in result:
+            result[name].fill_(-1)
     if "input_ids" in result:
         result["is_target"].fill_(False)
         result["labels"].fill_(IGNORED)
@@ -186,7 +191,7 @@ def padding_batch(like: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fraction: float) -> tuple[AllBut, np.ndarray]:
     """Divide a dump's sequences into those to train on and those to evaluate on, by document.
 
     A row of the corpus goes to one side whole, with all its parts and windows, chosen by a hash of its file and row:
@@ -198,7 +203,7 @@ def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fract
         eval_fraction: share of the rows to evaluate on, in [0, 1). Above 0 it is at least one row.
 
     Returns:
-        Two ascending int64 arrays of ordinals; the second is empty for a fraction of 0.
+        The ordinals to train on, as all but the others, and the others, ascending, int64; none for a fraction of 0.
 
     Raises:
         InputError: the fraction is out of range, or nothing would be left to train on.
@@ -206,15 +211,27 @@ def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fract
     if not 0 <= eval_fraction < 1:
         raise InputError(f"--eval-fraction must be at least 0 and below 1, not {eval_fraction}")
     name = store.dump(dump)
-    table = store.sequences(name).select(["file", "row"])
-    rows = list(zip(table["file"].to_pylist(), table["row"].to_pylist(), strict=True))
-    ranked = sorted(set(rows), key=lambda row: hashlib.sha256(f"{row[0]}\n{row[1]}".encode()).digest())
-    count = max(1, round(eval_fraction * len(ranked))) if eval_fraction else 0
-    if count >= len(ranked):
+    if not eval_fraction:
+        return AllBut(store.sequence_count(name)), np.empty(0, np.int64)
+    ranks, rows = _ranked_rows(store.sequences(name, ["file", "row"]))
+    documents = len(ranks)
+    count = max(1, round(eval_fraction * documents))
+    if count >= documents:
         raise InputError(
-            f"the dump {name} has {len(ranked)} document(s), so --eval-fraction {eval_fraction} leaves none to train"
+            f"the dump {name} has {documents} document(s), so --eval-fraction {eval_fraction} leaves none to train"
             " on: use --eval-fraction 0"
         )
-    held_out = set(ranked[:count])
-    chosen = np.fromiter((row in held_out for row in rows), dtype=bool, count=len(rows))
-    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+    held_out = np.flatnonzero(ranks[rows] <= np.partition(ranks, count - 1)[count - 1])
+    return AllBut(len(rows), held_out), held_out
+
+
+def _ranked_rows(sequences: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each row of the corpus by which rows are ranked, uint64, and which of them each sequence is of."""
+    files, row = sequences["file"].combine_chunks().dictionary_encode(), sequences["row"].to_numpy()
+    file = files.indices.to_numpy(zero_copy_only=False)
+    changes = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0))  # in the order of documents
+    names = [name.as_py() for name in files.dictionary]
+    keys = (f"{names[code]}\n{number}".encode() for code, number in zip(file[changes], row[changes], strict=True))
+    digests = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
+    ranks = np.fromiter(digests, np.uint64, len(changes))
+    return ranks, np.repeat(np.arange(len(changes)), np.diff(changes, append=len(row)))

@@ -95,7 +95,7 @@ class DistillationMixin(_Base):
         **named: Any,
     ) -> None:
         if isinstance(train_dataset, DistillationDataset):
-            store, dump = train_dataset.store, train_dataset.dump
+            store, dump = train_dataset.store, train_dataset.dumps[0]
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
         dump = store.dump(dump)
@@ -421,8 +421,8 @@ class DumpSnapshots(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
         if before not in (None, self.snapshot):
             raise InputError(
-                f"the dump {dataset.dump} has other sequences than when this training began (it may have grown): begin it"
-                " again, without resume_from_checkpoint"
+                f"the dump {', '.join(dataset.dumps)} has other sequences than when this training began (it may have"
+                " grown): begin it again, without resume_from_checkpoint"
             )
 
 

@@ -33,7 +33,16 @@ def _check_positions(*arguments: Any) -> Agreement:
     return check_positions(*arguments)
 
 
-CHECKERS: dict[str, Checker] = {"positions": _check_positions}
+def _check_saliency(*arguments: Any) -> Agreement:
+    from teacher_dump.checking.saliency.checker import check_saliency
+
+    return check_saliency(*arguments)
+
+
+CHECKERS: dict[str, Checker] = {
+    "positions": _check_positions,
+    "saliency": _check_saliency,
+}
 
 
 def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter: Reporter = SILENT) -> dict[str, Agreement]:

@@ -65,7 +65,7 @@ def extract_saliency(batch: ExtractionBatch) -> list[Arrays]:
             )
         arrays: Arrays = {"share": np.ma.masked_array(values[:length], ~context)}
         if "positions" not in batch.kinds:
-            arrays["token_id"] = sequence.token_ids.astype(np.uint32)
+            arrays |= {"token_id": sequence.token_ids.astype(np.uint32), "is_target": sequence.is_target}
         extracted.append(arrays)
     return extracted
 

@@ -383,5 +383,6 @@ POSITIONS = Kind(
     repeated=EACH_CANDIDATE,
     lines=lines,
     facts=facts,
+    of_text=("input_ids", "is_target"),
     show=show,
 )
