@@ -10,6 +10,7 @@ so that the same sequences give the same gradient however they are cut into batc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ from student_train.losses.head import has_plain_head
 from student_train.losses.sliced import Prepare, Share, sliced_loss, sum_over_slices
 from student_train.losses.step import per_target, run_student, step_loss, units
 from student_train.losses.table import TEXT
-from student_train.losses.targets import Targets, predicting_logits, target_tokens, targets_of
+from student_train.losses.targets import Targets, predicting_logits, target_tokens
+from student_train.losses.teachers import weighted_loss
 from student_train.training.collator import DistillationCollator
 from student_train.training.configuration import check_loss
 from student_train.training.context import check_context
@@ -387,14 +389,16 @@ class DistillationMixin(_Base):
         tokens = target_tokens(batch)
 
         def prepare(vocabulary_size: int) -> Share:
-            known = targets_of(batch, vocabulary_size) if "kl" in self.figures else None
-            learned = targets_of(batch, vocabulary_size, self.recalibrate) if function else None
+            known = weighted_loss(partial(forward_kl, tail="bucket"), batch, vocabulary_size) if "kl" in self.figures else None
+            learned = None
+            if function:
+                learned = weighted_loss(partial(function, **self.loss_options), batch, vocabulary_size, self.recalibrate)
 
             def share(logits: Tensor, rows: slice) -> Tensor:
-                sums = [function(logits, learned.part(rows), **self.loss_options).sum()] if function and learned else []
+                sums = [learned(logits, rows).sum()] if learned else []
                 sums.append(token_nll(logits, tokens[rows]).sum())
                 if known:
-                    sums.append(forward_kl(logits, known.part(rows), tail="bucket").sum())
+                    sums.append(known(logits, rows).sum())
                 return torch.stack(sums)
 
             return share
