@@ -27,7 +27,7 @@ from knowledge_store.reading.plan import WINDOW
 
 CACHE_SIZE = 10**11
 SAMPLE = 40  # batches of the order that is too slow to be read whole
-WINDOWS = (4, WINDOW, 64)
+WINDOWS = (WINDOW, 4 * WINDOW)
 # The plan of each, whether it has a cache, and how many batches are read (None: all).
 ORDERS: dict[str, tuple[dict[str, Any], bool, int | None]] = {
     "in order": ({"shuffle": False}, False, None),
