@@ -279,6 +279,8 @@ def test_dumps_with_weights_and_what_was_chosen_of_them(tmp_path):
     change_record(other / "run.json", choice=counts)
     change_record(many / "run.json", dumps=[{**DUMP, "name": f"news-{number}", "weight": None} for number in range(9)])
     text = page(tmp_path, one, other, many)
+    assert "documents that were kept out of them are not the same" in text
+    assert "kept out of them are not the same" not in page(tmp_path, one, one)
     runs = cells(text, "The runs")
     assert runs["two"][1] == "news 0.7 news-2 0.3 90 sequences"
     assert runs["many"][1] == "news-0 news-1 news-2 news-3 and 5 more 90 sequences"
