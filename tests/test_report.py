@@ -130,7 +130,7 @@ def write_run(
         record = {
             "identity": {"number of steps": 40, "sequences per step": 4},
             "config": CONFIG,
-            "dump": {**DUMP, "name": "train"},
+            "dumps": [{**DUMP, "name": "train", "weight": None}],
             "sequences": {"train": 90, "eval": 4},
             "world_size": 1,
             "parameters": 1234,
@@ -235,10 +235,12 @@ def test_runs_that_were_not_trained_alike_are_told(tmp_path):
     assert "not trained alike: optimiser steps: one 40, two 20; tokens seen: one 9,600, two 4,800." in warning
     assert "dump" not in warning
     change_record(other / "history.json", step=40, tokens=9_600)
-    change_record(other / "run.json", identity={"knowledge": "another"})
+    change_record(other / "run.json", identity={"knowledge of the dump train": "another"})
     assert "they read different states of the dump train" in warnings_of(page(tmp_path, one, other))
-    change_record(other / "run.json", dump={**DUMP, "name": "code"})
-    assert "dumps: one train, two code." in warnings_of(page(tmp_path, one, other))
+    change_record(
+        other / "run.json", dumps=[{**DUMP, "name": name, "weight": share} for name, share in (("train", 0.7), ("code", 0.3))]
+    )
+    assert "dumps: one train, two train 0.7, code 0.3." in warnings_of(page(tmp_path, one, other))
     change_record(other / "history.json", finished=False, step=12)
     change_record(other / "run.json", identity={"number of steps": 40})
     text = page(tmp_path, one, other)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 from knowledge_store.quantities import counted, duration
 from student_train.report import charts
-from student_train.report.runs import Run, listed
-from student_train.training.run_folder import Record
+from student_train.report.runs import Run, dumps_of, listed
 
 # Runs of one length differ a little in tokens, by the sequences that their seeds put into it.
 ALIKE = 1.05
@@ -44,8 +43,9 @@ def overview(runs: Sequence[Run]) -> str:
 <p>The validation loss is the run's own objective on documents that were kept out of its training: runs with different losses
 cannot be compared by it. Tokens seen are those that the student ran on, each time it did, without padding.</p>
 {"".join(f'<p class="missing">{warning}</p>' for warning in warnings)}
-<div class="scroll"><table><thead><tr><th></th><th>Loss<small>what is minimised</small></th><th>Dump</th><th>Steps</th>
-<th>Tokens seen</th><th>Time<small>wall clock, training</small></th><th>Parameters</th></tr></thead>
+<div class="scroll"><table><thead><tr><th></th><th>Loss<small>what is minimised</small></th>
+<th>Dumps<small>with their weights</small></th><th>Steps</th><th>Tokens seen</th>
+<th>Time<small>wall clock, training</small></th><th>Parameters</th></tr></thead>
 <tbody>{body}</tbody></table></div>
 </section>"""
 
@@ -77,7 +77,11 @@ def _validation(run: Run) -> str:
 
 
 def _dump(run: Run) -> str:
-    return str(run.run.get("dump", {}).get("name", "–"))
+    """Which it learned from, with their weights: "news 0.7, code 0.3"."""
+    dumps = dumps_of(run.run)
+    words = [f"{dump['name']} {dump['weight']:.3g}" if dump.get("weight") else str(dump["name"]) for dump in dumps]
+    teachers = ", several teachers" if run.run.get("several_teachers") else ""
+    return ", ".join(words) + teachers if words else "–"
 
 
 def _sequences(run: Run) -> str:
@@ -147,8 +151,11 @@ def _different_dumps(runs: Sequence[Run]) -> str:
     names = {_dump(run) for run in runs if run.run}
     if len(names) > 1:
         return _by_run("dumps", runs, lambda run: html.escape(_dump(run)))
-    identities: list[Record] = [run.run["identity"] for run in runs if run.run]
-    contents = {(str(identity.get("knowledge")), str(identity.get("committed sequences"))) for identity in identities}
+    contents = {
+        tuple(str(fact) for name, fact in run.run["identity"].items() if name.startswith(("knowledge of", "committed")))
+        for run in runs
+        if run.run
+    }
     return f"they read different states of the dump {listed(sorted(names))}" if len(contents) > 1 else ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
-from knowledge_store.configuration import DumpOptions, GgufOptions, StoreOptions
+from knowledge_store.configuration import GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
 from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
@@ -31,12 +31,24 @@ class InitialiseConfig(GgufOptions):
 
 
 @dataclass(frozen=True)
-class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
-    """A training run; each field is an option of `student-train run`."""
+class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
+    """A training run; each field is an option of `student-train run`. In Python, `dump` may be one name as it is."""
 
     student: str = option(help="Folder or hub id of the model to train.")
     output: str = option(metavar="<path>", help="Folder of the run, which becomes the trained model.")
     _: KW_ONLY
+    dump: tuple[str, ...] = option(
+        (),
+        metavar="NAME[=WEIGHT]",
+        names_dump=True,
+        help="Dump to train on, maybe with its share of an epoch as a weight. It may be given several times, be a pattern such"
+        " as 'news-*', and be left out when the store has only one.",
+    )
+    teachers: str | None = option(
+        None,
+        metavar="NAME=WEIGHT,…",
+        help="Dumps of several teachers of one corpus, to learn from the weighted sum of the teachers, instead of --dump.",
+    )
     where: str | None = option(
         None,
         metavar="SELECT",
@@ -116,6 +128,10 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
         help="A setting of transformers.TrainingArguments, such as optim=adafactor or gradient_checkpointing=true; JSON for"
         " dictionaries and lists. May be repeated.",
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dump, str):
+            object.__setattr__(self, "dump", (self.dump,))
 
     def loss_options(self) -> dict[str, float | str]:
         """Keyword arguments for the chosen loss."""

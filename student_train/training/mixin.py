@@ -10,6 +10,7 @@ so that the same sequences give the same gradient however they are cut into batc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ from student_train.losses.head import has_plain_head
 from student_train.losses.sliced import Prepare, Share, sliced_loss, sum_over_slices
 from student_train.losses.step import per_target, run_student, step_loss, units
 from student_train.losses.table import TEXT
-from student_train.losses.targets import Targets, predicting_logits, target_tokens, targets_of
+from student_train.losses.targets import Targets, predicting_logits, target_tokens
+from student_train.losses.teachers import weighted_loss
 from student_train.training.collator import DistillationCollator
 from student_train.training.configuration import check_loss
 from student_train.training.context import check_context
@@ -94,8 +96,10 @@ class DistillationMixin(_Base):
         recalibrate: Callable[[Targets], Targets] | None = None,
         **named: Any,
     ) -> None:
+        dumps: Sequence[str] = ()
         if isinstance(train_dataset, DistillationDataset):
-            store, dump = train_dataset.store, train_dataset.dumps[0]
+            store, dumps = train_dataset.store, train_dataset.dumps
+            dump = dumps[0]
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
         dump = store.dump(dump)
@@ -103,7 +107,7 @@ class DistillationMixin(_Base):
         check_knowledge(store, dump, config, self.distillation)
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifest, on_text = store.manifest(dump), TEXT[0] in self.distillation.inputs
-        with_kl = on_text and keeps_candidates(manifest)
+        with_kl = on_text and all(keeps_candidates(store.manifest(name)) for name in dumps or [dump])
         self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()))
         self._source: dict[str, Any] = {"store": store, "dump": dump}
         self._plan: dict[str, Any] = {"ordinals": ordinals, "kinds": kinds_read(manifest, self.distillation)}
@@ -375,14 +379,16 @@ class DistillationMixin(_Base):
         tokens = target_tokens(batch)
 
         def prepare(vocabulary_size: int) -> Share:
-            known = targets_of(batch, vocabulary_size) if "kl" in self.figures else None
-            learned = targets_of(batch, vocabulary_size, self.recalibrate) if function else None
+            known = weighted_loss(partial(forward_kl, tail="bucket"), batch, vocabulary_size) if "kl" in self.figures else None
+            learned = None
+            if function:
+                learned = weighted_loss(partial(function, **self.loss_options), batch, vocabulary_size, self.recalibrate)
 
             def share(logits: Tensor, rows: slice) -> Tensor:
-                sums = [function(logits, learned.part(rows), **self.loss_options).sum()] if function and learned else []
+                sums = [learned(logits, rows).sum()] if learned else []
                 sums.append(token_nll(logits, tokens[rows]).sum())
                 if known:
-                    sums.append(forward_kl(logits, known.part(rows), tail="bucket").sum())
+                    sums.append(known(logits, rows).sum())
                 return torch.stack(sums)
 
             return share
