@@ -9,6 +9,7 @@ from knowledge_store.configuration import GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
 from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
+from knowledge_store.reading.plan import ORDERS
 from student_train.configuration import BatchOptions
 from student_train.losses.table import LOSSES, TAILS, Loss
 from student_train.training.model_folder import check_peft
@@ -49,6 +50,16 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         metavar="NAME=WEIGHT,…",
         help="Dumps of several teachers of one corpus, to learn from the weighted sum of the teachers, instead of --dump.",
     )
+    where: str | None = option(
+        None,
+        metavar="SELECT",
+        help="SELECT statement that gives dump and sequence_id of the sequences to train on.",
+    )
+    positions_where: str | None = option(
+        None,
+        metavar="CONDITION",
+        help="Condition in SQL on the columns of positions and candidates: of the targets, only those that meet it count.",
+    )
     loss: str = option("forward-kl", metavar="LOSS", help=f"The loss to minimise: {', '.join(LOSSES)}.")
     ce_weight: float = option(0.0, min=0, max=1, help="Share of cross-entropy in the loss, from 0 to 1.")
     temperature: float = option(1.0, above=0, help="Temperature of the divergences and of top-k-renormalised.")
@@ -79,6 +90,12 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     weight_decay: float = option(0.01, min=0, help="AdamW weight decay. It is not applied to biases and norms.")
     max_grad_norm: float = option(1.0, min=0, help="Norm that gradients are clipped to. 0 means no clipping.")
     seed: int = option(0, help="Seed of the order of sequences, and of anything random in the student.")
+    order: str = option(
+        "global",
+        choices=ORDERS,
+        help="global has any sequence after any other. blocks shuffles row groups, and sequences within windows of them: it"
+        " needs no cache, for stores that are larger than a disk.",
+    )
     eval_fraction: float = option(
         0.02, min=0, below=1, help="Share of the documents that is kept out of training, for the validation loss."
     )

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
@@ -21,6 +22,7 @@ from student_train.losses.table import TEXT
 from student_train.training.adapters import add_adapter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
+from student_train.training.choice import choose, choose_once
 from student_train.training.configuration import TrainConfig
 from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset
@@ -96,9 +98,21 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     store, mixture, loss = check_run(config)
     manifests = [store.manifest(dump) for dump in mixture.dumps]
     config, recalibrate, calibration_sha256 = configured(config, manifests[0], loss)
-    train_ordinals, eval_ordinals = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
-    train_count, eval_count = (sum(map(len, ordinals.values())) for ordinals in (train_ordinals, eval_ordinals))
+    not_held_out, eval_ordinals = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
+    lacking: dict[str, int] = {}
+    if mixture.teachers:
+        lacking, left_out = store.lacking(mixture.dumps)
+        not_held_out = {dump: ordinals.without(left_out) for dump, ordinals in not_held_out.items()}
+        eval_ordinals = {dump: np.setdiff1d(ordinals, left_out) for dump, ordinals in eval_ordinals.items()}
     arguments = training_arguments(config)
+    first_reporter = reporter if arguments.process_index == 0 else SILENT
+    choice = choose_once(
+        arguments.process_index,
+        arguments.world_size,
+        lambda: choose(config, store, mixture.corpus, not_held_out, reporter=first_reporter),
+    )
+    train_ordinals = choice.ordinals
+    train_count, eval_count = (sum(map(len, ordinals.values())) for ordinals in (train_ordinals, eval_ordinals))
     sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
     steps_per_epoch = math.ceil(train_count / sequences_per_step)
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
@@ -106,6 +120,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     output = Path(config.output)
     student_sha256 = model_sha256(config.student)
     identity = run_identity(config, store, mixture, sequences_per_step, steps, student_sha256, calibration_sha256)
+    identity |= choice.identity
     if result := _finished(output, identity, steps):
         return result
     shares = dump_shares(store, mixture, train_ordinals, sequences_per_step, steps)
@@ -113,7 +128,6 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
-    first_reporter = reporter if arguments.process_index == 0 else SILENT
     for dump in mixture.dumps:
         check_student(store, dump, student.config, tokenizer, reporter=first_reporter)
     if TEXT[0] in loss.inputs:
@@ -141,7 +155,9 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         store,
         mixture.source,
         seed=config.seed,
+        order=config.order,
         ordinals=train_ordinals,
+        targets=choice.targets,
         **shared,
     )
     evaluation = None
@@ -171,6 +187,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
                     for dump in mixture.dumps
                 ],
                 "several_teachers": mixture.teachers,
+                "choice": choice.facts,
                 "sequences": {"train": train_count, "eval": eval_count},
                 "world_size": arguments.world_size,
                 "parameters": student.num_parameters(),
@@ -186,7 +203,12 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             reporter.note(f"The dump {dump} matches --dump by now, and is left out: the run goes on with those it began with.")
     elif first_process:
         remarks = check_mixture(store, mixture, config, loss)
-        for sentence in [*remarks, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
+        remarks += [
+            f"Sequences that not all teachers have are left out: {dump} lacks {count:,}."
+            for dump, count in lacking.items()
+            if count
+        ]
+        for sentence in [*remarks, *choice.lines, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
             reporter.note(sentence)
     if began_at < steps:
         title = f"training from step {began_at:,}" if began_at else "training"
