@@ -24,9 +24,15 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import Reporter
 from student_train.cli import app
+from student_train.losses.divergences import forward_kl
+from student_train.losses.head import has_plain_head
+from student_train.losses.sliced import sliced_loss
+from student_train.losses.targets import select_targets
 from student_train.training import arguments, model_folder
+from student_train.training.adapters import add_adapter
 from student_train.training.arguments import training_arguments, typed_settings
 from student_train.training.configuration import TrainConfig, check_config
+from student_train.training.dataset import DistillationDataset
 from student_train.training.models import load_model
 from student_train.training.run import train
 from student_train.training.run_trainer import RunTrainer
@@ -250,6 +256,28 @@ def test_an_adapter_resumes(adapted, settings, tmp_path, monkeypatch):
             train(late)
     assert train(late).began_at == 3
     assert furthest(weights(tmp_path / "late", "adapter_model.safetensors"), whole) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_in_slices_is_that_of_whole_logits_with_an_adapter(student, store_folder, checkpointing):
+    [batch, *_] = DistillationDataset(KnowledgeStore.open(store_folder), "train", batch_size=4)
+    model = add_adapter(load_model(str(student)), 4, base="student", seed=0).train()
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    for weight in trained.values():
+        torch.nn.init.normal_(weight, std=0.1)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    results = []
+    for loss in (
+        sliced_loss(model, batch, forward_kl),
+        forward_kl(*select_targets(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)).mean(),
+    ):
+        model.zero_grad()
+        loss.backward()
+        results.append((loss.detach(), {name: weight.grad.clone() for name, weight in trained.items()}))
+    torch.testing.assert_close(*results)
+    assert has_plain_head(model) and all("lora" in name for name in trained)
 
 
 def test_an_adapter_on_weights_in_bfloat16_is_float32(settings, tmp_path):
