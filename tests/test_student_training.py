@@ -277,7 +277,7 @@ def test_a_run_never_resumes_from_a_pickle(settings, tmp_path, monkeypatch):
     assert stopped_at_once(settings, monkeypatch).step == 1
     [checkpoint] = (tmp_path / "run").glob("checkpoint-*")
     whole = checkpoint / "model.safetensors"
-    for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model_fsdp.bin", "adapter_model.bin"):
+    for pickle in ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"):
         whole.rename(checkpoint / "model-00001-of-00001.safetensors")
         torch.save(load_file(checkpoint / "model-00001-of-00001.safetensors"), checkpoint / pickle)
         with pytest.raises(InputError, match=f"checkpoint-1 has {pickle} instead of model.safetensors"):
