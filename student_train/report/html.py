@@ -46,7 +46,7 @@ def write_report(runs: Iterable[str | Path], output: str | Path) -> Path:
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_bytes(page.encode("utf-8", "backslashreplace"))  # JSON may have half a character
         temporary.replace(output)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror}") from error

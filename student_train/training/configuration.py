@@ -49,6 +49,16 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         metavar="NAME=WEIGHT,…",
         help="Dumps of several teachers of one corpus, to learn from the weighted sum of the teachers, instead of --dump.",
     )
+    where: str | None = option(
+        None,
+        metavar="SELECT",
+        help="SELECT statement that gives dump and sequence_id of the sequences to train on.",
+    )
+    positions_where: str | None = option(
+        None,
+        metavar="CONDITION",
+        help="Condition in SQL on the columns of positions and candidates: of the targets, only those that meet it count.",
+    )
     loss: str = option("forward-kl", metavar="LOSS", help=f"The loss to minimise: {', '.join(LOSSES)}.")
     ce_weight: float = option(0.0, min=0, max=1, help="Share of cross-entropy in the loss, from 0 to 1.")
     temperature: float = option(1.0, above=0, help="Temperature of the divergences and of top-k-renormalised.")

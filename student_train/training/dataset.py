@@ -66,10 +66,8 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             raise InputError("give both rank and world_size, or neither")
         self.store = store
         self.dump = dump
-        self._found = rank is None or world_size is None
-        self._plan = (
-            ReadPlan(**plan) if rank is None or world_size is None else ReadPlan(rank=rank, world_size=world_size, **plan)
-        )
+        self._found = rank is None  # in each use
+        self._plan = ReadPlan(rank=rank or 0, world_size=1 if world_size is None else world_size, **plan)
         self.endless = endless
         batches = store.read(self._plan, dump)
         self.dumps, self.snapshot, self.sequences = batches.dumps, batches.state["snapshot"], len(batches.order)

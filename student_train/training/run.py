@@ -21,6 +21,7 @@ from student_train.losses.table import TEXT
 from student_train.training.adapters import add_adapter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
+from student_train.training.choice import choose, choose_once
 from student_train.training.configuration import TrainConfig
 from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset
@@ -95,8 +96,18 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     manifests = [store.manifest(dump) for dump in mixture.dumps]
     config, recalibrate, calibration_sha256 = configured(config, manifests[0], loss)
     train_ordinals, eval_ordinals = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
-    train_count, eval_count = (sum(map(len, ordinals.values())) for ordinals in (train_ordinals, eval_ordinals))
     arguments = training_arguments(config)
+    first_reporter = reporter if arguments.process_index == 0 else SILENT
+    choice = choose_once(
+        arguments.process_index,
+        arguments.world_size,
+        lambda: choose(config, store, mixture.corpus, train_ordinals, reporter=first_reporter),
+    )
+    plan = {"kinds": kinds_read(manifests[0], loss), **mixture.plan}
+    train_count, eval_count = (
+        sum(store.batches(list(mixture.corpus), ordinals=ordinals, **plan).sequences.values())
+        for ordinals in (choice.ordinals, eval_ordinals)
+    )
     sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
     steps_per_epoch = math.ceil(train_count / sequences_per_step)
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
@@ -104,14 +115,14 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     output = Path(config.output)
     student_sha256 = model_sha256(config.student)
     identity = run_identity(config, store, mixture, sequences_per_step, steps, student_sha256, calibration_sha256)
+    identity |= choice.identity
     if result := _finished(output, identity, steps):
         return result
-    shares = dump_shares(store, mixture, train_ordinals, sequences_per_step, steps)
+    shares = dump_shares(store, mixture, choice.ordinals, sequences_per_step, steps)
     last_checkpoint(output)  # refuses one that is not to be loaded
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
-    first_reporter = reporter if arguments.process_index == 0 else SILENT
     for dump in mixture.dumps:
         check_student(store, dump, student.config, tokenizer, reporter=first_reporter)
     if TEXT[0] in loss.inputs:
@@ -143,6 +154,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
                     for dump in mixture.dumps
                 ],
                 "several_teachers": mixture.teachers,
+                "choice": choice.facts,
                 "sequences": {"train": train_count, "eval": eval_count},
                 "world_size": arguments.world_size,
                 "parameters": student.num_parameters(),
@@ -156,14 +168,14 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         "batch_size": config.batch_size,
         "rank": arguments.process_index,
         "world_size": arguments.world_size,
-        "kinds": kinds_read(manifests[0], loss),
-        **mixture.plan,
+        **plan,
     }
     dataset = DistillationDataset(
         store,
         mixture.source,
         seed=config.seed,
-        ordinals=train_ordinals,
+        ordinals=choice.ordinals,
+        targets=choice.targets,
         **shared,
     )
     evaluation = None
@@ -188,7 +200,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             reporter.note(f"The dump {dump} matches --dump by now, and is left out: the run goes on with those it began with.")
     elif first_process:
         remarks = check_mixture(store, mixture, config, loss)
-        for sentence in [*remarks, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
+        for sentence in [*remarks, *choice.lines, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
             reporter.note(sentence)
     if began_at < steps:
         title = f"training from step {began_at:,}" if began_at else "training"

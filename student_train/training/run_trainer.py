@@ -83,7 +83,7 @@ class RunTrainer(DistillationTrainer):
         )
         self.remove_callback(PrinterCallback)
 
-    def _check_model(self, store: KnowledgeStore, dump: str) -> None:
+    def _check_model(self, store: KnowledgeStore) -> None:
         """The run has looked at it, with its tokenizer, before anything was written."""
 
     @property
