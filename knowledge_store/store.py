@@ -24,9 +24,10 @@ from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays, item_mask
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
-from knowledge_store.reading.mixture import Named, check_vocabularies, named_dumps
+from knowledge_store.reading.mixture import Named, check_vocabularies, named_dumps, weights_of
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader
+from knowledge_store.reading.teachers import TeachersReader
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.create_statements import create_statements
@@ -51,9 +52,10 @@ class KnowledgeStore:
         self.cache_size = cache_size
         self._dumps = dumps
         self._readers: dict[str, DumpReader] = {}
+        self._teachers: dict[tuple[str, ...], TeachersReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
+        return {**self.__dict__, "_readers": {}, "_teachers": {}}
 
     @classmethod
     def open(cls, store: str | Path | Storage, *, rebuild_index: bool = False, cache_size: int = CACHE_SIZE) -> KnowledgeStore:
@@ -79,6 +81,7 @@ class KnowledgeStore:
 
     def __exit__(self, *error: object) -> None:
         self._readers.clear()
+        self._teachers.clear()
         self.storage.close()
 
     def __repr__(self) -> str:
@@ -301,13 +304,21 @@ class KnowledgeStore:
 
     def read(self, plan: ReadPlan, dump: Named = None) -> Batches:
         """`batches` of a plan."""
-        names, weights = named_dumps(dump, self.dump)
+        teachers = None if plan.teachers is None else list(weights_of(plan.teachers, "teacher"))
+        if teachers and dump not in (None, teachers[0], teachers[:1]):
+            raise InputError("give dumps or teachers, not both: the first teacher's sequences are read")
+        names, weights = named_dumps(teachers or dump, self.dump)
         readers = {name: self._reader(name) for name in names}
         for name, reader in readers.items():
             if not len(reader):
                 raise InputError(f"dump {name!r} of {self.address} has no committed shard yet")
         check_vocabularies([reader.manifest for reader in readers.values()], self.tokens)
-        return Batches(readers, weights, plan)
+        if teachers is None:
+            return Batches(readers, weights, plan)
+        key = tuple(names)
+        if key not in self._teachers:
+            self._teachers[key] = TeachersReader(readers)
+        return Batches({names[0]: self._teachers[key]}, None, plan)
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together (DamageError: one of them is damaged)."""
