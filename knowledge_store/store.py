@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,21 +304,41 @@ class KnowledgeStore:
 
     def read(self, plan: ReadPlan, dump: Named = None) -> Batches:
         """`batches` of a plan."""
-        teachers = None if plan.teachers is None else list(weights_of(plan.teachers, "teacher"))
-        if teachers and dump not in (None, teachers[0], teachers[:1]):
+        if plan.teachers is None:
+            names, weights = named_dumps(dump, self.dump)
+            return Batches(self._read_together(names), weights, plan)
+        teachers = list(weights_of(plan.teachers, "teacher"))
+        if dump not in (None, teachers[0], teachers[:1]):
             raise InputError("give dumps or teachers, not both: the first teacher's sequences are read")
-        names, weights = named_dumps(teachers or dump, self.dump)
+        return Batches({teachers[0]: self._of_teachers(teachers)}, None, plan)
+
+    def _read_together(self, names: list[str]) -> dict[str, DumpReader]:
+        """The readers of dumps that have something to read and one vocabulary (InputError: they do not)."""
         readers = {name: self._reader(name) for name in names}
         for name, reader in readers.items():
             if not len(reader):
                 raise InputError(f"dump {name!r} of {self.address} has no committed shard yet")
         check_vocabularies([reader.manifest for reader in readers.values()], self.tokens)
-        if teachers is None:
-            return Batches(readers, weights, plan)
+        return readers
+
+    def _of_teachers(self, names: Iterable[str]) -> TeachersReader:
         key = tuple(names)
         if key not in self._teachers:
-            self._teachers[key] = TeachersReader(readers)
-        return Batches({names[0]: self._teachers[key]}, None, plan)
+            self._teachers[key] = TeachersReader(self._read_together(list(key)))
+        return self._teachers[key]
+
+    def lacking(self, teachers: Iterable[str]) -> tuple[dict[str, int], np.ndarray]:
+        """What the dumps of several teachers of one corpus do not have in common.
+
+        Returns:
+            how many sequences each dump lacks (see `reading.teachers.TeachersReader`), and the ordinals in the first of those
+            that are left out for it, ascending, int64.
+
+        Raises:
+            InputError: no such dump, or they are not of one corpus, or have no sequence in common.
+        """
+        reader = self._of_teachers(teachers)
+        return dict(reader.lacking), reader.left_out
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together (DamageError: one of them is damaged)."""

@@ -59,6 +59,7 @@ class Batches:
 
     Attributes:
         dumps: the names of the dumps.
+        readers: of the dumps; of several teachers, one for all.
         weights: of the dumps, where they have some.
         sequences: how many sequences are read of each dump, as long as none is repeated.
         shares: how many sequences an epoch has of each dump.
@@ -70,21 +71,21 @@ class Batches:
     def __init__(self, readers: Mapping[str, DumpReader | TeachersReader], weights: Mapping[str, float] | None, plan: ReadPlan):
         self.dumps = tuple(readers)
         self.weights = weights
-        self._readers = list(readers.values())
+        self.readers = list(readers.values())
         self.lacking: dict[str, int] = {}
         left_out = [np.empty(0, np.int64)] * len(readers)
         if plan.teachers is None:
-            self.taken = taken([reader.manifest for reader in self._readers], plan.kinds)
+            self.taken = taken([reader.manifest for reader in self.readers], plan.kinds)
         else:
-            [teachers] = self._readers
+            [teachers] = self.readers
             assert isinstance(teachers, TeachersReader)
             self.taken = taken_of_teachers(teachers.manifests, plan.kinds)
             self.lacking, left_out = teachers.lacking, [teachers.left_out]
-        self._snapshots = {dump: number for reader in self._readers for dump, number in reader.snapshots.items()}
+        self._snapshots = {dump: number for reader in self.readers for dump, number in reader.snapshots.items()}
         check_snapshots(self._snapshots, plan.snapshot)
         self._chosen = [
             chosen(ordinals, len(reader)).without(missing)
-            for reader, ordinals, missing in zip(self._readers, _by_dump(plan.ordinals, self.dumps), left_out, strict=True)
+            for reader, ordinals, missing in zip(self.readers, _by_dump(plan.ordinals, self.dumps), left_out, strict=True)
         ]
         self._masks = [(plan.targets or {}).get(dump) for dump in self.dumps]
         unknown = (plan.targets or {}).keys() - set(self.dumps)
@@ -99,7 +100,7 @@ class Batches:
             return InOrder(of_dump)
         if plan.order == "global":
             return Shuffled(of_dump, plan.seed, place)
-        reader = self._readers[place]
+        reader = self.readers[place]
         reader.keep(2 * plan.window * len(self.taken.kinds))  # a batch may begin in one window and end in the next
         return Blocks(of_dump.ascending(), reader.row_groups, plan.window, plan.seed, place)
 
@@ -161,7 +162,7 @@ class Batches:
         return found
 
     def _read(self, place: int, ordinal: int) -> Read:
-        sequence_id, knowledge = self._readers[place].sequence(ordinal, tuple(self.taken.kinds))
+        sequence_id, knowledge = self.readers[place].sequence(ordinal, tuple(self.taken.kinds))
         if (mask := self._masks[place]) is not None:
             positions = mask.positions(ordinal)
             for kind, arrays in knowledge.items():

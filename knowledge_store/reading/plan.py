@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.reading.ordinals import AllBut
 from knowledge_store.reading.target_mask import TargetMask
 
-Order = Literal["global", "blocks"]
+ORDERS = ("global", "blocks")
 WINDOW = 16
 
 
@@ -49,7 +48,7 @@ class ReadPlan:
     ordinals: Mapping[str, np.ndarray | AllBut] | np.ndarray | AllBut | None = None
     targets: Mapping[str, TargetMask] | None = None
     shuffle: bool = True
-    order: Order = "global"
+    order: str = "global"
     window: int = WINDOW
     kinds: tuple[str, ...] | None = None
     teachers: Mapping[str, float] | None = None
@@ -61,7 +60,7 @@ class ReadPlan:
             raise InputError(f"no such batches: batch size {self.batch_size}, {rank}, {self.consumed} consumed")
         if self.epoch < 0:
             raise InputError(f"there is no epoch {self.epoch}: they are counted from 0")
-        if self.order not in get_args(Order):
-            raise InputError(f"there is no order {self.order!r}: use {' or '.join(get_args(Order))}")
+        if self.order not in ORDERS:
+            raise InputError(f"there is no order {self.order!r}: use {' or '.join(ORDERS)}")
         if self.window < 1:
             raise InputError(f"a window has at least 1 row group, not {self.window}")

@@ -50,7 +50,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
                 # The one before the last stays until the last is complete.
                 save_total_limit=2,
                 dataloader_num_workers=config.workers,
-                dataloader_persistent_workers=config.workers > 0,
                 **{**_defaults(config), **settings},
             )
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
@@ -111,6 +110,7 @@ def _defaults(config: TrainConfig) -> dict[str, Any]:
         "log_level": "error",
         # Every parameter of a causal language model takes part in every step.
         "ddp_find_unused_parameters": False,
+        "dataloader_persistent_workers": config.workers > 0,
     }
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
-from knowledge_store.quantities import counted
 from student_train.losses.table import TEXT, TEXT_COLUMNS, Loss
 from student_train.training.calibration import usable_calibration, with_scale
 from student_train.training.choice import check_choice
@@ -60,11 +59,6 @@ def check_mixture(store: KnowledgeStore, mixture: Mixture, config: TrainConfig, 
     sentences = _check_teachers(config, loss) if mixture.teachers else []
     batches = store.batches(mixture.source, kinds=kinds_read(manifests[0], loss), **mixture.plan)
     sentences += [f"The dumps differ: {difference}." for difference in batches.taken.differences]
-    sentences += [
-        f"{counted(count, 'sequence is', 'sequences are')} left out, which the dump {dump} lacks."
-        for dump, count in batches.lacking.items()
-        if count
-    ]
     for kind in loss.kinds:
         if kind in CHECKS_TOGETHER:
             sentences += CHECKS_TOGETHER[kind](manifests, config, loss)

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
@@ -95,19 +96,21 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     store, mixture, loss = check_run(config)
     manifests = [store.manifest(dump) for dump in mixture.dumps]
     config, recalibrate, calibration_sha256 = configured(config, manifests[0], loss)
-    train_ordinals, eval_ordinals = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
+    not_held_out, eval_ordinals = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
+    lacking: dict[str, int] = {}
+    if mixture.teachers:
+        lacking, left_out = store.lacking(mixture.dumps)
+        not_held_out = {dump: ordinals.without(left_out) for dump, ordinals in not_held_out.items()}
+        eval_ordinals = {dump: np.setdiff1d(ordinals, left_out) for dump, ordinals in eval_ordinals.items()}
     arguments = training_arguments(config)
     first_reporter = reporter if arguments.process_index == 0 else SILENT
     choice = choose_once(
         arguments.process_index,
         arguments.world_size,
-        lambda: choose(config, store, mixture.corpus, train_ordinals, reporter=first_reporter),
+        lambda: choose(config, store, mixture.corpus, not_held_out, reporter=first_reporter),
     )
-    plan = {"kinds": kinds_read(manifests[0], loss), **mixture.plan}
-    train_count, eval_count = (
-        sum(store.batches(list(mixture.corpus), ordinals=ordinals, **plan).sequences.values())
-        for ordinals in (choice.ordinals, eval_ordinals)
-    )
+    train_ordinals = choice.ordinals
+    train_count, eval_count = (sum(map(len, ordinals.values())) for ordinals in (train_ordinals, eval_ordinals))
     sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
     steps_per_epoch = math.ceil(train_count / sequences_per_step)
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
@@ -118,7 +121,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     identity |= choice.identity
     if result := _finished(output, identity, steps):
         return result
-    shares = dump_shares(store, mixture, choice.ordinals, sequences_per_step, steps)
+    shares = dump_shares(store, mixture, train_ordinals, sequences_per_step, steps)
     last_checkpoint(output)  # refuses one that is not to be loaded
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
@@ -168,13 +171,15 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         "batch_size": config.batch_size,
         "rank": arguments.process_index,
         "world_size": arguments.world_size,
-        **plan,
+        "kinds": kinds_read(manifests[0], loss),
+        **mixture.plan,
     }
     dataset = DistillationDataset(
         store,
         mixture.source,
         seed=config.seed,
-        ordinals=choice.ordinals,
+        order=config.order,
+        ordinals=train_ordinals,
         targets=choice.targets,
         **shared,
     )
@@ -200,6 +205,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             reporter.note(f"The dump {dump} matches --dump by now, and is left out: the run goes on with those it began with.")
     elif first_process:
         remarks = check_mixture(store, mixture, config, loss)
+        remarks += [
+            f"Sequences that not all teachers have are left out: {dump} lacks {count:,}."
+            for dump, count in lacking.items()
+            if count
+        ]
         for sentence in [*remarks, *choice.lines, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
             reporter.note(sentence)
     if began_at < steps:
