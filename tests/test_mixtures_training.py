@@ -122,10 +122,8 @@ def test_weights_are_shares_of_an_epoch_and_are_told_before_it_starts(options, m
         f"An epoch has {steps // 2} steps, and the run {steps}. Of each dump it reads:",
     ]
     for note, (name, count), share in zip(reporter.notes[2:], counts.items(), shares, strict=True):
-        repeated = f"each {share / count:.2f} times" if share > count else f"a share of {share / count:.2f}"
-        assert note.startswith(
-            f"{name}: {share} sequences in an epoch, of {count} {repeated}; in the run about {2 * share} seq"
-        )
+        read = f"{share} sequences in an epoch, {share / count:.2f} times its {count}; in the run about {2 * share} sequences"
+        assert note.startswith(f"{name}: {read} and ")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [(facts["name"], facts["weight"], facts["snapshot"]) for facts in record["dumps"]] == [
         (name, weight, store.snapshot(name)) for name, weight in (("news-1", 0.5), ("news-2", 0.3), ("code", 0.2))
