@@ -439,6 +439,12 @@ def test_the_same_teacher_agrees(store, loaded_teacher, name):
     assert agreement.lines[-2] == "Verdict: agrees"
 
 
+def test_the_same_teacher_in_another_dtype(store, teacher_folder):
+    short = load_teacher(str(teacher_folder), dtype="bfloat16", device="cpu")
+    agreement = check(CheckConfig(store, "loaded", dump="both", sample=6), short)["saliency"]
+    assert agreement.verdict == AGREES and max(agreement.moved) > 1e-3 and "16 bits" in agreement.lines[2]
+
+
 def test_another_teacher_and_damage(tmp_path, store, options, loaded_teacher, monkeypatch):
     other = load_teacher(str(save_teacher(tmp_path / "other", seed=5)), device="cpu")
     found = check(CheckConfig(store, "loaded", dump="saliency"), other)["saliency"]

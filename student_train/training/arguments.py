@@ -59,6 +59,11 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         _try_scheduler(arguments)
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         raise InputError(first_line(error)) from error
+    if arguments.fsdp and "FULL" not in str((arguments.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT")):
+        raise InputError(
+            "--set fsdp_config asks for checkpoints in parts, which are read with pickles, and those can run code: leave its"
+            " state_dict_type out, or make it FULL_STATE_DICT"
+        )
     # Several GPUs are for torchrun: without it one is used, and a step's batch is what the options say.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -108,9 +113,9 @@ def _defaults(config: TrainConfig) -> dict[str, Any]:
         # Only with this setting does the library join processes that share a CPU.
         "use_cpu": not torch.accelerator.is_available(),
         "log_level": "error",
+        "dataloader_persistent_workers": config.workers > 0,
         # Every parameter of a causal language model takes part in every step.
         "ddp_find_unused_parameters": False,
-        "dataloader_persistent_workers": config.workers > 0,
     }
 
 

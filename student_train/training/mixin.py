@@ -19,8 +19,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
@@ -40,6 +39,7 @@ from student_train.training.dataset import DistillationDataset
 from student_train.training.knowledge import check_mixture, kinds_read
 from student_train.training.mixture import Mixture
 from student_train.training.positions import keeps_candidates
+from student_train.training.snapshots import DumpSnapshots
 from student_train.training.trainer_arguments import check_arguments
 from student_train.training.vocabulary import check_student
 
@@ -417,35 +417,6 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
     `DistillationTrainer(model, args=TrainingArguments(…), store=KnowledgeStore.open(…), dump="train").train()`
     """
-
-
-class DumpSnapshots(TrainerCallback, ExportableState):
-    """Keeps in checkpoints which sequences the dump has, and refuses to resume where it has others: in another order."""
-
-    def __init__(self) -> None:
-        self.snapshot: Any = None
-
-    def state(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
-        return {"args": {}, "attributes": {"snapshot": self.snapshot}}
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Compare, and remember.
-
-        Raises:
-            InputError: the dump has other sequences than when training began.
-        """
-        dataset = kwargs["train_dataloader"].dataset
-        if not isinstance(dataset, DistillationDataset):
-            return
-        before = state.stateful_callbacks.get(type(self).__name__, self.state())["attributes"]["snapshot"]
-        self.snapshot = dataset.snapshot
-        state.stateful_callbacks[type(self).__name__] = self.state()
-        if before not in (None, self.snapshot):
-            raise InputError(
-                f"there are other sequences in {', '.join(dataset.dumps)} than when this training began: begin it"
-                " again, without resume_from_checkpoint"
-            )
 
 
 def _of_store(dataset: Any) -> bool:
