@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from student_train.training.initialisation import initialise
     from student_train.training.mixin import DistillationMixin, DistillationTrainer
     from student_train.training.run import TrainResult, train
+    from student_train.training.sampler import LengthGroupSampler
     from student_train.training.vocabulary import check_student
 
 # Where each name is defined, one module a line.
@@ -86,6 +87,7 @@ _HOMES = {
     "student_train.training.initialisation": "initialise",
     "student_train.training.mixin": "DistillationMixin DistillationTrainer",
     "student_train.training.run": "TrainResult train",
+    "student_train.training.sampler": "LengthGroupSampler",
 }
 
 __all__ = [
@@ -97,6 +99,7 @@ __all__ = [
     "DivergenceError",
     "EvaluateConfig",
     "FullVocabularyCalibration",
+    "LengthGroupSampler",
     "Loss",
     "Question",
     "StoreFit",

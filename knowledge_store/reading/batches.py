@@ -7,10 +7,13 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.reading.collate import Sequence as Read
 from knowledge_store.reading.collate import collate
+from knowledge_store.reading.length_groups import LengthGroups, padding_share
 from knowledge_store.reading.mixture import Taken, taken
 from knowledge_store.reading.order import (
     CHUNK,
@@ -81,6 +84,15 @@ class Batches:
         self._steps = 0
         shares = epoch_shares(self.sequences, self.weights)
         self.order: Order = EpochOrder(self._streams, shares, plan.seed, plan.epoch, plan.shuffle)
+        if plan.group_by_length and plan.global_batch:
+            self.order = LengthGroups(
+                self.order,
+                self._lengths,
+                group=plan.group_by_length,
+                global_batch=plan.global_batch,
+                seed=plan.seed,
+                epoch=plan.epoch,
+            )
         self._chunk = lru_cache(CHUNKS)(lambda number: self.order.items(number * CHUNK, (number + 1) * CHUNK))
 
     def at(self, epoch: int, consumed: int = 0) -> Batches:
@@ -119,6 +131,19 @@ class Batches:
         if len(self.dumps) == 1:
             del batch["dump"]
         return batch
+
+    def padding_share(self, most: int = 2**16) -> float:
+        """How much of the batches of this epoch is padding, as a share of their positions. In an epoch of more than `most`
+        sequences, of the batches of the first so many."""
+        return padding_share(self._lengths(*self.order.items(0, most)), self._plan.batch_size)
+
+    def _lengths(self, places: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
+        """How many tokens sequences have, by the places of their dumps and their ordinals there; all int64."""
+        result = np.empty_like(ordinals)
+        for place, reader in enumerate(self._readers):
+            where = np.flatnonzero(places == place)
+            result[where] = reader.lengths(ordinals[where])
+        return result
 
     def _items(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The place of the dump and the ordinal of each slot of the order, as far as there are any."""
