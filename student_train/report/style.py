@@ -64,6 +64,14 @@ summary { cursor: pointer; font-weight: 600; }
 dl { display: grid; grid-template-columns: fit-content(45%) minmax(0, 1fr); gap: 2px 18px; margin: 10px 0 4px; }
 dt { color: var(--faint); }
 dd { margin: 0; white-space: normal; overflow-wrap: anywhere; }
+dl.texts { gap: 8px 18px; font-size: 15px; margin: 10px 0 14px; }
+dl.texts dt { max-width: 16em; overflow-wrap: anywhere; }
+dl.texts dd { white-space: pre-wrap; }
+.candidates td { white-space: normal; text-align: left; }
+.candidates th:first-child + th { text-align: left; }
+.candidates span { display: inline-block; margin-right: 14px; color: var(--faint); white-space: nowrap; }
+bdi { font: 0.95em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; white-space: pre; color: var(--ink);
+  background: var(--mark); border-radius: 4px; padding: 1px 5px; }
 code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 @media print { section { break-inside: avoid; border: 0; padding: 0; } details { display: block; } }
 @media (max-width: 900px) { .row { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); } }

@@ -45,13 +45,12 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
                 report_to=config.report_to,
                 disable_tqdm=True,
                 remove_unused_columns=False,
-                # The dataset begins where the checkpoint ends: nothing is read to be thrown away.
-                ignore_data_skip=True,
                 save_strategy="steps",
                 save_steps=config.save_steps,
                 # The one before the last stays until the last is complete.
                 save_total_limit=2,
                 dataloader_num_workers=config.workers,
+                dataloader_persistent_workers=config.workers > 0,
                 **{**_defaults(config), **settings},
             )
         for tracker in get_reporting_integration_callbacks(arguments.report_to):

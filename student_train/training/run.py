@@ -30,7 +30,6 @@ from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run, columns_read, kinds_read
 from student_train.training.model_folder import model_sha256
 from student_train.training.models import hold_in_bfloat16, load_model, load_tokenizer, quieten
-from student_train.training.positions import keeps_candidates
 from student_train.training.run_folder import (
     RUN_FILE,
     check_output,
@@ -148,10 +147,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         store,
         dump,
         seed=config.seed,
-        epoch=began_at // steps_per_epoch,
-        consumed=began_at % steps_per_epoch * sequences_per_step,
         ordinals=train_ordinals,
-        endless=True,
         **shared,
     )
     evaluation = (
@@ -161,13 +157,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         student,
         arguments,
         config,
-        loss,
         dataset,
         evaluation,
         steps_per_epoch,
         checkpoint,
         recalibrate,
-        measure_kl=keeps_candidates(manifest),
     )
     first_process = trainer.is_world_process_zero()
     if first_process and began_at:
