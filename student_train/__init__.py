@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from student_train.training.dataset import DistillationDataset, split_ordinals
     from student_train.training.divergence import DivergenceError
     from student_train.training.initialisation import initialise
+    from student_train.training.length_groups import LengthGroupSampler
     from student_train.training.mixin import DistillationMixin, DistillationTrainer
     from student_train.training.run import TrainResult, train
-    from student_train.training.sampler import LengthGroupSampler
     from student_train.training.vocabulary import check_student
 
 # Where each name is defined, one module a line.
@@ -87,7 +87,7 @@ _HOMES = {
     "student_train.training.initialisation": "initialise",
     "student_train.training.mixin": "DistillationMixin DistillationTrainer",
     "student_train.training.run": "TrainResult train",
-    "student_train.training.sampler": "LengthGroupSampler",
+    "student_train.training.length_groups": "LengthGroupSampler",
 }
 
 __all__ = [

@@ -66,6 +66,7 @@ class DistillationMixin(_Base):
         eval_dataset: the same, or several by name.
         store, dump: what to learn from; the dump may be left out when there is one.
         ordinals: of the dump's sequences, which to read (see `split_ordinals`); None for all.
+        group_by_length: sort so many of them by length at a time, so that batches have less padding; None does not.
         loss: a name in `LOSSES`.
         ce_weight: share of cross-entropy in the loss, from 0 to 1.
         loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
@@ -88,6 +89,7 @@ class DistillationMixin(_Base):
         store: KnowledgeStore | None = None,
         dump: str | None = None,
         ordinals: Any = None,
+        group_by_length: int | None = None,
         loss: str = "forward-kl",
         ce_weight: float = 0.0,
         loss_options: Mapping[str, float | str] | None = None,
@@ -111,6 +113,12 @@ class DistillationMixin(_Base):
         if from_store:
             train_dataset = DistillationDataset(**self._source, **self._plan)
         reads_store = isinstance(train_dataset, DistillationDataset)
+        if group_by_length is not None and not from_store:
+            raise InputError(
+                "group_by_length sorts the dump's sequences, and train_dataset gives rows of its own: give a LengthGroupSampler"
+                " (TRAINERS.md, `Padding`), or the DistillationDataset its group_by_length"
+            )
+        self._group_by_length = group_by_length
         if ordinals is not None and not from_store:
             raise InputError(
                 "ordinals choose among the dump's sequences, and train_dataset gives rows of its own: leave one out"
@@ -158,12 +166,15 @@ class DistillationMixin(_Base):
     def _dataset(self) -> DistillationDataset:
         """The dump's sequences, for this process."""
         arguments = self.args
+        global_batch = self._train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         return DistillationDataset(
             **self._source,
             **self._plan,
             batch_size=self._train_batch_size,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
             shuffle=arguments.train_sampling_strategy != "sequential",
+            group_by_length=self._group_by_length,
+            global_batch=global_batch if self._group_by_length else None,
             rank=arguments.process_index,
             world_size=arguments.world_size,
         )

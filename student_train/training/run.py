@@ -28,6 +28,7 @@ from student_train.training.dump_facts import describe_dump
 from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run, columns_read, kinds_read
+from student_train.training.length_groups import tell_padding
 from student_train.training.model_folder import model_sha256
 from student_train.training.models import hold_in_bfloat16, load_model, load_tokenizer, quieten
 from student_train.training.run_folder import (
@@ -148,8 +149,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         dump,
         seed=config.seed,
         ordinals=train_ordinals,
+        group_by_length=config.group_by_length,
+        global_batch=sequences_per_step if config.group_by_length else None,
         **shared,
     )
+    tell_padding(dataset, config.group_by_length, reporter=first_reporter)
     evaluation = (
         DistillationDataset(store, dump, ordinals=eval_ordinals, shuffle=False, **shared) if len(eval_ordinals) else None
     )

@@ -1,4 +1,4 @@
-"""The sampler that groups rows by length, under the loaders of torch, accelerate and transformers."""
+"""Training by length groups: in a run, and by the sampler under the loaders of torch, accelerate and transformers."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from safetensors.torch import load_file
 from stores import write_store
 from torch.utils.data import BatchSampler
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from knowledge_store import InputError, KnowledgeStore
-from student_train import LengthGroupSampler
+from knowledge_store.reporter import Reporter
+from student_train import DistillationTrainer, LengthGroupSampler, TrainConfig, train
 
 
 def cut(rows, size: int) -> list[list]:
@@ -129,3 +131,46 @@ def test_impossible_groups_are_refused(changes, reason):
         sampler(**changes)
     with pytest.raises(InputError, match="no row"):
         LengthGroupSampler([], group_by_length=1, global_batch=1)
+
+
+def test_a_group_of_one_step_trains_the_same_student(settings, tmp_path):
+    """Its sequences are those of the step without groups. Larger groups do not depend on how a step is divided either."""
+
+    def trained(name: str, **changes) -> dict[str, torch.Tensor]:
+        told = Notes()
+        output = tmp_path / name
+        train(TrainConfig(**settings | {"steps": 6, "output": str(output)} | changes), reporter=told)
+        assert any("of the batches is padding" in note for note in told.notes)
+        return load_file(output / "model.safetensors")
+
+    def difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+        return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+    plain = trained("plain")
+    divided = {"batch_size": 1, "gradient_accumulation": 4}
+    assert difference(plain, trained("sorted", group_by_length=4, **divided)) < 1e-4
+    grouped = trained("grouped", group_by_length=12)
+    assert difference(grouped, plain) > 1e-3
+    assert difference(grouped, trained("grouped-divided", group_by_length=12, **divided)) < 1e-4
+
+
+class Notes(Reporter):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+def test_a_trainer_of_the_store_groups_the_whole_step(settings, tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), per_device_train_batch_size=2, gradient_accumulation_steps=3, report_to="none", use_cpu=True
+    )
+    store = KnowledgeStore.open(settings["store"])
+    model = AutoModelForCausalLM.from_pretrained(settings["student"])
+    trainer = DistillationTrainer(model, arguments, store=store, dump="train", group_by_length=12)
+    assert (trainer.train_dataset.plan.group_by_length, trainer.train_dataset.plan.global_batch) == (12, 6)
+    with pytest.raises(InputError, match="LengthGroupSampler"):
+        DistillationTrainer(model, arguments, train_dataset=Rows(), store=store, dump="train", group_by_length=12)
