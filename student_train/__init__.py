@@ -45,15 +45,17 @@ if TYPE_CHECKING:
     from student_train.losses.sliced import sliced_loss
     from student_train.losses.table import LOSSES, Loss
     from student_train.losses.targets import Targets, select_targets
+    from student_train.losses.teachers import teachers_of
     from student_train.report.html import write_report
     from student_train.training.collator import DistillationCollator
     from student_train.training.configuration import TrainConfig
-    from student_train.training.dataset import DistillationDataset, split_ordinals
+    from student_train.training.dataset import DistillationDataset
     from student_train.training.divergence import DivergenceError
     from student_train.training.initialisation import initialise
     from student_train.training.length_groups import LengthGroupSampler
     from student_train.training.mixin import DistillationMixin, DistillationTrainer
     from student_train.training.run import TrainResult, train
+    from student_train.training.split import split_ordinals
     from student_train.training.vocabulary import check_student
 
 # Where each name is defined, one module a line.
@@ -78,16 +80,18 @@ _HOMES = {
     "student_train.losses.sliced": "sliced_loss",
     "student_train.losses.table": "LOSSES Loss",
     "student_train.losses.targets": "Targets select_targets",
+    "student_train.losses.teachers": "teachers_of",
     "student_train.report.html": "write_report",
     "student_train.training.configuration": "TrainConfig",
     "student_train.training.collator": "DistillationCollator",
-    "student_train.training.dataset": "DistillationDataset split_ordinals",
+    "student_train.training.dataset": "DistillationDataset",
     "student_train.training.divergence": "DivergenceError",
     "student_train.training.vocabulary": "check_student",
     "student_train.training.initialisation": "initialise",
     "student_train.training.mixin": "DistillationMixin DistillationTrainer",
     "student_train.training.run": "TrainResult train",
     "student_train.training.length_groups": "LengthGroupSampler",
+    "student_train.training.split": "split_ordinals",
 }
 
 __all__ = [
@@ -136,6 +140,7 @@ __all__ = [
     "skewed_reverse_kl",
     "sliced_loss",
     "split_ordinals",
+    "teachers_of",
     "top_k_renormalised",
     "total_variation",
     "train",

@@ -151,8 +151,16 @@ def test_what_is_chosen_is_counted_and_hashed_by_dump(store):
 )
 def test_what_is_no_condition_is_refused(store, condition, error):
     with pytest.raises((InputError, QueryError), match=error) as raised:
+        store.check_choice(None, condition, "small")
         store.choose_targets(condition, "small")
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_truth_value_chooses_nothing(store):
+    with pytest.raises(QueryError, match="value is of type float"):
+        store.choose_targets("tail_logprob", "small")
+    with pytest.raises(QueryError, match="not one expression"):
+        store.choose_targets("true) AS chosen, (true", "small")
 
 
 def test_a_choice_is_checked_without_reading_what_it_asks_about(store):

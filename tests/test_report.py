@@ -130,7 +130,7 @@ def write_run(
         record = {
             "identity": {"number of steps": 40, "sequences per step": 4},
             "config": CONFIG,
-            "dump": {**DUMP, "name": "train"},
+            "dumps": [{**DUMP, "name": "train", "weight": None}],
             "sequences": {"train": 90, "eval": 4},
             "world_size": 1,
             "parameters": 1234,
@@ -150,6 +150,29 @@ def write_run(
         (folder / "evaluations" / "heldout.json").write_text(json.dumps(evaluation(*measured)))
     if exam:
         (folder / "evaluations" / "exam.json").write_text(json.dumps(exam))
+    return folder
+
+
+def sample(written: str, sequence_id: int = 3, **changes: object) -> dict:
+    """A text that a model continued."""
+    return {
+        "sequence_id": sequence_id,
+        "start": 4,
+        "prompt": "Who lit the lamp?\n",
+        "prompt_cut": True,
+        "text": " The keeper did.",
+        "written": written,
+        "positions": [
+            {"token": " The", "candidates": [[" The", 0.625], [" His\n", 0.0312]]},
+            {"token": " keeper", "candidates": [[" daughter", 0.4]]},
+        ],
+        **changes,
+    }
+
+
+def with_samples(folder: Path, *samples: dict) -> Path:
+    """An evaluated run that has these samples besides."""
+    change_record(folder / "evaluations" / "heldout.json", samples=list(samples))
     return folder
 
 
@@ -235,14 +258,78 @@ def test_runs_that_were_not_trained_alike_are_told(tmp_path):
     assert "not trained alike: optimiser steps: one 40, two 20; tokens seen: one 9,600, two 4,800." in warning
     assert "dump" not in warning
     change_record(other / "history.json", step=40, tokens=9_600)
-    change_record(other / "run.json", identity={"knowledge": "another"})
+    change_record(other / "run.json", identity={"knowledge of the dump train": "another"})
     assert "they read different states of the dump train" in warnings_of(page(tmp_path, one, other))
-    change_record(other / "run.json", dump={**DUMP, "name": "code"})
-    assert "dumps: one train, two code." in warnings_of(page(tmp_path, one, other))
+    change_record(
+        other / "run.json", dumps=[{**DUMP, "name": name, "weight": share} for name, share in (("train", 0.7), ("code", 0.3))]
+    )
+    assert "dumps: one train, two train 0.7, code 0.3." in warnings_of(page(tmp_path, one, other))
     change_record(other / "history.json", finished=False, step=12)
     change_record(other / "run.json", identity={"number of steps": 40})
     text = page(tmp_path, one, other)
     assert "Not finished: two." in warnings_of(text) and cells(text, "The runs")["two"][2] == "12 of 40"
+
+
+def test_dumps_with_weights_and_what_was_chosen_of_them(tmp_path):
+    one, other, many = (write_run(tmp_path / name) for name in ("one", "two", "many"))
+    where, condition = "SELECT dump, sequence_id FROM sequences WHERE file < 'b'", "exp(tail_logprob) > 0.05"
+    dumps = [{**DUMP, "name": name, "weight": share} for name, share in (("news", 0.7), ("news-2", 0.3))]
+    change_record(other / "run.json", dumps=dumps, config={**CONFIG, "where": where, "positions_where": condition})
+    change_record(many / "run.json", dumps=[{**DUMP, "name": f"news-{number}", "weight": None} for number in range(9)])
+    text = page(tmp_path, one, other, many)
+    runs = cells(text, "The runs")
+    assert runs["two"][1] == "news 0.7 news-2 0.3 90 sequences"
+    assert runs["many"][1] == "news-0 news-1 news-2 news-3 and 5 more 90 sequences"
+    warning = warnings_of(text)
+    assert "dumps: one train, two news 0.7, news-2 0.3, many news-0, news-1, news-2, news-3, and 5 more" in warning
+    escaped = where.replace("<", "&lt;").replace("'", "&#x27;")
+    for what in ("sequences", "targets"):
+        assert f"other {what} were chosen for some than for others (below the table)" in warning
+    plain = re.sub("<[^>]*>", "", text)
+    assert f"two was trained on the sequences of {escaped}, and on the targets with exp(tail_logprob) &gt; 0.05." in plain
+    change_record(other / "run.json", several_teachers=True)
+    assert "news 0.7 news-2 0.3 teachers of one corpus" in cells(page(tmp_path, other), "The runs")["two"][1]
+
+
+def passages(text: str) -> list[tuple[str, str]]:
+    """What stands beside what in the section of samples, as plain text."""
+    section = text[text.index("What they write") :]
+    pairs = re.findall(r"<dt>(.*?)</dt><dd.*?>(.*?)</dd>", section[: section.index("</section>")], re.DOTALL)
+    return [(re.sub("<[^>]*>", "", label), re.sub("<[^>]*>", "", words)) for label, words in pairs]
+
+
+def test_what_students_write_stands_beside_the_text_and_the_teacher(tmp_path):
+    folders = [write_run(tmp_path / name, measured=(3.2, 0.8)) for name in ("one", "two", "old")]
+    with_samples(folders[0], sample(" The daughter.\n\n\n\n\nNo"), sample("x", 9))
+    with_samples(folders[1], sample(""), sample("y", 9))
+    text = page(tmp_path, *folders)
+    assert passages(text)[:4] == [
+        ("before", "…Who lit the lamp?↵\n"),
+        ("the text", "·The keeper did."),
+        ("one", "·The daughter.↵ × 5\nNo"),
+        ("two", "nothing"),
+    ]
+    assert passages(text)[6:] == [("one", "x"), ("two", "y")]
+    expected = cells(text, "What they write")
+    assert expected["·The"] == ["·The 62% ·His↵ 3.1%"] and expected["·keeper"] == ["·daughter 40%"]
+    assert "No samples of <b>old</b>" in text and "did not continue the same texts" not in text
+    with_samples(folders[1], sample("", text="Another text"), sample("y", 9, positions=[{"token": "a", "candidates": []}]))
+    assert "did not continue the same texts" in page(tmp_path, *folders)
+    assert "keeps no candidates of the teacher" in page(tmp_path, folders[1], folders[0])
+    assert "What they write" not in page(tmp_path, folders[2])
+
+
+def test_samples_in_any_script(tmp_path):
+    """Joiners and marks, without which some scripts are misspelt, stay; what turns or hides text around it is spelled out."""
+    scripts = ["الحارس\u200cها", "चिराग़ क्\u200dष", "ភ្លើង\u200bបំភ្លឺ", "灯台守", "👩\u200d👧", "שלום"]
+    odd = ["\x00\x1b[31m", "\u202etxt.exe", "\ud800", "\x85"]
+    written = "".join(scripts + odd)
+    folder = with_samples(write_run(tmp_path / "one", measured=(3.2, 0.8)), sample(written))
+    change_record(folder / "run.json", versions={"half a character": "\ud800"})
+    text = page(tmp_path, folder)
+    [shown] = [words for label, words in passages(text) if label == "one"]
+    assert shown == "".join(scripts) + r"\x00\x1b[31m\u202etxt.exe\ud800\x85"
+    assert text.count('<dd dir="auto">') == 3 and "<bdi>" in text
 
 
 class Boxes(HTMLParser):
@@ -270,7 +357,7 @@ def test_nothing_is_wider_than_a_phone(tmp_path):
     folders = [
         write_run(tmp_path / name, measured=(3.2, 0.8), exam=answered(0.2)) for name in ("one", "a-run-with-a-long-name" * 3)
     ]
-    text = page(tmp_path, *folders)
+    text = page(tmp_path, *(with_samples(folder, sample("word" * 200)) for folder in folders))
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     boxes = Boxes(text)
     assert boxes.around == []
@@ -282,6 +369,8 @@ def test_nothing_is_wider_than_a_phone(tmp_path):
     narrow = style[style.index("@media (max-width: 640px)") :]
     for rule in ("position: sticky", "dl { grid-template-columns: minmax(0, 1fr); }", "minmax(min(200px, 100%), 1fr)"):
         assert rule in narrow
+    for rule in ("dl.texts dd { white-space: pre-wrap; }", "dd { margin: 0; white-space: normal; overflow-wrap: anywhere; }"):
+        assert rule in style
 
 
 def test_differences_are_paired(tmp_path):
@@ -465,10 +554,11 @@ def test_no_text_of_a_file_gets_into_the_page_as_it_is(tmp_path):
     """Every text in the three files, the names of folders and files, and keys that are free to choose."""
     hostile = "<script>alert(1)</script>\"'"
     folder = write_run(tmp_path / "<script>$\\x$", measured=(3.2, 0.8), exam=answered(0.2))
+    with_samples(folder, sample("x"))
     for path in (folder / "run.json", *folder.glob("evaluations/*.json")):
         record = json.loads(path.read_text())
         if path.name == "run.json":
-            record["config"] |= {"tail": "draws", "calibration": "c.json", hostile: 1}
+            record["config"] |= {"tail": "draws", "calibration": "c.json", "where": "a", "positions_where": "b", hostile: 1}
             record["sequences"][hostile] = 1
         record["versions"][hostile] = "1"
         for place in strings(record):

@@ -23,9 +23,10 @@ from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
 from student_train.losses.table import LOSSES
 from student_train.training.configuration import TrainConfig
-from student_train.training.dataset import DistillationDataset, padding_batch, split_ordinals
+from student_train.training.dataset import DistillationDataset, padding_batch
 from student_train.training.dump_facts import describe_dump
 from student_train.training.knowledge import columns_read
+from student_train.training.split import split_ordinals
 from student_train.training.vocabulary import check_student
 from teacher_dump import DumpConfig, dump
 

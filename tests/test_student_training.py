@@ -88,7 +88,7 @@ def test_what_a_run_leaves(settings, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "run").get_vocab() == make_tokenizer().get_vocab()
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["config"] == json.loads(json.dumps(TrainConfig(**settings).__dict__))
-    assert run["dump"]["name"] == "train" and run["versions"]["torch"] == torch.__version__
+    assert [dump["name"] for dump in run["dumps"]] == ["train"] and run["versions"]["torch"] == torch.__version__
 
 
 def test_accumulation_and_workers_change_nothing(settings, tmp_path):
@@ -397,7 +397,7 @@ def test_a_loss_without_its_knowledge_is_refused(settings, monkeypatch, tmp_path
         ({"precision": "int8"}, "--precision"),
         ({"schedule": "square"}, "--schedule"),
         ({"dump": "absent"}, "absent"),
-        ({"dump": None}, "heldout"),
+        ({"dump": ()}, "heldout"),
         ({"student": "/no/such/student"}, "there is no folder"),
         ({"report_to": "nobody"}, "nobody"),
     ],

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, make_tokenizer
+from torch.utils.data import DataLoader
 from torture.heartbeat import PATIENCE
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from knowledge_store import KnowledgeStore
-from student_train import DistillationTrainer
+from knowledge_store.errors import InputError
+from knowledge_store.reading.batches import Batches
+from student_train import (
+    DistillationCollator,
+    DistillationDataset,
+    DistillationTrainer,
+    cross_entropy,
+    forward_kl,
+    select_targets,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +48,11 @@ SHARED = {
 }
 # A float32 sum in another order; Adam makes more of it with every step.
 TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def store(store_folder) -> KnowledgeStore:
+    return KnowledgeStore.open(store_folder)
 
 
 def load(student: Path) -> AutoModelForCausalLM:
@@ -90,9 +108,8 @@ leave_processes()
 """
 
 
-def test_three_trainers_have_one_loss_curve(store_folder, student, tmp_path):
+def test_three_trainers_have_one_loss_curve(store, store_folder, student, tmp_path):
     """Two processes with accumulation, of plain transformers, TRL and the command: the curve of one process without."""
-    store = KnowledgeStore.open(store_folder)
     assert store.sequence_count("train") % 4  # the last step of an epoch is short
     alone = DistillationTrainer(load(student), args=arguments(tmp_path / "alone"), store=store, dump="train")
     alone.train()
@@ -113,3 +130,191 @@ def test_three_trainers_have_one_loss_curve(store_folder, student, tmp_path):
     assert len(expected) == STEPS and expected[-1] < expected[0] - 0.1
     for name in ("plain", "trl", "run"):
         assert curves[name] == pytest.approx(expected, abs=TOLERANCE), name
+
+
+class StopAt(TrainerCallback):
+    """Stops training after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_save = control.should_training_stop = True
+
+
+def test_a_trainer_resumes_with_the_sequences_that_come_next(store, student, tmp_path, monkeypatch):
+    """Over two epochs, stopped in the middle of the second one; nothing that was read is read again."""
+    settings = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+
+    def trained(folder: str, resume: bool = False, stop: int = 0, **changes) -> DistillationTrainer:
+        given = arguments(tmp_path / folder, **settings | changes)
+        trainer = DistillationTrainer(load(student), given, store=store, dump="train", callbacks=[StopAt(stop)])
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = trained("whole")
+    steps = 2 * -(-store.sequence_count("train") // 6)
+    assert whole.state.global_step == steps == whole.state.max_steps and whole.state.epoch == 2
+    stop = steps // 2 + 2
+    first = trained("run", stop=stop)
+    assert losses(first) == losses(whole)[:stop]
+    read: list[int] = []
+    batch_at = Batches.__getitem__
+    monkeypatch.setattr(Batches, "__getitem__", lambda self, step: read.append(step) or batch_at(self, step))
+    second = trained("run", resume=True, dataloader_num_workers=0)
+    assert losses(second) == losses(whole)
+    left = range(2 * (stop - steps // 2), -(-store.sequence_count("train") // 3))
+    assert read == [0, *left]  # after a look at what the dump holds
+    worked = trained("run", resume=True, dataloader_num_workers=1, dataloader_persistent_workers=True)
+    assert losses(worked) == losses(whole)
+
+    state = tmp_path / "run" / f"checkpoint-{stop}" / "trainer_state.json"
+    state.write_text(state.read_text().replace(str(store.snapshot("train")), "7"))
+    with pytest.raises(InputError, match="other sequences in train than when this training began"):
+        trained("run", resume=str(state.parent))
+
+
+def test_evaluations_are_means_over_targets(store, student, tmp_path):
+    """Of a dump, of rows of one's own, and of several by name; predictions are there where they are asked for."""
+    heldout = DistillationDataset(store, "heldout", batch_size=3, shuffle=False)
+    model = load(student)
+    sums = count = 0
+    with torch.no_grad():
+        for batch in heldout:
+            logits, targets = select_targets(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch)
+            sums = sums + torch.stack([f(logits, targets).sum() for f in (forward_kl, cross_entropy)])
+            count += len(logits)
+    expected = (sums / count).tolist()
+    seen = []
+
+    def accuracy(prediction) -> dict[str, float]:
+        labels = prediction.label_ids[:, 1:]
+        seen.append(int((labels != -100).sum()))
+        return {"accuracy": float((prediction.predictions[:, :-1].argmax(-1) == labels)[labels != -100].mean())}
+
+    given = arguments(tmp_path, eval_strategy="steps", eval_steps=2, max_steps=2, per_device_eval_batch_size=4)
+    named = {"rows": rows_of(store, "heldout"), "dump": heldout}
+    trainer = DistillationTrainer(model, given, eval_dataset=heldout, store=store, dump="train", compute_metrics=accuracy)
+    before = trainer.evaluate()
+    assert [before["eval_loss"], before["eval_nll"]] == pytest.approx(expected, abs=1e-5)
+    assert 0 <= before["eval_accuracy"] <= 1 and before["eval_kl"] <= before["eval_loss"] and seen == [count]
+    trainer.train()
+    [after] = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert after["eval_loss"] != before["eval_loss"]
+    both = DistillationTrainer(load(student), given, eval_dataset=named, store=store, dump="heldout", ce_weight=0.25).evaluate()
+    for name in named:
+        mixed = 0.75 * expected[0] + 0.25 * expected[1]
+        assert both[f"eval_{name}_loss"] == pytest.approx(mixed, abs=1e-5)
+        assert both[f"eval_{name}_nll"] == pytest.approx(expected[1], abs=1e-5)
+    assert trainer.predict(heldout).predictions.shape[0] >= heldout.sequences
+
+
+def rows_of(store: KnowledgeStore, dump: str) -> list[dict]:
+    """A dump's sequences as a tokeniser's rows."""
+    ids = store.sequences(dump)["sequence_id"].to_pylist()
+    return [
+        {"input_ids": store[dump, place]["input_ids"].tolist(), "sequence_id": ids[place], "note": "unused"}
+        for place in range(len(ids))
+    ]
+
+
+def test_rows_of_ones_own_are_the_dumps(store, student, tmp_path):
+    """By the plain trainer's own loader: in order the same curve as the dump's sequences in order."""
+    rows = rows_of(store, "train")
+    by_tokens = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
+    settings = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2, "max_steps": 6}
+    curves = []
+    for data, changes in (
+        (None, {}),
+        (rows, {}),
+        (by_tokens, {"remove_unused_columns": False, "dataloader_num_workers": 1}),
+    ):
+        given = arguments(tmp_path, **settings | changes)
+        trainer = DistillationTrainer(load(student), given, train_dataset=data, store=store, dump="train")
+        trainer.train()
+        curves.append(losses(trainer))
+    assert curves[1] == curves[0] and curves[2] == curves[0]
+    grouped = DistillationTrainer(
+        load(student),
+        arguments(tmp_path, train_sampling_strategy="group_by_length", max_steps=2),
+        train_dataset=rows,
+        store=store,
+        dump="train",
+    )
+    assert grouped.train().global_step == 2
+    strange = [*rows[:3], {"input_ids": [1, 2, 3]}, rows[4], {"input_ids": [5]}]
+    with pytest.raises(InputError, match="2 of 6 rows are not in the dump train; the first is row 3"):
+        DistillationTrainer(load(student), arguments(tmp_path), train_dataset=strange, store=store, dump="train")
+
+
+def test_the_collator_joins_rows_with_the_store(store):
+    rows, collator = rows_of(store, "train"), DistillationCollator(store, "train")
+    stored = [store["train", place] for place in range(3)]
+    ids = [row["input_ids"] for row in rows[:3]]
+    width = max(map(len, ids)) + 2
+    padded = [[0] * (width - len(ids[0])) + ids[0], ids[1] + [0] * (width - len(ids[1]))]
+    masks = [[0] * (width - len(ids[0])) + [1] * len(ids[0]), [1] * len(ids[1]) + [0] * (width - len(ids[1]))]
+    labels = torch.tensor(ids[2])
+    labels[: len(labels) // 2] = -100
+    batch = collator(
+        [
+            {"input_ids": padded[0], "attention_mask": masks[0], "labels": padded[0]},  # padded on the left
+            {"input_ids": padded[1], "attention_mask": masks[1], "sequence_id": rows[1]["sequence_id"]},  # on the right
+            {"input_ids": torch.tensor(ids[2]), "labels": labels},
+            {"sequence_id": rows[1]["sequence_id"]},
+        ]
+    )
+    assert batch["sequence_id"].tolist() == [rows[place]["sequence_id"] for place in (0, 1, 2, 1)]
+    for place in range(3):
+        length = len(ids[place])
+        assert batch["attention_mask"][place].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+        assert batch["input_ids"][place, :length].tolist() == ids[place]
+        assert np.array_equal(batch["candidate_ids"][place, :length].numpy(), stored[place]["candidate_ids"])
+    assert batch["is_target"][0, : len(ids[0])].tolist() == stored[0]["is_target"].tolist()
+    kept = stored[2]["is_target"] & (labels != -100).numpy()
+    assert batch["is_target"][2, : len(kept)].tolist() == kept.tolist() and kept.any()
+    assert torch.equal(batch["labels"] != -100, batch["is_target"])
+    assert collator.missing([*rows, {"input_ids": [4]}]) == [len(rows)]
+    loader = DataLoader(rows, batch_size=4, collate_fn=collator, num_workers=2)
+    assert [part["sequence_id"].tolist() for part in loader] == [
+        [row["sequence_id"] for row in rows[start : start + 4]] for start in range(0, len(rows), 4)
+    ]
+    assert pickle.loads(pickle.dumps(collator))(rows[:2])["sequence_id"].tolist() == batch["sequence_id"].tolist()[:2]
+    for wrong, message in (
+        ([rows[0], {"input_ids": [1, 2]}], "1 of 2 rows of a batch are not in the dump train; the first is row 1, of 2 tokens"),
+        ([{"input_ids": ids[0], "sequence_id": rows[1]["sequence_id"]}], "not the tokens that the dump train has under it"),
+        ([{"input_ids": ids[0], "labels": [*ids[0][1:], 0]}], "labels are not shifted"),
+        ([{"text": "a lamp"}], "neither input_ids nor sequence_id, only text"),
+    ):
+        with pytest.raises(InputError, match=message):
+            collator(wrong)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        ({"loss": "nonsense"}, {}, "there is no loss 'nonsense'"),
+        ({"loss_options": {"heat": 2.0}}, {}, "the loss forward-kl takes no 'heat': it takes temperature, tail"),
+        ({"loss_options": {"temperature": -1.0}}, {}, "temperature"),
+        ({"dump": None}, {}, "heldout"),
+        ({"store": None}, {}, "a trainer needs a store to learn from"),
+        ({"data_collator": print}, {}, "data_collator is made here"),
+        ({"train_dataset": [{"input_ids": [1]}], "ordinals": np.arange(2)}, {}, "ordinals goes with the dump's own sequences"),
+        ({"compute_loss_func": print}, {}, "compute_loss_func does not go with learning from a store"),
+        ({}, {"label_smoothing_factor": 0.1}, 'label_smoothing_factor .* choose loss="label-smoothing"'),
+        ({}, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy='group_by_length' does not go"),
+        ({}, {"dataloader_drop_last": True}, "dataloader_drop_last"),
+        ({}, {"accelerator_config": {"split_batches": True}}, "split_batches"),
+    ],
+)
+def test_what_does_not_fit_is_refused(store, student, tmp_path, options, settings, message):
+    given = {"store": store, "dump": "train", **options}
+    with pytest.raises(InputError, match=message):
+        DistillationTrainer(load(student), arguments(tmp_path / "trainer", **settings), **given)
+
+
+def test_another_vocabulary_is_refused(store, student, tmp_path):
+    tokenizer = make_tokenizer(extra_words=("zebra",))
+    with pytest.raises(InputError, match="the vocabulary of the student is not that of the dump train"):
+        DistillationTrainer(load(student), arguments(tmp_path), store=store, dump="train", processing_class=tokenizer)

@@ -51,18 +51,18 @@ def choose_targets(
     reporter: Reporter = SILENT,
 ) -> ChosenTargets:
     """See `KnowledgeStore.choose_targets`."""
-    check_condition(dumps, condition, names)
     masks: dict[str, TargetMask] = {}
     targets: dict[str, np.ndarray] = {}
     digest = hashlib.sha256()
     for name in names:
         numbers = Numbers(dumps, name)
         mask, targets[name] = TargetMask.empty(numbers.lengths), numbers.targets
-        query = f'SELECT sequence_id, "position" FROM ({_conditions(dumps.manifest(name), condition)}) WHERE chosen'
+        query = f"SELECT * FROM ({_conditions(dumps.manifest(name), condition)}) WHERE chosen"
         with (
             reporter.progress(f"choosing targets of {name}", len(numbers.ids), "sequences") as advance,
             answered(dumps, query, memory_limit, timeout, reporter.note) as reader,
         ):
+            _check_truth(reader.schema, condition)
             done = 0
             for batch in reader:
                 if len(batch):

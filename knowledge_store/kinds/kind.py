@@ -159,7 +159,7 @@ class Kind:
         facts: what the relation `dumps` has of it besides the statistics: columns "KIND.NAME".
         of_text: the arrays of a batch that say what the teacher read, the same for every teacher of a corpus. The others are
             what it knows.
-        target: the column, and the array of a batch, that says which rows count for training; None where all do.
+        target: the column, and the array of a batch, of bool, that says which rows count for training; None where all do.
         repeated: what conditions on its rows may name besides its columns; None for nothing.
         show: header and rows of a table that shows a sequence to a person, given its arrays and the text of a token id.
     """

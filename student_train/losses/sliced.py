@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from student_train.losses.head import has_plain_head, head_at, in_place_of_head, untouched
-from student_train.losses.targets import Batch, Targets, predicting, targets_of
+from student_train.losses.targets import Batch, Targets, predicting
+from student_train.losses.teachers import weighted_loss
 
 # Of the logits of one slice. Each slice adds to the whole gradient of the head's weight, which must not take long beside its
 # product: at a vocabulary of 262,144 a step with slices of 64 positions took 1.2 times as long as one with 256.
 SLICE_BYTES = 256 * 2**20
 ACCELERATOR_SLICE_BYTES = 512 * 2**20
 
-# A slice's logits (n, V) and which of the N positions they are of; to what they add to the result.
+# From a slice's logits (n, V), and which of the N positions they are of, to what they add to the result.
 Share = Callable[[Tensor, slice], Tensor]
 Prepare = Callable[[int], Share]
 
@@ -45,8 +47,9 @@ def sliced_loss(
 ) -> Tensor:
     """The model's forward pass and the mean of a loss over a batch's targets, without ever holding all the logits.
 
-    The same, in value and gradients, as `function(*select_targets(model(…).logits, batch), **options).mean()`. Gradients
-    are computed on the way (none within `torch.no_grad()`), and `backward()` can be called once.
+    The same, in value and gradients, as `function(*select_targets(model(…).logits, batch), **options).mean()`; of a batch of
+    several teachers, the sum of that over them by their weights (see `teachers`). Gradients are computed on the way (none
+    within `torch.no_grad()`), and `backward()` can be called once.
 
     Args:
         model: a causal language model of transformers, or one within a wrapper whose `.module` it is.
@@ -62,8 +65,8 @@ def sliced_loss(
     """
 
     def prepare(vocabulary: int) -> Share:
-        targets = targets_of(batch, vocabulary, recalibrate)
-        return lambda logits, rows: function(logits, targets.part(rows), **options).sum()
+        values = weighted_loss(partial(function, **options), batch, vocabulary, recalibrate)
+        return lambda logits, rows: values(logits, rows).sum()
 
     total = sum_over_slices(model, batch, prepare)
     if count is None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from student_train.losses.divergences import cross_entropy, token_nll
 from student_train.losses.table import TEXT, Loss
-from student_train.losses.targets import Batch, Targets, predicting_logits, select_targets, target_tokens
+from student_train.losses.targets import Batch, Targets, predicting_logits, target_tokens
+from student_train.losses.teachers import weighted_loss
 
 
 def units(batch: Batch) -> dict[str, Tensor]:
@@ -91,8 +92,10 @@ def step_loss(
         return values.sum() / torch.as_tensor(counts[unit], device=values.device).clamp(min=1)
 
     if not loss.whole_batch:
-        logits, targets = select_targets(outputs[0].logits, batch, recalibrate)
-        return mean(per_target(loss, ce_weight=ce_weight, options=options)(logits, targets), "target")
+        logits = predicting_logits(outputs[0].logits, batch)
+        function = per_target(loss, ce_weight=ce_weight, options=options)
+        values = weighted_loss(function, batch, logits.shape[-1], recalibrate)(logits, slice(0, len(logits)))
+        return mean(values, "target")
     values = loss.function(*outputs, batch, **(options or {}))
     if loss.unit == "sequence":
         values = values[batch["sequence_id"] >= 0]

@@ -72,7 +72,13 @@ def target_tokens(batch: Batch) -> Tensor:
 
 
 def targets_of(batch: Batch, vocabulary_size: int, recalibrate: Callable[[Targets], Targets] | None = None) -> Targets:
-    """The `Targets` of `select_targets` alone, for a student whose head has logits for `vocabulary_size` tokens."""
+    """The `Targets` of `select_targets` alone, for a student whose head has logits for `vocabulary_size` tokens.
+
+    Raises:
+        ValueError: the batch holds several teachers' knowledge.
+    """
+    if "teacher_weights" in batch:
+        raise ValueError("this batch has several teachers: use sliced_loss, or take it apart with teachers_of")
     chosen = batch["is_target"][:, 1:].bool()
     tail = batch["tail_logprob"][:, 1:][chosen]
     draw_ids = draw_weights = None

@@ -16,7 +16,7 @@ from student_train.report import charts
 from student_train.report.evaluations import sections
 from student_train.report.overview import overview
 from student_train.report.provenance import provenance
-from student_train.report.runs import Run, folder_names, listed, read_folder, records
+from student_train.report.runs import Run, dumps_of, folder_names, listed, read_folder, records
 from student_train.report.samples import samples
 from student_train.report.style import FRAME, STYLE
 from student_train.report.training import costs, learning
@@ -46,7 +46,7 @@ def write_report(runs: Iterable[str | Path], output: str | Path) -> Path:
     temporary = output.with_name(f".tmp-{output.name}-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_bytes(page.encode("utf-8", "backslashreplace"))  # JSON may have half a character
         temporary.replace(output)
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror}") from error
@@ -55,7 +55,7 @@ def write_report(runs: Iterable[str | Path], output: str | Path) -> Path:
 
 def _page(runs: list[Run]) -> str:
     parts = [overview(runs), *sections(runs), *samples(runs), learning(runs), costs(runs)]
-    teachers = {str(record["dump"]["teacher"]) for run in runs for record in records(run) if "dump" in record}
+    teachers = {str(dump["teacher"]) for run in runs for record in records(run) for dump in dumps_of(record)}
     count = f"{len(runs)} student" + ("s" if len(runs) != 1 else "")
     lead = f"{count} of {listed(sorted(teachers))}" if teachers else count
     return FRAME.format(style=STYLE, lead=lead, sections="\n".join(part for part in parts if part), provenance=provenance(runs))

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from knowledge_store.quantities import counted, duration
 from student_train.report import charts
-from student_train.report.runs import Run, listed
-from student_train.training.run_folder import Record
+from student_train.report.runs import Run, dumps_of, listed
 
 # Runs of one length differ a little in tokens, by the sequences that their seeds put into it.
 ALIKE = 1.05
+
+SHOWN_DUMPS = 5
+
+# Options of a run that choose what of its dumps counts, and what they choose.
+CHOICES = {"where": "sequences", "positions_where": "targets"}
 
 # Options of a run that are worth a word where they matter: the field, the loss that takes it (None: any), and its word.
 _OPTIONS = [
@@ -30,13 +35,14 @@ def overview(runs: Sequence[Run]) -> str:
         return ""
     rows = [
         f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}</th>"
-        f"<td>{_objective(run)}{_small(_validation(run))}</td>"
-        f"<td>{html.escape(_dump(run))}{_small(_sequences(run))}</td>"
+        f'<td class="words">{_objective(run)}{_small(_validation(run))}</td>'
+        f'<td class="words">{_dumps_shown(run)}{_small(_sequences(run))}</td>'
         f"<td>{_steps(run)}{_small(_step_size(run))}</td><td>{_tokens(run)}</td><td>{_time(run)}</td><td>{_parameters(run)}</td>"
         "</tr>"
         for index, run in trained
     ]
     warnings = _warnings([run for _, run in trained])
+    choices = [f'<p class="note">{words}</p>' for _, run in trained if (words := _choice(run))]
     body = "\n".join(rows)
     return f"""
 <section>
@@ -44,9 +50,11 @@ def overview(runs: Sequence[Run]) -> str:
 <p>The validation loss is the run's own objective on documents that were kept out of its training: runs with different losses
 cannot be compared by it. Tokens seen are those that the student ran on, each time it did, without padding.</p>
 {"".join(f'<p class="missing">{warning}</p>' for warning in warnings)}
-<div class="scroll"><table><thead><tr><th></th><th>Loss<small>what is minimised</small></th><th>Dump</th><th>Steps</th>
-<th>Tokens seen</th><th>Time<small>wall clock, training</small></th><th>Parameters</th></tr></thead>
+<div class="scroll"><table><thead><tr><th></th><th>Loss<small>what is minimised</small></th>
+<th>Dumps<small>with their weights</small></th><th>Steps</th><th>Tokens seen</th>
+<th>Time<small>wall clock, training</small></th><th>Parameters</th></tr></thead>
 <tbody>{body}</tbody></table></div>
+{"".join(choices)}
 </section>"""
 
 
@@ -76,8 +84,40 @@ def _validation(run: Run) -> str:
     return f"validation loss {losses[-1]:.3f}" if losses else ""
 
 
+def _weighted(run: Run) -> list[str]:
+    """Which dumps it learned from, each with its weight where it has one: "news 0.7"."""
+    dumps = dumps_of(run.run)
+    return [f"{dump['name']} {dump['weight']:.3g}" if dump.get("weight") else str(dump["name"]) for dump in dumps]
+
+
 def _dump(run: Run) -> str:
-    return str(run.run.get("dump", {}).get("name", "–"))
+    """All of them in words: "news 0.7, code 0.3"."""
+    words = ", ".join(_weighted(run)) or "–"
+    return f"{words}, several teachers" if run.run.get("several_teachers") else words
+
+
+def _dumps_shown(run: Run, between: str = "<br>") -> str:
+    """The dumps, or the first of many, as HTML."""
+    words = _weighted(run)
+    if len(words) > SHOWN_DUMPS:
+        words = [*words[: SHOWN_DUMPS - 1], f"and {len(words) - SHOWN_DUMPS + 1:,} more"]
+    if run.run.get("several_teachers"):
+        words.append("teachers of one corpus")
+    return between.join(map(html.escape, words)) or "–"
+
+
+def _chosen(run: Run, option: str) -> str:
+    """What an option chose of the dumps, as HTML; "all" where it was not given."""
+    condition = run.run.get("config", {}).get(option)
+    return f"<code>{html.escape(str(condition))}</code>" if condition else "all"
+
+
+def _choice(run: Run) -> str:
+    """Which sequences and targets it was trained on, where they were chosen; as HTML."""
+    sequences, targets = (_chosen(run, option) for option in CHOICES)
+    parts = [] if sequences == "all" else [f"on the sequences of {sequences}"]
+    parts += [] if targets == "all" else [f"on the targets with {targets}"]
+    return f"<b>{html.escape(run.name)}</b> was trained {', and '.join(parts)}." if parts else ""
 
 
 def _sequences(run: Run) -> str:
@@ -125,7 +165,8 @@ def _warnings(runs: Sequence[Run]) -> list[str]:
     """What keeps a comparison of the students from being one of their losses, as HTML."""
     unfinished = [run.name for run in runs if run.history and not run.history.get("finished")]
     warnings = [f"Not finished: {listed(unfinished)}."] if unfinished else []
-    if differences := [text for text in (_different_steps(runs), _different_tokens(runs), _different_dumps(runs)) if text]:
+    differences = [_different_steps(runs), _different_tokens(runs), _different_dumps(runs)]
+    if differences := [text for text in (*differences, *_different_choices(runs)) if text]:
         warnings.append(
             f"These runs were not trained alike: {'; '.join(differences)}. Differences between the students may come from that."
         )
@@ -146,10 +187,21 @@ def _different_tokens(runs: Sequence[Run]) -> str:
 def _different_dumps(runs: Sequence[Run]) -> str:
     names = {_dump(run) for run in runs if run.run}
     if len(names) > 1:
-        return _by_run("dumps", runs, lambda run: html.escape(_dump(run)))
-    identities: list[Record] = [run.run["identity"] for run in runs if run.run]
-    contents = {(str(identity.get("knowledge")), str(identity.get("committed sequences"))) for identity in identities}
+        return _by_run("dumps", runs, partial(_dumps_shown, between=", "))
+    contents = {
+        tuple(str(fact) for name, fact in run.run["identity"].items() if name.startswith(("knowledge of", "committed")))
+        for run in runs
+        if run.run
+    }
     return f"they read different states of the dump {listed(sorted(names))}" if len(contents) > 1 else ""
+
+
+def _different_choices(runs: Sequence[Run]) -> list[str]:
+    return [
+        f"other {what} were chosen for some than for others (below the table)"
+        for option, what in CHOICES.items()
+        if len({_chosen(run, option) for run in runs if run.run}) > 1
+    ]
 
 
 def _by_run(what: str, runs: Sequence[Run], shown: Callable[[Run], str]) -> str:

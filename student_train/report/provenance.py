@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from knowledge_store.quantities import duration
-from student_train.report.runs import Run, records
+from student_train.report.runs import Run, dumps_of, records
 from student_train.report.training import knowledge
 from student_train.training.run_folder import Record
 
@@ -16,8 +16,8 @@ def provenance(runs: list[Run]) -> str:
     dumps: dict[str, Record] = {}
     for run in runs:
         for record in records(run):
-            if "dump" in record:
-                dumps[record["dump"]["name"]] = record["dump"]
+            for dump in dumps_of(record):
+                dumps[dump["name"]] = dump
     stored = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(str(dump['teacher']))}</td><td>{dump['sequences']:,}</td>"
         f"<td>{dump['positions']:,}</td><td>{_bytes(dump)}</td><td>{dump['vocabulary_size']:,}</td></tr>"

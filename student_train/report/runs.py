@@ -47,6 +47,11 @@ def records(run: Run) -> list[Record]:
     return [run.run, *run.evaluations.values()]
 
 
+def dumps_of(record: Record) -> list[Record]:
+    """The facts of the dumps that a run learned from, or of the one that an evaluation read."""
+    return [*record.get("dumps", ()), *([record["dump"]] if "dump" in record else ())]
+
+
 def listed(names: Sequence[str]) -> str:
     marked = [f"<b>{html.escape(name)}</b>" for name in names]
     return marked[0] if len(marked) == 1 else f"{', '.join(marked[:-1])} and {marked[-1]}"

@@ -12,8 +12,11 @@ from student_train.report import charts
 from student_train.report.runs import Run, listed
 from student_train.training.run_folder import Record
 
+# Line breaks in a row that are shown one by one.
+MAX_SIGNS = 3
 # What is no character, or turns those after it around, is spelled out. Joiners and other marks, which scripts need, stay.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202d\u202e\ufeff\ufff9-\ufffb\ud800-\udfff]")
+_LINES = re.compile(r"\n+| +(?=\n|$)|^ +")
 _WHITE_SPACE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
@@ -57,10 +60,10 @@ what it expected after all of the text before that token, so only the first row 
 def _place(number: int, place: Place, written: Sequence[tuple[int, Run, Record]]) -> str:
     first = written[0][2]
     rows = [
-        ("before", ("…" if first["prompt_cut"] else "") + readable(place.prompt)),
-        ("the text", readable(place.text)),
+        ("before", ("…" if first["prompt_cut"] else "") + _passage(place.prompt)),
+        ("the text", _passage(place.text)),
         *(
-            (f"{charts.swatch(index)}{html.escape(run.name)}", readable(sample["written"]) or "<small>nothing</small>")
+            (f"{charts.swatch(index)}{html.escape(run.name)}", _passage(sample["written"]) or "<small>nothing</small>")
             for index, run, sample in written
         ),
     ]
@@ -90,5 +93,18 @@ def _token(text: str) -> str:
 
 
 def readable(text: str) -> str:
-    """Text of a model or a corpus as HTML; what cannot be seen, or would turn the text around it, is spelled out."""
+    """Characters as HTML; what cannot be seen, or would turn the text around it, is spelled out."""
     return html.escape(_UNSEEN.sub(lambda match: repr(match[0])[1:-1], text))
+
+
+def _passage(text: str) -> str:
+    """Text of a corpus or of a model as HTML: white space at the ends of lines is seen, many empty lines are counted."""
+    return _LINES.sub(_signs, readable(text))
+
+
+def _signs(match: re.Match[str]) -> str:
+    signs = "".join(_WHITE_SPACE[character] for character in match[0])
+    if match[0][0] != "\n":
+        return f"<small>{signs}</small>"
+    counted = signs if len(signs) <= MAX_SIGNS else f"{signs[0]} × {len(signs):,}"
+    return f"<small>{counted}</small>\n"

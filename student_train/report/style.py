@@ -6,14 +6,14 @@ STYLE = """
   --sans: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   --paper: #fbfaf8; --card: #ffffff; --ink: #1d2126; --faint: #646c76; --grid: #e4e4e0; --good: #0b6b4f;
   --mark: #e6f3ee; --teacher: #8a8f98; --bad: #a5283f; --over: #d6455d; --under: #5b8def;
-  --series-1: #2f6bd0; --series-2: #d9722b; --series-3: #14866d; --series-4: #8e4ec6; --series-5: #c2375b;
+  --shade: #1d212626; --series-1: #2f6bd0; --series-2: #d9722b; --series-3: #14866d; --series-4: #8e4ec6; --series-5: #c2375b;
   --series-6: #8a7500;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --card: #1b1f25; --ink: #e9ebee; --faint: #9ba4af; --grid: #31373f; --good: #7fd8b8;
     --mark: #17342b; --teacher: #7d8590; --bad: #f28b9c; --over: #f0708a; --under: #86b0ff;
-    --series-1: #6ea3f5; --series-2: #f09a5c; --series-3: #4cc2a3; --series-4: #bd8cf0; --series-5: #f07896;
+    --shade: #e9ebee30; --series-1: #6ea3f5; --series-2: #f09a5c; --series-3: #4cc2a3; --series-4: #bd8cf0; --series-5: #f07896;
     --series-6: #d2bb4a;
   }
 }
@@ -40,7 +40,7 @@ th, td { text-align: right; padding: 10px 9px; border-bottom: 1px solid var(--gr
 th:first-child { text-align: left; padding-left: 0; }
 td { white-space: nowrap; }
 thead th { font-size: 14px; font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 600; white-space: nowrap; }
+tbody th { font-weight: 600; min-width: 9em; max-width: 18em; overflow-wrap: anywhere; }
 tbody tr:last-child th, tbody tr:last-child td { border-bottom: 0; }
 small { display: block; font-size: 12px; font-weight: 400; color: var(--faint); }
 td.best { font-weight: 700; color: var(--good); background: var(--mark); }
@@ -67,6 +67,10 @@ dd { margin: 0; white-space: normal; overflow-wrap: anywhere; }
 dl.texts { gap: 8px 18px; font-size: 15px; margin: 10px 0 14px; }
 dl.texts dt { max-width: 16em; overflow-wrap: anywhere; }
 dl.texts dd { white-space: pre-wrap; }
+dl.texts dd small { display: inline; opacity: 0.7; }
+td.words { white-space: normal; min-width: 8em; overflow-wrap: anywhere; }
+p.note code { overflow-wrap: anywhere; }
+table.candidates { width: auto; }
 .candidates td { white-space: normal; text-align: left; }
 .candidates th:first-child + th { text-align: left; }
 .candidates span { display: inline-block; margin-right: 14px; color: var(--faint); white-space: nowrap; }
@@ -83,11 +87,16 @@ code { font: 0.92em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
   /* The names of rows stay in sight while a table is scrolled. */
   th:first-child:not([colspan]) { position: sticky; left: 0; z-index: 1; min-width: 7em; max-width: 36vw; white-space: normal;
     overflow-wrap: anywhere; background: var(--card); }
+  /* A shade at the edge behind which there is more; what lies over it moves with the table. */
+  .scroll { background: linear-gradient(to left, var(--card) 40%, transparent) right / 36px 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / 16px 100% no-repeat scroll; }
   /* Shrunk to a phone's width, the words in a wide picture could not be read: it is scrolled as tables are. */
   .scroll > figure svg { max-width: none; width: 720px !important; }
   .row { grid-template-columns: repeat(auto-fill, minmax(min(200px, 100%), 1fr)); }
   dl { grid-template-columns: minmax(0, 1fr); }
   dd { margin-bottom: 6px; }
+  dl.texts { gap: 0; }
+  dl.texts dd { margin-bottom: 10px; }
 }
 """
 

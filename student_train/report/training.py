@@ -7,7 +7,7 @@ import html
 from student_train.evaluation.figures import Curve
 from student_train.evaluation.kinds import FIGURES
 from student_train.report import charts
-from student_train.report.runs import Run, listed
+from student_train.report.runs import Run, dumps_of, listed
 from student_train.training.run_folder import Record
 
 TEXT_CURVE = Curve("eval_nll", "Loss on the text", "nats per token")
@@ -21,29 +21,29 @@ def costs(runs: list[Run]) -> str:
     rows = []
     words: dict[str, None] = {}
     for index, run in trained:
-        dump = run.run.get("dump", {})
-        size, positions, read = (dump.get(name) for name in ("bytes", "positions", "bytes_read"))
-        whole = 0
-        for kind, facts in dump.get("kinds", {}).items():
-            if kind in FIGURES and (whole_bytes := facts.get(FIGURES[kind].whole_bytes)):
-                whole += whole_bytes
-                words[FIGURES[kind].whole_words] = None
-        per_position = f"{size / positions:.1f}" if size and positions else "–"
-        used = f"<small>{read / positions:.1f} of what its loss reads</small>" if read and positions else ""
-        on_disk = f"{size / 1e6:,.2f} MB" if size else "–"
-        ratio = f"{whole / size:,.0f}×" if whole and size else "–"
-        rows.append(
-            f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}</th>"
-            f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(knowledge(dump))}</small></td>"
-            f"<td>{per_position}{used}</td><td>{on_disk}</td><td>{ratio}</td></tr>"
-        )
+        for dump in dumps_of(run.run):
+            size, positions, read = (dump.get(name) for name in ("bytes", "positions", "bytes_read"))
+            whole = 0
+            for kind, facts in dump.get("kinds", {}).items():
+                if kind in FIGURES and (whole_bytes := facts.get(FIGURES[kind].whole_bytes)):
+                    whole += whole_bytes
+                    words[FIGURES[kind].whole_words] = None
+            per_position = f"{size / positions:.1f}" if size and positions else "–"
+            used = f"<small>{read / positions:.1f} of what its loss reads</small>" if read and positions else ""
+            on_disk = f"{size / 1e6:,.2f} MB" if size else "–"
+            ratio = f"{whole / size:,.0f}×" if whole and size else "–"
+            rows.append(
+                f"<tr><th>{charts.swatch(index)}{html.escape(run.name)}</th>"
+                f"<td>{html.escape(str(dump.get('name', '–')))}<small>{html.escape(knowledge(dump))}</small></td>"
+                f"<td>{per_position}{used}</td><td>{on_disk}</td><td>{ratio}</td></tr>"
+            )
     body = "\n".join(rows)
     return f"""
 <section>
 <h2>What it cost</h2>
-<p>The dump that each run learned from, as it lies on disk, everything in it but the vocabulary. Beside it, how much more its
-knowledge would take if all of it were kept. {html.escape(" ".join(words))} In small type, what is left without the columns that
-the run's loss has no use for.</p>
+<p>The dumps that each run learned from, as they lie on disk, everything in them but the vocabulary. Beside it, how much more
+their knowledge would take if all of it were kept. {html.escape(" ".join(words))} In small type, what is left without the
+columns that the run's loss has no use for.</p>
 <div class="scroll"><table><thead><tr><th></th><th>Dump<small>its knowledge</small></th><th>Bytes<small>a position</small></th>
 <th>On disk</th><th>Kept whole<small>as many times that</small></th></tr></thead><tbody>{body}</tbody></table></div>
 </section>"""
@@ -62,7 +62,7 @@ def learning(runs: list[Run]) -> str:
     curves = [(index, run, run.history.get("entries", [])) for index, run in enumerate(runs)]
     declared = [*(curve for figures in FIGURES.values() for curve in figures.curves), TEXT_CURVE]
     shown = [curve for curve in declared if any(curve.name in entry for _, _, entries in curves for entry in entries)]
-    words = "Measured during training, on documents of the training dump that were kept out of it."
+    words = "Measured during training, on documents of the training dumps that were kept out of it."
     if not shown:
         shown = [Curve("loss", "Training loss", "the run's own objective, nats per target")]
         words = "No documents were kept out of training, so this is each run's own training loss."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,19 +46,16 @@ class DistillationCollator:
         self.dump = store.dump(dump)
         self.kinds = kinds
         self._opened = os.getpid()
-        self._read_index()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_ids", "_hashes")}
+        return {name: value for name, value in self.__dict__.items() if name != "_index"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._read_index()
-
-    def _read_index(self) -> None:
+    @cached_property
+    def _index(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Ids and hashes of the sequences, sorted, each with the ordinals that they are of."""
-        sequences = self.store.sequences(self.dump).select(["sequence_id", "token_hash"])
-        self._ids, self._hashes = (_sorted(sequences[name].to_numpy()) for name in ("sequence_id", "token_hash"))
+        columns = ["sequence_id", "token_hash"]
+        sequences = self.store.sequences(self.dump, columns)
+        return {name: _sorted(sequences[name].to_numpy()) for name in columns}
 
     def missing(self, rows: Iterable[Row]) -> list[int]:
         """The numbers, counted from 0, of the rows that the dump does not hold."""
@@ -92,12 +90,12 @@ class DistillationCollator:
     def _ordinal(self, row: Row) -> int | None:
         """Of the sequence that a row is; None where the dump has none."""
         if row.get("sequence_id") is not None:
-            return _find(self._ids, np.int64(row["sequence_id"]))
+            return _find(self._index["sequence_id"], np.int64(row["sequence_id"]))
         if "input_ids" not in row:
             raise InputError(
                 f"a row has neither input_ids nor sequence_id, only {', '.join(row) or 'nothing'}: tokenise it first"
             )
-        return _find(self._hashes, np.uint64(token_hash(_unpadded(row, "input_ids"))))
+        return _find(self._index["token_hash"], np.uint64(token_hash(_unpadded(row, "input_ids"))))
 
     def _apply(self, batch: dict[str, Any], number: int, row: Row) -> None:
         """Check a row's tokens against the batch's, and take away the targets that it does not want."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 
-from knowledge_store.configuration import DumpOptions, GgufOptions, StoreOptions
+from knowledge_store.configuration import GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
 from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
@@ -31,12 +31,34 @@ class InitialiseConfig(GgufOptions):
 
 
 @dataclass(frozen=True)
-class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
-    """A training run; each field is an option of `student-train run`."""
+class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
+    """A training run; each field is an option of `student-train run`. In Python, `dump` may be one name as it is."""
 
     student: str = option(help="Folder or hub id of the model to train.")
     output: str = option(metavar="<path>", help="Folder of the run, which becomes the trained model.")
     _: KW_ONLY
+    dump: tuple[str, ...] = option(
+        (),
+        metavar="NAME[=WEIGHT]",
+        names_dump=True,
+        help="Dump to train on, maybe with its share of an epoch as a weight. It may be given several times, be a pattern such"
+        " as 'news-*', and be left out when the store has only one.",
+    )
+    teachers: str | None = option(
+        None,
+        metavar="NAME=WEIGHT,…",
+        help="Dumps of several teachers of one corpus, to learn from the weighted sum of the teachers, instead of --dump.",
+    )
+    where: str | None = option(
+        None,
+        metavar="SELECT",
+        help="SELECT statement that gives dump and sequence_id of the sequences to train on.",
+    )
+    positions_where: str | None = option(
+        None,
+        metavar="CONDITION",
+        help="Condition in SQL on the columns of positions and candidates: of the targets, only those that meet it count.",
+    )
     loss: str = option("forward-kl", metavar="LOSS", help=f"The loss to minimise: {', '.join(LOSSES)}.")
     ce_weight: float = option(0.0, min=0, max=1, help="Share of cross-entropy in the loss, from 0 to 1.")
     temperature: float = option(1.0, above=0, help="Temperature of the divergences and of top-k-renormalised.")
@@ -113,6 +135,10 @@ class TrainConfig(BatchOptions, GgufOptions, DumpOptions, StoreOptions):
         help="A setting of transformers.TrainingArguments, such as optim=adafactor or gradient_checkpointing=true; JSON for"
         " dictionaries and lists. May be repeated.",
     )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dump, str):
+            object.__setattr__(self, "dump", (self.dump,))
 
     def loss_options(self) -> dict[str, float | str]:
         """Keyword arguments for the chosen loss."""

@@ -1,4 +1,4 @@
-"""A store's batches as tensors, and the split into training and evaluation.
+"""A store's batches as tensors.
 
 The store decides the order, a pure function of (seed, epoch), and gives any step of it at once; this module only carries
 it. Worker processes of a `DataLoader` take every so-manyth step, in the order in which the loader asks them, so no batch
@@ -8,14 +8,12 @@ is lost, repeated or reordered for any number of workers, and none is read twice
 from __future__ import annotations
 
 import copy
-import hashlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -24,7 +22,6 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.reading.mixture import Named
 from knowledge_store.reading.order import step_count
-from knowledge_store.reading.ordinals import AllBut
 from knowledge_store.reading.plan import ReadPlan
 from student_train.training.ranks import rank_and_world_size, refuse_another_division
 
@@ -69,10 +66,8 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             raise InputError("give both rank and world_size, or neither")
         self.store = store
         self.dump = dump
-        self._found = rank is None or world_size is None
-        self._plan = (
-            ReadPlan(**plan) if rank is None or world_size is None else ReadPlan(rank=rank, world_size=world_size, **plan)
-        )
+        self._found = rank is None  # in each use
+        self._plan = ReadPlan(rank=rank or 0, world_size=1 if world_size is None else world_size, **plan)
         self.endless = endless
         batches = store.read(self._plan, dump)
         self.dumps, self.snapshot, self.sequences = batches.dumps, batches.state["snapshot"], len(batches.order)
@@ -194,49 +189,3 @@ def padding_batch(like: dict[str, Any]) -> dict[str, Any]:
         result["labels"].fill_(IGNORED)
         result["attention_mask"].fill_(0)[:, :1] = 1
     return result
-
-
-def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fraction: float) -> tuple[AllBut, np.ndarray]:
-    """Divide a dump's sequences into those to train on and those to evaluate on, by document.
-
-    A row of the corpus goes to one side whole, with all its parts and windows, chosen by a hash of its file and row:
-    the same rows on every machine, in every run, and for every teacher's dump of that corpus.
-
-    Args:
-        store: an open store.
-        dump: which dump; may be left out when there is one.
-        eval_fraction: share of the rows to evaluate on, in [0, 1). Above 0 it is at least one row.
-
-    Returns:
-        The ordinals to train on, as all but the others, and the others, ascending, int64; none for a fraction of 0.
-
-    Raises:
-        InputError: the fraction is out of range, or nothing would be left to train on.
-    """
-    if not 0 <= eval_fraction < 1:
-        raise InputError(f"--eval-fraction must be at least 0 and below 1, not {eval_fraction}")
-    name = store.dump(dump)
-    if not eval_fraction:
-        return AllBut(store.sequence_count(name)), np.empty(0, np.int64)
-    ranks, rows = _ranked_rows(store.sequences(name, ["file", "row"]))
-    documents = len(ranks)
-    count = max(1, round(eval_fraction * documents))
-    if count >= documents:
-        raise InputError(
-            f"the dump {name} has {documents} document(s), so --eval-fraction {eval_fraction} leaves none to train"
-            " on: use --eval-fraction 0"
-        )
-    held_out = np.flatnonzero(ranks[rows] <= np.partition(ranks, count - 1)[count - 1])
-    return AllBut(len(rows), held_out), held_out
-
-
-def _ranked_rows(sequences: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each row of the corpus by which rows are ranked, uint64, and which of them each sequence is of."""
-    files, row = sequences["file"].combine_chunks().dictionary_encode(), sequences["row"].to_numpy()
-    file = files.indices.to_numpy(zero_copy_only=False)
-    changes = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0))  # in the order of documents
-    names = [name.as_py() for name in files.dictionary]
-    keys = (f"{names[code]}\n{number}".encode() for code, number in zip(file[changes], row[changes], strict=True))
-    digests = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
-    ranks = np.fromiter(digests, np.uint64, len(changes))
-    return ranks, np.repeat(np.arange(len(changes)), np.diff(changes, append=len(row)))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.catalogue.summary import DumpSummary
 from knowledge_store.kinds.field import KEYS
+from knowledge_store.reading.order import epoch_shares
+from student_train.training.mixture import Mixture
 
 
 def describe_dump(store: KnowledgeStore, dump: str, columns: Mapping[str, Collection[str]] | None = None) -> dict[str, Any]:
@@ -55,3 +61,70 @@ def _bytes_left_out(summary: DumpSummary, manifest: Manifest, columns: Mapping[s
             stored -= kind.stored_columns({*keys, *columns[name]}, manifest)
         left_out += sum(summary.column_bytes.get(f"{name}.{column}", 0) for column in stored)
     return left_out
+
+
+@dataclass(frozen=True)
+class DumpShare:
+    """What a run reads of one of its dumps.
+
+    Attributes:
+        sequences: that are trained on.
+        epoch: how many of them an epoch has.
+        run: how many of them the whole run has, about.
+        tokens: in these, about.
+    """
+
+    sequences: int
+    epoch: int
+    run: int
+    tokens: int
+
+    def __str__(self) -> str:
+        times = self.epoch / max(self.sequences, 1)
+        repeated = f"each {times:.2f} times" if times > 1 else "all of them" if times == 1 else f"a share of {times:.2f}"
+        return (
+            f"{self.epoch:,} sequences in an epoch, of {self.sequences:,} {repeated}; in the run about {self.run:,} sequences"
+            f" and {self.tokens:,} tokens"
+        )
+
+
+def dump_shares(
+    store: KnowledgeStore, mixture: Mixture, ordinals: Mapping[str, Any], sequences_per_step: int, steps: int
+) -> dict[str, DumpShare]:
+    """What a run reads of each dump of its corpus, by its name.
+
+    Args:
+        store: an open store.
+        mixture: the run's dumps.
+        ordinals: of the sequences to train on, by dump.
+        sequences_per_step, steps: of the run.
+
+    Raises:
+        InputError: a dump with a weight has no sequence to train on, or gets none of an epoch.
+    """
+    counts = {dump: len(ordinals[dump]) for dump in mixture.corpus}
+    shares = epoch_shares(counts, None if mixture.teachers else mixture.shares)
+    total = sum(counts.values())
+    epochs, rest = divmod(steps, math.ceil(total / sequences_per_step))
+    read = epochs * total + min(rest * sequences_per_step, total)
+    result = {}
+    for (dump, count), share in zip(counts.items(), shares, strict=True):
+        lengths = store.sequences(dump)["length"].to_numpy()[np.asarray(ordinals[dump])]
+        of_run = round(read * share / total)
+        result[dump] = DumpShare(count, share, of_run, round(of_run * float(lengths.mean())) if count else 0)
+    return result
+
+
+def reading_lines(mixture: Mixture, shares: Mapping[str, DumpShare], steps: int, steps_per_epoch: int) -> list[str]:
+    """What a run reads, for a person: nothing where it reads one dump."""
+    if len(mixture.dumps) == 1:
+        return []
+    if mixture.teachers:
+        weights = ", ".join(f"{dump} {weight:.3g}" for dump, weight in (mixture.shares or {}).items())
+        lines = [
+            f"Each sequence of {mixture.dumps[0]} is read with what {len(mixture.dumps)} teachers said, by weights: {weights}."
+        ]
+    else:
+        lines = [f"{len(mixture.dumps)} dumps are read as one corpus."]
+    lines.append(f"An epoch has {steps_per_epoch:,} steps, and the run {steps:,}. Of each dump it reads:")
+    return lines + [f"{dump}: {share}." for dump, share in shares.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -57,39 +57,44 @@ def stop_at_ending(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     store: KnowledgeStore,
-    dump: str,
+    dumps: Sequence[str],
     *,
     keep_eos: bool = False,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Make a student's settings stop at the tokens that end a dump's targets, which it learns to end its texts with.
+    """Make a student's settings stop at the tokens that end the targets of dumps, which it learns to end its texts with.
 
     Where the generation settings lack such a token, it is put before those they have. The tokenizer's end-of-sequence token,
-    and that of the model's configuration, become the dump's where the dump has one alone, unless the chat template writes the
+    and that of the model's configuration, become the dumps' where they have one alone, unless the chat template writes the
     tokenizer's own: that still ends a turn then. Settings that stop already are left as they are.
 
     Args:
         student: changed in place, its settings alone.
         tokenizer: the student's; changed in place.
         store: an open store.
-        dump: which dump.
+        dumps: the dumps that it learns from, the one whose ending is to come first first.
         keep_eos: change nothing.
         reporter: hears what differs, and what becomes of it.
     """
     special = {*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    endings = ending_tokens(store, dump, special)
-    if endings is None:
-        return
+    found = {dump: tokens for dump in dumps if (tokens := ending_tokens(store, dump, special)) is not None}
+    if len({frozenset(tokens) for tokens in found.values()}) > 1:
+        how = "; ".join(f"{dump}: {_names(tokens, tokenizer)}" for dump, tokens in found.items())
+        reporter.note(f"The targets of the dumps do not end with the same special tokens ({how}).")
+    for dump, tokens in found.items():
+        if not tokens:
+            reporter.note(f"No special token ends the targets of {dump}: the student does not learn from it where a text ends.")
+    endings = list(dict.fromkeys(token for tokens in found.values() for token in tokens))
     if not endings:
-        reporter.note(f"No special token ends the targets of {dump}: the student does not learn from it where a text ends.")
         return
+    ended = " and ".join(dump for dump, tokens in found.items() if tokens)
     settings = student.generation_config or GenerationConfig()
     stops = _listed(settings.eos_token_id)
     if set(endings) <= set(stops):
         return
     both = [*endings, *(token for token in stops if token not in endings)]
     difference = (
-        f"The targets of {dump} end with {_names(endings, tokenizer)}, and the student's generation settings stop at"
+        f"The targets of {ended} end with {_names(endings, tokenizer)}, and the student's generation settings stop at"
         f" {_names(stops, tokenizer)}"
     )
     if keep_eos:

@@ -1,20 +1,25 @@
-"""Whether a dump holds what a run's loss needs, and what of the dump the run reads. Imports no torch."""
+"""Whether dumps hold what a run's loss needs, and what of a dump the run reads. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from student_train.losses.table import TEXT, TEXT_COLUMNS, Loss
 from student_train.training.calibration import usable_calibration, with_scale
+from student_train.training.choice import check_choice
 from student_train.training.configuration import TrainConfig, check_config
+from student_train.training.mixture import Mixture, resolve_mixture
 from student_train.training.model_folder import check_model_folder
-from student_train.training.positions import check_selection
-from student_train.training.run_folder import check_resume
+from student_train.training.positions import check_selection, check_selections
+from student_train.training.run_folder import check_folder, check_resume
 
-# What a kind's parameters have to allow for a loss that needs it, where the arrays of a batch do not say so.
+# What a kind's parameters have to allow for a loss that needs it, where the arrays of a batch do not say so: those of one dump,
+# and those of several that are read together.
 CHECKS: dict[str, Callable[[Manifest, TrainConfig, Loss], None]] = {"positions": check_selection}
+CHECKS_TOGETHER: dict[str, Callable[[Sequence[Manifest], TrainConfig, Loss], list[str]]] = {"positions": check_selections}
 
 
 def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss: Loss) -> None:
@@ -37,6 +42,48 @@ def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss:
             CHECKS[kind](manifest, config, loss)
 
 
+def check_mixture(store: KnowledgeStore, mixture: Mixture, config: TrainConfig, loss: Loss) -> list[str]:
+    """Refuse dumps that do not hold what a loss needs, or that cannot be read together.
+
+    Returns:
+        what a person should know of what is taken of them, in sentences.
+
+    Raises:
+        InputError: naming the dump, and what is missing; or the loss cannot learn from several teachers.
+    """
+    for dump in mixture.dumps:
+        check_knowledge(store, dump, config, loss)
+    if len(mixture.dumps) == 1:
+        return []
+    manifests = [store.manifest(dump) for dump in mixture.dumps]
+    sentences = _check_teachers(config, loss) if mixture.teachers else []
+    next(iter(store.batches(mixture.source, batch_size=1, shuffle=False, kinds=kinds_read(manifests[0], loss), **mixture.plan)))
+    return sentences + [
+        sentence
+        for kind in loss.kinds
+        if kind in CHECKS_TOGETHER
+        for sentence in CHECKS_TOGETHER[kind](manifests, config, loss)
+    ]
+
+
+def _check_teachers(config: TrainConfig, loss: Loss) -> list[str]:
+    """As `check_mixture`, what has to do with the loss alone."""
+    if loss.whole_batch:
+        raise InputError(
+            f"--teachers: the loss {config.loss} is of whole batches, which hold one teacher's knowledge: use --dump"
+        )
+    if not loss.columns:
+        raise InputError(f"--teachers: the loss {config.loss} learns nothing from a teacher: choose one dump with --dump")
+    if config.calibration is not None:
+        raise InputError("--teachers: a --calibration belongs to one teacher, and holds for no other: leave one of the two out")
+    if loss.draws:  # which have an estimate because it is linear in the teacher's distribution
+        return []
+    return [
+        f"With --teachers, {config.loss} is the weighted sum of its values for each teacher, not its value for their mixture:"
+        " for forward-kl alone the two teach the same."
+    ]
+
+
 def kinds_read(manifest: Manifest, loss: Loss) -> tuple[str, ...]:
     """The kinds of knowledge that a run reads: its loss's, and the one that has the text, where the loss runs on that."""
     with_text = (kind for kind in manifest.kinds if TEXT[0] in loss.inputs and TEXT[0] in KINDS[kind].arrays(manifest))
@@ -56,18 +103,22 @@ def columns_read(manifest: Manifest, config: TrainConfig, loss: Loss) -> dict[st
     return {kind: names & used for kind, names in columns.items()}
 
 
-def check_run(config: TrainConfig) -> tuple[KnowledgeStore, str, Loss]:
-    """The store, the name of the dump, and the loss of a run. What can be refused without loading a model is refused here.
+def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
+    """The store, the dumps and the loss of a run. What can be refused without loading a model is refused here.
 
     Raises:
         InputError: an option is out of range, the student's folder is missing, the calibration cannot be used, the store cannot
-            be opened, the output is something else than the folder of this run, or the dump does not hold what the loss needs.
+            be opened, the output is something else than the folder of this run, or a dump does not hold what the loss needs.
+        QueryError: what chooses from the dumps cannot be used.
     """
     loss = check_config(config)
     store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9))
-    dump = store.dump(config.dump)
-    check_knowledge(store, dump, config, loss)
-    calibration = usable_calibration(config, store.manifest(dump), loss)
+    mixture = resolve_mixture(config, store, check_folder(Path(config.output)))
+    check_mixture(store, mixture, config, loss)
+    calibration = usable_calibration(config, store.manifest(mixture.dumps[0]), loss)
+    for dump in mixture.dumps[1:]:
+        usable_calibration(config, store.manifest(dump), loss)
     check_model_folder(config.student, config.gguf_file)
-    check_resume(with_scale(config, calibration), store, dump, calibration.sha256 if calibration else None)
-    return store, dump, loss
+    check_choice(config, store, mixture.corpus, kinds_read(store.manifest(mixture.dumps[0]), loss))
+    check_resume(with_scale(config, calibration), store, mixture, calibration.sha256 if calibration else None)
+    return store, mixture, loss

@@ -10,6 +10,7 @@ so that the same sequences give the same gradient however they are cut into batc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,15 @@ from transformers.trainer_callback import ExportableState
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.reading.mixture import Named, named_dumps
+from knowledge_store.reading.plan import TargetMask
 from student_train.losses.divergences import forward_kl, token_nll
 from student_train.losses.head import has_plain_head
 from student_train.losses.sliced import Prepare, Share, sliced_loss, sum_over_slices
 from student_train.losses.step import per_target, run_student, step_loss, units
 from student_train.losses.table import TEXT
-from student_train.losses.targets import Targets, predicting_logits, target_tokens, targets_of
+from student_train.losses.targets import Targets, predicting_logits, target_tokens
+from student_train.losses.teachers import weighted_loss
 from student_train.training.collator import DistillationCollator
 from student_train.training.configuration import check_loss
 from student_train.training.context import check_context
@@ -64,9 +68,11 @@ class DistillationMixin(_Base):
         model, args, data_collator: as of the trainer; the collator is made here.
         train_dataset: rows of your own, or a `DistillationDataset` with its own batches; None for the dump's sequences.
         eval_dataset: the same, or several by name.
-        store, dump: what to learn from; the dump may be left out when there is one.
-        ordinals: of the dump's sequences, which to read (see `split_ordinals`); None for all.
-        group_by_length: sort so many of them by length at a time, so that batches have less padding; None does not.
+        store, dump: what to learn from: one dump, or several as `KnowledgeStore.batches` takes them; it may be left out when
+            there is one.
+        teachers: several dumps of one corpus instead, each with its weight in the loss.
+        ordinals, targets: which sequences to read and which targets count, by dump; as in `ReadPlan`. None for all.
+        group_by_length: sort so many sequences by length at a time, so that batches have less padding; None does not.
         loss: a name in `LOSSES`.
         ce_weight: share of cross-entropy in the loss, from 0 to 1.
         loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
@@ -87,8 +93,10 @@ class DistillationMixin(_Base):
         eval_dataset: Any = None,
         *,
         store: KnowledgeStore | None = None,
-        dump: str | None = None,
+        dump: Named = None,
+        teachers: Mapping[str, float] | None = None,
         ordinals: Any = None,
+        targets: Mapping[str, TargetMask] | None = None,
         group_by_length: int | None = None,
         loss: str = "forward-kl",
         ce_weight: float = 0.0,
@@ -97,38 +105,38 @@ class DistillationMixin(_Base):
         **named: Any,
     ) -> None:
         if isinstance(train_dataset, DistillationDataset):
-            store, dump = train_dataset.store, train_dataset.dumps[0]
+            store, dump = train_dataset.store, list(train_dataset.plan.teachers or train_dataset.dumps)
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
-        dump = store.dump(dump)
         config, self.distillation = check_loss(loss, ce_weight, loss_options or {})
-        check_knowledge(store, dump, config, self.distillation)
+        dumps, _ = named_dumps(list(teachers) if teachers else dump, store.dump)
+        for name in dumps:
+            check_knowledge(store, name, config, self.distillation)
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
-        manifest, on_text = store.manifest(dump), TEXT[0] in self.distillation.inputs
-        with_kl = on_text and keeps_candidates(manifest)
+        manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
+        with_kl = on_text and all(map(keeps_candidates, manifests))
         self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()))
+        self.dumps = tuple(dumps)
         self._source: dict[str, Any] = {"store": store, "dump": dump}
-        self._plan: dict[str, Any] = {"ordinals": ordinals, "kinds": kinds_read(manifest, self.distillation)}
+        chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets}
+        self._plan: dict[str, Any] = {**chosen, "kinds": kinds_read(manifests[0], self.distillation)}
         from_store = train_dataset is None
         if from_store:
             train_dataset = DistillationDataset(**self._source, **self._plan)
         reads_store = isinstance(train_dataset, DistillationDataset)
-        if group_by_length is not None and not from_store:
-            raise InputError(
-                "group_by_length sorts the dump's sequences, and train_dataset gives rows of its own: give a LengthGroupSampler"
-                " (TRAINERS.md, `Padding`), or the DistillationDataset its group_by_length"
-            )
         self._group_by_length = group_by_length
-        if ordinals is not None and not from_store:
-            raise InputError(
-                "ordinals choose among the dump's sequences, and train_dataset gives rows of its own: leave one out"
-            )
+        for name, value in (chosen | {"group_by_length": group_by_length}).items():
+            if value is not None and not from_store:
+                raise InputError(f"{name} goes with the dump's own sequences, and train_dataset is other ones: leave one out")
         if args is not None:
             check_arguments(args, named, from_store=reads_store)
         if data_collator is not None and not isinstance(data_collator, DistillationCollator):
             raise InputError("data_collator is made here, of store and dump: leave it out")
         if data_collator is None:
-            data_collator = DistillationCollator(store, dump, kinds=self._plan["kinds"])
+            data_collator = DistillationCollator(store, dumps[0], kinds=self._plan["kinds"])
+        rows = [part for part in _each(train_dataset) + _each(eval_dataset) if not isinstance(part, DistillationDataset)]
+        if rows and len(dumps) > 1:
+            raise InputError("rows of your own are looked for in one dump: name one")
 
         super().__init__(
             model,
@@ -149,7 +157,7 @@ class DistillationMixin(_Base):
         self._from_store = from_store
         # A step's counts are divided by in `compute_loss`, so the trainer divides by nothing more.
         self.model_accepts_loss_kwargs = True
-        self._check_model(store, dump)
+        self._check_model(store)
         for dataset in (self.train_dataset, *(_each(self.eval_dataset))):
             self._check_rows(dataset)
         self.add_callback(DumpSnapshots())
@@ -179,12 +187,13 @@ class DistillationMixin(_Base):
             world_size=arguments.world_size,
         )
 
-    def _check_model(self, store: KnowledgeStore, dump: str) -> None:
-        """Raises InputError where the model cannot learn from the dump."""
-        if isinstance(self.processing_class, PreTrainedTokenizerBase):
-            check_student(store, dump, self.model.config, self.processing_class)
-        if TEXT[0] in self.distillation.inputs:
-            check_context(store, dump, self.accelerator.unwrap_model(self.model))
+    def _check_model(self, store: KnowledgeStore) -> None:
+        """Raises InputError where the model cannot learn from a dump."""
+        for dump in self.dumps:
+            if isinstance(self.processing_class, PreTrainedTokenizerBase):
+                check_student(store, dump, self.model.config, self.processing_class)
+            if TEXT[0] in self.distillation.inputs:
+                check_context(store, dump, self.accelerator.unwrap_model(self.model))
 
     def _check_rows(self, dataset: Any) -> None:
         """Raises InputError where people's own rows, if they can be counted, are not all in the dump."""
@@ -198,7 +207,7 @@ class DistillationMixin(_Base):
         total, first = int(found[:, 0].sum()), int(found[:, 1].min())
         if total:
             raise InputError(
-                f"{total:,} of {count:,} rows are not in the dump {self._source['dump']}; the first is row {first}: leave"
+                f"{total:,} of {count:,} rows are not in the dump {self.dumps[0]}; the first is row {first}: leave"
                 " them out (`DistillationCollator.missing` gives their numbers), or make a dump of them"
             )
 
@@ -386,14 +395,16 @@ class DistillationMixin(_Base):
         tokens = target_tokens(batch)
 
         def prepare(vocabulary_size: int) -> Share:
-            known = targets_of(batch, vocabulary_size) if "kl" in self.figures else None
-            learned = targets_of(batch, vocabulary_size, self.recalibrate) if function else None
+            known = weighted_loss(partial(forward_kl, tail="bucket"), batch, vocabulary_size) if "kl" in self.figures else None
+            learned = None
+            if function:
+                learned = weighted_loss(partial(function, **self.loss_options), batch, vocabulary_size, self.recalibrate)
 
             def share(logits: Tensor, rows: slice) -> Tensor:
-                sums = [function(logits, learned.part(rows), **self.loss_options).sum()] if function and learned else []
+                sums = [learned(logits, rows).sum()] if learned else []
                 sums.append(token_nll(logits, tokens[rows]).sum())
                 if known:
-                    sums.append(forward_kl(logits, known.part(rows), tail="bucket").sum())
+                    sums.append(known(logits, rows).sum())
                 return torch.stack(sums)
 
             return share
@@ -432,8 +443,8 @@ class DumpSnapshots(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
         if before not in (None, self.snapshot):
             raise InputError(
-                f"the dump {', '.join(dataset.dumps)} has other sequences than when this training began (it may have"
-                " grown): begin it again, without resume_from_checkpoint"
+                f"there are other sequences in {', '.join(dataset.dumps)} than when this training began: begin it"
+                " again, without resume_from_checkpoint"
             )
 
 

@@ -4,6 +4,8 @@ know of the kind `positions`, but for `calibration`, which re-calibrates what th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import POSITIONS, positions_of
@@ -32,6 +34,30 @@ def check_selection(manifest: Manifest, config: TrainConfig, loss: Loss) -> None
         raise InputError(f"{reason}: --tail bucket has nothing to learn from it; use --tail draws")
     if config.temperature != 1:
         raise InputError(f"{reason}: draws work at --temperature 1 only")
+
+
+def check_selections(manifests: Sequence[Manifest], config: TrainConfig, loss: Loss) -> list[str]:
+    """Refuse dumps that keep nothing in common that a loss can use; each may be used alone (`check_selection`).
+
+    Returns:
+        what the loss does about draws that some of the dumps lack, in a sentence; nothing where all have some, or none has.
+
+    Raises:
+        InputError: some keep draws alone, and others none.
+    """
+    if not loss.draws or config.tail == "bucket" or config.temperature != 1 or config.calibration is not None:
+        return []
+    rules = {manifest.dump: positions_of(manifest).selection for manifest in manifests}
+    without = [dump for dump, rule in rules.items() if not rule.draws]
+    if len(without) in (0, len(rules)):
+        return []
+    if only_draws := [dump for dump, rule in rules.items() if not rule.candidates]:
+        raise InputError(
+            f"the dump {only_draws[0]} has only draws ({rules[only_draws[0]]}) and the dump {without[0]} has none"
+            f" ({rules[without[0]]}): they keep nothing in common, so train on one of them"
+        )
+    none = " and ".join(without)
+    return [f"Draws are taken only where all dumps keep some: the tail is a bucket, since there are none in {none}."]
 
 
 def keeps_candidates(manifest: Manifest) -> bool:

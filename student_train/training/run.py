@@ -21,14 +21,16 @@ from student_train.losses.table import TEXT
 from student_train.training.adapters import add_adapter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
+from student_train.training.choice import choose, choose_once
 from student_train.training.configuration import TrainConfig
 from student_train.training.context import check_context
-from student_train.training.dataset import DistillationDataset, split_ordinals
-from student_train.training.dump_facts import describe_dump
+from student_train.training.dataset import DistillationDataset
+from student_train.training.dump_facts import describe_dump, dump_shares, reading_lines
 from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
-from student_train.training.knowledge import check_run, columns_read, kinds_read
+from student_train.training.knowledge import check_mixture, check_run, columns_read, kinds_read
 from student_train.training.length_groups import tell_padding
+from student_train.training.mixture import newer_dumps
 from student_train.training.model_folder import model_sha256
 from student_train.training.models import hold_in_bfloat16, load_model, load_tokenizer, quieten
 from student_train.training.run_folder import (
@@ -43,6 +45,7 @@ from student_train.training.run_folder import (
 )
 from student_train.training.run_lock import locked
 from student_train.training.run_trainer import RunTrainer
+from student_train.training.split import split_dumps
 from student_train.training.vocabulary import check_student
 
 
@@ -90,33 +93,44 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
 def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainResult:
     """As `train`; `held` gets the lock of the output folder."""
     quieten()
-    store, dump, loss = check_run(config)
-    manifest = store.manifest(dump)
-    config, recalibrate, calibration_sha256 = configured(config, manifest, loss)
-    train_ordinals, eval_ordinals = split_ordinals(store, dump, eval_fraction=config.eval_fraction)
+    store, mixture, loss = check_run(config)
+    manifests = [store.manifest(dump) for dump in mixture.dumps]
+    config, recalibrate, calibration_sha256 = configured(config, manifests[0], loss)
+    not_held_out, eval_ordinals = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
     arguments = training_arguments(config)
+    first_reporter = reporter if arguments.process_index == 0 else SILENT
+    choice = choose_once(
+        arguments.process_index,
+        arguments.world_size,
+        lambda: choose(config, store, mixture.corpus, not_held_out, reporter=first_reporter),
+    )
+    train_ordinals = choice.ordinals
+    train_count, eval_count = (sum(map(len, ordinals.values())) for ordinals in (train_ordinals, eval_ordinals))
     sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
-    steps_per_epoch = math.ceil(len(train_ordinals) / sequences_per_step)
+    steps_per_epoch = math.ceil(train_count / sequences_per_step)
     steps = config.steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
 
     output = Path(config.output)
     student_sha256 = model_sha256(config.student)
-    identity = run_identity(config, store, dump, sequences_per_step, steps, student_sha256, calibration_sha256)
+    identity = run_identity(config, store, mixture, sequences_per_step, steps, student_sha256, calibration_sha256)
+    identity |= choice.identity
     if result := _finished(output, identity, steps):
         return result
+    shares = dump_shares(store, mixture, train_ordinals, sequences_per_step, steps)
     last_checkpoint(output)  # refuses one that is not to be loaded
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = load_model(config.student, config.gguf_file)
-    first_reporter = reporter if arguments.process_index == 0 else SILENT
-    check_student(store, dump, student.config, tokenizer, reporter=first_reporter)
+    for dump in mixture.dumps:
+        check_student(store, dump, student.config, tokenizer, reporter=first_reporter)
     if TEXT[0] in loss.inputs:
-        check_context(store, dump, student, reporter=first_reporter)
-    stop_at_ending(student, tokenizer, store, dump, keep_eos=config.keep_eos, reporter=first_reporter)
+        for dump in mixture.corpus:
+            check_context(store, dump, student, reporter=first_reporter)
+    stop_at_ending(student, tokenizer, store, mixture.corpus, keep_eos=config.keep_eos, reporter=first_reporter)
     generation = student.generation_config
     student = _prepared(student, config, first_reporter)
 
-    _begin_alone(output, store.snapshot(dump), arguments, reporter, held)
+    _begin_alone(output, [store.snapshot(dump) for dump in mixture.dumps], arguments, reporter, held)
     # What stands there may have changed until now, and does no more.
     if result := _finished(output, identity, steps):
         return result
@@ -128,8 +142,18 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             facts = {
                 "identity": identity,
                 "config": asdict(config),
-                "dump": describe_dump(store, dump, columns_read(manifest, config, loss)),
-                "sequences": {"train": len(train_ordinals), "eval": len(eval_ordinals)},
+                "dumps": [
+                    {
+                        **describe_dump(store, dump, columns_read(store.manifest(dump), config, loss)),
+                        "weight": (mixture.shares or {}).get(dump),
+                        "snapshot": store.snapshot(dump),
+                        "read": asdict(shares[dump]) if dump in shares else None,
+                    }
+                    for dump in mixture.dumps
+                ],
+                "several_teachers": mixture.teachers,
+                "choice": choice.facts,
+                "sequences": {"train": train_count, "eval": eval_count},
                 "world_size": arguments.world_size,
                 "parameters": student.num_parameters(),
                 "trained_parameters": student.num_parameters(only_trainable=True),
@@ -137,26 +161,30 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             }
             write_json(output / RUN_FILE, facts)
 
-    schedule(arguments, config, steps, evaluate=bool(len(eval_ordinals)), fresh=began_at == 0)
+    schedule(arguments, config, steps, evaluate=eval_count > 0, fresh=began_at == 0)
     shared: dict[str, Any] = {
         "batch_size": config.batch_size,
         "rank": arguments.process_index,
         "world_size": arguments.world_size,
-        "kinds": kinds_read(manifest, loss),
+        "kinds": kinds_read(manifests[0], loss),
+        **mixture.plan,
     }
     dataset = DistillationDataset(
         store,
-        dump,
+        mixture.source,
         seed=config.seed,
         ordinals=train_ordinals,
+        targets=choice.targets,
         group_by_length=config.group_by_length,
         global_batch=sequences_per_step if config.group_by_length else None,
         **shared,
     )
     tell_padding(dataset, config.group_by_length, reporter=first_reporter)
-    evaluation = (
-        DistillationDataset(store, dump, ordinals=eval_ordinals, shuffle=False, **shared) if len(eval_ordinals) else None
-    )
+    evaluation = None
+    if eval_count:
+        corpus = [dump for dump in mixture.corpus if len(eval_ordinals[dump])]
+        held_out = {dump: eval_ordinals[dump] for dump in corpus}
+        evaluation = DistillationDataset(store, corpus, ordinals=held_out, shuffle=False, **shared)
     trainer = RunTrainer(
         student,
         arguments,
@@ -170,6 +198,12 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     first_process = trainer.is_world_process_zero()
     if first_process and began_at:
         reporter.note(f"Resuming {output} from step {began_at:,} of {steps:,}.")
+        for dump in newer_dumps(config, store, mixture):
+            reporter.note(f"The dump {dump} matches --dump by now, and is left out: the run goes on with those it began with.")
+    elif first_process:
+        remarks = check_mixture(store, mixture, config, loss)
+        for sentence in [*remarks, *choice.lines, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
+            reporter.note(sentence)
     if began_at < steps:
         title = f"training from step {began_at:,}" if began_at else "training"
         progress = reporter.progress(title, steps - began_at, "steps") if first_process else nullcontext(None)
@@ -231,7 +265,7 @@ def _finished(output: Path, identity: dict[str, Any], steps: int) -> TrainResult
     return TrainResult(output, steps, steps, True, steps, history["seconds"], _last(history["entries"], "eval_loss"))
 
 
-def _begin_alone(output: Path, snapshot: int, arguments: TrainingArguments, reporter: Reporter, held: ExitStack) -> None:
+def _begin_alone(output: Path, snapshots: list[int], arguments: TrainingArguments, reporter: Reporter, held: ExitStack) -> None:
     """Lock the output, in the first process, once every process has looked at it, and make sure that all see the same
     sequences: a dump may have grown while they opened it.
 
@@ -245,8 +279,8 @@ def _begin_alone(output: Path, snapshot: int, arguments: TrainingArguments, repo
             torch.distributed.all_gather_object(values, value)
         return values
 
-    if len(set(gathered(snapshot))) > 1:
-        raise InputError("the dump grew while the processes of this run opened it, one after the other: start them again")
+    if len(set(gathered(tuple(snapshots)))) > 1:
+        raise InputError("a dump grew while the processes of this run opened it, one after the other: start them again")
     refusal = None
     if arguments.process_index == 0:
         try:

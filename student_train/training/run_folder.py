@@ -26,6 +26,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.model_files import check_weights
 from knowledge_store.storage.local import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
+from student_train.training.mixture import Mixture
 from student_train.training.model_folder import ADAPTER_WEIGHTS
 from student_train.training.run_lock import LOCK_FILE, check_unlocked
 from student_train.training.settings import settings_identity
@@ -40,14 +41,14 @@ _OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
 
 # What may change between an interrupted run and the one that resumes it.
 _FREE = {"store", "output", "report_to", "save_steps", "workers", "cache_size"}
-# What is compared as what follows from it: the number of steps, and of sequences in a step.
-_DERIVED = {"epochs", "steps", "batch_size", "gradient_accumulation"}
+# What is compared as what follows from it: the number of steps, and of sequences in a step, and the dumps.
+_DERIVED = {"epochs", "steps", "batch_size", "gradient_accumulation", "dump", "teachers"}
 
 
 def run_identity(
     config: TrainConfig,
     store: KnowledgeStore,
-    dump: str,
+    mixture: Mixture,
     sequences_per_step: int,
     steps: int,
     student_sha256: str,
@@ -55,18 +56,24 @@ def run_identity(
 ) -> dict[str, Any]:
     """What makes a run this run: two runs that differ in none of it end with the same weights."""
     facts = {name: value for name, value in asdict(config).items() if name not in _FREE | _DERIVED}
-    knowledge = json.dumps(store.manifest(dump).identity(), sort_keys=True, default=str)
     return {
         **facts,
         "set": settings_identity(config.set),
         "calibration": calibration_sha256,
-        "dump": dump,
         "student's files": student_sha256,
         "number of steps": steps,
         "sequences per step": sequences_per_step,
+        **mixture.identity,
+        **{f"{name} of the dump {dump}": fact for dump in mixture.dumps for name, fact in _contents(store, dump).items()},
+    }
+
+
+def _contents(store: KnowledgeStore, dump: str) -> dict[str, Any]:
+    knowledge = json.dumps(store.manifest(dump).identity(), sort_keys=True, default=str)
+    return {
         "knowledge": hashlib.sha256(knowledge.encode()).hexdigest(),
         "committed sequences": store.sequence_count(dump),
-        "snapshot of the dump": store.snapshot(dump),
+        "snapshot": store.snapshot(dump),
     }
 
 
@@ -93,7 +100,7 @@ def check_output(output: Path, identity: dict[str, Any]) -> None:
         _refuse_differences(output, record["identity"], identity)
 
 
-def check_resume(config: TrainConfig, store: KnowledgeStore, dump: str, calibration_sha256: str | None) -> None:
+def check_resume(config: TrainConfig, store: KnowledgeStore, mixture: Mixture, calibration_sha256: str | None) -> None:
     """Refuse an output that is something else, or a run of another configuration, as far as that shows at once: `check_output`
     compares the number of steps and the student's files too.
 
@@ -106,7 +113,7 @@ def check_resume(config: TrainConfig, store: KnowledgeStore, dump: str, calibrat
     if not record:
         return
     previous = record["identity"]
-    known = run_identity(config, store, dump, 0, config.steps or 0, "", calibration_sha256)
+    known = run_identity(config, store, mixture, 0, config.steps or 0, "", calibration_sha256)
     # Launchers but torchrun say in other ways how many processes there are.
     processes = None if os.environ.keys() & _OTHER_LAUNCHERS else int(os.environ.get("WORLD_SIZE", 1))
     if processes and processes == record.get("world_size"):
@@ -115,14 +122,17 @@ def check_resume(config: TrainConfig, store: KnowledgeStore, dump: str, calibrat
         del known["sequences per step"]
     for name in ("student's files", *(() if config.steps else ("number of steps",))):
         del known[name]
-    _refuse_differences(output, {name: previous.get(name) for name in known}, known)
+    unknown = ("student's files", "number of steps", "sequences per step")
+    _refuse_differences(output, {name: fact for name, fact in previous.items() if name in known or name not in unknown}, known)
 
 
 def _refuse_differences(output: Path, previous: dict[str, Any], identity: dict[str, Any]) -> None:
+    # Of a dump that one of them does not read, it suffices that the names of the dumps differ.
+    names = [name for name in identity.keys() | previous.keys() if previous.get(name) != identity.get(name)]
     differing = [
         f"{_label(name)} was {previous.get(name)} and is now {identity.get(name)}"
-        for name in identity.keys() | previous.keys()
-        if previous.get(name) != identity.get(name)
+        for name in names
+        if (name in previous and name in identity) or " of the dump " not in name
     ]
     if differing:
         raise InputError(f"{output} holds another run ({'; '.join(sorted(differing))}): choose another --output, or remove it")

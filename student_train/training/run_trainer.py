@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -83,7 +84,7 @@ class RunTrainer(DistillationTrainer):
         )
         self.remove_callback(PrinterCallback)
 
-    def _check_model(self, store: KnowledgeStore, dump: str) -> None:
+    def _check_model(self, store: KnowledgeStore) -> None:
         """The run has looked at it, with its tokenizer, before anything was written."""
 
     @property
@@ -125,6 +126,7 @@ class RunTrainer(DistillationTrainer):
         loss = torch.as_tensor(self._step_loss, device=self.args.device)
         figures = {"loss": self.accelerator.reduce(loss, reduction="mean")}
         if norm is not None:  # DeepSpeed does not always know it
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of sharded weights
             figures["norm of the gradient"] = torch.as_tensor(norm, dtype=torch.float32, device=self.args.device)
         self._check_finite(figures, step=self.state.global_step + 1)
         return norm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
@@ -10,7 +9,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -96,14 +95,8 @@ class Epochs(RuleBasedStateMachine):
         """Start all ranks from the last checkpoint."""
         del self.seen[self.saved_after :]
         self.steps, self.batch_size = 0, batch_size
-        dataset = DistillationDataset(
-            self.store, batch_size=batch_size, world_size=world_size, endless=True, kinds=(), **self.saved
-        )
-        self.ranks = []
-        for rank in range(world_size):
-            shard = copy.copy(dataset)
-            shard.plan = replace(dataset.plan, rank=rank)
-            self.ranks.append(_Rank(shard, workers))
+        plan = {"batch_size": batch_size, "world_size": world_size, "endless": True, "kinds": (), **self.saved}
+        self.ranks = [_Rank(DistillationDataset(self.store, rank=rank, **plan), workers) for rank in range(world_size)]
 
     @rule(steps=st.integers(1, 6))
     def train(self, steps: int) -> None:

@@ -1,0 +1,83 @@
+"""Which sequences are trained on, and which are held out for the validation loss. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.errors import InputError
+from knowledge_store.reading.ordinals import AllBut
+
+TrainOrdinals = dict[str, AllBut]  # by dump
+EvalOrdinals = dict[str, np.ndarray]  # by dump: int64, ascending
+
+
+def split_ordinals(store: KnowledgeStore, dump: str | None = None, *, eval_fraction: float) -> tuple[AllBut, np.ndarray]:
+    """Divide a dump's sequences into those to train on and those to evaluate on, by document.
+
+    A row of the corpus goes to one side whole, with all its parts and windows, chosen by a hash of its file and row:
+    the same rows on every machine, in every run, and for every teacher's dump of that corpus.
+
+    Args:
+        store: an open store.
+        dump: which dump; may be left out when there is one.
+        eval_fraction: share of the rows to evaluate on, in [0, 1). Above 0 it is at least one row.
+
+    Returns:
+        The ordinals to train on, as all but the others, and the others, ascending, int64; none for a fraction of 0.
+
+    Raises:
+        InputError: the fraction is out of range, or nothing would be left to train on.
+    """
+    name = store.dump(dump)
+    train, held_out = split_dumps(store, [name], eval_fraction=eval_fraction)
+    return train[name], held_out[name]
+
+
+def split_dumps(store: KnowledgeStore, dumps: Sequence[str], *, eval_fraction: float) -> tuple[TrainOrdinals, EvalOrdinals]:
+    """Divide the sequences of several dumps as `split_ordinals` divides those of each.
+
+    A row that is held out of one dump is held out of all that have it, so that nothing is evaluated on that was trained on in
+    another dump.
+
+    Returns:
+        by dump, the ordinals to train on, and those to evaluate on.
+
+    Raises:
+        InputError: the fraction is out of range, or nothing of a dump would be left to train on.
+    """
+    if not 0 <= eval_fraction < 1:
+        raise InputError(f"--eval-fraction must be at least 0 and below 1, not {eval_fraction}")
+    if not eval_fraction:
+        return {dump: AllBut(store.sequence_count(dump)) for dump in dumps}, {dump: np.empty(0, np.int64) for dump in dumps}
+    ranked = {dump: _ranked_rows(store.sequences(dump, ["file", "row"])) for dump in dumps}
+    first = [np.sort(ranks)[: max(1, round(eval_fraction * len(ranks)))] for ranks, _ in ranked.values()]
+    chosen = np.concatenate(first)
+    train: TrainOrdinals = {}
+    held_out: EvalOrdinals = {}
+    for dump, (ranks, rows) in ranked.items():
+        is_chosen = np.isin(ranks, chosen)
+        if is_chosen.all():
+            raise InputError(
+                f"the dump {dump} has {len(ranks)} document(s), so --eval-fraction {eval_fraction} leaves none to train on: use"
+                " --eval-fraction 0"
+            )
+        held_out[dump] = np.flatnonzero(is_chosen[rows])
+        train[dump] = AllBut(len(rows), held_out[dump])
+    return train, held_out
+
+
+def _ranked_rows(sequences: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """A number for each row of the corpus by which rows are ranked, uint64, and which of them each sequence is of."""
+    files, row = sequences["file"].combine_chunks().dictionary_encode(), sequences["row"].to_numpy()
+    file = files.indices.to_numpy(zero_copy_only=False)
+    changes = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0))  # in the order of documents
+    names = [name.as_py() for name in files.dictionary]
+    keys = (f"{names[code]}\n{number}".encode() for code, number in zip(file[changes], row[changes], strict=True))
+    digests = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
+    ranks = np.fromiter(digests, np.uint64, len(changes))
+    return ranks, np.repeat(np.arange(len(changes)), np.diff(changes, append=len(row)))

@@ -1,0 +1,269 @@
+"""Runs over several dumps and several teachers: what they read, what they refuse, and that they resume anywhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, make_tokenizer, save_teacher, story_rows, write_jsonl
+from safetensors.torch import load_file
+from torture.heartbeat import PATIENCE
+from typer.testing import CliRunner
+
+from knowledge_store import KnowledgeStore
+from knowledge_store.errors import InputError
+from knowledge_store.reporter import Reporter
+from student_train.cli import app
+from student_train.training.configuration import TrainConfig
+from student_train.training.run import train
+from teacher_dump import DumpConfig, dump
+from teacher_dump.teachers.local import load_teacher
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Name of the dump: which teacher, which rows of the corpus, and what is kept.
+DUMPS = {
+    "news-1": ("tiny", range(3), {}),
+    "news-2": ("tiny", range(3, 8), {}),
+    "code": ("tiny", range(8, 14), {}),
+    "other": ("large", range(3), {}),  # another teacher of news-1
+    "bare": ("tiny", range(3), {"tail_draws": 0, "top_k": 8}),
+    "drawn": ("tiny", range(3), {"selection": "random-sampling", "draws": 6}),
+    "foreign": ("foreign", range(3), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, loaded_teacher) -> Path:
+    """A store with all of them."""
+    folder = tmp_path_factory.mktemp("mixed")
+    save_teacher(folder / "large", seed=5)
+    save_teacher(folder / "foreign", seed=6)
+    make_tokenizer(extra_words=("zebra",)).save_pretrained(folder / "foreign")
+    teachers = {"tiny": loaded_teacher} | {
+        name: load_teacher(str(folder / name), device="cpu") for name in ("large", "foreign")
+    }
+    for name, (teacher, rows, options) in DUMPS.items():
+        corpus = write_jsonl(folder / f"rows-{rows.start}-{rows.stop}.jsonl", story_rows(len(rows), start=rows.start))
+        config = DumpConfig(teacher, (corpus,), folder / "store", name, max_length=40, batch_size=4, shard_size=2, **options)
+        dump(config, teacher=teachers[teacher])
+    return folder / "store"
+
+
+@pytest.fixture
+def options(mixed, student, tmp_path) -> dict:
+    """Of a short run."""
+    return {
+        "store": str(mixed),
+        "student": str(student),
+        "output": str(tmp_path / "run"),
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "steps": 3,
+        "eval_fraction": 0.0,
+    }
+
+
+class Notes(Reporter):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+def weights(output: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(output) / "model.safetensors")
+
+
+def losses(output: str | Path) -> dict[int, float]:
+    entries = json.loads((Path(output) / "history.json").read_text())["entries"]
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
+def run(options: dict, *words: str):
+    """The command, with these words after the options."""
+    named = [part for name, value in options.items() if name != "store" for part in (f"--{name.replace('_', '-')}", str(value))]
+    return CliRunner().invoke(app, ["run", options["store"], *named, *words])
+
+
+# --- several dumps as one corpus --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [{"dump": ("code=3",)}, {"teachers": "code=0.2"}, {"dump": ("cod*",)}])
+def test_one_dump_is_one_dump_whatever_its_weight(options, named, tmp_path):
+    train(TrainConfig(**options, dump="code"))
+    train(TrainConfig(**options | {"output": str(tmp_path / "again")}, **named))
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "again")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    identities = [json.loads((tmp_path / name / "run.json").read_text())["identity"] for name in ("run", "again")]
+    assert identities[0] == identities[1]
+
+
+def test_weights_are_shares_of_an_epoch_and_are_told_before_it_starts(options, mixed, tmp_path):
+    store = KnowledgeStore.open(mixed)
+    counts = {name: store.sequence_count(name) for name in ("news-1", "news-2", "code")}
+    total, reporter = sum(counts.values()), Notes()
+    steps = 2 * -(-total // 4)
+    named = ("news-1=5", "news-2=3", "code=2")
+    train(TrainConfig(**options | {"steps": None, "epochs": 2, "dump": named}), reporter=reporter)
+    shares = [round(total * share) for share in (0.5, 0.3, 0.2)]
+    assert sum(shares) == total
+    assert reporter.notes[:2] == [
+        "3 dumps are read as one corpus.",
+        f"An epoch has {steps // 2} steps, and the run {steps}. Of each dump it reads:",
+    ]
+    for note, (name, count), share in zip(reporter.notes[2:], counts.items(), shares, strict=True):
+        repeated = f"each {share / count:.2f} times" if share > count else f"a share of {share / count:.2f}"
+        assert note.startswith(
+            f"{name}: {share} sequences in an epoch, of {count} {repeated}; in the run about {2 * share} seq"
+        )
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [(facts["name"], facts["weight"], facts["snapshot"]) for facts in record["dumps"]] == [
+        (name, weight, store.snapshot(name)) for name, weight in (("news-1", 0.5), ("news-2", 0.3), ("code", 0.2))
+    ]
+    assert [facts["read"]["epoch"] for facts in record["dumps"]] == shares and not record["several_teachers"]
+    assert record["sequences"] == {"train": total, "eval": 0}
+
+
+def test_held_out_documents_are_held_out_of_all_dumps(options, mixed, tmp_path):
+    """news-1 and bare are of the same rows: what one holds out, the other does not train on."""
+    train(TrainConfig(**options | {"eval_fraction": 0.3, "evaluations": 1, "dump": ("news-1", "bare")}))
+    record, store = json.loads((tmp_path / "run" / "run.json").read_text()), KnowledgeStore.open(mixed)
+    assert record["sequences"]["eval"] % 2 == 0 and record["sequences"]["eval"]
+    assert sum(record["sequences"].values()) == 2 * store.sequence_count("news-1")
+    entries = json.loads((tmp_path / "run" / "history.json").read_text())["entries"]
+    assert all(entry["eval_kl"] > 0 for entry in entries if "eval_loss" in entry)
+
+
+def test_a_pattern_is_resolved_once(options, mixed, tmp_path):
+    store = tmp_path / "store"
+    shutil.copytree(mixed, store)
+    options |= {"store": str(store), "dump": ("news-*",)}
+    train(TrainConfig(**options))
+    KnowledgeStore.open(store).rename("code", "news-3")
+    again = train(TrainConfig(**options))
+    assert again.finished and again.began_at == 3
+    assert train(TrainConfig(**options | {"dump": ("news-1", "news-2")})).began_at == 3
+    with pytest.raises(InputError, match=r"dumps was news-1, news-2 and is now news-1, news-2, news-3\)"):
+        train(TrainConfig(**options | {"dump": ("news-1", "news-2", "news-3")}))
+    reporter = Notes()
+    train(TrainConfig(**options | {"output": str(tmp_path / "new")}), reporter=reporter)
+    assert reporter.notes[0] == "3 dumps are read as one corpus."
+
+
+KILLS = """
+import json, os, signal, socket, sys, traceback
+from pathlib import Path
+from student_train.training import run as training
+from student_train.training.configuration import TrainConfig
+
+def rank(number, world_size, port, options, kill_at):
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    draw = training.RunTrainer.get_batch_samples
+    def drawing(self, *arguments):
+        if self.state.global_step == kill_at and number == world_size - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(self, *arguments)
+    training.RunTrainer.get_batch_samples = drawing
+    result = training.train(TrainConfig(**options))
+    training.leave_processes()
+    assert result.finished
+
+def launch(world_size, options, kill_at=-1):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for number in range(world_size):
+        process = os.fork()
+        if not process:
+            status = 1
+            try:
+                rank(number, world_size, port, options, kill_at)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        ranks.append(process)
+    statuses = []
+    while ranks:
+        process, status = os.wait()
+        ranks.remove(process)
+        statuses.append(status)
+        if status:  # as a launcher does
+            for other in ranks:
+                os.kill(other, signal.SIGKILL)
+    return statuses
+
+options = json.loads(sys.argv[1])
+for world_size in (1, 2, 4):
+    changed = options | {"batch_size": 4 // world_size, "output": f"{options['output']}-{world_size}"}
+    statuses = launch(world_size, changed, kill_at=5)
+    assert statuses[0] == signal.SIGKILL and not Path(changed["output"], "model.safetensors").exists(), statuses
+    assert launch(world_size, changed) == [0] * world_size
+"""
+
+
+def test_killed_in_the_middle_of_a_mixture_on_any_number_of_ranks(options, tmp_path):
+    """SIGKILL of one of 1, 2 and 4 processes in the second epoch of three dumps, and the same command again."""
+    options |= {"steps": 7, "save_steps": 2, "dump": ["news-1=0.5", "news-2=0.3", "code=0.2"]}
+    train(TrainConfig(**options | {"dump": tuple(options["dump"])}))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, json.dumps(options)],
+        env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = losses(tmp_path / "run")
+    assert list(expected) == list(range(1, 8))
+    for world_size in (1, 2, 4):
+        found = losses(tmp_path / f"run-{world_size}")
+        assert found == (expected if world_size == 1 else pytest.approx(expected, abs=1e-4)), world_size
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dump", "absent"], "has no dump 'absent'"),
+        (["--dump", "news-1", "--dump", "absent"], "has no dump 'absent'"),
+        (["--dump", "old-*"], "matches 'old-*' (it has bare, code,"),
+        (["--dump", "news-1", "--dump", "news-1"], "names the dump news-1 twice"),
+        (["--dump", "news-*", "--dump", "news-1"], "names the dump news-1 twice"),
+        (["--dump", "news-1=0", "--dump", "code=1"], "a weight must be a number above 0"),
+        (["--dump", "news-1=nan", "--dump", "code=1"], "a weight must be a number above 0"),
+        (["--dump", "news-1=inf"], "a weight must be a number above 0"),
+        (["--dump", "news-1=much"], "'much' is no weight"),
+        (["--dump", "news-1=0.7", "--dump", "code"], "gives no weight to code: give weights to all dumps, or to none"),
+        (["--dump", "news-*=0.5"], "gives a weight to a pattern"),
+        (["--dump", "news-1=1e-9", "--dump", "code=1"], "is less than one of the"),
+        (["--dump", "news-1", "--dump", "foreign"], "different vocabularies"),
+        (["--dump", "news-1", "--dump", "bare", "--tail", "draws"], "--tail draws: the dump bare keeps no draws"),
+        (["--dump", "drawn", "--dump", "bare"], "the dump drawn has only draws"),
+        (["--dump", "drawn", "--dump", "code", "--loss", "reverse-kl"], "the dump drawn has no candidates"),
+        ([], "name a dump of"),
+        (["--dump", "code", "--teachers", "news-1,other"], "give --dump or --teachers, not both"),
+        (["--teachers", "news-1^0.7,other^0.3"], "a geometric mixture of teachers needs probabilities of tokens outside"),
+        (["--teachers", "news-*"], "name each teacher's dump"),
+        (["--teachers", "news-1,"], "has no dump ''"),
+        (["--teachers", "news-1,other", "--loss", "ce"], "the loss ce learns nothing from a teacher"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(options, words, message):
+    done = run(options, *words)
+    assert done.exit_code == 2 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr
+    assert not Path(options["output"]).exists()
