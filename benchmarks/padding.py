@@ -1,19 +1,19 @@
 """How much of the batches of conversations is padding, with sequences grouped by length and without; and whether students train
 as well from such batches.
 
-    python -m benchmarks.padding --teacher stories260K --questions csqa.jsonl obqa.json --stories stories.json
+    python -m benchmarks.padding --teacher stories260K --questions csqa.jsonl obqa.json --stories stories.json --work work
 
 The conversations are made of questions with their answers and of stories: a geometric number of turns, of which one in six is a
 story. Padding is computed from their lengths alone, for several batch sizes and groups, beside the sampler
 `group_by_length` of transformers. Then the teacher makes a dump of them, and a student of three of its layers takes the same
-steps from the same weights with and without groups, for each of several seeds.
+steps from the same weights with and without groups, for each of several seeds. Finished runs are kept in the work folder, and
+skipped when it is called again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from itertools import cycle
@@ -46,8 +46,8 @@ MOST_TURNS = 12
 LONGEST = 2048  # tokens, of the table of padding
 TRAINED_LENGTH = 384  # tokens of the students' conversations
 BATCH_SIZES = (4, 8, 16, 32)
-GLOBAL_BATCHES = (32, 128)
-GROUPS = (None, 256, 1024, 4096)
+GLOBAL_BATCHES = (32, 128, 512)
+GROUPS = (256, 1024, 4096)
 EPOCHS = 3
 KEPT_LAYERS = (0, 1, 4)
 BATCH_SIZE = 8
@@ -112,13 +112,16 @@ def padding(lengths: np.ndarray) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for global_batch in GLOBAL_BATCHES:
         for batch_size in BATCH_SIZES:
-            row: dict[str, float] = {}
-            for group in GROUPS:
-                means = [share(global_batch, batch_size, group, epoch) for epoch in range(EPOCHS)]
-                row["without groups" if group is None else f"groups of {group}"] = round(float(np.mean(means)), 4)
-            means = [theirs(global_batch, batch_size, epoch) for epoch in range(EPOCHS)]
-            row["transformers, group_by_length"] = round(float(np.mean(means)), 4)
-            found[f"global batch {global_batch}, batch {batch_size}"] = row
+            groups = {"without groups": None, "groups of one global batch": global_batch}
+            groups |= {f"groups of {group}": group for group in GROUPS if group > global_batch}
+            shares = {
+                name: [share(global_batch, batch_size, group, epoch) for epoch in range(EPOCHS)]
+                for name, group in groups.items()
+            }
+            shares["transformers, group_by_length"] = [theirs(global_batch, batch_size, epoch) for epoch in range(EPOCHS)]
+            found[f"global batch {global_batch}, batch {batch_size}"] = {
+                name: round(float(np.mean(of_epochs)), 4) for name, of_epochs in shares.items()
+            }
     return found
 
 
@@ -126,6 +129,8 @@ class Laboratory:
     """The teacher's dumps, and students."""
 
     def __init__(self, teacher: str, rows: list[list[dict[str, str]]], work: Path):
+        self.runs = work / "runs"
+        self.runs.mkdir(parents=True, exist_ok=True)
         template = work / "template.jinja"
         template.write_text(TEMPLATE)
         for name, part in (("train", rows[HELD_OUT:]), ("heldout", rows[:HELD_OUT])):
@@ -145,7 +150,16 @@ class Laboratory:
             layer.load_state_dict(self.teacher.model.layers[kept].state_dict())
         return model
 
-    def run(self, seed: int, steps: int, group: int | None) -> dict[str, float]:
+    def run(self, name: str, seed: int, steps: int, group: int | None) -> dict[str, float]:
+        """Train a student and measure it, or take the result of a finished run."""
+        result = self.runs / f"{name.replace(' ', '-')}-{steps}-{seed}.json"
+        if not result.exists():
+            figures = self.measured(seed, steps, group)
+            result.write_text(json.dumps(figures))
+            print(f"seed {seed}, {name}: {figures}", flush=True)
+        return dict(json.loads(result.read_text()))
+
+    def measured(self, seed: int, steps: int, group: int | None) -> dict[str, float]:
         """Train a student, and measure it."""
         model = self.student(seed)
         plan: dict[str, Any] = {"group_by_length": group, "global_batch": BATCH_SIZE} if group else {}
@@ -198,8 +212,7 @@ def training(laboratory: Laboratory, steps: int, seeds: int, groups: list[int]) 
     for seed in range(seeds):
         for group in (None, *groups):
             name = f"groups of {group}" if group else "without groups"
-            runs.setdefault(name, []).append(laboratory.run(seed, steps, group))
-            print(f"seed {seed}, {name}: {runs[name][-1]}", flush=True)
+            runs.setdefault(name, []).append(laboratory.run(name, seed, steps, group))
     base = runs["without groups"]
     found: dict[str, Any] = {"steps": steps, "seeds": seeds, "batch_size": BATCH_SIZE}
     for name, results in runs.items():
@@ -219,6 +232,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--questions", type=Path, nargs="+", required=True)
     parser.add_argument("--stories", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for dumps and finished runs")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--groups", type=int, nargs="+", default=[1024], help="of the students")
@@ -233,9 +247,8 @@ def main() -> None:
     }
     print(json.dumps(figures, indent=1), flush=True)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        laboratory = Laboratory(options.teacher, rows[: options.rows], Path(folder))
-        figures["training"] = training(laboratory, options.steps, options.seeds, options.groups)
+    laboratory = Laboratory(options.teacher, rows[: options.rows], options.work)
+    figures["training"] = training(laboratory, options.steps, options.seeds, options.groups)
     keep("padding", figures)
 
 

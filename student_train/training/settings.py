@@ -43,6 +43,7 @@ _OPTIONS = {
     "save_steps": "--save-steps",
     "report_to": "--report-to",
     "dataloader_num_workers": "--workers",
+    "dataloader_persistent_workers": "--workers",
     "train_sampling_strategy": "--group-by-length",
     "group_by_length": "--group-by-length",
     "length_column_name": "--group-by-length",
