@@ -42,7 +42,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 import knowledge_store.format.parquet
-import knowledge_store.writing.writer
+import knowledge_store.writing.row_groups
 from benchmarks.measurement import RESULTS, keep
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest, Shard
 from knowledge_store.catalogue.index import index_path
@@ -174,7 +174,7 @@ def copy_shard(store: Path, record: CommitRecord, shard: int) -> None:
 
 def many_shards(store: Path, shards: int, spare: int) -> CommitRecord:
     """A store of small shards (see above), with `spare` more in its plan; returns the first one's commit record."""
-    with patch.object(knowledge_store.writing.shard, "ROW_GROUP_BYTES", 32 * 2048):
+    with patch.object(knowledge_store.writing.row_groups, "ROW_GROUP_BYTES", 32 * 2048):
         record = write_shards(store, shards + spare, 1, 16, 16)
     for shard in range(1, shards):
         copy_shard(store, record, shard)

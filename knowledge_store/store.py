@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays, item_mask
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
-from knowledge_store.reading.mixture import Named, check_vocabularies, named_dumps
+from knowledge_store.reading.mixture import Named, check_vocabularies, named_dumps, weights_of
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader
+from knowledge_store.reading.teachers import TeachersReader
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.create_statements import create_statements
@@ -51,9 +52,10 @@ class KnowledgeStore:
         self.cache_size = cache_size
         self._dumps = dumps
         self._readers: dict[str, DumpReader] = {}
+        self._teachers: dict[tuple[str, ...], TeachersReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}}
+        return {**self.__dict__, "_readers": {}, "_teachers": {}}
 
     @classmethod
     def open(cls, store: str | Path | Storage, *, rebuild_index: bool = False, cache_size: int = CACHE_SIZE) -> KnowledgeStore:
@@ -79,6 +81,7 @@ class KnowledgeStore:
 
     def __exit__(self, *error: object) -> None:
         self._readers.clear()
+        self._teachers.clear()
         self.storage.close()
 
     def __repr__(self) -> str:
@@ -301,13 +304,41 @@ class KnowledgeStore:
 
     def read(self, plan: ReadPlan, dump: Named = None) -> Batches:
         """`batches` of a plan."""
-        names, weights = named_dumps(dump, self.dump)
+        if plan.teachers is None:
+            names, weights = named_dumps(dump, self.dump)
+            return Batches(self._read_together(names), weights, plan)
+        teachers = list(weights_of(plan.teachers, "teacher"))
+        if dump not in (None, teachers[0], teachers[:1]):
+            raise InputError("give dumps or teachers, not both: the first teacher's sequences are read")
+        return Batches({teachers[0]: self._of_teachers(teachers)}, None, plan)
+
+    def _read_together(self, names: list[str]) -> dict[str, DumpReader]:
+        """The readers of dumps that have something to read and one vocabulary (InputError: they do not)."""
         readers = {name: self._reader(name) for name in names}
         for name, reader in readers.items():
             if not len(reader):
                 raise InputError(f"dump {name!r} of {self.address} has no committed shard yet")
         check_vocabularies([reader.manifest for reader in readers.values()], self.tokens)
-        return Batches(readers, weights, plan)
+        return readers
+
+    def _of_teachers(self, names: Iterable[str]) -> TeachersReader:
+        key = tuple(names)
+        if key not in self._teachers:
+            self._teachers[key] = TeachersReader(self._read_together(list(key)))
+        return self._teachers[key]
+
+    def lacking(self, teachers: Iterable[str]) -> tuple[dict[str, int], np.ndarray]:
+        """What the dumps of several teachers of one corpus do not have in common.
+
+        Returns:
+            how many sequences each dump lacks (see `reading.teachers.TeachersReader`), and the ordinals in the first of those
+            that are left out for it, ascending, int64.
+
+        Raises:
+            InputError: no such dump, or they are not of one corpus, or have no sequence in common.
+        """
+        reader = self._of_teachers(teachers)
+        return dict(reader.lacking), reader.left_out
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together (DamageError: one of them is damaged)."""

@@ -12,6 +12,7 @@ from stores import commit, make_manifest, random_sequences, words, write_store
 from knowledge_store import DumpWriter, InputError, KnowledgeStore
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reading.permutation import permuted
+from knowledge_store.reading.reader import DumpReader
 
 SHAPES = {
     "sequence_id": ("int64", 1),
@@ -231,3 +232,20 @@ def test_a_small_cache_changes_nothing(folder, monkeypatch, tmp_path):
         meant = random_sequences(ordinal // 6, 6)[ordinal % 6]["token_id"]
         assert opened[ordinal]["input_ids"].tolist() == meant.tolist()
     assert taken(expected.batches(batch_size=3)) == taken(KnowledgeStore.open(folder).batches(batch_size=2))
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_blocks_decode_each_row_group_once_without_a_cache(tmp_path, monkeypatch, window):
+    monkeypatch.setattr("knowledge_store.reading.reader.MEMORY_BYTES", 1)
+    monkeypatch.setattr("knowledge_store.writing.row_groups.ROW_GROUP_BYTES", 16 * 2048)
+    folder = write_store(tmp_path / "store", shards=4, size=9)
+    opened = KnowledgeStore.open(folder, cache_size=0)
+    decoded = []
+    decode = DumpReader._decode
+    monkeypatch.setattr(DumpReader, "_decode", lambda reader, *group: decoded.append(group) or decode(reader, *group))
+    found = taken(opened.batches(batch_size=5, seed=2, order="blocks", window=window))
+    assert sorted(found) == opened.sequences()["sequence_id"].to_pylist()
+    assert len(decoded) == len(set(decoded)) > 8
+    assert found != sorted(found)
+    ranks = [opened.batches(batch_size=2, seed=2, order="blocks", window=window, rank=rank, world_size=3) for rank in range(3)]
+    assert [item for step in zip(*ranks, strict=True) for batch in step for item in taken([batch])] == found

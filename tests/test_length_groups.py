@@ -135,15 +135,16 @@ def steps(store, dump, split, **plan) -> list[list[tuple[int, int]]]:
     dumps=st.sampled_from(["first", ["first", "second"], {"first": 2.0, "second": 1.0}]),
     subset=st.none() | st.lists(st.integers(0, 8), min_size=4, unique=True),
     interrupted=st.integers(0, 2),
+    order=st.sampled_from(["global", "blocks"]),
 )
-def test_another_split_reads_the_same_in_each_step(store, split, group, epoch, dumps, subset, interrupted):
-    plan = {"group_by_length": group, "global_batch": 6, "seed": 5, "epoch": epoch}
+def test_another_split_reads_the_same_in_each_step(store, split, group, epoch, dumps, subset, interrupted, order):
+    plan = {"group_by_length": group, "global_batch": 6, "seed": 5, "epoch": epoch, "order": order}
     if subset is not None:
         plan["ordinals"] = {"first": np.array(subset)}
     expected = steps(store, dumps, (6, 1, 1), **plan)
     assert steps(store, dumps, split, **plan) == expected
     assert steps(store, dumps, split, **plan, consumed=6 * interrupted) == expected[interrupted:]
-    ungrouped = steps(store, dumps, (6, 1, 1), seed=5, epoch=epoch, ordinals=plan.get("ordinals"))
+    ungrouped = steps(store, dumps, (6, 1, 1), seed=5, epoch=epoch, order=order, ordinals=plan.get("ordinals"))
     assert sorted(chain(*expected)) == sorted(chain(*ungrouped))
     assert [*map(len, expected)] == [*map(len, ungrouped)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -11,10 +12,11 @@ import numpy as np
 
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.reading.blocks import Blocks
 from knowledge_store.reading.collate import Sequence as Read
 from knowledge_store.reading.collate import collate
 from knowledge_store.reading.length_groups import LengthGroups, padding_share
-from knowledge_store.reading.mixture import Taken, taken
+from knowledge_store.reading.mixture import taken
 from knowledge_store.reading.order import (
     CHUNK,
     EpochOrder,
@@ -29,6 +31,7 @@ from knowledge_store.reading.order import (
 from knowledge_store.reading.ordinals import Chosen, chosen
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader
+from knowledge_store.reading.teachers import SEPARATOR, TeachersReader, taken_of_teachers
 
 CHUNKS = 4  # of the order, kept in memory
 
@@ -50,39 +53,66 @@ class Batches:
     What else is in it, the kinds say (of predictions, `kinds.positions`). Arrays of a kind per position are (B, T, …), per
     sequence (B, …), per item (B, I, …); texts are lists. Of several dumps it has the arrays that all of them have.
 
+    Of several teachers of one corpus it has all arrays of the first, of each teacher m = 1, 2, … after it what that one knows,
+    as `m/ARRAY`, and
+
+        teacher_weights (B, M)     float32  of each teacher; they sum to one
+
     Attributes:
         dumps: the names of the dumps.
+        readers: of the dumps; of several teachers, one for all.
         weights: of the dumps, where they have some.
-        sequences: how many sequences are read of each dump.
+        sequences: how many sequences are read of each dump, as long as none is repeated.
+        shares: how many sequences an epoch has of each dump.
         order: what stands in each slot of the epoch, all ranks together.
         taken: what is read of the dumps' kinds.
+        lacking: of several teachers, how many sequences are left out because a dump lacks them, by dump: see `TeachersReader`.
     """
 
-    def __init__(self, readers: Mapping[str, DumpReader], weights: Mapping[str, float] | None, plan: ReadPlan):
-        if plan.teachers is not None or plan.order != "global":
-            raise InputError("several teachers and the order `blocks` cannot be read yet")
+    def __init__(self, readers: Mapping[str, DumpReader | TeachersReader], weights: Mapping[str, float] | None, plan: ReadPlan):
         self.dumps = tuple(readers)
         self.weights = weights
-        self.taken: Taken = taken([reader.manifest for reader in readers.values()], plan.kinds)
-        self._readers = list(readers.values())
-        self._snapshots = {dump: reader.snapshot for dump, reader in readers.items()}
+        self.readers = list(readers.values())
+        self.lacking: dict[str, int] = {}
+        left_out = [np.empty(0, np.int64)] * len(readers)
+        if plan.teachers is None:
+            self.taken = taken([reader.manifest for reader in self.readers], plan.kinds)
+        else:
+            [teachers] = self.readers
+            assert isinstance(teachers, TeachersReader)
+            self.taken = taken_of_teachers(teachers.manifests, plan.kinds)
+            self.lacking, left_out = teachers.lacking, [teachers.left_out]
+        self._snapshots = {dump: number for reader in self.readers for dump, number in reader.snapshots.items()}
         check_snapshots(self._snapshots, plan.snapshot)
         self._chosen = [
-            chosen(ordinals, len(reader))
-            for reader, ordinals in zip(self._readers, _by_dump(plan.ordinals, self.dumps), strict=True)
+            chosen(ordinals, len(reader)).without(missing)
+            for reader, ordinals, missing in zip(self.readers, _by_dump(plan.ordinals, self.dumps), left_out, strict=True)
         ]
         self._masks = [(plan.targets or {}).get(dump) for dump in self.dumps]
         unknown = (plan.targets or {}).keys() - set(self.dumps)
         if unknown:
             raise InputError(f"targets are chosen of {min(unknown)!r}, which is not one of the dumps: {', '.join(self.dumps)}")
         self.sequences = {dump: len(of_dump) for dump, of_dump in zip(self.dumps, self._chosen, strict=True)}
-        self._streams = [_stream(of_dump, plan, place) for place, of_dump in enumerate(self._chosen)]
+        self._streams = [self._stream(place, of_dump, plan) for place, of_dump in enumerate(self._chosen)]
         self._begin(plan)
+
+    def _stream(self, place: int, of_dump: Chosen, plan: ReadPlan) -> Stream:
+        if not plan.shuffle:
+            return InOrder(of_dump)
+        if plan.order == "global":
+            return Shuffled(of_dump, plan.seed, place)
+        reader = self.readers[place]
+        blocks = Blocks(of_dump.ascending(), reader.row_groups, plan.window, plan.seed, place)
+        # A batch may begin in one window and end in the next; a group of like lengths reaches into as many as it fills.
+        windows = 1 + blocks.windows_of((plan.group_by_length or 0) + (plan.global_batch or 1))
+        reader.keep(windows * plan.window * len(self.taken.kinds))
+        return blocks
 
     def _begin(self, plan: ReadPlan) -> None:
         self._plan = plan
         self._steps = 0
         shares = epoch_shares(self.sequences, self.weights)
+        self.shares = dict(zip(self.dumps, shares, strict=True))
         self.order: Order = EpochOrder(self._streams, shares, plan.seed, plan.epoch, plan.shuffle)
         if plan.group_by_length and plan.global_batch:
             self.order = LengthGroups(
@@ -130,6 +160,9 @@ class Batches:
         batch = collate([*sequences, *padding], self.taken.kinds, template.knowledge)
         if len(self.dumps) == 1:
             del batch["dump"]
+        if plan.teachers is not None:
+            shares = np.array(list(plan.teachers.values())) / math.fsum(plan.teachers.values())
+            batch["teacher_weights"] = np.tile(shares.astype(np.float32), (plan.batch_size, 1))
         return batch
 
     def padding_share(self, most: int = 2**16) -> float:
@@ -140,7 +173,7 @@ class Batches:
     def _lengths(self, places: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
         """How many tokens sequences have, by the places of their dumps and their ordinals there; all int64."""
         result = np.empty_like(ordinals)
-        for place, reader in enumerate(self._readers):
+        for place, reader in enumerate(self.readers):
             where = np.flatnonzero(places == place)
             result[where] = reader.lengths(ordinals[where])
         return result
@@ -155,14 +188,15 @@ class Batches:
         return found
 
     def _read(self, place: int, ordinal: int) -> Read:
-        sequence_id, knowledge = self._readers[place].sequence(ordinal, tuple(self.taken.kinds))
-        mask = self._masks[place]
-        for kind, arrays in knowledge.items():
-            target = KINDS[kind].target
-            if mask is not None and target is not None:
-                positions = mask.positions(ordinal)
+        sequence_id, knowledge = self.readers[place].sequence(ordinal, tuple(self.taken.kinds))
+        if (mask := self._masks[place]) is not None:
+            positions = mask.positions(ordinal)
+            for kind, arrays in knowledge.items():
+                target = None if SEPARATOR in kind else KINDS[kind].target
+                if target is None:
+                    continue
                 if len(positions) != len(arrays[target]):
-                    raise InputError(f"the chosen targets of dump {self.dumps[place]!r} are those of another dump")
+                    raise InputError(f"the chosen targets of {self.dumps[place]} are those of another dump: choose them again")
                 arrays[target] = arrays[target] & positions
         return Read(sequence_id, knowledge, place)
 
@@ -183,10 +217,6 @@ def _by_dump(ordinals: Any, dumps: Sequence[str]) -> list[Any]:
     if unknown:
         raise InputError(f"there are ordinals of {min(unknown)!r}, which is not one of the dumps: {', '.join(dumps)}")
     return [ordinals.get(dump) for dump in dumps]
-
-
-def _stream(of_dump: Chosen, plan: ReadPlan, place: int) -> Stream:
-    return Shuffled(of_dump, plan.seed, place) if plan.shuffle else InOrder(of_dump)
 
 
 def check_snapshots(snapshots: Mapping[str, int], expected: Mapping[str, int] | None) -> None:

@@ -37,7 +37,8 @@ def collate(
         sequences: None stands for a padding row (sequence_id and dump −1, no position attended).
         kinds: which kinds to put together, and of each the names of its arrays with their padding (see `Kind.arrays`). Arrays
             of a kind per position become (B, T, …), per sequence (B, …), per item (B, I, …) beside the mask KIND_mask, bool
-            (B, I). Text becomes lists: of B str per sequence (None in a padding row), of B lists per position or item.
+            (B, I). Text becomes lists: of B str per sequence (None in a padding row), of B lists per position or item. Arrays
+            of a kind `m/KIND`, which is a further teacher's, become `m/ARRAY`.
         template: any sequence's knowledge: gives names, types and widths when every row is padding (T is 1 then).
     """
     batch: Arrays = {
@@ -45,13 +46,14 @@ def collate(
         "dump": np.array([-1 if sequence is None else sequence.place for sequence in sequences], np.int64),
     }
     for name, arrays_of in kinds.items():
-        kind = KINDS[name]
+        teacher, _, kind_name = name.rpartition("/")
+        kind, prefix = KINDS[kind_name], f"{teacher}/" if teacher else ""
         knowledge = [None if sequence is None else sequence.knowledge[name] for sequence in sequences]
         for key, padding in arrays_of.items():
             rows = [None if arrays is None else arrays[key] for arrays in knowledge]
-            batch[key] = _together(rows, template[name][key], padding, kind.per == "sequence")
+            batch[prefix + key] = _together(rows, template[name][key], padding, kind.per == "sequence")
         if kind.per == "item":
-            batch[item_mask(name)] = _mask(knowledge, min_width=0)
+            batch[prefix + item_mask(kind_name)] = _mask(knowledge, min_width=0)
         elif kind.per == "position" and "attention_mask" not in batch:
             batch["attention_mask"] = _mask(knowledge, min_width=1)
     return batch

@@ -3,8 +3,8 @@ and on every machine. It takes no memory: what stands in any slot is computed fr
 
 Of each dump there is an endless stream: its sequences in one permutation after the other. An epoch takes the next so many of
 each, its share: a dump with a larger share than it has sequences is repeated in new permutations, and one with a smaller share
-goes on in the next epoch where it stopped. The streams are interleaved as evenly as whole numbers allow, and then shuffled
-within chunks of slots, so that no dump always falls to the same rank.
+goes on in the next epoch where it stopped. The streams are interleaved as evenly as whole numbers allow, and within chunks of
+slots which dump comes when is shuffled, so that none always falls to the same rank; each stream stays in its order.
 """
 
 from __future__ import annotations
@@ -130,17 +130,23 @@ class EpochOrder:
             ends = np.cumsum(self.shares)
             places = np.searchsorted(ends, slots, side="right")
             return places, slots - (ends - self.shares)[places]
-        return divided(self._moved(slots), self.shares)
-
-    def _moved(self, slots: np.ndarray) -> np.ndarray:
-        """Slots shuffled within chunks."""
-        moved = np.empty_like(slots)
+        places, within = np.empty_like(slots), np.empty_like(slots)
         for chunk in np.unique(slots // CHUNK).tolist():
-            first = chunk * CHUNK
             where = np.flatnonzero(slots // CHUNK == chunk)
-            size = min(CHUNK, len(self) - first)
-            moved[where] = first + permuted(slots[where] - first, size, self._seed, _SLOTS, self._epoch, chunk)
-        return moved
+            of_chunk = self._chunk(chunk)
+            places[where], within[where] = (numbers[slots[where] - chunk * CHUNK] for numbers in of_chunk)
+        return places, within
+
+    def _chunk(self, chunk: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_shared`, of all slots of a chunk."""
+        first = chunk * CHUNK
+        size = min(CHUNK, len(self) - first)
+        even, within = divided(np.arange(first, first + size), self.shares)
+        places = even[permuted(np.arange(size), size, self._seed, _SLOTS, self._epoch, chunk)]
+        moved = np.empty_like(within)
+        for place in range(len(self.shares)):
+            moved[places == place] = within[even == place]
+        return places, moved
 
 
 def divided(slots: np.ndarray, shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +191,7 @@ def epoch_shares(counts: Mapping[str, int], weights: Mapping[str, float] | None)
     if weights is None or len(counts) == 1:
         return list(counts.values())
     total = sum(counts.values())
-    exact = {dump: Fraction(weights[dump]) for dump in counts}  # of floats, which are fractions
+    exact = {dump: Fraction(repr(float(weights[dump]))) for dump in counts}  # of 0.7, seven tenths
     quotas = [total * weight / sum(exact.values()) for weight in exact.values()]
     shares = [int(quota) for quota in quotas]
     remainders = sorted(range(len(quotas)), key=lambda place: (shares[place] - quotas[place], place))

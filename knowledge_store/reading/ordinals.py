@@ -44,6 +44,14 @@ class AllBut:
     def __iter__(self) -> Iterator[int]:
         return iter(np.asarray(self).tolist())
 
+    def without(self, ordinals: np.ndarray) -> AllBut:
+        """These without others."""
+        return AllBut(self.count, np.union1d(self.excluded, ordinals)) if len(ordinals) else self
+
+    def ascending(self) -> AllBut:
+        """The same."""
+        return self
+
     def before(self, ordinals: np.ndarray) -> np.ndarray:
         """How many of these sequences have a lower ordinal than each of `ordinals`, int64."""
         below: np.ndarray = ordinals - np.searchsorted(self.excluded, ordinals)
@@ -68,12 +76,18 @@ class Listed:
     def __getitem__(self, places: np.ndarray) -> np.ndarray:
         return self._ordinals[places]
 
+    def without(self, ordinals: np.ndarray) -> Listed:
+        """These without others."""
+        return self._of(self._ordinals[~np.isin(self._ordinals, ordinals)]) if len(ordinals) else self
+
     def ascending(self) -> Listed:
         """The same, sorted."""
-        if (np.diff(self._ordinals) >= 0).all():
-            return self
-        other = object.__new__(Listed)
-        other._ordinals = np.sort(self._ordinals)
+        return self._of(np.sort(self._ordinals))
+
+    @classmethod
+    def _of(cls, ordinals: np.ndarray) -> Listed:
+        other = object.__new__(cls)
+        other._ordinals = ordinals
         return other
 
     def before(self, ordinals: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from knowledge_store.reading.length_groups import check_length_groups
 from knowledge_store.reading.ordinals import AllBut
 from knowledge_store.reading.target_mask import TargetMask
 
-Order = Literal["global", "blocks"]
+ORDERS = ("global", "blocks")
 WINDOW = 16
 
 
@@ -34,7 +33,7 @@ class ReadPlan:
             of them, so that each row group is decoded once (see `reading.blocks`).
         window: row groups in a window of the order `blocks`.
         group_by_length: so many sequences of the order are sorted by length together, so that a batch has little padding (see
-            `reading.length_groups`); None leaves the order as it is.
+            `reading.length_groups`); None leaves the order as it is. With `blocks` the windows that they fill are in memory.
         global_batch: with `group_by_length`, the sequences of an optimiser step: batch size × ranks × accumulated batches. Any
             others that multiply to the same have the same sequences in each step.
         kinds: which kinds of knowledge; None means all the dumps have.
@@ -54,7 +53,7 @@ class ReadPlan:
     ordinals: Mapping[str, np.ndarray | AllBut] | np.ndarray | AllBut | None = None
     targets: Mapping[str, TargetMask] | None = None
     shuffle: bool = True
-    order: Order = "global"
+    order: str = "global"
     window: int = WINDOW
     group_by_length: int | None = None
     global_batch: int | None = None
@@ -68,8 +67,8 @@ class ReadPlan:
             raise InputError(f"no such batches: batch size {self.batch_size}, {rank}, {self.consumed} consumed")
         if self.epoch < 0:
             raise InputError(f"there is no epoch {self.epoch}: they are counted from 0")
-        if self.order not in get_args(Order):
-            raise InputError(f"there is no order {self.order!r}: use {' or '.join(get_args(Order))}")
+        if self.order not in ORDERS:
+            raise InputError(f"there is no order {self.order!r}: use {' or '.join(ORDERS)}")
         if self.window < 1:
             raise InputError(f"a window has at least 1 row group, not {self.window}")
         self._check_length_groups()

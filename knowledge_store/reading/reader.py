@@ -1,13 +1,14 @@
 """Random access to the sequences of one dump: which shard, which row group, which rows, and their decoded arrays.
 
-A row group is decoded whole. It is kept in memory while it is among the most recently used, within `MEMORY_BYTES`, and in the
-cache on disk (`decoded`), which later epochs and other processes read from.
+A row group is decoded whole. It is kept in memory while it is among the most recently used, within `MEMORY_BYTES` or as many as
+`keep` asks for, and in the cache on disk (`decoded`), which later epochs and other processes read from.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.errors import DamageError, InputError
 from knowledge_store.format.layout import SEQUENCES
+from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import OpenTable, open_table, read_row_group, read_table
 from knowledge_store.format.records import json_sha256
 from knowledge_store.format.sequences import sequences_schema
@@ -27,6 +29,7 @@ from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.reading.cache import DecodedCache
 
 MEMORY_BYTES = 512 * 2**20
+FOOTERS = 8  # that are read at once
 OPEN_FILES = 64  # whose footers are kept in memory
 SHARDS = 4096  # whose sequences are kept in mind, 16 bytes each and 4 for each kind
 
@@ -66,6 +69,7 @@ class DumpReader:
         self._first_ordinal = list(accumulate((file.record.rows for file in self._sequence_files), initial=0))
         self._decoded: OrderedDict[tuple[str, int, int], Arrays] = OrderedDict()
         self._decoded_bytes = 0
+        self._least_groups = 1
         self._cache = DecodedCache(manifest, cache_size)
         # Per instance, so that closing a store lets go of its files.
         self._shard = lru_cache(SHARDS)(self._read_shard)
@@ -75,6 +79,44 @@ class DumpReader:
 
     def __len__(self) -> int:
         return self._first_ordinal[-1]
+
+    def keep(self, groups: int) -> None:
+        """Keep at least so many row groups in memory, whatever they take."""
+        self._least_groups = max(self._least_groups, groups)
+
+    @cached_property
+    def row_groups(self) -> np.ndarray:
+        """First ordinal of each row group, of the first kind per position or else the first kind, and the end, int64."""
+        kinds = list(self.manifest.kinds)
+        kind = next((kind for kind in kinds if KINDS[kind].per == "position"), kinds[0])
+        with ThreadPoolExecutor(FOOTERS) as pool:
+            firsts = list(pool.map(lambda place: self._row_groups(kind, place).first, range(len(self._shards))))
+        starts = [first[:-1] + start for first, start in zip(firsts, self._first_ordinal, strict=False)]
+        return np.concatenate([*starts, [len(self)]]).astype(np.int64)
+
+    @property
+    def shards(self) -> list[int]:
+        """The numbers of the committed shards, ascending."""
+        return self._shards
+
+    def identities(self, shard: int) -> tuple[int, np.ndarray, np.ndarray]:
+        """The ordinal of a shard's first sequence, and the ids (int64) and token hashes (uint64) of its sequences: none, of a
+        shard that is not committed."""
+        place = bisect_left(self._shards, shard)
+        if self._shards[place : place + 1] != [shard]:
+            return 0, np.empty(0, np.int64), np.empty(0, np.uint64)
+        table = read_table(self._sequence_files[place], ["sequence_id", "token_hash"])
+        return self._first_ordinal[place], table["sequence_id"].to_numpy(), table["token_hash"].to_numpy()
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """Of the dump, alone."""
+        return [self.manifest]
+
+    @property
+    def snapshots(self) -> dict[str, int]:
+        """`snapshot` by the dump's name."""
+        return {self.manifest.dump: self.snapshot}
 
     @cached_property
     def snapshot(self) -> int:
@@ -139,7 +181,7 @@ class DumpReader:
             self._cache.add(self._files[kind][place].record.sha256, group, starts, arrays)
         self._decoded[kind, place, group] = arrays
         self._decoded_bytes += _size(arrays)
-        while self._decoded_bytes > MEMORY_BYTES and len(self._decoded) > 1:
+        while self._decoded_bytes > MEMORY_BYTES and len(self._decoded) > self._least_groups:
             _, oldest = self._decoded.popitem(last=False)
             self._decoded_bytes -= _size(oldest)
         return arrays

@@ -9,6 +9,7 @@ from knowledge_store.configuration import GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
 from knowledge_store.options import check_options, option
 from knowledge_store.reading.cache import CACHE_SIZE
+from knowledge_store.reading.plan import ORDERS
 from student_train.configuration import BatchOptions
 from student_train.losses.table import LOSSES, TAILS, Loss
 from student_train.training.model_folder import check_peft
@@ -96,6 +97,12 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     weight_decay: float = option(0.01, min=0, help="AdamW weight decay. It is not applied to biases and norms.")
     max_grad_norm: float = option(1.0, min=0, help="Norm that gradients are clipped to. 0 means no clipping.")
     seed: int = option(0, help="Seed of the order of sequences, and of anything random in the student.")
+    order: str = option(
+        "global",
+        choices=ORDERS,
+        help="global has any sequence after any other. blocks shuffles row groups, and sequences within windows of them: it"
+        " needs no cache, for stores that are larger than a disk.",
+    )
     eval_fraction: float = option(
         0.02, min=0, below=1, help="Share of the documents that is kept out of training, for the validation loss."
     )

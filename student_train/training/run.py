@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
@@ -97,6 +98,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     manifests = [store.manifest(dump) for dump in mixture.dumps]
     config, recalibrate, calibration_sha256 = configured(config, manifests[0], loss)
     not_held_out, eval_ordinals = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
+    lacking: dict[str, int] = {}
+    if mixture.teachers:
+        lacking, left_out = store.lacking(mixture.dumps)
+        not_held_out = {dump: ordinals.without(left_out) for dump, ordinals in not_held_out.items()}
+        eval_ordinals = {dump: np.setdiff1d(ordinals, left_out) for dump, ordinals in eval_ordinals.items()}
     arguments = training_arguments(config)
     first_reporter = reporter if arguments.process_index == 0 else SILENT
     choice = choose_once(
@@ -173,6 +179,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         store,
         mixture.source,
         seed=config.seed,
+        order=config.order,
         ordinals=train_ordinals,
         targets=choice.targets,
         group_by_length=config.group_by_length,
@@ -202,6 +209,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             reporter.note(f"The dump {dump} matches --dump by now, and is left out: the run goes on with those it began with.")
     elif first_process:
         remarks = check_mixture(store, mixture, config, loss)
+        remarks += [
+            f"Sequences that not all teachers have are left out: {dump} lacks {count:,}."
+            for dump, count in lacking.items()
+            if count
+        ]
         for sentence in [*remarks, *choice.lines, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
             reporter.note(sentence)
     if began_at < steps:
