@@ -18,8 +18,9 @@ from knowledge_store.errors import InputError
 from knowledge_store.reporter import Reporter
 from student_train.cli import app
 from student_train.training.configuration import TrainConfig
-from student_train.training.dataset import DistillationDataset, split_ordinals
+from student_train.training.dataset import DistillationDataset
 from student_train.training.run import train
+from student_train.training.split import split_ordinals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -103,7 +103,7 @@ def test_what_the_run_gives_the_library_itself_is_refused(settings, monkeypatch)
     given = {}
     monkeypatch.setattr(arguments, "TrainingArguments", lambda **words: given.update(words) or TrainingArguments(**words))
     training_arguments(TrainConfig(**settings))
-    defaults = {"lr_scheduler_type", "use_cpu", "log_level", "ddp_find_unused_parameters"}
+    defaults = {"lr_scheduler_type", "use_cpu", "log_level", "ddp_find_unused_parameters", "dataloader_persistent_workers"}
     assert len(given) > 15 and defaults < given.keys()
     for name in given.keys() - defaults:
         with pytest.raises(InputError, match=f"--set {name} "):

@@ -73,7 +73,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from knowledge_store import KnowledgeStore
-from student_train import DistillationMixin, DistillationTrainer, TrainConfig, train
+from student_train import (
+    DistillationCollator, DistillationDataset, DistillationMixin, DistillationTrainer, TrainConfig, train
+)
 from student_train.training.run import leave_processes
 
 class SFTDistillation(DistillationMixin, SFTTrainer):
@@ -92,6 +94,11 @@ trainer = DistillationTrainer(
 )
 trainer.train()
 note("plain", trainer)
+heldout = DistillationDataset(store, "heldout", batch_size=3)
+rows = [{{"input_ids": store["heldout", place]["input_ids"]}} for place in range(store.sequence_count("heldout"))]
+collated = DistillationCollator(store, "heldout")
+trainer.data_collator = collated
+curves["evaluations"] = [trainer.evaluate(data)["eval_loss"] for data in (heldout, rows)]
 trainer = SFTDistillation(
     student, args=SFTConfig("trl", bf16=False, gradient_checkpointing=False, **shared), store=store, dump="train"
 )
@@ -130,6 +137,9 @@ def test_three_trainers_have_one_loss_curve(store, store_folder, student, tmp_pa
     assert len(expected) == STEPS and expected[-1] < expected[0] - 0.1
     for name in ("plain", "trl", "run"):
         assert curves[name] == pytest.approx(expected, abs=TOLERANCE), name
+    heldout = alone.evaluate(DistillationDataset(store, "heldout", batch_size=3))["eval_loss"]
+    assert store.sequence_count("heldout") % 2  # accelerate repeats a row, which counts once
+    assert curves["evaluations"] == pytest.approx([heldout] * 2, abs=TOLERANCE)
 
 
 class StopAt(TrainerCallback):

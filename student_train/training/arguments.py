@@ -50,7 +50,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
                 # The one before the last stays until the last is complete.
                 save_total_limit=2,
                 dataloader_num_workers=config.workers,
-                dataloader_persistent_workers=config.workers > 0,
                 **{**_defaults(config), **settings},
             )
         for tracker in get_reporting_integration_callbacks(arguments.report_to):
@@ -60,6 +59,11 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
         _try_scheduler(arguments)
     except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
         raise InputError(first_line(error)) from error
+    if arguments.fsdp and "FULL" not in str((arguments.fsdp_config or {}).get("state_dict_type", "FULL_STATE_DICT")):
+        raise InputError(
+            "--set fsdp_config asks for checkpoints in parts, which are read with pickles, and those can run code: leave its"
+            " state_dict_type out, or make it FULL_STATE_DICT"
+        )
     # Several GPUs are for torchrun: without it one is used, and a step's batch is what the options say.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -109,6 +113,7 @@ def _defaults(config: TrainConfig) -> dict[str, Any]:
         # Only with this setting does the library join processes that share a CPU.
         "use_cpu": not torch.accelerator.is_available(),
         "log_level": "error",
+        "dataloader_persistent_workers": config.workers > 0,
         # Every parameter of a causal language model takes part in every step.
         "ddp_find_unused_parameters": False,
     }

@@ -84,8 +84,8 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         None,
         min=1,
         metavar="N",
-        help="Sort so many sequences of the order by length at a time, so that batches have less padding. They are not sorted"
-        " without it.",
+        help="Sort so many sequences of the order by length at a time, so that batches have less padding: as many as an"
+        " optimiser step has leave each step its sequences. They are not sorted without it.",
     )
     learning_rate: float = option(3e-4, above=0, help="Highest learning rate.")
     warmup: float = option(0.05, min=0, below=1, help="Share of the steps during which the learning rate rises.")

@@ -33,7 +33,7 @@ def check_context(
     Args:
         store: an open store.
         dump: which dump.
-        model: on the CPU, in evaluation mode.
+        model: the model, as it is loaded.
         ordinals: of the sequences that it is to read; None for all.
         name: what to call the model in messages.
         reporter: hears of sequences that are longer than the model was made for.
@@ -73,7 +73,8 @@ def _continues(model: PreTrainedModel, position: int) -> bool:
         return False
     try:
         with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long), position_ids=torch.tensor([[position]]), use_cache=False)
+            tokens = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+            model(input_ids=tokens, position_ids=torch.full_like(tokens, position), use_cache=False)
     except (IndexError, RuntimeError, ValueError):
         return False
     return True

@@ -79,4 +79,4 @@ def tell_padding(dataset: DistillationDataset, group_by_length: int | None, *, r
     """Say how much of a run's batches is padding, and what makes it less."""
     share = dataset.padding_share()
     remedy = "; --group-by-length makes it less" if group_by_length is None and share > TOLD_REMEDY else ""
-    reporter.note(f"{share:.1%} of the batches is padding{remedy}.")
+    reporter.note(f"{share:.1%} of the batches is padding{remedy}")

@@ -9,6 +9,7 @@ so that the same sequences give the same gradient however they are cut into batc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -23,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.reading.mixture import Named, named_dumps
+from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
 from student_train.losses.divergences import forward_kl, token_nll
 from student_train.losses.head import has_plain_head
@@ -36,7 +37,8 @@ from student_train.training.collator import DistillationCollator
 from student_train.training.configuration import check_loss
 from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset
-from student_train.training.knowledge import check_knowledge, kinds_read
+from student_train.training.knowledge import check_mixture, kinds_read
+from student_train.training.mixture import Mixture
 from student_train.training.positions import keeps_candidates
 from student_train.training.trainer_arguments import check_arguments
 from student_train.training.vocabulary import check_student
@@ -105,13 +107,17 @@ class DistillationMixin(_Base):
         **named: Any,
     ) -> None:
         if isinstance(train_dataset, DistillationDataset):
-            store, dump = train_dataset.store, list(train_dataset.plan.teachers or train_dataset.dumps)
+            store, dump = train_dataset.store, list(train_dataset.dumps)
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
         config, self.distillation = check_loss(loss, ce_weight, loss_options or {})
-        dumps, _ = named_dumps(list(teachers) if teachers else dump, store.dump)
-        for name in dumps:
-            check_knowledge(store, name, config, self.distillation)
+        together = train_dataset.plan.teachers if isinstance(train_dataset, DistillationDataset) else teachers
+        together = None if together is None else weights_of(together, "teacher")
+        dumps, _ = named_dumps(dump if together is None else list(together), store.dump)
+        weights: dict[str, Any] = dict.fromkeys(dumps) | dict(together or (dump if isinstance(dump, Mapping) else {}))
+        for sentence in check_mixture(store, Mixture(weights, together is not None), config, self.distillation):
+            if train_dataset is None:
+                warnings.warn(sentence, stacklevel=2)
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
         with_kl = on_text and all(map(keeps_candidates, manifests))

@@ -33,7 +33,7 @@ from student_train.training.knowledge import check_mixture, check_run, columns_r
 from student_train.training.length_groups import tell_padding
 from student_train.training.mixture import newer_dumps
 from student_train.training.model_folder import model_sha256
-from student_train.training.models import hold_in_bfloat16, load_model, load_tokenizer, quieten
+from student_train.training.models import first_line, hold_in_bfloat16, load_model, load_tokenizer, quieten
 from student_train.training.run_folder import (
     RUN_FILE,
     check_output,
@@ -61,6 +61,7 @@ class TrainResult:
         began_at: the step it was resumed from; 0 for a new run; equal to `steps` when there was nothing to do.
         seconds: spent training, evaluations included, over all the runs that led here.
         eval_loss: the last validation loss, nats; None without evaluation.
+        padding: the share of what the student ran on in training that was padding.
     """
 
     output: Path
@@ -70,6 +71,7 @@ class TrainResult:
     began_at: int
     seconds: float
     eval_loss: float | None
+    padding: float
 
 
 def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
@@ -142,6 +144,36 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         return result
     checkpoint = last_checkpoint(output)
     began_at = checkpoint.step if checkpoint else 0
+    schedule(arguments, config, steps, evaluate=eval_count > 0, fresh=began_at == 0)
+    shared: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "rank": arguments.process_index,
+        "world_size": arguments.world_size,
+        "kinds": kinds_read(manifests[0], loss),
+        **mixture.plan,
+    }
+    dataset = DistillationDataset(
+        store,
+        mixture.source,
+        seed=config.seed,
+        order=config.order,
+        ordinals=train_ordinals,
+        targets=choice.targets,
+        group_by_length=config.group_by_length,
+        global_batch=sequences_per_step if config.group_by_length else None,
+        **shared,
+    )
+    evaluation = None
+    if eval_count:
+        corpus = [dump for dump in mixture.corpus if len(eval_ordinals[dump])]
+        held_out = {dump: eval_ordinals[dump] for dump in corpus}
+        evaluation = DistillationDataset(store, corpus, ordinals=held_out, shuffle=False, **shared)
+    try:
+        trainer = RunTrainer(student, arguments, config, dataset, evaluation, steps_per_epoch, checkpoint, recalibrate)
+    except (ValueError, RuntimeError, ImportError) as error:  # what `--set` asks for, and the library cannot do here
+        raise InputError(first_line(error)) from error
+    if arguments.fsdp and not trainer.is_fsdp_enabled:
+        raise InputError("--set fsdp has no effect on CPUs, where accelerate does not shard: leave it out")
     if arguments.process_index == 0:
         tidy_output(output)
         if not (output / RUN_FILE).exists():
@@ -167,41 +199,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             }
             write_json(output / RUN_FILE, facts)
 
-    schedule(arguments, config, steps, evaluate=eval_count > 0, fresh=began_at == 0)
-    shared: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "rank": arguments.process_index,
-        "world_size": arguments.world_size,
-        "kinds": kinds_read(manifests[0], loss),
-        **mixture.plan,
-    }
-    dataset = DistillationDataset(
-        store,
-        mixture.source,
-        seed=config.seed,
-        order=config.order,
-        ordinals=train_ordinals,
-        targets=choice.targets,
-        group_by_length=config.group_by_length,
-        global_batch=sequences_per_step if config.group_by_length else None,
-        **shared,
-    )
     tell_padding(dataset, config.group_by_length, reporter=first_reporter)
-    evaluation = None
-    if eval_count:
-        corpus = [dump for dump in mixture.corpus if len(eval_ordinals[dump])]
-        held_out = {dump: eval_ordinals[dump] for dump in corpus}
-        evaluation = DistillationDataset(store, corpus, ordinals=held_out, shuffle=False, **shared)
-    trainer = RunTrainer(
-        student,
-        arguments,
-        config,
-        dataset,
-        evaluation,
-        steps_per_epoch,
-        checkpoint,
-        recalibrate,
-    )
     first_process = trainer.is_world_process_zero()
     if first_process and began_at:
         reporter.note(f"Resuming {output} from step {began_at:,} of {steps:,}.")
@@ -250,6 +248,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         began_at=began_at,
         seconds=trainer.seconds,
         eval_loss=_last(trainer.state.log_history, "eval_loss"),
+        padding=trainer.padding,
     )
 
 
@@ -274,7 +273,8 @@ def _finished(output: Path, identity: dict[str, Any], steps: int) -> TrainResult
     history = read_history(output)
     if not history.get("finished"):
         return None
-    return TrainResult(output, steps, steps, True, steps, history["seconds"], _last(history["entries"], "eval_loss"))
+    eval_loss = _last(history["entries"], "eval_loss")
+    return TrainResult(output, steps, steps, True, steps, history["seconds"], eval_loss, history["padding"])
 
 
 def _begin_alone(output: Path, snapshots: list[int], arguments: TrainingArguments, reporter: Reporter, held: ExitStack) -> None:

@@ -122,7 +122,7 @@ def check_resume(config: TrainConfig, store: KnowledgeStore, mixture: Mixture, c
         del known["sequences per step"]
     for name in ("student's files", *(() if config.steps else ("number of steps",))):
         del known[name]
-    unknown = ("student's files", "number of steps", "sequences per step")
+    unknown = ("student's files", "number of steps", "sequences per step", "chosen sequences", "chosen targets")
     _refuse_differences(output, {name: fact for name, fact in previous.items() if name in known or name not in unknown}, known)
 
 
@@ -152,6 +152,7 @@ class Checkpoint(NamedTuple):
         seconds: that the run had taken.
         logged_at: the step of the last logged loss before it.
         unlogged_loss: sum of the losses of the steps since.
+        positions: that the student had run on in training, padding included.
     """
 
     step: int
@@ -159,6 +160,7 @@ class Checkpoint(NamedTuple):
     seconds: float
     logged_at: int
     unlogged_loss: float
+    positions: int
 
     def write(self) -> None:
         """Make it complete."""
@@ -166,7 +168,7 @@ class Checkpoint(NamedTuple):
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
-    record = read_record(path, ("step", "seconds", "logged_at", "unlogged_loss"), "record of a checkpoint")
+    record = read_record(path, ("step", "seconds", "logged_at", "unlogged_loss", "positions"), "record of a checkpoint")
     return Checkpoint(folder=path.parent, **{name: record[name] for name in Checkpoint._fields if name != "folder"})
 
 

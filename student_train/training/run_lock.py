@@ -57,7 +57,7 @@ def check_unlocked(output: Path) -> None:
 
 @contextmanager
 def locked(output: Path, reporter: Reporter) -> Iterator[None]:
-    """Hold the lock of an output folder while the body runs; the folder is made if there is none.
+    """Hold the lock of an output folder while the body runs; a folder that it makes is removed if it stays empty.
 
     Args:
         output: the folder.
@@ -66,6 +66,7 @@ def locked(output: Path, reporter: Reporter) -> Iterator[None]:
     Raises:
         InputError: another process holds it, or the folder cannot be written.
     """
+    made = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = _take(output, reporter)
@@ -79,6 +80,8 @@ def locked(output: Path, reporter: Reporter) -> Iterator[None]:
             # Unless the folder was removed meanwhile, and made again for another run.
             if (output / LOCK_FILE).stat().st_ino == os.fstat(descriptor).st_ino:
                 (output / LOCK_FILE).unlink()
+                if made:
+                    output.rmdir()  # nothing was written: a run that was refused leaves no folder
         _held.discard(descriptor)
         os.close(descriptor)
 
