@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from student_train.training.dataset import DistillationDataset
     from student_train.training.divergence import DivergenceError
     from student_train.training.initialisation import initialise
+    from student_train.training.length_groups import LengthGroupSampler
     from student_train.training.mixin import DistillationMixin, DistillationTrainer
     from student_train.training.run import TrainResult, train
     from student_train.training.split import split_ordinals
@@ -89,6 +90,7 @@ _HOMES = {
     "student_train.training.initialisation": "initialise",
     "student_train.training.mixin": "DistillationMixin DistillationTrainer",
     "student_train.training.run": "TrainResult train",
+    "student_train.training.length_groups": "LengthGroupSampler",
     "student_train.training.split": "split_ordinals",
 }
 
@@ -101,6 +103,7 @@ __all__ = [
     "DivergenceError",
     "EvaluateConfig",
     "FullVocabularyCalibration",
+    "LengthGroupSampler",
     "Loss",
     "Question",
     "StoreFit",

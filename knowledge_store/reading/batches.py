@@ -15,6 +15,7 @@ from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.reading.blocks import Blocks
 from knowledge_store.reading.collate import Sequence as Read
 from knowledge_store.reading.collate import collate
+from knowledge_store.reading.length_groups import LengthGroups, padding_share
 from knowledge_store.reading.mixture import taken
 from knowledge_store.reading.order import (
     CHUNK,
@@ -101,8 +102,11 @@ class Batches:
         if plan.order == "global":
             return Shuffled(of_dump, plan.seed, place)
         reader = self.readers[place]
-        reader.keep(2 * plan.window * len(self.taken.kinds))  # a batch may begin in one window and end in the next
-        return Blocks(of_dump.ascending(), reader.row_groups, plan.window, plan.seed, place)
+        blocks = Blocks(of_dump.ascending(), reader.row_groups, plan.window, plan.seed, place)
+        # A batch may begin in one window and end in the next; a group of like lengths reaches into as many as it fills.
+        windows = 1 + blocks.windows_of((plan.group_by_length or 0) + (plan.global_batch or 1))
+        reader.keep(windows * plan.window * len(self.taken.kinds))
+        return blocks
 
     def _begin(self, plan: ReadPlan) -> None:
         self._plan = plan
@@ -110,6 +114,15 @@ class Batches:
         shares = epoch_shares(self.sequences, self.weights)
         self.shares = dict(zip(self.dumps, shares, strict=True))
         self.order: Order = EpochOrder(self._streams, shares, plan.seed, plan.epoch, plan.shuffle)
+        if plan.group_by_length and plan.global_batch:
+            self.order = LengthGroups(
+                self.order,
+                self._lengths,
+                group=plan.group_by_length,
+                global_batch=plan.global_batch,
+                seed=plan.seed,
+                epoch=plan.epoch,
+            )
         self._chunk = lru_cache(CHUNKS)(lambda number: self.order.items(number * CHUNK, (number + 1) * CHUNK))
 
     def at(self, epoch: int, consumed: int = 0) -> Batches:
@@ -151,6 +164,19 @@ class Batches:
             shares = np.array(list(plan.teachers.values())) / math.fsum(plan.teachers.values())
             batch["teacher_weights"] = np.tile(shares.astype(np.float32), (plan.batch_size, 1))
         return batch
+
+    def padding_share(self, most: int = 2**16) -> float:
+        """How much of the batches of this epoch is padding, as a share of their positions. In an epoch of more than `most`
+        sequences, of the batches of the first so many."""
+        return padding_share(self._lengths(*self.order.items(0, most)), self._plan.batch_size)
+
+    def _lengths(self, places: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
+        """How many tokens sequences have, by the places of their dumps and their ordinals there; all int64."""
+        result = np.empty_like(ordinals)
+        for place, reader in enumerate(self.readers):
+            where = np.flatnonzero(places == place)
+            result[where] = reader.lengths(ordinals[where])
+        return result
 
     def _items(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The place of the dump and the ordinal of each slot of the order, as far as there are any."""

@@ -47,6 +47,10 @@ class Blocks:
     def __len__(self) -> int:
         return len(self._chosen)
 
+    def windows_of(self, count: int) -> int:
+        """How many windows so many sequences fill, on average, rounded up."""
+        return -(-count * (len(self._windows) - 1) // max(len(self), 1))
+
     def _lay_out(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The row groups of a permutation in its order, and where each begins among its sequences, and the end."""
         groups = permuted(np.arange(len(self._size)), len(self._size), self._seed, self._place, number, _GROUPS)

@@ -223,6 +223,17 @@ class DumpReader:
         hashes = read_table(self._sequence_files[place], ["token_hash"])
         return rows, hashes["token_hash"][within].as_py()
 
+    def lengths(self, ordinals: np.ndarray) -> np.ndarray:
+        """How many tokens some sequences have (ordinals of this dump and result int64)."""
+        places = np.searchsorted(self._first_ordinal, ordinals, side="right") - 1
+        result = np.empty(len(ordinals), np.int64)
+        for place in np.unique(places).tolist():
+            where = np.flatnonzero(places == place)
+            _, first_row = self._shard(place)
+            within = ordinals[where] - self._first_ordinal[place]
+            result[where] = first_row[within + 1] - first_row[within]
+        return result
+
     def _place(self, ordinal: int) -> tuple[int, int]:
         """The shard that a sequence is in, and its number there (InputError: there is no such sequence)."""
         if not 0 <= ordinal < len(self):

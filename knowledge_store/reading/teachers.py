@@ -115,6 +115,10 @@ class TeachersReader:
         """Of each dump (see `DumpReader.snapshot`)."""
         return {name: snapshot for reader in self._readers for name, snapshot in reader.snapshots.items()}
 
+    def lengths(self, ordinals: np.ndarray) -> np.ndarray:
+        """Of sequences of the first dump (see `DumpReader.lengths`)."""
+        return self._readers[0].lengths(ordinals)
+
     @property
     def row_groups(self) -> np.ndarray:
         """Of the first dump (see `DumpReader.row_groups`)."""

@@ -80,6 +80,13 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     epochs: float | None = option(None, above=0, help="Passes over the training sequences. It is 1 unless --steps is given.")
     steps: int | None = option(None, min=1, help="Number of optimiser steps, instead of --epochs.")
     gradient_accumulation: int = option(1, min=1, help="Forward passes in one optimiser step.")
+    group_by_length: int | None = option(
+        None,
+        min=1,
+        metavar="N",
+        help="Sort so many sequences of the order by length at a time, so that batches have less padding: as many as an"
+        " optimiser step has leave each step its sequences. They are not sorted without it.",
+    )
     learning_rate: float = option(3e-4, above=0, help="Highest learning rate.")
     warmup: float = option(0.05, min=0, below=1, help="Share of the steps during which the learning rate rises.")
     schedule: str = option(

@@ -94,6 +94,11 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         """Batches that each rank takes in a whole epoch."""
         return self._batches_left(self.plan, 0)
 
+    def padding_share(self) -> float:
+        """How much of the first epoch's batches is padding (see `Batches.padding_share`)."""
+        plan = replace(self.plan, consumed=0)
+        return self.store.read(plan, self.dump).padding_share()
+
     def __len__(self) -> int:
         if self.endless:
             raise TypeError("an endless DistillationDataset has no length")

@@ -74,6 +74,8 @@ class DistillationMixin(_Base):
             there is one.
         teachers: several dumps of one corpus instead, each with its weight in the loss.
         ordinals, targets: which sequences to read and which targets count, by dump; as in `ReadPlan`. None for all.
+        order: "global" or "blocks", as in `ReadPlan`.
+        group_by_length: sort so many sequences by length at a time, so that batches have less padding; None does not.
         loss: a name in `LOSSES`.
         ce_weight: share of cross-entropy in the loss, from 0 to 1.
         loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
@@ -98,6 +100,8 @@ class DistillationMixin(_Base):
         teachers: Mapping[str, float] | None = None,
         ordinals: Any = None,
         targets: Mapping[str, TargetMask] | None = None,
+        order: str | None = None,
+        group_by_length: int | None = None,
         loss: str = "forward-kl",
         ce_weight: float = 0.0,
         loss_options: Mapping[str, float | str] | None = None,
@@ -122,15 +126,18 @@ class DistillationMixin(_Base):
         self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()))
         self.dumps = tuple(dumps)
         self._source: dict[str, Any] = {"store": store, "dump": dump}
-        chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets}
+        chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets, "order": order}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
         self._plan: dict[str, Any] = {**chosen, "kinds": kinds_read(manifests[0], self.distillation)}
         from_store = train_dataset is None
         if from_store:
             train_dataset = DistillationDataset(**self._source, **self._plan)
         reads_store = isinstance(train_dataset, DistillationDataset)
-        for name, value in chosen.items():
-            if value is not None and not from_store:
-                raise InputError(f"{name} goes with the dump's own sequences, and train_dataset is other ones: leave one out")
+        self._group_by_length = group_by_length
+        named_for_store = [*chosen, *(["group_by_length"] if group_by_length is not None else [])]
+        if named_for_store and not from_store:
+            names = ", ".join(named_for_store)
+            raise InputError(f"{names} goes with the dump's own sequences, and train_dataset is other ones: leave one out")
         if args is not None:
             check_arguments(args, named, from_store=reads_store)
         if data_collator is not None and not isinstance(data_collator, DistillationCollator):
@@ -177,12 +184,15 @@ class DistillationMixin(_Base):
     def _dataset(self) -> DistillationDataset:
         """The dump's sequences, for this process."""
         arguments = self.args
+        global_batch = self._train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         return DistillationDataset(
             **self._source,
             **self._plan,
             batch_size=self._train_batch_size,
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
             shuffle=arguments.train_sampling_strategy != "sequential",
+            group_by_length=self._group_by_length,
+            global_batch=global_batch if self._group_by_length else None,
             rank=arguments.process_index,
             world_size=arguments.world_size,
         )

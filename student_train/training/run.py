@@ -30,6 +30,7 @@ from student_train.training.dump_facts import describe_dump, dump_shares, readin
 from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_mixture, check_run, columns_read, kinds_read
+from student_train.training.length_groups import tell_padding
 from student_train.training.mixture import newer_dumps
 from student_train.training.model_folder import model_sha256
 from student_train.training.models import first_line, hold_in_bfloat16, load_model, load_tokenizer, quieten
@@ -158,6 +159,8 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         order=config.order,
         ordinals=train_ordinals,
         targets=choice.targets,
+        group_by_length=config.group_by_length,
+        global_batch=sequences_per_step if config.group_by_length else None,
         **shared,
     )
     evaluation = None
@@ -196,6 +199,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             }
             write_json(output / RUN_FILE, facts)
 
+    tell_padding(dataset, config.group_by_length, reporter=first_reporter)
     first_process = trainer.is_world_process_zero()
     if first_process and began_at:
         reporter.note(f"Resuming {output} from step {began_at:,} of {steps:,}.")

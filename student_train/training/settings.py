@@ -43,11 +43,15 @@ _OPTIONS = {
     "save_steps": "--save-steps",
     "report_to": "--report-to",
     "dataloader_num_workers": "--workers",
+    "dataloader_persistent_workers": "--workers",
+    "train_sampling_strategy": "--group-by-length",
+    "group_by_length": "--group-by-length",
+    "length_column_name": "--group-by-length",
 }
 
 _PACKING = (
-    "documents are not packed: in a packed row they would have to be hidden from each other, which few models can do; sequences"
-    " of like lengths in a batch are what keeps padding small (TRAINERS.md, `Padding`)"
+    "documents are not packed: in a packed row they would have to be hidden from each other, which few models can do;"
+    " --group-by-length keeps padding small (TRAINERS.md, `Padding`)"
 )
 _OWN_BATCHES = "the store's order says what a batch holds"
 _OWN_EVALUATION = "a run measures its held-out documents itself"
@@ -57,10 +61,7 @@ _OWN_DISPLAY = "a run shows its progress itself"
 # Settings that a run decides, or has no use for.
 _REASONS = {
     **dict.fromkeys(("packing", "padding_free", "packing_strategy", "eval_packing"), _PACKING),
-    **dict.fromkeys(
-        ("dataloader_drop_last", "dataloader_in_order", "train_sampling_strategy", "length_column_name", "group_by_length"),
-        _OWN_BATCHES,
-    ),
+    **dict.fromkeys(("dataloader_drop_last", "dataloader_in_order"), _OWN_BATCHES),
     **dict.fromkeys(("remove_unused_columns", "label_names", "auto_find_batch_size", "ignore_data_skip"), _OWN_BATCHES),
     **dict.fromkeys(("prediction_loss_only", "batch_eval_metrics", "include_for_metrics"), _OWN_EVALUATION),
     **dict.fromkeys(("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), _OWN_EVALUATION),

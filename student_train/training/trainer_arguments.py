@@ -40,7 +40,8 @@ def check_arguments(arguments: TrainingArguments, named: dict[str, Any], *, from
             "dataloader_in_order=False": (not arguments.dataloader_in_order, "the store's order is what a resume goes on with"),
             f"train_sampling_strategy={strategy!r}": (
                 strategy not in ("random", "sequential"),
-                "the store decides the order, shuffled (random) or as it is stored (sequential)",
+                "the store decides the order, shuffled (random) or as it is stored (sequential); group_by_length=N of the"
+                " trainer itself sorts by length",
             ),
             "split_batches": (accelerator.split_batches, "each process reads batches of its own"),
             "assistant_only_loss": (_of(arguments, "assistant_only_loss"), "the dump says which tokens are targets"),
