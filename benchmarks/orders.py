@@ -5,7 +5,8 @@
 A synthetic store of realistic columns (see `scale`), by the writer. Each repeat of each order is a process of its own on one
 core, in turn with the others, with warm disk caches; it reads one epoch in batches of 8. Positions a second are told by the
 clock and by the processor's time, which a busy machine disturbs less. `global` without a cache decodes a row group for nearly
-every sequence, so of that only the first batches are read.
+every sequence, so of that only the first batches are read. `load` is how many processes wanted to run (on a busy machine more
+than the cores there are). Finished runs are kept in the work folder, and skipped when it is called again.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ ORDERS: dict[str, tuple[dict[str, Any], bool, int | None]] = {
     "global, cache": ({}, True, None),
     "global": ({}, False, SAMPLE),
 }
+FILL = "fill the cache"
 
 
 def read(store: Path, name: str, seed: int) -> dict[str, float]:
     """Read an epoch, or a part of one."""
-    plan, cached, most = ORDERS[name]
+    plan, cached, most = {**ORDERS, FILL: ({"shuffle": False}, True, None)}[name]
     opened = KnowledgeStore.open(store, cache_size=CACHE_SIZE if cached else 0)
     began, cpu = time.perf_counter(), time.process_time()
     batches = opened.batches(DUMP, batch_size=8, seed=seed, **plan)
@@ -60,7 +62,10 @@ def read(store: Path, name: str, seed: int) -> dict[str, float]:
 
 
 def measured(store: Path, name: str, seed: int) -> dict[str, float]:
-    """`read` in a fresh process on one core."""
+    """`read` in a fresh process on one core, or the figures of one that finished before in this work folder."""
+    kept = store.parent / "runs" / f"{name.replace(' ', '-')}-{seed}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
     command = [sys.executable, "-m", "benchmarks.orders", "--work", str(store), "--read", name, "--seed", str(seed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(store.parent / "cache")}
     cores = os.sched_getaffinity(0)
@@ -72,7 +77,10 @@ def measured(store: Path, name: str, seed: int) -> dict[str, float]:
     if finished.returncode:
         sys.exit(f"{name} failed:\n{finished.stderr}")
     found: dict[str, float] = json.loads(finished.stdout.splitlines()[-1])
+    found["load"] = round(os.getloadavg()[0], 2)
     print(f"{name}: {found['positions_per_s']:,.0f} positions/s, {found['peak_mib']:,.0f} MiB", file=sys.stderr)
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(json.dumps(found))
     return found
 
 
@@ -81,8 +89,7 @@ def measure(work: Path, positions: int, repeats: int) -> dict[str, Any]:
     store = work / f"store-{positions}"
     if not store.exists():
         many_positions(store, positions)
-    load = os.getloadavg()[0]
-    measured(store, "in order, cache", 0)  # fills the cache
+    measured(store, FILL, 0)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in ORDERS}
     for repeat in range(repeats):
         for name in ORDERS:
@@ -92,7 +99,7 @@ def measure(work: Path, positions: int, repeats: int) -> dict[str, Any]:
         "positions": int(runs["in order"][0]["positions"]),
         "row_groups": len(KnowledgeStore.open(store).batches(DUMP, order="blocks").readers[0].row_groups) - 1,
         "repeats": repeats,
-        "load_at_start": round(load, 2),
+        "load": spread([run["load"] for found in runs.values() for run in found], 1),
         "orders": {
             name: {figure: spread([run[figure] for run in found], 0) for figure in names} for name, found in runs.items()
         },
@@ -114,7 +121,7 @@ def main() -> None:
     parser.add_argument("--positions", type=int, default=10_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, help="a folder for the store, which is kept there")
-    parser.add_argument("--read", choices=ORDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--read", choices=[*ORDERS, FILL], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.read:

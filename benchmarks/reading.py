@@ -150,7 +150,7 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
     from student_train.training.arguments import schedule, training_arguments
-    from student_train.training.configuration import TrainConfig, check_config
+    from student_train.training.configuration import TrainConfig
     from student_train.training.dataset import DistillationDataset
     from student_train.training.run_trainer import RunTrainer
 
@@ -199,7 +199,7 @@ def steps(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         shape = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
         student = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, tie_word_embeddings=True, **shape))
         dataset = kind(store, dump, batch_size=options.batch_size, ordinals=ordinals, endless=True)
-        trainer = Waiting(student, arguments, config, check_config(config), dataset, None, dataset.batches_per_epoch)
+        trainer = Waiting(student, arguments, config, dataset, None, dataset.batches_per_epoch)
         clock = Clock()
         trainer.add_callback(clock)
         trainer.train()

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from knowledge_store.calibration.file import Calibration, read_calibration, write_calibration
     from knowledge_store.catalogue.summary import DumpSummary
+    from knowledge_store.choice.sequences import ChosenSequences
+    from knowledge_store.choice.targets import ChosenTargets
     from knowledge_store.errors import (
         DamageError,
         InputError,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 _MODULES = {
     "calibration.file": ("Calibration", "read_calibration", "write_calibration"),
     "catalogue.summary": ("DumpSummary",),
+    "choice.sequences": ("ChosenSequences",),
+    "choice.targets": ("ChosenTargets",),
     "errors": ("DamageError", "InputError", "KnowledgeStoreError", "MismatchError", "QueryError", "StoreError"),
     "format.manifest": ("Manifest",),
     "format.sequences": ("sequence_id", "token_hash", "tokens_table"),
@@ -53,6 +57,8 @@ __all__ = [
     "KINDS",
     "Batches",
     "Calibration",
+    "ChosenSequences",
+    "ChosenTargets",
     "DamageError",
     "DumpSummary",
     "DumpWriter",

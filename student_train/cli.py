@@ -61,7 +61,7 @@ def run(config: TrainConfig) -> None:
 
     Example: `student-train run store/ --dump train --student student/ --output runs/distilled --ce-weight 0.2`
 
-    On two GPUs: `torchrun --nproc-per-node 2 -m student_train.cli run store/ --student student/ --output run/`
+    On two GPUs: `torchrun --nproc-per-node 2 -m student_train.cli run store/ --dump train --student student/ --output run/`
     """
     from student_train.training.knowledge import check_run
 

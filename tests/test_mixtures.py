@@ -397,6 +397,8 @@ def test_what_a_teacher_lacks_is_left_out_and_counted(teachers):
     of_shard = teachers.sequences("big")["sequence_id"].to_pylist()[7:]
     assert sorted(numbers) == [number for place, number in enumerate(of_shard) if place != 1]
     assert {"1/candidate_ids", "2/candidate_ids"} <= batches[0].keys()
+    lacking, left_out = teachers.lacking(["big", "coder", "small"])
+    assert lacking == batches.lacking and left_out.tolist() == [0, 1, 2, 3, 4, 5, 6, 8]
     batches = teachers.batches("coder", teachers={"coder": 1, "big": 1}, ordinals={"coder": np.array([8, 0, 3])}, shuffle=False)
     assert batches.lacking == {"coder": 3, "big": 0}
     numbers = [number for batch in batches for number in batch["sequence_id"].tolist() if number >= 0]

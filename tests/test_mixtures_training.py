@@ -117,15 +117,12 @@ def test_weights_are_shares_of_an_epoch_and_are_told_before_it_starts(options, m
     train(TrainConfig(**options | {"steps": None, "epochs": 2, "dump": named}), reporter=reporter)
     shares = [round(total * share) for share in (0.5, 0.3, 0.2)]
     assert sum(shares) == total
-    assert reporter.notes[:2] == [
-        "3 dumps are read as one corpus.",
-        f"An epoch has {steps // 2} steps, and the run {steps}. Of each dump it reads:",
-    ]
-    for note, (name, count), share in zip(reporter.notes[2:], counts.items(), shares, strict=True):
-        repeated = f"each {share / count:.2f} times" if share > count else f"a share of {share / count:.2f}"
-        assert note.startswith(
-            f"{name}: {share} sequences in an epoch, of {count} {repeated}; in the run about {2 * share} seq"
-        )
+    began = reporter.notes.index("3 dumps are read as one corpus.")
+    notes = reporter.notes[began + 1 : began + 5]
+    assert notes[0] == f"An epoch has {steps // 2} steps, and the run {steps}. Of each dump it reads:"
+    for note, (name, count), share in zip(notes[1:], counts.items(), shares, strict=True):
+        read = f"{share} sequences in an epoch, {share / count:.2f} times its {count}; in the run about {2 * share} sequences"
+        assert note.startswith(f"{name}: {read} and ")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [(facts["name"], facts["weight"], facts["snapshot"]) for facts in record["dumps"]] == [
         (name, weight, store.snapshot(name)) for name, weight in (("news-1", 0.5), ("news-2", 0.3), ("code", 0.2))
@@ -157,7 +154,7 @@ def test_a_pattern_is_resolved_once(options, mixed, tmp_path):
         train(TrainConfig(**options | {"dump": ("news-1", "news-2", "news-3")}))
     reporter = Notes()
     train(TrainConfig(**options | {"output": str(tmp_path / "new")}), reporter=reporter)
-    assert reporter.notes[0] == "3 dumps are read as one corpus."
+    assert "3 dumps are read as one corpus." in reporter.notes
 
 
 KILLS = """
@@ -232,6 +229,33 @@ def test_killed_in_the_middle_of_a_mixture_on_any_number_of_ranks(options, tmp_p
         assert found == (expected if world_size == 1 else pytest.approx(expected, abs=1e-4)), world_size
 
 
+# --- several teachers -------------------------------------------------------------------------------------------------------
+
+
+def test_several_teachers_are_learned_from(options, tmp_path):
+    """The first step's loss is the weighted sum of what it is with each of them alone."""
+    options |= {"steps": 1, "batch_size": 64, "ce_weight": 0.2}
+    reporter = Notes()
+    train(TrainConfig(**options, teachers="news-1=7,other=3"), reporter=reporter)
+    first = losses(options["output"])[1]
+    alone = []
+    for name in ("news-1", "other"):
+        train(TrainConfig(**options | {"output": str(tmp_path / name), "dump": name}))
+        alone.append(losses(tmp_path / name)[1])
+    assert alone[0] != pytest.approx(alone[1], rel=1e-3)
+    assert first == pytest.approx(0.7 * alone[0] + 0.3 * alone[1], rel=1e-5)
+    assert "Each sequence of news-1 is read with what 2 teachers said, by weights: news-1 0.7, other 0.3." in reporter.notes
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [facts["name"] for facts in record["dumps"]] == ["news-1", "other"] and record["several_teachers"]
+
+
+def test_other_divergences_are_told_for_what_they_are(options):
+    reporter = Notes()
+    train(TrainConfig(**options | {"steps": 1}, loss="jensen-shannon", teachers="news-1,other"), reporter=reporter)
+    notes = " ".join(reporter.notes)
+    assert "jensen-shannon is the weighted sum of its values for each teacher, not its value for their mixture" in notes
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -259,6 +283,7 @@ def test_killed_in_the_middle_of_a_mixture_on_any_number_of_ranks(options, tmp_p
         (["--teachers", "news-1^0.7,other^0.3"], "a geometric mixture of teachers needs probabilities of tokens outside"),
         (["--teachers", "news-*"], "name each teacher's dump"),
         (["--teachers", "news-1,"], "has no dump ''"),
+        (["--teachers", "news-1,code"], "code"),
         (["--teachers", "news-1,other", "--loss", "ce"], "the loss ce learns nothing from a teacher"),
     ],
 )

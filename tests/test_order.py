@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,7 @@ from torture import order
 
 from knowledge_store import InputError
 from knowledge_store.reading.blocks import Blocks
-from knowledge_store.reading.order import batch_items, step_count
+from knowledge_store.reading.order import EpochOrder, Shuffled, batch_items, step_count
 from knowledge_store.reading.ordinals import AllBut, Listed
 from knowledge_store.reading.permutation import permuted
 
@@ -105,6 +106,17 @@ def test_orders_look_shuffled():
 def starts(sizes: list[int]) -> np.ndarray:
     """First ordinals of row groups of these sizes, and the end."""
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def test_an_order_takes_no_memory_however_long():
+    stream = Shuffled(AllBut(10**12, np.array([5, 10**11])), 1, 0)
+    order = EpochOrder([stream], [len(stream)], 1, 0)
+    tracemalloc.start()
+    _, ordinals = order.items(7 * 10**11, 7 * 10**11 + 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(ordinals.tolist())) == 1000 and ordinals.max() < 10**12
+    assert peak < 2**20
 
 
 def test_pinned_blocks():

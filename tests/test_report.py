@@ -275,8 +275,12 @@ def test_dumps_with_weights_and_what_was_chosen_of_them(tmp_path):
     where, condition = "SELECT dump, sequence_id FROM sequences WHERE file < 'b'", "exp(tail_logprob) > 0.05"
     dumps = [{**DUMP, "name": name, "weight": share} for name, share in (("news", 0.7), ("news-2", 0.3))]
     change_record(other / "run.json", dumps=dumps, config={**CONFIG, "where": where, "positions_where": condition})
+    counts = {"where": {"sequences": 45, "of": 90}, "positions_where": {"targets": 1200, "of": 6000, "sequences_left_out": 2}}
+    change_record(other / "run.json", choice=counts)
     change_record(many / "run.json", dumps=[{**DUMP, "name": f"news-{number}", "weight": None} for number in range(9)])
     text = page(tmp_path, one, other, many)
+    assert "documents that were kept out of them are not the same" in text
+    assert "kept out of them are not the same" not in page(tmp_path, one, one)
     runs = cells(text, "The runs")
     assert runs["two"][1] == "news 0.7 news-2 0.3 90 sequences"
     assert runs["many"][1] == "news-0 news-1 news-2 news-3 and 5 more 90 sequences"
@@ -286,7 +290,8 @@ def test_dumps_with_weights_and_what_was_chosen_of_them(tmp_path):
     for what in ("sequences", "targets"):
         assert f"other {what} were chosen for some than for others (below the table)" in warning
     plain = re.sub("<[^>]*>", "", text)
-    assert f"two was trained on the sequences of {escaped}, and on the targets with exp(tail_logprob) &gt; 0.05." in plain
+    sequences, targets = f"45 of 90 sequences (50%) chosen by {escaped}", "1,200 of 6,000 targets (20%) chosen by exp("
+    assert f"two was trained on {sequences}, and on {targets}tail_logprob) &gt; 0.05." in plain
     change_record(other / "run.json", several_teachers=True)
     assert "news 0.7 news-2 0.3 teachers of one corpus" in cells(page(tmp_path, other), "The runs")["two"][1]
 

@@ -204,3 +204,18 @@ def test_the_first_of_two_processes_chooses_for_both(settings, tmp_path):
     done = launched(output=tmp_path / "refused", positions_where="position > 99")
     assert done.returncode != 0 and done.stderr.count("Error: --positions-where: no target of train meets") == 2, done.stderr
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_choice_over_several_dumps(settings, tmp_path):
+    """A dump of which nothing was chosen has no part in an epoch; one with a weight is refused."""
+    settings |= {"dump": ("train", "heldout"), "eval_fraction": 0.2, "steps": 2}
+    notes = Notes()
+    train(TrainConfig(**settings | {"where": LONG, "positions_where": UNSURE}), reporter=notes)
+    run = read(tmp_path / "run")
+    [chosen, none] = run["dumps"]
+    assert chosen["read"]["sequences"] == run["sequences"]["train"] > 0 == none["read"]["sequences"]
+    assert run["choice"]["where"]["of"] > run["choice"]["where"]["sequences"] >= run["sequences"]["train"]
+    with pytest.raises(InputError, match=r"heldout.*leave it out"):
+        weighted = {"dump": ("train=1", "heldout=1"), "where": LONG, "output": str(tmp_path / "other")}
+        train(TrainConfig(**settings | weighted))
+    assert not (tmp_path / "other").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from captum.attr import InputXGradient, Saliency
@@ -281,6 +282,19 @@ def test_together_and_alone(store):
         assert row["shares"] == sorted(row["shares"], reverse=True)
 
 
+@pytest.mark.parametrize(("name", "more"), [("both", []), ("saliency", [("token_id", "uint32"), ("is_target", "bool")])])
+def test_the_columns_of_the_files(store, name, more):
+    """As FORMAT.md has them: steps counted from 2²³, and what a step is worth, the same in all rows of a sequence."""
+    table = pq.read_table(store / name / "saliency/00000.parquet")
+    columns = [("sequence_id", "int64"), ("position", "int32"), ("steps", "float"), ("step_share", "float"), *more]
+    assert [(column.name, str(column.type)) for column in table.schema] == columns
+    steps = table["steps"].fill_null(2**23).to_numpy().astype(np.float64) - 2**23
+    ids, step_share = table["sequence_id"].to_numpy(), table["step_share"].to_numpy()
+    for sequence in np.unique(ids):
+        own = ids == sequence
+        assert steps[own].max() == 4095 and set(step_share[own]) == {np.float32(1 / steps[own].sum())}
+
+
 def test_what_is_context(store, loaded_teacher):
     """Everything before the last target that is none itself: prompts, headers, and questions between answers."""
     opened = KnowledgeStore.open(store)
@@ -437,6 +451,12 @@ def test_the_same_teacher_agrees(store, loaded_teacher, name):
     agreement = found["saliency"]
     assert agreement.verdict == AGREES and max(agreement.moved) < 1e-3 and len(agreement.moved) == len(ROWS)
     assert agreement.lines[-2] == "Verdict: agrees"
+
+
+def test_the_same_teacher_in_another_dtype(store, teacher_folder):
+    short = load_teacher(str(teacher_folder), dtype="bfloat16", device="cpu")
+    agreement = check(CheckConfig(store, "loaded", dump="both", sample=6), short)["saliency"]
+    assert agreement.verdict == AGREES and max(agreement.moved) > 1e-3 and "16 bits" in agreement.lines[2]
 
 
 def test_another_teacher_and_damage(tmp_path, store, options, loaded_teacher, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import pickle
 from dataclasses import replace
@@ -98,6 +99,21 @@ def test_padding_rows_attend_to_something_and_count_for_nothing(store):
     assert len(empty["input_ids"]) == 1 and not empty["is_target"].any() and empty["sequence_id"].tolist() == [-1]
     assert empty["attention_mask"].sum() == 1
     assert last["is_target"].any()  # the batch it was made like is left alone
+
+
+@pytest.mark.parametrize("order", ["global", "blocks"])
+def test_several_dumps_epoch_after_epoch(store, order):
+    weights = {"train": 1, "heldout": 3}
+    dataset = DistillationDataset(store, weights, batch_size=5, seed=2, order=order, endless=True)
+    assert dataset.dumps == ("train", "heldout") and dataset.sequences == sum(map(store.sequence_count, weights))
+    found = list(itertools.islice(dataset, dataset.batches_per_epoch + 2))
+    expected = list(store.batches(weights, batch_size=5, seed=2, order=order))
+    expected += itertools.islice(store.batches(weights, batch_size=5, seed=2, epoch=1, order=order), 2)
+    for one, other in zip(found, expected, strict=True):
+        assert np.array_equal(one["dump"], other["dump"]) and np.array_equal(one["input_ids"], other["input_ids"])
+    state = dataset.state_after(dataset.batches_per_epoch + 2)
+    assert state == {"seed": 2, "epoch": 1, "consumed": 10, "snapshot": {dump: store.snapshot(dump) for dump in weights}}
+    assert padding_batch(found[0])["dump"].tolist() == [-1]
 
 
 def test_a_started_worker_opens_the_store_again(store):

@@ -113,3 +113,12 @@ def test_several_teachers_are_not_taken_for_one(student, logits):
         select_targets(torch.zeros(ROWS, LENGTH, VOCABULARY), batch)
     [alone] = teachers_of({name: array for name, array in batch.items() if name != "teacher_weights"})
     assert alone.keys() == batch.keys() - {"teacher_weights"}
+
+
+def test_what_a_teacher_does_not_keep_is_taken_of_none(student, logits):
+    """One teacher's draws stand for its own tail, and not for another's."""
+    batch = batch_of(logits)
+    without = {name: array for name, array in batch.items() if not name.startswith("1/tail_") or name == "1/tail_logprob"}
+    assert all("tail_ids" not in knowledge and "candidate_ids" in knowledge for knowledge in teachers_of(without))
+    bucket = sliced_loss(student, batch, forward_kl, tail="bucket")
+    assert torch.allclose(sliced_loss(student, without, forward_kl), bucket, rtol=1e-6)

@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,16 @@ EPOCHS_METHODS = {
 
 
 class Laboratory:
-    """The teacher, the dumps, and everything that a run needs."""
+    """The teacher, the dumps, and everything that a run needs.
 
-    def __init__(self, teacher: str, stories: Path, work: Path):
+    Args:
+        teacher: its folder.
+        stories: a JSON list of texts; the first HELD_OUT_STORIES are held out.
+        work: where dumps and finished runs are kept.
+        selections: what is kept, by the name of the dump of the other stories.
+    """
+
+    def __init__(self, teacher: str, stories: Path, work: Path, selections: Mapping[str, Selection] = SELECTIONS):
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
         texts = json.loads(stories.read_text())
@@ -104,7 +111,7 @@ class Laboratory:
         for name, chosen in parts.items():
             if not (work / f"{name}.jsonl").exists():
                 (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
-        for name, selection in SELECTIONS.items():
+        for name, selection in selections.items():
             options: dict[str, Any] = {"draws": selection.draws}
             if selection.candidates:
                 options = {"top_k": selection.candidates, "tail_draws": selection.draws}

@@ -36,7 +36,7 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
 from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds.columns import Arrays
-from knowledge_store.kinds.field import PLAIN, Field
+from knowledge_store.kinds.field import PLAIN, SPLIT, Field
 from knowledge_store.kinds.kind import Codec, Kind, Totals
 
 METHODS = ("gradient-norm", "input-x-gradient")
@@ -52,10 +52,12 @@ TOKENS = (
     Field("token_id", pa.uint32(), encoding=PLAIN, identifying=True),
     Field("is_target", pa.bool_(), identifying=True),
 )
-STORED = (Field("steps", pa.uint16(), nullable=True), Field("step_share", pa.float32()))
+# Steps stand as float32, counted from ZERO: split byte by byte they take little more than their entropy, in a dictionary more.
+STORED = (Field("steps", pa.float32(), nullable=True, encoding=SPLIT), Field("step_share", pa.float32()))
+ZERO = 2**23
 
 VIEW = """\
-SELECT sequence_id, "position", CAST(CAST(steps AS DOUBLE) * CAST(step_share AS DOUBLE) AS FLOAT) AS share{more}
+SELECT sequence_id, "position", CAST((CAST(steps AS DOUBLE) - {zero}) * CAST(step_share AS DOUBLE) AS FLOAT) AS share{more}
 FROM {rows}"""
 RANKED = """
         SELECT {dump} AS dump, sequence_id, rank, "position", token_id,
@@ -163,16 +165,16 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         steps[start:end] = np.round(in_steps(values[start:end]))
         total = steps[start:end].sum()
         step_share[start:end] = 1 / total if total else 0
-    columns = [*keys.columns, pa.array(steps.astype(np.uint16), mask=absent), pa.array(step_share)]
+    columns = [*keys.columns, pa.array((steps + ZERO).astype(np.float32), mask=absent), pa.array(step_share)]
     columns += [pa.array(arrays[field.name], field.type) for field in _more(manifest)]
     return pa.table(columns, schema=SALIENCY.stored_schema(manifest))
 
 
 def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
     """The table that a stored one stands for. ValueError: it stands for none."""
-    steps = table["steps"].fill_null(0).to_numpy().astype(np.float64)
-    if (steps > MAX_STEPS).any():
-        raise ValueError(f"a share has more than {MAX_STEPS} steps")
+    steps = table["steps"].fill_null(ZERO).to_numpy().astype(np.float64) - ZERO
+    if not ((steps >= 0) & (steps <= MAX_STEPS) & (steps == np.round(steps))).all():
+        raise ValueError(f"the steps of a share are no whole number up to {MAX_STEPS}")
     if table["step_share"].null_count:
         raise ValueError("step_share is null")
     shares = (steps * table["step_share"].to_numpy().astype(np.float64)).astype(np.float32)
@@ -183,7 +185,7 @@ def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
 
 def view(manifest: Manifest) -> str:
     """`unpack` as SQL."""
-    return VIEW.replace("{more}", "".join(f", {field.name}" for field in _more(manifest)))
+    return VIEW.replace("{zero}", str(ZERO)).replace("{more}", "".join(f", {field.name}" for field in _more(manifest)))
 
 
 def decode(table: pa.Table) -> Arrays:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-UNPACKED = 1 << 24  # bits that are unpacked at once, a byte each
+UNPACKED = 1 << 22  # bits that are unpacked at once, a byte each
 
 
 @dataclass(frozen=True, eq=False)

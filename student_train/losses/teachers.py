@@ -16,10 +16,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from knowledge_store.kinds import KINDS
 from student_train.losses.targets import Batch, Targets, targets_of
 
 WEIGHTS = "teacher_weights"
 SEPARATOR = "/"
+OF_EVERY_KIND = ("sequence_id", "attention_mask", "labels")
 
 Share = Callable[[Tensor, slice], Tensor]
 
@@ -28,18 +30,20 @@ def teachers_of(batch: Batch) -> list[Batch]:
     """A batch of several teachers as one batch for each, in the order in which they were named; that of a single one as it is.
 
     In the batch, the first teacher's arrays have names of their own; of the m-th after it, those that hold what a teacher knows
-    are called `m/ARRAY`. The text and its targets are the same for all. `teacher_weights` (B, M), whose rows sum to one, is
-    left out.
+    are called `m/ARRAY`. The text and its targets are the same for all. What some of the teachers do not keep is left out of
+    all, and so is `teacher_weights` (B, M), whose rows sum to one.
     """
     if WEIGHTS not in batch:
         return [batch]
-    shared = {name: value for name, value in batch.items() if SEPARATOR not in name and name != WEIGHTS}
-    further: list[dict[str, Tensor]] = [{} for _ in range(batch[WEIGHTS].shape[1] - 1)]
+    of_text = {*OF_EVERY_KIND, *(name for kind in KINDS.values() for name in kind.of_text)}
+    text = {name: value for name, value in batch.items() if name in of_text}
+    known: list[dict[str, Tensor]] = [{} for _ in range(batch[WEIGHTS].shape[1])]
     for name, value in batch.items():
-        teacher, separator, array = name.partition(SEPARATOR)
-        if separator:
-            further[int(teacher) - 1][array] = value
-    return [shared, *(shared | knowledge for knowledge in further)]
+        teacher, separator, array = name.rpartition(SEPARATOR)
+        if name not in of_text and name != WEIGHTS:
+            known[int(teacher) if separator else 0][array] = value
+    common = set(known[0]).intersection(*known)
+    return [text | {name: value for name, value in arrays.items() if name in common} for arrays in known]
 
 
 def weighted_loss(

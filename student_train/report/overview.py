@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from knowledge_store.quantities import counted, duration
+from knowledge_store.quantities import counted, duration, percentage
 from student_train.report import charts
 from student_train.report.runs import Run, dumps_of, listed
 
@@ -114,9 +114,13 @@ def _chosen(run: Run, option: str) -> str:
 
 def _choice(run: Run) -> str:
     """Which sequences and targets it was trained on, where they were chosen; as HTML."""
-    sequences, targets = (_chosen(run, option) for option in CHOICES)
-    parts = [] if sequences == "all" else [f"on the sequences of {sequences}"]
-    parts += [] if targets == "all" else [f"on the targets with {targets}"]
+    parts = []
+    for option, what in CHOICES.items():
+        if (condition := _chosen(run, option)) != "all":
+            counts = run.run.get("choice", {}).get(option)
+            share = f" ({percentage(counts[what] / counts['of'])})" if counts and counts["of"] else ""
+            number = f"{counts[what]:,} of {counts['of']:,} {what}{share}" if counts else what
+            parts.append(f"on {number} chosen by {condition}")
     return f"<b>{html.escape(run.name)}</b> was trained {', and '.join(parts)}." if parts else ""
 
 

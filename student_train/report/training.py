@@ -83,7 +83,12 @@ def learning(runs: list[Run]) -> str:
         for curve in shown
     ]
     without = [run.name for _, run, entries in curves if not any(shown[0].name in entry for entry in entries)]
-    missing = f'<p class="missing">No curve for {listed(without)}.</p>' if without else ""
+    warnings = [f"No curve for {listed(without)}."] if without else []
+    if (
+        len({frozenset(str(dump["name"]) for dump in dumps_of(run.run)) for _, run, entries in curves if entries and run.run})
+        > 1
+    ):
+        warnings.append("These runs read other dumps, so the documents that were kept out of them are not the same.")
     trained = [(index, run.name) for index, run, entries in curves if entries]
     legend = "".join(f"<li>{charts.swatch(index)}{html.escape(name)}</li>" for index, name in trained)
     return f"""
@@ -92,5 +97,5 @@ def learning(runs: list[Run]) -> str:
 <p>{words}</p>
 <ul class="legend">{legend}</ul>
 {charts.learning_curves(drawn, "Learning curves of " + ", ".join(name for _, name in trained))}
-{missing}
+{"".join(f'<p class="missing">{warning}</p>' for warning in warnings)}
 </section>"""

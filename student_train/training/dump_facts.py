@@ -12,6 +12,7 @@ import numpy as np
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.catalogue.summary import DumpSummary
 from knowledge_store.kinds.field import KEYS
+from knowledge_store.quantities import counted
 from knowledge_store.reading.order import epoch_shares
 from student_train.training.mixture import Mixture
 
@@ -80,12 +81,12 @@ class DumpShare:
     tokens: int
 
     def __str__(self) -> str:
-        times = self.epoch / max(self.sequences, 1)
-        repeated = f"each {times:.2f} times" if times > 1 else "all of them" if times == 1 else f"a share of {times:.2f}"
-        return (
-            f"{self.epoch:,} sequences in an epoch, of {self.sequences:,} {repeated}; in the run about {self.run:,} sequences"
-            f" and {self.tokens:,} tokens"
-        )
+        if not self.sequences:
+            return "none of its sequences is trained on"
+        epoch = f"{self.epoch:,} sequences in an epoch, {self.epoch / self.sequences:.2f} times its {self.sequences:,}"
+        if self.epoch == self.sequences:
+            epoch = f"all of its {self.sequences:,} sequences in an epoch"
+        return f"{epoch}; in the run about {self.run:,} sequences and {self.tokens:,} tokens"
 
 
 def dump_shares(
@@ -126,5 +127,5 @@ def reading_lines(mixture: Mixture, shares: Mapping[str, DumpShare], steps: int,
         ]
     else:
         lines = [f"{len(mixture.dumps)} dumps are read as one corpus."]
-    lines.append(f"An epoch has {steps_per_epoch:,} steps, and the run {steps:,}. Of each dump it reads:")
+    lines.append(f"An epoch has {counted(steps_per_epoch, 'step', 'steps')}, and the run {steps:,}. Of each dump it reads:")
     return lines + [f"{dump}: {share}." for dump, share in shares.items()]

@@ -57,13 +57,12 @@ def check_mixture(store: KnowledgeStore, mixture: Mixture, config: TrainConfig, 
         return []
     manifests = [store.manifest(dump) for dump in mixture.dumps]
     sentences = _check_teachers(config, loss) if mixture.teachers else []
-    next(iter(store.batches(mixture.source, batch_size=1, shuffle=False, kinds=kinds_read(manifests[0], loss), **mixture.plan)))
-    return sentences + [
-        sentence
-        for kind in loss.kinds
-        if kind in CHECKS_TOGETHER
-        for sentence in CHECKS_TOGETHER[kind](manifests, config, loss)
-    ]
+    batches = store.batches(mixture.source, kinds=kinds_read(manifests[0], loss), **mixture.plan)
+    sentences += [f"The dumps differ: {difference}." for difference in batches.taken.differences]
+    for kind in loss.kinds:
+        if kind in CHECKS_TOGETHER:
+            sentences += CHECKS_TOGETHER[kind](manifests, config, loss)
+    return sentences
 
 
 def _check_teachers(config: TrainConfig, loss: Loss) -> list[str]:

@@ -19,8 +19,7 @@ import torch
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
@@ -40,6 +39,7 @@ from student_train.training.dataset import DistillationDataset
 from student_train.training.knowledge import check_mixture, kinds_read
 from student_train.training.mixture import Mixture
 from student_train.training.positions import keeps_candidates
+from student_train.training.snapshots import DumpSnapshots
 from student_train.training.trainer_arguments import check_arguments
 from student_train.training.vocabulary import check_student
 
@@ -74,6 +74,7 @@ class DistillationMixin(_Base):
             there is one.
         teachers: several dumps of one corpus instead, each with its weight in the loss.
         ordinals, targets: which sequences to read and which targets count, by dump; as in `ReadPlan`. None for all.
+        order: "global" or "blocks", as in `ReadPlan`.
         group_by_length: sort so many sequences by length at a time, so that batches have less padding; None does not.
         loss: a name in `LOSSES`.
         ce_weight: share of cross-entropy in the loss, from 0 to 1.
@@ -99,6 +100,7 @@ class DistillationMixin(_Base):
         teachers: Mapping[str, float] | None = None,
         ordinals: Any = None,
         targets: Mapping[str, TargetMask] | None = None,
+        order: str | None = None,
         group_by_length: int | None = None,
         loss: str = "forward-kl",
         ce_weight: float = 0.0,
@@ -124,16 +126,18 @@ class DistillationMixin(_Base):
         self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()))
         self.dumps = tuple(dumps)
         self._source: dict[str, Any] = {"store": store, "dump": dump}
-        chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets}
+        chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets, "order": order}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
         self._plan: dict[str, Any] = {**chosen, "kinds": kinds_read(manifests[0], self.distillation)}
         from_store = train_dataset is None
         if from_store:
             train_dataset = DistillationDataset(**self._source, **self._plan)
         reads_store = isinstance(train_dataset, DistillationDataset)
         self._group_by_length = group_by_length
-        for name, value in (chosen | {"group_by_length": group_by_length}).items():
-            if value is not None and not from_store:
-                raise InputError(f"{name} goes with the dump's own sequences, and train_dataset is other ones: leave one out")
+        named_for_store = [*chosen, *(["group_by_length"] if group_by_length is not None else [])]
+        if named_for_store and not from_store:
+            names = ", ".join(named_for_store)
+            raise InputError(f"{names} goes with the dump's own sequences, and train_dataset is other ones: leave one out")
         if args is not None:
             check_arguments(args, named, from_store=reads_store)
         if data_collator is not None and not isinstance(data_collator, DistillationCollator):
@@ -423,35 +427,6 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
     `DistillationTrainer(model, args=TrainingArguments(…), store=KnowledgeStore.open(…), dump="train").train()`
     """
-
-
-class DumpSnapshots(TrainerCallback, ExportableState):
-    """Keeps in checkpoints which sequences the dump has, and refuses to resume where it has others: in another order."""
-
-    def __init__(self) -> None:
-        self.snapshot: Any = None
-
-    def state(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
-        return {"args": {}, "attributes": {"snapshot": self.snapshot}}
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Compare, and remember.
-
-        Raises:
-            InputError: the dump has other sequences than when training began.
-        """
-        dataset = kwargs["train_dataloader"].dataset
-        if not isinstance(dataset, DistillationDataset):
-            return
-        before = state.stateful_callbacks.get(type(self).__name__, self.state())["attributes"]["snapshot"]
-        self.snapshot = dataset.snapshot
-        state.stateful_callbacks[type(self).__name__] = self.state()
-        if before not in (None, self.snapshot):
-            raise InputError(
-                f"there are other sequences in {', '.join(dataset.dumps)} than when this training began: begin it"
-                " again, without resume_from_checkpoint"
-            )
 
 
 def _of_store(dataset: Any) -> bool:

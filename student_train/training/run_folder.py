@@ -122,8 +122,8 @@ def check_resume(config: TrainConfig, store: KnowledgeStore, mixture: Mixture, c
         del known["sequences per step"]
     for name in ("student's files", *(() if config.steps else ("number of steps",))):
         del known[name]
-    unknown = ("student's files", "number of steps", "sequences per step", "chosen sequences", "chosen targets")
-    _refuse_differences(output, {name: fact for name, fact in previous.items() if name in known or name not in unknown}, known)
+    compared = {*known, *mixture.identity, "dumps", "teachers"}
+    _refuse_differences(output, {name: fact for name, fact in previous.items() if name in compared}, known)
 
 
 def _refuse_differences(output: Path, previous: dict[str, Any], identity: dict[str, Any]) -> None:

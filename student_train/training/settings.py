@@ -87,6 +87,9 @@ _FREE = (
 # Settings whose value may be the name of a JSON file.
 _FILES = ("fsdp_config", "deepspeed", "accelerator_config")
 
+# Settings that need a package of their own, where the library would find that out too late.
+_PACKAGES = {"deepspeed": "deepspeed", "use_liger_kernel": "liger-kernel"}
+
 
 def parse_settings(words: Sequence[str]) -> dict[str, str]:
     """The settings that words of the form NAME=VALUE give, as text.
@@ -108,8 +111,8 @@ def parse_settings(words: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set {name} is given twice")
         if name in _FILES and not value.lstrip().startswith("{") and not Path(value).is_file():
             raise InputError(f"--set {name} names the file {value}, which does not exist")
-        if name == "deepspeed" and find_spec("deepspeed") is None:
-            raise InputError("--set deepspeed needs a package that is not installed: pip install deepspeed")
+        if name in _PACKAGES and find_spec(_PACKAGES[name].replace("-", "_")) is None:
+            raise InputError(f"--set {name} needs a package that is not installed: pip install {_PACKAGES[name]}")
         settings[name] = value
     return settings
 

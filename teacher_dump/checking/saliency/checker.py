@@ -45,8 +45,12 @@ class Limits:
     single: float
 
 
+# Measured on a trained teacher (4 layers, 260,000 parameters) and three of random weights (2, 8 and 24 layers), both methods,
+# of gold and of teacher, 12 texts each. In float32 another batch moves at most 0.01 %. In the median sequence bfloat16 moves
+# 1 % (input-x-gradient 3 %) of the trained one's, and 3 to 20 % (7 to 40 %) of the others', the more the deeper; float16 a
+# fifth of that; another batch in bfloat16 up to 5 %. Where another token becomes the teacher's likeliest, nearly half may move.
 FLOAT32 = Limits(0.002, 0.02)
-SHORT = Limits(0.15, 0.4)
+SHORT = Limits(0.25, 0.6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +133,8 @@ def check_saliency(
         verdict = DAMAGE
     else:
         verdict, listed = AGREES, [f"{typically}, and in none more than {limits.single:.0%}"]
+        if not weights_are_same and limits is SHORT:
+            notes.append("a teacher that differs by less than a short dtype's noise passes too: --dtype float32 tells more")
     return SaliencyAgreement(
         dump=manifest.dump,
         sequences=len(ordinals),
