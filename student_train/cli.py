@@ -63,9 +63,12 @@ def run(config: TrainConfig) -> None:
 
     On two GPUs: `torchrun --nproc-per-node 2 -m student_train.cli run store/ --dump train --student student/ --output run/`
     """
+    from student_train.training.choice import check_choice
     from student_train.training.knowledge import check_run
 
-    check_run(config)
+    store, mixture, _ = check_run(config)
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # several ask once, when they have met (`choose_once`)
+        check_choice(config, store, mixture.corpus)
     first_process = os.environ.get("RANK", "0") == "0"
     with _libraries():
         from student_train.training.divergence import DivergenceError

@@ -137,8 +137,6 @@ def test_a_run_resumes_with_what_it_chose_and_no_other(settings, tmp_path):
     ("option", "value", "says"),
     [
         ("--where", "SELECT dump, sequence_id FROM sequences WHERE lenght > 3", 'Candidate bindings: "length"'),
-        ("--where", "SELECT * FROM sequences", "it gives dump, sequence_id, document"),
-        ("--positions-where", "tail_logprob", "is no condition, since its value is of type float"),
         ("--positions-where", "tail_logprb > 1", 'Candidate bindings: "tail_logprob"'),
     ],
 )
