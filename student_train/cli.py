@@ -94,8 +94,7 @@ def run(config: TrainConfig) -> None:
         validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.3f}"
         output.print(
             f"{result.output} is finished{' already' if already else ''}:"
-            f" {result.steps:,} steps in {result.seconds:,.0f} s{validation};"
-            f" {result.padding:.0%} of what the student ran on was padding",
+            f" {result.steps:,} steps in {result.seconds:,.0f} s{validation}",
             markup=False,
         )
 

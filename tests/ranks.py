@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from student_train.training import run as training
-from student_train.training import run_folder
+from student_train.training import run_data, run_folder
 from student_train.training.configuration import TrainConfig
 from student_train.training.run_trainer import RunTrainer
 
@@ -44,13 +44,13 @@ def begin_late(words: list[str]) -> None:
 
 def choose_first(words: list[str]) -> None:
     """No process but the first may ask what is chosen."""
-    choose = training.choose
+    choose = run_data.choose
 
     def choosing(*arguments: Any, **options: Any) -> Any:
         assert os.environ["RANK"] == "0"
         return choose(*arguments, **options)
 
-    training.choose = choosing
+    run_data.choose = choosing
     run_command(words)
 
 

@@ -320,7 +320,7 @@ def test_an_adapter_that_cannot_be_made_or_loaded_is_refused(adapted, settings, 
     assert "without adapter_model.safetensors" in refusal(lambda: load_model(str(folder)))
 
 
-# --- sharded weights, and padding ---------------------------------------------------------------------------------------
+# --- sharded weights ----------------------------------------------------------------------------------------------------
 
 
 def test_weights_sharded_over_two_processes_are_trained_as_those_of_one(settings, tmp_path):
@@ -354,21 +354,6 @@ def test_what_the_library_cannot_do_here_is_refused_and_nothing_is_written(setti
     with pytest.raises(InputError, match=message):
         train(TrainConfig(**settings, set=tuple(words)))
     assert not any(tmp_path.iterdir())
-
-
-def test_the_share_of_padding_is_told_and_the_same_after_a_resume(settings, tmp_path, monkeypatch):
-    """One epoch of batches of four: each as wide as its longest sequence, and the last one filled up with rows of padding."""
-    store = KnowledgeStore.open(settings["store"])
-    lengths = store.sequences("train")["length"].to_numpy()
-    run = settings | {"steps": -(-len(lengths) // 4)}
-    stopped_and_resumed(TrainConfig(**run), monkeypatch, 2)
-    batches = store.batches("train", batch_size=4, seed=0, epoch=0)
-    positions = sum(batch["input_ids"].size for batch, _ in zip(batches, range(run["steps"]), strict=False))
-    padding = json.loads((tmp_path / "run" / "history.json").read_text())["padding"]
-    assert padding == pytest.approx(1 - lengths.sum() / positions, abs=1e-4) and 0.05 < padding < 0.9
-    options = [(f"--{name.replace('_', '-')}", value) for name, value in run.items() if name != "store"]
-    words = ["run", run["store"], *(str(word) for pair in options for word in pair)]
-    assert f"; {padding:.0%} of what the student ran on was padding" in CliRunner().invoke(app, words).stdout
 
 
 def test_a_printed_file_gives_the_same_run(settings, plain, tmp_path):
