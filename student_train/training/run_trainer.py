@@ -27,11 +27,11 @@ from transformers.trainer_callback import PrinterCallback
 from knowledge_store import KnowledgeStore
 from knowledge_store.reporter import Advance
 from student_train.losses.step import token_count
-from student_train.losses.targets import Targets
+from student_train.losses.targets import Batch, Targets
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
 from student_train.training.divergence import DivergenceError
-from student_train.training.mixin import Batch, DistillationTrainer
+from student_train.training.mixin import DistillationTrainer
 from student_train.training.run_folder import HISTORY_FILE, Checkpoint, write_json
 
 
