@@ -240,6 +240,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             trainer.write_history(finished=True)
             for folder in output.glob("checkpoint-*"):
                 shutil.rmtree(folder)
+        trainer.accelerator.wait_for_everyone()  # whoever returns finds the trained model
     return TrainResult(
         output=output,
         step=step,
