@@ -71,7 +71,7 @@ def store(models, tmp_path_factory) -> KnowledgeStore:
     return KnowledgeStore.open(folder / "store")
 
 
-def trained(store: KnowledgeStore, student: Path, output: Path, dump: str, **changes: object) -> list[str]:
+def trained(store: KnowledgeStore, student: Path, output: Path, dump: str | tuple[str, ...], **changes: object) -> list[str]:
     """The notes of a run of one step."""
     reporter = Notes()
     options = {"steps": 1, "batch_size": 2, "eval_fraction": 0.0, **changes}
@@ -110,6 +110,17 @@ def test_a_base_student_of_a_chat_dump_stops(store, models, tmp_path):
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False, logits_processor=[always_end]
     )
     assert written[0, 3:].tolist() == [end]
+
+
+def test_dumps_that_end_differently_are_told(store, models, tmp_path):
+    notes = trained(store, models / "base", tmp_path / "run", ("chat", "open"))
+    assert notes[:2] == [
+        "The targets of the dumps do not end with the same special tokens (chat: '<|end|>'; open: no token).",
+        "No special token ends the targets of open: the student does not learn from it where a text ends.",
+    ]
+    assert notes[2].startswith(
+        "The targets of chat end with '<|end|>', and the student's generation settings stop at '<|stop|>'"
+    )
 
 
 def test_keep_eos_leaves_the_settings_and_warns(store, models, tmp_path):

@@ -14,7 +14,6 @@ from knowledge_store.errors import InputError
 from knowledge_store.reading.length_groups import LengthGroups, check_length_groups, padding_share
 from knowledge_store.reading.order import EpochOrder, Shuffled
 from knowledge_store.reading.ordinals import AllBut
-from knowledge_store.reporter import Reporter
 from student_train.training.dataset import DistillationDataset
 
 ITEMS = 2**16  # slots that are computed at once
@@ -75,8 +74,8 @@ class LengthGroupSampler(Sampler[int]):
         )
 
 
-def tell_padding(dataset: DistillationDataset, group_by_length: int | None, *, reporter: Reporter) -> None:
-    """Say how much of a run's batches is padding, and what makes it less."""
+def padding_line(dataset: DistillationDataset) -> str:
+    """How much of a run's batches is padding, and what makes it less, in a sentence."""
     share = dataset.padding_share()
-    remedy = "; --group-by-length makes it less" if group_by_length is None and share > TOLD_REMEDY else ""
-    reporter.note(f"{share:.1%} of the batches is padding{remedy}")
+    remedy = "; --group-by-length makes it less" if dataset.plan.group_by_length is None and share > TOLD_REMEDY else ""
+    return f"{share:.1%} of the batches is padding{remedy}."

@@ -30,7 +30,7 @@ from student_train.training.dump_facts import describe_dump, dump_shares, readin
 from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_mixture, check_run, columns_read, kinds_read
-from student_train.training.length_groups import tell_padding
+from student_train.training.length_groups import padding_line
 from student_train.training.mixture import newer_dumps
 from student_train.training.model_folder import model_sha256
 from student_train.training.models import first_line, hold_in_bfloat16, load_model, load_tokenizer, quieten
@@ -199,7 +199,6 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             }
             write_json(output / RUN_FILE, facts)
 
-    tell_padding(dataset, config.group_by_length, reporter=first_reporter)
     first_process = trainer.is_world_process_zero()
     if first_process and began_at:
         reporter.note(f"Resuming {output} from step {began_at:,} of {steps:,}.")
@@ -212,7 +211,8 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             for dump, count in lacking.items()
             if count
         ]
-        for sentence in [*remarks, *choice.lines, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
+        remarks += [*choice.lines, *reading_lines(mixture, shares, steps, steps_per_epoch), padding_line(dataset)]
+        for sentence in remarks:
             reporter.note(sentence)
     if began_at < steps:
         title = f"training from step {began_at:,}" if began_at else "training"
