@@ -169,7 +169,7 @@ def test_a_choice_of_nothing_but_held_out_sequences_is_refused(settings):
     held_out_id = store.sequences("train")["sequence_id"][int(held_out[0])].as_py()
     settings |= {"eval_fraction": 0.2}
     with pytest.raises(InputError, match="--where: all of the 1 sequences that it gives are held out"):
-        train(TrainConfig(**settings | {"where": f"SELECT {held_out_id} AS sequence_id"}))
+        train(TrainConfig(**settings | {"where": f"SELECT 'train' AS dump, {held_out_id} AS sequence_id"}))
     with pytest.raises(InputError, match=r"--positions-where: none of the .* targets to train on meets it"):
         train(TrainConfig(**settings | {"positions_where": f"sequence_id = {held_out_id}"}))
 

@@ -92,6 +92,7 @@ def test_a_setting_has_the_type_that_the_library_gives_it(settings, word, value)
         (["packing=true"], "--set packing cannot be used: documents are not packed"),
         (["load_best_model_at_end=true"], "a run keeps the checkpoints that it can resume from, and no others"),
         (["optm=sgd"], "--set optm is no setting of transformers.TrainingArguments: do you mean optim or "),
+        (["optim=nosuch"], "--set optim cannot be 'nosuch': choose one of adamw_torch, "),
         (["optim=adam_w"], "--set optim cannot be 'adam_w': do you mean "),
         (["adam_beta1=high"], "--set adam_beta1 is 'high': invalid float value"),
         (["lr_scheduler_kwargs={min_lr"], "which is not JSON"),
@@ -232,6 +233,8 @@ def test_an_adapters_folder_is_evaluated_reported_and_trained_like_a_models(adap
     ):
         done = CliRunner().invoke(app, [str(word) for word in words])
         assert done.exit_code == 0, done.stderr
+    trained = json.loads((adapted / "run.json").read_text())["trained_parameters"]
+    assert (tmp_path / "page.html").read_text().count(f"<small>{trained:,} trained</small>") == 1
     assert weights(tmp_path / "run").keys() == weights(plain).keys()
 
 

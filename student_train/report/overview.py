@@ -162,7 +162,10 @@ def _time(run: Run) -> str:
 
 
 def _parameters(run: Run) -> str:
-    return f"{run.run['parameters']:,}" if "parameters" in run.run else "–"
+    if "parameters" not in run.run:
+        return "–"
+    everything, trained = run.run["parameters"], run.run.get("trained_parameters", run.run["parameters"])
+    return f"{everything:,}{_small(f'{trained:,} trained') if trained != everything else ''}"
 
 
 def _warnings(runs: Sequence[Run]) -> list[str]:

@@ -97,7 +97,9 @@ def _typed(parser: HfArgumentParser, action: argparse.Action, value: str) -> Any
     if name.endswith("_kwargs"):
         raise InputError(f"--set {name} is {value!r}; it must be a JSON object")
     if action.choices and value not in action.choices:
-        raise InputError(f"--set {name} cannot be {value!r}{advice(value, [str(choice) for choice in action.choices])}")
+        choices = [str(choice) for choice in action.choices]
+        remedy = advice(value, choices) or f": choose one of {', '.join(choices)}"
+        raise InputError(f"--set {name} cannot be {value!r}{remedy}")
     if action.const is True and value.lower() == "true":
         return True
     try:
