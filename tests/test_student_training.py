@@ -156,6 +156,7 @@ def test_interrupted_runs_resume(settings, tmp_path, monkeypatch):
     assert last_checkpoint(tmp_path / "run").step == second.step
     assert (second.finished, second.step, second.began_at) == (False, 5, 3)
     stopping = "Stopping after the next step. Press Ctrl-C again to stop at once, without a checkpoint."
+    assert "of the batches is padding" in notes.pop(0)
     assert notes == [stopping, f"Resuming {tmp_path / 'run'} from step 3 of 6.", stopping]
     stop_at = -1
     third = train(broken)
