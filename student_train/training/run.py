@@ -155,6 +155,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
             trainer.write_history(finished=True)
             for folder in output.glob("checkpoint-*"):
                 shutil.rmtree(folder)
+        trainer.accelerator.wait_for_everyone()  # whoever returns finds the trained model
     eval_loss = _last(trainer.state.log_history, "eval_loss")
     return TrainResult(output, step, steps, finished, began_at, trainer.seconds, eval_loss)
 
