@@ -108,7 +108,10 @@ train(TrainConfig(
     store=store_folder, student=student, output="run", dump="train", seed={SEED}, steps={STEPS}, batch_size=1,
     gradient_accumulation=2, learning_rate=1e-3, warmup={1 / STEPS}, eval_fraction=0.0, precision="fp32",
 ))
-curves["run"] = [entry["loss"] for entry in json.loads(Path("run/history.json").read_text())["entries"] if "loss" in entry]
+assert Path("run/model.safetensors").exists()  # in each process
+history = json.loads(Path("run/history.json").read_text())
+assert history["finished"]
+curves["run"] = [entry["loss"] for entry in history["entries"] if "loss" in entry]
 if trainer.is_world_process_zero():
     Path("curves.json").write_text(json.dumps(curves))
 leave_processes()
