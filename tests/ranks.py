@@ -166,7 +166,9 @@ def train_in_three_ways(store_folder: str, student: str, folder: Path, shared: d
     options = {"batch_size": 1, "gradient_accumulation": 2, "learning_rate": shared["learning_rate"], "warmup": 1 / steps}
     options |= {"seed": shared["seed"], "steps": steps, "eval_fraction": 0.0, "precision": "fp32", "dump": "train"}
     training.train(TrainConfig(store=store_folder, student=student, output="run", **options))
-    note("run", json.loads(Path("run/history.json").read_text())["entries"])
+    history = json.loads(Path("run/history.json").read_text())
+    assert history["finished"] and Path("run/model.safetensors").exists()  # whichever process looks
+    note("run", history["entries"])
     if trainer.is_world_process_zero():
         Path("curves.json").write_text(json.dumps(curves))
     training.leave_processes()

@@ -205,6 +205,7 @@ def test_other_divergences_are_told_for_what_they_are(options):
         (["--dump", "news-1=inf"], "a weight must be a number above 0"),
         (["--dump", "news-1=much"], "'much' is no weight"),
         (["--dump", "news-1=0.7", "--dump", "code"], "gives no weight to code: give weights to all dumps, or to none"),
+        (["--dump", "news-1=0.7,code=0.3"], "give --dump news-1=0.7 --dump code=0.3"),
         (["--dump", "news-*=0.5"], "gives a weight to a pattern"),
         (["--dump", "news-1=1e-9", "--dump", "code=1"], "is less than one of the"),
         (["--dump", "news-1", "--dump", "foreign"], "different vocabularies"),
