@@ -188,9 +188,12 @@ def test_families_are_told_apart(family, grow):
         ({"teacher": ""}, "the teacher of news is called 'tiny', and no dump knows where it is kept: say where with --teacher"),
     ],
 )
-def test_bad_input(grow, options, message):
+def test_bad_input(grow, family, options, message):
+    notes = Notes()
+    config = RunConfig(corpus=family / "march.jsonl", store=family / "store", append="news", teacher="")
     with pytest.raises(InputError, match=message):
-        grow("march", **options)
+        append(replace(config, **options), reporter=notes)
+    assert not any("is begun" in sentence for sentence in notes.sentences)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,15 @@ def test_one_dump_is_one_dump_whatever_its_weight(options, named, tmp_path):
     assert identities[0] == identities[1]
 
 
+def test_what_is_read_of_one_dump_is_told(options, mixed):
+    count, reporter = KnowledgeStore.open(mixed).sequence_count("code"), Notes()
+    train(TrainConfig(**options | {"steps": None, "epochs": 2, "dump": "code"}), reporter=reporter)
+    steps = -(-count // 4)
+    read = f"Of code it reads all of its {count} sequences in an epoch; in the run about {2 * count} sequences and "
+    [note] = [note for note in reporter.notes if read in note]
+    assert note.startswith(f"An epoch has {steps} step{'s' * (steps > 1)}, and the run {2 * steps}. ")
+
+
 def test_weights_are_shares_of_an_epoch_and_are_told_before_it_starts(options, mixed, tmp_path):
     store = KnowledgeStore.open(mixed)
     counts = {name: store.sequence_count(name) for name in ("news-1", "news-2", "code")}

@@ -117,9 +117,11 @@ def dump_shares(
 
 
 def reading_lines(mixture: Mixture, shares: Mapping[str, DumpShare], steps: int, steps_per_epoch: int) -> list[str]:
-    """What a run reads, for a person: nothing where it reads one dump."""
+    """What a run reads, for a person."""
+    length = f"An epoch has {counted(steps_per_epoch, 'step', 'steps')}, and the run {steps:,}."
     if len(mixture.dumps) == 1:
-        return []
+        [(dump, share)] = shares.items()
+        return [f"{length} Of {dump} it reads {share}."]
     if mixture.teachers:
         weights = ", ".join(f"{dump} {weight:.3g}" for dump, weight in (mixture.shares or {}).items())
         lines = [
@@ -127,5 +129,5 @@ def reading_lines(mixture: Mixture, shares: Mapping[str, DumpShare], steps: int,
         ]
     else:
         lines = [f"{len(mixture.dumps)} dumps are read as one corpus."]
-    lines.append(f"An epoch has {counted(steps_per_epoch, 'step', 'steps')}, and the run {steps:,}. Of each dump it reads:")
+    lines.append(f"{length} Of each dump it reads:")
     return lines + [f"{dump}: {share}." for dump, share in shares.items()]
