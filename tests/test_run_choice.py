@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import Notes, run_ranks
+from ranks import choose_first
 from test_student_cli import without
-from test_student_training import assert_close, command, environment, weights
-from torture.heartbeat import PATIENCE
+from test_student_training import assert_close, command, weights
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.reporter import Reporter
 from student_train.cli import app
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
@@ -26,16 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LONG = "SELECT dump, sequence_id FROM sequences WHERE dump = 'train' AND length > 30"
 UNSURE = "token_logprob < -5"
-
-
-class Notes(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.heard.append(sentence)
 
 
 def read(output, name: str = "run.json") -> dict:
@@ -50,7 +38,7 @@ def test_a_run_over_chosen_sequences_is_told_and_recorded(settings, tmp_path):
     notes = Notes()
     settings |= {"eval_fraction": 0.2, "steps": None, "epochs": 1, "where": LONG}
     train(TrainConfig(**settings), reporter=notes)
-    assert f"--where chooses {len(chosen)} of {len(ordinals)} sequences to train on." in notes.heard
+    assert f"--where chooses {len(chosen)} of {len(ordinals)} sequences to train on." in notes.notes
     run = read(tmp_path / "run")
     assert run["choice"] == {"where": {"sequences": len(chosen), "of": len(ordinals)}}
     assert run["sequences"]["train"] == len(chosen) and run["config"]["where"] == LONG
@@ -100,9 +88,9 @@ def test_only_chosen_targets_are_trained_on(settings, tmp_path):
     left_out = int((counts == 0).sum())
     facts = {"targets": int(counts.sum()), "of": int(total), "sequences_left_out": left_out}
     assert read(tmp_path / "unsure")["choice"] == {"positions_where": facts}
-    assert f"--positions-where chooses {counts.sum():,} of {total:,} targets, {counts.sum() / total:.1%}." in notes.heard
+    assert f"--positions-where chooses {counts.sum():,} of {total:,} targets, {counts.sum() / total:.1%}." in notes.notes
     assert (
-        not left_out or f"{left_out} of {len(ordinals)} sequences have no target that counts, and are left out." in notes.heard
+        not left_out or f"{left_out} of {len(ordinals)} sequences have no target that counts, and are left out." in notes.notes
     )
 
 
@@ -113,7 +101,7 @@ def test_sequences_without_a_chosen_target_are_left_out(settings, tmp_path):
     notes = Notes()
     train(TrainConfig(**settings | {"steps": 1, "positions_where": condition}), reporter=notes)
     assert read(tmp_path / "run")["sequences"]["train"] == 2
-    assert any("have no target that counts, and are left out." in sentence for sentence in notes.heard)
+    assert any("have no target that counts, and are left out." in sentence for sentence in notes.notes)
 
 
 def test_a_run_resumes_with_what_it_chose_and_no_other(settings, tmp_path):
@@ -138,8 +126,6 @@ def test_a_run_resumes_with_what_it_chose_and_no_other(settings, tmp_path):
     ("option", "value", "says"),
     [
         ("--where", "SELECT dump, sequence_id FROM sequences WHERE lenght > 3", 'Candidate bindings: "length"'),
-        ("--where", "SELECT * FROM sequences", "it gives dump, sequence_id, document"),
-        ("--positions-where", "tail_logprob", "is no condition, since its value is of type float"),
         ("--positions-where", "tail_logprb > 1", 'Candidate bindings: "tail_logprob"'),
     ],
 )
@@ -179,30 +165,15 @@ def test_a_choice_of_nothing_but_held_out_sequences_is_refused(settings):
 
 def test_the_first_of_two_processes_chooses_for_both(settings, tmp_path):
     """The other one asks nothing, and both train on the same; what is refused, both refuse."""
-    (tmp_path / "rank.py").write_text(
-        "import os\n"
-        "from student_train.training import run\n"
-        "choose = run.choose\n"
-        "def choose_first(*arguments, **options):\n"
-        "    assert os.environ['RANK'] == '0'\n"
-        "    return choose(*arguments, **options)\n"
-        "run.choose = choose_first\n"
-        "from student_train import cli\n"
-        "cli.main()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]
     settings |= {"where": LONG, "positions_where": UNSURE}
-
-    def launched(**changed: object) -> subprocess.CompletedProcess[str]:
-        options: dict = {"env": environment(), "cwd": tmp_path, "capture_output": True, "text": True, "timeout": PATIENCE}
-        return subprocess.run(launch + command(settings | changed), **options, check=False)
-
-    done = launched(batch_size=2, output=tmp_path / "pair")
-    assert done.returncode == 0, done.stderr
+    pair = command(settings | {"batch_size": 2, "output": tmp_path / "pair"})
+    assert [rank.returncode for rank in run_ranks(2, choose_first, pair, folder=tmp_path / "said")] == [0, 0]
     train(TrainConfig(**settings))
     assert_close(weights(tmp_path / "pair"), weights(tmp_path / "run"))
-    done = launched(output=tmp_path / "refused", positions_where="position > 99")
-    assert done.returncode != 0 and done.stderr.count("Error: --positions-where: no target of train meets") == 2, done.stderr
+    refused = command(settings | {"output": tmp_path / "refused", "positions_where": "position > 99"})
+    ranks = run_ranks(2, choose_first, refused, folder=tmp_path / "said")
+    for rank in ranks:
+        assert rank.returncode == 2 and "\nError: --positions-where: no target of train meets" in f"\n{rank.stderr}", rank
     assert not (tmp_path / "refused").exists()
 
 

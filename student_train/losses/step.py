@@ -49,11 +49,6 @@ def token_count(loss: Loss, batch: Batch) -> int:
     return sum(int(model_inputs(batch, name)["attention_mask"][rows].sum()) for name in loss.inputs)
 
 
-def position_count(loss: Loss, batch: Batch) -> int:
-    """How many positions of a batch the student runs on, padding included."""
-    return sum(model_inputs(batch, name)["input_ids"].numel() for name in loss.inputs)
-
-
 def per_target(
     loss: Loss, *, ce_weight: float = 0.0, options: Mapping[str, float | str] | None = None
 ) -> Callable[[Tensor, Targets], Tensor]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from knowledge_store import KnowledgeStore
@@ -175,17 +174,4 @@ def tensors(batch: dict[str, Any]) -> dict[str, Any]:
         result["attention_mask"] = result["attention_mask"].long()
         result["attention_mask"][result["sequence_id"] < 0, :1] = 1
         result["labels"] = torch.where(result["is_target"], result["input_ids"], IGNORED)
-    return result
-
-
-def padding_batch(like: dict[str, Any]) -> dict[str, Any]:
-    """A batch of one row of padding, with the columns of another: takes part in a step and adds nothing to it."""
-    result = {name: value[:1].clone() if isinstance(value, Tensor) else value[:1] for name, value in like.items()}
-    for name in ("sequence_id", "dump"):
-        if name in result:
-            result[name].fill_(-1)
-    if "input_ids" in result:
-        result["is_target"].fill_(False)
-        result["labels"].fill_(IGNORED)
-        result["attention_mask"].fill_(0)[:, :1] = 1
     return result
