@@ -202,8 +202,6 @@ def decode(table: pa.Table) -> Arrays:
     rows = rows_of(table["hidden"].drop_null())
     if not np.isfinite(rows).all():
         raise ValueError("a hidden state has a value that is not finite")
-    if known.all():
-        return {"hidden": rows, "has_hidden": known}
     hidden = np.zeros((len(known), rows.shape[1]), np.float32)
     hidden[known] = rows
     return {"hidden": hidden, "has_hidden": known}
