@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from student_train.losses.divergences import cross_entropy, token_nll
+from student_train.losses.rationale import IDS
 from student_train.losses.table import TEXT, Loss
 from student_train.losses.targets import Batch, Targets, predicting_logits, target_tokens
 from student_train.losses.teachers import weighted_loss
@@ -46,12 +47,17 @@ def model_inputs(batch: Batch, name: str) -> dict[str, Tensor]:
 def token_count(loss: Loss, batch: Batch) -> int:
     """How many tokens of a batch the student runs on, padding left out."""
     rows = batch["sequence_id"] >= 0
-    return sum(int(model_inputs(batch, name)["attention_mask"][rows].sum()) for name in loss.inputs)
+    return sum(int(model_inputs(batch, name)["attention_mask"][rows].sum()) for name in _inputs(loss, batch))
 
 
 def position_count(loss: Loss, batch: Batch) -> int:
     """How many positions of a batch the student runs on, padding included."""
-    return sum(model_inputs(batch, name)["input_ids"].numel() for name in loss.inputs)
+    return sum(model_inputs(batch, name)["input_ids"].numel() for name in _inputs(loss, batch))
+
+
+def _inputs(loss: Loss, batch: Batch) -> tuple[str, ...]:
+    """The token arrays that the student runs on: the loss's, and that of a second task."""
+    return (*loss.inputs, *((IDS,) if IDS in batch else ()))
 
 
 def per_target(

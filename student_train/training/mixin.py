@@ -27,6 +27,7 @@ from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
 from student_train.losses.divergences import forward_kl, token_nll
 from student_train.losses.head import has_plain_head
+from student_train.losses.rationale import rationale_count, rationale_nll
 from student_train.losses.sliced import Prepare, Share, sliced_loss, sum_over_slices
 from student_train.losses.step import per_target, run_student, step_loss, units
 from student_train.losses.table import TEXT
@@ -78,6 +79,8 @@ class DistillationMixin(_Base):
         group_by_length: sort so many sequences by length at a time, so that batches have less padding; None does not.
         loss: a name in `LOSSES`.
         ce_weight: share of cross-entropy in the loss, from 0 to 1.
+        rationale_weight: share of the second task in the loss, from 0 to below 1, where batches have rationales (see
+            `rationales.second_input`); `eval_rationale` is then its mean. None where they have none.
         loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
         recalibrate: what to make of the teacher's targets before the loss, such as `recalibrated`.
         named: whatever else the trainer takes.
@@ -104,6 +107,7 @@ class DistillationMixin(_Base):
         group_by_length: int | None = None,
         loss: str = "forward-kl",
         ce_weight: float = 0.0,
+        rationale_weight: float | None = None,
         loss_options: Mapping[str, float | str] | None = None,
         recalibrate: Callable[[Targets], Targets] | None = None,
         **named: Any,
@@ -123,7 +127,9 @@ class DistillationMixin(_Base):
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
         with_kl = on_text and all(map(keeps_candidates, manifests))
-        self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()))
+        self.rationale_weight = rationale_weight
+        with_rationale = ("rationale",) if rationale_weight is not None else ()
+        self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()), *with_rationale)
         self.dumps = tuple(dumps)
         self._source: dict[str, Any] = {"store": store, "dump": dump}
         chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets, "order": order}
@@ -291,10 +297,18 @@ class DistillationMixin(_Base):
 
     def step_counts(self, batches: Sequence[Batch], device: torch.device, **more: int) -> dict[str, Tensor]:
         """Sums over all processes: of the units of some batches, and of other numbers."""
-        counts = [units(batch) for batch in batches]
-        sums = {unit: sum(int(count[unit]) for count in counts) for unit in ("target", "sequence")} | more
+        counts = [self._counts(batch) for batch in batches]
+        sums = {unit: sum(int(count[unit]) for count in counts) for unit in self._unit_names} | more
         totals = self.accelerator.reduce(torch.tensor(list(sums.values()), device=device), reduction="sum")
         return dict(zip(sums, totals, strict=True))
+
+    @property
+    def _unit_names(self) -> tuple[str, ...]:
+        return ("target", "sequence", *(("rationale",) if self.rationale_weight is not None else ()))
+
+    def _counts(self, batch: Batch) -> dict[str, Tensor]:
+        """How many of each unit a batch holds, and tokens of rationales."""
+        return units(batch) | ({} if self.rationale_weight is None else {"rationale": rationale_count(batch)})
 
     def compute_loss(
         self,
@@ -305,7 +319,7 @@ class DistillationMixin(_Base):
     ) -> Any:
         """This batch's share of the step's loss, times the number of processes: DDP averages gradients over them, and so do
         FSDP and DeepSpeed, whose shards are means of what each process adds."""
-        counts = units(inputs) if num_items_in_batch is None else num_items_in_batch
+        counts = self._counts(inputs) if num_items_in_batch is None else num_items_in_batch
         options: dict[str, Any] = {"ce_weight": self.ce_weight, "options": self.loss_options}
         outputs = None
         if self.distillation.whole_batch or return_outputs:
@@ -314,6 +328,9 @@ class DistillationMixin(_Base):
         else:
             function = per_target(self.distillation, **options)
             loss = sliced_loss(model, inputs, function, count=counts["target"], recalibrate=self.recalibrate)
+        if self.rationale_weight is not None:
+            rationale = rationale_nll(model, inputs) / torch.as_tensor(counts["rationale"], device=loss.device).clamp(min=1)
+            loss = (1 - self.rationale_weight) * loss + self.rationale_weight * rationale
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs[0]) if outputs and return_outputs else loss
@@ -335,7 +352,7 @@ class DistillationMixin(_Base):
     def evaluation_loop(self, dataloader: DataLoader, *positional: Any, **named: Any) -> Any:
         """As of the trainer, whose loss would be a mean of batches' means."""
         self._sums = torch.zeros(len(self.figures), dtype=torch.float64)
-        self._units = {"target": 0, "sequence": 0}
+        self._units = dict.fromkeys(self._unit_names, 0)
         output = super().evaluation_loop(dataloader, *positional, **named)
         prefix = named.get("metric_key_prefix", positional[3] if len(positional) > 3 else "eval")
         output.metrics.update({f"{prefix}_{name}": float(value) for name, value in self._means().items()})
@@ -350,7 +367,7 @@ class DistillationMixin(_Base):
         batch = self._without_repeated_rows(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             sums, logits = self._measured(model, batch, keep_logits=not prediction_loss_only)
-        counts = {unit: int(count) for unit, count in units(batch).items()}
+        counts = {unit: int(count) for unit, count in self._counts(batch).items()}
         self._sums += sums.double().cpu()
         for unit, count in counts.items():
             self._units[unit] += count
@@ -375,16 +392,23 @@ class DistillationMixin(_Base):
         sums = self.accelerator.reduce(self._sums.float().to(device), reduction="sum")
         counts = self.accelerator.reduce(torch.tensor(list(self._units.values()), device=device), reduction="sum")
         divisors = dict(zip(self._units, counts.clamp(min=1), strict=True))
-        means = {
-            name: value / divisors[self.distillation.unit if name == "loss" else "target"]
-            for name, value in zip(self.figures, sums, strict=True)
-        }
+        units_of = {"loss": self.distillation.unit, "rationale": "rationale"}
+        means = {name: value / divisors[units_of.get(name, "target")] for name, value in zip(self.figures, sums, strict=True)}
         if self.ce_weight:  # apart until here, since it may be of other units
             means["loss"] = (1 - self.ce_weight) * means["loss"] + self.ce_weight * means["nll"]
+        if self.rationale_weight is not None:
+            means["loss"] = (1 - self.rationale_weight) * means["loss"] + self.rationale_weight * means["rationale"]
         return means
 
     def _measured(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool = False) -> tuple[Tensor, Any]:
-        """A batch's sums of the figures, the loss without its share of cross-entropy, and the logits where they are kept."""
+        """A batch's sums of the figures, the loss without its shares of cross-entropy and of rationales, and the logits where
+        they are kept."""
+        sums, logits = self._measured_on_text(model, batch, keep_logits=keep_logits)
+        if self.rationale_weight is not None:
+            sums = torch.cat([sums, rationale_nll(model, batch).to(sums.dtype).reshape(1)])
+        return sums, logits
+
+    def _measured_on_text(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool) -> tuple[Tensor, Any]:
         if not (self.distillation.whole_batch or keep_logits):
             return sum_over_slices(model, batch, self._shares(batch, self.distillation.function)), None
         outputs = run_student(model, self.distillation, batch)
@@ -401,7 +425,7 @@ class DistillationMixin(_Base):
         return torch.cat(sums), kept
 
     def _shares(self, batch: Batch, function: Callable[..., Tensor] | None) -> Prepare:
-        """What a slice of logits adds to the figures; without a function, to all but the first, the loss."""
+        """What a slice of logits adds to the figures of the text; without a function, to all but the first, the loss."""
         tokens = target_tokens(batch)
 
         def prepare(vocabulary_size: int) -> Share:

@@ -14,17 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.table import TEXT
+from student_train.rationales.second_input import MARKER, SecondInput
 from student_train.training.adapters import add_adapter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
 from student_train.training.choice import choose, choose_once
 from student_train.training.configuration import TrainConfig
-from student_train.training.context import check_context
+from student_train.training.context import check_context, context_length, continues
 from student_train.training.dataset import DistillationDataset
 from student_train.training.dump_facts import describe_dump, dump_shares, reading_lines
 from student_train.training.endings import stop_at_ending
@@ -34,6 +35,7 @@ from student_train.training.length_groups import tell_padding
 from student_train.training.mixture import newer_dumps
 from student_train.training.model_folder import model_sha256
 from student_train.training.models import first_line, hold_in_bfloat16, load_model, load_tokenizer, quieten
+from student_train.training.rationale import RunRationales, choose_for_run, joined_dumps
 from student_train.training.run_folder import (
     RUN_FILE,
     check_output,
@@ -101,8 +103,8 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     config, recalibrate, calibration_sha256 = configured(config, manifests[0], loss)
     not_held_out, eval_ordinals = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
     lacking: dict[str, int] = {}
-    if mixture.teachers:
-        lacking, left_out = store.lacking(mixture.dumps)
+    if len(joined := joined_dumps(config, mixture)) > 1:
+        lacking, left_out = store.lacking(joined)
         not_held_out = {dump: ordinals.without(left_out) for dump, ordinals in not_held_out.items()}
         eval_ordinals = {dump: np.setdiff1d(ordinals, left_out) for dump, ordinals in eval_ordinals.items()}
     arguments = training_arguments(config)
@@ -113,6 +115,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         lambda: choose(config, store, mixture.corpus, not_held_out, reporter=first_reporter),
     )
     train_ordinals = choice.ordinals
+    rationales = choose_once(
+        arguments.process_index,
+        arguments.world_size,
+        lambda: choose_for_run(config, store, mixture.corpus, (train_ordinals, eval_ordinals)),
+    )
     train_count, eval_count = (sum(map(len, ordinals.values())) for ordinals in (train_ordinals, eval_ordinals))
     sequences_per_step = config.batch_size * config.gradient_accumulation * arguments.world_size
     steps_per_epoch = math.ceil(train_count / sequences_per_step)
@@ -121,7 +128,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     output = Path(config.output)
     student_sha256 = model_sha256(config.student)
     identity = run_identity(config, store, mixture, sequences_per_step, steps, student_sha256, calibration_sha256)
-    identity |= choice.identity
+    identity |= {**choice.identity, **(rationales.identity if rationales else {})}
     if result := _finished(output, identity, steps):
         return result
     shares = dump_shares(store, mixture, train_ordinals, sequences_per_step, steps)
@@ -134,6 +141,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     if TEXT[0] in loss.inputs:
         for dump in mixture.corpus:
             check_context(store, dump, student, reporter=first_reporter)
+    second_input = _second_input(rationales, tokenizer, student, first_reporter)
     stop_at_ending(student, tokenizer, store, mixture.corpus, keep_eos=config.keep_eos, reporter=first_reporter)
     generation = student.generation_config
     student = _prepared(student, config, first_reporter)
@@ -150,6 +158,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         "rank": arguments.process_index,
         "world_size": arguments.world_size,
         "kinds": kinds_read(manifests[0], loss),
+        "prepare": second_input,
         **mixture.plan,
     }
     dataset = DistillationDataset(
@@ -191,6 +200,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
                 ],
                 "several_teachers": mixture.teachers,
                 "choice": choice.facts,
+                **({"rationale": rationales.facts} if rationales else {}),
                 "sequences": {"train": train_count, "eval": eval_count},
                 "world_size": arguments.world_size,
                 "parameters": student.num_parameters(),
@@ -208,11 +218,16 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     elif first_process:
         remarks = check_mixture(store, mixture, config, loss)
         remarks += [
-            f"Sequences that not all teachers have are left out: {dump} lacks {count:,}."
+            f"Sequences that not all {'teachers' if mixture.teachers else 'dumps'} have are left out: {dump} lacks {count:,}."
             for dump, count in lacking.items()
             if count
         ]
-        for sentence in [*remarks, *choice.lines, *reading_lines(mixture, shares, steps, steps_per_epoch)]:
+        for sentence in [
+            *remarks,
+            *choice.lines,
+            *(rationales.lines if rationales else ()),
+            *reading_lines(mixture, shares, steps, steps_per_epoch),
+        ]:
             reporter.note(sentence)
     if began_at < steps:
         title = f"training from step {began_at:,}" if began_at else "training"
@@ -250,6 +265,31 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         eval_loss=_last(trainer.state.log_history, "eval_loss"),
         padding=trainer.padding,
     )
+
+
+def _second_input(
+    rationales: RunRationales | None, tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, reporter: Reporter
+) -> SecondInput | None:
+    """What adds the second task to batches (InputError: the student's context is too short for it, or it cannot be marked)."""
+    if rationales is None:
+        return None
+    marker = tuple(tokenizer(MARKER, add_special_tokens=False)["input_ids"])
+    if not marker:
+        raise InputError(
+            f"the student's tokenizer has no token for {MARKER!r}, which marks the second task: leave --rationale out"
+        )
+    second = SecondInput(tuple(rationales.of_dumps.values()), marker)
+    limit = context_length(student)
+    if limit is not None and second.longest > limit:
+        too_long = (
+            f"a context with its rationale takes up to {second.longest:,} tokens, and the student's context has {limit:,}"
+        )
+        if not continues(student, second.longest - 1):
+            raise InputError(
+                f"{too_long}: leave long sequences out with --where, or use --eval-fraction 0 where they are held out"
+            )
+        reporter.note(f"Warning: {too_long}. It computes its positions and goes on beyond.")
+    return second
 
 
 def _prepared(student: PreTrainedModel, config: TrainConfig, reporter: Reporter) -> PreTrainedModel:
