@@ -14,16 +14,20 @@ from conftest import make_model, make_tokenizer, write_jsonl
 from test_student_training import assert_close, command, environment, weights
 from torture.heartbeat import PATIENCE
 from transformers import GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from student_train.cli import app
 from student_train.losses.rationale import rationale_count, rationale_nll
 from student_train.rationales.choice import choose_rationales
+from student_train.rationales.configuration import RationalesConfig
 from student_train.rationales.contexts import Context, contexts
+from student_train.rationales.overlap import Overlap, Share, measure_overlap
 from student_train.rationales.second_input import SecondInput
 from student_train.rationales.spans import AnswerPlaces
 from student_train.training.configuration import TrainConfig
-from student_train.training.dataset import DistillationDataset, padding_batch
+from student_train.training.dataset import DistillationDataset
 from student_train.training.run import train
 from teacher_dump import DumpConfig, dump
 
@@ -167,7 +171,6 @@ def test_the_second_input(store):
         assert ids[ids >= 0].tolist() == expected and (ids[len(expected) :] == -1).all()
         assert counted.nonzero().flatten().tolist() == list(range(len(expected) - COUNT, len(expected)))
     assert rationale_count(batch) == 20 * COUNT
-    assert rationale_count(padding_batch(batch)) == 0
 
 
 def test_its_loss_is_that_of_whole_logits(store):
@@ -281,3 +284,58 @@ def test_a_context_that_the_student_has_no_room_for(store, settings, tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "short")
     with pytest.raises(InputError, match=f"and the student's context has {longest}"):
         train(TrainConfig(**settings | {"student": str(tmp_path / "short")}))
+
+
+# --- how often they hold the answer ---------------------------------------------------------------------------------------
+
+
+def overlap_of(store, **options) -> Overlap:
+    return measure_overlap(store, RationalesConfig(store.address, **options))
+
+
+def test_the_overlap_against_a_plain_count(store):
+    found = overlap_of(store, dump="both")
+    texts = store.tokens("both")["text"].to_pylist()
+    hits, expected, right = 0, 0.0, 0
+    for row, context in enumerate(contexts(store, "both", shares=True, likeliest=True)):
+        prompt, answer = rows(20)[row]["prompt"], rows(20)[row]["completion"].strip()
+        start = prompt.index(answer)
+        ends = np.cumsum([len(texts[token]) for token in context.token_ids[context.places]])
+        starts = ends - [len(texts[token]) for token in context.token_ids[context.places]]
+        held = (starts < start + len(answer)) & (ends > start)
+        hits += held[np.argsort(-context.shares[context.places], kind="stable")[:COUNT]].any()
+        draws = np.random.default_rng(row).permuted(np.tile(held, (4000, 1)), axis=1)[:, :COUNT]
+        expected += draws.any(axis=1).mean()
+        right += (context.likeliest == context.token_ids)[context.is_target][:-1].all()  # without the end of the sequence
+    assert found.examples == found.stands.count == 20 and found.gold.count == hits and found.accuracy.count == right
+    assert found.gold.random == pytest.approx(expected / 20, abs=0.01)
+    assert found.chance == 0.25
+
+
+def test_the_overlap_of_two_dumps_is_that_of_one(store):
+    assert overlap_of(store, dump="text", rationale_dump="sal") == overlap_of(store, dump="both")
+    alone = overlap_of(store, dump="sal")
+    assert alone.gold == overlap_of(store, dump="both").gold and alone.own is alone.accuracy is None
+    assert any("is not known" in warning for warning in alone.warnings())
+
+
+def test_doubts_are_said(store):
+    """The teacher's weights are random."""
+    warnings = list(overlap_of(store, dump="both", chance=0.2).warnings())
+    assert any("the teacher is right in 0%" in warning and "chance gives 20%" in warning for warning in warnings)
+    sure = Share(90, 100, 0.3)
+    assert not list(Overlap(100, 0, sure, sure, sure, sure, 0.2).warnings())
+    doubtful = Share(33, 100, 0.3)
+    assert len(list(Overlap(100, 0, sure, doubtful, sure, sure, 0.2).warnings())) == 1
+
+
+def test_the_command_of_the_overlap(store_folder):
+    result = CliRunner().invoke(app, ["rationales", str(store_folder), "--dump", "both"])
+    assert result.exit_code == 0 and "20 examples, 5 tokens of each" in result.output
+    assert "a rationale holds a token of the answer" in result.output and "Warning: the teacher is right in" in result.output
+    for options, says in (
+        (["--dump", "text"], "no knowledge of kind 'saliency'"),
+        (["--dump", "both", "--rationale-tokens", "99"], "a lower --"),
+    ):
+        result = CliRunner().invoke(app, ["rationales", str(store_folder), *options])
+        assert result.exit_code == 2 and result.output.count("\n") <= 3 and says in " ".join(result.output.split())

@@ -13,8 +13,8 @@ import numpy as np
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.reading.blocks import Blocks
+from knowledge_store.reading.collate import SEPARATOR, collate
 from knowledge_store.reading.collate import Sequence as Read
-from knowledge_store.reading.collate import collate
 from knowledge_store.reading.length_groups import LengthGroups, padding_share
 from knowledge_store.reading.mixture import taken
 from knowledge_store.reading.order import (
@@ -31,7 +31,7 @@ from knowledge_store.reading.order import (
 from knowledge_store.reading.ordinals import Chosen, chosen
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import DumpReader
-from knowledge_store.reading.teachers import SEPARATOR, TeachersReader, taken_of_teachers
+from knowledge_store.reading.teachers import TeachersReader, taken_of_teachers
 
 CHUNKS = 4  # of the order, kept in memory
 

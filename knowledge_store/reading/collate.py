@@ -10,6 +10,8 @@ import numpy as np
 
 from knowledge_store.kinds import KINDS, Arrays, item_mask
 
+SEPARATOR = "/"  # behind the number of a teacher after the first, before what it knows
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -46,8 +48,8 @@ def collate(
         "dump": np.array([-1 if sequence is None else sequence.place for sequence in sequences], np.int64),
     }
     for name, arrays_of in kinds.items():
-        teacher, _, kind_name = name.rpartition("/")
-        kind, prefix = KINDS[kind_name], f"{teacher}/" if teacher else ""
+        teacher, _, kind_name = name.rpartition(SEPARATOR)
+        kind, prefix = KINDS[kind_name], teacher + SEPARATOR if teacher else ""
         knowledge = [None if sequence is None else sequence.knowledge[name] for sequence in sequences]
         for key, padding in arrays_of.items():
             rows = [None if arrays is None else arrays[key] for arrays in knowledge]

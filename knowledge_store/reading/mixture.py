@@ -67,14 +67,6 @@ class Taken:
     left_out: Mapping[str, tuple[str, ...]]
     differences: tuple[str, ...]
 
-    def lines(self) -> list[str]:
-        """What a person has to know of it, a sentence each."""
-        missing = [
-            f"{array} is left out of all dumps, as {' and '.join(dumps)} {'lack' if len(dumps) > 1 else 'lacks'} it"
-            for array, dumps in self.left_out.items()
-        ]
-        return [*self.differences, *missing]
-
 
 def taken(manifests: Sequence[Manifest], kinds: tuple[str, ...] | None) -> Taken:
     """What is read of dumps that are read together.

@@ -14,10 +14,9 @@ import numpy as np
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest, in_words
 from knowledge_store.kinds import KINDS, Arrays
+from knowledge_store.reading.collate import SEPARATOR
 from knowledge_store.reading.mixture import Taken, taken
 from knowledge_store.reading.reader import DumpReader
-
-SEPARATOR = "/"  # behind the number of a teacher after the first, before what it knows
 
 
 def check_one_corpus(manifests: Sequence[Manifest]) -> None:

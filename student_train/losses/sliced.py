@@ -24,15 +24,13 @@ from torch.autograd.function import once_differentiable
 
 from student_train.losses.head import has_plain_head, head_at, in_place_of_head, untouched
 from student_train.losses.targets import Batch, Targets, predicting
-from student_train.losses.teachers import weighted_loss
+from student_train.losses.teachers import Share, weighted_loss
 
 # Of the logits of one slice. Each slice adds to the whole gradient of the head's weight, which must not take long beside its
 # product: at a vocabulary of 262,144 a step with slices of 64 positions took 1.2 times as long as one with 256.
 SLICE_BYTES = 256 * 2**20
 ACCELERATOR_SLICE_BYTES = 512 * 2**20
 
-# From a slice's logits (n, V), and which of the N positions they are of, to what they add to the result.
-Share = Callable[[Tensor, slice], Tensor]
 Prepare = Callable[[int], Share]
 
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from knowledge_store.kinds import KINDS
+from knowledge_store.reading.collate import SEPARATOR
 from student_train.losses.targets import Batch, Targets, targets_of
 
 WEIGHTS = "teacher_weights"
-SEPARATOR = "/"
 OF_EVERY_KIND = ("sequence_id", "attention_mask", "labels")
 
+# From a slice's logits (n, V), and which of the N positions they are of, to what they add to the result.
 Share = Callable[[Tensor, slice], Tensor]
 
 

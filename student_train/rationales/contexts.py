@@ -24,12 +24,14 @@ class Context:
         token_ids: int64 (L,).
         is_target: bool (L,), the answer.
         shares: float32 (L,), of the saliency; None where it was not asked for.
+        likeliest: int64 (L,), the token that the teacher finds likeliest at each target; None where it was not asked for.
     """
 
     sequence_id: int
     token_ids: np.ndarray
     is_target: np.ndarray
     shares: np.ndarray | None = None
+    likeliest: np.ndarray | None = None
 
     @property
     def places(self) -> np.ndarray:
@@ -47,13 +49,14 @@ def check_saliency(store: KnowledgeStore, dump: str) -> None:
         )
 
 
-def contexts(store: KnowledgeStore, dump: str, *, shares: bool) -> Iterator[Context]:
+def contexts(store: KnowledgeStore, dump: str, *, shares: bool, likeliest: bool = False) -> Iterator[Context]:
     """The sequences of a dump, in order.
 
     Args:
         store: an open store.
         dump: which dump.
         shares: whether to read the saliency, which the dump then holds.
+        likeliest: whether to read the teacher's candidates, which the dump then holds.
 
     Raises:
         InputError: the dump does not hold the text, or not which tokens are targets.
@@ -74,6 +77,7 @@ def contexts(store: KnowledgeStore, dump: str, *, shares: bool) -> Iterator[Cont
                     batch[tokens][row, :length].astype(np.int64),
                     batch[targets][row, :length].astype(bool),
                     batch[SALIENCY][row, :length] if shares else None,
+                    batch["candidate_ids"][row, :length, 0].astype(np.int64) if likeliest else None,
                 )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from knowledge_store import KnowledgeStore
@@ -24,7 +23,6 @@ from knowledge_store.kinds import Arrays
 from knowledge_store.reading.mixture import Named
 from knowledge_store.reading.order import step_count
 from knowledge_store.reading.plan import ReadPlan
-from student_train.losses.rationale import COUNTED, IDS
 from student_train.training.ranks import rank_and_world_size, refuse_another_division
 
 IGNORED = -100  # the label that every library's cross-entropy leaves out
@@ -183,20 +181,4 @@ def tensors(batch: dict[str, Any]) -> dict[str, Any]:
         result["attention_mask"] = result["attention_mask"].long()
         result["attention_mask"][result["sequence_id"] < 0, :1] = 1
         result["labels"] = torch.where(result["is_target"], result["input_ids"], IGNORED)
-    return result
-
-
-def padding_batch(like: dict[str, Any]) -> dict[str, Any]:
-    """A batch of one row of padding, with the columns of another: takes part in a step and adds nothing to it."""
-    result = {name: value[:1].clone() if isinstance(value, Tensor) else value[:1] for name, value in like.items()}
-    for name in ("sequence_id", "dump"):
-        if name in result:
-            result[name].fill_(-1)
-    if IDS in result:
-        result[IDS].fill_(-1)
-        result[COUNTED].fill_(False)
-    if "input_ids" in result:
-        result["is_target"].fill_(False)
-        result["labels"].fill_(IGNORED)
-        result["attention_mask"].fill_(0)[:, :1] = 1
     return result
