@@ -65,9 +65,12 @@ def run(config: TrainConfig) -> None:
 
     On two GPUs: `torchrun --nproc-per-node 2 -m student_train.cli run store/ --dump train --student student/ --output run/`
     """
+    from student_train.training.choice import check_choice
     from student_train.training.knowledge import check_run
 
-    check_run(config)
+    store, mixture, _ = check_run(config)
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # several ask once, when they have met (`choose_once`)
+        check_choice(config, store, mixture.corpus)
     first_process = os.environ.get("RANK", "0") == "0"
     with _libraries():
         from student_train.training.divergence import DivergenceError
@@ -93,8 +96,7 @@ def run(config: TrainConfig) -> None:
         validation = "" if result.eval_loss is None else f", validation loss {result.eval_loss:.3f}"
         output.print(
             f"{result.output} is finished{' already' if already else ''}:"
-            f" {result.steps:,} steps in {result.seconds:,.0f} s{validation};"
-            f" {result.padding:.0%} of what the student ran on was padding",
+            f" {result.steps:,} steps in {result.seconds:,.0f} s{validation}",
             markup=False,
         )
 

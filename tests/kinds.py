@@ -17,6 +17,7 @@ from knowledge_store.kinds.field import PLAIN, SPLIT
 from knowledge_store.kinds.positions import POSITIONS
 from knowledge_store.kinds.positions.selection import Selection
 from knowledge_store.kinds.saliency import MAX_STEPS, SALIENCY
+from knowledge_store.kinds.vectors import VECTORS
 
 HIDDEN = 576
 WIDTH = 50
@@ -295,6 +296,23 @@ def share_at_a_target(arrays: Arrays) -> None:
     arrays["share"][-1] = 1.0
 
 
+def quantised(random: np.random.Generator, count: int, width: int) -> np.ndarray:
+    """Rows of numbers that 8 bits keep to the last digit: whole steps of powers of two."""
+    steps = random.integers(-127, 128, (count, width))
+    steps[:, ::64] = 127
+    return (steps * 2.0 ** random.integers(-4, 5, (count, 1))).astype(np.float32)
+
+
+def vector_rows(random: np.random.Generator, count: int) -> Arrays:
+    """One vector; a width that is no multiple of a group's."""
+    return {"vector": quantised(random, 1, 70)}
+
+
+def lose_the_vector(arrays: Arrays) -> None:
+    """A sequence with targets has none."""
+    arrays["vector"] = [None]
+
+
 TARGETS = "sequence 0 does not have"
 CASES = {
     "positions": Case(POSITIONS, TARGETS, lose_a_target, parameters={}),
@@ -329,6 +347,14 @@ CASES = {
         share_at_a_target,
         saliency_rows,
         {"method": "gradient-norm", "of": "gold"},
+        answers,
+    ),
+    "vectors": Case(
+        VECTORS,
+        "has no vector",
+        lose_the_vector,
+        vector_rows,
+        {"layer": -1, "pooling": "mean", "over": "targets"},
         answers,
     ),
     "explanations of positions": Case(

@@ -6,18 +6,20 @@ import importlib
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import psutil
-from torture.heartbeat import wait_for, wait_until
+from torture.heartbeat import PATIENCE, wait_for, wait_until
 
 from knowledge_store.reporter import Reporter
 
@@ -116,6 +118,31 @@ def _run(function: Callable[..., None], arguments: tuple, out: str, err: str) ->
     for path, descriptor in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
+    function(*arguments)
+
+
+def run_ranks(count: int, function: Callable[..., None], *arguments: object, folder: Path) -> list[Finished]:
+    """A function in each of some processes, which find their ranks in the environment; where one is killed, so are the others,
+    as torchrun does both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [Running(_rank, rank, count, port, function, arguments, folder=folder) for rank in range(count)]
+    left = {running.process.sentinel: running.process for running in ranks}
+    while left:
+        ended = [left.pop(sentinel) for sentinel in wait(list(left), timeout=PATIENCE)]
+        if not ended or any(process.exitcode < 0 for process in ended):  # they hang, or one was killed
+            for process in left.values():
+                process.kill()
+    return [running.wait() for running in ranks]
+
+
+def _rank(rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple) -> None:
+    import torch
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
     function(*arguments)
 
 

@@ -44,11 +44,11 @@ def test_a_writer_that_dies_stops_the_dump_at_the_next_batch(tmp_path, loaded_te
         died.set()
         raise MemoryError("the writer's")
 
-    def asks(teacher, *arguments):
+    def asks(teacher, *arguments, **wanted):
         asked.append(died.is_set())
         if died.is_set():
             noted.wait(PATIENCE)  # the dump may know from now on
-        return predict(teacher, *arguments)
+        return predict(teacher, *arguments, **wanted)
 
     def works(publisher):
         work(publisher)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_jsonl
+from processes import run_ranks
+from ranks import diverge
 from safetensors.torch import load_file, save_file
-from test_student_training import command, environment
-from torture.heartbeat import PATIENCE
+from test_student_training import command
 from typer.testing import CliRunner
 
 from knowledge_store.errors import InputError
@@ -108,23 +107,9 @@ def test_a_student_that_gives_no_numbers(settings, student, tmp_path):
 
 def test_all_ranks_stop_together(settings, tmp_path):
     """One of two processes has the loss that is not finite."""
-    (tmp_path / "rank.py").write_text(
-        "from student_train import cli\n"
-        "from student_train.training.run_trainer import RunTrainer\n"
-        "compute = RunTrainer.compute_loss\n"
-        "def spoilt(self, *given, **named):\n"
-        "    loss = compute(self, *given, **named)\n"
-        "    return loss + float('inf') if self.state.global_step == 2 and self.args.process_index == 1 else loss\n"
-        "RunTrainer.compute_loss = spoilt\n"
-        "cli.main()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]
-    arguments = command(settings | {"batch_size": 2, "save_steps": 1})
-    done = subprocess.run(
-        launch + arguments, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-    assert done.returncode == 1
-    assert done.stderr.count("Error: training diverged at step 3: the loss is inf") == 1
+    ranks = run_ranks(2, diverge, command(settings | {"batch_size": 2, "save_steps": 1}), folder=tmp_path)
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert sum(rank.stderr.count("Error: training diverged at step 3: the loss is inf") for rank in ranks) == 1
     assert last_checkpoint(tmp_path / "run").step == 2
 
 

@@ -128,7 +128,9 @@ def test_a_statement_from_a_file_or_standard_input(store, tmp_path):
 def test_errors_name_what_there_is(store):
     with pytest.raises(QueryError, match=r'Candidate bindings: .*"tail_logprob"'):
         store.sql("SELECT tail_probability FROM positions")
-    with pytest.raises(QueryError, match="sequences, tokens, positions, candidates, saliency, rationales, dumps, shards"):
+    with pytest.raises(
+        QueryError, match="sequences, tokens, positions, candidates, saliency, rationales, vectors, dumps, shards"
+    ):
         store.sql("SELECT * FROM position")
 
 

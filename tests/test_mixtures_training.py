@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
-from conftest import ROOT, make_tokenizer, save_teacher, story_rows, write_jsonl
+from conftest import make_tokenizer, save_teacher, story_rows, write_jsonl
+from processes import run_ranks
 from safetensors.torch import load_file
-from torture.heartbeat import PATIENCE
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
@@ -157,75 +156,20 @@ def test_a_pattern_is_resolved_once(options, mixed, tmp_path):
     assert "3 dumps are read as one corpus." in reporter.notes
 
 
-KILLS = """
-import json, os, signal, socket, sys, traceback
-from pathlib import Path
-from student_train.training import run as training
-from student_train.training.configuration import TrainConfig
-
-def rank(number, world_size, port, options, kill_at):
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world_size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    draw = training.RunTrainer.get_batch_samples
-    def drawing(self, *arguments):
-        if self.state.global_step == kill_at and number == world_size - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return draw(self, *arguments)
-    training.RunTrainer.get_batch_samples = drawing
-    result = training.train(TrainConfig(**options))
-    training.leave_processes()
-    assert result.finished
-
-def launch(world_size, options, kill_at=-1):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for number in range(world_size):
-        process = os.fork()
-        if not process:
-            status = 1
-            try:
-                rank(number, world_size, port, options, kill_at)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(status)
-        ranks.append(process)
-    statuses = []
-    while ranks:
-        process, status = os.wait()
-        ranks.remove(process)
-        statuses.append(status)
-        if status:  # as a launcher does
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-    return statuses
-
-options = json.loads(sys.argv[1])
-for world_size in (1, 2, 4):
-    changed = options | {"batch_size": 4 // world_size, "output": f"{options['output']}-{world_size}"}
-    statuses = launch(world_size, changed, kill_at=5)
-    assert statuses[0] == signal.SIGKILL and not Path(changed["output"], "model.safetensors").exists(), statuses
-    assert launch(world_size, changed) == [0] * world_size
-"""
-
-
 def test_killed_in_the_middle_of_a_mixture_on_any_number_of_ranks(options, tmp_path):
     """SIGKILL of one of 1, 2 and 4 processes in the second epoch of three dumps, and the same command again."""
-    options |= {"steps": 7, "save_steps": 2, "dump": ["news-1=0.5", "news-2=0.3", "code=0.2"]}
-    train(TrainConfig(**options | {"dump": tuple(options["dump"])}))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, json.dumps(options)],
-        env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    options |= {"steps": 7, "save_steps": 2, "dump": ("news-1=0.5", "news-2=0.3", "code=0.2")}
+    train(TrainConfig(**options))
     expected = losses(tmp_path / "run")
     assert list(expected) == list(range(1, 8))
     for world_size in (1, 2, 4):
-        found = losses(tmp_path / f"run-{world_size}")
+        output = tmp_path / f"run-{world_size}"
+        changed = options | {"batch_size": 4 // world_size, "output": str(output)}
+        killed = run_ranks(world_size, ranks.train, changed, 5, folder=tmp_path / "said")
+        assert killed[-1].returncode == -signal.SIGKILL and not (output / "model.safetensors").exists(), killed
+        resumed = run_ranks(world_size, ranks.train, changed, folder=tmp_path / "said")
+        assert [rank.returncode for rank in resumed] == [0] * world_size, resumed
+        found = losses(output)
         assert found == (expected if world_size == 1 else pytest.approx(expected, abs=1e-4)), world_size
 
 

@@ -173,6 +173,19 @@ def test_the_second_input(store):
     assert rationale_count(batch) == 20 * COUNT
 
 
+def test_each_dump_has_its_own_rationales(store):
+    """Of two dumps with the same sequence ids."""
+    rationales = [choose_rationales(store, name, "random", COUNT, seed=seed) for seed, name in enumerate(("both", "text"))]
+    second = SecondInput(rationales, (7,))
+    for batch in DistillationDataset(store, ["both", "text"], batch_size=8, prepare=second, kinds=("positions",)):
+        for row, place in enumerate(batch["dump"].tolist()):
+            if place < 0:
+                continue
+            [positions] = rationales[place].of(batch["sequence_id"][row : row + 1].numpy())
+            counted = batch["rationale_ids"][row][batch["rationale_is_target"][row]]
+            assert counted.tolist() == batch["input_ids"][row][positions].tolist()
+
+
 def test_its_loss_is_that_of_whole_logits(store):
     model = make_model(480, layers=1, seed=3)
     rationales = choose_rationales(store, "both", "random", COUNT)

@@ -334,10 +334,10 @@ def test_out_of_memory_a_dump_resumes_with_a_smaller_batch(config, loaded_teache
     """Its shards are those of an uninterrupted dump: tokens and draw points the same, values up to numeric noise."""
     predict = type(loaded_teacher).predict
 
-    def small_device(teacher, token_ids, mask):
+    def small_device(teacher, token_ids, mask, **wanted):
         if len(token_ids) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return predict(teacher, token_ids, mask)
+        return predict(teacher, token_ids, mask, **wanted)
 
     larger = replace(config, batch_size=8)
     dump(larger, 0, 2, teacher=loaded_teacher)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from processes import run_ranks
+from ranks import choose_first
 from test_student_cli import without
-from test_student_training import assert_close, command, environment, weights
-from torture.heartbeat import PATIENCE
+from test_student_training import assert_close, command, weights
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
@@ -138,8 +137,6 @@ def test_a_run_resumes_with_what_it_chose_and_no_other(settings, tmp_path):
     ("option", "value", "says"),
     [
         ("--where", "SELECT dump, sequence_id FROM sequences WHERE lenght > 3", 'Candidate bindings: "length"'),
-        ("--where", "SELECT * FROM sequences", "it gives dump, sequence_id, document"),
-        ("--positions-where", "tail_logprob", "is no condition, since its value is of type float"),
         ("--positions-where", "tail_logprb > 1", 'Candidate bindings: "tail_logprob"'),
     ],
 )
@@ -179,30 +176,15 @@ def test_a_choice_of_nothing_but_held_out_sequences_is_refused(settings):
 
 def test_the_first_of_two_processes_chooses_for_both(settings, tmp_path):
     """The other one asks nothing, and both train on the same; what is refused, both refuse."""
-    (tmp_path / "rank.py").write_text(
-        "import os\n"
-        "from student_train.training import run\n"
-        "choose = run.choose\n"
-        "def choose_first(*arguments, **options):\n"
-        "    assert os.environ['RANK'] == '0'\n"
-        "    return choose(*arguments, **options)\n"
-        "run.choose = choose_first\n"
-        "from student_train import cli\n"
-        "cli.main()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]
     settings |= {"where": LONG, "positions_where": UNSURE}
-
-    def launched(**changed: object) -> subprocess.CompletedProcess[str]:
-        options: dict = {"env": environment(), "cwd": tmp_path, "capture_output": True, "text": True, "timeout": PATIENCE}
-        return subprocess.run(launch + command(settings | changed), **options, check=False)
-
-    done = launched(batch_size=2, output=tmp_path / "pair")
-    assert done.returncode == 0, done.stderr
+    pair = command(settings | {"batch_size": 2, "output": tmp_path / "pair"})
+    assert [rank.returncode for rank in run_ranks(2, choose_first, pair, folder=tmp_path / "said")] == [0, 0]
     train(TrainConfig(**settings))
     assert_close(weights(tmp_path / "pair"), weights(tmp_path / "run"))
-    done = launched(output=tmp_path / "refused", positions_where="position > 99")
-    assert done.returncode != 0 and done.stderr.count("Error: --positions-where: no target of train meets") == 2, done.stderr
+    refused = command(settings | {"output": tmp_path / "refused", "positions_where": "position > 99"})
+    ranks = run_ranks(2, choose_first, refused, folder=tmp_path / "said")
+    for rank in ranks:
+        assert rank.returncode == 2 and "\nError: --positions-where: no target of train meets" in f"\n{rank.stderr}", rank
     assert not (tmp_path / "refused").exists()
 
 

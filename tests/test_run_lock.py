@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import save_teacher
-from processes import child_process
+from processes import child_process, run_ranks
+from ranks import begin_late
 from test_student_training import assert_close, command, environment, weights
-from torture.heartbeat import PATIENCE, wait_until
+from torture.heartbeat import wait_until
 from typer.testing import CliRunner
 
 from knowledge_store.errors import InputError
@@ -113,26 +113,11 @@ def test_a_killed_run_leaves_no_lock(settings, tmp_path):
 
 def test_all_ranks_hear_of_another_run(settings, tmp_path):
     """The lock is the first process's; the others end with it, and say the same."""
-    (tmp_path / "rank.py").write_text(
-        "from student_train.training import run_folder\n"
-        "run_folder.check_unlocked = lambda output: None\n"  # as if the other run had begun later
-        "from student_train import cli\n"
-        "cli.main()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py", "run"]
     with locked(tmp_path / "run", SILENT):
-        done = subprocess.run(
-            launch + command(settings | {"batch_size": 2}),
-            env=environment(),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        ranks = run_ranks(2, begin_late, command(settings | {"batch_size": 2}), folder=tmp_path / "said")
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
-    assert done.returncode and "Error: another process is training into" in done.stderr
-    assert "student_train/training" not in done.stderr  # torchrun's traceback is its own
+    for rank in ranks:
+        assert rank.returncode == 2 and rank.stderr.startswith("Error: another process is training into"), rank
 
 
 def test_a_file_system_without_locks(settings, tmp_path, monkeypatch):

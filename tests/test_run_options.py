@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from peft import PeftModel
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from processes import run_ranks
+from ranks import train_sharded
 from safetensors.torch import load_file
-from torture.heartbeat import PATIENCE
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
@@ -323,39 +320,7 @@ def test_an_adapter_that_cannot_be_made_or_loaded_is_refused(adapted, settings, 
     assert "without adapter_model.safetensors" in refusal(lambda: load_model(str(folder)))
 
 
-# --- sharded weights, and padding ---------------------------------------------------------------------------------------
-
-# Accelerate leaves sharding out on CPUs, though torch has it there: here it is switched on. The run stops after its second
-# step, and is resumed.
-SHARDED = """
-import json, sys
-from accelerate import state
-from accelerate.utils import DistributedType
-from student_train.training.configuration import TrainConfig
-from student_train.training.run import leave_processes, train
-from student_train.training.run_trainer import RunTrainer
-
-begin, draw = state.AcceleratorState.__init__, RunTrainer.get_batch_samples
-
-def sharding(self, *arguments, fsdp_plugin=None, **named):
-    begin(self, *arguments, fsdp_plugin=fsdp_plugin, **named)
-    if fsdp_plugin is not None:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-        state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-def drawing(self, *arguments):
-    assert type(self.model).__name__.startswith("FSDP"), type(self.model)
-    self.stop_asked = self.state.global_step == 1 and stopping
-    return draw(self, *arguments)
-
-state.AcceleratorState.__init__, RunTrainer.get_batch_samples = sharding, drawing
-config = TrainConfig(**json.loads(sys.argv[1]))
-stopping = True
-assert train(config).step == 2
-stopping = False
-assert train(config).began_at == 2
-leave_processes()
-"""
+# --- sharded weights ----------------------------------------------------------------------------------------------------
 
 
 def test_weights_sharded_over_two_processes_are_trained_as_those_of_one(settings, tmp_path):
@@ -363,13 +328,9 @@ def test_weights_sharded_over_two_processes_are_trained_as_those_of_one(settings
     settings |= {"steps": 4, "eval_fraction": 0.2, "evaluations": 2}
     alone = settings | {"output": str(tmp_path / "alone")}
     train(TrainConfig(**alone))
-    (tmp_path / "rank.py").write_text(SHARDED)
-    pair = settings | {"batch_size": 2, "set": ["fsdp=true", 'fsdp_config={"activation_checkpointing": true}']}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "rank.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": PATIENCE, "check": False}
-    done = subprocess.run([*launch, json.dumps(pair)], env=environment, **options)
-    assert done.returncode == 0, done.stderr
+    pair = settings | {"batch_size": 2, "set": ("fsdp=true", 'fsdp_config={"activation_checkpointing": true}')}
+    ranks = run_ranks(2, train_sharded, pair, folder=tmp_path / "said")
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     figures = ("step", "loss", "eval_loss", "eval_kl", "grad_norm")
     one, other = (
         [{name: entry[name] for name in figures if name in entry} for entry in history(tmp_path / folder)]
@@ -393,21 +354,6 @@ def test_what_the_library_cannot_do_here_is_refused_and_nothing_is_written(setti
     with pytest.raises(InputError, match=message):
         train(TrainConfig(**settings, set=tuple(words)))
     assert not any(tmp_path.iterdir())
-
-
-def test_the_share_of_padding_is_told_and_the_same_after_a_resume(settings, tmp_path, monkeypatch):
-    """One epoch of batches of four: each as wide as its longest sequence, and the last one filled up with rows of padding."""
-    store = KnowledgeStore.open(settings["store"])
-    lengths = store.sequences("train")["length"].to_numpy()
-    run = settings | {"steps": -(-len(lengths) // 4)}
-    stopped_and_resumed(TrainConfig(**run), monkeypatch, 2)
-    batches = store.batches("train", batch_size=4, seed=0, epoch=0)
-    positions = sum(batch["input_ids"].size for batch, _ in zip(batches, range(run["steps"]), strict=False))
-    padding = json.loads((tmp_path / "run" / "history.json").read_text())["padding"]
-    assert padding == pytest.approx(1 - lengths.sum() / positions, abs=1e-4) and 0.05 < padding < 0.9
-    options = [(f"--{name.replace('_', '-')}", value) for name, value in run.items() if name != "store"]
-    words = ["run", run["store"], *(str(word) for pair in options for word in pair)]
-    assert f"; {padding:.0%} of what the student ran on was padding" in CliRunner().invoke(app, words).stdout
 
 
 def test_a_printed_file_gives_the_same_run(settings, plain, tmp_path):

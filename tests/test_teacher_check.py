@@ -536,7 +536,9 @@ def test_other_kinds_are_checked_by_the_table(monkeypatch, store_folder, loaded_
     assert check_dump(config, loaded_teacher) == {"positions": "sound"} and asked == [4]
     monkeypatch.delitem(CHECKERS, "positions")
     monkeypatch.setitem(CHECKERS, "dreams", None)
-    with pytest.raises(InputError, match="'heldout' holds positions, which cannot be checked: give a dump that holds dreams"):
+    with pytest.raises(
+        InputError, match=r"'heldout' holds positions, which cannot be checked: give a dump that holds .* or dreams"
+    ):
         check_dump(config, loaded_teacher)
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer
+from conftest import make_tokenizer
+from processes import run_ranks
+from ranks import train_in_three_ways
 from torch.utils.data import DataLoader
-from torture.heartbeat import PATIENCE
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from knowledge_store import KnowledgeStore
@@ -67,71 +65,13 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-THREE_TRAINERS = f"""
-import json, sys
-from pathlib import Path
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
-from knowledge_store import KnowledgeStore
-from student_train import (
-    DistillationCollator, DistillationDataset, DistillationMixin, DistillationTrainer, TrainConfig, train
-)
-from student_train.training.run import leave_processes
-
-class SFTDistillation(DistillationMixin, SFTTrainer):
-    pass
-
-store_folder, student = sys.argv[1:]
-store = KnowledgeStore.open(store_folder)
-shared = {SHARED!r} | {{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}}
-curves = {{}}
-
-def note(name, trainer):
-    curves[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-trainer = DistillationTrainer(
-    AutoModelForCausalLM.from_pretrained(student), args=TrainingArguments("plain", **shared), store=store, dump="train"
-)
-trainer.train()
-note("plain", trainer)
-heldout = DistillationDataset(store, "heldout", batch_size=3)
-rows = [{{"input_ids": store["heldout", place]["input_ids"]}} for place in range(store.sequence_count("heldout"))]
-collated = DistillationCollator(store, "heldout")
-trainer.data_collator = collated
-curves["evaluations"] = [trainer.evaluate(data)["eval_loss"] for data in (heldout, rows)]
-trainer = SFTDistillation(
-    student, args=SFTConfig("trl", bf16=False, gradient_checkpointing=False, **shared), store=store, dump="train"
-)
-trainer.train()
-note("trl", trainer)
-train(TrainConfig(
-    store=store_folder, student=student, output="run", dump="train", seed={SEED}, steps={STEPS}, batch_size=1,
-    gradient_accumulation=2, learning_rate=1e-3, warmup={1 / STEPS}, eval_fraction=0.0, precision="fp32",
-))
-curves["run"] = [entry["loss"] for entry in json.loads(Path("run/history.json").read_text())["entries"] if "loss" in entry]
-if trainer.is_world_process_zero():
-    Path("curves.json").write_text(json.dumps(curves))
-leave_processes()
-"""
-
-
 def test_three_trainers_have_one_loss_curve(store, store_folder, student, tmp_path):
     """Two processes with accumulation, of plain transformers, TRL and the command: the curve of one process without."""
     assert store.sequence_count("train") % 4  # the last step of an epoch is short
     alone = DistillationTrainer(load(student), args=arguments(tmp_path / "alone"), store=store, dump="train")
     alone.train()
-    (tmp_path / "trainers.py").write_text(THREE_TRAINERS)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "trainers.py"]
-    done = subprocess.run(
-        [*launch, store_folder, student],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
+    ranks = run_ranks(2, train_in_three_ways, str(store_folder), str(student), tmp_path, SHARED, folder=tmp_path / "said")
+    assert [rank.returncode for rank in ranks] == [0, 0], ranks
     curves = json.loads((tmp_path / "curves.json").read_text())
     expected = losses(alone)
     assert len(expected) == STEPS and expected[-1] < expected[0] - 0.1

@@ -3,10 +3,10 @@
     python -m benchmarks.studies.orders --teacher stories260K --stories stories.json
 
 A small real teacher (vocabulary 512) and a student of three of its layers, which goes on from the teacher's weights by forward
-KL over one epoch, for each of several seeds. The corpus is sorted by the length of its stories, so that neighbours are alike,
-as in a corpus of several files. Row groups are small, 8 sequences, and windows 16 of them: 16 batches. `in order` shows what is
-at stake. KL is that to the teacher over the whole vocabulary, on held-out stories. Finished runs are kept in the work folder,
-and skipped when it is called again.
+KL over one epoch, for each of several seeds. The corpus is read as it stands, and sorted by the length of its stories, so that
+neighbours are alike, as in a corpus of several files. Row groups are small, 8 sequences, and windows 16 or 64 of them: 16 or 64
+batches. `in order` shows what is at stake. KL is that to the teacher over the whole vocabulary, on held-out stories. Finished
+runs are kept in the work folder, and skipped when it is called again.
 """
 
 from __future__ import annotations
@@ -38,18 +38,27 @@ GROUP_BYTES = 8 * MAX_LENGTH * 2048  # eight sequences, each position counted as
 BATCH_SIZE = 8
 LEARNING_RATE = 2e-3
 HELD_OUT_STORIES, STORIES = 40, 440
+CORPORA = ("sorted by length", "as it stands")
 ORDERS: dict[str, dict[str, Any]] = {
     "global": {},
-    "blocks": {"order": "blocks", "window": 16},
+    "blocks, windows of 16": {"order": "blocks", "window": 16},
+    "blocks, windows of 64": {"order": "blocks", "window": 64},
     "in order": {"shuffle": False},
 }
 
 
+def dump_of(corpus: str) -> str:
+    """The name of a corpus's dump."""
+    return corpus.replace(" ", "-")
+
+
 def make_store(teacher: str, stories: Path, work: Path) -> KnowledgeStore:
-    """The dumps `train`, sorted by length and in small row groups, and `heldout`."""
+    """A dump of each corpus, in small row groups, and `heldout`."""
     work.mkdir(parents=True, exist_ok=True)
     texts = json.loads(stories.read_text())
-    parts = {"heldout": texts[:HELD_OUT_STORIES], "train": sorted(texts[HELD_OUT_STORIES:STORIES], key=len)}
+    training = texts[HELD_OUT_STORIES:STORIES]
+    of_dumps = zip(map(dump_of, CORPORA), (sorted(training, key=len), training), strict=True)
+    parts = {"heldout": texts[:HELD_OUT_STORIES], **dict(of_dumps)}
     for name, chosen in parts.items():
         corpus = work / f"{name}.jsonl"
         if not corpus.exists():
@@ -73,9 +82,9 @@ def quality(model: LlamaForCausalLM, teacher: Any, store: KnowledgeStore) -> dic
     return {name: value / count for name, value in sums.items()}
 
 
-def run(store: KnowledgeStore, teacher: Any, name: str, seed: int, work: Path) -> dict[str, Any]:
+def run(store: KnowledgeStore, teacher: Any, corpus: str, name: str, seed: int, work: Path) -> dict[str, Any]:
     """Train a student and measure it, or take the result of a finished run."""
-    result = work / "runs" / f"{name.replace(' ', '_')}-{seed}.json"
+    result = work / "runs" / f"{dump_of(corpus)}-{dump_of(name)}-{seed}.json"
     if result.exists():
         return dict(json.loads(result.read_text()))
     result.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +93,8 @@ def run(store: KnowledgeStore, teacher: Any, name: str, seed: int, work: Path) -
     model.load_state_dict(teacher.state_dict(), strict=False)
     for layer, kept in zip(model.model.layers, KEPT_LAYERS, strict=True):
         layer.load_state_dict(teacher.model.layers[kept].state_dict())
-    dataset = DistillationDataset(store, "train", batch_size=BATCH_SIZE, seed=seed, rank=0, world_size=1, **ORDERS[name])
+    plan = {"batch_size": BATCH_SIZE, "seed": seed, "rank": 0, "world_size": 1}
+    dataset = DistillationDataset(store, dump_of(corpus), **plan, **ORDERS[name])
     optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(len(dataset)))
     began = time.monotonic()
@@ -98,8 +108,15 @@ def run(store: KnowledgeStore, teacher: Any, name: str, seed: int, work: Path) -
     seconds = round(time.monotonic() - began, 1)
     figures = {"steps": len(dataset), "seconds": seconds, **quality(model.eval(), teacher, store)}
     write_atomically(result, figures)
-    print(f"{name}, seed {seed}: {figures}", flush=True)
+    print(f"{corpus}, {name}, seed {seed}: {figures}", flush=True)
     return figures
+
+
+def summary(runs: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Mean and standard deviation over seeds, and each."""
+    values = [round(run[metric], 5) for run in runs]
+    sd = round(float(np.std(values, ddof=1)), 5) if len(values) > 1 else None
+    return {"mean": round(float(np.mean(values)), 5), "sd": sd, "by_seed": values}
 
 
 def main() -> None:
@@ -112,22 +129,22 @@ def main() -> None:
     options = parser.parse_args()
     store = make_store(options.teacher, options.stories, options.work)
     teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).eval().requires_grad_(False)
-    runs = {name: [run(store, teacher, name, seed, options.work) for seed in range(options.seeds)] for name in ORDERS}
-    figures: dict[str, Any] = {
-        "sequences": store.sequence_count("train"),
-        "row_groups": len(store.batches("train", order="blocks").readers[0].row_groups) - 1,
-        "steps": runs["global"][0]["steps"],
-        "seeds": options.seeds,
+    seeds = range(options.seeds)
+    runs = {
+        corpus: {name: [run(store, teacher, corpus, name, seed, options.work) for seed in seeds] for name in ORDERS}
+        for corpus in CORPORA
     }
-    for name, found in runs.items():
-        figures[name] = {
-            metric: {
-                "mean": round(float(np.mean([each[metric] for each in found])), 5),
-                "sd": round(float(np.std([each[metric] for each in found], ddof=1)), 5) if len(found) > 1 else None,
-                "by_seed": [round(each[metric], 5) for each in found],
-            }
-            for metric in ("kl", "nll")
-        }
+    first = dump_of(CORPORA[0])
+    figures: dict[str, Any] = {
+        "sequences": store.sequence_count(first),
+        "row_groups": len(store.batches(first, order="blocks").readers[0].row_groups) - 1,
+        "steps": runs[CORPORA[0]]["global"][0]["steps"],
+        "seeds": options.seeds,
+        "corpora": {
+            corpus: {name: {metric: summary(found, metric) for metric in ("kl", "nll")} for name, found in of_corpus.items()}
+            for corpus, of_corpus in runs.items()
+        },
+    }
     keep("orders", figures, STUDIES)
 
 

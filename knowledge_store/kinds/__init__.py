@@ -11,12 +11,14 @@ from knowledge_store.kinds.field import KEYS, Field
 from knowledge_store.kinds.kind import Codec, Kind, NoParameters, Totals
 from knowledge_store.kinds.positions import POSITIONS
 from knowledge_store.kinds.saliency import SALIENCY
+from knowledge_store.kinds.vectors import VECTORS
 
 __all__ = ["KINDS", "Arrays", "Codec", "Field", "Kind", "NoParameters", "Totals", "check_kinds", "item_mask", "joined"]
 
 KINDS: dict[str, Kind] = {
     "positions": POSITIONS,
     "saliency": SALIENCY,
+    "vectors": VECTORS,
 }
 
 # Names that are not free, and the one kind that may have them: batches, and the training that takes them, have arrays of their

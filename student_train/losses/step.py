@@ -47,17 +47,8 @@ def model_inputs(batch: Batch, name: str) -> dict[str, Tensor]:
 def token_count(loss: Loss, batch: Batch) -> int:
     """How many tokens of a batch the student runs on, padding left out."""
     rows = batch["sequence_id"] >= 0
-    return sum(int(model_inputs(batch, name)["attention_mask"][rows].sum()) for name in _inputs(loss, batch))
-
-
-def position_count(loss: Loss, batch: Batch) -> int:
-    """How many positions of a batch the student runs on, padding included."""
-    return sum(model_inputs(batch, name)["input_ids"].numel() for name in _inputs(loss, batch))
-
-
-def _inputs(loss: Loss, batch: Batch) -> tuple[str, ...]:
-    """The token arrays that the student runs on: the loss's, and that of a second task."""
-    return (*loss.inputs, *((IDS,) if IDS in batch else ()))
+    second = (IDS,) if IDS in batch else ()  # the input of a second task
+    return sum(int(model_inputs(batch, name)["attention_mask"][rows].sum()) for name in (*loss.inputs, *second))
 
 
 def per_target(

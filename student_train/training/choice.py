@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from knowledge_store import KINDS, KnowledgeStore
+from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, KnowledgeStoreError, QueryError
 from knowledge_store.reading.target_mask import TargetMask
 from knowledge_store.reporter import SILENT, Reporter
@@ -43,14 +43,13 @@ class Choice:
     lines: Sequence[str] = ()
 
 
-def check_choice(config: TrainConfig, store: KnowledgeStore, dumps: Sequence[str], kinds: Sequence[str]) -> None:
-    """Refuse at once what does not run, whatever it would choose.
+def check_choice(config: TrainConfig, store: KnowledgeStore, dumps: Sequence[str]) -> None:
+    """Refuse at once what does not run, whatever it would choose: `choose` asks about all there is.
 
     Args:
         config: the run's options.
         store: an open store.
         dumps: those whose sequences are read.
-        kinds: of knowledge that the run reads.
 
     Raises:
         InputError, QueryError: naming the option.
@@ -59,8 +58,6 @@ def check_choice(config: TrainConfig, store: KnowledgeStore, dumps: Sequence[str
         with _named(WHERE):
             store.check_choice(config.where, None, dumps)
     if config.positions_where is not None:
-        if not any(KINDS[kind].target for kind in kinds):
-            raise InputError(f"the loss {config.loss} counts no targets, so it takes no {POSITIONS_WHERE}")
         with _named(POSITIONS_WHERE):
             store.check_choice(None, config.positions_where, dumps)
 

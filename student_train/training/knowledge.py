@@ -9,7 +9,6 @@ from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from student_train.losses.table import TEXT, TEXT_COLUMNS, Loss
 from student_train.training.calibration import usable_calibration, with_scale
-from student_train.training.choice import check_choice
 from student_train.training.configuration import TrainConfig, check_config
 from student_train.training.mixture import Mixture, resolve_mixture
 from student_train.training.model_folder import check_model_folder
@@ -109,7 +108,6 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
     Raises:
         InputError: an option is out of range, the student's folder is missing, the calibration cannot be used, the store cannot
             be opened, the output is something else than the folder of this run, or a dump does not hold what the loss needs.
-        QueryError: what chooses from the dumps cannot be used.
     """
     loss = check_config(config)
     store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9))
@@ -120,6 +118,8 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
     for dump in mixture.dumps[1:]:
         usable_calibration(config, store.manifest(dump), loss)
     check_model_folder(config.student, config.gguf_file)
-    check_choice(config, store, mixture.corpus, kinds_read(store.manifest(mixture.dumps[0]), loss))
+    kinds = kinds_read(store.manifest(mixture.dumps[0]), loss)
+    if config.positions_where is not None and not any(KINDS[kind].target for kind in kinds):
+        raise InputError(f"the loss {config.loss} counts no targets, so it takes no --positions-where")
     check_resume(with_scale(config, calibration), store, mixture, calibration.sha256 if calibration else None)
     return store, mixture, loss

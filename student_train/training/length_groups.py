@@ -1,4 +1,4 @@
-"""Batches of sequences of like lengths: what a run says of its padding, and a sampler for trainers that have rows of their own.
+"""Batches of sequences of like lengths, for trainers that have rows of their own.
 
 `knowledge_store.reading.length_groups` says what the order is.
 """
@@ -14,11 +14,8 @@ from knowledge_store.errors import InputError
 from knowledge_store.reading.length_groups import LengthGroups, check_length_groups, padding_share
 from knowledge_store.reading.order import EpochOrder, Shuffled
 from knowledge_store.reading.ordinals import AllBut
-from knowledge_store.reporter import Reporter
-from student_train.training.dataset import DistillationDataset
 
 ITEMS = 2**16  # slots that are computed at once
-TOLD_REMEDY = 0.1  # of a share of padding above this
 
 
 class LengthGroupSampler(Sampler[int]):
@@ -73,10 +70,3 @@ class LengthGroupSampler(Sampler[int]):
             seed=self._seed,
             epoch=self._epoch,
         )
-
-
-def tell_padding(dataset: DistillationDataset, group_by_length: int | None, *, reporter: Reporter) -> None:
-    """Say how much of a run's batches is padding, and what makes it less."""
-    share = dataset.padding_share()
-    remedy = "; --group-by-length makes it less" if group_by_length is None and share > TOLD_REMEDY else ""
-    reporter.note(f"{share:.1%} of the batches is padding{remedy}")

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
@@ -25,14 +24,12 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
-from student_train.losses.divergences import forward_kl, token_nll
 from student_train.losses.head import has_plain_head
-from student_train.losses.rationale import rationale_count, rationale_nll
-from student_train.losses.sliced import Prepare, Share, sliced_loss, sum_over_slices
-from student_train.losses.step import per_target, run_student, step_loss, units
+from student_train.losses.rationale import rationale_nll
+from student_train.losses.sliced import sliced_loss
+from student_train.losses.step import per_target, run_student, step_loss
 from student_train.losses.table import TEXT
-from student_train.losses.targets import Targets, predicting_logits, target_tokens
-from student_train.losses.teachers import weighted_loss
+from student_train.losses.targets import Batch, Targets
 from student_train.training.collator import DistillationCollator
 from student_train.training.configuration import check_loss
 from student_train.training.context import check_context
@@ -42,18 +39,11 @@ from student_train.training.mixture import Mixture
 from student_train.training.positions import keeps_candidates
 from student_train.training.snapshots import DumpSnapshots
 from student_train.training.trainer_arguments import check_arguments
+from student_train.training.validation import ValidationMixin, each_of, of_store
 from student_train.training.vocabulary import check_student
 
-Batch = dict[str, Any]
 
-# What the mixin's methods call is a trainer's: to a type checker it is one, and in truth it stands before one.
-if TYPE_CHECKING:
-    _Base = Any
-else:
-    _Base = object
-
-
-class DistillationMixin(_Base):
+class DistillationMixin(ValidationMixin):
     """Makes a trainer learn from a store; stands before `transformers.Trainer`, or a class made of it, among the bases.
 
     What the rows are:
@@ -62,10 +52,7 @@ class DistillationMixin(_Base):
       `data_seed` or `seed`;
     * with one, its rows, which are tokenised and in the dump; see `DistillationCollator`.
 
-    Every figure of an evaluation is a mean over the targets of all processes: `eval_loss`, the objective on the evaluated
-    sequences; `eval_nll`, the negative log-likelihood of their text; and `eval_kl`, the divergence from the teacher
-    (candidates and tail as one more symbol, a lower bound). The last two are the same for any loss; they are left out for one
-    that does not run on the text, and `eval_kl` for a dump without candidates.
+    Evaluations have the figures of `ValidationMixin`.
 
     Args:
         model, args, data_collator: as of the trainer; the collator is made here.
@@ -80,7 +67,7 @@ class DistillationMixin(_Base):
         loss: a name in `LOSSES`.
         ce_weight: share of cross-entropy in the loss, from 0 to 1.
         rationale_weight: share of the second task in the loss, from 0 to below 1, where batches have rationales (see
-            `rationales.second_input`); `eval_rationale` is then its mean. None where they have none.
+            `rationales.second_input`); None where they have none.
         loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
         recalibrate: what to make of the teacher's targets before the loss, such as `recalibrated`.
         named: whatever else the trainer takes.
@@ -112,16 +99,15 @@ class DistillationMixin(_Base):
         recalibrate: Callable[[Targets], Targets] | None = None,
         **named: Any,
     ) -> None:
+        named_teachers = teachers
         if isinstance(train_dataset, DistillationDataset):
-            store, dump = train_dataset.store, list(train_dataset.dumps)
+            store, dump, named_teachers = train_dataset.store, train_dataset.dump, train_dataset.plan.teachers
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
         config, self.distillation = check_loss(loss, ce_weight, loss_options or {})
-        together = train_dataset.plan.teachers if isinstance(train_dataset, DistillationDataset) else teachers
-        together = None if together is None else weights_of(together, "teacher")
-        dumps, _ = named_dumps(dump if together is None else list(together), store.dump)
-        weights: dict[str, Any] = dict.fromkeys(dumps) | dict(together or (dump if isinstance(dump, Mapping) else {}))
-        for sentence in check_mixture(store, Mixture(weights, together is not None), config, self.distillation):
+        mixture = _mixture(store, dump, named_teachers)
+        self.dumps = dumps = mixture.dumps
+        for sentence in check_mixture(store, mixture, config, self.distillation):
             if train_dataset is None:
                 warnings.warn(sentence, stacklevel=2)
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
@@ -130,7 +116,6 @@ class DistillationMixin(_Base):
         self.rationale_weight = rationale_weight
         with_rationale = ("rationale",) if rationale_weight is not None else ()
         self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()), *with_rationale)
-        self.dumps = tuple(dumps)
         self._source: dict[str, Any] = {"store": store, "dump": dump}
         chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets, "order": order}
         chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -150,7 +135,7 @@ class DistillationMixin(_Base):
             raise InputError("data_collator is made here, of store and dump: leave it out")
         if data_collator is None:
             data_collator = DistillationCollator(store, dumps[0], kinds=self._plan["kinds"])
-        rows = [part for part in _each(train_dataset) + _each(eval_dataset) if not isinstance(part, DistillationDataset)]
+        rows = [part for part in each_of(train_dataset) + each_of(eval_dataset) if not isinstance(part, DistillationDataset)]
         if rows and len(dumps) > 1:
             raise InputError("rows of your own are looked for in one dump: name one")
 
@@ -168,20 +153,20 @@ class DistillationMixin(_Base):
             raise InputError("tensor, context and sequence parallelism do not go with learning from a store: use DDP or FSDP")
         if reads_store:
             self.train_dataset = self._dataset() if from_store else train_dataset
-        if _of_store(eval_dataset):
+        if of_store(eval_dataset):
             self.eval_dataset = eval_dataset
         self._from_store = from_store
         # A step's counts are divided by in `compute_loss`, so the trainer divides by nothing more.
         self.model_accepts_loss_kwargs = True
         self._check_model(store)
-        for dataset in (self.train_dataset, *(_each(self.eval_dataset))):
+        for dataset in (self.train_dataset, *(each_of(self.eval_dataset))):
             self._check_rows(dataset)
         self.add_callback(DumpSnapshots())
 
     def _as_taken(self, dataset: Any) -> Any:
         """A data set as the trainer's own initialisation takes it. TRL's looks at rows, and takes those of `datasets` alone: it
         is shown one row, and has its data set back afterwards."""
-        if not _of_store(dataset) or not any(base.__module__.startswith("trl.") for base in type(self).__mro__):
+        if not of_store(dataset) or not any(base.__module__.startswith("trl.") for base in type(self).__mro__):
             return dataset
         import datasets
 
@@ -297,18 +282,10 @@ class DistillationMixin(_Base):
 
     def step_counts(self, batches: Sequence[Batch], device: torch.device, **more: int) -> dict[str, Tensor]:
         """Sums over all processes: of the units of some batches, and of other numbers."""
-        counts = [self._counts(batch) for batch in batches]
-        sums = {unit: sum(int(count[unit]) for count in counts) for unit in self._unit_names} | more
+        counts = [self.units(batch) for batch in batches]
+        sums = {unit: sum(int(count[unit]) for count in counts) for unit in self.unit_names} | more
         totals = self.accelerator.reduce(torch.tensor(list(sums.values()), device=device), reduction="sum")
         return dict(zip(sums, totals, strict=True))
-
-    @property
-    def _unit_names(self) -> tuple[str, ...]:
-        return ("target", "sequence", *(("rationale",) if self.rationale_weight is not None else ()))
-
-    def _counts(self, batch: Batch) -> dict[str, Tensor]:
-        """How many of each unit a batch holds, and tokens of rationales."""
-        return units(batch) | ({} if self.rationale_weight is None else {"rationale": rationale_count(batch)})
 
     def compute_loss(
         self,
@@ -319,7 +296,7 @@ class DistillationMixin(_Base):
     ) -> Any:
         """This batch's share of the step's loss, times the number of processes: DDP averages gradients over them, and so do
         FSDP and DeepSpeed, whose shards are means of what each process adds."""
-        counts = self._counts(inputs) if num_items_in_batch is None else num_items_in_batch
+        counts = self.units(inputs) if num_items_in_batch is None else num_items_in_batch
         options: dict[str, Any] = {"ce_weight": self.ce_weight, "options": self.loss_options}
         outputs = None
         if self.distillation.whole_batch or return_outputs:
@@ -335,115 +312,15 @@ class DistillationMixin(_Base):
             loss = loss * self.accelerator.num_processes
         return (loss, outputs[0]) if outputs and return_outputs else loss
 
-    # Evaluation
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """As of the trainer. Its figures are those of the head of this class, and what `compute_metrics` gives."""
-        if not _of_store(eval_dataset):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        kept, self.eval_dataset = self.eval_dataset, eval_dataset  # TRL's would tokenise what it is given
-        try:
-            return super().evaluate(None, ignore_keys, metric_key_prefix)
-        finally:
-            self.eval_dataset = kept
-
-    def evaluation_loop(self, dataloader: DataLoader, *positional: Any, **named: Any) -> Any:
-        """As of the trainer, whose loss would be a mean of batches' means."""
-        self._sums = torch.zeros(len(self.figures), dtype=torch.float64)
-        self._units = dict.fromkeys(self._unit_names, 0)
-        output = super().evaluation_loop(dataloader, *positional, **named)
-        prefix = named.get("metric_key_prefix", positional[3] if len(positional) > 3 else "eval")
-        output.metrics.update({f"{prefix}_{name}": float(value) for name, value in self._means().items()})
-        if isinstance(dataloader.dataset, DistillationDataset):
-            output = output._replace(num_samples=dataloader.dataset.sequences)
-        return output
-
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[Tensor | None, Any, Any]:
-        """Loss, logits and labels of a batch, the last two where they are asked for."""
-        batch = self._without_repeated_rows(self._prepare_inputs(inputs))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            sums, logits = self._measured(model, batch, keep_logits=not prediction_loss_only)
-        counts = {unit: int(count) for unit, count in self._counts(batch).items()}
-        self._sums += sums.double().cpu()
-        for unit, count in counts.items():
-            self._units[unit] += count
-        loss = (sums[0] / max(counts[self.distillation.unit], 1)).detach()
-        return loss, logits, None if logits is None else batch["labels"]
-
-    def _without_repeated_rows(self, batch: Batch) -> Batch:
-        """The last batch of rows of people's own without those with which accelerate filled it up, from the beginning."""
-        state, rows = self.accelerator.gradient_state, len(batch["sequence_id"])
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return batch
-        places = torch.arange(rows, device=batch["sequence_id"].device) + self.args.process_index * rows
-        real = places < state.remainder
-        batch = {**batch, "sequence_id": batch["sequence_id"].where(real, -1)}
-        if "is_target" in batch:
-            batch["is_target"] = batch["is_target"] & real.unsqueeze(-1)
-        return batch
-
-    def _means(self) -> dict[str, Tensor]:
-        """The figures of what was measured, over all processes."""
-        device = self.args.device
-        sums = self.accelerator.reduce(self._sums.float().to(device), reduction="sum")
-        counts = self.accelerator.reduce(torch.tensor(list(self._units.values()), device=device), reduction="sum")
-        divisors = dict(zip(self._units, counts.clamp(min=1), strict=True))
-        units_of = {"loss": self.distillation.unit, "rationale": "rationale"}
-        means = {name: value / divisors[units_of.get(name, "target")] for name, value in zip(self.figures, sums, strict=True)}
-        if self.ce_weight:  # apart until here, since it may be of other units
-            means["loss"] = (1 - self.ce_weight) * means["loss"] + self.ce_weight * means["nll"]
-        if self.rationale_weight is not None:
-            means["loss"] = (1 - self.rationale_weight) * means["loss"] + self.rationale_weight * means["rationale"]
-        return means
-
-    def _measured(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool = False) -> tuple[Tensor, Any]:
-        """A batch's sums of the figures, the loss without its shares of cross-entropy and of rationales, and the logits where
-        they are kept."""
-        sums, logits = self._measured_on_text(model, batch, keep_logits=keep_logits)
-        if self.rationale_weight is not None:
-            sums = torch.cat([sums, rationale_nll(model, batch).to(sums.dtype).reshape(1)])
-        return sums, logits
-
-    def _measured_on_text(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool) -> tuple[Tensor, Any]:
-        if not (self.distillation.whole_batch or keep_logits):
-            return sum_over_slices(model, batch, self._shares(batch, self.distillation.function)), None
-        outputs = run_student(model, self.distillation, batch)
-        whole = outputs[self.distillation.inputs.index(TEXT[0])].logits if TEXT[0] in self.distillation.inputs else None
-        kept = whole if keep_logits else None
-        function = None if self.distillation.whole_batch else self.distillation.function
-        sums = []
-        if function is None:
-            ones = {"target": 1, "sequence": 1}
-            sums.append(step_loss(self.distillation, outputs, batch, ones, options=self.loss_options).unsqueeze(0))
-        if whole is not None:
-            logits = predicting_logits(whole, batch)
-            sums.append(self._shares(batch, function)(logits.shape[-1])(logits, slice(0, len(logits))))
-        return torch.cat(sums), kept
-
-    def _shares(self, batch: Batch, function: Callable[..., Tensor] | None) -> Prepare:
-        """What a slice of logits adds to the figures of the text; without a function, to all but the first, the loss."""
-        tokens = target_tokens(batch)
-
-        def prepare(vocabulary_size: int) -> Share:
-            known = weighted_loss(partial(forward_kl, tail="bucket"), batch, vocabulary_size) if "kl" in self.figures else None
-            learned = None
-            if function:
-                learned = weighted_loss(partial(function, **self.loss_options), batch, vocabulary_size, self.recalibrate)
-
-            def share(logits: Tensor, rows: slice) -> Tensor:
-                sums = [learned(logits, rows).sum()] if learned else []
-                sums.append(token_nll(logits, tokens[rows]).sum())
-                if known:
-                    sums.append(known(logits, rows).sum())
-                return torch.stack(sums)
-
-            return share
-
-        return prepare
+def _mixture(store: KnowledgeStore, dump: Named, teachers: Mapping[str, float] | None) -> Mixture:
+    """The dumps that a trainer is given (InputError: there are no such ones, or a weight is none)."""
+    if teachers is None:
+        names, weights = named_dumps(dump, store.dump)
+        return Mixture(weights or dict.fromkeys(names))
+    weights = weights_of(teachers, "teacher")
+    named_dumps(list(weights), store.dump)
+    return Mixture(weights, teachers=True)
 
 
 class DistillationTrainer(DistillationMixin, Trainer):
@@ -451,14 +328,3 @@ class DistillationTrainer(DistillationMixin, Trainer):
 
     `DistillationTrainer(model, args=TrainingArguments(…), store=KnowledgeStore.open(…), dump="train").train()`
     """
-
-
-def _of_store(dataset: Any) -> bool:
-    return any(isinstance(part, DistillationDataset) for part in _each(dataset))
-
-
-def _each(dataset: Any) -> tuple[Any, ...]:
-    """A data set, or several by name, as a tuple."""
-    if dataset is None:
-        return ()
-    return tuple(dataset.values()) if isinstance(dataset, dict) else (dataset,)

@@ -152,7 +152,6 @@ class Checkpoint(NamedTuple):
         seconds: that the run had taken.
         logged_at: the step of the last logged loss before it.
         unlogged_loss: sum of the losses of the steps since.
-        positions: that the student had run on in training, padding included.
     """
 
     step: int
@@ -160,7 +159,6 @@ class Checkpoint(NamedTuple):
     seconds: float
     logged_at: int
     unlogged_loss: float
-    positions: int
 
     def write(self) -> None:
         """Make it complete."""
@@ -168,7 +166,7 @@ class Checkpoint(NamedTuple):
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
-    record = read_record(path, ("step", "seconds", "logged_at", "unlogged_loss", "positions"), "record of a checkpoint")
+    record = read_record(path, ("step", "seconds", "logged_at", "unlogged_loss"), "record of a checkpoint")
     return Checkpoint(folder=path.parent, **{name: record[name] for name in Checkpoint._fields if name != "folder"})
 
 

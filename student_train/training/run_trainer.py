@@ -26,12 +26,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.reporter import Advance
-from student_train.losses.step import position_count, token_count
-from student_train.losses.targets import Targets
+from student_train.losses.step import token_count
+from student_train.losses.targets import Batch, Targets
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
 from student_train.training.divergence import DivergenceError
-from student_train.training.mixin import Batch, DistillationTrainer
+from student_train.training.mixin import DistillationTrainer
 from student_train.training.run_folder import HISTORY_FILE, Checkpoint, write_json
 
 
@@ -64,8 +64,7 @@ class RunTrainer(DistillationTrainer):
         self.advance: Advance | None = None
         self.stop_asked = False
         self.stopping = False
-        self.tokens = self.positions = 0  # of the current step, over all ranks
-        self.positions_seen = checkpoint.positions if checkpoint else 0
+        self.tokens = 0  # of the current step, over all ranks
         self._seconds_before = checkpoint.seconds if checkpoint else 0.0
         self.logged_at = checkpoint.logged_at if checkpoint else 0
         self._unlogged: Tensor | float = checkpoint.unlogged_loss if checkpoint else 0.0
@@ -94,11 +93,6 @@ class RunTrainer(DistillationTrainer):
         """Spent since the run first began, interruptions left out."""
         return self._seconds_before + time.monotonic() - self._started
 
-    @property
-    def padding(self) -> float:
-        """The share of what the student ran on in training that was padding, since the run first began."""
-        return 1 - self.state.num_input_tokens_seen / self.positions_seen if self.positions_seen else 0.0
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[str, Tensor]]:
@@ -106,16 +100,14 @@ class RunTrainer(DistillationTrainer):
         batches, counts = super().get_batch_samples(epoch_iterator, num_batches, device)
         # Ranks may be asked to stop at different moments; they agree here, once a step.
         self.stopping = bool(counts["stops"])
-        self.tokens, self.positions = int(counts["tokens"]), int(counts["positions"])
+        self.tokens = int(counts["tokens"])
         self._step_loss, self._last_batch = 0.0, batches[0]
         return batches, counts
 
     def step_counts(self, batches: Sequence[Batch], device: torch.device, **more: int) -> dict[str, Tensor]:
-        """As of the mixin, and the tokens, the positions with their padding, and the processes that were asked to stop."""
+        """As of the mixin, and the tokens, and the processes that were asked to stop."""
         tokens = sum(token_count(self.distillation, batch) for batch in batches)
-        positions = sum(position_count(self.distillation, batch) for batch in batches)
-        stops = int(self.stop_asked)
-        return super().step_counts(batches, device, tokens=tokens, positions=positions, stops=stops, **more)
+        return super().step_counts(batches, device, tokens=tokens, stops=int(self.stop_asked), **more)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Mapping[str, Tensor] | None = None
@@ -209,7 +201,6 @@ class RunTrainer(DistillationTrainer):
                 "seconds": round(self.seconds, 3),
                 "step": self.state.global_step,
                 "tokens": self.state.num_input_tokens_seen,
-                "padding": round(self.padding, 4),
                 "entries": entries,
             }
             write_json(Path(self.args.output_dir) / HISTORY_FILE, record)
@@ -228,7 +219,6 @@ class _Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         state.num_input_tokens_seen += self.trainer.tokens  # which the library keeps in its checkpoints
-        self.trainer.positions_seen += self.trainer.positions
         now = time.monotonic()
         self.figures["tokens/s"] = f"{self.trainer.tokens / max(now - self.step_began, 1e-6):,.0f}"
         self.step_began = now
@@ -263,7 +253,5 @@ class _Progress(TrainerCallback):
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             trainer = self.trainer
-            Checkpoint(
-                state.global_step, folder, trainer.seconds, trainer.logged_at, unlogged_loss, trainer.positions_seen
-            ).write()
+            Checkpoint(state.global_step, folder, trainer.seconds, trainer.logged_at, unlogged_loss).write()
         self.step_began = time.monotonic()

@@ -39,10 +39,19 @@ def _check_saliency(*arguments: Any) -> Agreement:
     return check_saliency(*arguments)
 
 
+def _check_vectors(*arguments: Any) -> Agreement:
+    from teacher_dump.checking.states.checker import check_states
+
+    return check_states("vectors", *arguments)
+
+
 CHECKERS: dict[str, Checker] = {
     "positions": _check_positions,
     "saliency": _check_saliency,
+    "vectors": _check_vectors,
 }
+# Those that are asked again with the tokens of another: without it they cannot be checked.
+TOKENS_FROM = {"vectors": "positions"}
 
 
 def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter: Reporter = SILENT) -> dict[str, Agreement]:
@@ -62,7 +71,12 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
     """
     store = KnowledgeStore.open(config.store, cache_size=0)
     manifest = store.manifest(config.dump)
-    kinds = [kind for kind in manifest.kinds if kind in CHECKERS]
+    kinds = [kind for kind in manifest.kinds if kind in CHECKERS and TOKENS_FROM.get(kind, kind) in manifest.kinds]
+    if not kinds and set(manifest.kinds) & set(TOKENS_FROM):
+        raise InputError(
+            f"dump {manifest.dump!r} holds {', '.join(manifest.kinds)}, which cannot be checked, since it does not hold its"
+            f" tokens: give a dump that holds {' or '.join(dict.fromkeys(TOKENS_FROM.values()))} too"
+        )
     if not kinds:
         raise InputError(
             f"dump {manifest.dump!r} holds {', '.join(manifest.kinds)}, which cannot be checked: give a dump that holds"
@@ -74,8 +88,9 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
     if teacher is None:
         check_local_teacher(config.teacher, config.gguf_file, config.revision)
     for kind in manifest.kinds:
-        if kind not in CHECKERS:
-            reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: there is no checker for it.")
+        if kind not in kinds:
+            reason = "there is no checker for it" if kind not in CHECKERS else f"that takes the kind {TOKENS_FROM[kind]} too"
+            reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: {reason}.")
 
     from teacher_dump.teachers.local import load_teacher
 

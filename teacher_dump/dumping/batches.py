@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,7 +14,7 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import TeacherOptions
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, need_gradients
+from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, layers_needed, need_gradients
 from teacher_dump.teachers.protocol import Batching, Prediction, Teacher
 
 ANY = Batching()
@@ -79,9 +79,18 @@ def batch_arrays(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarra
 
 
 def predict_batch(
-    options: TeacherOptions, teacher: Teacher, sequences: list[TokenSequence], kinds: Iterable[str] = ()
+    options: TeacherOptions,
+    teacher: Teacher,
+    sequences: list[TokenSequence],
+    parameters: Mapping[str, Parameters] | None = None,
 ) -> Prediction:
     """Run the teacher on some sequences as one batch, so that some kinds of knowledge can be taken from its prediction.
+
+    Args:
+        options: for the sentence that is said where there is too little memory.
+        teacher: that is asked.
+        sequences: the batch.
+        parameters: of each kind that is to be taken.
 
     Raises:
         InputError: a token is not in the model's vocabulary, the model never gives one that is a target, or there is too
@@ -101,7 +110,8 @@ def predict_batch(
             )
     token_ids = [sequence.token_ids for sequence in sequences]
     with enough_memory(options, token_ids):
-        return teacher.predict(*batch_arrays(token_ids), gradients=need_gradients(kinds))
+        gradients, layers = need_gradients(parameters or ()), layers_needed(parameters or {})
+        return teacher.predict(*batch_arrays(token_ids), gradients=gradients, layers=layers)
 
 
 def extract_batch(

@@ -5,13 +5,15 @@ To add a kind, write its extractor in a file of its own and add its line to `EXT
 import no torch: options are checked before anything heavy is loaded.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.kind import Parameters
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor
 from teacher_dump.extraction.positions import POSITIONS
 from teacher_dump.extraction.saliency import SALIENCY
+from teacher_dump.extraction.vectors import VECTORS
 from teacher_dump.teachers.protocol import Ability, Teacher
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Extractor",
     "check_needs",
     "kinds_with_context",
+    "layers_needed",
     "need_gradients",
     "option_classes",
 ]
@@ -27,6 +30,7 @@ __all__ = [
 EXTRACTORS: dict[str, Extractor] = {
     "positions": POSITIONS,
     "saliency": SALIENCY,
+    "vectors": VECTORS,
 }
 
 
@@ -60,6 +64,11 @@ def kinds_with_context(kinds: Iterable[str]) -> tuple[str, ...]:
 def need_gradients(kinds: Iterable[str]) -> bool:
     """Whether one of some kinds is made of gradients: then its teacher is asked with them."""
     return any(Ability.GRADIENTS in EXTRACTORS[kind].needs for kind in kinds)
+
+
+def layers_needed(parameters: Mapping[str, Parameters]) -> tuple[int, ...]:
+    """The layers whose hidden states some kinds take, by the parameters of each, in order and each once."""
+    return tuple(sorted({layer for kind, kept in parameters.items() for layer in EXTRACTORS[kind].layers(kept)}))
 
 
 def check_needs(kinds: tuple[str, ...], teacher: Teacher) -> None:

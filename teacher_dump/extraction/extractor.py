@@ -51,6 +51,11 @@ def no_limits(options: Any, teacher: Mapping[str, Any], tokenizer: Mapping[str, 
     """For kinds whose options fit any teacher."""
 
 
+def no_layers(parameters: Any) -> tuple[int, ...]:
+    """For kinds that take no hidden states."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Extractor:
     """How one kind of knowledge is taken from a teacher's predictions.
@@ -58,6 +63,7 @@ class Extractor:
     Attributes:
         needs: what the teacher must be able to give.
         function: the arrays of each sequence of a batch; for a kind per sequence they have one entry.
+        layers: whose hidden states it takes, given the parameters (see `Prediction.layer_states`).
         needs_context: whether nothing can be taken of a sequence that has no context before its targets, such as plain text.
         options: a frozen dataclass whose fields, by keyword alone and with defaults, are the kind's options in commands and
             configurations; what does not fit together it refuses when it is made. No two kinds have an option of one name.
@@ -75,6 +81,7 @@ class Extractor:
 
     needs: frozenset[Ability]
     function: Callable[[ExtractionBatch], list[Arrays]]
+    layers: Callable[[Any], tuple[int, ...]] = no_layers
     needs_context: bool = False
     options: type = NoOptions
     parameters: Callable[[Any], Parameters] | None = None

@@ -17,8 +17,10 @@ from knowledge_store.model_files import (
     read_configuration,
 )
 
-# What configurations call how many positions a model knows.
+# What configurations call how many positions a model knows, how many layers it has, and how wide these are.
 MAX_POSITIONS = ("max_position_embeddings", "n_positions")
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+WIDTH = ("hidden_size", "n_embd", "d_model")
 
 
 def check_local_teacher(teacher: str, gguf_file: str | None = None, revision: str | None = None) -> None:
@@ -33,14 +35,16 @@ def check_local_teacher(teacher: str, gguf_file: str | None = None, revision: st
 
 
 def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
-    """`vocabulary_size` and `max_positions` as the configuration of a teacher's folder states them; empty of a hub id or a GGUF
-    file, and without what is not stated (InputError: the configuration is no JSON object)."""
+    """`vocabulary_size`, `max_positions`, `layers` and `hidden_size` as the configuration of a teacher's folder states them.
+
+    Empty of a hub id or a GGUF file, and without what is not stated (InputError: the configuration is no JSON object).
+    """
     folder = Path(teacher)
     if gguf_file is not None or not folder.is_dir():
         return {}
     configuration = read_configuration(folder)
     text: dict[str, Any] = configuration.get("text_config") or configuration
-    names = {"vocabulary_size": ("vocab_size",), "max_positions": MAX_POSITIONS}
+    names = {"vocabulary_size": ("vocab_size",), "max_positions": MAX_POSITIONS, "layers": LAYERS, "hidden_size": WIDTH}
     sizes = {size: next((text[name] for name in known if name in text), None) for size, known in names.items()}
     return {size: value for size, value in sizes.items() if isinstance(value, int)}
 

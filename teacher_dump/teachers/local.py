@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -81,9 +81,8 @@ class LocalTeacher:
 
     @property
     def abilities(self) -> frozenset[Ability]:
-        """What it can give: hidden states only where the backbone is run by itself, gradients only where it can be given
-        embeddings instead of tokens."""
-        more = set() if self.whole_logits else {Ability.HIDDEN_STATES}
+        """What it can give: gradients only where it can be given embeddings instead of tokens."""
+        more = {Ability.HIDDEN_STATES}
         if self.model is not None and "inputs_embeds" in signature(self._runner.forward).parameters:
             more.add(Ability.GRADIENTS)
         return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | more)
@@ -109,13 +108,19 @@ class LocalTeacher:
             self._gradient_bytes[longest] = gradient_bytes(self, longest)
         return GRADIENT_BYTES[self.device.type] // self._gradient_bytes[longest]
 
-    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False) -> LocalPrediction:
-        """Run the teacher on a batch.
+    def predict(
+        self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False, layers: Collection[int] = ()
+    ) -> LocalPrediction:
+        """Run the teacher on a batch. Hidden states of other layers than the last are kept of all layers while it runs.
 
         Args:
             token_ids: int64 (B, T), padded on either side.
             attention_mask: bool (B, T).
             gradients: whether the prediction is asked for gradients.
+            layers: whose hidden states it is asked for.
+
+        Raises:
+            InputError: the model does not give hidden states of these layers.
         """
         tokens = torch.from_numpy(token_ids).to(self.device)
         mask = torch.from_numpy(attention_mask).to(self.device)
@@ -123,6 +128,10 @@ class LocalTeacher:
         if not attention_mask[:, 0].all():
             # Padding on the left moves a sequence to the right; its positions still count from 0.
             arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        # What the last layer gives is at hand where the backbone runs by itself; to ask for all takes memory.
+        last = () if self.whole_logits else (-1, self.description.get("layers"))
+        if any(layer not in last for layer in layers):
+            arguments["output_hidden_states"] = True
         traced = None
         if gradients:
             with torch.no_grad():
@@ -134,7 +143,19 @@ class LocalTeacher:
         if gradients:
             traced, outputs = (arguments["inputs_embeds"], outputs), outputs.detach()
         hidden, logits = (None, outputs) if self.whole_logits else (outputs, None)
-        return LocalPrediction(self, hidden, logits, traced)
+        states = {layer: outputs if layer in last else self._states_of(answer, layer) for layer in layers}
+        return LocalPrediction(self, hidden, logits, traced, states)
+
+    def _states_of(self, answer: Any, layer: int) -> torch.Tensor:
+        """The hidden states of one layer. InputError: the model does not give them."""
+        states = getattr(answer, "hidden_states", None)
+        if not isinstance(states, tuple) or not -len(states) <= layer < len(states) or states[layer].ndim != 3:
+            raise InputError(
+                f"{self.description['name']} does not give the hidden states of layer {layer}"
+                f" ({'it gives none' if not states else f'it gives those of {len(states)} layers, the embeddings among them'}):"
+                " choose another layer, or leave this kind of knowledge out"
+            )
+        return states[layer].detach()
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
@@ -291,6 +312,7 @@ def load_teacher(
         "model_type": config.model_type,
         "parameters": _parameters(model),
         "hidden_size": getattr(config, "hidden_size", None),
+        "layers": getattr(config, "num_hidden_layers", None),
         "vocabulary_size": head.weight.shape[0],
         "max_positions": _positions(config),
         "dtype": str(model.dtype).removeprefix("torch."),

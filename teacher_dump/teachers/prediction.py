@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,12 +29,18 @@ class LocalPrediction:
         logits: (B, T, V) in the model's dtype; only where logits are whole.
         traced: the input embeddings (B, T, E), and the same hidden states or logits as a function of them, whose gradients can
             be computed once; None where they were not asked for.
+        states: hidden states (B, T, H) in the model's dtype, by the layer that was asked for.
     """
 
     teacher: LocalTeacher
     hidden: torch.Tensor | None
     logits: torch.Tensor | None
     traced: tuple[torch.Tensor, torch.Tensor] | None = None
+    states: Mapping[int, torch.Tensor] = field(default_factory=dict)
+
+    def layer_states(self, layer: int) -> torch.Tensor:
+        """See `protocol.Prediction`."""
+        return self.states[layer]
 
     def logit_slices(self, rows: torch.Tensor, positions: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """The logits at (rows[i], positions[i]), int64 (N,) each, slice by slice.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -50,7 +50,7 @@ class Prediction(Protocol):
 
     Attributes:
         teacher: whose.
-        hidden: the last layer's hidden states, a torch tensor (B, T, H); None without the ability HIDDEN_STATES.
+        hidden: the last layer's hidden states, a torch tensor (B, T, H); None where logits are whole.
     """
 
     @property
@@ -58,6 +58,18 @@ class Prediction(Protocol):
 
     @property
     def hidden(self) -> Any: ...
+
+    def layer_states(self, layer: int) -> Any:
+        """The hidden states of a layer that the prediction was asked for with, with the ability HIDDEN_STATES.
+
+        Args:
+            layer: as transformers counts hidden states: 0 are the embeddings, 1 is what the first layer gives, and −1 is what
+                the head sees.
+
+        Returns:
+            a torch tensor (B, T, H) in the model's dtype, on any device, without a gradient.
+        """
+        ...
 
     def logit_slices(self, rows: Any, positions: Any) -> Iterator[tuple[slice, Any]]:
         """The logits at (rows[i], positions[i]), slice by slice, with the ability DISTRIBUTIONS.
@@ -143,15 +155,19 @@ class Teacher(Protocol):
         what is kept for them takes no more memory than is good."""
         ...
 
-    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False) -> Prediction:
+    def predict(
+        self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False, layers: Collection[int] = ()
+    ) -> Prediction:
         """Ask for a batch.
 
         Args:
             token_ids: int64 (B, T), padded on either side.
             attention_mask: bool (B, T).
             gradients: whether the prediction is asked for gradients, which takes far more memory.
+            layers: whose hidden states it is asked for (see `Prediction.layer_states`).
 
         Raises:
+            InputError: the model does not give hidden states of these layers.
             MemoryError: the batch is too large for the device.
         """
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ ROWS, SHARD_SIZE = 8, 2
 class TableTeacher(LocalTeacher):
     """A teacher whose prediction depends on the last token alone."""
 
-    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False) -> LocalPrediction:
+    def predict(self, token_ids: np.ndarray, attention_mask: np.ndarray, *_: Any, **__: Any) -> LocalPrediction:
         """Logits from a table."""
         return LocalPrediction(self, None, torch.from_numpy(TABLE[token_ids]))
 

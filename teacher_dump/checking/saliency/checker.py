@@ -18,6 +18,7 @@ import numpy as np
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import DamageError
 from knowledge_store.format.sequences import token_hash
+from knowledge_store.kinds.kind import Parameters
 from knowledge_store.kinds.saliency import MAX_EXCESS, has_tokens, in_steps, saliency_of
 from knowledge_store.reporter import Reporter
 from teacher_dump.checking.agreement import AGREES, DAMAGE, OTHER_TEACHER, OTHER_TOKENIZER, Agreement
@@ -173,8 +174,9 @@ def _kept(store: KnowledgeStore, manifest: Manifest, ordinal: int) -> tuple[int,
 
 def _moved(manifest: Manifest, teacher: LocalTeacher, config: CheckConfig, sequence: TokenSequence, kept: np.ndarray) -> float:
     """The share of a sequence's saliency that stands at other tokens now; asked by itself, so that what a batch did shows."""
-    prediction = predict_batch(config, teacher, [sequence], ("saliency",))
-    [arrays] = extract_batch(config, {"saliency": saliency_of(manifest)}, prediction, [sequence])["saliency"]
+    parameters: dict[str, Parameters] = {"saliency": saliency_of(manifest)}
+    prediction = predict_batch(config, teacher, [sequence], parameters)
+    [arrays] = extract_batch(config, parameters, prediction, [sequence])["saliency"]
     steps = np.round(in_steps(arrays["share"].filled(0)))
     asked = steps / steps.sum() if steps.any() else steps
     # Where one of them has none, all of the other's stands elsewhere.
