@@ -190,7 +190,7 @@ class KnowledgeStore:
         """The sequences that a SELECT statement gives, in a process of its own; its `ordinals` are for `batches`.
 
         Args:
-            query: gives the columns dump and sequence_id, and no others; sequence_id alone will do where one dump is read.
+            query: gives the columns dump and sequence_id, and no others; in a store of one dump sequence_id alone will do.
             dumps: the names of those that are read; None for the only one.
             memory_limit, timeout: in bytes and seconds, for the query.
             reporter: hears of the progress.

@@ -53,7 +53,8 @@ def test_the_hash_is_that_of_the_ids_and_not_of_the_query(store):
     assert first.sha256 == second.sha256 != third.sha256
 
 
-def test_ids_alone_will_do_for_one_dump(store):
+def test_ids_alone_will_do_in_a_store_of_one_dump(tmp_path):
+    store = KnowledgeStore.open(write_store(tmp_path))
     query = f"SELECT sequence_id FROM positions JOIN shards USING (dump) WHERE dump = 'small' AND document >= {DOCUMENTS}"
     query = query.replace("document", "sequence_id").replace(str(DOCUMENTS), str(sequence_id(DOCUMENTS, 0)))
     chosen = store.choose_sequences(query.replace("SELECT", "SELECT DISTINCT"), "small")
@@ -83,9 +84,24 @@ def test_what_is_no_choice_of_sequences_is_refused(store, query, error):
     assert "\n" not in str(raised.value)
 
 
-def test_ids_alone_are_refused_for_several_dumps(store):
-    with pytest.raises(QueryError, match="several dumps are read"):
-        store.check_choice("SELECT sequence_id FROM sequences", None, ["small", "other"])
+@pytest.mark.parametrize("dumps", ["small", ["small", "other"]])
+def test_ids_alone_are_refused_where_they_may_be_another_dumps(store, dumps):
+    query = "SELECT sequence_id FROM sequences WHERE dump = 'other'"  # `small` has the same ids
+    with pytest.raises(QueryError, match="since the store has several dumps"):
+        store.check_choice(query, None, dumps)
+    with pytest.raises(QueryError, match="since the store has several dumps"):
+        store.choose_sequences(query, dumps)
+
+
+@pytest.mark.parametrize("query", ["length > 4", "", "DELETE FROM sequences"])
+def test_what_is_no_statement_is_told_how_to_write_one(store, query):
+    with pytest.raises(QueryError, match="is no SELECT statement: write it as SELECT dump, sequence_id FROM sequences WHERE"):
+        store.check_choice(query, None, "small")
+
+
+@pytest.mark.parametrize("query", ["(SELECT {})", "WITH a AS (SELECT {}) FROM a", "-- all\nSELECT {}", "select {};"])
+def test_a_statement_may_begin_in_other_ways(store, query):
+    store.check_choice(query.format("dump, sequence_id FROM sequences"), None, "small")
 
 
 def test_a_choice_that_needs_more_than_its_limits_says_what_to_do(store):
@@ -137,6 +153,7 @@ def test_what_is_chosen_is_counted_and_hashed_by_dump(store):
 @pytest.mark.parametrize(
     ("condition", "error"),
     [
+        ("", "the condition is empty"),
         ("false", "no target of small meets"),
         ("tail_logprob", "value is of type float"),
         ("NULL", "value is of type null"),

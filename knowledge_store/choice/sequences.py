@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ def choose_sequences(
         reporter.progress("choosing sequences", None, "sequences") as advance,
         answered(dumps, query, memory_limit, timeout, reporter.note) as reader,
     ):
-        _check_columns(reader.schema, names)
+        _check_columns(reader.schema, names, dumps)
         for batch in reader:
             for name, ids in _by_dump(batch, names):
                 found[name].append(numbers[name].ordinals(ids))
@@ -84,20 +85,23 @@ def check_query(dumps: Dumps, query: str, names: Sequence[str]) -> None:
     """Refuse a query that does not run or has other columns, without reading what it asks about (raises as
     `choose_sequences`)."""
     plain = query.strip().rstrip(";")
+    if re.match(r"[\s(]*(--|/\*|(select|with|from|values)\b)", plain, re.IGNORECASE) is None:
+        raise QueryError(f"{query!r} is no SELECT statement: write it as {SHAPE}")
     with answered(dumps, f"SELECT * FROM ({plain}\n) LIMIT 0", MEMORY_LIMIT, TIMEOUT, lambda sentence: None) as reader:
         schema = reader.schema
         reader.read_all()
-    _check_columns(schema, names)
+    _check_columns(schema, names, dumps)
 
 
-def _check_columns(schema: pa.Schema, names: Sequence[str]) -> None:
+def _check_columns(schema: pa.Schema, names: Sequence[str], dumps: Dumps) -> None:
     """Refuse an answer of another shape (QueryError)."""
     import pyarrow as pa
 
     expected = {DUMP, SEQUENCE_ID}
     given = ", ".join(schema.names)
-    if set(schema.names) != expected and not (len(names) == 1 and schema.names == [SEQUENCE_ID]):
-        reason = "and several dumps are read" if schema.names == [SEQUENCE_ID] else "and no others may be there"
+    # Relations have the sequences of all dumps, and dumps have the same ids: alone, those of another would be taken for these.
+    if set(schema.names) != expected and not (len(dumps.manifests) == 1 and schema.names == [SEQUENCE_ID]):
+        reason = "since the store has several dumps" if schema.names == [SEQUENCE_ID] else "and no others may be there"
         raise QueryError(
             f"the query has to give the columns dump and sequence_id, {reason}; it gives {given}: write it as {SHAPE}"
         )

@@ -129,13 +129,15 @@ def names_any(sql: str, names: Sequence[str]) -> bool:
     """Whether an expression names one of some columns, in whatever case; functions of that name do not count.
 
     Raises:
-        QueryError: it cannot be read as SQL.
+        QueryError: it is empty, or cannot be read as SQL.
     """
     try:
         octets = sql.encode()
         tokens = duckdb.tokenize(sql)
     except (duckdb.Error, UnicodeEncodeError) as error:
         raise QueryError(f"this SQL does not parse: {error}") from None
+    if not tokens:
+        raise QueryError("the condition is empty: give one, such as exp(tail_logprob) > 0.05")
     ends = [start for start, _ in tokens[1:]] + [len(octets)]
     words = [octets[start:end].decode().strip().strip('"').lower() for (start, _), end in zip(tokens, ends, strict=True)]
     return any(word in names and following != "(" for word, following in zip(words, [*words[1:], ""], strict=True))

@@ -123,6 +123,9 @@ def _weighted(word: str, option: str) -> tuple[str, float | None]:
             f"{option} {word}: a geometric mixture of teachers needs probabilities of tokens outside each one's own candidates,"
             f" which no dump keeps; give weights, as in {word.replace('^', '=')}, for the weighted sum of the teachers"
         )
+    if "," in word and option == "--dump":
+        parts = " ".join(f"--dump {part.strip()}" for part in word.split(","))
+        raise InputError(f"--dump {word} names several dumps in one word: give {parts}")
     name, equals, number = word.partition("=")
     if not equals:
         return name, None

@@ -69,9 +69,11 @@ def append(config: RunConfig, teacher: Teacher | None = None, *, reporter: Repor
             reporter.note(
                 f"Warning: {last.dump} is not finished, {shards_missing} missing: the command that began it resumes it"
             )
+    next_config = _next(config, name, like)
+    if same is None:
         reporter.note(f"{name} is begun with the settings of {last.dump}")
     try:
-        return dump(_next(config, name, like), config.rank, config.world_size, teacher, reporter=reporter)
+        return dump(next_config, config.rank, config.world_size, teacher, reporter=reporter)
     except MismatchError:
         standing = existing_manifest(storage, name)
         if same is not None or standing is None or _hashes(standing) == corpus:
