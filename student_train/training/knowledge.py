@@ -13,6 +13,7 @@ from student_train.training.configuration import TrainConfig, check_config
 from student_train.training.mixture import Mixture, resolve_mixture
 from student_train.training.model_folder import check_model_folder
 from student_train.training.positions import check_selection, check_selections
+from student_train.training.rationale import check_rationale
 from student_train.training.relations import check_vectors
 from student_train.training.run_folder import check_folder, check_resume
 
@@ -113,6 +114,7 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
     store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9))
     mixture = resolve_mixture(config, store, check_folder(Path(config.output)))
     check_mixture(store, mixture, config, loss)
+    check_rationale(config, store, mixture)
     calibration = usable_calibration(config, store.manifest(mixture.dumps[0]), loss)
     for dump in mixture.dumps[1:]:
         usable_calibration(config, store.manifest(dump), loss)
