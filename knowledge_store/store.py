@@ -24,10 +24,9 @@ from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays, item_mask
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
-from knowledge_store.reading.mixture import Named, check_vocabularies, named_dumps, weights_of
+from knowledge_store.reading.mixture import Named
 from knowledge_store.reading.plan import ReadPlan
-from knowledge_store.reading.reader import DumpReader
-from knowledge_store.reading.teachers import TeachersReader
+from knowledge_store.reading.readers import Readers
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.create_statements import create_statements
@@ -35,7 +34,7 @@ from knowledge_store.sql.export import export
 from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.parameters import Parameters
-from knowledge_store.sql.query import read_tokens, run_query
+from knowledge_store.sql.query import run_query
 from knowledge_store.storage import Storage, open_storage
 from knowledge_store.writing.rename import rename_dump
 
@@ -51,11 +50,10 @@ class KnowledgeStore:
         self.storage = dumps.storage
         self.cache_size = cache_size
         self._dumps = dumps
-        self._readers: dict[str, DumpReader] = {}
-        self._teachers: dict[tuple[str, ...], TeachersReader] = {}
+        self._readers = Readers(dumps, cache_size)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_readers": {}, "_teachers": {}}
+        return {**self.__dict__, "_readers": Readers(self._dumps, self.cache_size)}
 
     @classmethod
     def open(cls, store: str | Path | Storage, *, rebuild_index: bool = False, cache_size: int = CACHE_SIZE) -> KnowledgeStore:
@@ -81,7 +79,6 @@ class KnowledgeStore:
 
     def __exit__(self, *error: object) -> None:
         self._readers.clear()
-        self._teachers.clear()
         self.storage.close()
 
     def __repr__(self) -> str:
@@ -119,7 +116,7 @@ class KnowledgeStore:
 
     def tokens(self, dump: str | None = None) -> pa.Table:
         """A dump's vocabulary: token_id uint32, text string (as a person reads it), token string (the tokenizer's name)."""
-        return read_tokens(self.storage, self.manifest(dump))
+        return self._dumps.tokens(self.manifest(dump))
 
     def sequences(self, dump: str | None = None, columns: list[str] | None = None) -> pa.Table:
         """A dump's `sequences` table, or some of its columns, in the order of ordinals."""
@@ -282,12 +279,6 @@ class KnowledgeStore:
             raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}: it has {', '.join(kinds)}")
         return export(self._dumps.only(manifest.dump), kind or kinds[0], Path(output), where, reporter=reporter)
 
-    def _reader(self, dump: str | None) -> DumpReader:
-        name = self.dump(dump)
-        if name not in self._readers:
-            self._readers[name] = DumpReader(self._dumps, name, self.cache_size)
-        return self._readers[name]
-
     def batches(self, dump: Named = None, batch_size: int = ReadPlan.batch_size, **plan: Any) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).
 
@@ -304,28 +295,7 @@ class KnowledgeStore:
 
     def read(self, plan: ReadPlan, dump: Named = None) -> Batches:
         """`batches` of a plan."""
-        if plan.teachers is None:
-            names, weights = named_dumps(dump, self.dump)
-            return Batches(self._read_together(names), weights, plan)
-        teachers = list(weights_of(plan.teachers, "teacher"))
-        if dump not in (None, teachers[0], teachers[:1]):
-            raise InputError("give dumps or teachers, not both: the first teacher's sequences are read")
-        return Batches({teachers[0]: self._of_teachers(teachers)}, None, plan)
-
-    def _read_together(self, names: list[str]) -> dict[str, DumpReader]:
-        """The readers of dumps that have something to read and one vocabulary (InputError: they do not)."""
-        readers = {name: self._reader(name) for name in names}
-        for name, reader in readers.items():
-            if not len(reader):
-                raise InputError(f"dump {name!r} of {self.address} has no committed shard yet")
-        check_vocabularies([reader.manifest for reader in readers.values()], self.tokens)
-        return readers
-
-    def _of_teachers(self, names: Iterable[str]) -> TeachersReader:
-        key = tuple(names)
-        if key not in self._teachers:
-            self._teachers[key] = TeachersReader(self._read_together(list(key)))
-        return self._teachers[key]
+        return self._readers.batches(plan, dump)
 
     def lacking(self, teachers: Iterable[str]) -> tuple[dict[str, int], np.ndarray]:
         """What the dumps of several teachers of one corpus do not have in common.
@@ -337,13 +307,13 @@ class KnowledgeStore:
         Raises:
             InputError: no such dump, or they are not of one corpus, or have no sequence in common.
         """
-        reader = self._of_teachers(teachers)
+        reader = self._readers.of_teachers(teachers)
         return dict(reader.lacking), reader.left_out
 
     def __len__(self) -> int:
         """How many sequences the store holds, all dumps together (DamageError: one of them is damaged)."""
         self._dumps.check_all_known("sequences are not counted")
-        return sum(len(self._reader(name)) for name in self.dumps)
+        return sum(len(self._readers.of_dump(name)) for name in self.dumps)
 
     def __getitem__(self, item: int | tuple[str, int]) -> Arrays:
         """One sequence by its ordinal: `store[7]`, or `store["dump", 7]` when there are several dumps.
@@ -352,7 +322,7 @@ class KnowledgeStore:
             the arrays of a batch (see `Batches`) without their first axis.
         """
         dump, ordinal = item if isinstance(item, tuple) else (None, item)
-        reader = self._reader(dump)
+        reader = self._readers.of_dump(dump)
         if ordinal < 0:
             ordinal += len(reader)
         try:
@@ -376,7 +346,7 @@ class KnowledgeStore:
             InputError: there is no such dump or sequence, or the dump holds no such kind.
             DamageError: what was read is not what was published.
         """
-        reader = self._reader(dump)
+        reader = self._readers.of_dump(dump)
         if kind not in reader.manifest.kinds:
             raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
         return reader.stored(ordinal, kind)
@@ -404,11 +374,11 @@ class KnowledgeStore:
 
     def snapshot(self, dump: str | None = None) -> int:
         """A number that stands for a dump's sequences in their order: it is another one when shards were added or lost."""
-        return self._reader(dump).snapshot
+        return self._readers.of_dump(dump).snapshot
 
     def sequence_count(self, dump: str | None = None) -> int:
         """How many sequences a dump holds."""
-        return len(self._reader(dump))
+        return len(self._readers.of_dump(dump))
 
     def remove(self, dump: str) -> None:
         """Remove a dump, or a folder that is closed: it disappears at once, then its files are deleted.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
+from rich.table import Table
 
 from knowledge_store.errors import InputError
 from knowledge_store.terminal.commands import application, command
@@ -18,6 +19,7 @@ from knowledge_store.terminal.console import INTERRUPTED, note, output
 from knowledge_store.terminal.progress import TerminalReporter
 from student_train.calibration.configuration import CalibrateConfig
 from student_train.evaluation.configuration import EvaluateConfig, check_evaluation, output_path
+from student_train.rationales.configuration import RationalesConfig
 from student_train.report.configuration import ReportConfig
 from student_train.training.configuration import InitialiseConfig, TrainConfig, parse_layers
 
@@ -147,6 +149,30 @@ def evaluate(config: EvaluateConfig) -> None:
     path = output_path(config, None if config.questions else result["dump"]["name"])
     if path:
         note(f"Written to {path}")
+
+
+@command(app, RationalesConfig)
+def rationales(config: RationalesConfig) -> None:
+    """Say how often the most salient tokens of a dump are of the answer, beside chance and the teacher's accuracy.
+
+    Example: `student-train rationales store/ --dump train --chance 0.2`
+    """
+    from knowledge_store import KnowledgeStore
+    from student_train.rationales.overlap import measure_overlap
+
+    store = KnowledgeStore.open(config.store)
+    overlap = measure_overlap(store, config)
+    table = Table(title=f"{overlap.examples:,} examples, {config.rationale_tokens} tokens of each", title_justify="left")
+    table.add_column("")
+    table.add_column("share", justify="right")
+    table.add_column("by chance", justify="right")
+    for row in overlap.rows():
+        table.add_row(*row)
+    output.print(table)
+    if overlap.left_out:
+        note(f"{overlap.left_out:,} sequences with fewer tokens of context are left out.")
+    for warning in overlap.warnings():
+        note(f"Warning: {warning}.")
 
 
 @command(app, ReportConfig)

@@ -187,10 +187,10 @@ def estimate(config: EstimateConfig) -> None:
 
     prediction = predict(config, reporter=TerminalReporter())
     for label, value in (
+        ("on disk", f"{byte_size(prediction.bytes)}, {prediction.bytes_per_position:.1f} bytes a position"),
         ("documents", f"{prediction.documents:,}"),
         ("positions", amount(prediction.positions)),
         ("time, one worker like this", f"{duration(prediction.seconds)} at {prediction.positions_per_second:,.0f} positions/s"),
-        ("on disk", f"{byte_size(prediction.bytes)}, {prediction.bytes_per_position:.1f} bytes a position"),
         *(
             (label, f"{byte_size(size)}, {size / max(prediction.bytes, 1):,.0f} times as much")
             for label, size in prediction.comparisons.items()

@@ -225,6 +225,9 @@ class DumpConfig(StoreOptions, EstimateConfig):
         max=1,
         help="Largest share of rows that may be left out; with more, the run stops before the teacher is loaded.",
     )
+    max_bytes: int = option(
+        100_000_000_000, min=0, help="Do not begin a dump whose hidden states would take more bytes, before compression."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -248,7 +251,7 @@ class DumpConfig(StoreOptions, EstimateConfig):
 # What may be said beside `--append`; all else is a setting, which a family of dumps has throughout.
 _NO_SETTINGS = {
     *("store", "append", "corpus", "teacher", "gguf_file", "revision", "batch_size", "device", "device_map", "max_memory"),
-    *("attention", "skip_bad_rows", "max_skipped", "rank", "world_size"),
+    *("attention", "skip_bad_rows", "max_skipped", "max_bytes", "rank", "world_size"),
 }
 
 

@@ -14,6 +14,7 @@ from knowledge_store import Field, Kind
 from knowledge_store.format.parquet import TEXT
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.field import PLAIN, SPLIT
+from knowledge_store.kinds.hidden import HIDDEN as HIDDEN_STATES
 from knowledge_store.kinds.positions import POSITIONS
 from knowledge_store.kinds.positions.selection import Selection
 from knowledge_store.kinds.saliency import MAX_STEPS, SALIENCY
@@ -313,6 +314,18 @@ def lose_the_vector(arrays: Arrays) -> None:
     arrays["vector"] = [None]
 
 
+def hidden_rows(random: np.random.Generator, count: int) -> Arrays:
+    """States of two layers of 70 values before each target, which both precisions keep to the last digit."""
+    before = np.append(answered(count)[1:], False)
+    states = quantised(random, 2 * count, 70).reshape(count, 140)
+    return {"hidden": [state if here else None for state, here in zip(states, before, strict=True)]}
+
+
+def lose_a_state(arrays: Arrays) -> None:
+    """A target is predicted from nothing that is kept."""
+    arrays["hidden"] = [None] * len(arrays["hidden"])
+
+
 TARGETS = "sequence 0 does not have"
 CASES = {
     "positions": Case(POSITIONS, TARGETS, lose_a_target, parameters={}),
@@ -357,6 +370,17 @@ CASES = {
         {"layer": -1, "pooling": "mean", "over": "targets"},
         answers,
     ),
+    **{
+        f"hidden, {precision}": Case(
+            HIDDEN_STATES,
+            "hidden states where its targets are predicted from",
+            lose_a_state,
+            hidden_rows,
+            {"layers": [0, -1], "where": "targets", "every": 1, "precision": precision},
+            answers,
+        )
+        for precision in ("int8", "float16")
+    },
     "explanations of positions": Case(
         explanations("position"), "a score is not between", alter("rationale_scores", [2.0]), rationale_rows
     ),

@@ -1,4 +1,4 @@
-"""What one of several processes of a training does in a test: `processes.run_ranks` starts it in each of them."""
+"""What a process of a training does in a test: `processes.run_ranks` starts one of these in each of several."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from student_train.training import run as training
-from student_train.training import run_data, run_folder
+from student_train.training import run_data, run_folder, run_trainer
 from student_train.training.configuration import TrainConfig
 from student_train.training.run_trainer import RunTrainer
 
@@ -39,6 +40,29 @@ def diverge(words: list[str]) -> None:
 def begin_late(words: list[str]) -> None:
     """As if another run had begun after the first look at the lock."""
     run_folder.check_unlocked = lambda output: None
+    run_command(words)
+
+
+def die_at_a_checkpoint(words: list[str]) -> None:
+    """SIGKILL, once a checkpoint is complete."""
+    write = run_trainer.Checkpoint.write
+
+    def write_and_die(checkpoint: run_folder.Checkpoint) -> None:
+        write(checkpoint)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    run_trainer.Checkpoint.write = write_and_die
+    run_command(words)
+
+
+def pause(words: list[str], reached: Path) -> None:
+    """Sleep in the first step, and make a file that says so."""
+
+    def sleep(*arguments: Any) -> None:
+        reached.touch()
+        time.sleep(3600)
+
+    RunTrainer.training_step = sleep
     run_command(words)
 
 
@@ -142,7 +166,9 @@ def train_in_three_ways(store_folder: str, student: str, folder: Path, shared: d
     options = {"batch_size": 1, "gradient_accumulation": 2, "learning_rate": shared["learning_rate"], "warmup": 1 / steps}
     options |= {"seed": shared["seed"], "steps": steps, "eval_fraction": 0.0, "precision": "fp32", "dump": "train"}
     training.train(TrainConfig(store=store_folder, student=student, output="run", **options))
-    note("run", json.loads(Path("run/history.json").read_text())["entries"])
+    history = json.loads(Path("run/history.json").read_text())
+    assert history["finished"] and Path("run/model.safetensors").exists()  # whichever process looks
+    note("run", history["entries"])
     if trainer.is_world_process_zero():
         Path("curves.json").write_text(json.dumps(curves))
     training.leave_processes()

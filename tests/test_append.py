@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import save_teacher, story_rows, write_jsonl
+from processes import Notes
 from typer.testing import CliRunner
 
 from knowledge_store import InputError, KnowledgeStore, MismatchError
 from knowledge_store.calibration.file import Calibration, write_calibration
-from knowledge_store.reporter import Reporter
 from teacher_dump import DumpConfig, RunConfig, append, dump
 from teacher_dump.cli import app
 from teacher_dump.corpus.tokenisation import describe_tokenizer
@@ -37,16 +37,6 @@ SETTINGS = {
     "template_date": "2020-02-02",
     "train_on": "last",
 }
-
-
-class Notes(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.sentences.append(sentence)
 
 
 def corpus(folder: Path, name: str, start: int, count: int = 7) -> Path:
@@ -88,7 +78,7 @@ def grow(family, teacher_folder, loaded_teacher):
         notes = Notes()
         config = RunConfig(corpus=family / f"{month}.jsonl", store=family / "store", append="news", teacher=str(teacher_folder))
         report = append(replace(config, **options), loaded_teacher, reporter=notes)
-        return report, notes.sentences
+        return report, notes.notes
 
     return grow
 

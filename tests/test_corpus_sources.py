@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, run_command, write_jsonl
+from processes import Notes
 from row_files import JSON_WRITERS
 
 from knowledge_store.errors import InputError
@@ -108,14 +109,6 @@ def local(corpus: str, reporter: Reporter | None = None) -> DumpConfig:
 
 def texts(config: DumpConfig) -> list[str | None]:
     return [document.text for document in read_documents(config.corpus, Start(0, 0, 1, 0, 0), 1000)]
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
 
 
 def test_a_data_set_of_the_hub_is_downloaded_once_and_read_as_files(hub, tmp_path, monkeypatch):

@@ -123,6 +123,9 @@ def run_block(block: Block) -> None:
     elif block.language == "json":
         for line in text.splitlines():
             json.loads(line)
+    elif block.language == "yaml":
+        Path("run.yaml").write_text(text)
+        run_line("student-train run --config run.yaml --print-config")
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +174,7 @@ def test_every_block_runs(document, prepared, tmp_path, monkeypatch):
 
 def test_blocks_are_marked():
     languages = {block.language for document in DOCUMENTS for block in blocks(document)}
-    assert languages <= {"sh", "python", "sql", "json", "text"}
+    assert languages <= {"sh", "python", "sql", "json", "yaml", "text"}
     assert {(document, block.reason) for document in DOCUMENTS for block in blocks(document) if block.reason} == NOT_RUN
 
 

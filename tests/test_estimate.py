@@ -109,7 +109,7 @@ def test_the_command_takes_the_arguments_of_run(config, tmp_path):
     assert result.returncode == 0, result
     labels = [line[:29].strip() for line in result.stdout.splitlines()]
     assert labels == [
-        "documents", "positions", "time, one worker like this", "on disk", FULL,
+        "on disk", "documents", "positions", "time, one worker like this", FULL,
         *(f"top-{depth} coverage" for depth in (1, 5, 7, 16, 50)), "sample",
     ]  # fmt: skip
     assert not list(tmp_path.glob("store*"))

@@ -129,7 +129,7 @@ def test_errors_name_what_there_is(store):
     with pytest.raises(QueryError, match=r'Candidate bindings: .*"tail_logprob"'):
         store.sql("SELECT tail_probability FROM positions")
     with pytest.raises(
-        QueryError, match="sequences, tokens, positions, candidates, saliency, rationales, vectors, dumps, shards"
+        QueryError, match="sequences, tokens, positions, candidates, saliency, rationales, vectors, hidden, dumps, shards"
     ):
         store.sql("SELECT * FROM position")
 

@@ -13,7 +13,7 @@ from student_train.losses.divergences import adaptive_kl, forward_kl, reverse_kl
 from student_train.losses.table import LOSSES
 from student_train.losses.targets import Targets
 
-FUNCTIONS = {name: loss.function for name, loss in LOSSES.items()}
+FUNCTIONS = {name: loss.function for name, loss in LOSSES.items() if not loss.whole_batch}
 SMOOTH = [name for name in FUNCTIONS if name != "adaptive-kl"]  # its weights are constants
 
 
@@ -130,7 +130,7 @@ STUDENTS = {
 
 
 @pytest.mark.parametrize("case", HARD)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_extreme_cases_stay_finite(name, case):
     once = in_float32(HARD[case])
     students = np.concatenate(list(STUDENTS.values()))

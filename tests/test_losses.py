@@ -32,7 +32,8 @@ from student_train.training.knowledge import check_knowledge
 DIVERGENCES = [
     *("forward-kl", "reverse-kl", "jensen-shannon", "total-variation", "skewed-kl", "skewed-reverse-kl", "adaptive-kl")
 ]
-FUNCTIONS = {name: loss.function for name, loss in LOSSES.items()}
+PER_POSITION = {name: loss for name, loss in LOSSES.items() if not loss.whole_batch}
+FUNCTIONS = {name: loss.function for name, loss in PER_POSITION.items()}
 
 
 def renormalised(values: np.ndarray) -> np.ndarray:
@@ -80,7 +81,7 @@ def reference(name: str, student: np.ndarray, targets: Targets, **options: float
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in LOSSES),
+        *((name, {}) for name in PER_POSITION),
         *((name, {"temperature": temperature}) for name in DIVERGENCES for temperature in (0.5, 2.0)),
         ("jensen-shannon", {"beta": 0.2}),
         ("skewed-kl", {"skew": 0.7}),
@@ -403,7 +404,7 @@ def test_an_empty_batch_adds_nothing(k):
     batch = with_draws(toy_batch(k=k), [9, 10], [1, 3])
     batch["is_target"][:] = False
     logits = torch.randn(3, 5, 11, requires_grad=True)
-    for loss in LOSSES.values():
+    for loss in PER_POSITION.values():
         share = step_loss(loss, [SimpleNamespace(logits=logits)], batch, {"target": 6, "sequence": 2}, ce_weight=0.5)
         share.backward()
         assert share.item() == 0
@@ -435,7 +436,7 @@ def test_options_that_a_loss_cannot_use_are_refused(changed, message):
         check_config(config(**changed))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", PER_POSITION)
 def test_options_reach_their_loss(name):
     """Each loss takes what the configuration hands it, and an option that is changed changes it."""
     student, _, targets = random_case(9)
@@ -482,7 +483,7 @@ def test_a_dump_without_candidates_serves_draws_and_the_text_alone(tmp_path):
     store = small_store(tmp_path / "store", {"name": "random-sampling", "draws": 4})
     for usable in (config(), config(tail="draws"), config(loss="ce")):
         check_knowledge(store, "small", usable, LOSSES[usable.loss])
-    for name in LOSSES.keys() - {"forward-kl", "ce"}:
+    for name in PER_POSITION.keys() - {"forward-kl", "ce"}:
         message = f"has no candidates, only draws .*: the loss {name} cannot use it; choose forward-kl or ce"
         with pytest.raises(InputError, match=message):
             check_knowledge(store, "small", config(loss=name), LOSSES[name])

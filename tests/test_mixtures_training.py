@@ -11,13 +11,12 @@ import pytest
 import ranks
 import torch
 from conftest import make_tokenizer, save_teacher, story_rows, write_jsonl
-from processes import run_ranks
+from processes import Notes, run_ranks
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.reporter import Reporter
 from student_train.cli import app
 from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
@@ -67,16 +66,6 @@ def options(mixed, student, tmp_path) -> dict:
         "steps": 3,
         "eval_fraction": 0.0,
     }
-
-
-class Notes(Reporter):
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
 
 
 def weights(output: str | Path) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ import pytest
 from conftest import TEXT, make_tokenizer, run_command, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Notes
 
 from knowledge_store.errors import InputError
-from knowledge_store.reporter import Reporter
 from knowledge_store.terminal.tokens import shown_tokens
 from teacher_dump import DumpConfig, PreviewConfig, dump, preview
 from teacher_dump.dumping.preview import token_texts
@@ -26,16 +26,6 @@ ROWS = [
     {"text": TEXT},
     {"text": ""},
 ]
-
-
-class Notes(Reporter):
-    """Keeps what it hears."""
-
-    def __init__(self):
-        self.sentences: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.sentences.append(sentence)
 
 
 @pytest.fixture
@@ -167,4 +157,4 @@ def test_a_turn_without_an_end_is_told_once(tokenizer_folder, tmp_path):
     )
     notes = Notes()
     assert all(row.problem is None for row in preview(config, reporter=notes).rows)
-    assert len(notes.sentences) == 1 and "a student does not learn there to stop" in notes.sentences[0]
+    assert len(notes.notes) == 1 and "a student does not learn there to stop" in notes.notes[0]

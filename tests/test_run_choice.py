@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from processes import run_ranks
+from processes import Notes, run_ranks
 from ranks import choose_first
 from test_student_cli import without
 from test_student_training import assert_close, command, weights
@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.reporter import Reporter
 from student_train.cli import app
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
@@ -25,16 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 LONG = "SELECT dump, sequence_id FROM sequences WHERE dump = 'train' AND length > 30"
 UNSURE = "token_logprob < -5"
-
-
-class Notes(Reporter):
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.heard: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.heard.append(sentence)
 
 
 def read(output, name: str = "run.json") -> dict:
@@ -49,7 +38,7 @@ def test_a_run_over_chosen_sequences_is_told_and_recorded(settings, tmp_path):
     notes = Notes()
     settings |= {"eval_fraction": 0.2, "steps": None, "epochs": 1, "where": LONG}
     train(TrainConfig(**settings), reporter=notes)
-    assert f"--where chooses {len(chosen)} of {len(ordinals)} sequences to train on." in notes.heard
+    assert f"--where chooses {len(chosen)} of {len(ordinals)} sequences to train on." in notes.notes
     run = read(tmp_path / "run")
     assert run["choice"] == {"where": {"sequences": len(chosen), "of": len(ordinals)}}
     assert run["sequences"]["train"] == len(chosen) and run["config"]["where"] == LONG
@@ -99,9 +88,9 @@ def test_only_chosen_targets_are_trained_on(settings, tmp_path):
     left_out = int((counts == 0).sum())
     facts = {"targets": int(counts.sum()), "of": int(total), "sequences_left_out": left_out}
     assert read(tmp_path / "unsure")["choice"] == {"positions_where": facts}
-    assert f"--positions-where chooses {counts.sum():,} of {total:,} targets, {counts.sum() / total:.1%}." in notes.heard
+    assert f"--positions-where chooses {counts.sum():,} of {total:,} targets, {counts.sum() / total:.1%}." in notes.notes
     assert (
-        not left_out or f"{left_out} of {len(ordinals)} sequences have no target that counts, and are left out." in notes.heard
+        not left_out or f"{left_out} of {len(ordinals)} sequences have no target that counts, and are left out." in notes.notes
     )
 
 
@@ -112,7 +101,7 @@ def test_sequences_without_a_chosen_target_are_left_out(settings, tmp_path):
     notes = Notes()
     train(TrainConfig(**settings | {"steps": 1, "positions_where": condition}), reporter=notes)
     assert read(tmp_path / "run")["sequences"]["train"] == 2
-    assert any("have no target that counts, and are left out." in sentence for sentence in notes.heard)
+    assert any("have no target that counts, and are left out." in sentence for sentence in notes.notes)
 
 
 def test_a_run_resumes_with_what_it_chose_and_no_other(settings, tmp_path):

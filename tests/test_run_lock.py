@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import save_teacher
-from processes import child_process, run_ranks
-from ranks import begin_late
-from test_student_training import assert_close, command, environment, weights
+from processes import Running, run_ranks
+from ranks import begin_late, pause
+from test_student_training import assert_close, command, weights
 from torture.heartbeat import wait_until
 from typer.testing import CliRunner
 
@@ -75,26 +74,12 @@ def test_a_run_that_finished_while_another_loaded_its_model(settings, tmp_path, 
     assert result.finished and result.began_at == 3
 
 
-PAUSED = """
-import os, pathlib, time
-from student_train import cli
-from student_train.training.run_trainer import RunTrainer
-
-def wait(self, *arguments):
-    pathlib.Path(os.environ["REACHED"]).touch()
-    time.sleep(3600)
-
-RunTrainer.training_step = wait
-cli.main()
-"""
-
-
 def test_a_killed_run_leaves_no_lock(settings, tmp_path):
     """Not even through the processes that read its batches ahead, which live on for some seconds."""
     reached = tmp_path / "reached"
-    run = [sys.executable, "-c", PAUSED, "run", *command(settings | {"workers": 2})]
-    with child_process(run, env={**environment(), "REACHED": str(reached)}) as process:
-        wait_until(reached.exists, lambda: process.poll() is None)
+    process = Running(pause, command(settings | {"workers": 2}), reached, folder=tmp_path / "said").process
+    try:
+        wait_until(reached.exists, process.is_alive)
         with pytest.raises(InputError, match="another process is training into"):
             check_unlocked(tmp_path / "run")
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -102,12 +87,14 @@ def test_a_killed_run_leaves_no_lock(settings, tmp_path):
         for worker in workers:
             os.kill(int(worker), signal.SIGSTOP)  # they notice nothing
         process.kill()
-        process.wait()
+        process.join()
         try:
             assert train(TrainConfig(**settings)).finished
         finally:
             for worker in workers:
                 os.kill(int(worker), signal.SIGKILL)
+    finally:
+        process.kill()
     assert not (tmp_path / "run" / LOCK_FILE).exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from processes import run_ranks
+from processes import Notes, run_ranks
 from ranks import train_sharded
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.reporter import Reporter
 from student_train.cli import app
 from student_train.losses.divergences import forward_kl
 from student_train.losses.head import has_plain_head
@@ -159,14 +158,6 @@ def test_gradient_checkpointing_changes_nothing(settings, plain, tmp_path):
 
 
 # --- weights in bfloat16, and adapters ----------------------------------------------------------------------------------
-
-
-class Notes(Reporter):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str, strong: bool = False) -> None:
-        self.notes.append(text)
 
 
 def stopped_and_resumed(config: TrainConfig, monkeypatch, step: int) -> None:

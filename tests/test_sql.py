@@ -39,6 +39,7 @@ COLUMNS = {
     ],
     "saliency": ["dump"],  # no dump of these has any
     "rationales": ["dump"],
+    "hidden": ["dump"],
     "vectors": ["dump"],
 }
 

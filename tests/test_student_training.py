@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer, save_teacher
+from processes import Running
+from ranks import die_at_a_checkpoint
 from safetensors.torch import load_file
 from torture import order
 from torture.heartbeat import PATIENCE
@@ -154,6 +156,7 @@ def test_interrupted_runs_resume(settings, tmp_path, monkeypatch):
     assert last_checkpoint(tmp_path / "run").step == second.step
     assert (second.finished, second.step, second.began_at) == (False, 5, 3)
     stopping = "Stopping after the next step. Press Ctrl-C again to stop at once, without a checkpoint."
+    assert "of the batches is padding" in notes.pop(0)
     assert notes == [stopping, f"Resuming {tmp_path / 'run'} from step 3 of 6.", stopping]
     stop_at = -1
     third = train(broken)
@@ -221,27 +224,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-KILLED = """
-import os, signal
-from student_train import cli
-from student_train.training import run_trainer
-
-write = run_trainer.Checkpoint.write
-
-def write_and_die(checkpoint):
-    write(checkpoint)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-run_trainer.Checkpoint.write = write_and_die
-cli.main()
-"""
-
-
 def test_killed_and_started_again(settings, tmp_path):
     """SIGKILL in a process of its own, then the same command: bit for bit the weights of a run left alone."""
     settings |= {"steps": 30, "save_steps": 20}
-    run = [sys.executable, "-c", KILLED, "run", *command(settings)]
-    assert subprocess.run(run, env=environment(), capture_output=True, check=False).returncode == -signal.SIGKILL
+    killed = Running(die_at_a_checkpoint, command(settings), folder=tmp_path / "said").wait()
+    assert killed.returncode == -signal.SIGKILL, killed
     # A checkpoint that was being written when the process died must not be taken for one.
     (tmp_path / "run" / "checkpoint-29").mkdir()
     again = CliRunner().invoke(app, ["run", *command(settings)])

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from processes import Notes
 from safetensors.torch import load_file
 from stores import write_store
 from torch.utils.data import BatchSampler
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from knowledge_store import InputError, KnowledgeStore
-from knowledge_store.reporter import Reporter
 from student_train import DistillationTrainer, LengthGroupSampler, TrainConfig, train
 
 
@@ -152,16 +152,6 @@ def test_a_group_of_one_step_trains_the_same_student(settings, tmp_path):
     grouped = trained("grouped", group_by_length=12)
     assert difference(grouped, plain) > 1e-3
     assert difference(grouped, trained("grouped-divided", group_by_length=12, **divided)) < 1e-4
-
-
-class Notes(Reporter):
-    """Keeps what it hears."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
 
 
 def test_a_trainer_of_the_store_groups_the_whole_step(settings, tmp_path):

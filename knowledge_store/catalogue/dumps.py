@@ -11,8 +11,10 @@ import pyarrow.compute as pc
 from knowledge_store.catalogue.index import Index, refresh
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError, MissingFileError, StoreError
 from knowledge_store.format.integrity import FileRecord, TableFile
-from knowledge_store.format.layout import table_file
+from knowledge_store.format.layout import table_file, tokens_file
 from knowledge_store.format.manifest import Manifest, read_manifest
+from knowledge_store.format.parquet import read_table
+from knowledge_store.format.sequences import TOKENS_SCHEMA
 from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import check_kinds
 from knowledge_store.storage import Storage
@@ -75,6 +77,15 @@ class Dumps:
             )
             for shard, size, sha256, footer_sha256, count in zip(*columns, strict=True)
         }
+
+    def tokens(self, manifest: Manifest) -> pa.Table:
+        """A dump's `tokens` table (schema TOKENS_SCHEMA).
+
+        Raises:
+            DamageError: the file is not the one the manifest names, or holds something else.
+        """
+        record = FileRecord.from_dict(manifest.derived["tokens"])
+        return read_table(TableFile(self.storage, tokens_file(manifest.dump), record, TOKENS_SCHEMA))
 
     def check_all_known(self, consequence: str) -> None:
         """Make sure that no dump is damaged: no answer over all dumps would be true.

@@ -50,6 +50,11 @@ def sequence_id(document: int, window: int) -> int:
     return document << WINDOW_BITS | window
 
 
+def split_sequence_id(number: int) -> tuple[int, int]:
+    """The document and the window of a sequence's id."""
+    return number >> WINDOW_BITS, number & (1 << WINDOW_BITS) - 1
+
+
 def sequences_statistics(sequences: pa.Table) -> dict[str, float]:
     """What a commit record says of a shard's `sequences`."""
     return {

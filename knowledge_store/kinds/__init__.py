@@ -8,6 +8,7 @@ from knowledge_store.format.layout import COMMITS, MANIFEST_FILE, SEQUENCES
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds.columns import Arrays, joined
 from knowledge_store.kinds.field import KEYS, Field
+from knowledge_store.kinds.hidden import HIDDEN
 from knowledge_store.kinds.kind import Codec, Kind, NoParameters, Totals
 from knowledge_store.kinds.positions import POSITIONS
 from knowledge_store.kinds.saliency import SALIENCY
@@ -19,6 +20,7 @@ KINDS: dict[str, Kind] = {
     "positions": POSITIONS,
     "saliency": SALIENCY,
     "vectors": VECTORS,
+    "hidden": HIDDEN,
 }
 
 # Names that are not free, and the one kind that may have them: batches, and the training that takes them, have arrays of their

@@ -8,6 +8,10 @@ as large as the others; and none for each column, since the first position of ma
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from knowledge_store.kinds.columns import list_offsets
 
 GROUP = 64
 MAX_STEPS = 127
@@ -43,3 +47,18 @@ def from_steps(steps: np.ndarray, scales: np.ndarray) -> np.ndarray:
     if scales.shape[1] != group_count(width):
         raise ValueError(f"{width:,} values have {scales.shape[1]:,} scales, and not one for each {GROUP}")
     return steps.astype(np.float32) * np.repeat(scales, GROUP, axis=1)[:, :width]
+
+
+def as_lists(rows: np.ndarray, known: np.ndarray) -> pa.ListArray:
+    """Rows (n, W) as lists, in the n places of bool (N,) that are known; null in the others."""
+    lengths = np.where(known, rows.shape[1], 0)
+    mask = None if known.all() else pa.array(~known)
+    return pa.ListArray.from_arrays(list_offsets(lengths), pa.array(np.ascontiguousarray(rows).reshape(-1)), mask=mask)
+
+
+def rows_of(lists: pa.ChunkedArray) -> np.ndarray:
+    """Lists of one length, none of them null, as rows (N, W); W is 0 of no lists. ValueError: they are of several lengths."""
+    widths = pc.list_value_length(lists).unique().to_pylist()
+    if len(widths) > 1:
+        raise ValueError(f"there are rows of {min(widths):,} and of {max(widths):,} values, and all of a dump have one width")
+    return pc.list_flatten(lists).to_numpy().reshape(len(lists), widths[0] if widths else 0)

@@ -19,7 +19,7 @@ In a batch of B sequences of at most T positions these are
     saliency   (B, T)  float32  the shares; 0 at targets, after the last of them, and in padding
 
 Where a dump has no `positions`, the table says itself which tokens these are, in `token_id` and `is_target`, and a batch has
-`token_id` (B, T) int64.
+`token_id` (B, T) int64 and `is_answer` (B, T) bool, the targets: the names of the text's own arrays are those of `positions`.
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ def decode(table: pa.Table) -> Arrays:
     """Positions as arrays of N rows.
 
     Returns:
-        saliency float32 (N,), 0 where a position is no context; where the table has tokens token_id int64 (N,).
+        saliency float32 (N,), 0 where a position is no context; where the table has tokens token_id int64 (N,) and is_answer
+        bool (N,).
 
     Raises:
         ValueError: a token or its being a target is missing, or numbers are not finite.
@@ -205,12 +206,16 @@ def decode(table: pa.Table) -> Arrays:
     for field in TOKENS:
         if table[field.name].null_count:
             raise ValueError(f"{field.name} is null")
-    return {"saliency": shares, "token_id": table["token_id"].to_numpy().astype(np.int64)}
+    return {
+        "saliency": shares,
+        "token_id": table["token_id"].to_numpy().astype(np.int64),
+        "is_answer": table["is_target"].to_numpy(),
+    }
 
 
 def arrays_of(manifest: Manifest) -> dict[str, float]:
     """The arrays that `decode` gives, and what stands where there is no position."""
-    return {"saliency": 0.0, **({"token_id": 0} if has_tokens(manifest) else {})}
+    return {"saliency": 0.0, **({"token_id": 0, "is_answer": False} if has_tokens(manifest) else {})}
 
 
 def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator[str]:

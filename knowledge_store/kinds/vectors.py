@@ -26,7 +26,7 @@ from knowledge_store.format.records import check_shape
 from knowledge_store.kinds.columns import Arrays, decode_columns, encode_columns
 from knowledge_store.kinds.field import SPLIT, Field
 from knowledge_store.kinds.kind import Codec, Kind, Totals
-from knowledge_store.kinds.quantisation import GROUP, from_steps, in_steps
+from knowledge_store.kinds.quantisation import GROUP, as_lists, from_steps, in_steps, rows_of
 
 POOLINGS = ("mean", "last")
 POOLED = ("targets", "all")
@@ -112,24 +112,12 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     # As any column first, which refuses what is no row of numbers.
     vectors = encode_columns(keys, arrays, (VECTOR,))["vector"]
     known = vectors.is_valid().to_numpy()
-    steps, scales = in_steps(_rows(vectors.drop_null()))
-    stored: Arrays = {"steps": _with_null(steps, known), "scales": _with_null(scales, known)}
-    return encode_columns(keys, stored, STORED)
-
-
-def _rows(lists: pa.ChunkedArray) -> np.ndarray:
-    """Lists of one length, as an array (N, W). InputError: they are of several."""
-    widths = pc.list_value_length(lists).unique().to_pylist()
-    if len(widths) > 1:
-        raise InputError(f"there are vectors of {min(widths):,} and of {max(widths):,} values: all of a dump have one width")
-    values = pc.list_flatten(lists).to_numpy()
-    return values.reshape(len(lists), widths[0] if widths else 0)
-
-
-def _with_null(rows: np.ndarray, known: np.ndarray) -> list[np.ndarray | None]:
-    """Rows in the places that are known, None in the others."""
-    present = iter(rows)
-    return [next(present) if here else None for here in known.tolist()]
+    try:
+        steps, scales = in_steps(rows_of(vectors.drop_null()))
+    except ValueError as error:
+        raise InputError(f"vectors cannot be kept: {error}; nothing is written") from None
+    columns = [*keys.columns, as_lists(steps, known), as_lists(scales, known)]
+    return pa.table(columns, schema=VECTORS.stored_schema(manifest))
 
 
 def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
@@ -137,13 +125,8 @@ def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
     known = table["steps"].is_valid().to_numpy()
     if not np.array_equal(known, table["scales"].is_valid().to_numpy()):
         raise ValueError("a vector has steps without scales, or scales without steps")
-    present = table.filter(pa.array(known))
-    try:
-        vectors = from_steps(_rows(present["steps"]), _rows(present["scales"]))
-    except InputError as error:
-        raise ValueError(str(error)) from None
-    keys = table.select(["sequence_id"])
-    return encode_columns(keys, {"vector": _with_null(vectors, known)}, (VECTOR,))
+    vectors = from_steps(rows_of(table["steps"].drop_null()), rows_of(table["scales"].drop_null()))
+    return pa.table([table["sequence_id"], as_lists(vectors, known)], schema=VECTORS.schema(manifest))
 
 
 def decode(table: pa.Table) -> Arrays:

@@ -14,7 +14,7 @@ from knowledge_store.format.manifest import Manifest, in_words
 from knowledge_store.kinds import KINDS
 
 Named = str | Sequence[str] | Mapping[str, float] | None
-Tokens = Callable[[str], pa.Table]
+Tokens = Callable[[Manifest], pa.Table]
 
 
 def weights_of(dumps: Mapping[str, float], what: str) -> dict[str, float]:
@@ -141,7 +141,7 @@ def check_vocabularies(manifests: Sequence[Manifest], tokens: Tokens) -> None:
         hashes = [manifest.tokenizer.get("vocabulary_sha256") for manifest in (first, other)]
         if hashes[0] == hashes[1] is not None:
             continue
-        names = [tokens(manifest.dump)["token"].to_pylist() for manifest in (first, other)]
+        names = [tokens(manifest)["token"].to_pylist() for manifest in (first, other)]
         for token, (one, two) in enumerate(zip(*names, strict=False)):
             if one != two and one is not None and two is not None:
                 raise InputError(

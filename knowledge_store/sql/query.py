@@ -22,18 +22,16 @@ import pyarrow.dataset as ds
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.summary import dumps_table, shards_table
 from knowledge_store.errors import KnowledgeStoreError, QueryError, QueryLimitError
-from knowledge_store.format.integrity import FileRecord, TableFile
-from knowledge_store.format.layout import SEQUENCES, tokens_file
+from knowledge_store.format.layout import SEQUENCES
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.parquet import dataset, read_table
-from knowledge_store.format.sequences import SEQUENCE_COLUMNS, TOKENS_SCHEMA, sequences_schema
+from knowledge_store.format.parquet import dataset
+from knowledge_store.format.sequences import SEQUENCE_COLUMNS, sequences_schema
 from knowledge_store.isolation.child import MAX_MEMORY_LIMIT
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import filled
 from knowledge_store.quantities import binary_size
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.sql.parameters import Parameters, plain_parameters
-from knowledge_store.storage import Storage
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
 LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes
@@ -58,16 +56,6 @@ CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
     # sequences in them: it keeps the right-hand side of a join as it is written.
     "disabled_optimizers": "build_side_probe_side",
 }
-
-
-def read_tokens(storage: Storage, manifest: Manifest) -> pa.Table:
-    """A dump's `tokens` table (schema TOKENS_SCHEMA).
-
-    Raises:
-        DamageError: the file is not the one the manifest names, or holds something else.
-    """
-    record = FileRecord.from_dict(manifest.derived["tokens"])
-    return read_table(TableFile(storage, tokens_file(manifest.dump), record, TOKENS_SCHEMA))
 
 
 # Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.
@@ -118,7 +106,7 @@ class _Catalogue:
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""
-        tokens = read_tokens(self._dumps.storage, manifest)
+        tokens = self._dumps.tokens(manifest)
         return pa.table({"list": pa.array([tokens["text"].to_pylist()], pa.list_(pa.string()))})
 
     def relations(self) -> dict[str, list[tuple[Manifest, str, str | None]]]:
@@ -140,7 +128,7 @@ class _Catalogue:
 
         def make_rows() -> pa.Table | ds.Dataset:
             if table == "tokens":
-                return read_tokens(self._dumps.storage, manifest)
+                return self._dumps.tokens(manifest)
             schema = sequences_schema(manifest) if table == SEQUENCES else KINDS[table].stored_schema(manifest)
             return self._shards(manifest, table, schema)
 

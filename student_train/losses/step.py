@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from student_train.losses.divergences import cross_entropy, token_nll
+from student_train.losses.rationale import IDS
 from student_train.losses.table import TEXT, Loss
 from student_train.losses.targets import Batch, Targets, predicting_logits, target_tokens
 from student_train.losses.teachers import weighted_loss
@@ -46,7 +47,8 @@ def model_inputs(batch: Batch, name: str) -> dict[str, Tensor]:
 def token_count(loss: Loss, batch: Batch) -> int:
     """How many tokens of a batch the student runs on, padding left out."""
     rows = batch["sequence_id"] >= 0
-    return sum(int(model_inputs(batch, name)["attention_mask"][rows].sum()) for name in loss.inputs)
+    second = (IDS,) if IDS in batch else ()  # the input of a second task
+    return sum(int(model_inputs(batch, name)["attention_mask"][rows].sum()) for name in (*loss.inputs, *second))
 
 
 def per_target(

@@ -69,6 +69,10 @@ _function = functools.partial(deferred, "student_train.losses.divergences")
 _CANDIDATES = ("candidate_ids", "candidate_logprobs")
 _of_candidates = functools.partial(Loss, columns=_CANDIDATES, recalibrated=("tail_logsumexp",))
 _divergence = functools.partial(_of_candidates, columns=(*_CANDIDATES, "tail_logprob"))
+_relations = functools.partial(deferred, "student_train.losses.relations")
+_relation = functools.partial(
+    Loss, kinds=("vectors",), columns=("vector",), whole_batch=True, unit="sequence", hidden_states=True
+)
 
 LOSSES: dict[str, Loss] = {
     "forward-kl": _divergence(_function("forward_kl"), options=("temperature", "tail"), draws=("tail_ids", "tail_counts")),
@@ -84,4 +88,6 @@ LOSSES: dict[str, Loss] = {
     "residual-to-gold": _divergence(_function("residual_to_gold")),
     "top-k-renormalised": _of_candidates(_function("top_k_renormalised"), options=("temperature",)),
     "ce": Loss(_function("cross_entropy")),
+    "relational-distance": _relation(_relations("relational_distance")),
+    "relational-angle": _relation(_relations("relational_angle")),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from knowledge_store.errors import InputError, KnowledgeStoreError, QueryError
 from knowledge_store.reading.target_mask import TargetMask
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.training.configuration import TrainConfig
+
+Made = TypeVar("Made")
 
 WHERE, POSITIONS_WHERE = "--where", "--positions-where"
 
@@ -123,7 +125,7 @@ def choose(
     return Choice(ordinals, targets, identity, facts, lines)
 
 
-def choose_once(process: int, processes: int, make: Callable[[], Choice]) -> Choice:
+def choose_once(process: int, processes: int, make: Callable[[], Made]) -> Made:
     """What the first of a run's processes chooses, for all of them: it may have to read all of a store, which is not done once
     for each. What it raises, all raise.
 
@@ -146,8 +148,7 @@ def choose_once(process: int, processes: int, make: Callable[[], Choice]) -> Cho
     [result] = outcome
     if isinstance(result, KnowledgeStoreError):
         raise result
-    assert isinstance(result, Choice)
-    return result
+    return cast(Made, result)
 
 
 def _count(ordinals: Mapping[str, np.ndarray]) -> int:

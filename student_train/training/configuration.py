@@ -15,6 +15,8 @@ from student_train.losses.table import LOSSES, TAILS, Loss
 from student_train.training.model_folder import check_peft
 from student_train.training.settings import parse_settings
 
+RATIONALES = ("none", "saliency", "random", "masked")
+
 # What transformers can report to.
 TRACKERS = (
     *("none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow"),
@@ -62,6 +64,17 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     )
     loss: str = option("forward-kl", metavar="LOSS", help=f"The loss to minimise: {', '.join(LOSSES)}.")
     ce_weight: float = option(0.0, min=0, max=1, help="Share of cross-entropy in the loss, from 0 to 1.")
+    rationale: str = option(
+        "none",
+        choices=RATIONALES,
+        help="A second task: to write the tokens of the context that decided the answer. saliency takes those that the dump's"
+        " saliency ranks first; random any, and masked the first that are not of the answer, are for comparison.",
+    )
+    rationale_weight: float = option(0.2, min=0, below=1, help="Share of the second task in the loss, from 0 to below 1.")
+    rationale_tokens: int = option(5, min=1, help="Tokens of a rationale.")
+    rationale_dump: str | None = option(
+        None, names_dump=True, help="Dump of the same corpus that holds the saliency, where the dump to train on does not."
+    )
     temperature: float = option(1.0, above=0, help="Temperature of the divergences and of top-k-renormalised.")
     first_c: float = option(0.28, above=0, max=1, help="Scale of the probabilities in the loss first, at most 1.")
     tail: str = option(
@@ -152,6 +165,8 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         return {name: getattr(self, _FIELDS[name]) for name in LOSSES[self.loss].options if name in _FIELDS}
 
 
+RATIONALE_OPTIONS = ("rationale_weight", "rationale_tokens", "rationale_dump")
+
 # Which field holds each keyword argument of a loss.
 _FIELDS = {
     "temperature": "temperature",
@@ -182,6 +197,18 @@ def check_config(config: TrainConfig) -> Loss:
         check_peft("--lora-rank")
         if config.gguf_file:
             raise InputError("--lora-rank needs a student in safetensors files, which an adapter can name as its base")
+    if config.rationale == "none":
+        given = [name for name in RATIONALE_OPTIONS if getattr(config, name) != getattr(TrainConfig, name)]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} says what --rationale learns: choose one with --rationale too")
+    elif config.positions_where is not None:
+        raise InputError(
+            "--rationale takes the context from all targets, so it does not go with --positions-where: leave one out"
+        )
+    if config.rationale == "random" and config.rationale_dump is not None:
+        raise InputError("--rationale random reads no saliency: leave --rationale-dump out")
+    if config.rationale != "none" and "input_ids" not in loss.inputs:
+        raise InputError(f"the loss {config.loss} does not run the student on the text, so it takes no --rationale")
     if config.epochs is not None and config.steps is not None:
         raise InputError("give --epochs or --steps, not both")
     if config.tail == "draws" and config.temperature != 1:

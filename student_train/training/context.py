@@ -50,7 +50,7 @@ def check_context(
         f"{int((lengths > limit).sum()):,} of {len(lengths):,} sequences of the dump {dump} are longer than the {limit:,}"
         f" tokens of {name}'s context (the longest has {int(lengths.max()):,})"
     )
-    if not _continues(model, int(lengths.max()) - 1):
+    if not continues(model, int(lengths.max()) - 1):
         raise InputError(
             f"{too_long}, and it has no positions beyond: choose a model with a longer context, or make the dump with"
             f" `teacher-dump run --max-length {limit}`"
@@ -64,7 +64,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     return next((size for known in _LIMITS if isinstance(size := getattr(config, known, None), int) and size > 0), None)
 
 
-def _continues(model: PreTrainedModel, position: int) -> bool:
+def continues(model: PreTrainedModel, position: int) -> bool:
     """Whether a model has such a position (counted from 0), beyond its context."""
     # Not asked by running it: some kinds of RoPE change with the longest sequence that they have seen.
     if any("rotary" in name for name, _ in model.named_modules()):

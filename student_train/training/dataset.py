@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.kinds import Arrays
 from knowledge_store.reading.mixture import Named
 from knowledge_store.reading.order import step_count
 from knowledge_store.reading.plan import ReadPlan
@@ -40,6 +41,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         store: an open store.
         dump: which dump, or several, as `KnowledgeStore.batches` takes them; may be left out when there is one.
         endless: continue with the next epoch instead of stopping. Such a dataset has no length.
+        prepare: what is made of each batch of arrays before it becomes tensors, in the process that reads it; None for nothing.
         rank, world_size: whose share is read. Where both are left out they are found when batches are asked for, in
             `torch.distributed` or the environment (see `ranks`).
         plan: the other fields of `knowledge_store.reading.plan.ReadPlan`, which say what is read and in what order, such as
@@ -56,6 +58,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         dump: Named = None,
         *,
         endless: bool = False,
+        prepare: Callable[[Arrays], Arrays] | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         **plan: Any,
@@ -68,6 +71,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         self._found = rank is None  # in each use
         self._plan = ReadPlan(rank=rank or 0, world_size=1 if world_size is None else world_size, **plan)
         self.endless = endless
+        self.prepare = prepare
         batches = store.read(self._plan, dump)
         self.dumps, self.snapshot, self.sequences = batches.dumps, batches.state["snapshot"], len(batches.order)
         if not self.sequences:
@@ -149,11 +153,14 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             # The loader takes batches from its workers in turn: the rank's batch number `taken + step` is that of
             # worker (taken + step) mod workers.
             for step in range((worker - taken) % workers, left, workers):
-                yield {} if epoch == passed_epoch and step < passed else tensors(batches[step])
+                yield {} if epoch == passed_epoch and step < passed else self._tensors(batches[step])
             if not self.endless:
                 return
             taken += left
             epoch, consumed = epoch + 1, 0
+
+    def _tensors(self, batch: Arrays) -> dict[str, Any]:
+        return tensors(batch if self.prepare is None else self.prepare(batch))
 
     def _start(self) -> tuple[int, int]:
         """The epoch that is read next, and how many items of it are consumed."""

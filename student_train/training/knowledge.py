@@ -13,11 +13,13 @@ from student_train.training.configuration import TrainConfig, check_config
 from student_train.training.mixture import Mixture, resolve_mixture
 from student_train.training.model_folder import check_model_folder
 from student_train.training.positions import check_selection, check_selections
+from student_train.training.rationale import check_rationale
+from student_train.training.relations import check_vectors
 from student_train.training.run_folder import check_folder, check_resume
 
 # What a kind's parameters have to allow for a loss that needs it, where the arrays of a batch do not say so: those of one dump,
 # and those of several that are read together.
-CHECKS: dict[str, Callable[[Manifest, TrainConfig, Loss], None]] = {"positions": check_selection}
+CHECKS: dict[str, Callable[[Manifest, TrainConfig, Loss], None]] = {"positions": check_selection, "vectors": check_vectors}
 CHECKS_TOGETHER: dict[str, Callable[[Sequence[Manifest], TrainConfig, Loss], list[str]]] = {"positions": check_selections}
 
 
@@ -112,6 +114,7 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
     store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9))
     mixture = resolve_mixture(config, store, check_folder(Path(config.output)))
     check_mixture(store, mixture, config, loss)
+    check_rationale(config, store, mixture)
     calibration = usable_calibration(config, store.manifest(mixture.dumps[0]), loss)
     for dump in mixture.dumps[1:]:
         usable_calibration(config, store.manifest(dump), loss)

@@ -25,8 +25,9 @@ from knowledge_store.errors import InputError
 from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
 from student_train.losses.head import has_plain_head
+from student_train.losses.rationale import rationale_nll
 from student_train.losses.sliced import sliced_loss
-from student_train.losses.step import per_target, run_student, step_loss, units
+from student_train.losses.step import per_target, run_student, step_loss
 from student_train.losses.table import TEXT
 from student_train.losses.targets import Batch, Targets
 from student_train.training.collator import DistillationCollator
@@ -65,6 +66,8 @@ class DistillationMixin(ValidationMixin):
         group_by_length: sort so many sequences by length at a time, so that batches have less padding; None does not.
         loss: a name in `LOSSES`.
         ce_weight: share of cross-entropy in the loss, from 0 to 1.
+        rationale_weight: share of the second task in the loss, from 0 to below 1, where batches have rationales (see
+            `rationales.second_input`); None where they have none.
         loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
         recalibrate: what to make of the teacher's targets before the loss, such as `recalibrated`.
         named: whatever else the trainer takes.
@@ -91,6 +94,7 @@ class DistillationMixin(ValidationMixin):
         group_by_length: int | None = None,
         loss: str = "forward-kl",
         ce_weight: float = 0.0,
+        rationale_weight: float | None = None,
         loss_options: Mapping[str, float | str] | None = None,
         recalibrate: Callable[[Targets], Targets] | None = None,
         **named: Any,
@@ -109,7 +113,9 @@ class DistillationMixin(ValidationMixin):
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
         with_kl = on_text and all(map(keeps_candidates, manifests))
-        self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()))
+        self.rationale_weight = rationale_weight
+        with_rationale = ("rationale",) if rationale_weight is not None else ()
+        self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()), *with_rationale)
         self._source: dict[str, Any] = {"store": store, "dump": dump}
         chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets, "order": order}
         chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -276,8 +282,8 @@ class DistillationMixin(ValidationMixin):
 
     def step_counts(self, batches: Sequence[Batch], device: torch.device, **more: int) -> dict[str, Tensor]:
         """Sums over all processes: of the units of some batches, and of other numbers."""
-        counts = [units(batch) for batch in batches]
-        sums = {unit: sum(int(count[unit]) for count in counts) for unit in ("target", "sequence")} | more
+        counts = [self.units(batch) for batch in batches]
+        sums = {unit: sum(int(count[unit]) for count in counts) for unit in self.unit_names} | more
         totals = self.accelerator.reduce(torch.tensor(list(sums.values()), device=device), reduction="sum")
         return dict(zip(sums, totals, strict=True))
 
@@ -290,7 +296,7 @@ class DistillationMixin(ValidationMixin):
     ) -> Any:
         """This batch's share of the step's loss, times the number of processes: DDP averages gradients over them, and so do
         FSDP and DeepSpeed, whose shards are means of what each process adds."""
-        counts = units(inputs) if num_items_in_batch is None else num_items_in_batch
+        counts = self.units(inputs) if num_items_in_batch is None else num_items_in_batch
         options: dict[str, Any] = {"ce_weight": self.ce_weight, "options": self.loss_options}
         outputs = None
         if self.distillation.whole_batch or return_outputs:
@@ -299,6 +305,9 @@ class DistillationMixin(ValidationMixin):
         else:
             function = per_target(self.distillation, **options)
             loss = sliced_loss(model, inputs, function, count=counts["target"], recalibrate=self.recalibrate)
+        if self.rationale_weight is not None:
+            rationale = rationale_nll(model, inputs) / torch.as_tensor(counts["rationale"], device=loss.device).clamp(min=1)
+            loss = (1 - self.rationale_weight) * loss + self.rationale_weight * rationale
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs[0]) if outputs and return_outputs else loss

@@ -7,6 +7,7 @@ run's folder.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState,
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.table import TEXT
+from student_train.rationales.second_input import MARKER
 from student_train.training.adapters import add_adapter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
 from student_train.training.configuration import TrainConfig
-from student_train.training.context import check_context
+from student_train.training.context import check_context, context_length, continues
 from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run
@@ -98,13 +100,14 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     output, steps = Path(config.output), data.steps
     student_sha256 = model_sha256(config.student)
     identity = run_identity(config, store, mixture, data.sequences_per_step, steps, student_sha256, calibration_sha256)
-    identity |= data.choice.identity
+    identity |= {**data.choice.identity, **(data.rationales.identity if data.rationales else {})}
     if result := _finished(output, identity, steps):
         return result
     _ = data.shares, last_checkpoint(output)  # refuse what cannot be read, or is not to be loaded
 
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = _checked_student(data, tokenizer, first_reporter)
+    marker = _marker(data, tokenizer, student, first_reporter)
     generation = student.generation_config
     student = _prepared(student, config, first_reporter)
 
@@ -114,11 +117,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         return result
     checkpoint = last_checkpoint(output)
     began_at = checkpoint.step if checkpoint else 0
-    evaluation = data.validation()
+    evaluation = data.validation(marker)
     schedule(arguments, config, steps, evaluate=evaluation is not None, fresh=began_at == 0)
     try:
         trainer = RunTrainer(
-            student, arguments, config, data.training(), evaluation, data.steps_per_epoch, checkpoint, recalibrate
+            student, arguments, config, data.training(marker), evaluation, data.steps_per_epoch, checkpoint, recalibrate
         )
     except (ValueError, RuntimeError, ImportError) as error:  # what `--set` asks for, and the library cannot do here
         raise InputError(first_line(error)) from error
@@ -171,6 +174,22 @@ def _checked_student(data: RunData, tokenizer: PreTrainedTokenizerBase, reporter
             check_context(store, dump, student, reporter=reporter)
     stop_at_ending(student, tokenizer, store, corpus, keep_eos=config.keep_eos, reporter=reporter)
     return student
+
+
+def _marker(data: RunData, tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, reporter: Reporter) -> Sequence[int]:
+    """The tokens that mark a second task, none without one (InputError: the student has no room for it, or no such tokens)."""
+    if data.rationales is None:
+        return ()
+    marker = tuple(tokenizer(MARKER, add_special_tokens=False)["input_ids"])
+    if not marker:
+        raise InputError(f"the student's tokenizer has no token for {MARKER!r}, which marks a rationale: leave --rationale out")
+    second, limit = data.second_input(data.mixture.corpus, marker), context_length(student)
+    if second is not None and limit is not None and second.longest > limit:
+        too_long = f"a context and its rationale take up to {second.longest:,} tokens, and the student's context has {limit:,}"
+        if not continues(student, second.longest - 1):
+            raise InputError(f"{too_long}: leave long ones out with --where, and --eval-fraction 0 where they are held out")
+        reporter.note(f"Warning: {too_long}. It computes its positions and goes on beyond.")
+    return marker
 
 
 def _resume_lines(data: RunData, began_at: int) -> list[str]:

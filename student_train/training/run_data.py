@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -14,12 +14,14 @@ from transformers import TrainingArguments
 from knowledge_store import KnowledgeStore
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.table import TEXT, Loss
+from student_train.rationales.second_input import SecondInput
 from student_train.training.choice import Choice, choose, choose_once
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
 from student_train.training.dump_facts import DumpShare, describe_dump, dump_shares, reading_lines
 from student_train.training.knowledge import check_mixture, columns_read, kinds_read
 from student_train.training.mixture import Mixture
+from student_train.training.rationale import RunRationales, choose_for_run, joined_dumps
 from student_train.training.split import split_dumps
 
 PADDING = 0.1  # a share of it above which the run says what makes it less
@@ -35,7 +37,8 @@ class RunData:
         loss: what it learns.
         choice: what it trains on.
         held_out: the ordinals that are read for validation, by dump, ascending int64.
-        lacking: of several teachers, how many sequences each dump lacks, which are left out.
+        lacking: of dumps that are joined, how many sequences each lacks, which are left out.
+        rationales: of the sequences, for a second task; None without one.
         rank, world_size: which process it is, of how many.
     """
 
@@ -46,6 +49,7 @@ class RunData:
     choice: Choice
     held_out: Mapping[str, np.ndarray]
     lacking: Mapping[str, int]
+    rationales: RunRationales | None
     rank: int
     world_size: int
 
@@ -75,8 +79,8 @@ class RunData:
         """What is read of each dump (InputError: nothing, of one with a weight)."""
         return dump_shares(self.store, self.mixture, self.choice.ordinals, self.sequences_per_step, self.steps)
 
-    def training(self) -> DistillationDataset:
-        """The sequences to train on, in the run's order."""
+    def training(self, marker: Sequence[int] = ()) -> DistillationDataset:
+        """The sequences to train on, in the run's order; `marker` are the tokens that mark a second task."""
         grouped = self.config.group_by_length
         return DistillationDataset(
             self.store,
@@ -87,15 +91,23 @@ class RunData:
             targets=self.choice.targets,
             group_by_length=grouped,
             global_batch=self.sequences_per_step if grouped else None,
+            prepare=self.second_input(self.mixture.corpus, marker),
             **self._plan,
         )
 
-    def validation(self) -> DistillationDataset | None:
-        """The sequences to evaluate on, if there are any."""
+    def validation(self, marker: Sequence[int] = ()) -> DistillationDataset | None:
+        """The sequences to evaluate on, if there are any; `marker` as of `training`."""
         held_out = {dump: ordinals for dump, ordinals in self.held_out.items() if len(ordinals)}
         if not held_out:
             return None
-        return DistillationDataset(self.store, list(held_out), ordinals=held_out, shuffle=False, **self._plan)
+        prepare = self.second_input(tuple(held_out), marker)
+        return DistillationDataset(self.store, list(held_out), ordinals=held_out, shuffle=False, prepare=prepare, **self._plan)
+
+    def second_input(self, dumps: Sequence[str], marker: Sequence[int]) -> SecondInput | None:
+        """What adds the second task to batches of some dumps; None without one."""
+        if self.rationales is None:
+            return None
+        return SecondInput(tuple(self.rationales.of_dumps[dump] for dump in dumps), marker)
 
     @property
     def _plan(self) -> dict[str, Any]:
@@ -118,18 +130,21 @@ class RunData:
             "dumps": dumps,
             "several_teachers": self.mixture.teachers,
             "choice": self.choice.facts,
+            **({"rationale": self.rationales.facts} if self.rationales else {}),
             "sequences": self.sequences,
             "world_size": self.world_size,
         }
 
     def lines(self) -> list[str]:
         """What a person should know before the run begins, in sentences."""
+        joined = "teachers" if self.mixture.teachers else "dumps"
         missing = [
-            f"Sequences that not all teachers have are left out: {dump} lacks {count:,}."
+            f"Sequences that not all {joined} have are left out: {dump} lacks {count:,}."
             for dump, count in self.lacking.items()
             if count
         ]
         lines = [*check_mixture(self.store, self.mixture, self.config, self.loss), *missing, *self.choice.lines]
+        lines += self.rationales.lines if self.rationales else ()
         lines += reading_lines(self.mixture, self.shares, self.steps, self.steps_per_epoch)
         if TEXT[0] in self.loss.inputs:
             share = self.training().padding_share()
@@ -161,10 +176,12 @@ def run_data(
     """
     train, held_out = split_dumps(store, mixture.corpus, eval_fraction=config.eval_fraction)
     lacking: dict[str, int] = {}
-    if mixture.teachers:
-        lacking, left_out = store.lacking(mixture.dumps)
+    if len(joined := joined_dumps(config, mixture)) > 1:
+        lacking, left_out = store.lacking(joined)
         train = {dump: ordinals.without(left_out) for dump, ordinals in train.items()}
         held_out = {dump: np.setdiff1d(ordinals, left_out) for dump, ordinals in held_out.items()}
     rank, world_size = arguments.process_index, arguments.world_size
     choice = choose_once(rank, world_size, lambda: choose(config, store, mixture.corpus, train, reporter=reporter))
-    return RunData(config, store, mixture, loss, choice, held_out, lacking, rank, world_size)
+    parts = (choice.ordinals, held_out)
+    rationales = choose_once(rank, world_size, lambda: choose_for_run(config, store, mixture.corpus, parts))
+    return RunData(config, store, mixture, loss, choice, held_out, lacking, rationales, rank, world_size)

@@ -78,6 +78,7 @@ class RunTrainer(DistillationTrainer):
             eval_dataset=evaluation,
             loss=config.loss,
             ce_weight=config.ce_weight,
+            rationale_weight=config.rationale_weight if config.rationale != "none" else None,
             loss_options=config.loss_options(),
             recalibrate=recalibrate,
             callbacks=[_Progress(self)],

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from student_train.losses.divergences import forward_kl, token_nll
+from student_train.losses.rationale import rationale_count, rationale_nll
 from student_train.losses.sliced import Prepare, sum_over_slices
 from student_train.losses.step import run_student, step_loss, units
 from student_train.losses.table import TEXT
@@ -31,15 +32,26 @@ class ValidationMixin(_Base):
     Every figure is a mean over the targets of all processes: `eval_loss`, the objective on the evaluated sequences; `eval_nll`,
     the negative log-likelihood of their text; and `eval_kl`, the divergence from the teacher (candidates and tail as one more
     symbol, a lower bound); nats. The last two are the same for any loss; they are left out for one that does not run on the
-    text, and `eval_kl` for a dump without candidates.
+    text, and `eval_kl` for a dump without candidates. Where batches have rationales, `eval_rationale` is the negative
+    log-likelihood of their tokens, a mean over these.
 
     Attributes:
         figures: the names of these that there are, without `eval_`.
         distillation: the entry of the loss in `LOSSES`.
-        ce_weight, loss_options, recalibrate: as of `DistillationMixin`.
+        ce_weight, rationale_weight, loss_options, recalibrate: as of `DistillationMixin`.
     """
 
     eval_dataset: Any
+    rationale_weight: float | None
+
+    @property
+    def unit_names(self) -> tuple[str, ...]:
+        """What is counted of a batch, to divide sums by."""
+        return ("target", "sequence", *(("rationale",) if self.rationale_weight is not None else ()))
+
+    def units(self, batch: Batch) -> dict[str, Tensor]:
+        """How many of each a batch holds (scalars, int64)."""
+        return units(batch) | ({} if self.rationale_weight is None else {"rationale": rationale_count(batch)})
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -56,7 +68,7 @@ class ValidationMixin(_Base):
     def evaluation_loop(self, dataloader: DataLoader, *positional: Any, **named: Any) -> Any:
         """As of the trainer, whose loss would be a mean of batches' means."""
         self._sums = torch.zeros(len(self.figures), dtype=torch.float64)
-        self._units = {"target": 0, "sequence": 0}
+        self._units = dict.fromkeys(self.unit_names, 0)
         output = super().evaluation_loop(dataloader, *positional, **named)
         prefix = named.get("metric_key_prefix", positional[3] if len(positional) > 3 else "eval")
         output.metrics.update({f"{prefix}_{name}": float(value) for name, value in self._means().items()})
@@ -71,7 +83,7 @@ class ValidationMixin(_Base):
         batch = self._without_repeated_rows(self._prepare_inputs(inputs))
         with torch.no_grad(), self.compute_loss_context_manager():
             sums, logits = self._measured(model, batch, keep_logits=not prediction_loss_only)
-        counts = {unit: int(count) for unit, count in units(batch).items()}
+        counts = {unit: int(count) for unit, count in self.units(batch).items()}
         self._sums += sums.double().cpu()
         for unit, count in counts.items():
             self._units[unit] += count
@@ -96,16 +108,23 @@ class ValidationMixin(_Base):
         sums = self.accelerator.reduce(self._sums.float().to(device), reduction="sum")
         counts = self.accelerator.reduce(torch.tensor(list(self._units.values()), device=device), reduction="sum")
         divisors = dict(zip(self._units, counts.clamp(min=1), strict=True))
-        means = {
-            name: value / divisors[self.distillation.unit if name == "loss" else "target"]
-            for name, value in zip(self.figures, sums, strict=True)
-        }
+        units_of = {"loss": self.distillation.unit, "rationale": "rationale"}
+        means = {name: value / divisors[units_of.get(name, "target")] for name, value in zip(self.figures, sums, strict=True)}
         if self.ce_weight:  # apart until here, since it may be of other units
             means["loss"] = (1 - self.ce_weight) * means["loss"] + self.ce_weight * means["nll"]
+        if self.rationale_weight is not None:
+            means["loss"] = (1 - self.rationale_weight) * means["loss"] + self.rationale_weight * means["rationale"]
         return means
 
     def _measured(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool = False) -> tuple[Tensor, Any]:
-        """A batch's sums of the figures, the loss without its share of cross-entropy, and the logits where they are kept."""
+        """A batch's sums of the figures, the loss without its shares of cross-entropy and of rationales, and the logits where
+        they are kept."""
+        sums, logits = self._measured_on_text(model, batch, keep_logits=keep_logits)
+        if self.rationale_weight is not None:
+            sums = torch.cat([sums, rationale_nll(model, batch).to(sums.dtype).reshape(1)])
+        return sums, logits
+
+    def _measured_on_text(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool) -> tuple[Tensor, Any]:
         if not (self.distillation.whole_batch or keep_logits):
             return sum_over_slices(model, batch, self._shares(batch, self.distillation.function)), None
         outputs = run_student(model, self.distillation, batch)
@@ -122,7 +141,7 @@ class ValidationMixin(_Base):
         return torch.cat(sums), kept
 
     def _shares(self, batch: Batch, function: Callable[..., Tensor] | None) -> Prepare:
-        """What a slice of logits adds to the figures; without a function, to all but the first, the loss."""
+        """What a slice of logits adds to the figures of the text; without a function, to all but the first, the loss."""
         tokens = target_tokens(batch)
 
         def prepare(vocabulary_size: int) -> Share:

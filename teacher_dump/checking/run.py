@@ -45,13 +45,20 @@ def _check_vectors(*arguments: Any) -> Agreement:
     return check_states("vectors", *arguments)
 
 
+def _check_hidden(*arguments: Any) -> Agreement:
+    from teacher_dump.checking.states.checker import check_states
+
+    return check_states("hidden", *arguments)
+
+
 CHECKERS: dict[str, Checker] = {
     "positions": _check_positions,
     "saliency": _check_saliency,
     "vectors": _check_vectors,
+    "hidden": _check_hidden,
 }
 # Those that are asked again with the tokens of another: without it they cannot be checked.
-TOKENS_FROM = {"vectors": "positions"}
+TOKENS_FROM = {"vectors": "positions", "hidden": "positions"}
 
 
 def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter: Reporter = SILENT) -> dict[str, Agreement]:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from knowledge_store.errors import InputError
+from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import Parameters
-from teacher_dump.configuration import CorpusOptions, EstimateConfig
+from knowledge_store.quantities import byte_size
+from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.teachers.files import check_local_teacher, stated_sizes
@@ -58,6 +60,27 @@ def check_length(config: CorpusOptions, teacher: Mapping[str, Any]) -> None:
     positions = teacher.get("max_positions")
     if positions is not None and config.max_length > positions:
         raise InputError(f"--max-length {config.max_length} is above the {positions} positions the teacher knows")
+
+
+def check_size(config: DumpConfig, teacher: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
+    """Make sure that a dump takes no more bytes than is asked for, as far as its kinds know beforehand.
+
+    Args:
+        config: of the dump.
+        teacher: what is known of it: its `hidden_size`.
+        derived: of the manifest: what became of the corpus.
+
+    Raises:
+        InputError: it takes more.
+    """
+    counts = CorpusCounts.from_record(derived["counts"])
+    for kind in config.kinds:
+        size = EXTRACTORS[kind].bytes(parameters_asked(config, kind), teacher, counts)
+        if size is not None and size > config.max_bytes:
+            raise InputError(
+                f"--kind {kind} would take {byte_size(size)} of {counts.positions:,} positions, and --max-bytes allows"
+                f" {byte_size(config.max_bytes)}: keep less, or give --max-bytes {size}"
+            )
 
 
 def check_teacher(config: CorpusOptions) -> None:

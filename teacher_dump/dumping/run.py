@@ -16,8 +16,9 @@ from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loa
 from teacher_dump.dumping.mismatch import check_alike, check_same
 from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.dumping.request import chat_asked
+from teacher_dump.dumping.request import chat_asked, check_size
 from teacher_dump.dumping.worker_shards import remaining_shards, worker_shards
+from teacher_dump.teachers.files import stated_sizes
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -52,6 +53,9 @@ def dump(
     loading = check_before_loading(config, storage, existing, teacher, reporter)
     chat = chat_asked(config, existing or config.like)
     derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
+    if existing is None:
+        sizes = stated_sizes(config.teacher, config.gguf_file) if teacher is None else teacher.description
+        check_size(config, sizes, derived)
 
     # Torch takes seconds to import, and mistakes that were found above must not wait for it.
     from teacher_dump.dumping.batches import find_batching
@@ -62,6 +66,8 @@ def dump(
 
     teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
     check_needs(config.kinds, teacher)
+    if existing is None:
+        check_size(config, teacher.description, derived)
     find_batching(config, teacher, config.max_length, reporter)  # a teacher that cannot be asked is refused here
     if existing is None and (existing := existing_manifest(storage, config.dump_name)) is not None:
         chat, derived = chat_asked(config, existing), existing.derived  # another worker has begun the dump, maybe yesterday

@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.kind import Parameters
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor
+from teacher_dump.extraction.hidden import HIDDEN
 from teacher_dump.extraction.positions import POSITIONS
 from teacher_dump.extraction.saliency import SALIENCY
 from teacher_dump.extraction.vectors import VECTORS
@@ -31,6 +32,7 @@ EXTRACTORS: dict[str, Extractor] = {
     "positions": POSITIONS,
     "saliency": SALIENCY,
     "vectors": VECTORS,
+    "hidden": HIDDEN,
 }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.kind import Parameters
 from teacher_dump.corpus.tokenisation import TokenSequence
@@ -56,6 +57,11 @@ def no_layers(parameters: Any) -> tuple[int, ...]:
     return ()
 
 
+def unknown_bytes(parameters: Any, teacher: Mapping[str, Any], counts: CorpusCounts) -> int | None:
+    """For kinds whose size is known by a sample alone."""
+    return None
+
+
 @dataclass(frozen=True)
 class Extractor:
     """How one kind of knowledge is taken from a teacher's predictions.
@@ -70,6 +76,8 @@ class Extractor:
         parameters: of the kind, from its options; None for a kind without parameters.
         check: raises InputError where options do not fit a teacher, given what is known of it (see `Teacher.description`;
             before it is loaded perhaps `vocabulary_size` and `max_positions` alone) and of its tokenizer (None before).
+        bytes: what a dump of the kind takes, before it is compressed, given its parameters, what is known of the teacher, and
+            what became of the corpus; None where that is not known beforehand.
         option_names: what people call a parameter, by its dotted name in the kind's record: the option that it comes from.
         absent_values: what a parameter is where the record leaves it out.
         figures: by name, a sum over what was extracted of some sequences and over how many values it is: means that are shown
@@ -86,6 +94,7 @@ class Extractor:
     options: type = NoOptions
     parameters: Callable[[Any], Parameters] | None = None
     check: Callable[[Any, Mapping[str, Any], Mapping[str, Any] | None], None] = no_limits
+    bytes: Callable[[Any, Mapping[str, Any], CorpusCounts], int | None] = unknown_bytes
     option_names: Mapping[str, str] = field(default_factory=dict)
     absent_values: Mapping[str, Any] = field(default_factory=dict)
     figures: Mapping[str, Callable[[list[Arrays]], Total]] = field(default_factory=dict)

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.errors import DamageError
-from knowledge_store.format.sequences import token_hash
+from knowledge_store.format.sequences import split_sequence_id, token_hash
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.field import KEYS
 from knowledge_store.kinds.kind import Parameters
@@ -163,9 +163,8 @@ def _sequence(store: KnowledgeStore, manifest: Manifest, ordinal: int) -> tuple[
         raise DamageError(
             f"sequence {number}: its token ids do not match the hash that was kept of them, or are beyond the vocabulary"
         )
-    # What is kept may depend on where a sequence stands.
-    document = Document(0, 0, 1, 0, number >> 16)
-    return number, TokenSequence(document, number & 0xFFFF, token_ids, rows["is_target"].to_numpy())
+    document, window = split_sequence_id(number)  # by which positions may be chosen
+    return number, TokenSequence(Document(document, 0, 1, 0, 0), window, token_ids, rows["is_target"].to_numpy())
 
 
 def _apart(

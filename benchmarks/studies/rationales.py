@@ -1,0 +1,400 @@
+"""Do rationales from a teacher's saliency help a small student (Ballout et al. 2024, arXiv 2409.12586), or any second task?
+
+    python -m benchmarks.studies.rationales --teacher FOLDER --gguf-file FILE --commonsenseqa DIR --openbookqa DIR --arc DIR
+
+A small teacher is fine-tuned on the training questions of all four data sets, whose options stand in the prompt, and answers by
+an option's text. For each data set it is dumped with its saliency over a thousand of these questions, and over judged ones for
+the overlap of its five most salient tokens with the answer. Students learn the thousand in six ways; what is judged is their
+likelihoods of the options of the judged questions.
+
+Students, data sets, seeds, ways and their order are fixed here, before anything has run. A cell is one student, data set, seed
+and way. The finished ones are kept in rationales.json, and the same command goes on with those that are missing there, in the
+same order; `--cells` stops after so many. Weights of students are deleted once they are judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measurement import STUDIES, keep
+from benchmarks.studies.trust import KEPT_LAYERS, commonsenseqa, instructions, interval
+from knowledge_store import KnowledgeStore
+from knowledge_store.storage.local import replace_bytes
+from knowledge_store.terminal.console import note
+from student_train.evaluation.bootstrap import calibration_gaps, gap_error
+from student_train.evaluation.questions import Question, corpus_row
+from student_train.rationales.configuration import RationalesConfig
+from student_train.rationales.overlap import Share, measure_overlap
+
+RESULT = STUDIES / "rationales.json"
+
+WAYS: dict[str, tuple[str, ...]] = {
+    "label only": ("--loss", "ce"),
+    "+ random": ("--loss", "ce", "--rationale", "random"),
+    "+ masked": ("--loss", "ce", "--rationale", "masked"),
+    "+ saliency": ("--loss", "ce", "--rationale", "saliency"),
+    "distillation": ("--loss", "forward-kl"),
+    "distillation + saliency": ("--loss", "forward-kl", "--rationale", "saliency"),
+}
+BASELINE = "label only"
+SETS = ("commonsenseqa", "openbookqa", "arc-easy", "arc-challenge")
+STUDENTS = {"whole": 1e-4, "layer-dropped": 3e-4}  # learning rates: where layers are missing there is more to learn
+SEEDS = (0, 1, 2)
+WEIGHT, TOKENS = 0.2, 5
+CLAIMED_OVERLAP = 0.68
+BINS, RESAMPLES = 10, 2000
+MAX_LENGTH, BATCH_SIZE = 512, 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One student that is trained and judged."""
+
+    student: str
+    data: str
+    seed: int
+    way: str
+
+    @property
+    def name(self) -> str:
+        """What it is called in the result."""
+        return f"{self.student} / {self.data} / seed {self.seed} / {self.way}"
+
+
+def cells() -> Iterator[Cell]:
+    """All of them, in the order in which they run: two seeds of the first two data sets, the whole student and then the other;
+    the same of ARC; then the third seed of everything."""
+    for seeds, groups in ((SEEDS[:2], (SETS[:2], SETS[2:])), (SEEDS[2:], (SETS,))):
+        for sets in groups:
+            for student in STUDENTS:
+                for data in sets:
+                    for seed in seeds:
+                        for way in WAYS:
+                            yield Cell(student, data, seed, way)
+
+
+# ---- questions
+
+
+def with_options(question: Question) -> Question:
+    """The question with its options as part of what is asked."""
+    return replace(question, text="\n".join([question.text, *(f"- {option}" for option in question.options)]))
+
+
+def read_all(arguments: argparse.Namespace) -> dict[str, dict[str, list[Question]]]:
+    """By data set, the questions to tune the teacher on, of which the first are those to train students on, and those to judge
+    by, as a seeded sample."""
+    csqa, obqa, arc = arguments.commonsenseqa, arguments.openbookqa, arguments.arc
+    files = {
+        "commonsenseqa": (commonsenseqa, csqa / "train_rand_split.jsonl", csqa / "dev_rand_split.jsonl"),
+        "openbookqa": (instructions, obqa / "openbookqa_train.json", obqa / "openbookqa_test.json"),
+        "arc-easy": (instructions, arc / "ARC-Easy_train.json", arc / "ARC-Easy_test.json"),
+        "arc-challenge": (instructions, arc / "ARC-Challenge_train.json", arc / "ARC-Challenge_test.json"),
+    }
+    found: dict[str, dict[str, list[Question]]] = {}
+    for data, (read, *paths) in files.items():
+        found[data] = {}
+        for part, path, size in zip(("tune", "judge"), paths, (arguments.tune, arguments.judge), strict=True):
+            if not path.is_file():
+                sys.exit(f"there is no file {path}")
+            sound = [with_options(question) for question in read(path) if question is not None]
+            random.Random(f"{part} {data}").shuffle(sound)
+            found[data][part] = sound[:size]
+    return found
+
+
+def write_files(arguments: argparse.Namespace, questions: dict[str, dict[str, list[Question]]]) -> None:
+    """Corpora to tune and to dump, and the questions to judge by."""
+    work = arguments.work
+    rows = [corpus_row(question, "text") for parts in questions.values() for question in parts["tune"]]
+    _write(work / "tune.jsonl", rows)
+    for data, parts in questions.items():
+        _write(work / f"{data}.jsonl", [corpus_row(question, "text") for question in parts["tune"][: arguments.train]])
+        _write(work / f"{data}-judged.jsonl", [corpus_row(question, "text") for question in parts["judge"]])
+        asked = [{"question": each.text, "options": each.options, "answer": each.answer} for each in parts["judge"]]
+        _write(work / f"{data}-questions.jsonl", asked)
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if not path.exists() or path.read_text() != text:
+        replace_bytes(path, text.encode())
+
+
+# ---- the commands, each of which goes on where it was
+
+
+def run(package: str, *words: object) -> None:
+    """One of the three commands."""
+    note(f"$ {package.replace('_', '-')} {' '.join(map(str, words))}")
+    finished = subprocess.run([sys.executable, "-m", f"{package}.cli", *map(str, words)], check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+
+
+def tune_teacher(arguments: argparse.Namespace) -> None:
+    """Fine-tune the teacher on all training questions: what the untuned one knows of them is dumped only for their tokens."""
+    work, gguf = arguments.work, _gguf(arguments)
+    if (work / "teacher" / "config.json").exists():
+        return
+    store = work / "tuning"
+    run(
+        "teacher_dump", "run", store, "--teacher", arguments.teacher, *gguf, "--corpus", work / "tune.jsonl",
+        "--name", "tune", "--max-length", MAX_LENGTH,
+    )  # fmt: skip
+    run(
+        "student_train", "run", store, "--student", arguments.teacher, *gguf, "--output", work / "teacher", "--loss", "ce",
+        "--epochs", arguments.teacher_epochs, "--batch-size", BATCH_SIZE, "--learning-rate", STUDENTS["whole"],
+        "--eval-fraction", 0, "--save-steps", 50,
+    )  # fmt: skip
+
+
+def prepare(arguments: argparse.Namespace, data: str) -> None:
+    """Dump the teacher over a data set's questions."""
+    work, store = arguments.work, arguments.work / "store"
+    for name in (data, f"{data}-judged"):
+        run(
+            "teacher_dump", "run", store, "--teacher", work / "teacher", "--corpus", work / f"{name}.jsonl", "--name", name,
+            "--kind", "positions", "--kind", "saliency", "--tail-draws", 4, "--max-length", MAX_LENGTH,
+        )  # fmt: skip
+
+
+def judge(arguments: argparse.Namespace, model: Path, gguf: tuple[str, ...], data: str) -> dict[str, Any]:
+    """What a model answers of a data set's judged questions: confidence, whether it is right, and nats, of each."""
+    result = arguments.work / "judged.json"
+    result.unlink(missing_ok=True)
+    run(
+        "student_train", "evaluate", "--model", model, *gguf, "--questions", arguments.work / f"{data}-questions.jsonl",
+        "--answer-as", "text", "--batch-size", BATCH_SIZE, "--output", result,
+    )  # fmt: skip
+    answers = json.loads(result.read_text())["sequence"]["answers"]
+    rounded = {name: [round(float(value), 3) for value in answers[name]] for name in ("confidence", "nll")}
+    return {"correct": [int(value) for value in answers["correct"]], **rounded}
+
+
+def train(arguments: argparse.Namespace, cell: Cell) -> dict[str, Any]:
+    """Train the student of a cell and judge it."""
+    work = arguments.work
+    student: tuple[object, ...] = (arguments.teacher, *_gguf(arguments))
+    if cell.student != "whole":
+        folder = work / "layer-dropped"
+        if not folder.exists():
+            run(
+                "student_train", "init", "--from", arguments.teacher, *_gguf(arguments), "--keep-layers",
+                arguments.keep_layers, "--output", folder,
+            )  # fmt: skip
+        student = (folder,)
+    output = work / "run"
+    options = WAYS[cell.way]
+    if "--rationale" in options:
+        options = (*options, "--rationale-weight", str(WEIGHT), "--rationale-tokens", str(TOKENS))
+    marker = work / "cell.txt"
+    if not marker.exists() or marker.read_text() != cell.name:  # of another cell, which was stopped
+        shutil.rmtree(output, ignore_errors=True)
+        marker.write_text(cell.name)
+    run(
+        "student_train", "run", work / "store", "--dump", cell.data, "--student", *student, "--output", output, *options,
+        "--epochs", arguments.student_epochs, "--batch-size", BATCH_SIZE, "--learning-rate", STUDENTS[cell.student],
+        "--eval-fraction", 0, "--save-steps", 50, "--seed", cell.seed,
+    )  # fmt: skip
+    history = json.loads((output / "history.json").read_text())
+    answers = judge(arguments, output, (), cell.data)
+    shutil.rmtree(output)
+    return {"seconds": round(history["seconds"], 1), **answers}
+
+
+def _gguf(arguments: argparse.Namespace) -> tuple[str, ...]:
+    return ("--gguf-file", arguments.gguf_file) if arguments.gguf_file else ()
+
+
+def overlaps(arguments: argparse.Namespace, data: str, chance: float) -> dict[str, Any]:
+    """How often the teacher's most salient tokens are of the answer, on questions that it was not tuned on."""
+    store = arguments.work / "store"
+    config = RationalesConfig(str(store), dump=f"{data}-judged", rationale_tokens=TOKENS, chance=chance)
+    found = measure_overlap(KnowledgeStore.open(store), config)
+
+    def shown(share: Share | None) -> Any:
+        if share is None:
+            return None
+        random_share = None if share.random is None else round(share.random, 4)
+        return {"share": [round(value, 4) for value in (share.value, *share.interval)], "random": random_share}
+
+    shares = {"answer in the context": found.stands, "gold": found.gold, "own": found.own, "likeliest is right": found.accuracy}
+    return {**{name: shown(share) for name, share in shares.items()}, "warnings": list(found.warnings())}
+
+
+# ---- the table
+
+
+def figures(seeds: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Accuracy, ECE and NLL in RESAMPLES bootstrap samples of the questions, the means over seeds: (1 + RESAMPLES,), the figure
+    itself first. All cells of a data set have the same samples, so that two can be subtracted."""
+    size = len(seeds[0]["correct"])
+    times = np.vstack([np.ones(size), np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), RESAMPLES)])
+    found: dict[str, list[np.ndarray]] = {"accuracy": [], "ece": [], "nll": []}
+    for each in seeds:
+        correct, confidence, nll = (np.array(each[name], np.float64) for name in ("correct", "confidence", "nll"))
+        found["accuracy"].append(times @ correct / size)
+        found["ece"].append(
+            gap_error(times @ calibration_gaps(confidence, correct.astype(bool), BINS), np.full(len(times), size))
+        )
+        found["nll"].append(times @ nll / size)
+    return {name: np.mean(values, axis=0) for name, values in found.items()}
+
+
+def tabulate(finished: dict[str, Any], seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
+    """A row for each student, data set and way with a finished cell; the difference to the baseline is over the seeds that both
+    have."""
+    table = []
+    for student in STUDENTS:
+        for data in SETS:
+            done = {way: [seed for seed in seeds if Cell(student, data, seed, way).name in finished] for way in WAYS}
+            for way in WAYS:
+                if not done[way]:
+                    continue
+
+                def of(name: str, chosen: list[int], place: tuple[str, str] = (student, data)) -> dict[str, np.ndarray]:
+                    return figures([finished[Cell(*place, seed, name).name] for seed in chosen])
+
+                row = {"student": student, "data": data, "way": way, "seeds": done[way]}
+                row |= {name: interval(values) for name, values in of(way, done[way]).items()}
+                both = [seed for seed in done[way] if seed in done[BASELINE]]
+                if way != BASELINE and both:
+                    gain = of(way, both)["accuracy"] - of(BASELINE, both)["accuracy"]
+                    row["gain"] = interval(gain)
+                table.append(row)
+    return table
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """The table and the overlaps in Markdown."""
+    print("| student | data | way | seeds | accuracy | ECE | NLL | Δ accuracy |\n|" + " --- |" * 8)
+    for row in record["table"]:
+        shown = [_cell(row[name], scale) for name, scale in (("accuracy", 100), ("ece", 100), ("nll", 1))]
+        shown.append(_cell(row["gain"], 100) if "gain" in row else "")
+        print(f"| {row['student']} | {row['data']} | {row['way']} | {len(row['seeds'])} | {' | '.join(shown)} |")
+    print(f"\nNot run: {len(record['not_run'])} of {len(record['not_run']) + len(record['cells'])} cells.")
+    print("\n| data | the teacher is right | chance | rationales hold the answer | random | claimed |\n|" + " --- |" * 6)
+    for data, each in record["teachers"].items():
+        gold = each["overlap"]["gold"]
+        print(
+            f"| {data} | {_cell(each['accuracy'], 100)} | {100 * each['chance']:.0f} | {_cell(gold['share'], 100)}"
+            f" | {100 * gold['random']:.0f} | {100 * CLAIMED_OVERLAP:.0f} |"
+        )
+
+
+def _cell(figure: list[float], scale: float) -> str:
+    digits = 1 if scale == 100 else 3
+    value, low, high = (f"{scale * each:.{digits}f}" for each in figure)
+    return f"{value} [{low}, {high}]"
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """What each way gains over labels alone, with its interval."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams.update({"svg.hashsalt": "rationales", "font.size": 9})
+    rows = [row for row in record["table"] if "gain" in row]
+    if not rows:
+        return
+    chart, axes = plt.subplots(figsize=(7.5, 0.9 + 0.24 * len(rows)), layout="constrained")
+    for place, row in enumerate(rows):
+        value, low, high = (100 * each for each in row["gain"])
+        axes.errorbar(value, -place, xerr=[[value - low], [high - value]], fmt="o", color="#33658a", capsize=2)
+    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.set_yticks([-place for place in range(len(rows))], [f"{row['data']}, {row['student']}: {row['way']}" for row in rows])
+    axes.set_xlabel("points of accuracy over labels alone, with 95% intervals over questions")
+    chart.savefig(path, metadata={"Date": None})
+    plt.close(chart)
+
+
+# ---- all together
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same of all cells."""
+    names = ("tune", "train", "judge", "teacher_epochs", "student_epochs", "keep_layers")
+    fixed = {"weight": WEIGHT, "tokens": TOKENS, "learning_rates": STUDENTS, "batch_size": BATCH_SIZE}
+    return {**{name: getattr(arguments, name) for name in names}, **fixed, "ways": {way: " ".join(WAYS[way]) for way in WAYS}}
+
+
+def store_record(record: dict[str, Any]) -> None:
+    """Keep what there is so far, and which cells there are not."""
+    record["table"] = tabulate(record["cells"])
+    record["not_run"] = [cell.name for cell in cells() if cell.name not in record["cells"]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        keep("rationales", record, STUDIES)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="folder of the model to fine-tune, which is the whole student too")
+    parser.add_argument("--gguf-file", help="a GGUF file in it")
+    for name in ("commonsenseqa", "openbookqa", "arc"):
+        parser.add_argument(f"--{name}", required=True, type=Path, help="folder of its training and test questions")
+    parser.add_argument("--work", type=Path, default=Path(".rationales"), help="where the teacher and the dumps are kept")
+    parser.add_argument("--tune", type=int, default=3000, help="most questions of each set to tune the teacher on")
+    parser.add_argument("--train", type=int, default=1000, help="of these, questions to train students on")
+    parser.add_argument("--judge", type=int, default=500, help="most questions to judge by, of each set")
+    parser.add_argument("--teacher-epochs", type=int, default=3)
+    parser.add_argument("--student-epochs", type=int, default=2)
+    parser.add_argument("--keep-layers", default=KEPT_LAYERS, help="of the layer-dropped student")
+    parser.add_argument("--cells", type=int, help="stop after so many more cells")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the cells that are missing, in their order."""
+    arguments = parse()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    record: dict[str, Any] = {"settings": settings(arguments), "teachers": {}, "cells": {}}
+    if RESULT.exists():
+        kept = json.loads(RESULT.read_text())["figures"]
+        if kept["settings"] != json.loads(json.dumps(record["settings"])):
+            sys.exit(f"{RESULT.name} has cells of other settings: give those, or set BENCHMARK_RESULTS to another folder")
+        record |= {name: kept[name] for name in ("teachers", "cells")}
+    missing = [cell for cell in cells() if cell.name not in record["cells"]][: arguments.cells]
+    if missing:
+        questions = read_all(arguments)
+        write_files(arguments, questions)
+        tune_teacher(arguments)
+    for data in dict.fromkeys(cell.data for cell in missing):
+        prepare(arguments, data)
+        if data not in record["teachers"]:
+            chance = float(np.mean([1 / len(question.options) for question in questions[data]["judge"]]))
+            answers = {"tuned": judge(arguments, arguments.work / "teacher", (), data)}
+            answers["untuned"] = judge(arguments, arguments.teacher, _gguf(arguments), data)
+            accuracies = {name: interval(figures([each])["accuracy"]) for name, each in answers.items()}
+            record["teachers"][data] = {
+                "accuracy": accuracies["tuned"], "untuned": accuracies["untuned"], "chance": round(chance, 4),
+                "overlap": overlaps(arguments, data, chance),
+            }  # fmt: skip
+            store_record(record)
+    for cell in missing:
+        note(f"== {cell.name}")
+        record["cells"][cell.name] = train(arguments, cell)
+        store_record(record)
+    store_record(record)
+    print_table(record)
+    draw(record, STUDIES / "rationales.svg")
+
+
+if __name__ == "__main__":
+    main()
