@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         KnowledgeStoreError,
         MismatchError,
         QueryError,
+        QueryLimitError,
         StoreError,
     )
     from knowledge_store.format.manifest import Manifest
@@ -34,7 +35,9 @@ _MODULES = {
     "catalogue.summary": ("DumpSummary",),
     "choice.sequences": ("ChosenSequences",),
     "choice.targets": ("ChosenTargets",),
-    "errors": ("DamageError", "InputError", "KnowledgeStoreError", "MismatchError", "QueryError", "StoreError"),
+    "errors": (
+        *("DamageError", "InputError", "KnowledgeStoreError", "MismatchError", "QueryError", "QueryLimitError", "StoreError"),
+    ),
     "format.manifest": ("Manifest",),
     "format.sequences": ("sequence_id", "token_hash", "tokens_table"),
     "kinds": ("KINDS", "Field", "Kind"),
@@ -70,6 +73,7 @@ __all__ = [
     "Manifest",
     "MismatchError",
     "QueryError",
+    "QueryLimitError",
     "Shard",
     "StoreError",
     "Verification",

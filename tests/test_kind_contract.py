@@ -502,6 +502,24 @@ def test_kinds_together(tmp_path, monkeypatch):
         opened.batches(kinds=("dreams",))
 
 
+def test_a_relation_of_two_tables(tmp_path, monkeypatch):
+    """A relation reads the table of another kind by its name, in the store's SQL as in the views for other programs."""
+    relation = "SELECT {dump} AS dump, count(*) AS rows FROM {rows} JOIN {rows of states} USING (sequence_id)"
+    monkeypatch.setitem(KINDS, "states", STATES)
+    monkeypatch.setitem(KINDS, "preferences", replace(PREFERENCES, relations={"preferred": relation}))
+    writer = DumpWriter.open(tmp_path / "s", make_manifest(shards=1, kinds={"preferences": {}, "states": {"layer": 1}}), TOKENS)
+    tokens, random = random_sequences(0, SIZE), np.random.default_rng(0)
+    knowledge = {
+        name: [CASES[name].rows(random, len(each["token_id"])) for each in tokens] for name in ("preferences", "states")
+    }
+    writer.commit(Shard(0, 0, 100, [sequence_row(index, each) for index, each in enumerate(tokens)], knowledge))
+    opened, expected = KnowledgeStore.open(tmp_path / "s"), sum(len(each["token_id"]) for each in tokens)
+    assert opened.sql("SELECT rows FROM preferred")["rows"].to_pylist() == [expected]
+    with duckdb.connect() as connection:
+        connection.execute(opened.view())
+        assert connection.sql("SELECT rows FROM preferred").fetchall() == [(expected,)]
+
+
 def test_a_run_describes_its_dump_by_its_kinds(case, store):
     """What a run or an evaluation says of the dump that it used, and the bytes of the columns that it read."""
     opened, name = KnowledgeStore.open(store), case.kind.name

@@ -16,16 +16,16 @@ from knowledge_store.kinds.columns import Arrays, decode_columns, encode_columns
 from knowledge_store.kinds.field import KEYS, Field
 
 _NAME = re.compile("[a-z][a-z0-9_]{0,63}")
-_PLACES = re.compile(r"\{(rows|positions|dump|texts)\}")
+_PLACES = re.compile(r"\{(?:(rows|dump|texts)|rows of ([a-z][a-z0-9_]*))\}")
 ROWS = "rows"  # the statistic that every kind has
 
 
-def filled(sql: str, **names: str) -> str:
-    """SQL of a kind with what `{rows}`, `{positions}`, `{dump}` and `{texts}` stand for.
+def filled(sql: str, rows_of: Callable[[str], str] | None = None, **names: str) -> str:
+    """SQL of a kind with what `{rows}`, `{dump}` and `{texts}` stand for, and `{rows of KIND}`, which `rows_of` says.
 
     Other braces are SQL's: `{'a': x}` is a struct.
     """
-    return _PLACES.sub(lambda place: names[place[1]], sql)
+    return _PLACES.sub(lambda place: rows_of(place[2]) if rows_of and place[2] else names[place[1]], sql)
 
 
 class Parameters(Protocol):
@@ -152,9 +152,9 @@ class Kind:
         checks: given the rows of some whole sequences, these sequences' rows of `sequences`, and the manifest, sentences that
             say what is wrong; none when all is sound. `verify` calls it for each row group.
         relations: SQL of the relations it offers, by name, which may differ from dump to dump; one that is just the table is
-            added by itself. `{rows}` stands for the table, `{positions}` for that of the dump's kind `positions`, where it has
-            one, `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the text
-            of each token id.
+            added by itself. `{rows}` stands for the table, `{rows of KIND}` for that of another kind that the dump holds,
+            `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the text of
+            each token id.
         lines: what `info` tells of it: label and value.
         facts: what the relation `dumps` has of it besides the statistics: columns "KIND.NAME".
         of_text: the arrays of a batch that say what the teacher read, the same for every teacher of a corpus. The others are

@@ -66,7 +66,7 @@ RANKED = """
                      CAST(row_number() OVER (PARTITION BY sequence_id ORDER BY share DESC, "position") AS INTEGER) AS rank
               FROM COLUMNS
               WHERE share IS NOT NULL) AS ranked, {texts} AS texts"""
-BESIDE = '(SELECT token_id, shares.* FROM {positions} JOIN {rows} AS shares USING (sequence_id, "position"))'
+BESIDE = '(SELECT token_id, shares.* FROM {rows of positions} JOIN {rows} AS shares USING (sequence_id, "position"))'
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ def create_statements(dumps: Dumps, manifest: Manifest) -> str:
     tables = {name: _table(dumps, manifest, name) for name in manifest.kinds}
     for name, rows in tables.items():
         kind = KINDS[name]
-        places = {"dump": dump, "rows": rows, "texts": texts, "positions": tables.get("positions", "")}
+        places = {"dump": dump, "rows": rows, "texts": texts}
         for relation in {name: None, **kind.relations}:
             sql = kind.relation(relation, manifest) or "SELECT {dump} AS dump, * FROM {rows}"
-            statements[relation] = filled(sql, **places).strip()
+            statements[relation] = filled(sql, tables.__getitem__, **places).strip()
     return "\n\n".join(f"CREATE VIEW {identifier(relation)} AS\n{sql};" for relation, sql in statements.items())
 
 

@@ -141,8 +141,7 @@ class _Catalogue:
         if sql is None:
             return f"SELECT {dump} AS dump, * FROM {rows}"
         texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""
-        positions = self._rows(manifest, "positions") if "{positions}" in sql else ""
-        return filled(sql, dump=dump, rows=rows, texts=texts, positions=positions)
+        return filled(sql, lambda kind: self._rows(manifest, kind), dump=dump, rows=rows, texts=texts)
 
     def add(self, relation: str, rows: pa.Table) -> None:
         """Make a relation of a table that is at hand."""
