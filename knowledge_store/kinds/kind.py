@@ -129,6 +129,11 @@ def no_lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
     return []
 
 
+def no_comparison(one: Manifest, other: Manifest) -> dict[str, str]:
+    """For kinds whose parameters' names and values say enough."""
+    return {}
+
+
 def no_facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | None]:
     """For kinds of which there is nothing more to tell."""
     return {}
@@ -156,6 +161,8 @@ class Kind:
             `{dump}` for the dump's name as a literal, `{texts}` for a one-row relation whose column `list` holds the text of
             each token id.
         lines: what `info` tells of it: label and value.
+        comparison: sentences on what the parameters of two dumps differ in, by the parameter; any other difference is said by
+            the parameter's name and both values.
         facts: what the relation `dumps` has of it besides the statistics: columns "KIND.NAME".
         of_text: the arrays of a batch that say what the teacher read, the same for every teacher of a corpus. The others are
             what it knows.
@@ -175,6 +182,7 @@ class Kind:
     checks: Callable[[pa.Table, pa.Table, Manifest], Iterator[str]] = no_checks
     relations: Mapping[str, str | Callable[[Manifest], str]] = field(default_factory=dict)
     lines: Callable[[Manifest, Totals], list[tuple[str, str]]] = no_lines
+    comparison: Callable[[Manifest, Manifest], dict[str, str]] = no_comparison
     facts: Callable[[Manifest, Totals], dict[str, str | float | int | None]] = no_facts
     of_text: tuple[str, ...] = ()
     target: str | None = None

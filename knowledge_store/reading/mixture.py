@@ -117,10 +117,24 @@ def _check_widths(kind: str, manifests: Sequence[Manifest]) -> None:
 
 
 def _differences(manifests: Sequence[Manifest], kinds: Iterable[str]) -> Iterable[str]:
-    for manifest in manifests[1:]:
-        for name, (first, other) in manifests[0].changes(manifest).items():
-            if name.startswith(tuple(f"kinds.{kind}." for kind in kinds)):
-                yield f"{in_words(name)} is {first} in {manifests[0].dump} and {other} in {manifest.dump}"
+    first = manifests[0]
+    for other in manifests[1:]:
+        changes = first.changes(other)
+        for kind in kinds:
+            sentences = KINDS[kind].comparison(first, other)
+            yield from sentences.values()
+            for name, values in changes.items():
+                parameter = name.removeprefix(f"kinds.{kind}.")
+                if parameter == name or parameter.partition(".")[0] in sentences:
+                    continue
+                yield f"{in_words(name)} {_compared(first.dump, other.dump, *values)}"
+
+
+def _compared(first: str, other: str, value: Any, other_value: Any) -> str:
+    """The end of a sentence about a parameter of two dumps, None where one of them has none."""
+    if value is None:
+        return f"is {other_value} in {other}, and {first} has none"
+    return f"is {value} in {first}" + (f", and {other} has none" if other_value is None else f" and {other_value} in {other}")
 
 
 def check_vocabularies(manifests: Sequence[Manifest], tokens: Tokens) -> None:

@@ -337,6 +337,17 @@ def lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
     return listed
 
 
+def comparison(one: Manifest, other: Manifest) -> dict[str, str]:
+    """How the selections of two dumps differ, in a sentence."""
+    first, second = (positions_of(manifest).selection for manifest in (one, other))
+    if first == second:
+        return {}
+    if (first.name, first.candidates, first.p) != (second.name, second.candidates, second.p):
+        return {"selection": f"the selection of positions is {first} in {one.dump} and {second} in {other.dump}"}
+    draws = [f"{rule.draws} draws a position" if rule.draws else none for rule, none in ((first, "no draws"), (second, "none"))]
+    return {"selection": f"{one.dump} keeps {draws[0]} and {other.dump} keeps {draws[1]}"}
+
+
 def facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | None]:
     """What the relation `dumps` has of them: how they were selected, and what the log-probabilities that were not kept would
     take (predictions × vocabulary × 4 bytes), also for each byte on disk."""
@@ -382,6 +393,7 @@ POSITIONS = Kind(
     target="is_target",
     repeated=EACH_CANDIDATE,
     lines=lines,
+    comparison=comparison,
     facts=facts,
     of_text=("input_ids", "is_target"),
     show=show,
