@@ -169,6 +169,21 @@ def test_another_teacher_is_refused_before_anything_is_written(family, grow, tmp
     assert not (family / "store/news-2").exists()
 
 
+def test_another_teacher_of_a_finished_dump_is_refused(family, grow, teacher_folder, loaded_teacher, tmp_path):
+    """By its files, and without being loaded; the dump's own teacher may lie anywhere, and need not be named."""
+    config = RunConfig(corpus=family / "january.jsonl", store=family / "store", append="news", teacher="")
+    assert append(config).shards == 0 and append(config, loaded_teacher).shards == 0
+    moved = shutil.copytree(teacher_folder, tmp_path / "elsewhere")
+    assert append(replace(config, teacher=str(moved))).shards == 0
+    other = save_teacher(tmp_path / teacher_folder.name, seed=5)
+    line = ["run", str(family / "store"), "--append", "news", "--corpus", str(family / "january.jsonl"), "--teacher"]
+    done = CliRunner().invoke(app, [*line, str(other)])
+    [error] = done.stderr.splitlines()
+    assert done.exit_code == 2 and "the teacher's file model.safetensors has other contents" in error
+    with pytest.raises(InputError, match="there is no folder"):
+        append(replace(config, teacher=str(tmp_path / "nowhere")))
+
+
 def test_families_are_told_apart(family, grow):
     shutil.copytree(family / "store/news", family / "store/newsroom-7")
     manifest = family / "store/newsroom-7/manifest.json"
@@ -193,7 +208,7 @@ def test_bad_input(grow, family, options, message):
     config = RunConfig(corpus=family / "march.jsonl", store=family / "store", append="news", teacher="")
     with pytest.raises(InputError, match=message):
         append(replace(config, **options), reporter=notes)
-    assert not any("is begun" in sentence for sentence in notes.sentences)
+    assert not any("is begun" in sentence for sentence in notes.notes)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from knowledge_store.errors import InputError, MismatchError
@@ -20,11 +21,13 @@ from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, open_storage
 from teacher_dump.configuration import RunConfig
 from teacher_dump.corpus.sources import with_local_corpus
+from teacher_dump.dumping.mismatch import check_alike
 from teacher_dump.dumping.preconditions import as_made, existing_manifest
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.run import dump
 from teacher_dump.dumping.worker_shards import worker_shards
 from teacher_dump.fingerprints import corpus_record
+from teacher_dump.teachers.files import check_local_teacher, file_hashes, find_folder, model_files
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -56,6 +59,7 @@ def append(config: RunConfig, teacher: Teacher | None = None, *, reporter: Repor
     number, last = next(reversed(members.items()))
     if same is not None:
         if not _missing_shards(storage, same):
+            _check_teacher(config, storage, same, teacher, reporter)
             reporter.note(f"{same.dump} is the dump of this corpus, and is finished: nothing is left to do")
             shards = worker_shards(same, config.rank, config.world_size)
             return DumpReport(same.dump, 0, len(shards), same.shard_count)
@@ -122,6 +126,28 @@ def _note_overlap(config: RunConfig, corpus: Sequence[str], members: Iterable[Ma
     for file, sha256 in zip(config.corpus, corpus, strict=True):
         if sha256 in dumps:
             reporter.note(f"Warning: {file} is in {dumps[sha256]} already: its documents will be in the family twice")
+
+
+def _check_teacher(
+    config: RunConfig, storage: Storage, finished: Manifest, teacher: Teacher | None, reporter: Reporter
+) -> None:
+    """Make sure that a finished dump is of the teacher that is given, which nobody loads any more: by its files. One of the
+    hub that the dump was made with is not fetched for that.
+
+    Raises:
+        MismatchError: it is of another one.
+        InputError: there is no such teacher.
+    """
+    if teacher is not None:
+        check_alike(storage, finished, replace(finished, teacher=teacher.description))
+        return
+    made_by = finished.teacher["name"]
+    if not config.teacher or (config.teacher == made_by and not Path(made_by).is_dir() and config.revision is None):
+        return
+    check_local_teacher(config.teacher, config.gguf_file, config.revision)
+    folder = find_folder(config.teacher, config.gguf_file, config.revision)
+    files = file_hashes(folder, model_files(folder, config.gguf_file), reporter=reporter)
+    check_alike(storage, finished, replace(finished, teacher={**finished.teacher, "files": files}))
 
 
 def _next(config: RunConfig, name: str, like: Manifest) -> RunConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from knowledge_store.model_files import (
     hub_folder,
     read_configuration,
 )
+from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.fingerprints import file_sha256
 
 # What configurations call how many positions a model knows, how many layers it has, and how wide these are.
 MAX_POSITIONS = ("max_position_embeddings", "n_positions")
@@ -91,3 +94,8 @@ def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
     if not any(path.name in VOCABULARY_FILES for path in tokenizer):
         raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
     return [*weights, folder / "config.json", *tokenizer, *sorted(folder.glob(TEMPLATE_FILES))]
+
+
+def file_hashes(folder: Path, files: Iterable[Path], *, reporter: Reporter = SILENT) -> dict[str, str]:
+    """SHA-256 of each of a teacher's files by its name in the folder (see `fingerprints.file_sha256`)."""
+    return {path.relative_to(folder).as_posix(): file_sha256(path, reporter=reporter) for path in files}

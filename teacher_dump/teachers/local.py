@@ -33,8 +33,7 @@ from transformers import (
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.fingerprints import file_sha256
-from teacher_dump.teachers.files import find_folder, model_files
+from teacher_dump.teachers.files import file_hashes, find_folder, model_files
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
@@ -317,7 +316,7 @@ def load_teacher(
         "max_positions": _positions(config),
         "dtype": str(model.dtype).removeprefix("torch."),
         **({"quantize": loading.quantize} if loading.quantised else {}),
-        "files": {path.relative_to(folder).as_posix(): file_sha256(path, reporter=reporter) for path in files},
+        "files": file_hashes(folder, files, reporter=reporter),
     }
     loaded = LocalTeacher(model, tokenizer, description, where, whole)
     with _asked(folder):
