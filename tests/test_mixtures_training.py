@@ -152,6 +152,17 @@ def test_a_pattern_is_resolved_once(options, mixed, tmp_path):
     reporter = Notes()
     train(TrainConfig(**options | {"output": str(tmp_path / "new")}), reporter=reporter)
     assert "3 dumps are read as one corpus." in reporter.notes
+    assert not any("--teachers" in note for note in reporter.notes)
+
+
+def test_dumps_of_the_same_texts_are_named_before_they_are_read(options, mixed):
+    dumps, reporter = ("news-1", "code", "other"), Notes()
+    train(TrainConfig(**options | {"steps": 1, "dump": dumps}), reporter=reporter)
+    [note] = [note for note in reporter.notes if "--teachers" in note]
+    assert note == (
+        "news-1 and other are dumps of the same texts, which are read once from each: --teachers news-1,other reads them once,"
+        " with what all of these say of them."
+    )
 
 
 def test_killed_in_the_middle_of_a_mixture_on_any_number_of_ranks(options, tmp_path):

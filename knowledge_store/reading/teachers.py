@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,17 @@ from knowledge_store.reading.mixture import Taken, taken
 from knowledge_store.reading.reader import DumpReader
 
 
+def corpus_change(first: Manifest, other: Manifest) -> tuple[str, Any, Any] | None:
+    """Something that the corpora, tokenizers or plans of two dumps differ in: its dotted name and both values. None: they were
+    given the same sequences."""
+    for name, (one, two) in first.changes(other).items():
+        # Where nothing is a conversation, no template was rendered.
+        unused = name == "tokenizer.chat_template_sha256" and "chat" not in first.plan
+        if name.startswith(("corpus.", "tokenizer.", "plan.")) and not unused:
+            return name, one, two
+    return None
+
+
 def check_one_corpus(manifests: Sequence[Manifest]) -> None:
     """Refuse teachers that were not given the same sequences.
 
@@ -27,11 +39,8 @@ def check_one_corpus(manifests: Sequence[Manifest]) -> None:
     """
     first = manifests[0]
     for other in manifests[1:]:
-        for name, (one, two) in first.changes(other).items():
-            if not name.startswith(("corpus.", "tokenizer.", "plan.")):
-                continue
-            if name == "tokenizer.chat_template_sha256" and "chat" not in first.plan:
-                continue  # nothing was rendered with it
+        if change := corpus_change(first, other):
+            name, one, two = change
             raise InputError(
                 f"dumps {first.dump!r} and {other.dump!r} are not two teachers of one corpus: {in_words(name)} is {one} in the"
                 f" first and {two} in the second; name them as dumps instead, or dump the same corpus with the same options"

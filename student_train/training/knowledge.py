@@ -7,6 +7,7 @@ from pathlib import Path
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
+from knowledge_store.reading.teachers import corpus_change
 from student_train.losses.table import TEXT, TEXT_COLUMNS, Loss
 from student_train.training.calibration import usable_calibration, with_scale
 from student_train.training.configuration import TrainConfig, check_config
@@ -57,7 +58,7 @@ def check_mixture(store: KnowledgeStore, mixture: Mixture, config: TrainConfig, 
     if len(mixture.dumps) == 1:
         return []
     manifests = [store.manifest(dump) for dump in mixture.dumps]
-    sentences = _check_teachers(config, loss) if mixture.teachers else []
+    sentences = _check_teachers(config, loss) if mixture.teachers else _same_texts(manifests)
     batches = store.batches(mixture.source, kinds=kinds_read(manifests[0], loss), **mixture.plan)
     sentences += [f"The dumps differ: {difference}." for difference in batches.taken.differences]
     for kind in loss.kinds:
@@ -81,6 +82,23 @@ def _check_teachers(config: TrainConfig, loss: Loss) -> list[str]:
     return [
         f"With --teachers, {config.loss} is the weighted sum of its values for each teacher, not its value for their mixture:"
         " for forward-kl alone the two teach the same."
+    ]
+
+
+def _same_texts(manifests: Sequence[Manifest]) -> list[str]:
+    """Sentences on dumps of one corpus that are read as several, each text once from each."""
+    corpora: list[list[Manifest]] = []
+    for manifest in manifests:
+        same = next((corpus for corpus in corpora if corpus_change(corpus[0], manifest) is None), None)
+        if same is None:
+            corpora.append([manifest])
+        else:
+            same.append(manifest)
+    groups = [[manifest.dump for manifest in corpus] for corpus in corpora if len(corpus) > 1]
+    return [
+        f"{', '.join(dumps[:-1])} and {dumps[-1]} are dumps of the same texts, which are read once from each:"
+        f" --teachers {','.join(dumps)} reads them once, with what all of these say of them."
+        for dumps in groups
     ]
 
 
