@@ -7,10 +7,10 @@ The options of a kind of knowledge are declared with its extractor. From Python 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from knowledge_store.configuration import CalibrationOptions, DumpOptions, GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
@@ -32,6 +32,18 @@ TOO_LONG = ("cut", "skip", "refuse")
 @dataclass(frozen=True)
 class NamedTeacher(GgufOptions):
     """Which teacher is meant."""
+
+    PANELS: ClassVar[Mapping[str, Sequence[str]]] = {
+        "Teacher": (
+            *("gguf_file", "revision", "batch_size", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),
+        ),
+        "Corpus": (
+            *("columns", "max_length", "too_long", "chat_template", "train_on", "template_date"),
+            *("skip_bad_rows", "max_skipped"),
+        ),
+        **{f"--kind {kind}": [field.name for field in fields(extractor.options)] for kind, extractor in EXTRACTORS.items()},
+        "Workers and repair": ("rank", "world_size", "repair"),
+    }
 
     teacher: str = option(help="A local folder or a hub id of a causal language model.")
     _: KW_ONLY
@@ -103,8 +115,8 @@ class CorpusOptions(NamedTeacher):
     _: KW_ONLY
     columns: str | None = option(
         None,
-        metavar="NAME=COLUMN,…",
-        help="Which column holds what, where they are called otherwise: prompt=question,completion=answer. It also says what"
+        metavar="NAME=COLUMN,...",
+        help="Which column holds what, where they are called otherwise: prompt=q,completion=a. It also says what"
         " counts in rows that could be read in two ways.",
     )
     max_length: int = option(512, min=2, help="Longest sequence, in tokens.")
@@ -267,8 +279,8 @@ class RunConfig(DumpConfig):
         None,
         metavar="FAMILY",
         names_dump=True,
-        help="Begin or resume the next dump of a family, FAMILY-2, FAMILY-3, …, of another corpus and with the settings of the"
-        " last one.",
+        help="Begin or resume the next dump of a family, FAMILY-2, FAMILY-3 and so on, of another corpus and with the"
+        " settings of the last one.",
     )
     rank: int = option(0, min=0, help="Number of this worker, counted from 0.")
     world_size: int = option(1, min=1, help="How many workers share the dump.")

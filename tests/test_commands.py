@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +19,9 @@ from typer.testing import CliRunner
 import knowledge_store.cli
 import student_train.cli
 import teacher_dump.cli
+from knowledge_store.options import option_of
+from student_train.training.configuration import TrainConfig
+from teacher_dump.configuration import RunConfig
 
 APPS = {
     "knowledge-store": knowledge_store.cli.app,
@@ -83,7 +88,30 @@ def test_help_shows_choices_and_what_is_required_first(program):
         required = [option.required for option in options]
         assert required == sorted(required, reverse=True), command.name
     shown = CliRunner().invoke(APPS["student-train"], ["evaluate", "--help"], env={"COLUMNS": "200"}).stdout
-    assert "letter|text" in shown and "--output                      <path>" in shown
+    assert "letter | text" in shown and "--output                      <path>" in shown
+
+
+@pytest.mark.parametrize("program", APPS)
+def test_help_is_whole_in_80_columns(program):
+    """No name, choice or word is cut."""
+    commands = get_command(APPS[program]).commands
+    for words, parameters in (([], []), *(([name], command.params) for name, command in commands.items())):
+        shown = CliRunner().invoke(APPS[program], [*words, "--help"], env={"COLUMNS": "80"}).stdout
+        assert "Usage" in shown and "…" not in shown, words
+        assert max(map(len, shown.splitlines())) <= 80
+        for parameter in parameters:
+            name = parameter.opts[0] if parameter.param_type_name == "option" else ""
+            for word in (name, *(parameter.metavar or "").split(" | ")):
+                assert re.search(rf"(?<!\S){re.escape(word)}(?!\S)", shown), (words, word)
+
+
+def test_the_help_of_many_options_has_panels():
+    for app, config in (("student-train", TrainConfig), ("teacher-dump", RunConfig)):
+        shown = CliRunner().invoke(APPS[app], ["run", "--help"], env={"COLUMNS": "80"}).stdout
+        titles = re.findall(r"╭─ (.*?) ─", shown)
+        assert titles == ["Arguments", "Options", *config.PANELS]
+        options = {field.name for field in fields(config) if option_of(field)}
+        assert options >= {name for names in config.PANELS.values() for name in names}
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,8 @@ def command(
     Args:
         app: the application to add it to.
         configuration: a frozen dataclass; its options become the command's, and the function gets an instance, whose values lie
-            within the limits of its fields.
+            within the limits of its fields. Where it has `PANELS`, the help shows the options that these name, by the title of
+            their panel, beneath those that are in none.
         name: the command's name; the function's when None.
         cls: how it reads its arguments.
         configuration_file: whether it takes its options from a file too (`configuration_file`).
@@ -158,6 +159,8 @@ def command(
 def _parameters(configuration: type) -> list[inspect.Parameter]:
     """The parameters of a command that has a configuration's options: those that are required come first."""
     hints = get_type_hints(configuration)
+    titles = {name: title for title, names in getattr(configuration, "PANELS", {}).items() for name in names}
+    order = [None, *dict.fromkeys(titles.values())]
     parameters = []
     for field in fields(configuration):
         declared = option_of(field)
@@ -165,9 +168,15 @@ def _parameters(configuration: type) -> list[inspect.Parameter]:
             continue
         default = inspect.Parameter.empty if field.default is MISSING else field.default
         annotation, default = _listed(_as_text(hints[field.name]), default)
-        annotation = Annotated[annotation, _declaration(declared, flag_of(field))]
+        annotation = Annotated[annotation, _declaration(declared, flag_of(field), titles.get(field.name))]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
-    return sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
+    return sorted(
+        parameters,
+        key=lambda parameter: (
+            parameter.default is not inspect.Parameter.empty,
+            order.index(titles.get(parameter.name)),
+        ),
+    )
 
 
 def _file_parameters(configuration: type) -> list[inspect.Parameter]:
@@ -198,11 +207,12 @@ def _file_parameters(configuration: type) -> list[inspect.Parameter]:
     ]
 
 
-def _declaration(declared: Option, flag: str) -> Any:
+def _declaration(declared: Option, flag: str, panel: str | None) -> Any:
     """An option as typer has it."""
     shared: dict[str, Any] = {
         "help": declared.help,
-        "metavar": declared.metavar or "|".join(map(str, declared.choices)) or None,
+        "rich_help_panel": panel,
+        "metavar": declared.metavar or " | ".join(map(str, declared.choices)) or None,  # spaces, at which lines end
     }
     if declared.names_dump:
         shared["autocompletion"] = dump_names

@@ -28,7 +28,7 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     output: str | None = option(
         None,
         metavar="<path>",
-        help="File to write. The default is MODEL/evaluations/DUMP.json or MODEL/evaluations/QUESTIONS.letter.json, and nothing"
+        help="File to write. The default is DUMP.json or QUESTIONS.letter.json in the model's folder evaluations, and nothing"
         " for a hub id.",
     )
     questions: str | None = option(

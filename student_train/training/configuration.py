@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 from knowledge_store.configuration import GgufOptions, StoreOptions
 from knowledge_store.errors import InputError
@@ -37,6 +38,17 @@ class InitialiseConfig(GgufOptions):
 class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     """A training run; each field is an option of `student-train run`. In Python, `dump` may be one name as it is."""
 
+    PANELS: ClassVar[Mapping[str, Sequence[str]]] = {
+        "What to learn from": ("dump", "teachers", "where", "positions_where", "eval_fraction", "evaluations"),
+        "Loss": ("loss", "ce_weight", "temperature", "tail", "calibration", "beta", "skew", "smoothing", "first_c"),
+        "Rationales": ("rationale", "rationale_weight", "rationale_tokens", "rationale_dump"),
+        "Steps": ("epochs", "steps", "batch_size", "gradient_accumulation", "group_by_length", "order", "seed"),
+        "Optimisation": (
+            *("learning_rate", "warmup", "schedule", "weight_decay", "max_grad_norm", "precision", "lora_rank", "set"),
+        ),
+        "Folder, reading and reports": ("save_steps", "keep_eos", "workers", "cache_size", "report_to"),
+    }
+
     student: str = option(help="Folder or hub id of the model to train.")
     output: str = option(metavar="<path>", help="Folder of the run, which becomes the trained model.")
     _: KW_ONLY
@@ -49,7 +61,7 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     )
     teachers: str | None = option(
         None,
-        metavar="NAME=WEIGHT,…",
+        metavar="NAME=WEIGHT,...",
         help="Dumps of several teachers of one corpus, to learn from the weighted sum of the teachers, instead of --dump.",
     )
     where: str | None = option(
@@ -152,8 +164,8 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     set: tuple[str, ...] = option(
         (),
         metavar="NAME=VALUE",
-        help="A setting of transformers.TrainingArguments, such as optim=adafactor or gradient_checkpointing=true; JSON for"
-        " dictionaries and lists. May be repeated.",
+        help="A setting of the TrainingArguments of transformers, such as optim=adafactor; JSON for dictionaries and lists. May"
+        " be repeated.",
     )
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ class HiddenOptions:
 
     hidden_layers: str = option(
         "-1",
-        metavar="LAYER,…",
+        metavar="LAYER,...",
         help="Layers whose hidden states are kept, side by side: 0 are the embeddings, 1 the first, -1 the last.",
     )
     hidden_where: str = option(
