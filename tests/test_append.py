@@ -193,7 +193,7 @@ def test_bad_input(grow, family, options, message):
     config = RunConfig(corpus=family / "march.jsonl", store=family / "store", append="news", teacher="")
     with pytest.raises(InputError, match=message):
         append(replace(config, **options), reporter=notes)
-    assert not any("is begun" in sentence for sentence in notes.sentences)
+    assert not any("is begun" in sentence for sentence in notes.notes)
 
 
 @pytest.mark.parametrize(
