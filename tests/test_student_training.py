@@ -67,7 +67,7 @@ def furthest(one: Weights, other: Weights) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.whole_batch])
 def test_every_loss_goes_down(settings, loss, tmp_path):
     extra = {"ce_weight": 0.5} if loss == "first" else {}
     result = train(TrainConfig(**settings | extra | {"loss": loss, "steps": 30, "eval_fraction": 0.2, "evaluations": 2}))
@@ -156,7 +156,8 @@ def test_interrupted_runs_resume(settings, tmp_path, monkeypatch):
     assert last_checkpoint(tmp_path / "run").step == second.step
     assert (second.finished, second.step, second.began_at) == (False, 5, 3)
     stopping = "Stopping after the next step. Press Ctrl-C again to stop at once, without a checkpoint."
-    assert "of the batches is padding" in notes.pop(0)
+    beginning, notes = notes[:2], notes[2:]
+    assert "An epoch has 14 steps, and the run 6." in beginning[0] and "of the batches is padding" in beginning[1]
     assert notes == [stopping, f"Resuming {tmp_path / 'run'} from step 3 of 6.", stopping]
     stop_at = -1
     third = train(broken)

@@ -15,11 +15,11 @@ import numpy as np
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import keeps_candidates
 from knowledge_store.quantities import percentage
 from student_train.rationales.configuration import RationalesConfig
 from student_train.rationales.contexts import Context, check_saliency, contexts, most_salient
 from student_train.rationales.spans import AnswerPlaces
-from student_train.training.positions import keeps_candidates
 
 _Z = 1.96  # of a 95% interval
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.kinds.positions import keeps_candidates
 from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
 from student_train.losses.head import has_plain_head
@@ -36,7 +37,6 @@ from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset
 from student_train.training.knowledge import check_mixture, kinds_read
 from student_train.training.mixture import Mixture
-from student_train.training.positions import keeps_candidates
 from student_train.training.snapshots import DumpSnapshots
 from student_train.training.trainer_arguments import check_arguments
 from student_train.training.validation import ValidationMixin, each_of, of_store

@@ -60,11 +60,6 @@ def check_selections(manifests: Sequence[Manifest], config: TrainConfig, loss: L
     return [f"Draws are taken only where all dumps keep some: the tail is a bucket, since there are none in {none}."]
 
 
-def keeps_candidates(manifest: Manifest) -> bool:
-    """Whether a dump says which tokens the teacher finds likeliest."""
-    return POSITIONS.name in manifest.kinds and bool(positions_of(manifest).selection.candidates)
-
-
 def used_tokens(store: KnowledgeStore, dump: str, token_ids: set[int]) -> set[int]:
     """Those of some tokens that a dump's sequences hold; all of them where the dump has no rows of positions to say so."""
     if not token_ids or POSITIONS.name not in store.manifest(dump).kinds:

@@ -3,6 +3,13 @@
 A kind with more to it than one file is a folder like this one.
 """
 
-from knowledge_store.kinds.positions.kind import POSITIONS, PositionsParameters, damage, exact_steps, positions_of
+from knowledge_store.kinds.positions.kind import (
+    POSITIONS,
+    PositionsParameters,
+    damage,
+    exact_steps,
+    keeps_candidates,
+    positions_of,
+)
 
-__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "positions_of"]
+__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "keeps_candidates", "positions_of"]

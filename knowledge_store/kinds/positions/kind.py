@@ -138,6 +138,11 @@ def positions_of(manifest: Manifest) -> PositionsParameters:
     return PositionsParameters.from_record(manifest.kinds["positions"])
 
 
+def keeps_candidates(manifest: Manifest) -> bool:
+    """Whether a dump says which tokens the teacher finds likeliest."""
+    return "positions" in manifest.kinds and bool(positions_of(manifest).selection.candidates)
+
+
 def _more(manifest: Manifest) -> tuple[Field, ...]:
     """The columns that some dumps have: draws, and the tail at a temperature."""
     parameters = positions_of(manifest)
