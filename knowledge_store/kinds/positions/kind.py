@@ -52,7 +52,7 @@ from knowledge_store.kinds.positions.packing import (
 )
 from knowledge_store.kinds.positions.packing import exact_steps as exact_prediction_steps
 from knowledge_store.kinds.positions.relations import EACH_CANDIDATE, RELATIONS
-from knowledge_store.kinds.positions.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection, difference
 from knowledge_store.quantities import byte_size
 
 FIELDS = (
@@ -345,12 +345,7 @@ def lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
 def comparison(one: Manifest, other: Manifest) -> dict[str, str]:
     """How the selections of two dumps differ, in a sentence."""
     first, second = (positions_of(manifest).selection for manifest in (one, other))
-    if first == second:
-        return {}
-    if (first.name, first.candidates, first.p) != (second.name, second.candidates, second.p):
-        return {"selection": f"the selection of positions is {first} in {one.dump} and {second} in {other.dump}"}
-    draws = [f"{rule.draws} draws a position" if rule.draws else none for rule, none in ((first, "no draws"), (second, "none"))]
-    return {"selection": f"{one.dump} keeps {draws[0]} and {other.dump} keeps {draws[1]}"}
+    return {} if first == second else {"selection": difference(one.dump, first, other.dump, second)}
 
 
 def facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | None]:

@@ -85,3 +85,11 @@ class Selection:
             return f"random-sampling, {self.draws} draws"
         size = f"top-k {self.candidates}" if self.name == "top-k" else f"top-p {self.p:g}, at most {self.candidates}"
         return f"{size} + {self.draws} tail draws" if self.draws else size
+
+
+def difference(dump: str, rule: Selection, other_dump: str, other: Selection) -> str:
+    """What two dumps keep of the distribution, where that is not the same, in a sentence."""
+    if (rule.name, rule.candidates, rule.p) != (other.name, other.candidates, other.p):
+        return f"the selection of positions is {rule} in {dump} and {other} in {other_dump}"
+    draws, other_draws = (f"{each.draws} draws a position" if each.draws else None for each in (rule, other))
+    return f"{dump} keeps {draws or 'no draws'} and {other_dump} keeps {other_draws or 'none'}"
