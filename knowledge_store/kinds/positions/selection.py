@@ -91,5 +91,5 @@ def difference(dump: str, rule: Selection, other_dump: str, other: Selection) ->
     """What two dumps keep of the distribution, where that is not the same, in a sentence."""
     if (rule.name, rule.candidates, rule.p) != (other.name, other.candidates, other.p):
         return f"the selection of positions is {rule} in {dump} and {other} in {other_dump}"
-    draws, other_draws = (f"{each.draws} draws a position" if each.draws else None for each in (rule, other))
-    return f"{dump} keeps {draws or 'no draws'} and {other_dump} keeps {other_draws or 'none'}"
+    kept, other_kept = (f"{draws} draws a position" if draws else None for draws in (rule.draws, other.draws))
+    return f"{dump} keeps {kept or 'no draws'} and {other_dump} keeps {other_kept or 'none'}"
