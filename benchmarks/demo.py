@@ -34,7 +34,10 @@ MAX_LENGTH = 256
 CHARACTERS = {"reference": 18_000, "library": 10_000, "heldout": 14_000}
 MODULES = ("bisect", "calendar", "csv", "difflib", "fractions", "heapq", "random", "statistics", "textwrap", "uuid")
 # What surprises even the teacher is rarely what a student should learn from it: tables, grammars, lists of names.
-WHERE = "SELECT dump, sequence_id FROM positions WHERE is_target GROUP BY ALL HAVING avg(-token_logprob) < 4"
+WHERE = (
+    "SELECT dump, sequence_id FROM positions WHERE dump IN ('reference', 'library') AND is_target"
+    " GROUP BY ALL HAVING avg(-token_logprob) < 4"
+)
 
 RUNS = {
     "fine-tuned": ["--loss", "ce"],
