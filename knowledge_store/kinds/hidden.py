@@ -27,7 +27,7 @@ from knowledge_store.format.parquet import TEXT
 from knowledge_store.format.sequences import split_sequence_id
 from knowledge_store.kinds.columns import Arrays, encode_columns
 from knowledge_store.kinds.field import SPLIT, Field
-from knowledge_store.kinds.kind import Codec, Kind, Totals
+from knowledge_store.kinds.kind import Codec, Kind, Totals, parameters_of
 from knowledge_store.kinds.quantisation import GROUP, as_lists, from_steps, group_count, in_steps, rows_of
 from knowledge_store.kinds.vectors import UNKNOWN_WIDTH, layer_name, teacher_width
 
@@ -107,9 +107,7 @@ def hidden_of(manifest: Manifest) -> HiddenParameters:
     Raises:
         InputError: it holds none.
     """
-    if "hidden" not in manifest.kinds:
-        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind 'hidden'")
-    return HiddenParameters.from_record(manifest.kinds["hidden"])
+    return parameters_of(manifest, "hidden", HiddenParameters)
 
 
 def stored(manifest: Manifest) -> tuple[Field, ...]:

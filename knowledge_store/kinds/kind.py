@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import pyarrow as pa
 
@@ -40,6 +40,20 @@ class Parameters(Protocol):
     def from_record(cls, record: dict[str, Any]) -> Self:
         """The parameters of a record. ValueError: it cannot be used."""
         ...
+
+
+P = TypeVar("P", bound=Parameters)
+
+
+def parameters_of(manifest: Manifest, kind: str, parameters: type[P]) -> P:
+    """The parameters that a dump keeps of a kind.
+
+    Raises:
+        InputError: it holds none.
+    """
+    if kind not in manifest.kinds:
+        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}")
+    return parameters.from_record(manifest.kinds[kind])
 
 
 @dataclass(frozen=True)

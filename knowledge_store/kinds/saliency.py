@@ -37,7 +37,7 @@ from knowledge_store.format.records import check_shape
 from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds.columns import Arrays
 from knowledge_store.kinds.field import PLAIN, SPLIT, Field
-from knowledge_store.kinds.kind import Codec, Kind, Totals
+from knowledge_store.kinds.kind import Codec, Kind, Totals, parameters_of
 
 METHODS = ("gradient-norm", "input-x-gradient")
 SUBJECTS = ("gold", "teacher")
@@ -105,9 +105,7 @@ def saliency_of(manifest: Manifest) -> SaliencyParameters:
     Raises:
         InputError: it holds none.
     """
-    if "saliency" not in manifest.kinds:
-        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind 'saliency'")
-    return SaliencyParameters.from_record(manifest.kinds["saliency"])
+    return parameters_of(manifest, "saliency", SaliencyParameters)
 
 
 def has_tokens(manifest: Manifest) -> bool:

@@ -25,7 +25,7 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
 from knowledge_store.kinds.columns import Arrays, decode_columns, encode_columns
 from knowledge_store.kinds.field import SPLIT, Field
-from knowledge_store.kinds.kind import Codec, Kind, Totals
+from knowledge_store.kinds.kind import Codec, Kind, Totals, parameters_of
 from knowledge_store.kinds.quantisation import GROUP, as_lists, from_steps, in_steps, rows_of
 
 POOLINGS = ("mean", "last")
@@ -82,9 +82,7 @@ def vectors_of(manifest: Manifest) -> VectorsParameters:
     Raises:
         InputError: it holds none.
     """
-    if "vectors" not in manifest.kinds:
-        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind 'vectors'")
-    return VectorsParameters.from_record(manifest.kinds["vectors"])
+    return parameters_of(manifest, "vectors", VectorsParameters)
 
 
 def teacher_width(manifest: Manifest) -> int | None:

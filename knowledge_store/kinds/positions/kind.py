@@ -36,7 +36,7 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
 from knowledge_store.kinds.columns import Arrays, list_offsets, padded_lists
 from knowledge_store.kinds.field import PLAIN, Field
-from knowledge_store.kinds.kind import Codec, Kind, Totals
+from knowledge_store.kinds.kind import Codec, Kind, Totals, parameters_of
 from knowledge_store.kinds.positions.display import show
 from knowledge_store.kinds.positions.invariants import invariants, tokens_match
 from knowledge_store.kinds.positions.packing import (
@@ -133,9 +133,7 @@ def positions_of(manifest: Manifest) -> PositionsParameters:
     Raises:
         InputError: it holds none.
     """
-    if "positions" not in manifest.kinds:
-        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind 'positions'")
-    return PositionsParameters.from_record(manifest.kinds["positions"])
+    return parameters_of(manifest, "positions", PositionsParameters)
 
 
 def keeps_candidates(manifest: Manifest) -> bool:
