@@ -119,7 +119,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
         measured = [store.manifest(name) for name in dumps]
-        measured += [part.store.manifest(name) for part in each_of(eval_dataset) if of_store(part) for name in part.plan.dumps]
+        measured += [part.store.manifest(name) for part in each_of(eval_dataset) if of_store(part) for name in part.dumps]
         divergences = {"kl": knows_full_kl, "kl_lower_bound": keeps_candidates}
         kl = [name for name, is_known in divergences.items() if on_text and all(map(is_known, measured))][:1]
         self.rationale_weight, self.hidden = rationale_weight, hidden
