@@ -1,13 +1,15 @@
 """The measuring of the figures of the kind `positions`: a model on held-out text, against the text and against the teacher.
 
 Only target positions count, and the teacher's own figures come straight from the store, on the same positions. The divergence
-is over candidates and tail, so it is a lower bound of the full one: a model can be further from the teacher than this says,
-never closer. Logits are read a slice of positions at a time beyond the model's own output. This file and `position_figures`,
-which declares the figures, know the columns of that kind.
+at each position is that of `full_kl`, where a dump keeps draws and the entropy of what they are from. With candidates there is
+also that over them and their tail, a lower bound: a model can be further from the teacher than this says, never closer. Logits
+are read a slice of positions at a time beyond the model's own output. This file and `position_figures`, which declares the
+figures, know the columns of that kind.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,10 @@ from student_train.evaluation.metrics import (
     describe_answers,
     describe_scores,
     rounded,
+    standard_error,
 )
 from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.full_kl import full_kl, knows_full_kl, rounding_floor
 from student_train.losses.head import head_at
 from student_train.losses.targets import Targets, predicting, select_targets
 from student_train.training.dataset import DistillationDataset
@@ -53,7 +57,8 @@ def position_figures(
 
     Returns:
         `positions` (how many targets); `student` and `teacher` with what `describe_answers` gives of nll (nats per token) and
-        the student's brier (full vocabulary); the student's full_ece, kl_lower_bound (nats per token) and top_1_agreement;
+        the student's brier (full vocabulary); the student's full_ece, kl and kl_lower_bound (nats per token), kl_standard_error
+        and top_1_agreement; the teacher's kl, the floor that rounding makes, and its kl_standard_error, that of draws alone;
         `per_sequence`, the student's sums over each sequence; `coverage`, how much of the teacher's probability the top-k
         candidates hold. With a temperature, `post_hoc`: the student once more. A dump of draws alone knows no candidates, and
         everything that needs them is left out.
@@ -64,7 +69,8 @@ def position_figures(
     positions = int(store.sequences(dump)["targets"].to_numpy()[ordinals].sum())
     if not positions:
         raise InputError(f"the dump {dump} has no target positions to evaluate on")
-    candidates = positions_of(store.manifest(dump)).selection.candidates
+    parameters = positions_of(store.manifest(dump))
+    candidates, step = parameters.selection.candidates, parameters.quantisation_step
     dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=(POSITIONS.name,))
     device = next(model.parameters()).device
     students = [_Student(1.0), *([] if temperature is None else [_Student(temperature)])]
@@ -76,7 +82,7 @@ def position_figures(
                 outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             logits, targets = select_targets(outputs.logits, batch)
             rows = batch["is_target"][:, 1:].nonzero()[:, 0]
-            parts.append({"sequence": _numpy(batch["sequence_id"][rows]), **_stored(targets, candidates)})
+            parts.append({"sequence": _numpy(batch["sequence_id"][rows]), **_stored(targets, candidates, step)})
             for start in range(0, len(logits), SLICE):
                 part = targets.part(slice(start, start + SLICE))
                 for student in students:
@@ -86,7 +92,7 @@ def position_figures(
     result: dict[str, Any] = {
         "positions": positions,
         "student": students[0].figures(stored),
-        "teacher": _teacher(stored, candidates),
+        "teacher": {**_teacher(stored, candidates), **students[0].floor(stored)},
         "per_sequence": students[0].per_sequence(stored),
     }
     if candidates:
@@ -109,9 +115,9 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _stored(targets: Targets, candidates: int) -> dict[str, np.ndarray]:
+def _stored(targets: Targets, candidates: int, step: float) -> dict[str, np.ndarray]:
     """Of N positions: the text's token and what the store says of the teacher, whose choice is its first candidate."""
-    columns = {"token": targets.token_ids, "teacher_nll": -targets.token_logprob}
+    columns = {"token": targets.token_ids, "teacher_nll": -targets.token_logprob, "floor": rounding_floor(targets, step)}
     if candidates:
         kept = torch.exp(targets.candidate_logprobs)
         cumulative = kept.cumsum(dim=-1)
@@ -148,6 +154,8 @@ class _Student:
         scores = {"nll": cross_entropy(logits, targets)}
         if candidates:
             scores["kl_lower_bound"] = forward_kl(logits, targets, tail="bucket")
+        if knows_full_kl(targets):
+            scores["kl"], scores["draw_variance"] = full_kl(logits, targets)
         columns = {name: _numpy(column) for name, column in scores.items()}
         check_finite(*columns.values())
         probabilities = torch.softmax(logits, dim=-1)
@@ -165,12 +173,27 @@ class _Student:
         if "teacher_choice" in stored:
             scores["kl_lower_bound"] = columns["kl_lower_bound"]
             scores["top_1_agreement"] = columns["choice"] == stored["teacher_choice"]
+        if "kl" in columns:
+            scores["kl"] = columns["kl"]
         return np.minimum(columns["confidence"], 1.0), columns["choice"] == stored["token"], scores
 
     def figures(self, stored: dict[str, np.ndarray]) -> dict[str, Any]:
         """For JSON."""
         confidence, correct, scores = self._columns(stored)
-        return {**describe_answers(confidence, correct, scores, stored["sequence"]), "full_ece": self.vocabulary.error}
+        figures = {**describe_answers(confidence, correct, scores, stored["sequence"]), "full_ece": self.vocabulary.error}
+        if "kl" in scores:
+            groups = stored["sequence"]
+            figures["kl_standard_error"] = standard_error(group_sums(scores["kl"], groups), group_sizes(len(groups), groups))
+        return figures
+
+    def floor(self, stored: dict[str, np.ndarray]) -> dict[str, float]:
+        """What the teacher itself would score, where the whole divergence is known."""
+        self._columns(stored)
+        if "kl" not in self.columns:
+            return {}
+        variance = self.columns["draw_variance"].sum(dtype=np.float64)
+        floor = float(stored["floor"].mean(dtype=np.float64))
+        return {"kl": floor, "kl_standard_error": math.sqrt(variance) / len(stored["floor"])}
 
     def per_sequence(self, stored: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Sums over the targets of each sequence, for the comparison of two models: how many there are, scores, correct
