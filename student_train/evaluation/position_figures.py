@@ -28,7 +28,7 @@ METRICS = (
         "kl_lower_bound",
         "KL to the teacher",
         "nats, lower bound",
-        ".3f",
+        ".3g",
         remark="KL is over the kept candidates and their tail as one more symbol: the true one is at least that.",
     ),
     Metric("top_1_agreement", "Agreement", "top-1, with the teacher", ".1%", lowest=False),
@@ -36,6 +36,14 @@ METRICS = (
     Metric("brier", "Brier", "full vocabulary", ".4f"),
     *calibration_errors(".2%"),
     calibration_error("full_ece", "Full-ECE", "every token", ".2%"),
+)
+DETAILS = (
+    Metric("perplexity_change", "Perplexity", "change from the teacher's", "+.2%"),
+    Metric("kl_median", "KL by position", "median", ".3g"),
+    Metric("kl_90", "KL by position", "90%", ".3g"),
+    Metric("kl_99", "KL by position", "99%", ".3g"),
+    Metric("kl_99_9", "KL by position", "99.9%", ".3g"),
+    Metric("kl_max", "KL by position", "maximum", ".3g"),
 )
 MEANS = ("nll", "kl_lower_bound", "top_1_agreement", "accuracy", "brier")
 
@@ -97,6 +105,7 @@ def _likeliest(batch: Mapping[str, np.ndarray], positions: Sequence[int]) -> lis
 POSITION_FIGURES = KindFigures(
     title="On held-out text",
     metrics=METRICS,
+    details=DETAILS,
     rows=_rows,
     measure=deferred("student_train.evaluation.positions", "position_figures"),
     likeliest=_likeliest,
