@@ -204,8 +204,7 @@ class KnowledgeStore:
             QueryLimitError: it needs more than its limits.
             DamageError, StoreError: as of `sql`.
         """
-        limits: Any = {"memory_limit": memory_limit, "timeout": timeout, "reporter": reporter}
-        return choose_sequences(self._dumps, query, self._names(dumps), **limits)
+        return choose_sequences(self._dumps, query, self._names(dumps), memory_limit, timeout, reporter)
 
     def choose_targets(
         self,
@@ -232,8 +231,7 @@ class KnowledgeStore:
             QueryLimitError: it needs more than its limits.
             DamageError, StoreError: as of `sql`.
         """
-        limits: Any = {"memory_limit": memory_limit, "timeout": timeout, "reporter": reporter}
-        return choose_targets(self._dumps, condition, self._names(dumps), **limits)
+        return choose_targets(self._dumps, condition, self._names(dumps), memory_limit, timeout, reporter)
 
     def check_choice(self, query: str | None, condition: str | None, dumps: str | Sequence[str] | None = None) -> None:
         """Refuse at once a query for `choose_sequences` or a condition for `choose_targets` that cannot be run or has another

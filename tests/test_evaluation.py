@@ -97,7 +97,7 @@ def test_sums_over_sequences_give_the_figures_again(result):
     sums, student = result["per_sequence"], result["student"]
     targets = sum(sums["targets"])
     assert targets == result["positions"] and len(sums["targets"]) == result["sequences"]
-    for name in ("nll", "brier", "accuracy", "kl_lower_bound", "top_1_agreement"):
+    for name in ("nll", "brier", "accuracy", "kl", "kl_lower_bound", "top_1_agreement"):
         assert sum(sums[name]) / targets == pytest.approx(student[name], rel=1e-4)
     assert np.abs(np.sum(sums["gaps_15"], axis=0)).sum() / targets == pytest.approx(student["ece_15"], rel=1e-3)
 
@@ -135,6 +135,7 @@ def test_each_judged_position_is_kept_and_joined_by_sql(judged, copy_folder, sto
     assert (columns["token_id"] == columns["stored_id"]).all()
     assert columns["logprob"] == pytest.approx(-plain["nll"], abs=1e-3)
     assert columns["confidence"] == pytest.approx(plain["confidence"], abs=1e-4)
+    assert columns["kl"].mean() == pytest.approx(student["kl"], rel=1e-5)
     assert columns["kl_lower_bound"].mean() == pytest.approx(student["kl_lower_bound"], rel=1e-5)
     assert (columns["agrees"] == (columns["likeliest_id"] == columns["teacher_choice"])).all()
     assert columns["agrees"].mean() == pytest.approx(student["top_1_agreement"])
@@ -163,10 +164,10 @@ def test_evaluations_side_by_side(result, copy_folder, judged, teacher_folder, s
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert any("copy" in line and "teacher" in line for line in lines) and f"Less {teacher_folder.name}" in done.stdout
-    for words in ("Perplexity (change from the teacher's)", "KL by position (99.9%)", "Agreement (top-1"):
+    for words in ("Perplexity (change from the teacher's)", "KL, candidates and tail (99.9% of positions)", "Agreement (top-1"):
         assert any(words in line for line in lines), words
     kl = judged[0]["student"]["kl_lower_bound"] - result["student"]["kl_lower_bound"]
-    assert f"{kl:+.3g}"[:6] in done.stdout[done.stdout.index("Less") :]
+    assert f"{kl:+.5f}" in done.stdout[done.stdout.index("Less") :]
     evaluate(EvaluateConfig(str(teacher_folder), str(store_folder), dump="heldout", limit=2, output=str(limited)))
     refused = CliRunner().invoke(app, ["compare", str(first), str(limited)])
     assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
@@ -257,7 +258,8 @@ def test_a_dump_without_candidates(teacher_folder, draws_folder, tmp_path):
     path = tmp_path / "e.json"
     found = evaluate(EvaluateConfig(str(teacher_folder), str(draws_folder), output=str(path)))["figures"]["positions"]
     check_student_figures(found["student"], plainly(teacher_folder, draws_folder))
-    assert set(found["teacher"]) == {"nll", "intervals"}
+    assert set(found["teacher"]) == {"nll", "intervals", "kl", "kl_standard_error"}
+    assert abs(found["student"]["kl"]) < 4 * found["teacher"]["kl_standard_error"]
     assert found["teacher"]["nll"] == pytest.approx(found["student"]["nll"], abs=0.05)
     text = path.read_text()
     done = CliRunner().invoke(app, ["evaluate", str(draws_folder), "--model", str(teacher_folder), "--output", str(path)])
@@ -289,6 +291,8 @@ def test_coverage_of_uneven_candidates(teacher_folder, top_p_folder, tmp_path):
 def test_the_teacher_agrees_with_what_was_kept_of_it(result):
     """A misalignment by one position would show here: the teacher as its own student differs by rounding only."""
     assert result["student"]["kl_lower_bound"] < 0.01
+    floor = result["teacher"]
+    assert 0 < floor["kl"] < 0.001 and abs(result["student"]["kl"] - floor["kl"]) < 4 * floor["kl_standard_error"] + 0.001
     assert result["student"]["top_1_agreement"] > 0.9  # rounding makes ties
     assert result["teacher"]["nll"] == pytest.approx(result["student"]["nll"], abs=0.05)
     assert result["student"]["ece_10"] == pytest.approx(result["teacher"]["ece_10"], abs=0.02)

@@ -118,7 +118,7 @@ def test_a_dump_resumes_and_is_repaired(tmp_path, options, store, loaded_teacher
 
 def test_check(store, loaded_teacher):
     found = check(CheckConfig(store, "loaded", dump="last"), loaded_teacher)["hidden"]
-    assert found.verdict == AGREES and max(found.apart) < 1e-2
+    assert found.verdict == AGREES and max(found.distances) < 1e-2
 
 
 def test_a_dump_that_would_be_too_large(tmp_path, options, loaded_teacher, monkeypatch):

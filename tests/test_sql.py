@@ -23,7 +23,7 @@ SEQUENCES = [
 COLUMNS = {
     "positions": [
         *("dump", "sequence_id", "position", "token_id", "is_target", "token_logprob", "candidate_ids"),
-        *("candidate_logprobs", "tail_logprob", "token_text"),
+        *("candidate_logprobs", "tail_logprob", "token_text", "teacher_entropy"),
     ],
     "candidates": ["dump", "sequence_id", "position", "rank", "token_id", "token_text", "logprob"],
     "sequences": SEQUENCES,

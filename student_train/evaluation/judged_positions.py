@@ -27,6 +27,7 @@ TYPES = {
     "position": pa.int32(),
     "token_id": pa.uint32(),
     "logprob": pa.float32(),
+    "kl": pa.float32(),
     "kl_lower_bound": pa.float32(),
     "likeliest_id": pa.uint32(),
     "confidence": pa.float32(),

@@ -17,7 +17,14 @@ from knowledge_store.calibration.expected_calibration_error import (
     reliability,
 )
 from knowledge_store.errors import InputError
-from student_train.evaluation.bootstrap import Interval, bootstrap_calibration_error, bootstrap_interval
+from student_train.evaluation.bootstrap import (
+    MIN_GROUPS,
+    Interval,
+    bootstrap_calibration_error,
+    bootstrap_interval,
+    group_sizes,
+    group_sums,
+)
 
 BINS = (10, 15)  # of calibration errors; the second is that of reliability diagrams too
 
@@ -115,6 +122,21 @@ def describe_scores(scores: dict[str, np.ndarray], groups: np.ndarray | None = N
         **means,
         "intervals": known_intervals({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()}),
     }
+
+
+def standard_error(values: np.ndarray, groups: np.ndarray) -> float | None:
+    """The standard error of the mean of (N,) values that were sampled in groups (N,), as positions are in sequences.
+
+    It is that of a ratio of sums over G groups (Cochran 1977, Sampling Techniques, section 6.4):
+    √(G / (G − 1) Σ (sum − size · mean)²) / N.
+
+    None for fewer groups than `bootstrap.MIN_GROUPS`, from which it is not known.
+    """
+    sums, sizes = group_sums(values, groups), group_sizes(len(values), groups)
+    if len(sums) < MIN_GROUPS:
+        return None
+    apart = sums - sizes * (sums.sum() / sizes.sum())
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (apart**2).sum()) / sizes.sum())
 
 
 def known_intervals(intervals: dict[str, Interval]) -> dict[str, list[float]]:

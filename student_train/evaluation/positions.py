@@ -1,13 +1,15 @@
 """The measuring of the figures of the kind `positions`: a model on held-out text, against the text and against the teacher.
 
 Only target positions count, and the teacher's own figures come straight from the store, on the same positions. The divergence
-is over candidates and tail, so it is a lower bound of the full one: a model can be further from the teacher than this says,
-never closer. Logits are read a slice of positions at a time beyond the model's own output. This file and `position_figures`,
-which declares the figures, know the columns of that kind.
+at each position is that of `full_kl`, where a dump keeps draws and the entropy of what they are from. With candidates there is
+also that over them and their tail, a lower bound: a model can be further from the teacher than this says, never closer. Logits
+are read a slice of positions at a time beyond the model's own output. This file and `position_figures`, which declares the
+figures, know the columns of that kind.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,10 @@ from student_train.evaluation.metrics import (
     describe_scores,
     known_intervals,
     rounded,
+    standard_error,
 )
 from student_train.losses.divergences import cross_entropy, forward_kl
+from student_train.losses.full_kl import full_kl, knows_full_kl, rounding_floor
 from student_train.losses.head import head_at
 from student_train.losses.targets import Targets, predicting, select_targets
 from student_train.training.dataset import DistillationDataset
@@ -57,8 +61,9 @@ def position_figures(
 
     Returns:
         `positions` (how many targets); `student` and `teacher` with what `describe_answers` gives of nll (nats per token) and
-        the student's brier (full vocabulary); the student's full_ece, kl_lower_bound (nats per token), its percentiles over
-        positions, top_1_agreement and perplexity_change (a share of the teacher's perplexity);
+        the student's brier (full vocabulary); the student's full_ece, kl and kl_lower_bound (nats per token),
+        kl_standard_error, percentiles of kl_lower_bound over positions, top_1_agreement and perplexity_change (a share of the
+        teacher's perplexity); the teacher's kl, the floor that rounding makes, and its kl_standard_error, that of draws alone;
         `per_sequence`, the student's sums over each sequence; `coverage`, how much of the teacher's probability the top-k
         candidates hold. With a temperature, `post_hoc`: the student once more. A dump of draws alone knows no candidates, and
         everything that needs them is left out.
@@ -70,7 +75,8 @@ def position_figures(
     positions = int(store.sequences(dump)["targets"].to_numpy()[ordinals].sum())
     if not positions:
         raise InputError(f"the dump {dump} has no target positions to evaluate on")
-    candidates = positions_of(store.manifest(dump)).selection.candidates
+    parameters = positions_of(store.manifest(dump))
+    candidates, step = parameters.selection.candidates, parameters.quantisation_step
     dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=(POSITIONS.name,))
     device = next(model.parameters()).device
     students = [_Student(1.0), *([] if temperature is None else [_Student(temperature)])]
@@ -83,7 +89,7 @@ def position_figures(
             logits, targets = select_targets(outputs.logits, batch)
             rows, columns = predicting(batch)
             place = {"sequence": _numpy(batch["sequence_id"][rows]), "position": _numpy(columns + 1)}
-            parts.append({**place, **_stored(targets, candidates)})
+            parts.append({**place, **_stored(targets, candidates, step)})
             for start in range(0, len(logits), SLICE):
                 part = targets.part(slice(start, start + SLICE))
                 for student in students:
@@ -93,7 +99,7 @@ def position_figures(
     result: dict[str, Any] = {
         "positions": positions,
         "student": students[0].figures(stored),
-        "teacher": _teacher(stored, candidates),
+        "teacher": {**_teacher(stored, candidates), **students[0].floor(stored)},
         "per_sequence": students[0].per_sequence(stored),
     }
     if candidates:
@@ -118,9 +124,9 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _stored(targets: Targets, candidates: int) -> dict[str, np.ndarray]:
+def _stored(targets: Targets, candidates: int, step: float) -> dict[str, np.ndarray]:
     """Of N positions: the text's token and what the store says of the teacher, whose choice is its first candidate."""
-    columns = {"token": targets.token_ids, "teacher_nll": -targets.token_logprob}
+    columns = {"token": targets.token_ids, "teacher_nll": -targets.token_logprob, "floor": rounding_floor(targets, step)}
     if candidates:
         kept = torch.exp(targets.candidate_logprobs)
         cumulative = kept.cumsum(dim=-1)
@@ -157,6 +163,8 @@ class _Student:
         scores = {"nll": cross_entropy(logits, targets)}
         if candidates:
             scores["kl_lower_bound"] = forward_kl(logits, targets, tail="bucket")
+        if knows_full_kl(targets):
+            scores["kl"], scores["draw_variance"] = full_kl(logits, targets)
         columns = {name: _numpy(column) for name, column in scores.items()}
         check_finite(*columns.values())
         probabilities = torch.softmax(logits, dim=-1)
@@ -174,17 +182,30 @@ class _Student:
         if "teacher_choice" in stored:
             scores["kl_lower_bound"] = columns["kl_lower_bound"]
             scores["top_1_agreement"] = columns["choice"] == stored["teacher_choice"]
+        if "kl" in columns:
+            scores["kl"] = columns["kl"]
         return np.minimum(columns["confidence"], 1.0), columns["choice"] == stored["token"], scores
 
     def figures(self, stored: dict[str, np.ndarray]) -> dict[str, Any]:
         """For JSON."""
         confidence, correct, scores = self._columns(stored)
         figures = {**describe_answers(confidence, correct, scores, stored["sequence"]), "full_ece": self.vocabulary.error}
+        if "kl" in scores:
+            figures["kl_standard_error"] = standard_error(scores["kl"], stored["sequence"])
         figures["perplexity_change"], interval = perplexity_change(scores["nll"], stored["teacher_nll"], stored["sequence"])
         figures["intervals"] |= known_intervals({"perplexity_change": interval})
         if "kl_lower_bound" in scores:
             figures |= kl_percentiles(scores["kl_lower_bound"])
         return figures
+
+    def floor(self, stored: dict[str, np.ndarray]) -> dict[str, float]:
+        """What the teacher itself would score, where the whole divergence is known."""
+        self._columns(stored)
+        if "kl" not in self.columns:
+            return {}
+        variance = self.columns["draw_variance"].sum(dtype=np.float64)
+        floor = float(stored["floor"].mean(dtype=np.float64))
+        return {"kl": floor, "kl_standard_error": math.sqrt(variance) / len(stored["floor"])}
 
     def by_position(self, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray | None]:
         """What `write_positions` keeps of each position."""
@@ -194,6 +215,7 @@ class _Student:
             "position": stored["position"],
             "token_id": stored["token"],
             "logprob": -self.columns["nll"],
+            "kl": scores.get("kl"),
             "kl_lower_bound": scores.get("kl_lower_bound"),
             "likeliest_id": self.columns["choice"],
             "confidence": self.columns["confidence"],

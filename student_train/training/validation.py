@@ -11,13 +11,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from student_train.losses.divergences import forward_kl, token_nll
+from student_train.losses.full_kl import full_kl
 from student_train.losses.rationale import rationale_count, rationale_nll
 from student_train.losses.sliced import Prepare, sum_over_slices
 from student_train.losses.step import run_student, step_loss, units
 from student_train.losses.table import TEXT
-from student_train.losses.targets import Batch, predicting_logits, target_tokens
+from student_train.losses.targets import Batch, Targets, predicting_logits, target_tokens
 from student_train.losses.teachers import Share, weighted_loss
 from student_train.training.dataset import DistillationDataset
+
+# From the teacher, as figures.
+DIVERGENCES: dict[str, Callable[[Tensor, Targets], Tensor]] = {
+    "kl": lambda logits, targets: full_kl(logits, targets).estimate,
+    "kl_lower_bound": partial(forward_kl, tail="bucket"),
+}
 
 # What the mixin's methods call is a trainer's: to a type checker it is one, and in truth it stands before one.
 if TYPE_CHECKING:
@@ -30,10 +37,11 @@ class ValidationMixin(_Base):
     """How `DistillationMixin` evaluates.
 
     Every figure is a mean over the targets of all processes: `eval_loss`, the objective on the evaluated sequences; `eval_nll`,
-    the negative log-likelihood of their text; and `eval_kl`, the divergence from the teacher (candidates and tail as one more
-    symbol, a lower bound); nats. The last two are the same for any loss; they are left out for one that does not run on the
-    text, and `eval_kl` for a dump without candidates. Where batches have rationales, `eval_rationale` is the negative
-    log-likelihood of their tokens, a mean over these.
+    the negative log-likelihood of their text; and `eval_kl`, the divergence from the teacher (`full_kl`), or where a dump keeps
+    no draws, or not the entropy of what they are from, `eval_kl_lower_bound` (over candidates and tail as one more symbol);
+    nats. The last two are the same for any loss; they are left out for one that does not run on the text, and the bound for a
+    dump without candidates. Where batches have rationales, `eval_rationale` is the negative log-likelihood of their tokens, a
+    mean over these.
 
     Attributes:
         figures: the names of these that there are, without `eval_`.
@@ -145,7 +153,8 @@ class ValidationMixin(_Base):
         tokens = target_tokens(batch)
 
         def prepare(vocabulary_size: int) -> Share:
-            known = weighted_loss(partial(forward_kl, tail="bucket"), batch, vocabulary_size) if "kl" in self.figures else None
+            divergence = next((DIVERGENCES[name] for name in self.figures if name in DIVERGENCES), None)
+            known = weighted_loss(divergence, batch, vocabulary_size) if divergence else None
             learned = None
             if function:
                 learned = weighted_loss(partial(function, **self.loss_options), batch, vocabulary_size, self.recalibrate)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,29 +34,17 @@ def _check_positions(*arguments: Any) -> Agreement:
     return check_positions(*arguments)
 
 
-def _check_saliency(*arguments: Any) -> Agreement:
-    from teacher_dump.checking.saliency.checker import check_saliency
+def _check_distances(*arguments: Any) -> Agreement:
+    from teacher_dump.checking.distances.checker import check_distances
 
-    return check_saliency(*arguments)
-
-
-def _check_vectors(*arguments: Any) -> Agreement:
-    from teacher_dump.checking.states.checker import check_states
-
-    return check_states("vectors", *arguments)
-
-
-def _check_hidden(*arguments: Any) -> Agreement:
-    from teacher_dump.checking.states.checker import check_states
-
-    return check_states("hidden", *arguments)
+    return check_distances(*arguments)
 
 
 CHECKERS: dict[str, Checker] = {
     "positions": _check_positions,
-    "saliency": _check_saliency,
-    "vectors": _check_vectors,
-    "hidden": _check_hidden,
+    "saliency": partial(_check_distances, "saliency"),
+    "vectors": partial(_check_distances, "vectors"),
+    "hidden": partial(_check_distances, "hidden"),
 }
 # Those that are asked again with the tokens of another: without it they cannot be checked.
 TOKENS_FROM = {"vectors": "positions", "hidden": "positions"}

@@ -34,7 +34,12 @@ class UnsoundLogits(InputError):
 
 
 def knowledge_of(
-    logits: Tensor, token_ids: Tensor, selection: Selection, points: Tensor | None = None, temperature: float | None = None
+    logits: Tensor,
+    token_ids: Tensor,
+    selection: Selection,
+    points: Tensor | None = None,
+    temperature: float | None = None,
+    entropy: bool = False,
 ) -> dict[str, Tensor]:
     """What a selection keeps of each distribution, and exactly what it leaves over.
 
@@ -48,12 +53,14 @@ def knowledge_of(
         selection: the rule; at most K = `selection.candidates` candidates.
         points: float64 (N, M), in [0, 1), where it draws; see `sampling`.
         temperature: one at which the tail is kept too.
+        entropy: whether that of the tail is wanted.
 
     Returns:
         token_logprob (N,), candidate_ids (N, K) int64, candidate_logprobs (N, K), tail_logprob (N,): float32, nats, over the
         full vocabulary at temperature 1; candidates likeliest first, −inf behind the last that top-p needs; the tail is −inf
         when there is none. With points also tail_ids and tail_counts (N, M) int64, 0 for no draw. With a temperature T also
-        tail_logsumexp (N,) float32: the log of the sum of p^(1/T) over the tail.
+        tail_logsumexp (N,) float32: the log of the sum of p^(1/T) over the tail. With entropy also tail_entropy (N,) float32,
+        nats: of the tail made to sum to one; 0 where there is none.
     """
     token_logit = logits.gather(1, token_ids[:, None])[:, 0]
     width = min(selection.candidates, logits.shape[1])
@@ -73,7 +80,7 @@ def knowledge_of(
     logits.sub_(highest)
     if temperature is not None:
         tempered = block_sums(torch.exp(logits / temperature)).sum(dim=1).log()
-    weights = logits.exp_()
+    weights = torch.exp(logits) if entropy else logits.exp_()
     sums = block_sums(weights)
     tail = (sums.sum(dim=1).log() + precise(highest[:, 0])).float().to(logits.device)
     total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
@@ -83,6 +90,12 @@ def knowledge_of(
         "candidate_logprobs": candidates - total[:, None],
         "tail_logprob": tail - total,
     }
+    if entropy:
+        # ln Σ w − Σ w ln w / Σ w. What weighs nothing adds nothing, however far down it is.
+        logs = logits.clamp_(min=torch.finfo(logits.dtype).min)
+        total_weight, weighted = sums.sum(dim=1), block_sums(logs.mul_(weights)).sum(dim=1)
+        tail_entropy = torch.where(total_weight > 0, total_weight.log() - weighted / total_weight, 0)
+        knowledge["tail_entropy"] = tail_entropy.clamp(min=0).float().to(logits.device)
     if points is not None:
         # Something to draw, which then counts for nothing.
         for masses in (weights, sums):
@@ -135,18 +148,19 @@ def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_
     device, parameters = batch.prediction.teacher.device, batch.parameters
     places, before, tokens = (torch.from_numpy(array).to(device) for array in (rows, positions - 1, token_ids))
     drawn = torch.from_numpy(points) if parameters.selection.draws else None
+    more = parameters.temperature, parameters.tail_entropy
     finite: list[Tensor] = []
     results: list[dict[str, Tensor]] = []
     for part, logits in batch.prediction.logit_slices(places, before):
         lowest = logits.amin(dim=1)
         part_points = None if drawn is None else drawn[part]
-        results.append(knowledge_of(logits, tokens[part], parameters.selection, part_points, parameters.temperature))
+        results.append(knowledge_of(logits, tokens[part], parameters.selection, part_points, *more))
         # A logit that is NaN or +inf makes the normaliser so, and with it the token's log-probability.
         finite.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
     if not results:
         nothing = torch.zeros((0, batch.prediction.teacher.vocabulary_size))
         tokens = torch.zeros(0, dtype=torch.int64)
-        results.append(knowledge_of(nothing, tokens, parameters.selection, drawn, parameters.temperature))
+        results.append(knowledge_of(nothing, tokens, parameters.selection, drawn, *more))
     not_finite = ~torch.cat(finite).cpu().numpy() if finite else np.zeros(0, bool)
     if not_finite.any():
         raise UnsoundLogits(
@@ -175,7 +189,7 @@ def coverage_by_depth(batch: ExtractionBatch) -> dict[str, Total]:
     selection, vocabulary = batch.parameters.selection, batch.prediction.teacher.vocabulary_size
     depths = sorted({*SAMPLE_DEPTHS, *([selection.candidates] if selection.name == "top-k" else [])})
     deepest = Selection("top-k", min(depths[-1], vocabulary))
-    parameters = replace(batch.parameters, selection=deepest, calibration={})
+    parameters = replace(batch.parameters, selection=deepest, calibration={}, tail_entropy=False)
     masses = candidate_masses(extract_positions(replace(batch, parameters=parameters)))
     sums = masses.sum(axis=0).cumsum()
     return {f"top-{depth} coverage": (float(sums[min(depth, len(sums)) - 1]), len(masses)) for depth in depths}

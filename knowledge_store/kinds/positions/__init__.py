@@ -9,7 +9,8 @@ from knowledge_store.kinds.positions.kind import (
     damage,
     exact_steps,
     keeps_candidates,
+    knows_full_kl,
     positions_of,
 )
 
-__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "keeps_candidates", "positions_of"]
+__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "keeps_candidates", "knows_full_kl", "positions_of"]

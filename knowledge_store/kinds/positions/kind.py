@@ -18,7 +18,8 @@ so pair position t with a model's output at t − 1. Without knowledge (position
 
 A selection with draws adds `tail_ids` and `tail_counts`: which tokens outside the candidates were drawn, and how often each. A
 calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
-the log-softmax of candidates / T and of this.
+the log-softmax of candidates / T and of this. `tail_entropy` is that of the tail made to sum to one, H = −Σ (q/t) ln (q/t) over
+it (nats; t its probability): with it the teacher's entropy is known, and with draws the whole divergence from it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
 from knowledge_store.kinds.columns import Arrays, list_offsets, padded_lists
-from knowledge_store.kinds.field import PLAIN, Field
+from knowledge_store.kinds.field import PLAIN, SPLIT, Field
 from knowledge_store.kinds.kind import Codec, Kind, Totals, parameters_of
 from knowledge_store.kinds.positions.display import show
 from knowledge_store.kinds.positions.invariants import invariants, tokens_match
@@ -51,7 +52,7 @@ from knowledge_store.kinds.positions.packing import (
     unpack_predictions,
 )
 from knowledge_store.kinds.positions.packing import exact_steps as exact_prediction_steps
-from knowledge_store.kinds.positions.relations import EACH_CANDIDATE, RELATIONS
+from knowledge_store.kinds.positions.relations import EACH_CANDIDATE, RELATIONS, positions_relation
 from knowledge_store.kinds.positions.selection import Selection, difference
 from knowledge_store.quantities import byte_size
 
@@ -68,6 +69,7 @@ DRAWS = (
     Field("tail_counts", pa.uint16(), "ragged", nullable=True),
 )
 TEMPERED = (Field("tail_logsumexp", pa.float32(), nullable=True),)
+ENTROPY = (Field("tail_entropy", pa.float32(), nullable=True, encoding=SPLIT),)
 AS_THEY_ARE = 2  # of FIELDS, the first so many are stored as they are
 
 MIN_STEP, MAX_STEP = 2.0**-24, 2.0**10  # nats; beyond these nothing can be computed with
@@ -88,12 +90,14 @@ class PositionsParameters:
         quantisation_step: nats; what log-probabilities are rounded in.
         calibration: `temperature` at which the tail is kept too, and `sha256` of the calibration; empty for none.
         keep_context: whether predictions of context positions (prompts) are kept too.
+        tail_entropy: whether the entropy of the tail is kept.
     """
 
     selection: Selection = field(default_factory=Selection)
     quantisation_step: float = 1 / 8
     calibration: dict[str, Any] = field(default_factory=dict)
     keep_context: bool = False
+    tail_entropy: bool = False
 
     @property
     def temperature(self) -> float | None:
@@ -107,6 +111,7 @@ class PositionsParameters:
             "quantisation_step": self.quantisation_step,
             "calibration": dict(self.calibration),
             "keep_context": self.keep_context,
+            "tail_entropy": self.tail_entropy,
         }
 
     @classmethod
@@ -116,15 +121,18 @@ class PositionsParameters:
         Raises:
             ValueError: they cannot be used.
         """
-        shape = {"selection": {"name": str}, "quantisation_step": int | float, "calibration": {}, "keep_context": bool}
-        check_shape(record, shape, "positions")
+        switches = {"keep_context": bool, "tail_entropy": bool}
+        check_shape(
+            record, {"selection": {"name": str}, "quantisation_step": int | float, "calibration": {}, **switches}, "positions"
+        )
         step, calibration = record["quantisation_step"], record["calibration"]
         if not MIN_STEP <= step <= MAX_STEP:
             raise ValueError(f"its quantisation step is not between {MIN_STEP} and {MAX_STEP}")
         check_shape(calibration, {"temperature": int | float, "sha256": str} if calibration else {}, "its calibration")
         if not calibration.get("temperature", 1) > 0:
             raise ValueError("its calibration's temperature is not above zero")
-        return cls(Selection.from_record(record["selection"]), step, calibration, record["keep_context"])
+        rule = Selection.from_record(record["selection"])
+        return cls(rule, step, calibration, record["keep_context"], record["tail_entropy"])
 
 
 def positions_of(manifest: Manifest) -> PositionsParameters:
@@ -141,14 +149,20 @@ def keeps_candidates(manifest: Manifest) -> bool:
     return "positions" in manifest.kinds and bool(positions_of(manifest).selection.candidates)
 
 
+def knows_full_kl(manifest: Manifest) -> bool:
+    """Whether a dump says enough of the teacher's tails for the whole KL from it to be estimated: draws, and their entropy."""
+    return "positions" in manifest.kinds and {*DRAWS, *ENTROPY} <= {*_more(manifest)}
+
+
 def _more(manifest: Manifest) -> tuple[Field, ...]:
-    """The columns that some dumps have: draws, and the tail at a temperature."""
+    """The columns that some dumps have: draws, the tail at a temperature, and its entropy."""
     parameters = positions_of(manifest)
-    return (*(DRAWS if parameters.selection.draws else ()), *(TEMPERED if parameters.temperature else ()))
+    wanted = {DRAWS: parameters.selection.draws, TEMPERED: parameters.temperature, ENTROPY: parameters.tail_entropy}
+    return tuple(field for columns, has in wanted.items() if has for field in columns)
 
 
 def fields(manifest: Manifest) -> tuple[Field, ...]:
-    """The columns of a dump's table: FIELDS, DRAWS where its selection draws, and TEMPERED where it is calibrated."""
+    """The columns of a dump's table: FIELDS, DRAWS where its selection draws, TEMPERED where it is calibrated, and ENTROPY."""
     return (*FIELDS, *_more(manifest))
 
 
@@ -177,8 +191,8 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
 
     Returns:
         float64, in steps, by the name of the array: token_logprob (N,); where there are candidates candidate_logprobs (N, K)
-        and tail_logprob (N,); at a temperature tail_logsumexp (N,). NaN where nothing is kept. Candidates count from the first,
-        which is NaN, the tail is its log-odds, and a token that is a candidate is NaN.
+        and tail_logprob (N,); where they are kept tail_logsumexp (N,) and tail_entropy (N,). NaN where nothing is kept.
+        Candidates count from the first, which is NaN, the tail is its log-odds, and a token that is a candidate is NaN.
     """
     parameters = positions_of(manifest)
     step = parameters.quantisation_step
@@ -191,9 +205,14 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
         exact["token_logprob"][among] = np.nan
         present[:, 0] = False
         exact |= {"candidate_logprobs": np.where(present, steps, np.nan), "tail_logprob": tail_steps}
-    if parameters.temperature:
-        exact["tail_logsumexp"] = in_steps(arrays["tail_logsumexp"], step)
+    for name in _rounded(parameters):
+        exact[name] = in_steps(arrays[name], step)
     return exact
+
+
+def _rounded(parameters: PositionsParameters) -> list[str]:
+    """The columns that are rounded to multiples of the step, and stored as these."""
+    return [*(["tail_logsumexp"] if parameters.temperature else []), *(["tail_entropy"] if parameters.tail_entropy else [])]
 
 
 def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
@@ -203,7 +222,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         keys: sequence_id and position, N rows.
         arrays: token_id (N,), is_target (N,), has_knowledge (N,) and, in nats and meaningful where `has_knowledge`:
             token_logprob (N,), candidate_ids (N, K), candidate_logprobs (N, K) (−inf: no candidate), tail_logprob (N,); with
-            draws tail_ids (N, M) and tail_counts (N, M) (0: none); at a temperature tail_logsumexp (N,).
+            draws tail_ids (N, M) and tail_counts (N, M) (0: none); where they are kept tail_logsumexp (N,), tail_entropy (N,).
         manifest: of the dump; gives the quantisation step and the columns.
 
     Raises:
@@ -225,8 +244,8 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         for field in DRAWS:
             values = pa.array(arrays[field.name][drawn]).cast(field.type)
             columns[field.name] = pa.ListArray.from_arrays(offsets, values, type=field.column.type, mask=absent)
-    if parameters.temperature:
-        columns["tail_logsumexp"] = pa.array(quantise(arrays["tail_logsumexp"], parameters.quantisation_step), mask=~kept)
+    for name in _rounded(parameters):
+        columns[name] = pa.array(quantise(arrays[name], parameters.quantisation_step), mask=~kept)
     schema = POSITIONS.stored_schema(manifest)
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
@@ -253,8 +272,8 @@ def decode(table: pa.Table) -> Arrays:
     Returns:
         input_ids int64 (N,), is_target bool (N,), has_knowledge bool (N,), token_logprob float32 (N,), candidate_ids
         int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
-        candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and tail_counts int64 (N, M); in a calibrated
-        dump tail_logsumexp float32 (N,).
+        candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and tail_counts int64 (N, M); where they are
+        kept tail_logsumexp float32 (N,) and tail_entropy float32 (N,).
 
     Raises:
         ValueError: what cannot be missing is, or numbers are not log-probabilities.
@@ -274,8 +293,9 @@ def decode(table: pa.Table) -> Arrays:
     if "tail_ids" in table.column_names:
         more["tail_ids"], _ = padded_lists(table["tail_ids"], 0, np.int64)
         more["tail_counts"], _ = padded_lists(table["tail_counts"], 0, np.int64)
-    if "tail_logsumexp" in table.column_names:
-        more["tail_logsumexp"] = table["tail_logsumexp"].fill_null(0).to_numpy()
+    for name in ("tail_logsumexp", "tail_entropy"):
+        if name in table.column_names:
+            more[name] = table[name].fill_null(0).to_numpy()
     return {
         "input_ids": table["token_id"].to_numpy().astype(np.int64),
         "is_target": table["is_target"].to_numpy(),
@@ -387,7 +407,7 @@ POSITIONS = Kind(
     statistics={"predictions": None, **dict.fromkeys(("mean_nll", "mean_top_k_mass", "mean_top_1_accuracy"), "predictions")},
     measure=measure,
     checks=checks,
-    relations=RELATIONS,
+    relations={"positions": lambda manifest: positions_relation(positions_of(manifest).tail_entropy), **RELATIONS},
     target="is_target",
     repeated=EACH_CANDIDATE,
     lines=lines,
