@@ -50,7 +50,9 @@ def init(config: InitialiseConfig) -> None:
     from student_train.training.initialisation import initialise
 
     with _libraries():
-        made = initialise(config.source, parse_layers(config.keep_layers), config.output, gguf_file=config.gguf_file)
+        made = initialise(
+            config.source, list(parse_layers("--keep-layers", config.keep_layers)), config.output, gguf_file=config.gguf_file
+        )
     output.print(
         f"{made.output}: {made.layers} of {made.layers_before} layers,"
         f" {_millions(made.parameters)} of {_millions(made.parameters_before)} parameters",
