@@ -22,7 +22,7 @@ from knowledge_store.format.records import json_sha256
 from knowledge_store.kinds.positions import positions_of
 from student_train.cli import app
 from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
-from student_train.evaluation.configuration import EvaluateConfig, output_path
+from student_train.evaluation.configuration import EvaluateConfig, check_evaluation, output_path
 from student_train.evaluation.metrics import full_vocabulary_calibration_error
 from student_train.evaluation.run import evaluate
 from teacher_dump import DumpConfig, dump
@@ -175,6 +175,18 @@ def test_evaluations_side_by_side(result, copy_folder, judged, teacher_folder, s
 
 
 RESULT = {"model", "parameters", "seconds", "config", "dump", "sequences", "figures"}
+
+
+def test_a_result_takes_the_place_of_none_of_another_model(copy_folder, judged, teacher_folder, store_folder, tmp_path):
+    path = tmp_path / "heldout.json"
+    path.write_text((copy_folder / "evaluations/heldout.json").read_text())
+    config = EvaluateConfig(str(copy_folder), str(store_folder), dump="heldout", output=str(path))
+    assert check_evaluation(config) == path  # the same once more
+    with pytest.raises(InputError, match=f"holds the results of {copy_folder}: name another file"):
+        check_evaluation(replace(config, model=str(teacher_folder)))
+    path.write_text("{}")
+    with pytest.raises(InputError, match="Give --output to write the result somewhere else"):
+        check_evaluation(config)
 
 
 def test_copies_in_one_folder_have_results_of_their_own(tmp_path):

@@ -133,7 +133,7 @@ def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
     path = output_path(config, dump)
     if path and path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
-    if path and not config.output and path.exists():
+    if path and path.exists():
         try:
             previous = read_evaluation(path)["config"]
         except InputError as error:
@@ -141,4 +141,9 @@ def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
         source, asked = previous["questions"] or previous["store"], config.questions or config.store_address
         if Path(str(source)).resolve() != Path(str(asked)).resolve():
             raise InputError(f"{path} holds the results on {source}: give --output for those on another")
+        if config.output and (previous["model"], previous["gguf_file"]) != (config.model, config.gguf_file):
+            raise InputError(
+                f"--output {path} holds the results of {previous['gguf_file'] or previous['model']}: name another file, or"
+                " remove it"
+            )
     return path
