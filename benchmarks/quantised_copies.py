@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.measurement import keep
 from knowledge_store import KnowledgeStore
+from student_train.evaluation.bootstrap import group_sizes, group_sums
 from student_train.evaluation.comparison import mean_difference
 from student_train.evaluation.judged_positions import kl_percentiles
 from student_train.evaluation.kinds import measure
@@ -105,7 +106,8 @@ def base_divergences(path: Path, model: Any, store: KnowledgeStore, name: str) -
 def described(kl: np.ndarray, sequences: np.ndarray) -> dict[str, Any]:
     """Of the divergence at each position."""
     percentiles = {name: value for name, value in kl_percentiles(kl).items() if name in FIGURES}
-    return {"kl": float(kl.mean()), "kl_standard_error": standard_error(kl, sequences), **percentiles}
+    sums, sizes = group_sums(kl, sequences), group_sizes(len(kl), sequences)
+    return {"kl": float(kl.mean()), "kl_standard_error": standard_error(sums, sizes), **percentiles}
 
 
 def in_order(kl: np.ndarray, exact: np.ndarray) -> dict[str, float]:

@@ -191,7 +191,8 @@ class _Student:
         confidence, correct, scores = self._columns(stored)
         figures = {**describe_answers(confidence, correct, scores, stored["sequence"]), "full_ece": self.vocabulary.error}
         if "kl" in scores:
-            figures["kl_standard_error"] = standard_error(scores["kl"], stored["sequence"])
+            groups = stored["sequence"]
+            figures["kl_standard_error"] = standard_error(group_sums(scores["kl"], groups), group_sizes(len(groups), groups))
         figures["perplexity_change"], interval = perplexity_change(scores["nll"], stored["teacher_nll"], stored["sequence"])
         figures["intervals"] |= known_intervals({"perplexity_change": interval})
         if "kl_lower_bound" in scores:
