@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.kinds.positions import keeps_candidates
+from knowledge_store.kinds.positions import POSITIONS
 from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
 from student_train.losses.head import has_plain_head
@@ -112,7 +112,7 @@ class DistillationMixin(ValidationMixin):
                 warnings.warn(sentence, stacklevel=2)
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
-        with_kl = on_text and all(map(keeps_candidates, manifests))
+        with_kl = on_text and all(POSITIONS.name in manifest.kinds for manifest in manifests)
         self.rationale_weight = rationale_weight
         with_rationale = ("rationale",) if rationale_weight is not None else ()
         self.figures = ("loss", *(("nll",) if on_text else ()), *(("kl",) if with_kl else ()), *with_rationale)

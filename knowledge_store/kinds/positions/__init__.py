@@ -8,8 +8,8 @@ from knowledge_store.kinds.positions.kind import (
     PositionsParameters,
     damage,
     exact_steps,
-    keeps_candidates,
+    knows_likeliest,
     positions_of,
 )
 
-__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "keeps_candidates", "positions_of"]
+__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "knows_likeliest", "positions_of"]
