@@ -33,6 +33,7 @@ def make_manifest(dump: str = "small", vocabulary: int = 11, k: int = 3, shards:
     those of its positions; `kinds` may be a tuple of names."""
     positions = {
         "selection": {"name": "top-k", "k": k}, "quantisation_step": 0.125, "calibration": {}, "keep_context": False,
+        "tail_entropy": False,
     }  # fmt: skip
     positions |= {name: changes.pop(name) for name in list(positions) if name in changes}
     kinds = changes.pop("kinds", ("positions",))

@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT, save_teacher, write_jsonl
+from processes import Notes
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from benchmarks.architectures import cases
+from benchmarks.tiny_architectures import tiny_config, tiny_model
 from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
 from knowledge_store.errors import InputError
 from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
@@ -135,6 +138,44 @@ def test_a_batch_of_any_size_gives_the_same(model, tokenizer, tmp_path):
     one, many = (score(model, questions, batch_size=size) for size in (1, 16))
     assert np.allclose(one.sequence, many.sequence, atol=1e-4)
     assert np.allclose(one.first, many.first, atol=1e-4)
+
+
+ARCHITECTURES = {
+    **dict.fromkeys(["llama", "gpt2", "bloom", "mistral, sliding window"], True),
+    **dict.fromkeys(["mamba", "rwkv"], False),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_question_is_read_once_where_a_model_can_go_on_from_it(name):
+    architecture, settings = cases()[name]
+    model = tiny_model(tiny_config(architecture, **settings))
+    generator = np.random.default_rng(0)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(generator.integers(3, 400, generator.integers(low, high)).tolist())
+
+    questions = [TokenisedQuestion(tokens(9, 12), tuple(tokens(1, 5) for _ in range(4)), 0) for _ in range(6)]
+    questions.append(TokenisedQuestion(tokens(5, 6), ((7,), (8,)), 0))
+    notes = Notes()
+    found = score(model, questions, batch_size=8, reporter=notes)
+    assert any("reads each anew" in sentence for sentence in notes.notes) != ARCHITECTURES[name]
+    for index, question in enumerate(questions):
+        first, likelihoods = plain_logprobs(model, question)
+        assert found.sequence[index, : len(likelihoods)] == pytest.approx(likelihoods, abs=1e-4)
+        assert found.first[index, : len(likelihoods)] == pytest.approx(first[list(question.first_tokens)], abs=1e-4)
+
+
+def test_no_question_is_read_twice(model):
+    context, options = tuple(range(10, 50)), ((1, 2, 3), (4, 5), (6, 7, 8), (9,))
+    sizes = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, inputs, output: sizes.append(inputs[0].numel()))
+    try:
+        score(model, [TokenisedQuestion(context, options, 0)] * 30, batch_size=9)
+    finally:
+        handle.remove()
+    trial = 2 * (3 * 42 + 40 + 6)
+    assert sum(sizes) == trial + 30 * (40 + 6)  # three options of two tokens to read, one of them padded
 
 
 def test_temperatures_are_those_of_the_lowest_likelihood(model, tokenizer, tmp_path):

@@ -449,14 +449,14 @@ def test_the_same_teacher_agrees(store, loaded_teacher, name):
     found = check(CheckConfig(store, "loaded", dump=name), loaded_teacher)
     assert found.keys() == ({"positions", "saliency"} if name == "both" else {"saliency"})
     agreement = found["saliency"]
-    assert agreement.verdict == AGREES and max(agreement.moved) < 1e-3 and len(agreement.moved) == len(ROWS)
+    assert agreement.verdict == AGREES and max(agreement.distances) < 1e-3 and len(agreement.distances) == len(ROWS)
     assert agreement.lines[-2] == "Verdict: agrees"
 
 
 def test_the_same_teacher_in_another_dtype(store, teacher_folder):
     short = load_teacher(str(teacher_folder), dtype="bfloat16", device="cpu")
     agreement = check(CheckConfig(store, "loaded", dump="both", sample=6), short)["saliency"]
-    assert agreement.verdict == AGREES and max(agreement.moved) > 1e-3 and "16 bits" in agreement.lines[2]
+    assert agreement.verdict == AGREES and max(agreement.distances) > 1e-3 and "16 bits" in agreement.lines[2]
 
 
 def test_another_teacher_and_damage(tmp_path, store, options, loaded_teacher, monkeypatch):

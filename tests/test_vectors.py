@@ -197,7 +197,7 @@ def test_a_model_that_gives_no_hidden_states(tmp_path, options, teacher_folder):
 def test_the_same_teacher_agrees_and_another_does_not(tmp_path, store, loaded_teacher, teacher_folder):
     found = check(CheckConfig(store, "loaded", dump="both"), loaded_teacher)
     assert found.keys() == {"positions", "vectors"} and found["vectors"].verdict == AGREES
-    assert max(found["vectors"].apart) < 1e-2 and found["vectors"].lines[-2] == "Verdict: agrees"
+    assert max(found["vectors"].distances) < 1e-2 and found["vectors"].lines[-2] == "Verdict: agrees"
     short = load_teacher(str(teacher_folder), dtype="bfloat16", device="cpu")
     assert check(CheckConfig(store, "loaded", dump="both"), short)["vectors"].verdict == AGREES
     other = load_teacher(str(save_teacher(tmp_path / "other", seed=5)), device="cpu")

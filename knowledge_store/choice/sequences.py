@@ -13,7 +13,7 @@ import numpy as np
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.choice.answers import MEMORY_LIMIT, TIMEOUT, Numbers, answered
 from knowledge_store.errors import InputError, QueryError
-from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.reporter import Reporter
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,13 +43,7 @@ class ChosenSequences:
 
 
 def choose_sequences(
-    dumps: Dumps,
-    query: str,
-    names: Sequence[str],
-    *,
-    memory_limit: float = MEMORY_LIMIT,
-    timeout: float = TIMEOUT,
-    reporter: Reporter = SILENT,
+    dumps: Dumps, query: str, names: Sequence[str], memory_limit: float, timeout: float, reporter: Reporter
 ) -> ChosenSequences:
     """See `KnowledgeStore.choose_sequences`."""
     numbers = {name: Numbers(dumps, name) for name in names}

@@ -17,7 +17,7 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Kind
 from knowledge_store.kinds.kind import filled
 from knowledge_store.reading.target_mask import TargetMask
-from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.reporter import Reporter
 from knowledge_store.sql.query import identifier, literal
 
 if TYPE_CHECKING:
@@ -42,13 +42,7 @@ class ChosenTargets:
 
 
 def choose_targets(
-    dumps: Dumps,
-    condition: str,
-    names: Sequence[str],
-    *,
-    memory_limit: float = MEMORY_LIMIT,
-    timeout: float = TIMEOUT,
-    reporter: Reporter = SILENT,
+    dumps: Dumps, condition: str, names: Sequence[str], memory_limit: float, timeout: float, reporter: Reporter
 ) -> ChosenTargets:
     """See `KnowledgeStore.choose_targets`."""
     masks: dict[str, TargetMask] = {}

@@ -168,7 +168,7 @@ def _parameters(configuration: type) -> list[inspect.Parameter]:
             continue
         default = inspect.Parameter.empty if field.default is MISSING else field.default
         annotation, default = _listed(_as_text(hints[field.name]), default)
-        annotation = Annotated[annotation, _declaration(declared, flag_of(field), titles.get(field.name))]
+        annotation = Annotated[annotation, _declaration(declared, flag_of(field), titles.get(field.name), default)]
         parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation))
     return sorted(
         parameters,
@@ -207,7 +207,7 @@ def _file_parameters(configuration: type) -> list[inspect.Parameter]:
     ]
 
 
-def _declaration(declared: Option, flag: str, panel: str | None) -> Any:
+def _declaration(declared: Option, flag: str, panel: str | None, default: Any) -> Any:
     """An option as typer has it."""
     shared: dict[str, Any] = {
         "help": declared.help,
@@ -216,6 +216,8 @@ def _declaration(declared: Option, flag: str, panel: str | None) -> Any:
     }
     if declared.names_dump:
         shared["autocompletion"] = dump_names
+    if default is True:  # a switch that is on is there to be put off
+        flag = f"{flag}/--no-{flag.removeprefix('--')}"
     return typer.Argument(**shared) if declared.argument else typer.Option(flag, **shared)
 
 

@@ -17,7 +17,12 @@ from knowledge_store.calibration.expected_calibration_error import (
     reliability,
 )
 from knowledge_store.errors import InputError
-from student_train.evaluation.bootstrap import Interval, bootstrap_calibration_error, bootstrap_interval
+from student_train.evaluation.bootstrap import (
+    MIN_GROUPS,
+    Interval,
+    bootstrap_calibration_error,
+    bootstrap_interval,
+)
 
 BINS = (10, 15)  # of calibration errors; the second is that of reliability diagrams too
 
@@ -111,10 +116,28 @@ def log_sum_exp(values: np.ndarray) -> np.ndarray:
 def describe_scores(scores: dict[str, np.ndarray], groups: np.ndarray | None = None) -> dict[str, Any]:
     """The mean of each of some (N,) scores, and `intervals`, their 95% bootstrap intervals where these are known."""
     means = {name: float(np.mean(values, dtype=np.float64)) for name, values in scores.items()}
-    return {**means, "intervals": _known({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()})}
+    return {
+        **means,
+        "intervals": known_intervals({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()}),
+    }
 
 
-def _known(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """The standard error of a mean over values that were sampled in groups, as positions are in sequences.
+
+    From their sums (G,) over groups of `counts` (G,) values each, it is that of a ratio (Cochran 1977, Sampling Techniques,
+    section 6.4): √(G / (G − 1) Σ (sum − count · mean)²) / Σ count.
+
+    None for fewer groups than `bootstrap.MIN_GROUPS`, from which it is not known.
+    """
+    if len(sums) < MIN_GROUPS:
+        return None
+    apart = sums - counts * (sums.sum() / counts.sum())
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (apart**2).sum()) / counts.sum())
+
+
+def known_intervals(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+    """Intervals by name, for JSON, without those that are not known."""
     return {name: list(interval) for name, interval in intervals.items() if not math.isnan(interval[0])}
 
 
@@ -142,7 +165,7 @@ def describe_answers(
         intervals[f"ece_{bins}"] = bootstrap_calibration_error(confidence, correct, bins, groups=groups)
     figures["adaptive_ece"] = adaptive_calibration_error(confidence, correct, max(BINS))
     intervals["adaptive_ece"] = bootstrap_calibration_error(confidence, correct, max(BINS), adaptive=True, groups=groups)
-    figures["intervals"] |= _known(intervals)
+    figures["intervals"] |= known_intervals(intervals)
     figures["reliability"] = reliability(confidence, correct, max(BINS)).as_dict()
     return figures
 

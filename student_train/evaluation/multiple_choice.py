@@ -1,6 +1,6 @@
-"""How a model answers multiple-choice questions, and how sure it is, in one forward pass per batch.
+"""How a model answers multiple-choice questions, and how sure it is; `prompts` has the forward passes.
 
-Three readings of the same pass:
+Three confidences, of the same passes:
 
     first_token   the full-vocabulary probability of the token that an option begins with: what FIRST evaluates by (Shum et
                   al. 2024, arXiv 2408.12168). The largest is the answer, and it as it stands is the confidence.
@@ -36,8 +36,8 @@ from student_train.evaluation.metrics import (
     rounded,
     softmax,
 )
+from student_train.evaluation.prompts import readings
 from student_train.evaluation.questions import TokenisedQuestion
-from student_train.losses.head import head_at
 
 CONFIDENCES = ("first_token", "options", "sequence")
 # Questions that a temperature is fitted on at most: their logits over the whole vocabulary are held.
@@ -69,20 +69,6 @@ class Scores:
     logits: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A row of a forward pass: the tokens up to `start`, which ends a question's context, and an option's but its last.
-
-    A question's first row serves its options of one token too: they need the context alone.
-    """
-
-    question: int
-    options: tuple[int, ...]
-    tokens: tuple[int, ...]
-    start: int
-    is_first: bool
-
-
 def score(
     model: PreTrainedModel,
     questions: Sequence[TokenisedQuestion],
@@ -98,7 +84,7 @@ def score(
     Args:
         model: a causal language model.
         questions: at least one.
-        batch_size: prompts in a forward pass: one for a question of single-token options, else one for each longer option.
+        batch_size: options in a forward pass, as in `readings`.
         temperatures: at which log-sum-exps over the vocabulary are taken.
         keep_logits: whether to keep all logits at the first token.
         title: of the progress that the reporter hears of.
@@ -107,36 +93,27 @@ def score(
     Raises:
         InputError: the model gives numbers that are not finite.
     """
-    prompts = sorted(_prompts(questions), key=lambda prompt: -len(prompt.tokens))
-    parts = np.bincount([prompt.question for prompt in prompts])
     widest = max(len(question.completions) for question in questions)
     first, sequence = (np.full((len(questions), widest), _EMPTY) for _ in range(2))
     totals = {temperature: np.zeros(len(questions)) for temperature in temperatures}
     kept: Tensor | None = None
     model.eval()
     with torch.inference_mode(), reporter.progress(title, len(questions), "questions") as advance:
-        for begin in range(0, len(prompts), batch_size):
-            batch = prompts[begin : begin + batch_size]
-            logits, places = _logits(model, questions, batch)
-            total = torch.logsumexp(logits, dim=-1)
-            check_finite(total.cpu().numpy())
-            for prompt, place in zip(batch, places, strict=True):
-                question = questions[prompt.question]
-                if prompt.is_first:
-                    chosen = logits[place, list(question.first_tokens)]
-                    first[prompt.question, : len(chosen)] = chosen.cpu().double().numpy()
-                    for temperature in temperatures:
-                        totals[temperature][prompt.question] = torch.logsumexp(logits[place] / temperature, dim=-1).item()
-                    if keep_logits:
-                        if kept is None:
-                            kept = logits.new_empty(len(questions), logits.shape[-1])
-                        kept[prompt.question] = logits[place]
-                for option in prompt.options:
-                    tokens = question.completions[option]
-                    rows = torch.arange(place, place + len(tokens), device=logits.device)
-                    likelihood = logits[rows, list(tokens)] - total[rows]
-                    sequence[prompt.question, option] = likelihood.cpu().double().sum().item()
-                advance(1 / parts[prompt.question])
+        for reading in readings(model, questions, batch_size, reporter):
+            logits = reading.logits
+            check_finite(reading.totals.cpu().numpy())
+            for question, row in reading.firsts.items():
+                chosen = logits[row, list(questions[question].first_tokens)]
+                first[question, : len(chosen)] = chosen.cpu().double().numpy()
+                for temperature in temperatures:
+                    totals[temperature][question] = torch.logsumexp(logits[row] / temperature, dim=-1).item()
+                if keep_logits:
+                    if kept is None:
+                        kept = logits.new_empty(len(questions), logits.shape[-1])
+                    kept[question] = logits[row]
+            for (question, option), likelihood in reading.likelihoods(questions).items():
+                sequence[question, option] = likelihood
+            advance(len(reading.firsts))
     return Scores(
         answers=np.array([question.answer for question in questions]),
         first_tokens_differ=np.array([question.first_tokens_differ for question in questions]),
@@ -145,43 +122,6 @@ def score(
         sequence=sequence,
         logits=kept,
     )
-
-
-def _prompts(questions: Sequence[TokenisedQuestion]) -> list[_Prompt]:
-    prompts = []
-    for index, question in enumerate(questions):
-        context, completions = question.context, question.completions
-        single = tuple(option for option, tokens in enumerate(completions) if len(tokens) == 1)
-        longer: list[tuple[int, ...]] = [(option,) for option, tokens in enumerate(completions) if len(tokens) > 1]
-        for row, options in enumerate(longer or [()]):
-            more = completions[options[0]][:-1] if options else ()
-            served = options if row else (*options, *single)
-            prompts.append(_Prompt(index, served, (*context, *more), len(context), is_first=not row))
-    return prompts
-
-
-def _logits(
-    model: PreTrainedModel, questions: Sequence[TokenisedQuestion], batch: Sequence[_Prompt]
-) -> tuple[Tensor, list[int]]:
-    """Logits (P, V), float32, at the positions that predict a token of an option, prompt after prompt, and where each
-    prompt's begin."""
-    device = next(model.parameters()).device
-    length = max(len(prompt.tokens) for prompt in batch)
-    input_ids = np.zeros((len(batch), length), np.int64)
-    mask = np.zeros((len(batch), length), np.int64)
-    rows: list[int] = []
-    columns: list[int] = []
-    places = []
-    for row, prompt in enumerate(batch):
-        input_ids[row, : len(prompt.tokens)] = prompt.tokens
-        mask[row, : len(prompt.tokens)] = 1
-        places.append(len(rows))
-        columns += range(prompt.start - 1, len(prompt.tokens))
-        rows += [row] * (len(prompt.tokens) - prompt.start + 1)
-    tokens, attended = torch.from_numpy(input_ids).to(device), torch.from_numpy(mask).to(device)
-    with head_at(model, torch.tensor(rows, device=device), torch.tensor(columns, device=device)):
-        logits = model(input_ids=tokens, attention_mask=attended, use_cache=False).logits[0]
-    return logits.float(), places
 
 
 def fit_temperatures(scores: Scores) -> dict[str, FittedTemperature]:

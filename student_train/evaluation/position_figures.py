@@ -25,11 +25,21 @@ from student_train.training.run_folder import Record
 METRICS = (
     Metric("nll", "Loss on the text", "nats per token", ".3f"),
     Metric(
-        "kl_lower_bound",
+        "kl",
         "KL to the teacher",
+        "nats per token",
+        ".5f",
+        remark="KL is an unbiased estimate. The teacher's is the floor, what it would score itself: by rounding on average, and"
+        " with the draws' own standard error.",
+    ),
+    Metric("kl_standard_error", "Standard error of KL", "over sequences", ".5f"),
+    Metric(
+        "kl_lower_bound",
+        "KL, candidates and tail",
         "nats, lower bound",
-        ".3f",
-        remark="KL is over the kept candidates and their tail as one more symbol: the true one is at least that.",
+        ".5f",
+        remark="The lower bound of KL is over the kept candidates and their tail as one more symbol: the true one is at least"
+        " that.",
     ),
     Metric("top_1_agreement", "Agreement", "top-1, with the teacher", ".1%", lowest=False),
     Metric("accuracy", "Accuracy", "top-1, on the text", ".1%", lowest=False),
@@ -37,7 +47,15 @@ METRICS = (
     *calibration_errors(".2%"),
     calibration_error("full_ece", "Full-ECE", "every token", ".2%"),
 )
-MEANS = ("nll", "kl_lower_bound", "top_1_agreement", "accuracy", "brier")
+DETAILS = (
+    Metric("perplexity_change", "Perplexity", "change from the teacher's", "+.2%"),
+    Metric("kl_median", "KL, candidates and tail", "median position", ".3g"),
+    Metric("kl_90", "KL, candidates and tail", "90% of positions", ".3g"),
+    Metric("kl_99", "KL, candidates and tail", "99% of positions", ".3g"),
+    Metric("kl_99_9", "KL, candidates and tail", "99.9% of positions", ".3g"),
+    Metric("kl_max", "KL, candidates and tail", "worst position", ".3g"),
+)
+MEANS = ("nll", "kl", "kl_lower_bound", "top_1_agreement", "accuracy", "brier")
 
 
 def _rows(record: Record) -> list[Row]:
@@ -97,10 +115,14 @@ def _likeliest(batch: Mapping[str, np.ndarray], positions: Sequence[int]) -> lis
 POSITION_FIGURES = KindFigures(
     title="On held-out text",
     metrics=METRICS,
+    details=DETAILS,
     rows=_rows,
     measure=deferred("student_train.evaluation.positions", "position_figures"),
     likeliest=_likeliest,
-    curves=(Curve("eval_kl", "KL to the teacher", "nats per token, lower bound"),),
+    curves=(
+        Curve("eval_kl", "KL to the teacher", "nats per token"),
+        Curve("eval_kl_lower_bound", "KL to the teacher", "nats per token, lower bound"),
+    ),
     whole_bytes="dense_bytes",
     whole_words="The teacher's whole distributions would take predictions × vocabulary × 4 bytes.",
     counted="target positions",

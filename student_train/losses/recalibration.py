@@ -50,4 +50,5 @@ def recalibrated(targets: Targets, calibration: Calibration) -> Targets:
         draw_ids=None,
         draw_weights=None,
         tail_logsumexp=None,
+        tail_mean_logprob=None,
     )

@@ -32,6 +32,7 @@ class Targets(NamedTuple):
     draw_ids: Tensor | None = None  # (N, M) int64, tokens outside the candidates, each as often as it was drawn
     draw_weights: Tensor | None = None  # (N, M) float, the probability each stands for
     tail_logsumexp: Tensor | None = None  # (N,) float, the tail at the dump's own temperature T: log Σ p^(1/T) over it
+    tail_mean_logprob: Tensor | None = None  # (N,) float, the mean of the teacher's log-probability over what is drawn from
 
     def part(self, rows: slice) -> Targets:
         """Some of the positions."""
@@ -95,6 +96,7 @@ def targets_of(batch: Batch, vocabulary_size: int, recalibrate: Callable[[Target
         draw_ids=draw_ids,
         draw_weights=draw_weights,
         tail_logsumexp=batch["tail_logsumexp"][:, 1:][chosen] if "tail_logsumexp" in batch else None,
+        tail_mean_logprob=_mean_logprob(tail, batch["tail_entropy"][:, 1:][chosen]) if "tail_entropy" in batch else None,
     )
     if recalibrate is not None:
         targets = recalibrate(targets)
@@ -106,6 +108,11 @@ def targets_of(batch: Batch, vocabulary_size: int, recalibrate: Callable[[Target
         tail_logprob=torch.logsumexp(torch.cat([moved, targets.tail_logprob.unsqueeze(-1)], dim=-1), dim=-1),
         tail_logsumexp=None,  # of the candidates as they were
     )
+
+
+def _mean_logprob(tail_logprob: Tensor, tail_entropy: Tensor) -> Tensor:
+    """The mean of ln q over the tail, by q: ln t − H (N,); 0 where the tail is empty."""
+    return torch.where(tail_logprob > EMPTY, tail_logprob - tail_entropy, 0.0)
 
 
 def predicting(batch: Batch) -> tuple[Tensor, Tensor]:

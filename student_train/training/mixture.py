@@ -10,6 +10,7 @@ from typing import Any
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.reading.mixture import weights_of
 from student_train.training.configuration import TrainConfig
 
 _PATTERN = frozenset("*?[")  # no name of a dump has one of them, nor any other character of `NAME=WEIGHT`
@@ -106,12 +107,14 @@ def _mixture(words: Iterable[str], store: KnowledgeStore, *, teachers: bool) -> 
                     f"{option} names the dump {dump} twice: name it once, with a weight if it is to count for more"
                 )
             weights[dump] = weight
-    without = [name for name, weight in weights.items() if weight is None]
-    if 0 < len(without) < len(weights):
+    given = {name: weight for name, weight in weights.items() if weight is not None}
+    if given:
+        weights_of(given, "teacher" if teachers else "dump")
+    if without := [name for name in weights if name not in given] if given else []:
         raise InputError(f"{option} gives no weight to {', '.join(without)}: give weights to all dumps, or to none")
     if len(weights) == 1:  # it is all there is, whatever its weight
         return Mixture(dict.fromkeys(weights))
-    if teachers and without:
+    if teachers and not given:
         weights = dict.fromkeys(weights, 1.0)
     return Mixture(weights, teachers)
 
@@ -133,8 +136,6 @@ def _weighted(word: str, option: str) -> tuple[str, float | None]:
         weight = float(number)
     except ValueError:
         raise InputError(f"{option} {word}: {number!r} is no weight; give a number above 0, as in {name}=0.7") from None
-    if not (math.isfinite(weight) and weight > 0):
-        raise InputError(f"{option} {word}: a weight must be a number above 0, and finite")
     return name, weight
 
 

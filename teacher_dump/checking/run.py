@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.checking.token_source import find_tokens
 from teacher_dump.configuration import CheckConfig
 from teacher_dump.teachers.files import check_local_teacher
 from teacher_dump.teachers.loading import check_loading
@@ -33,32 +35,18 @@ def _check_positions(*arguments: Any) -> Agreement:
     return check_positions(*arguments)
 
 
-def _check_saliency(*arguments: Any) -> Agreement:
-    from teacher_dump.checking.saliency.checker import check_saliency
+def _check_distances(*arguments: Any) -> Agreement:
+    from teacher_dump.checking.distances.checker import check_distances
 
-    return check_saliency(*arguments)
-
-
-def _check_vectors(*arguments: Any) -> Agreement:
-    from teacher_dump.checking.states.checker import check_states
-
-    return check_states("vectors", *arguments)
-
-
-def _check_hidden(*arguments: Any) -> Agreement:
-    from teacher_dump.checking.states.checker import check_states
-
-    return check_states("hidden", *arguments)
+    return check_distances(*arguments)
 
 
 CHECKERS: dict[str, Checker] = {
     "positions": _check_positions,
-    "saliency": _check_saliency,
-    "vectors": _check_vectors,
-    "hidden": _check_hidden,
+    "saliency": partial(_check_distances, "saliency"),
+    "vectors": partial(_check_distances, "vectors"),
+    "hidden": partial(_check_distances, "hidden"),
 }
-# Those that are asked again with the tokens of another: without it they cannot be checked.
-TOKENS_FROM = {"vectors": "positions", "hidden": "positions"}
 
 
 def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter: Reporter = SILENT) -> dict[str, Agreement]:
@@ -78,12 +66,7 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
     """
     store = KnowledgeStore.open(config.store, cache_size=0)
     manifest = store.manifest(config.dump)
-    kinds = [kind for kind in manifest.kinds if kind in CHECKERS and TOKENS_FROM.get(kind, kind) in manifest.kinds]
-    if not kinds and set(manifest.kinds) & set(TOKENS_FROM):
-        raise InputError(
-            f"dump {manifest.dump!r} holds {', '.join(manifest.kinds)}, which cannot be checked, since it does not hold its"
-            f" tokens: give a dump that holds {' or '.join(dict.fromkeys(TOKENS_FROM.values()))} too"
-        )
+    kinds = [kind for kind in manifest.kinds if kind in CHECKERS]
     if not kinds:
         raise InputError(
             f"dump {manifest.dump!r} holds {', '.join(manifest.kinds)}, which cannot be checked: give a dump that holds"
@@ -92,12 +75,16 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
     count = store.sequence_count(manifest.dump)
     if not count:
         raise InputError(f"dump {manifest.dump!r} of {store.address} has no committed sequence yet")
+    if find_tokens(store, manifest) is None:
+        raise InputError(
+            f"dump {manifest.dump!r} does not hold its tokens, and no other dump of {store.address} has all of them: dump the"
+            " same corpus with --kind positions too"
+        )
     if teacher is None:
         check_local_teacher(config.teacher, config.gguf_file, config.revision)
     for kind in manifest.kinds:
         if kind not in kinds:
-            reason = "there is no checker for it" if kind not in CHECKERS else f"that takes the kind {TOKENS_FROM[kind]} too"
-            reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: {reason}.")
+            reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: there is no checker for it.")
 
     from teacher_dump.teachers.local import load_teacher
 

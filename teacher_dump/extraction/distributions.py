@@ -27,7 +27,12 @@ class UnsoundLogits(InputError):
 
 
 def knowledge_of(
-    logits: Tensor, token_ids: Tensor, selection: Selection, begin: Tensor | None = None, temperature: float | None = None
+    logits: Tensor,
+    token_ids: Tensor,
+    selection: Selection,
+    begin: Tensor | None = None,
+    temperature: float | None = None,
+    entropy: bool = False,
 ) -> dict[str, Tensor]:
     """What a selection keeps of each distribution, and exactly what it leaves over.
 
@@ -41,12 +46,14 @@ def knowledge_of(
         selection: the rule; at most K = `selection.candidates` candidates.
         begin: float64 (N,), in [0, 1), where it draws; see `sampling.starts`.
         temperature: one at which the tail is kept too.
+        entropy: whether that of the tail is wanted.
 
     Returns:
         token_logprob (N,), candidate_ids (N, K) int64, candidate_logprobs (N, K), tail_logprob (N,): float32, nats, over the
         full vocabulary at temperature 1; candidates likeliest first, −inf behind the last; the tail is −inf
         when there is none. With `begin` also tail_ids (N, M) int64, −1 behind the last draw. With a temperature T also
-        tail_logsumexp (N,) float32: the log of the sum of p^(1/T) over the tail. K and M are no larger than some row needs.
+        tail_logsumexp (N,) float32: the log of the sum of p^(1/T) over the tail. With entropy also tail_entropy (N,) float32,
+        nats: of the tail made to sum to one; 0 where there is none. K and M are no larger than some row needs.
     """
     token_logit = logits.gather(1, token_ids[:, None])[:, 0]
     width = min(selection.candidates, logits.shape[1])
@@ -68,7 +75,7 @@ def knowledge_of(
     logits.sub_(highest)
     if temperature is not None:
         tempered = block_sums(torch.exp(logits / temperature)).sum(dim=1).log()
-    weights = logits.exp_()
+    weights = torch.exp(logits) if entropy else logits.exp_()
     sums = block_sums(weights)
     above = precise(highest[:, 0])
     tail = sums.sum(dim=1).log() + above
@@ -79,6 +86,12 @@ def knowledge_of(
         "candidate_logprobs": precise(candidates) - total[:, None],
         "tail_logprob": tail - total,
     }
+    if entropy:
+        # ln Σ w − Σ w ln w / Σ w. What weighs nothing adds nothing, however far down it is.
+        logs = logits.clamp_(min=torch.finfo(logits.dtype).min)
+        total_weight, weighted = sums.sum(dim=1), block_sums(logs.mul_(weights)).sum(dim=1)
+        tail_entropy = torch.where(total_weight > 0, total_weight.log() - weighted / total_weight, 0)
+        knowledge["tail_entropy"] = tail_entropy.clamp(min=0)
     if begin is not None:
         spacing = selection.draw_weight * torch.exp(total - above)
         knowledge["tail_ids"] = draw(weights, sums, spacing, begin, most_above(selection.draw_weight) + 1)
@@ -134,18 +147,19 @@ def _ask(
     device, parameters = batch.prediction.teacher.device, batch.parameters
     places, before, tokens = (torch.from_numpy(array).to(device) for array in (rows, positions - 1, token_ids))
     starting = None if begin is None else torch.from_numpy(begin)
+    more = parameters.temperature, parameters.tail_entropy
     finite: list[Tensor] = []
     results: list[dict[str, Tensor]] = []
     for part, logits in batch.prediction.logit_slices(places, before):
         lowest = logits.amin(dim=1)
         part_starting = None if starting is None else starting[part]
-        results.append(knowledge_of(logits, tokens[part], parameters.selection, part_starting, parameters.temperature))
+        results.append(knowledge_of(logits, tokens[part], parameters.selection, part_starting, *more))
         # A logit that is NaN or +inf makes the normaliser so, and with it the token's log-probability.
         finite.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
     if not results:
         nothing = torch.zeros((0, batch.prediction.teacher.vocabulary_size))
         tokens = torch.zeros(0, dtype=torch.int64)
-        results.append(knowledge_of(nothing, tokens, parameters.selection, starting, parameters.temperature))
+        results.append(knowledge_of(nothing, tokens, parameters.selection, starting, *more))
     not_finite = ~torch.cat(finite).cpu().numpy() if finite else np.zeros(0, bool)
     if not_finite.any():
         raise UnsoundLogits(
@@ -183,7 +197,7 @@ def coverage_by_depth(batch: ExtractionBatch) -> dict[str, Total]:
     selection, vocabulary = batch.parameters.selection, batch.prediction.teacher.vocabulary_size
     depths = sorted({*SAMPLE_DEPTHS, *([selection.candidates] if selection.name == "top-k" else [])})
     deepest = Selection("top-k", min(depths[-1], vocabulary))
-    parameters = replace(batch.parameters, selection=deepest, calibration={})
+    parameters = replace(batch.parameters, selection=deepest, calibration={}, tail_entropy=False)
     masses = candidate_masses(extract_positions(replace(batch, parameters=parameters)))
     sums = masses.sum(axis=0).cumsum()
     return {f"top-{depth} coverage": (float(sums[min(depth, len(sums)) - 1]), len(masses)) for depth in depths}

@@ -44,6 +44,9 @@ class PositionsOptions:
     top_p: float = option(0.95, above=0, max=1, help="The probability that the candidates reach, with top-p.")
     max_k: int = option(32, min=1, help="Maximum number of candidates, with top-p.")
     keep_context: bool = option(False, help="Keep knowledge at context positions (prompts) too.")
+    tail_entropy: bool = option(
+        True, help="Keep the entropy of what lies beyond the candidates: evaluations then measure the whole KL to the teacher."
+    )
     calibration: Path | None = option(None, help="A file of `teacher-dump calibrate`: the tail is kept at its temperature too.")
 
     def __post_init__(self) -> None:
@@ -77,7 +80,7 @@ def positions_parameters(options: PositionsOptions) -> PositionsParameters:
         InputError: the calibration's file cannot be used. DamageError: it was altered.
     """
     calibration = {} if options.calibration is None else read_calibration(options.calibration).to_manifest()
-    return PositionsParameters(options.rule, QUANTISATION_STEP, calibration, options.keep_context)
+    return PositionsParameters(options.rule, QUANTISATION_STEP, calibration, options.keep_context, options.tail_entropy)
 
 
 def check_positions(options: PositionsOptions, teacher: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> None:
@@ -127,6 +130,7 @@ POSITIONS = Extractor(
         "selection.draw_seed": "--draw-seed",
         "quantisation_step": "the quantisation step",
         "keep_context": "--keep-context",
+        "tail_entropy": "--tail-entropy",
         "calibration.temperature": "the temperature of --calibration",
         "calibration.sha256": "the file of --calibration",
     },

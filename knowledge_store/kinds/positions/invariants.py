@@ -86,6 +86,8 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
         yield "token_logprob is not the log-probability of the candidate it equals"
     if "tail_logsumexp" in table.column_names:
         yield from _tempered_damage(table["tail_logsumexp"].to_numpy()[kept], counts == vocabulary, step)
+    if "tail_entropy" in table.column_names:
+        yield from _entropy_damage(table["tail_entropy"].to_numpy()[kept], vocabulary - id_counts[kept], step)
     if rule.name == "threshold" and (logprobs[filled] < np.log(rule.draw_weight) - ROUNDED * step).any():
         yield f"a candidate is less likely than {rule.draw_weight:g}"
     if rule.draw_weight:
@@ -99,6 +101,15 @@ def _tempered_damage(tail_logsumexp: np.ndarray, whole: np.ndarray, step: float)
         yield "tail_logsumexp is not a finite number although there is a tail, or the reverse"
     elif (quantise(finite, step) != finite).any():
         yield f"tail_logsumexp is not a multiple of {step}"
+
+
+def _entropy_damage(tail_entropy: np.ndarray, tail_sizes: np.ndarray, step: float) -> Iterator[str]:
+    """What is wrong with the tail's entropy; `tail_sizes`: of how many tokens each tail is."""
+    most = np.log(np.maximum(tail_sizes, 1))
+    if not ((tail_entropy >= 0) & (tail_entropy <= most + step)).all():
+        yield "tail_entropy is below 0, or above the logarithm of the tail's tokens"
+    elif (quantise(tail_entropy, step) != tail_entropy).any():
+        yield f"tail_entropy is not a multiple of {step}"
 
 
 def _draws_damage(

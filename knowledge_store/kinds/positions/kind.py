@@ -22,7 +22,8 @@ A selection with draws adds
     draw_weight         (B, T)    float32  the probability that each of them stands for; 0 without knowledge
 
 A calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
-the log-softmax of candidates / T and of this.
+the log-softmax of candidates / T and of this. `tail_entropy` is that of the tail made to sum to one, H = −Σ (q/t) ln (q/t) over
+it (nats; t its probability): with it the teacher's entropy is known, and with draws the whole divergence from it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
 from knowledge_store.kinds.columns import Arrays, list_offsets, padded_lists
-from knowledge_store.kinds.field import PLAIN, Field
+from knowledge_store.kinds.field import PLAIN, SPLIT, Field
 from knowledge_store.kinds.kind import Codec, Kind, Totals, parameters_of
 from knowledge_store.kinds.positions.display import show
 from knowledge_store.kinds.positions.invariants import invariants, tokens_match
@@ -56,7 +57,7 @@ from knowledge_store.kinds.positions.packing import (
     unpack_predictions,
 )
 from knowledge_store.kinds.positions.packing import exact_steps as exact_prediction_steps
-from knowledge_store.kinds.positions.relations import EACH_CANDIDATE, RELATIONS
+from knowledge_store.kinds.positions.relations import EACH_CANDIDATE, RELATIONS, positions_relation
 from knowledge_store.kinds.positions.selection import Selection, difference, most_above
 from knowledge_store.quantities import byte_size
 
@@ -70,6 +71,7 @@ FIELDS = (
 )
 DRAWS = (Field("tail_ids", pa.uint32(), "ragged", nullable=True, encoding=PLAIN),)
 TEMPERED = (Field("tail_logsumexp", pa.float32(), nullable=True),)
+ENTROPY = (Field("tail_entropy", pa.float32(), nullable=True, encoding=SPLIT),)
 AS_THEY_ARE = 2  # of FIELDS, the first so many are stored as they are
 
 MIN_STEP, MAX_STEP = 2.0**-24, 2.0**10  # nats; beyond these nothing can be computed with
@@ -90,12 +92,14 @@ class PositionsParameters:
         quantisation_step: nats; what log-probabilities are rounded in.
         calibration: `temperature` at which the tail is kept too, and `sha256` of the calibration; empty for none.
         keep_context: whether predictions of context positions (prompts) are kept too.
+        tail_entropy: whether the entropy of the tail is kept.
     """
 
     selection: Selection = field(default_factory=Selection)
     quantisation_step: float = 1 / 8
     calibration: dict[str, Any] = field(default_factory=dict)
     keep_context: bool = False
+    tail_entropy: bool = False
 
     @property
     def temperature(self) -> float | None:
@@ -109,6 +113,7 @@ class PositionsParameters:
             "quantisation_step": self.quantisation_step,
             "calibration": dict(self.calibration),
             "keep_context": self.keep_context,
+            "tail_entropy": self.tail_entropy,
         }
 
     @classmethod
@@ -118,15 +123,18 @@ class PositionsParameters:
         Raises:
             ValueError: they cannot be used.
         """
-        shape = {"selection": {"name": str}, "quantisation_step": int | float, "calibration": {}, "keep_context": bool}
-        check_shape(record, shape, "positions")
+        switches = {"keep_context": bool, "tail_entropy": bool}
+        check_shape(
+            record, {"selection": {"name": str}, "quantisation_step": int | float, "calibration": {}, **switches}, "positions"
+        )
         step, calibration = record["quantisation_step"], record["calibration"]
         if not MIN_STEP <= step <= MAX_STEP:
             raise ValueError(f"its quantisation step is not between {MIN_STEP} and {MAX_STEP}")
         check_shape(calibration, {"temperature": int | float, "sha256": str} if calibration else {}, "its calibration")
         if not calibration.get("temperature", 1) > 0:
             raise ValueError("its calibration's temperature is not above zero")
-        return cls(Selection.from_record(record["selection"]), step, calibration, record["keep_context"])
+        rule = Selection.from_record(record["selection"])
+        return cls(rule, step, calibration, record["keep_context"], record["tail_entropy"])
 
 
 def positions_of(manifest: Manifest) -> PositionsParameters:
@@ -143,14 +151,20 @@ def knows_likeliest(manifest: Manifest) -> bool:
     return "positions" in manifest.kinds and positions_of(manifest).selection.name != "threshold"
 
 
+def knows_full_kl(manifest: Manifest) -> bool:
+    """Whether a dump says enough of the teacher's tails for the whole KL from it to be estimated: draws, and their entropy."""
+    return "positions" in manifest.kinds and {*DRAWS, *ENTROPY} <= {*_more(manifest)}
+
+
 def _more(manifest: Manifest) -> tuple[Field, ...]:
-    """The columns that some dumps have: draws, and the tail at a temperature."""
+    """The columns that some dumps have: draws, the tail at a temperature, and its entropy."""
     parameters = positions_of(manifest)
-    return (*(DRAWS if parameters.selection.draw_weight else ()), *(TEMPERED if parameters.temperature else ()))
+    wanted = {DRAWS: parameters.selection.draw_weight, TEMPERED: parameters.temperature, ENTROPY: parameters.tail_entropy}
+    return tuple(field for columns, has in wanted.items() if has for field in columns)
 
 
 def fields(manifest: Manifest) -> tuple[Field, ...]:
-    """The columns of a dump's table: FIELDS, DRAWS where its selection draws, and TEMPERED where it is calibrated."""
+    """The columns of a dump's table: FIELDS, DRAWS where its selection draws, TEMPERED where it is calibrated, and ENTROPY."""
     return (*FIELDS, *_more(manifest))
 
 
@@ -179,9 +193,9 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
         manifest: of the dump; gives step and selection.
 
     Returns:
-        float64, in steps, by the name of the array: token_logprob (N,), candidate_logprobs (N, K) and tail_logprob (N,); at a
-        temperature tail_logsumexp (N,). NaN where nothing is kept. Candidates count from the first, which is NaN, the tail is
-        its log-odds, NaN where there are no candidates, and a token that is a candidate is NaN.
+        float64, in steps, by the name of the array: token_logprob (N,), candidate_logprobs (N, K) and tail_logprob (N,); where
+        they are kept tail_logsumexp (N,) and tail_entropy (N,). NaN where nothing is kept. Candidates count from the first,
+        which is NaN, the tail is its log-odds, NaN where there are no candidates, and a token that is a candidate is NaN.
     """
     parameters = positions_of(manifest)
     step = parameters.quantisation_step
@@ -195,9 +209,14 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
     token_steps[((ids == arrays["token_id"][:, None]) & present).any(axis=1)] = np.nan
     present[:, :1] = False
     exact = {"token_logprob": token_steps, "candidate_logprobs": np.where(present, steps, np.nan), "tail_logprob": tail_steps}
-    if parameters.temperature:
-        exact["tail_logsumexp"] = in_steps(arrays["tail_logsumexp"], step)
+    for name in _rounded(parameters):
+        exact[name] = in_steps(arrays[name], step)
     return exact
+
+
+def _rounded(parameters: PositionsParameters) -> list[str]:
+    """The columns that are rounded to multiples of the step, and stored as these."""
+    return [*(["tail_logsumexp"] if parameters.temperature else []), *(["tail_entropy"] if parameters.tail_entropy else [])]
 
 
 def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
@@ -207,7 +226,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         keys: sequence_id and position, N rows.
         arrays: token_id (N,), is_target (N,), has_knowledge (N,) and, in nats and meaningful where `has_knowledge`:
             token_logprob (N,), candidate_ids (N, K), candidate_logprobs (N, K) (−inf: no candidate), tail_logprob (N,); with
-            draws tail_ids (N, M) (−1: no draw); at a temperature tail_logsumexp (N,).
+            draws tail_ids (N, M) (−1: no draw); where they are kept tail_logsumexp (N,), tail_entropy (N,).
         manifest: of the dump; gives the quantisation step and the columns.
 
     Raises:
@@ -229,8 +248,8 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         values = pa.array(arrays[tail_ids.name][drawn]).cast(tail_ids.type)
         offsets, absent = list_offsets(drawn.sum(axis=1)), pa.array(~kept)
         columns[tail_ids.name] = pa.ListArray.from_arrays(offsets, values, type=tail_ids.column.type, mask=absent)
-    if parameters.temperature:
-        columns["tail_logsumexp"] = pa.array(quantise(arrays["tail_logsumexp"], parameters.quantisation_step), mask=~kept)
+    for name in _rounded(parameters):
+        columns[name] = pa.array(quantise(arrays[name], parameters.quantisation_step), mask=~kept)
     schema = POSITIONS.stored_schema(manifest)
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
@@ -252,42 +271,37 @@ def view(manifest: Manifest) -> str:
 
 
 def decode(table: pa.Table, manifest: Manifest) -> Arrays:
-    """Positions as arrays of N rows, with candidates and tail normalised to sum to one (rounding left them near it).
+    """Positions as arrays of N rows.
 
     Returns:
         input_ids int64 (N,), is_target bool (N,), has_knowledge bool (N,), token_logprob float32 (N,), candidate_ids
         int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
-        candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and draw_weight float32 (N,); in a calibrated
-        dump tail_logsumexp float32 (N,).
+        int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
+        candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and draw_weight float32 (N,); where they are
+        kept tail_logsumexp float32 (N,) and tail_entropy float32 (N,).
 
     Raises:
-        ValueError: what cannot be missing is, or numbers are not log-probabilities.
+        ValueError: what cannot be missing is.
     """
     for name in ("token_id", "is_target"):
         if table[name].null_count:
             raise ValueError(f"{name} is null")
-    kept = table["candidate_ids"].is_valid().to_numpy()
-    candidate_ids, _ = padded_lists(table["candidate_ids"], 0, np.int64)
-    candidate_logprobs, _ = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
-    tail_logprob = table["tail_logprob"].fill_null(0).to_numpy()
-    with np.errstate(all="ignore"):
-        excess = np.log(total_mass(candidate_logprobs, tail_logprob))
-    if not np.isfinite(excess).all():
-        raise ValueError("the probabilities of candidates and tail do not have a finite sum")
     more = {}
     if "tail_ids" in table.column_names:
         more["tail_ids"], _ = padded_lists(table["tail_ids"], NO_TOKEN, np.int64)
-        more["draw_weight"] = np.where(kept, positions_of(manifest).selection.draw_weight, 0).astype(np.float32)
-    if "tail_logsumexp" in table.column_names:
-        more["tail_logsumexp"] = table["tail_logsumexp"].fill_null(0).to_numpy()
+        weight = positions_of(manifest).selection.draw_weight
+        more["draw_weight"] = np.where(table["candidate_ids"].is_valid().to_numpy(), weight, 0).astype(np.float32)
+    for name in ("tail_logsumexp", "tail_entropy"):
+        if name in table.column_names:
+            more[name] = table[name].fill_null(0).to_numpy()
     return {
         "input_ids": table["token_id"].to_numpy().astype(np.int64),
         "is_target": table["is_target"].to_numpy(),
-        "has_knowledge": kept,
+        "has_knowledge": table["candidate_ids"].is_valid().to_numpy(),
         "token_logprob": table["token_logprob"].fill_null(0).to_numpy(),
-        "candidate_ids": candidate_ids,
-        "candidate_logprobs": (candidate_logprobs - excess[:, None]).astype(np.float32),
-        "tail_logprob": (tail_logprob - excess).astype(np.float32),
+        "candidate_ids": padded_lists(table["candidate_ids"], 0, np.int64)[0],
+        "candidate_logprobs": padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)[0],
+        "tail_logprob": table["tail_logprob"].fill_null(0).to_numpy(),
         **more,
     }
 
@@ -296,8 +310,7 @@ def arrays_of(manifest: Manifest) -> dict[str, float]:
     """The arrays that `decode` gives of a dump's positions, and what stands where there is no position."""
     parameters = positions_of(manifest)
     draws = {"tail_ids": NO_TOKEN, "draw_weight": 0} if parameters.selection.draw_weight else {}
-    tempered = {"tail_logsumexp": 0} if parameters.temperature else {}
-    return {**dict.fromkeys(DECODED, 0), "candidate_logprobs": NO_MASS, **draws, **tempered}
+    return {**dict.fromkeys(DECODED, 0), "candidate_logprobs": NO_MASS, **draws, **dict.fromkeys(_rounded(parameters), 0)}
 
 
 def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
@@ -357,6 +370,7 @@ def facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | N
     dense = _dense_bytes(manifest, totals)
     return {
         "selection": _selection(manifest),
+        "draw_weight": positions_of(manifest).selection.draw_weight or None,
         "quantisation_step": float(positions_of(manifest).quantisation_step),
         "dense_bytes": dense,
         "ratio": dense / totals.bytes if totals.bytes else None,
@@ -392,7 +406,7 @@ POSITIONS = Kind(
     statistics={"predictions": None, **dict.fromkeys(("mean_nll", "mean_top_k_mass", "mean_top_1_accuracy"), "predictions")},
     measure=measure,
     checks=checks,
-    relations=RELATIONS,
+    relations={"positions": lambda manifest: positions_relation(positions_of(manifest).tail_entropy), **RELATIONS},
     target="is_target",
     repeated=EACH_CANDIDATE,
     lines=lines,

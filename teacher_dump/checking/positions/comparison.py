@@ -23,7 +23,7 @@ from teacher_dump.dumping.batches import batch_arrays, enough_memory
 from teacher_dump.extraction.sampling import precise, starts
 from teacher_dump.teachers.protocol import Teacher
 
-ROUNDED = {"token_logprob": "token", "candidate_logprobs": "candidates", "tail_logprob": "tail"}
+ROUNDED = {"token_logprob": "token", "candidate_logprobs": "candidates", "tail_logprob": "tail", "tail_entropy": "tail entropy"}
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,15 @@ def _arrays(rows: pa.Table) -> Arrays:
 
     Returns:
         token_id (N,), candidate_ids (N, K) (−1: none) and, float64, token_logprob (N,), candidate_logprobs (N, K) (−inf: none),
-        tail_logprob (N,); where there are any tail_logsumexp (N,) and tail_ids (N, M) (−1: none). Ids are int64.
+        tail_logprob (N,); where there are any tail_logsumexp (N,), tail_entropy (N,) and tail_ids (N, M) (−1: none). Ids are
+        int64.
     """
     arrays = {
         "token_id": rows["token_id"].to_numpy().astype(np.int64),
         "candidate_ids": padded_lists(rows["candidate_ids"], -1, np.int64)[0],
         "candidate_logprobs": padded_lists(rows["candidate_logprobs"], -np.inf, np.float64)[0],
     }
-    for name in ("token_logprob", "tail_logprob", "tail_logsumexp"):
+    for name in ("token_logprob", "tail_logprob", "tail_logsumexp", "tail_entropy"):
         if name in rows.column_names:
             arrays[name] = rows[name].fill_null(np.nan).to_numpy().astype(np.float64)
     if "tail_ids" in rows.column_names:
@@ -168,6 +169,8 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
         differences["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double()
     if temperature:
         answers["tail_logsumexp"] = torch.logsumexp(outside / temperature, dim=1)
+    if parameters.tail_entropy:
+        answers["tail_entropy"] = torch.special.entr(torch.softmax(outside, dim=1)).nansum(dim=1)
     if rule.draw_weight:
         weights, drawn, begin = torch.exp(outside), on_device("tail_ids"), on_device("begin")
         spacing = torch.full_like(begin, rule.draw_weight)
