@@ -45,7 +45,7 @@ from teacher_dump.teachers import local as teacher_module
 from teacher_dump.teachers.local import LocalTeacher, load_teacher
 
 GOAL = 0.97
-DUMPS = {"top-5 + 4 draws": 4}
+DUMPS = {"top-5 + draws of weight 0.05": 0.05}
 SHARDS = 2
 CHARACTERS_PER_POSITION = 4
 WINDOWS_IN_A_ROW = 8
@@ -245,8 +245,8 @@ def measure(config: DumpConfig, teacher: LocalTeacher, repeats: int) -> dict[str
     """Everything about one teacher in one precision."""
     batches = batches_of(config, teacher)
     runs: dict[str, Callable[[], float]] = {"bare": lambda: run_bare(teacher, batches)}
-    for name, draws in DUMPS.items():
-        runs[name] = lambda draws=draws: run_dump(replace(config, tail_draws=draws), teacher)
+    for name, weight in DUMPS.items():
+        runs[name] = lambda weight=weight: run_dump(replace(config, draw_weight=weight), teacher)
     run_bare(teacher, batches[:1])
     speeds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -321,7 +321,7 @@ def main() -> None:
                 config = DumpConfig(
                     folder, (corpus,), Path(work) / "store", "overhead", gguf_file=gguf_file[0] if gguf_file else None,
                     max_length=arguments.max_length, batch_size=arguments.batch_size, dtype=dtype, device=arguments.device,
-                    shard_size=-(-documents // SHARDS), tail_draws=DUMPS.get(arguments.memory_of, 4),
+                    shard_size=-(-documents // SHARDS), draw_weight=DUMPS.get(arguments.memory_of, 0.05),
                 )  # fmt: skip
                 name = config.gguf_file or Path(folder).name
                 if not multiplies(dtype, teacher_module.find_device(arguments.device)):
