@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, write_jsonl
+from safetensors.torch import load_file
 from test_student_training import assert_close, command, environment, weights
 from torture.heartbeat import PATIENCE
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -28,6 +29,7 @@ from student_train.rationales.second_input import SecondInput
 from student_train.rationales.spans import AnswerPlaces
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
+from student_train.training.hidden_states import PROJECTOR_FILE
 from student_train.training.run import train
 from teacher_dump import DumpConfig, dump
 
@@ -50,12 +52,12 @@ def rows(count: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def store_folder(tmp_path_factory, teacher_folder, loaded_teacher) -> Path:
-    """The dumps `both`, `text` without saliency, and `sal` with nothing else, of one corpus; and `stories`, of another."""
+    """The dumps `both`, `text` with hidden states and no saliency, and `sal` with nothing else, of one corpus; and `other`."""
     folder = tmp_path_factory.mktemp("rationales")
     corpus, other = write_jsonl(folder / "corpus.jsonl", rows(20)), write_jsonl(folder / "other.jsonl", rows(7))
     for name, kinds, file in (
         ("both", ("positions", "saliency"), corpus),
-        ("text", ("positions",), corpus),
+        ("text", ("positions", "hidden"), corpus),
         ("sal", ("saliency",), corpus),
         ("other", ("saliency",), other),
     ):
@@ -218,7 +220,11 @@ def test_the_loss_is_the_mean_of_both_tasks_by_their_shares(settings, tmp_path):
     assert found["both"]["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert found["both"]["eval_nll"] == pytest.approx(found["plain"]["eval_nll"], rel=1e-6)
     run = json.loads((tmp_path / "both" / "run.json").read_text())
+    example = run["rationale"].pop("example")
     assert run["rationale"] == {"of": "saliency", "tokens": COUNT, "sequences": 20, "dump": None}
+    assert len(example["rationale"]) == COUNT and sum(example["shares"]) == pytest.approx(1, abs=1e-3)
+    largest = sorted(range(len(example["shares"])), key=lambda place: -example["shares"][place])[:COUNT]
+    assert sorted(largest) == example["rationale"] and not set(largest) & set(example["answer"])
 
 
 @pytest.mark.parametrize("loss", ["ce", "forward-kl"])
@@ -243,16 +249,18 @@ def test_without_weight_it_is_a_run_without_it(settings, tmp_path):
 
 
 def test_two_processes_learn_what_one_does(settings, tmp_path):
-    settings |= {"dump": "text", "rationale_dump": "sal", "max_grad_norm": 0}
-    train(TrainConfig(**settings))
+    """Two losses more, each a mean of its own, and the maps of hidden states."""
+    settings |= {"dump": "text", "rationale_dump": "sal", "max_grad_norm": 0, "hidden_weight": 0.2}
+    train(TrainConfig(**settings, hidden_projector=True))
     pair = settings | {"output": str(tmp_path / "pair"), "batch_size": 2}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, "-m", "student_train.cli", "run", *command(pair)],
+        [*launch, "-m", "student_train.cli", "run", *command(pair), "--hidden-projector"],
         env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert_close(weights(tmp_path / "run"), weights(tmp_path / "pair"))
+    assert_close(*(load_file(tmp_path / name / PROJECTOR_FILE) for name in ("run", "pair")))
 
 
 def test_a_run_resumes_with_its_rationales_and_no_others(settings, tmp_path):

@@ -60,12 +60,20 @@ def list_offsets(lengths: np.ndarray) -> pa.Array:
     return pa.array(np.concatenate([[0], ends]).astype(np.int32))
 
 
+def list_mask(lengths: np.ndarray, width: int) -> np.ndarray:
+    """Which places of lists that are padded to `width` values hold one, bool (N, width), from the lists' lengths (N,)."""
+    mask = np.empty((len(lengths), width), bool)
+    for place in range(width):  # in as many long loops: numpy takes a short one for each list otherwise
+        np.greater(lengths, place, out=mask[:, place])
+    return mask
+
+
 def padded_lists(column: pa.ChunkedArray, fill: Any, dtype: type) -> tuple[np.ndarray, np.ndarray]:
     """Lists of up to K values as (N, K), and their lengths (N,); null counts as empty."""
     lengths = pc.list_value_length(column).fill_null(0).to_numpy()
     width = int(lengths.max(initial=0))
     padded: np.ndarray = np.full((len(column), width), fill, dtype=dtype)
-    padded[np.arange(width) < lengths[:, None]] = pc.list_flatten(column).to_numpy()
+    padded[list_mask(lengths, width)] = pc.list_flatten(column).to_numpy()
     return padded, lengths
 
 

@@ -82,7 +82,7 @@ def sum_over_slices(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
             any shape, and must not keep the logits, whose memory is used again. Without positions it is called once, with
             none.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     rows, columns = predicting(batch)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     if not has_plain_head(inner):
@@ -170,7 +170,8 @@ class _Sliced(torch.autograd.Function):
         return (*results, None)
 
 
-def _unwrapped(model: nn.Module) -> Any:
+def unwrapped(model: nn.Module) -> Any:
+    """The model within wrappers for parallel or compiled execution."""
     while (module := _wrapped(model)) is not None:
         model = module
     return model

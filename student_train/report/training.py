@@ -12,6 +12,7 @@ from student_train.training.run_folder import Record
 
 TEXT_CURVE = Curve("eval_nll", "Loss on the text", "nats per token")
 RATIONALE_CURVE = Curve("eval_rationale", "Loss on the rationales", "nats per token")
+HIDDEN_CURVE = Curve("eval_hidden", "Distance of the hidden states", "as --hidden-loss measures it")
 
 
 def costs(runs: list[Run]) -> str:
@@ -61,7 +62,7 @@ def knowledge(dump: Record) -> str:
 
 def learning(runs: list[Run]) -> str:
     curves = [(index, run, run.history.get("entries", [])) for index, run in enumerate(runs)]
-    declared = [*(curve for figures in FIGURES.values() for curve in figures.curves), TEXT_CURVE, RATIONALE_CURVE]
+    declared = [*(curve for figures in FIGURES.values() for curve in figures.curves), TEXT_CURVE, RATIONALE_CURVE, HIDDEN_CURVE]
     shown = [curve for curve in declared if any(curve.name in entry for _, _, entries in curves for entry in entries)]
     words = "Measured during training, on documents of the training dumps that were kept out of it."
     if not shown:

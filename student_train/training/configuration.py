@@ -16,6 +16,7 @@ from student_train.losses.table import LOSSES, TAILS, Loss
 from student_train.training.model_folder import check_peft
 from student_train.training.settings import parse_settings
 
+HIDDEN_LOSSES = ("mse", "cosine")
 RATIONALES = ("none", "saliency", "random", "masked")
 
 # What transformers can report to.
@@ -23,6 +24,23 @@ TRACKERS = (
     *("none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flyte", "kubeflow", "mlflow"),
     *("neptune", "swanlab", "tensorboard", "trackio", "wandb"),
 )
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """How a student is to have the teacher's hidden states.
+
+    Attributes:
+        weight: share in the loss, from 0 to 1.
+        loss: one of HIDDEN_LOSSES; see `losses.hidden`.
+        layers: of the student, one for each of the dump's; None for those of the same numbers.
+        projector: whether linear maps from the student's states to the teacher's are learnt.
+    """
+
+    weight: float
+    loss: str = HIDDEN_LOSSES[0]
+    layers: tuple[int, ...] | None = None
+    projector: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,6 +60,7 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         "What to learn from": ("dump", "teachers", "where", "positions_where", "eval_fraction", "evaluations"),
         "Loss": ("loss", "ce_weight", "temperature", "tail", "calibration", "beta", "skew", "smoothing", "first_c"),
         "Rationales": ("rationale", "rationale_weight", "rationale_tokens", "rationale_dump"),
+        "Hidden states": ("hidden_weight", "hidden_loss", "hidden_layers", "hidden_projector"),
         "Steps": ("epochs", "steps", "batch_size", "gradient_accumulation", "group_by_length", "order", "seed"),
         "Optimisation": (
             *("learning_rate", "warmup", "schedule", "weight_decay", "max_grad_norm", "precision", "lora_rank", "set"),
@@ -86,6 +105,22 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     rationale_tokens: int = option(5, min=1, help="Tokens of a rationale.")
     rationale_dump: str | None = option(
         None, names_dump=True, help="Dump of the same corpus that holds the saliency, where the dump to train on does not."
+    )
+    hidden_weight: float = option(
+        0.0, min=0, max=1, help="Share of a loss on hidden states in the loss, from 0 to 1. The dump must hold some."
+    )
+    hidden_loss: str = option(
+        HIDDEN_LOSSES[0], choices=HIDDEN_LOSSES, help="What sets the student's hidden states apart from the teacher's."
+    )
+    hidden_layers: str | None = option(
+        None,
+        metavar="LAYER,...",
+        help="Layers of the student, one for each of the dump's: 0 are the embeddings, 1 the first, -1 the last. They are those"
+        " of the same numbers without it.",
+    )
+    hidden_projector: bool = option(
+        False,
+        help="Learn a linear map from the student's states to the teacher's, saved beside the student. Other widths need one.",
     )
     temperature: float = option(1.0, above=0, help="Temperature of the divergences and of top-k-renormalised.")
     first_c: float = option(0.28, above=0, max=1, help="Scale of the probabilities in the loss first, at most 1.")
@@ -172,11 +207,19 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         if isinstance(self.dump, str):
             object.__setattr__(self, "dump", (self.dump,))
 
+    def hidden_states(self) -> HiddenStates | None:
+        """How the student is to have the teacher's hidden states, if it is (InputError: the layers are no numbers)."""
+        if not self.hidden_weight:
+            return None
+        layers = None if self.hidden_layers is None else parse_layers("--hidden-layers", self.hidden_layers)
+        return HiddenStates(self.hidden_weight, self.hidden_loss, layers, self.hidden_projector)
+
     def loss_options(self) -> dict[str, float | str]:
         """Keyword arguments for the chosen loss."""
         return {name: getattr(self, _FIELDS[name]) for name in LOSSES[self.loss].options if name in _FIELDS}
 
 
+HIDDEN_OPTIONS = ("hidden_loss", "hidden_layers", "hidden_projector")
 RATIONALE_OPTIONS = ("rationale_weight", "rationale_tokens", "rationale_dump")
 
 # Which field holds each keyword argument of a loss.
@@ -217,6 +260,15 @@ def check_config(config: TrainConfig) -> Loss:
         raise InputError(
             "--rationale takes the context from all targets, so it does not go with --positions-where: leave one out"
         )
+    if not config.hidden_weight:
+        given = [name for name in HIDDEN_OPTIONS if getattr(config, name) != getattr(TrainConfig, name)]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} has no effect without --hidden-weight: give one above 0 too")
+    elif config.positions_where is not None:
+        raise InputError("--hidden-weight takes all states that the dump keeps, so it does not go with --positions-where")
+    elif loss.hidden_states or "input_ids" not in loss.inputs:
+        raise InputError(f"the loss {config.loss} does not go with --hidden-weight: choose one of the text's tokens")
+    config.hidden_states()
     if config.rationale == "random" and config.rationale_dump is not None:
         raise InputError("--rationale random reads no saliency: leave --rationale-dump out")
     if config.rationale != "none" and "input_ids" not in loss.inputs:
@@ -245,9 +297,9 @@ def check_loss(loss: str, ce_weight: float, options: Mapping[str, float | str]) 
     return config, check_config(config)
 
 
-def parse_layers(keep_layers: str) -> list[int]:
-    """The numbers in `--keep-layers` (InputError: it is something else)."""
+def parse_layers(option: str, layers: str) -> tuple[int, ...]:
+    """The numbers in an option that names layers (InputError: it is something else)."""
     try:
-        return [int(layer) for layer in keep_layers.split(",")]
+        return tuple(int(layer) for layer in layers.split(","))
     except ValueError:
-        raise InputError(f"--keep-layers is {keep_layers!r}; it must be numbers separated by commas, such as 0,6,12") from None
+        raise InputError(f"{option} is {layers!r}; it must be numbers separated by commas, such as 0,6,12") from None

@@ -10,9 +10,10 @@ from knowledge_store.errors import InputError
 from knowledge_store.reading.teachers import corpus_change
 from student_train.losses.table import TEXT, TEXT_COLUMNS, Loss
 from student_train.training.calibration import usable_calibration, with_scale
-from student_train.training.configuration import TrainConfig, check_config
+from student_train.training.configuration import HiddenStates, TrainConfig, check_config
+from student_train.training.hidden import KIND, check_hidden
 from student_train.training.mixture import Mixture, resolve_mixture
-from student_train.training.model_folder import check_model_folder
+from student_train.training.model_folder import check_model_folder, stated_layers, stated_width
 from student_train.training.positions import check_selection, check_selections
 from student_train.training.rationale import check_rationale
 from student_train.training.relations import check_vectors
@@ -102,15 +103,17 @@ def _same_texts(manifests: Sequence[Manifest]) -> list[str]:
     ]
 
 
-def kinds_read(manifest: Manifest, loss: Loss) -> tuple[str, ...]:
-    """The kinds of knowledge that a run reads: its loss's, and the one that has the text, where the loss runs on that."""
+def kinds_read(manifest: Manifest, loss: Loss, hidden: HiddenStates | None = None) -> tuple[str, ...]:
+    """The kinds of knowledge that a run reads: its loss's, the one that has the text, where the loss runs on that, and the
+    hidden states, where it learns from some."""
     with_text = (kind for kind in manifest.kinds if TEXT[0] in loss.inputs and TEXT[0] in KINDS[kind].arrays(manifest))
-    return tuple(dict.fromkeys((*with_text, *loss.kinds)))
+    return tuple(dict.fromkeys((*with_text, *loss.kinds, *((KIND,) if hidden is not None else ()))))
 
 
 def columns_read(manifest: Manifest, config: TrainConfig, loss: Loss) -> dict[str, frozenset[str]]:
     """The columns that a run has a use for, by kind of knowledge: for a loss of whole batches, all of the kinds it reads."""
-    columns = {kind: frozenset(KINDS[kind].schema(manifest).names) for kind in kinds_read(manifest, loss)}
+    kinds = kinds_read(manifest, loss, config.hidden_states())
+    columns = {kind: frozenset(KINDS[kind].schema(manifest).names) for kind in kinds}
     if loss.whole_batch:
         return columns
     used = {*TEXT_COLUMNS, *loss.columns}
@@ -118,7 +121,7 @@ def columns_read(manifest: Manifest, config: TrainConfig, loss: Loss) -> dict[st
         used.update(loss.recalibrated)
     elif config.tail != "bucket" and config.temperature == 1:
         used.update(loss.draws)
-    return {kind: names & used for kind, names in columns.items()}
+    return {kind: names if kind == KIND else names & used for kind, names in columns.items()}
 
 
 def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
@@ -133,6 +136,9 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
     mixture = resolve_mixture(config, store, check_folder(Path(config.output)))
     check_mixture(store, mixture, config, loss)
     check_rationale(config, store, mixture)
+    if (hidden := config.hidden_states()) is not None:
+        layers, width = (stated(config.student, config.gguf_file) for stated in (stated_layers, stated_width))
+        check_hidden(store, mixture, hidden, layers=layers, width=width)
     calibration = usable_calibration(config, store.manifest(mixture.dumps[0]), loss)
     for dump in mixture.dumps[1:]:
         usable_calibration(config, store.manifest(dump), loss)

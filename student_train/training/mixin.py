@@ -26,15 +26,18 @@ from knowledge_store.kinds.positions import keeps_candidates, knows_full_kl
 from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
 from student_train.losses.head import has_plain_head
+from student_train.losses.hidden import state_distances
 from student_train.losses.rationale import rationale_nll
 from student_train.losses.sliced import sliced_loss
 from student_train.losses.step import per_target, run_student, step_loss
 from student_train.losses.table import TEXT
 from student_train.losses.targets import Batch, Targets
 from student_train.training.collator import DistillationCollator
-from student_train.training.configuration import check_loss
+from student_train.training.configuration import HiddenStates, check_loss
 from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset
+from student_train.training.hidden import check_hidden
+from student_train.training.hidden_states import HiddenStatesMixin
 from student_train.training.knowledge import check_mixture, kinds_read
 from student_train.training.mixture import Mixture
 from student_train.training.snapshots import DumpSnapshots
@@ -43,7 +46,7 @@ from student_train.training.validation import ValidationMixin, each_of, of_store
 from student_train.training.vocabulary import check_student
 
 
-class DistillationMixin(ValidationMixin):
+class DistillationMixin(HiddenStatesMixin, ValidationMixin):
     """Makes a trainer learn from a store; stands before `transformers.Trainer`, or a class made of it, among the bases.
 
     What the rows are:
@@ -68,6 +71,8 @@ class DistillationMixin(ValidationMixin):
         ce_weight: share of cross-entropy in the loss, from 0 to 1.
         rationale_weight: share of the second task in the loss, from 0 to below 1, where batches have rationales (see
             `rationales.second_input`); None where they have none.
+        hidden: how the student is to have the dump's hidden states; None where it is not. A projector becomes a module of the
+            model, and is saved in a file of its own (see `hidden_states`).
         loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
         recalibrate: what to make of the teacher's targets before the loss, such as `recalibrated`.
         named: whatever else the trainer takes.
@@ -95,6 +100,7 @@ class DistillationMixin(ValidationMixin):
         loss: str = "forward-kl",
         ce_weight: float = 0.0,
         rationale_weight: float | None = None,
+        hidden: HiddenStates | None = None,
         loss_options: Mapping[str, float | str] | None = None,
         recalibrate: Callable[[Targets], Targets] | None = None,
         **named: Any,
@@ -116,13 +122,14 @@ class DistillationMixin(ValidationMixin):
         measured += [part.store.manifest(name) for part in each_of(eval_dataset) if of_store(part) for name in part.dumps]
         divergences = {"kl": knows_full_kl, "kl_lower_bound": keeps_candidates}
         kl = [name for name, is_known in divergences.items() if on_text and all(map(is_known, measured))][:1]
-        self.rationale_weight = rationale_weight
-        with_rationale = ("rationale",) if rationale_weight is not None else ()
-        self.figures = ("loss", *(("nll",) if on_text else ()), *kl, *with_rationale)
+        self.rationale_weight, self.hidden = rationale_weight, hidden
+        if hidden is not None:
+            check_hidden(store, mixture, hidden, layers=None, width=None)
+        self.figures = ("loss", *(("nll",) if on_text else ()), *kl, *self._more)
         self._source: dict[str, Any] = {"store": store, "dump": dump}
         chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets, "order": order}
         chosen = {name: value for name, value in chosen.items() if value is not None}
-        self._plan: dict[str, Any] = {**chosen, "kinds": kinds_read(manifests[0], self.distillation)}
+        self._plan: dict[str, Any] = {**chosen, "kinds": kinds_read(manifests[0], self.distillation, hidden)}
         from_store = train_dataset is None
         if from_store:
             train_dataset = DistillationDataset(**self._source, **self._plan)
@@ -162,6 +169,8 @@ class DistillationMixin(ValidationMixin):
         # A step's counts are divided by in `compute_loss`, so the trainer divides by nothing more.
         self.model_accepts_loss_kwargs = True
         self._check_model(store)
+        if hidden is not None:
+            self.take_states(store, mixture, hidden)
         for dataset in (self.train_dataset, *(each_of(self.eval_dataset))):
             self._check_rows(dataset)
         self.add_callback(DumpSnapshots())
@@ -302,12 +311,17 @@ class DistillationMixin(ValidationMixin):
         counts = self.units(inputs) if num_items_in_batch is None else num_items_in_batch
         options: dict[str, Any] = {"ce_weight": self.ce_weight, "options": self.loss_options}
         outputs = None
-        if self.distillation.whole_batch or return_outputs:
-            outputs = run_student(model, self.distillation, inputs)
-            loss = step_loss(self.distillation, outputs, inputs, counts, recalibrate=self.recalibrate, **options)
-        else:
-            function = per_target(self.distillation, **options)
-            loss = sliced_loss(model, inputs, function, count=counts["target"], recalibrate=self.recalibrate)
+        with self.keeping_states(model, inputs) as states:
+            if self.distillation.whole_batch or return_outputs:
+                outputs = run_student(model, self.distillation, inputs)
+                loss = step_loss(self.distillation, outputs, inputs, counts, recalibrate=self.recalibrate, **options)
+            else:
+                function = per_target(self.distillation, **options)
+                loss = sliced_loss(model, inputs, function, count=counts["target"], recalibrate=self.recalibrate)
+        if self.hidden is not None:
+            apart = state_distances(states, inputs, self.hidden.loss).sum()
+            apart = apart / torch.as_tensor(counts["hidden"], device=loss.device).clamp(min=1)
+            loss = (1 - self.hidden.weight) * loss + self.hidden.weight * apart
         if self.rationale_weight is not None:
             rationale = rationale_nll(model, inputs) / torch.as_tensor(counts["rationale"], device=loss.device).clamp(min=1)
             loss = (1 - self.rationale_weight) * loss + self.rationale_weight * rationale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from knowledge_store.model_files import ADAPTER, check_folder_name, check_gguf
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # what configurations call their number
+WIDTHS = ("hidden_size", "n_embd", "d_model")  # and the values of a hidden state
 
 
 def check_model_folder(model: str, gguf_file: str | None) -> None:
@@ -64,16 +66,25 @@ def adapter_base(folder: Path) -> str | None:
 def stated_layers(model: str, gguf_file: str | None) -> int | None:
     """How many layers the configuration in a model's folder says it has; None where that is not plain without the library that
     loads it."""
+    return _stated(model, gguf_file, LAYER_COUNTS)
+
+
+def stated_width(model: str, gguf_file: str | None) -> int | None:
+    """The same of the values that a hidden state has."""
+    return _stated(model, gguf_file, WIDTHS)
+
+
+def _stated(model: str, gguf_file: str | None, names: Sequence[str]) -> int | None:
     path = Path(model) / "config.json"
     if gguf_file or not path.is_file():
         return None
     try:
         settings = json.loads(path.read_bytes())
         settings = settings.get("text_config", settings)
-        counts = {settings[name] for name in LAYER_COUNTS if isinstance(settings.get(name), int)}
+        numbers = {settings[name] for name in names if isinstance(settings.get(name), int)}
     except (OSError, ValueError, AttributeError):
         return None  # loading the model says what is wrong with it
-    return counts.pop() if len(counts) == 1 else None
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def model_sha256(model: str) -> str:

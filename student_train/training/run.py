@@ -118,6 +118,10 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     checkpoint = last_checkpoint(output)
     began_at = checkpoint.step if checkpoint else 0
     evaluation = data.validation(marker)
+    parameters = {
+        "parameters": student.num_parameters(),
+        "trained_parameters": student.num_parameters(only_trainable=True),
+    }
     schedule(arguments, config, steps, evaluate=evaluation is not None, fresh=began_at == 0)
     try:
         trainer = RunTrainer(
@@ -130,10 +134,6 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     if first_process:
         tidy_output(output)
         if not (output / RUN_FILE).exists():
-            parameters = {
-                "parameters": student.num_parameters(),
-                "trained_parameters": student.num_parameters(only_trainable=True),
-            }
             facts = {"identity": identity, "config": asdict(config), **data.facts(), **parameters, "versions": versions()}
             write_json(output / RUN_FILE, facts)
         for sentence in _resume_lines(data, began_at) if began_at else data.lines():
@@ -207,7 +207,9 @@ def _resume_lines(data: RunData, began_at: int) -> list[str]:
 def _take_up(trainer: RunTrainer, checkpoint: Path) -> None:
     """Give a trainer the model and the state of a checkpoint, without training on."""
     if trainer.config.lora_rank is None:
-        trainer.model.load_state_dict(load_model(str(checkpoint)).state_dict())
+        with trainer.projector_apart():
+            trainer.model.load_state_dict(load_model(str(checkpoint)).state_dict())
+        trainer.load_projector(str(checkpoint))
     else:
         trainer._load_from_checkpoint(str(checkpoint))
     trainer.is_fsdp_enabled = False  # of a model that was never wrapped

@@ -111,7 +111,7 @@ class RunData:
 
     @property
     def _plan(self) -> dict[str, Any]:
-        kinds = kinds_read(self.store.manifest(self.mixture.dumps[0]), self.loss)
+        kinds = kinds_read(self.store.manifest(self.mixture.dumps[0]), self.loss, self.config.hidden_states())
         division = {"batch_size": self.config.batch_size, "rank": self.rank, "world_size": self.world_size}
         return {"kinds": kinds, **division, **self.mixture.plan}
 

@@ -79,6 +79,7 @@ class RunTrainer(DistillationTrainer):
             loss=config.loss,
             ce_weight=config.ce_weight,
             rationale_weight=config.rationale_weight if config.rationale != "none" else None,
+            hidden=config.hidden_states(),
             loss_options=config.loss_options(),
             recalibrate=recalibrate,
             callbacks=[_Progress(self)],

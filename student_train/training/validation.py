@@ -12,12 +12,14 @@ from torch.utils.data import DataLoader
 
 from student_train.losses.divergences import forward_kl, token_nll
 from student_train.losses.full_kl import full_kl
+from student_train.losses.hidden import kept_positions, state_distances
 from student_train.losses.rationale import rationale_count, rationale_nll
 from student_train.losses.sliced import Prepare, sum_over_slices
 from student_train.losses.step import run_student, step_loss, units
 from student_train.losses.table import TEXT
 from student_train.losses.targets import Batch, Targets, predicting_logits, target_tokens
 from student_train.losses.teachers import Share, weighted_loss
+from student_train.training.configuration import HiddenStates
 from student_train.training.dataset import DistillationDataset
 
 # From the teacher, as figures.
@@ -41,25 +43,34 @@ class ValidationMixin(_Base):
     no draws, or not the entropy of what they are from, `eval_kl_lower_bound` (over candidates and tail as one more symbol);
     nats. The last two are the same for any loss; they are left out for one that does not run on the text, and the bound for a
     dump without candidates. Where batches have rationales, `eval_rationale` is the negative log-likelihood of their tokens, a
-    mean over these.
+    mean over these. Where hidden states are learnt, `eval_hidden` is how far the student's
+    are from the teacher's, a mean over the positions that have some.
 
     Attributes:
         figures: the names of these that there are, without `eval_`.
         distillation: the entry of the loss in `LOSSES`.
-        ce_weight, rationale_weight, loss_options, recalibrate: as of `DistillationMixin`.
+        ce_weight, rationale_weight, hidden, loss_options, recalibrate: as of `DistillationMixin`.
     """
 
     eval_dataset: Any
     rationale_weight: float | None
+    hidden: HiddenStates | None
 
     @property
     def unit_names(self) -> tuple[str, ...]:
         """What is counted of a batch, to divide sums by."""
-        return ("target", "sequence", *(("rationale",) if self.rationale_weight is not None else ()))
+        return ("target", "sequence", *self._more)
+
+    @property
+    def _more(self) -> tuple[str, ...]:
+        """What is learnt beside the loss, each a figure and a unit of its own."""
+        learnt = {"rationale": self.rationale_weight, "hidden": self.hidden}
+        return tuple(name for name, given in learnt.items() if given is not None)
 
     def units(self, batch: Batch) -> dict[str, Tensor]:
         """How many of each a batch holds (scalars, int64)."""
-        return units(batch) | ({} if self.rationale_weight is None else {"rationale": rationale_count(batch)})
+        counts = {"rationale": rationale_count, "hidden": lambda batch: kept_positions(batch).sum()}
+        return units(batch) | {name: counts[name](batch) for name in self._more}
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -116,20 +127,26 @@ class ValidationMixin(_Base):
         sums = self.accelerator.reduce(self._sums.float().to(device), reduction="sum")
         counts = self.accelerator.reduce(torch.tensor(list(self._units.values()), device=device), reduction="sum")
         divisors = dict(zip(self._units, counts.clamp(min=1), strict=True))
-        units_of = {"loss": self.distillation.unit, "rationale": "rationale"}
+        units_of = {"loss": self.distillation.unit, **{name: name for name in self._more}}
         means = {name: value / divisors[units_of.get(name, "target")] for name, value in zip(self.figures, sums, strict=True)}
         if self.ce_weight:  # apart until here, since it may be of other units
             means["loss"] = (1 - self.ce_weight) * means["loss"] + self.ce_weight * means["nll"]
+        if self.hidden is not None:
+            means["loss"] = (1 - self.hidden.weight) * means["loss"] + self.hidden.weight * means["hidden"]
         if self.rationale_weight is not None:
             means["loss"] = (1 - self.rationale_weight) * means["loss"] + self.rationale_weight * means["rationale"]
         return means
 
     def _measured(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool = False) -> tuple[Tensor, Any]:
-        """A batch's sums of the figures, the loss without its shares of cross-entropy and of rationales, and the logits where
-        they are kept."""
-        sums, logits = self._measured_on_text(model, batch, keep_logits=keep_logits)
+        """A batch's sums of the figures, the loss without its shares of cross-entropy, rationales and hidden states, and the
+        logits where they are kept."""
+        with self.keeping_states(model, batch) as states:
+            sums, logits = self._measured_on_text(model, batch, keep_logits=keep_logits)
         if self.rationale_weight is not None:
             sums = torch.cat([sums, rationale_nll(model, batch).to(sums.dtype).reshape(1)])
+        if self.hidden is not None:
+            apart = state_distances(states, batch, self.hidden.loss).sum()
+            sums = torch.cat([sums, apart.to(sums.dtype).reshape(1)])
         return sums, logits
 
     def _measured_on_text(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool) -> tuple[Tensor, Any]:

@@ -267,7 +267,7 @@ def view(manifest: Manifest) -> str:
 
 
 def decode(table: pa.Table) -> Arrays:
-    """Positions as arrays of N rows, with candidates and tail normalised to sum to one (rounding left them near it).
+    """Positions as arrays of N rows.
 
     Returns:
         input_ids int64 (N,), is_target bool (N,), has_knowledge bool (N,), token_logprob float32 (N,), candidate_ids
@@ -276,19 +276,11 @@ def decode(table: pa.Table) -> Arrays:
         kept tail_logsumexp float32 (N,) and tail_entropy float32 (N,).
 
     Raises:
-        ValueError: what cannot be missing is, or numbers are not log-probabilities.
+        ValueError: what cannot be missing is.
     """
     for name in ("token_id", "is_target"):
         if table[name].null_count:
             raise ValueError(f"{name} is null")
-    kept = table["candidate_ids"].is_valid().to_numpy()
-    candidate_ids, _ = padded_lists(table["candidate_ids"], 0, np.int64)
-    candidate_logprobs, _ = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
-    tail_logprob = table["tail_logprob"].fill_null(0).to_numpy()
-    with np.errstate(all="ignore"):
-        excess = np.log(total_mass(candidate_logprobs, tail_logprob))
-    if not np.isfinite(excess).all():
-        raise ValueError("the probabilities of candidates and tail do not have a finite sum")
     more = {}
     if "tail_ids" in table.column_names:
         more["tail_ids"], _ = padded_lists(table["tail_ids"], 0, np.int64)
@@ -299,11 +291,11 @@ def decode(table: pa.Table) -> Arrays:
     return {
         "input_ids": table["token_id"].to_numpy().astype(np.int64),
         "is_target": table["is_target"].to_numpy(),
-        "has_knowledge": kept,
+        "has_knowledge": table["candidate_ids"].is_valid().to_numpy(),
         "token_logprob": table["token_logprob"].fill_null(0).to_numpy(),
-        "candidate_ids": candidate_ids,
-        "candidate_logprobs": (candidate_logprobs - excess[:, None]).astype(np.float32),
-        "tail_logprob": (tail_logprob - excess).astype(np.float32),
+        "candidate_ids": padded_lists(table["candidate_ids"], 0, np.int64)[0],
+        "candidate_logprobs": padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)[0],
+        "tail_logprob": table["tail_logprob"].fill_null(0).to_numpy(),
         **more,
     }
 

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.parquet import TEXT
-from knowledge_store.kinds.columns import Arrays, list_offsets
+from knowledge_store.kinds.columns import Arrays, list_mask, list_offsets
 from knowledge_store.kinds.field import SPLIT, Field
 
 PACKED = (
@@ -85,11 +85,12 @@ def _sum_of_exp(exponents: np.ndarray) -> np.ndarray:
     return total
 
 
-def logprobs_of(below: np.ndarray, tail_steps: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+def logprobs_of(below: Sequence[np.ndarray], tail_steps: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities that sum to one.
 
     Args:
-        below: steps of each candidate below the first of its position, float64 (N, K), ∞ for no candidate.
+        below: of each rank, steps of the candidates below the first of their positions, float64 (N,), ∞ for no candidate.
+            Arrays of one rank fit the processor's cache, where arrays of all do not.
         tail_steps: as stored but counted from 0, float64 (N,).
         step: nats.
 
@@ -98,9 +99,11 @@ def logprobs_of(below: np.ndarray, tail_steps: np.ndarray, step: float) -> tuple
     """
     odds = MAX_LOG_ODDS - step * tail_steps
     both = np.log(1 + np.exp(-np.abs(odds)))
-    spread = np.log(_sum_of_exp(-step * below))
-    candidates = (np.minimum(-odds, 0) - both - spread)[:, None] - step * below
-    return candidates.astype(np.float32), (np.minimum(odds, 0) - both).astype(np.float32)
+    first = np.minimum(-odds, 0) - both - np.log(sum(np.exp(-step * steps) for steps in below))
+    candidates = np.empty((len(odds), len(below)), np.float32)
+    for rank, steps in enumerate(below):
+        candidates[:, rank] = first - step * steps
+    return candidates, (np.minimum(odds, 0) - both).astype(np.float32)
 
 
 def exact_steps(candidates: np.ndarray, tail: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
@@ -158,12 +161,12 @@ def _stored(steps: np.ndarray, absent: np.ndarray | None = None) -> pa.Array:
 
 
 def _counted(column: pa.ChunkedArray) -> np.ndarray:
-    """Stored steps counted from 0, float64, 0 for null. ValueError: they are no whole numbers."""
-    steps = column.fill_null(ZERO).to_numpy().astype(np.float64) - ZERO
-    whole = np.abs(steps) <= MAX_STEPS
-    if not (whole | np.isposinf(steps)).all() or (steps[whole] != np.round(steps[whole])).any():
+    """Stored steps counted from 0, float32, which holds them exactly; 0 for null. ValueError: they are no whole numbers."""
+    stored = column.fill_null(ZERO).to_numpy()
+    known = (stored >= ZERO - MAX_STEPS) & ((stored <= ZERO + MAX_STEPS) | (stored == np.inf)) & (stored == np.rint(stored))
+    if not known.all():
         raise ValueError("steps are no whole numbers")
-    return steps
+    return stored - np.float32(ZERO)
 
 
 def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, pa.Array]:
@@ -226,9 +229,10 @@ def _unpacked_ids(column: pa.ChunkedArray, size: int) -> tuple[np.ndarray, np.nd
     octets = np.concatenate([np.zeros(0, np.uint8), *parts])
     if (lengths % size).any() or len(octets) != lengths.sum():
         raise ValueError(f"candidate_ids are not of {size} bytes each")
-    words = np.zeros((len(octets) // size, 4), np.uint8)
-    words[:, 4 - size :] = octets.reshape(-1, size)
-    return words.view(">u4")[:, 0].astype(np.uint32), lengths // size
+    ids = np.zeros(len(octets) // size, np.uint32)
+    for place in range(size):
+        ids = ids << 8 | octets[place::size]
+    return ids, lengths // size
 
 
 def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[str, pa.Array]:
@@ -250,26 +254,30 @@ def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[st
     if not np.array_equal(has_tail, some):
         raise ValueError("tail_steps is null although there are candidates, or the reverse")
 
-    present = np.arange(counts.max(initial=0)) < counts[:, None]
-    gaps = np.zeros(present.shape)
-    gaps[:, 1:][present[:, 1:]] = _counted(pc.list_flatten(table["gap_steps"]))
-    below = np.where(present, np.cumsum(gaps, axis=1), np.inf)
-    candidates, tail = np.zeros(below.shape, np.float32), np.zeros(len(table), np.float32)
-    tail_steps = _counted(table["tail_steps"])
+    tail_steps = _counted(table["tail_steps"]).astype(np.float64)
     if (tail_steps < 0).any():
         raise ValueError("tail_steps is below 0")
-    if some.any():
-        candidates[some], tail[some] = logprobs_of(below[some], tail_steps[some], step)
-    logprobs = candidates[present]
 
-    token_logprob = (0.0 - step * _counted(table["token_steps"])).astype(np.float32)
-    rows = np.repeat(np.arange(len(table)), counts)
-    token_places = np.flatnonzero(ids == table["token_id"].to_numpy()[rows])
+    gaps, first_gap = _counted(pc.list_flatten(table["gap_steps"])), np.cumsum(gap_counts) - gap_counts
+    below = [np.zeros(len(table))]  # where there is no candidate, of one that is left out below
+    for rank in range(1, counts.max(initial=0)):
+        gap = gaps.take(first_gap + (rank - 1), mode="clip")
+        below.append(np.where(counts > rank, below[-1] + gap, np.inf))
+    with np.errstate(over="ignore"):
+        candidates, tail = logprobs_of(below, tail_steps, step)
+    if not np.isfinite(candidates[:, 0]).all():
+        raise ValueError("the probabilities of candidates and tail do not have a finite sum")
+    logprobs = candidates[list_mask(counts, len(below))]
+
+    token_logprob = (0.0 - step * _counted(table["token_steps"]).astype(np.float64)).astype(np.float32)
     among = np.zeros(len(table), bool)
-    among[rows[token_places]] = True
+    first_id, token_id = np.cumsum(counts) - counts, table["token_id"].to_numpy()
+    for rank in range(counts.max(initial=0)):
+        found = np.flatnonzero((ids.take(first_id + rank, mode="clip") == token_id) & (counts > rank))
+        token_logprob[found] = candidates[found, rank]
+        among[found] = True
     if not np.array_equal(has_token, kept & ~among):
         raise ValueError("token_steps is null although the token is no candidate, or the reverse")
-    token_logprob[rows[token_places]] = logprobs[token_places]
 
     offsets = list_offsets(counts)
     absent = pa.array(~kept)
