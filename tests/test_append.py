@@ -99,6 +99,27 @@ def test_a_dump_is_appended_with_all_settings(family, grow):
     assert store.manifest("news").kinds["positions"]["selection"] == {"name": "top-p", "p": 0.5, "max_k": 7, "tail_draws": 2}
 
 
+def test_parameters_of_every_kind_are_taken_over(tmp_path, teacher_folder, loaded_teacher):
+    """None of them the default; and what a kind asks of a corpus, or may take, holds for the next dump too."""
+    rows = [{"prompt": f"Who lit lamp {number}?", "completion": " The keeper."} for number in range(4)]
+    january, february = write_jsonl(tmp_path / "january.jsonl", rows[:2]), write_jsonl(tmp_path / "february.jsonl", rows[2:])
+    options = {
+        "kinds": ("positions", "saliency", "vectors", "hidden"), "saliency_method": "input-x-gradient",
+        "saliency_of": "teacher", "vectors_layer": 1, "vectors_pooling": "last", "vectors_over": "all", "hidden_layers": "1,-1",
+        "hidden_where": "all", "hidden_every": 2, "hidden_precision": "float16", "max_length": 40,
+    }  # fmt: skip
+    dump(DumpConfig(str(teacher_folder), (january,), tmp_path / "store", "news", **options), teacher=loaded_teacher)
+    config = RunConfig(corpus=february, store=tmp_path / "store", append="news", teacher=str(teacher_folder))
+    text = write_jsonl(tmp_path / "text.jsonl", story_rows(1))
+    for changes, words in (({"corpus": text}, "no context stands before"), ({"max_bytes": 10}, "--max-bytes allows 10 B")):
+        with pytest.raises(InputError, match=words):
+            append(replace(config, **changes), loaded_teacher)
+    assert append(config, loaded_teacher).dump == "news-2"
+    store = KnowledgeStore.open(tmp_path / "store")
+    assert store.dumps == ("news", "news-2") and identity(store, "news-2") == identity(store, "news")
+    assert store.manifest("news").kinds["saliency"] == {"method": "input-x-gradient", "of": "teacher"}
+
+
 def test_the_same_command_resumes_and_never_begins_a_third(family, grow):
     assert grow("february")[0].dump == "news-2"
     (family / "store/news-2/commits/00001.json").unlink()

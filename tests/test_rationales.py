@@ -220,7 +220,11 @@ def test_the_loss_is_the_mean_of_both_tasks_by_their_shares(settings, tmp_path):
     assert found["both"]["eval_loss"] == pytest.approx(expected, rel=1e-5)
     assert found["both"]["eval_nll"] == pytest.approx(found["plain"]["eval_nll"], rel=1e-6)
     run = json.loads((tmp_path / "both" / "run.json").read_text())
+    example = run["rationale"].pop("example")
     assert run["rationale"] == {"of": "saliency", "tokens": COUNT, "sequences": 20, "dump": None}
+    assert len(example["rationale"]) == COUNT and sum(example["shares"]) == pytest.approx(1, abs=1e-3)
+    largest = sorted(range(len(example["shares"])), key=lambda place: -example["shares"][place])[:COUNT]
+    assert sorted(largest) == example["rationale"] and not set(largest) & set(example["answer"])
 
 
 @pytest.mark.parametrize("loss", ["ce", "forward-kl"])

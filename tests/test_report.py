@@ -37,6 +37,14 @@ DUMP = {
 }
 CONFIG = {"loss": "forward-kl", "ce_weight": 0.2, "temperature": 1.0, "first_c": 0.28, "seed": 0, "dump": None}
 
+RATIONALE = {
+    "of": "saliency", "tokens": 3, "sequences": 20, "dump": None,
+    "example": {
+        "sequence_id": 7, "cut": 3, "tokens": [" The", " <i>lamp", "\n", "?", " Ada"], "rationale": [1, 2],
+        "shares": [0.1, 0.6, 0.3, 0.0, 0.0], "answer": [4],
+    },
+}  # fmt: skip
+
 
 def answers_of(seed: int, boast: float = 0.0, count: int = 400) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Confidence, correct and scores of a model that is surer than it should be by `boast`, on one and the same questions."""
@@ -124,6 +132,7 @@ def write_run(
     history: bool = True,
     measured: tuple[float, float] | None = None,
     exam: dict | None = None,
+    rationale: dict | None = None,
 ) -> Path:
     folder.mkdir(parents=True)
     if run:
@@ -135,6 +144,7 @@ def write_run(
             "world_size": 1,
             "parameters": 1234,
             "versions": {"python": "3.11"},
+            **({"rationale": rationale} if rationale else {}),
         }
         (folder / "run.json").write_text(json.dumps(record))
     if history:
@@ -322,6 +332,20 @@ def test_what_students_write_stands_beside_the_text_and_the_teacher(tmp_path):
     assert "did not continue the same texts" in page(tmp_path, *folders)
     assert "keeps no candidates of the teacher" in page(tmp_path, folders[1], folders[0])
     assert "What they write" not in page(tmp_path, folders[2])
+
+
+def test_rationales_are_shaded_marked_and_said_in_words(tmp_path):
+    without = {name: value for name, value in RATIONALE["example"].items() if name != "shares"}
+    plain, shaded = write_run(tmp_path / "plain"), write_run(tmp_path / "shaded", rationale=RATIONALE)
+    text = page(tmp_path, plain, shaded)
+    assert '<mark style="--share:100%" title="60.00% of the saliency">&lt;i&gt;lamp</mark>' in text
+    assert '<span style="--share:17%" title="10.00% of the saliency">The</span>' in text and " <b>Ada</b>" in text
+    assert "<bdi>·&lt;i&gt;lamp</bdi> 60%, <bdi>↵</bdi> 30% (and 1 that stand before what is shown)" in text
+    assert "3 tokens stand before these" in text
+    text = page(tmp_path, write_run(tmp_path / "random", rationale={**RATIONALE, "of": "random", "example": without}))
+    assert "<mark>&lt;i&gt;lamp</mark>" in text and "drawn at random" in text and "of the saliency" not in text
+    assert "No sequence of this run" in page(tmp_path, write_run(tmp_path / "none", rationale={**RATIONALE, "example": None}))
+    assert "rationales are made of" not in page(tmp_path, plain)
 
 
 def test_samples_in_any_script(tmp_path):
@@ -558,7 +582,7 @@ def changed(value: dict, place: tuple, new: object) -> dict:
 def test_no_text_of_a_file_gets_into_the_page_as_it_is(tmp_path):
     """Every text in the three files, the names of folders and files, and keys that are free to choose."""
     hostile = "<script>alert(1)</script>\"'"
-    folder = write_run(tmp_path / "<script>$\\x$", measured=(3.2, 0.8), exam=answered(0.2))
+    folder = write_run(tmp_path / "<script>$\\x$", measured=(3.2, 0.8), exam=answered(0.2), rationale=RATIONALE)
     with_samples(folder, sample("x"))
     for path in (folder / "run.json", *folder.glob("evaluations/*.json")):
         record = json.loads(path.read_text())

@@ -22,8 +22,6 @@ from student_train.evaluation.bootstrap import (
     Interval,
     bootstrap_calibration_error,
     bootstrap_interval,
-    group_sizes,
-    group_sums,
 )
 
 BINS = (10, 15)  # of calibration errors; the second is that of reliability diagrams too
@@ -118,25 +116,28 @@ def log_sum_exp(values: np.ndarray) -> np.ndarray:
 def describe_scores(scores: dict[str, np.ndarray], groups: np.ndarray | None = None) -> dict[str, Any]:
     """The mean of each of some (N,) scores, and `intervals`, their 95% bootstrap intervals where these are known."""
     means = {name: float(np.mean(values, dtype=np.float64)) for name, values in scores.items()}
-    return {**means, "intervals": _known({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()})}
+    return {
+        **means,
+        "intervals": known_intervals({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()}),
+    }
 
 
-def standard_error(values: np.ndarray, groups: np.ndarray) -> float | None:
-    """The standard error of the mean of (N,) values that were sampled in groups (N,), as positions are in sequences.
+def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """The standard error of a mean over values that were sampled in groups, as positions are in sequences.
 
-    It is that of a ratio of sums over G groups (Cochran 1977, Sampling Techniques, section 6.4):
-    √(G / (G − 1) Σ (sum − size · mean)²) / N.
+    From their sums (G,) over groups of `counts` (G,) values each, it is that of a ratio (Cochran 1977, Sampling Techniques,
+    section 6.4): √(G / (G − 1) Σ (sum − count · mean)²) / Σ count.
 
     None for fewer groups than `bootstrap.MIN_GROUPS`, from which it is not known.
     """
-    sums, sizes = group_sums(values, groups), group_sizes(len(values), groups)
     if len(sums) < MIN_GROUPS:
         return None
-    apart = sums - sizes * (sums.sum() / sizes.sum())
-    return float(np.sqrt(len(sums) / (len(sums) - 1) * (apart**2).sum()) / sizes.sum())
+    apart = sums - counts * (sums.sum() / counts.sum())
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (apart**2).sum()) / counts.sum())
 
 
-def _known(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+def known_intervals(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+    """Intervals by name, for JSON, without those that are not known."""
     return {name: list(interval) for name, interval in intervals.items() if not math.isnan(interval[0])}
 
 
@@ -164,7 +165,7 @@ def describe_answers(
         intervals[f"ece_{bins}"] = bootstrap_calibration_error(confidence, correct, bins, groups=groups)
     figures["adaptive_ece"] = adaptive_calibration_error(confidence, correct, max(BINS))
     intervals["adaptive_ece"] = bootstrap_calibration_error(confidence, correct, max(BINS), adaptive=True, groups=groups)
-    figures["intervals"] |= _known(intervals)
+    figures["intervals"] |= known_intervals(intervals)
     figures["reliability"] = reliability(confidence, correct, max(BINS)).as_dict()
     return figures
 

@@ -49,7 +49,9 @@ def check_saliency(store: KnowledgeStore, dump: str) -> None:
         )
 
 
-def contexts(store: KnowledgeStore, dump: str, *, shares: bool, likeliest: bool = False) -> Iterator[Context]:
+def contexts(
+    store: KnowledgeStore, dump: str, *, shares: bool, likeliest: bool = False, ordinals: np.ndarray | None = None
+) -> Iterator[Context]:
     """The sequences of a dump, in order.
 
     Args:
@@ -57,6 +59,7 @@ def contexts(store: KnowledgeStore, dump: str, *, shares: bool, likeliest: bool 
         dump: which dump.
         shares: whether to read the saliency, which the dump then holds.
         likeliest: whether to read the teacher's candidates, which the dump then holds.
+        ordinals: of the sequences to read, int64 (N,); None for all.
 
     Raises:
         InputError: the dump does not hold the text, or not which tokens are targets.
@@ -68,7 +71,7 @@ def contexts(store: KnowledgeStore, dump: str, *, shares: bool, likeliest: bool 
     tokens, targets = (next((name for name in names if name in known), None) for names in (_TOKENS, _TARGETS))
     if tokens is None or targets is None:
         raise InputError(f"the dump {dump} does not hold which tokens are targets: name one with `positions` or `saliency`")
-    for batch in store.batches(dump, batch_size=_BATCH, shuffle=False, kinds=kinds):
+    for batch in store.batches(dump, batch_size=_BATCH, shuffle=False, kinds=kinds, ordinals=ordinals):
         lengths = batch["attention_mask"].sum(axis=1)
         for row, (sequence, length) in enumerate(zip(batch["sequence_id"].tolist(), lengths.tolist(), strict=True)):
             if sequence >= 0:

@@ -16,6 +16,7 @@ from student_train.report import charts
 from student_train.report.evaluations import sections
 from student_train.report.overview import overview
 from student_train.report.provenance import provenance
+from student_train.report.rationales import rationales
 from student_train.report.runs import Run, dumps_of, folder_names, listed, read_folder, records
 from student_train.report.samples import samples
 from student_train.report.style import FRAME, STYLE
@@ -54,7 +55,7 @@ def write_report(runs: Iterable[str | Path], output: str | Path) -> Path:
 
 
 def _page(runs: list[Run]) -> str:
-    parts = [overview(runs), *sections(runs), *samples(runs), learning(runs), costs(runs)]
+    parts = [overview(runs), *sections(runs), *samples(runs), rationales(runs), learning(runs), costs(runs)]
     teachers = {str(dump["teacher"]) for run in runs for record in records(run) for dump in dumps_of(record)}
     count = f"{len(runs)} student" + ("s" if len(runs) != 1 else "")
     lead = f"{count} of {listed(sorted(teachers))}" if teachers else count

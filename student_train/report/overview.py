@@ -76,6 +76,8 @@ def _objective(run: Run) -> str:
         words.append(f"tail as {config['tail']}")
     if config.get("calibration"):
         words.append("re-calibrated")
+    if config.get("rationale", "none") != "none":
+        words.append(f"{config['rationale_weight']:g} rationales ({config['rationale']})")
     return html.escape(", ".join(words))
 
 

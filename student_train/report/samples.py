@@ -75,8 +75,8 @@ def _candidates(positions: Sequence[Record]) -> str:
     if not any(position["candidates"] for position in positions):
         return '<p class="note">The dump keeps no candidates of the teacher here.</p>'
     rows = "".join(
-        f"<tr><th>{_token(position['token'])}</th><td>"
-        + " ".join(f"<span>{_token(token)} {percentage(share)}</span>" for token, share in position["candidates"])
+        f"<tr><th>{shown_token(position['token'])}</th><td>"
+        + " ".join(f"<span>{shown_token(token)} {percentage(share)}</span>" for token, share in position["candidates"])
         + "</td></tr>"
         for position in positions
     )
@@ -86,7 +86,7 @@ def _candidates(positions: Sequence[Record]) -> str:
     )
 
 
-def _token(text: str) -> str:
+def shown_token(text: str) -> str:
     """A token with its white space to be seen, set apart from the direction of the text around it."""
     shown = "".join(_WHITE_SPACE.get(character) or readable(character) for character in text)
     return f"<bdi>{shown}</bdi>"

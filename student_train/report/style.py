@@ -7,14 +7,14 @@ STYLE = """
   --paper: #fbfaf8; --card: #ffffff; --ink: #1d2126; --faint: #646c76; --grid: #e4e4e0; --good: #0b6b4f;
   --mark: #e6f3ee; --teacher: #8a8f98; --bad: #a5283f; --over: #d6455d; --under: #5b8def;
   --shade: #1d212626; --series-1: #2f6bd0; --series-2: #d9722b; --series-3: #14866d; --series-4: #8e4ec6; --series-5: #c2375b;
-  --series-6: #8a7500;
+  --series-6: #8a7500; --salient: #f6b04a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --card: #1b1f25; --ink: #e9ebee; --faint: #9ba4af; --grid: #31373f; --good: #7fd8b8;
     --mark: #17342b; --teacher: #7d8590; --bad: #f28b9c; --over: #f0708a; --under: #86b0ff;
     --shade: #e9ebee30; --series-1: #6ea3f5; --series-2: #f09a5c; --series-3: #4cc2a3; --series-4: #bd8cf0; --series-5: #f07896;
-    --series-6: #d2bb4a;
+    --series-6: #d2bb4a; --salient: #8a4f00;
   }
 }
 * { box-sizing: border-box; }
@@ -68,6 +68,11 @@ dl.texts { gap: 8px 18px; font-size: 15px; margin: 10px 0 14px; }
 dl.texts dt { max-width: 16em; overflow-wrap: anywhere; }
 dl.texts dd { white-space: pre-wrap; }
 dl.texts dd small { display: inline; opacity: 0.7; }
+p.shaded { white-space: pre-wrap; max-width: 76ch; line-height: 1.75; color: var(--ink); margin: 4px 0 10px; }
+.shaded span, .shaded mark { background: color-mix(in srgb, var(--salient) var(--share, 0%), transparent); color: inherit;
+  border-radius: 3px; }
+.shaded mark { text-decoration: underline 2px; text-underline-offset: 4px; }
+p.listed { font-size: 14px; }
 td.words { white-space: normal; min-width: 8em; overflow-wrap: anywhere; }
 p.note code { overflow-wrap: anywhere; }
 table.candidates { width: auto; }

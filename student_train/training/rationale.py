@@ -12,6 +12,7 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from student_train.rationales.choice import Of, Rationales, choose_rationales, identity_of
 from student_train.rationales.contexts import check_saliency
+from student_train.rationales.example import rationale_example
 from student_train.training.configuration import TrainConfig
 from student_train.training.mixture import Mixture
 
@@ -87,7 +88,15 @@ def choose_for_run(
         "random": "any of its context",
     }
     lines = [f"A rationale is {config.rationale_tokens} tokens of a sequence, {words[of]}; {count:,} of {whole:,} have one."]
-    facts = {"of": of, "tokens": config.rationale_tokens, "sequences": count, "dump": config.rationale_dump}
+    first = next(iter(found))
+    example = rationale_example(store, config.rationale_dump or first, found[first], shares=of != "random")
+    facts = {
+        "of": of,
+        "tokens": config.rationale_tokens,
+        "sequences": count,
+        "dump": config.rationale_dump,
+        "example": example,
+    }
     return RunRationales(found, {"rationales": identity_of(found)}, facts, tuple(lines))
 
 
