@@ -19,6 +19,7 @@ from knowledge_store.cli import app
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.kinds.hidden import HiddenParameters
 from knowledge_store.reading.speculators import draft_layers
+from knowledge_store.writing.copy import copy
 from teacher_dump import CheckConfig, DumpConfig, check, dump, estimate, repair
 from teacher_dump.checking.agreement import AGREES
 from teacher_dump.extraction.hidden import HiddenOptions
@@ -209,9 +210,17 @@ def test_a_dump_resumes_and_is_repaired(tmp_path, options, store, loaded_teacher
         dump(replace(config, hidden_every=2), teacher=loaded_teacher)
 
 
-def test_check(store, loaded_teacher):
-    found = check(CheckConfig(store, "loaded", dump="last"), loaded_teacher)["hidden"]
+@pytest.mark.parametrize("name", ["last", "layers"])
+def test_check(store, loaded_teacher, name):
+    """Also of a dump without its tokens, which another dump of the corpus has; alone it is refused."""
+    found = check(CheckConfig(store, "loaded", dump=name), loaded_teacher)["hidden"]
     assert found.verdict == AGREES and max(found.distances) < 1e-2
+
+
+def test_states_whose_tokens_no_dump_has_are_not_checked(store, tmp_path, loaded_teacher):
+    copy(store, tmp_path / "alone", "exact")
+    with pytest.raises(InputError, match=r"'exact' does not hold its tokens, and no other dump of .* has all of them"):
+        check(CheckConfig(tmp_path / "alone", "loaded", dump="exact"), loaded_teacher)
 
 
 def test_a_dump_that_would_be_too_large(tmp_path, options, loaded_teacher, monkeypatch):
