@@ -28,6 +28,7 @@ from knowledge_store.errors import InputError, LimitError
 from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
+from knowledge_store.sql.named_files import parse_named_files
 from knowledge_store.storage import StorePlace
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import end_at_sigterm, messages, note, output
@@ -132,14 +133,15 @@ class _SqlCommand(Command):
 def sql(config: SqlConfig) -> None:
     """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
-    It may come from anybody: it runs in a process of its own, can write nothing, read nothing but the store, and not outlive
-    its limits.
+    It may come from anybody: it runs in a process of its own, can write nothing, read nothing but the store and the files that
+    `--with` names, and not outlive its limits.
 
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
     statement = _statement(config.query, config.file)
     form, memory_limit = config.format, config.memory_limit * 2**30
-    with asked(str(config.store), statement, form.value, memory_limit, config.timeout, note) as answer:
+    files = parse_named_files(config.files)
+    with asked(str(config.store), statement, form.value, memory_limit, config.timeout, note, files=files) as answer:
         text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
         if form is Format.table and (names := text.readline()):
             output.print(Text(names.rstrip("\n"), style="bold"))
@@ -174,10 +176,21 @@ def view(config: OneDumpOptions) -> None:
 
 @command(app, ExportConfig)
 def export(config: ExportConfig) -> None:
-    """Write a dump's knowledge as a Parquet file of plain columns, for pandas, polars and others.
+    """Write a dump's knowledge for other programs: a Parquet file of plain columns, or files that draft models learn from.
 
     Example: `knowledge-store export knowledge/ smollm2-books --output books.parquet --where "is_target"`
     """
+    if config.format == "speculators":
+        from knowledge_store.reading.speculators import draft_layers
+
+        if config.where is not None or config.kind is not None:
+            raise InputError("--where and --kind choose rows of a Parquet file: leave them out with --format speculators")
+        store = _open(config.store, cache_size=0)
+        samples = store.export_speculators(config.output, config.dump, TerminalReporter())
+        *layers, _ = draft_layers(store.manifest(config.dump))
+        words = f"{config.output}: {samples:,} samples; train with --target-layer-ids {' '.join(map(str, layers))}"
+        output.print(words, markup=False)
+        return
     rows = _open(config.store).export(config.output, config.dump, config.kind, config.where, TerminalReporter())
     output.print(f"{config.output}: {rows:,} rows, {byte_size(config.output.stat().st_size)}", markup=False)
 

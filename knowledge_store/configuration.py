@@ -14,6 +14,8 @@ from knowledge_store.sql.answers import Format
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.storage import StorePlace
 
+EXPORT_FORMATS = ("parquet", "speculators")
+
 # --- shared by the three programs -------------------------------------------------------------------------------------------
 
 
@@ -73,6 +75,12 @@ class SqlConfig(StoreOptions):
         None, argument=True, metavar="QUERY", help="One SELECT statement; `-` reads it from standard input."
     )
     file: Path | None = option(None, help="Read the statement from this file.")
+    files: tuple[str, ...] = option(
+        (),
+        flag="--with",
+        metavar="NAME=FILE",
+        help="A Parquet file that the statement may read as the relation NAME. It may be repeated.",
+    )
     format: Format = option(Format.table, help="How the answer is printed; json is one array of row objects.")
     memory_limit: float = option(MEMORY_LIMIT / 2**30, above=0, help="The most memory for the query and its answer, in GiB.")
     timeout: float = option(TIMEOUT, above=0, help="The query is interrupted after this many seconds.")
@@ -82,7 +90,13 @@ class SqlConfig(StoreOptions):
 class ExportConfig(OneDumpOptions):
     """The options of `knowledge-store export`."""
 
-    output: Path = option(help="The Parquet file to write; an existing one is never replaced.")
+    output: Path = option(help="The file or folder to write; an existing one is never replaced.")
+    format: str = option(
+        EXPORT_FORMATS[0],
+        choices=EXPORT_FORMATS,
+        help="parquet: the rows of a kind as a Parquet file. speculators: hidden states as a folder that the trainer of draft"
+        " models of that name reads, a file for each sequence.",
+    )
     where: str | None = option(None, help="A condition in SQL: only rows that meet it are written.")
     kind: str | None = option(None, help="Which kind of knowledge, when the dump has several.")
 

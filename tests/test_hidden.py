@@ -10,10 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import run_command, story_rows, write_jsonl
+from datasets import load_from_disk
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore, verify
+from knowledge_store.cli import app
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.kinds.hidden import HiddenParameters
+from knowledge_store.reading.speculators import draft_layers
+from knowledge_store.writing.copy import copy
 from teacher_dump import CheckConfig, DumpConfig, check, dump, estimate, repair
 from teacher_dump.checking.agreement import AGREES
 from teacher_dump.extraction.hidden import HiddenOptions
@@ -29,7 +35,8 @@ ROWS = [
 WAYS = {
     "last": {"kinds": ("positions", "hidden")},
     "layers": {"kinds": ("hidden",), "hidden_layers": "0,-2", "hidden_where": "all", "hidden_every": 3},
-    "exact": {"kinds": ("hidden",), "hidden_layers": "1,2", "hidden_precision": "float16", "hidden_every": 2},
+    "exact": {"kinds": ("hidden",), "hidden_layers": "1,-1", "hidden_precision": "float16", "hidden_every": 2},
+    "draft": {"kinds": ("positions", "hidden"), "hidden_layers": "0,-2,2", "hidden_where": "all"},
 }
 
 
@@ -63,10 +70,16 @@ def test_states_are_those_that_transformers_gives(store, loaded_teacher, name):
         places = np.arange(len(both["input_ids"])) if kept.where == "all" else np.flatnonzero(both["is_target"]) - 1
         places = places[(document + window) % kept.every :: kept.every]
         assert np.flatnonzero(own["has_hidden"]).tolist() == places.tolist()
+        model, layer_outputs = loaded_teacher.model, []
+        handle = model.model.layers[-1].register_forward_hook(lambda _, given, result, seen=layer_outputs: seen.append(result))
         with torch.inference_mode():
-            answer = loaded_teacher.model(torch.from_numpy(both["input_ids"])[None], output_hidden_states=True)
+            answer = model(torch.from_numpy(both["input_ids"])[None], output_hidden_states=True)
+            assert torch.equal(model.model.norm(layer_outputs[0]), answer.hidden_states[-1])
+        handle.remove()
         for index, layer in enumerate(kept.layers):
-            expected = answer.hidden_states[layer][0, torch.from_numpy(places)].numpy()
+            # Of the last of two layers, before the norm that transformers has behind it.
+            states = layer_outputs[0] if layer == 2 else answer.hidden_states[layer]
+            expected = states[0, torch.from_numpy(places)].numpy()
             found = own["hidden"][places, 32 * index : 32 * (index + 1)]
             bound = 2.0**-11 if kept.precision == "float16" else 1 / 254
             assert (np.abs(found - expected) <= np.abs(expected).max(axis=1, keepdims=True) * bound * 1.01 + 1e-5).all()
@@ -102,6 +115,87 @@ def test_sql_and_what_info_tells(store):
     assert schema == ("sequence_id", "position", "steps", "scales")
 
 
+def test_a_model_whose_last_layer_cannot_be_found(loaded_teacher, monkeypatch):
+    monkeypatch.setitem(loaded_teacher.description, "layers", 7)
+    with pytest.raises(InputError, match="has no list of 7 layers"):
+        loaded_teacher.predict(np.zeros((1, 3), np.int64), np.ones((1, 3), bool), layers=(7,))
+
+
+# --- files for speculators ----------------------------------------------------------------------------------------------
+
+
+def test_an_export_for_speculators(store, tmp_path):
+    """A data set that `datasets` loads, and for each row a file of the same tokens with the states that the dump keeps."""
+    opened = KnowledgeStore.open(store, cache_size=0)
+    count = opened.sequence_count("draft")
+    assert opened.export_speculators(tmp_path / "drafts", "draft") == count
+    rows = load_from_disk(str(tmp_path / "drafts"))
+    assert rows.column_names == ["input_ids", "loss_mask", "seq_len"] and len(rows) == count
+    for number, row in enumerate(rows):
+        sequence = opened["draft", number]
+        file = load_file(tmp_path / "drafts" / "hidden_states" / f"hs_{number}.safetensors")
+        assert torch.equal(row["input_ids"], file["token_ids"]) and row["seq_len"] == len(row["input_ids"])
+        assert row["loss_mask"].tolist() == sequence["is_target"].astype(int).tolist()
+        expected = torch.from_numpy(sequence["hidden"]).reshape(-1, 3, 32).to(torch.bfloat16)
+        assert torch.equal(file["hidden_states"], expected)
+
+
+def test_a_stopped_export_goes_on_and_a_whole_one_is_left_alone(store, tmp_path, monkeypatch):
+    opened = KnowledgeStore.open(store, cache_size=0)
+    opened.export_speculators(tmp_path / "whole", "draft")
+    read, output = KnowledgeStore.__getitem__, tmp_path / "stopped"
+
+    def stopping(self, item):
+        if item[1] == 3:
+            raise KeyboardInterrupt
+        return read(self, item)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(KnowledgeStore, "__getitem__", stopping)
+        opened.export_speculators(output, "draft")
+    assert sorted(path.name for path in output.iterdir()) == ["export.json", "hidden_states"]  # no data set yet
+    assert sorted(path.name for path in (output / "hidden_states").iterdir()) == [f"hs_{n}.safetensors" for n in range(3)]
+    before = (output / "hidden_states" / "hs_0.safetensors").stat().st_mtime_ns
+    command = ["export", str(store), "draft", "--format", "speculators", "--output", str(output)]
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0 and "samples; train with --target-layer-ids 0 1" in " ".join(run.stdout.split())
+    assert (output / "hidden_states" / "hs_0.safetensors").stat().st_mtime_ns == before
+    files = [
+        sorted((path.relative_to(folder), path.read_bytes()) for path in folder.rglob("*.*"))
+        for folder in (output, tmp_path / "whole")
+    ]
+    assert files[0] == files[1] and not any(".unfinished" in name.name for name, _ in files[0])
+    assert CliRunner().invoke(app, command).exit_code == 2
+    with pytest.raises(InputError, match="exists already"):
+        opened.export_speculators(output, "draft")
+    refused = CliRunner().invoke(app, [*command, "--where", "is_target"])
+    assert refused.exit_code == 2 and "choose rows of a Parquet file" in " ".join(refused.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "last",
+            r"the hidden states of -1; speculators needs .* of layer 2, before .* --hidden-layers 0,1,2 --hidden-where all",
+        ),
+        ("exact", "keeps the hidden states of 1, -1; speculators needs"),
+        ("part", "keeps hidden states at some positions, and speculators needs all"),
+        ("alone", "does not hold its tokens: dump with --kind positions --kind hidden"),
+        ("plain", "holds no knowledge of kind 'hidden'"),
+    ],
+)
+def test_dumps_that_speculators_cannot_use(store, name, says):
+    manifest = KnowledgeStore.open(store).manifest("draft" if name in ("part", "alone", "plain") else name)
+    kinds = {
+        "part": {**manifest.kinds, "hidden": {**manifest.kinds["hidden"], "every": 2}},
+        "alone": {"hidden": manifest.kinds["hidden"]},
+        "plain": {"positions": manifest.kinds.get("positions")},
+    }.get(name, manifest.kinds)
+    with pytest.raises(InputError, match=says):
+        draft_layers(replace(manifest, kinds=kinds))
+
+
 def test_a_dump_resumes_and_is_repaired(tmp_path, options, store, loaded_teacher):
     config = DumpConfig(store=tmp_path / "store", name="layers", **options, **WAYS["layers"])
     assert dump(config, 1, 2, teacher=loaded_teacher).shards == 1
@@ -116,9 +210,17 @@ def test_a_dump_resumes_and_is_repaired(tmp_path, options, store, loaded_teacher
         dump(replace(config, hidden_every=2), teacher=loaded_teacher)
 
 
-def test_check(store, loaded_teacher):
-    found = check(CheckConfig(store, "loaded", dump="last"), loaded_teacher)["hidden"]
+@pytest.mark.parametrize("name", ["last", "layers"])
+def test_check(store, loaded_teacher, name):
+    """Also of a dump without its tokens, which another dump of the corpus has; alone it is refused."""
+    found = check(CheckConfig(store, "loaded", dump=name), loaded_teacher)["hidden"]
     assert found.verdict == AGREES and max(found.distances) < 1e-2
+
+
+def test_states_whose_tokens_no_dump_has_are_not_checked(store, tmp_path, loaded_teacher):
+    copy(store, tmp_path / "alone", "exact")
+    with pytest.raises(InputError, match=r"'exact' does not hold its tokens, and no other dump of .* has all of them"):
+        check(CheckConfig(tmp_path / "alone", "loaded", dump="exact"), loaded_teacher)
 
 
 def test_a_dump_that_would_be_too_large(tmp_path, options, loaded_teacher, monkeypatch):
