@@ -249,22 +249,23 @@ def replicates(likelihoods: dict[str, list[float]], questions: dict[str, Any]) -
     values = {data: unpacked(each, questions[data]["options"]) for data, each in likelihoods.items()}
     answers = {data: np.array(questions[data]["answers"]) for data in values}
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for calibrator, confidence_of in fit_calibrators(values[FIT], answers[FIT]).items():
+    for name, calibrator in fit_calibrators(values[FIT], answers[FIT]).items():
         sets = {}
         for place, data in enumerate(SETS):
             size = len(answers[data])
             times = np.random.default_rng(place).multinomial(size, np.full(size, 1 / size), RESAMPLES)
             times = np.vstack([np.ones(size), times]) / size
-            confidence, correct = confidence_of(values[data]), values[data].argmax(axis=1) == answers[data]
+            confidence, correct = calibrator.confidence(values[data]), values[data].argmax(axis=1) == answers[data]
             gaps = calibration_gaps(confidence, correct, BINS)
             sets[data] = {
                 "accuracy": times @ correct,
                 "ece": gap_error(times @ gaps, np.ones(len(times))),
                 "brier": times @ (confidence - correct) ** 2,
             }
-            if calibrator == "none":
-                sets[data]["nll"] = times @ negative_log_likelihood(values[data], answers[data])
-        found[calibrator] = {
+            if calibrator.temperature is not None:
+                nll = negative_log_likelihood(values[data], answers[data], calibrator.temperature)
+                sets[data]["nll"] = times @ nll
+        found[name] = {
             group: {metric: np.mean([sets[data][metric] for data in names], axis=0) for metric in sets[SETS[0]]}
             for group, names in GROUPS.items()
         }
@@ -295,6 +296,11 @@ def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
                 groups = mean(method, calibrator, done[method])
                 row = {"student": student, "method": method, "calibrator": calibrator, "seeds": done[method]}
                 row |= _intervals(groups)
+                alone = [by_cell[Cell(student, seed, method).name][calibrator] for seed in done[method]]
+                row["of each seed"] = {
+                    group: {metric: [round(float(each[group][metric][0]), 5) for each in alone] for metric in CLAIMS}
+                    for group in GROUPS
+                }
                 for title, baseline in (("over fine-tuning", BASELINE), ("over its temperature", CONTROL)):
                     both = [seed for seed in done[method] if seed in done[baseline[0]]]
                     if both and baseline != (method, calibrator):
