@@ -174,10 +174,21 @@ def view(config: OneDumpOptions) -> None:
 
 @command(app, ExportConfig)
 def export(config: ExportConfig) -> None:
-    """Write a dump's knowledge as a Parquet file of plain columns, for pandas, polars and others.
+    """Write a dump's knowledge for other programs: a Parquet file of plain columns, or files that draft models learn from.
 
     Example: `knowledge-store export knowledge/ smollm2-books --output books.parquet --where "is_target"`
     """
+    if config.format == "speculators":
+        from knowledge_store.reading.speculators import draft_layers
+
+        if config.where is not None or config.kind is not None:
+            raise InputError("--where and --kind choose rows of a Parquet file: leave them out with --format speculators")
+        store = _open(config.store, cache_size=0)
+        samples = store.export_speculators(config.output, config.dump, TerminalReporter())
+        *layers, _ = draft_layers(store.manifest(config.dump))
+        words = f"{config.output}: {samples:,} samples; train with --target-layer-ids {' '.join(map(str, layers))}"
+        output.print(words, markup=False)
+        return
     rows = _open(config.store).export(config.output, config.dump, config.kind, config.where, TerminalReporter())
     output.print(f"{config.output}: {rows:,} rows, {byte_size(config.output.stat().st_size)}", markup=False)
 

@@ -14,6 +14,8 @@ from knowledge_store.sql.answers import Format
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.storage import StorePlace
 
+EXPORT_FORMATS = ("parquet", "speculators")
+
 # --- shared by the three programs -------------------------------------------------------------------------------------------
 
 
@@ -82,7 +84,13 @@ class SqlConfig(StoreOptions):
 class ExportConfig(OneDumpOptions):
     """The options of `knowledge-store export`."""
 
-    output: Path = option(help="The Parquet file to write; an existing one is never replaced.")
+    output: Path = option(help="The file or folder to write; an existing one is never replaced.")
+    format: str = option(
+        EXPORT_FORMATS[0],
+        choices=EXPORT_FORMATS,
+        help="parquet: the rows of a kind as a Parquet file. speculators: hidden states as a folder that the trainer of draft"
+        " models of that name reads, a file for each sequence.",
+    )
     where: str | None = option(None, help="A condition in SQL: only rows that meet it are written.")
     kind: str | None = option(None, help="Which kind of knowledge, when the dump has several.")
 

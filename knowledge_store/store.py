@@ -27,6 +27,7 @@ from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.mixture import Named
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.readers import Readers
+from knowledge_store.reading.speculators import export_speculators
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.create_statements import create_statements
@@ -276,6 +277,25 @@ class KnowledgeStore:
         if kind is not None and kind not in kinds:
             raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}: it has {', '.join(kinds)}")
         return export(self._dumps.only(manifest.dump), kind or kinds[0], Path(output), where, reporter=reporter)
+
+    def export_speculators(self, output: str | Path, dump: str | None = None, reporter: Reporter = SILENT) -> int:
+        """Write a dump's hidden states to a folder that `speculators` trains draft models from; see `reading.speculators`.
+
+        Returns:
+            how many samples there are.
+
+        Raises:
+            InputError: no such dump, it does not hold what is needed, or the folder holds something else or cannot be written.
+            DamageError: a file of the store is not what was published.
+        """
+        manifest = self.manifest(dump)
+        name = manifest.dump
+
+        def read(ordinal: int) -> Arrays:
+            return self[name, ordinal]
+
+        count = self.sequence_count(name)
+        return export_speculators(manifest, self.snapshot(name), count, read, Path(output), reporter=reporter)
 
     def batches(self, dump: Named = None, batch_size: int = ReadPlan.batch_size, **plan: Any) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).

@@ -202,7 +202,8 @@ VECTORS_DUMPS = {
 HIDDEN_DUMPS = {
     "states": VECTORS_DUMPS["states"],
     "layers": {"kinds": ("hidden",), "hidden_layers": "0,-2", "hidden_where": "all", "hidden_every": 3},
-    "exact": {"kinds": ("hidden",), "hidden_layers": "1,2", "hidden_precision": "float16", "hidden_every": 2},
+    "exact": {"kinds": ("hidden",), "hidden_layers": "1,-1", "hidden_precision": "float16", "hidden_every": 2},
+    "draft": {"kinds": ("positions", "hidden"), "hidden_layers": "0,-2,2", "hidden_where": "all"},
 }
 
 

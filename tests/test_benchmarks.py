@@ -6,7 +6,11 @@ import importlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from benchmarks.calibrators import isotonic, platt
+from benchmarks.studies import trust
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -30,3 +34,75 @@ def test_each_shows_its_help(module, monkeypatch, capsys):
         importlib.import_module(module).main()
     assert ended.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+def judged(generator: np.random.Generator, sizes: dict[str, int], skill: float, certainty: float) -> dict[str, list[float]]:
+    """Likelihoods of four options, of which the first is right: more `skill` makes it likelier, `certainty` all differences."""
+    found = {}
+    for data, size in sizes.items():
+        values = generator.normal(size=(size, 4))
+        values[:, 0] += skill
+        values *= certainty
+        found[data] = (values - values.max(axis=1, keepdims=True)).round(3).ravel().tolist()
+    return found
+
+
+def test_the_table_of_trust_says_what_its_cells_say(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(trust, "RESAMPLES", 200)
+    sizes = {**dict.fromkeys(trust.SETS, 150), trust.FIT: 400}
+    weak, strong = (judged(np.random.default_rng(0), sizes, skill, 4.0) for skill in (0.5, 2.0))
+    likelihoods = {"fine-tuning": weak, "FIRST": weak, "candidates + draws": strong}
+    record = {
+        "questions": {data: {"options": [4] * size, "answers": [0] * size} for data, size in sizes.items()},
+        "models": {"teacher": strong},
+        "cells": {trust.Cell("whole", 0, name).name: {"likelihoods": each} for name, each in likelihoods.items()},
+    }
+    record["table"] = trust.tabulate(record)
+    record["claims"] = trust.claims(record["table"])
+    record["not_run"] = [cell.name for cell in trust.cells() if cell.name not in record["cells"]]
+    rows = {(row["student"], row["method"], row["calibrator"]): row for row in record["table"]}
+    correct = [max(row) == row[0] for row in np.reshape(weak[trust.SETS[0]], (-1, 4)).tolist()]
+    plain, better = rows["whole", "fine-tuning", "none"], rows["whole", "candidates + draws", "none"]
+    assert plain["in domain"]["accuracy"][0] == pytest.approx(np.mean(correct), abs=1e-5)
+    assert rows["whole", "FIRST", "none"]["over fine-tuning"]["all four"] == {"accuracy": [0, 0, 0], "ece": [0, 0, 0]}
+    assert better["over fine-tuning"]["all four"]["accuracy"][1] > 0.023
+    for calibrator in ("temperature", "Platt", "isotonic"):  # a model that is too sure is made less sure, and answers alike
+        after = rows["whole", "fine-tuning", calibrator]["all four"]
+        assert after["accuracy"] == plain["all four"]["accuracy"]
+        assert after["ece"][0] < 0.5 * plain["all four"]["ece"][0]
+    found = {(each["method"], each["metric"], each["where"], each["baseline"]): each for each in record["claims"]}
+    assert found["candidates + draws", "accuracy", "all four", "over fine-tuning"]["verdict"] == "holds here"
+    assert len(record["not_run"]) == 2 * 3 * len(trust.METHODS) - 3
+    trust.print_tables(record)
+    shown = capsys.readouterr().out
+    assert f"Not run: {len(record['not_run'])} of 66 cells." in shown and "| whole | FIRST | none | 1 |" in shown
+    trust.draw(record, tmp_path / "trust.svg")
+    assert (tmp_path / "trust.svg").exists()
+
+
+def test_what_is_cut_of_trust_is_what_comes_last():
+    order = list(trust.cells())
+    core = [cell.method in trust.CORE for cell in order]
+    assert core == sorted(core, reverse=True) and len(set(order)) == len(order) == 66
+    assert [cell.seed for cell in order if cell.method == "FIRST" and cell.student == "whole"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("points", "claimed", "words"), [
+    ([3.0, 1.0, 5.0], 2.3, "holds here"),
+    ([1.0, 0.5, 1.5], 2.3, "better here too, by less than claimed"),
+    ([0.0, -3.0, 3.0], 2.3, "not shown here"),
+    ([0.0, -3.0, 3.0], -10.0, "no sign of it here"),
+    ([4.0, 1.0, 7.0], -10.0, "the opposite here"),
+])  # fmt: skip
+def test_verdicts_on_a_claim(points, claimed, words):
+    assert trust.verdict(points, claimed) == words
+
+
+def test_calibrators_after_training():
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=4000)
+    correct = generator.random(4000) < 1 / (1 + np.exp(-(0.5 * values - 0.25)))
+    assert platt(values, correct) == pytest.approx((0.5, -0.25), abs=0.1)
+    assert platt(np.array([-1.0, 1.0]), np.array([False, True]))[0] > 0  # apart, and finite all the same
+    edges, heights = isotonic(np.array([3.0, 1.0, 2.0, 4.0]), np.array([False, False, True, True]))
+    assert edges.tolist() == [1, 2, 3, 4] and heights.tolist() == [0, 0.5, 0.5, 1]

@@ -42,6 +42,7 @@ SUBSTITUTIONS = (
     ("benchmarks.tiny_model quickstart", "benchmarks.tiny_model quickstart --steps 1"),
     ("--steps 40", "--steps 2"),
     ("topic", "source"),
+    ("2,16,29,32", "0,1,2"),  # of a teacher with two layers
     ("--steps 100", "--steps 2"),
     ("--epochs 1", "--steps 2"),
     ('SFTConfig("runs/sft"', 'SFTConfig("runs/sft", bf16=False'),  # whose default needs a GPU

@@ -48,6 +48,7 @@ BITS = 4
 KEPT_LAYERS = (0, 1, 4)
 STEPS, BATCH, LEARNING_RATE = 150, 8, 2e-3
 SELECTION = Selection("top-k", 5, 4)
+DRAWS = ("tail_ids", "tail_counts")  # what differs from seed to seed
 NORMAL = 1.96  # of a standard error on either side: 95%
 
 
@@ -100,29 +101,27 @@ def manifest_of(vocabulary: int) -> Manifest:
 
 def read_story(number: int, tokens: Tensor, logits: Tensor, seeds: int, manifest: Manifest) -> Story:
     """Ask a teacher's logits (N + 1, V) of N + 1 tokens what a dump keeps of them."""
-    kind, length = KINDS["positions"], len(tokens)
+    kind, length, vocabulary = KINDS["positions"], len(tokens), logits.shape[1]
+    keys = pa.table({"sequence_id": np.zeros(length - 1, np.int64), "position": np.arange(1, length, dtype=np.int32)})
+    text = {"token_id": tokens[1:].numpy().astype(np.uint32)}
+    text |= dict.fromkeys(("is_target", "has_knowledge"), np.ones(length - 1, bool))
     exact, rounded = [], []
+    stored: dict[str, np.ndarray] = {}
     for seed in range(seeds):
         points = torch.from_numpy(systematic_points(number + seed * 2**32, length, SELECTION.draws))[1:]
         said = knowledge_of(logits[:-1].clone(), tokens[1:], SELECTION, points, entropy=True)
         arrays = {name: values.numpy() for name, values in said.items()}
-        arrays = {name: values.astype(np.uint32) if values.dtype == np.int64 else values for name, values in arrays.items()}
-        arrays |= {"token_id": tokens[1:].numpy().astype(np.uint32)}
-        arrays |= dict.fromkeys(("is_target", "has_knowledge"), np.ones(length - 1, bool))
-        keys = pa.table({"sequence_id": np.zeros(length - 1, np.int64), "position": np.arange(1, length, dtype=np.int32)})
-        stored = kind.decode(kind.unpack(kind.pack(keys, arrays, manifest), manifest), manifest)
-        unrounded = {name: arrays.get(name, values) for name, values in stored.items()}
-        exact.append(_targets(unrounded, logits.shape[1]))
-        rounded.append(_targets(stored, logits.shape[1]))
+        if not stored:  # but for the draws, what is kept is the same for all seeds
+            stored = kind.decode(kind.unpack(kind.pack(keys, {**arrays, **text}, manifest), manifest), manifest)
+        drawn = {**stored, **{name: arrays[name] for name in DRAWS}}
+        rounded.append(_targets(drawn, vocabulary))
+        exact.append(_targets({name: arrays.get(name, values) for name, values in drawn.items()}, vocabulary))
     return Story(tokens, torch.log_softmax(logits[:-1].double(), dim=1), exact, rounded)
 
 
 def _targets(arrays: dict[str, np.ndarray], vocabulary: int) -> Targets:
     """Arrays of positions from the second on as targets."""
-    batch = {}
-    for name, values in arrays.items():
-        values = values.astype(np.int64) if values.dtype == np.uint32 else values
-        batch[name] = torch.from_numpy(np.concatenate([values[:1], values]))[None]
+    batch = {name: torch.from_numpy(np.concatenate([values[:1], values]))[None] for name, values in arrays.items()}
     return targets_of(batch, vocabulary)
 
 
@@ -142,14 +141,14 @@ def measured(stories: list[Story], model: PreTrainedModel) -> dict[str, np.ndarr
     sums: dict[str, list[Any]] = {name: [] for name in ("exact", "expected", "without", "with", "variance")}
     for story in stories:
         with torch.no_grad():
-            logits = model(input_ids=story.tokens[None]).logits[0, :-1].double()
-        student = torch.log_softmax(logits, dim=1)
+            logits = model(input_ids=story.tokens[None]).logits[0, :-1]
+        student = torch.log_softmax(logits.double(), dim=1)
         sums["exact"].append(float((story.logprobs.exp() * (story.logprobs - student)).sum()))
         sums["expected"].append(float(expected(story, student).sum()))
-        sums["without"].append([float(full_kl(logits, targets).estimate.sum()) for targets in story.exact])
+        sums["without"].append([float(full_kl(logits, targets).estimate.double().sum()) for targets in story.exact])
         found = [full_kl(logits, targets) for targets in story.rounded]
-        sums["with"].append([float(each.estimate.sum()) for each in found])
-        sums["variance"].append(float(np.mean([float(each.draw_variance.sum()) for each in found])))
+        sums["with"].append([float(each.estimate.double().sum()) for each in found])
+        sums["variance"].append(float(np.mean([float(each.draw_variance.double().sum()) for each in found])))
     return {name: np.array(values) for name, values in sums.items()}
 
 
@@ -170,9 +169,8 @@ def coverage(sums: dict[str, np.ndarray], sizes: np.ndarray, sets: int, stories:
         values, counts = sums["with"][chosen, seeds], sizes[chosen]
         low, high = bootstrap(values[:, None], counts, mean_of_sums, seed=number)
         inside["bootstrap"] += low <= truth <= high
-        mean = values.sum() / counts.sum()
-        error = np.sqrt(stories / (stories - 1) * ((values - counts * mean) ** 2).sum()) / counts.sum()
-        inside["standard_error"] += abs(mean - truth) <= NORMAL * error
+        error = standard_error(values, counts) or np.nan
+        inside["standard_error"] += abs(values.sum() / counts.sum() - truth) <= NORMAL * error
     return {name: count / sets for name, count in inside.items()}
 
 
@@ -211,16 +209,14 @@ def main() -> None:
     for name, model in models.items():
         sums = measured(stories, model)
         exact = sums["exact"].sum() / sizes.sum()
-        bias, groups = sums["expected"] - sums["exact"], np.arange(len(sizes))
+        bias = sums["expected"] - sums["exact"]
         without, rounded = ((sums[key].sum(axis=0) - sums["exact"].sum()) / sizes.sum() for key in ("without", "with"))
         rows[name] = {
             "exact": float(exact),
             "without_rounding": over_seeds(without),
             "with_rounding": over_seeds(rounded),
             "bias_of_rounding": float(bias.sum() / sizes.sum()),
-            "bias_standard_error": standard_error(
-                np.repeat(bias / sizes, sizes.astype(int)), np.repeat(groups, sizes.astype(int))
-            ),
+            "bias_standard_error": standard_error(bias, sizes),
             "deviation_over_draws": float(without.std(ddof=1)),
             "deviation_as_printed": float(np.sqrt(sums["variance"].sum()) / sizes.sum()),
             "coverage": coverage(sums, sizes, arguments.sets, arguments.set_size),

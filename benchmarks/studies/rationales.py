@@ -18,21 +18,35 @@ import argparse
 import contextlib
 import io
 import json
-import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measurement import STUDIES, keep
-from benchmarks.studies.trust import KEPT_LAYERS, commonsenseqa, instructions, interval
+from benchmarks.questions import (
+    BATCH_SIZE,
+    BINS,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    PRECISION,
+    RESAMPLES,
+    SETS,
+    add_arguments,
+    figure_cell,
+    finished_cells,
+    gguf,
+    interval,
+    layer_dropped,
+    read_all,
+    run,
+    tune_teacher,
+    write_lines,
+)
 from knowledge_store import KnowledgeStore
-from knowledge_store.storage.local import replace_bytes
 from knowledge_store.terminal.console import note
 from student_train.evaluation.bootstrap import calibration_gaps, gap_error
 from student_train.evaluation.questions import Question, corpus_row
@@ -50,13 +64,10 @@ WAYS: dict[str, tuple[str, ...]] = {
     "distillation + saliency": ("--loss", "forward-kl", "--rationale", "saliency"),
 }
 BASELINE = "label only"
-SETS = ("commonsenseqa", "openbookqa", "arc-easy", "arc-challenge")
-STUDENTS = {"whole": 1e-4, "layer-dropped": 3e-4}  # learning rates: where layers are missing there is more to learn
+STUDENTS = {"whole": LEARNING_RATE, "layer-dropped": 3e-4}  # learning rates: where layers are missing there is more to learn
 SEEDS = (0, 1, 2)
 WEIGHT, TOKENS = 0.2, 5
 CLAIMED_OVERLAP = 0.68
-BINS, RESAMPLES = 10, 2000
-MAX_LENGTH, BATCH_SIZE = 512, 16
 
 
 @dataclass(frozen=True)
@@ -89,77 +100,18 @@ def cells() -> Iterator[Cell]:
 # ---- questions
 
 
-def with_options(question: Question) -> Question:
-    """The question with its options as part of what is asked."""
-    return replace(question, text="\n".join([question.text, *(f"- {option}" for option in question.options)]))
-
-
-def read_all(arguments: argparse.Namespace) -> dict[str, dict[str, list[Question]]]:
-    """By data set, the questions to tune the teacher on, of which the first are those to train students on, and those to judge
-    by, as a seeded sample."""
-    csqa, obqa, arc = arguments.commonsenseqa, arguments.openbookqa, arguments.arc
-    files = {
-        "commonsenseqa": (commonsenseqa, csqa / "train_rand_split.jsonl", csqa / "dev_rand_split.jsonl"),
-        "openbookqa": (instructions, obqa / "openbookqa_train.json", obqa / "openbookqa_test.json"),
-        "arc-easy": (instructions, arc / "ARC-Easy_train.json", arc / "ARC-Easy_test.json"),
-        "arc-challenge": (instructions, arc / "ARC-Challenge_train.json", arc / "ARC-Challenge_test.json"),
-    }
-    found: dict[str, dict[str, list[Question]]] = {}
-    for data, (read, *paths) in files.items():
-        found[data] = {}
-        for part, path, size in zip(("tune", "judge"), paths, (arguments.tune, arguments.judge), strict=True):
-            if not path.is_file():
-                sys.exit(f"there is no file {path}")
-            sound = [with_options(question) for question in read(path) if question is not None]
-            random.Random(f"{part} {data}").shuffle(sound)
-            found[data][part] = sound[:size]
-    return found
-
-
 def write_files(arguments: argparse.Namespace, questions: dict[str, dict[str, list[Question]]]) -> None:
-    """Corpora to tune and to dump, and the questions to judge by."""
+    """Corpora to dump, and the questions to judge by."""
     work = arguments.work
-    rows = [corpus_row(question, "text") for parts in questions.values() for question in parts["tune"]]
-    _write(work / "tune.jsonl", rows)
     for data, parts in questions.items():
-        _write(work / f"{data}.jsonl", [corpus_row(question, "text") for question in parts["tune"][: arguments.train]])
-        _write(work / f"{data}-judged.jsonl", [corpus_row(question, "text") for question in parts["judge"]])
-        asked = [{"question": each.text, "options": each.options, "answer": each.answer} for each in parts["judge"]]
-        _write(work / f"{data}-questions.jsonl", asked)
-
-
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if not path.exists() or path.read_text() != text:
-        replace_bytes(path, text.encode())
+        judged = parts["judge"][: arguments.judge]
+        write_lines(work / f"{data}.jsonl", [corpus_row(question, "text") for question in parts["tune"][: arguments.train]])
+        write_lines(work / f"{data}-judged.jsonl", [corpus_row(question, "text") for question in judged])
+        asked = [{"question": each.text, "options": each.options, "answer": each.answer} for each in judged]
+        write_lines(work / f"{data}-questions.jsonl", asked)
 
 
 # ---- the commands, each of which goes on where it was
-
-
-def run(package: str, *words: object) -> None:
-    """One of the three commands."""
-    note(f"$ {package.replace('_', '-')} {' '.join(map(str, words))}")
-    finished = subprocess.run([sys.executable, "-m", f"{package}.cli", *map(str, words)], check=False)
-    if finished.returncode:
-        sys.exit(finished.returncode)
-
-
-def tune_teacher(arguments: argparse.Namespace) -> None:
-    """Fine-tune the teacher on all training questions: what the untuned one knows of them is dumped only for their tokens."""
-    work, gguf = arguments.work, _gguf(arguments)
-    if (work / "teacher" / "config.json").exists():
-        return
-    store = work / "tuning"
-    run(
-        "teacher_dump", "run", store, "--teacher", arguments.teacher, *gguf, "--corpus", work / "tune.jsonl",
-        "--name", "tune", "--max-length", MAX_LENGTH,
-    )  # fmt: skip
-    run(
-        "student_train", "run", store, "--student", arguments.teacher, *gguf, "--output", work / "teacher", "--loss", "ce",
-        "--epochs", arguments.teacher_epochs, "--batch-size", BATCH_SIZE, "--learning-rate", STUDENTS["whole"],
-        "--eval-fraction", 0, "--save-steps", 50,
-    )  # fmt: skip
 
 
 def prepare(arguments: argparse.Namespace, data: str) -> None:
@@ -172,12 +124,12 @@ def prepare(arguments: argparse.Namespace, data: str) -> None:
         )  # fmt: skip
 
 
-def judge(arguments: argparse.Namespace, model: Path, gguf: tuple[str, ...], data: str) -> dict[str, Any]:
+def judge(arguments: argparse.Namespace, model: Path, named: tuple[str, ...], data: str) -> dict[str, Any]:
     """What a model answers of a data set's judged questions: confidence, whether it is right, and nats, of each."""
     result = arguments.work / "judged.json"
     result.unlink(missing_ok=True)
     run(
-        "student_train", "evaluate", "--model", model, *gguf, "--questions", arguments.work / f"{data}-questions.jsonl",
+        "student_train", "evaluate", "--model", model, *named, "--questions", arguments.work / f"{data}-questions.jsonl",
         "--answer-as", "text", "--batch-size", BATCH_SIZE, "--output", result,
     )  # fmt: skip
     answers = json.loads(result.read_text())["sequence"]["answers"]
@@ -188,15 +140,8 @@ def judge(arguments: argparse.Namespace, model: Path, gguf: tuple[str, ...], dat
 def train(arguments: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     """Train the student of a cell and judge it."""
     work = arguments.work
-    student: tuple[object, ...] = (arguments.teacher, *_gguf(arguments))
-    if cell.student != "whole":
-        folder = work / "layer-dropped"
-        if not folder.exists():
-            run(
-                "student_train", "init", "--from", arguments.teacher, *_gguf(arguments), "--keep-layers",
-                arguments.keep_layers, "--output", folder,
-            )  # fmt: skip
-        student = (folder,)
+    whole = (arguments.teacher, *gguf(arguments))
+    student: tuple[object, ...] = whole if cell.student == "whole" else (layer_dropped(arguments),)
     output = work / "run"
     options = WAYS[cell.way]
     if "--rationale" in options:
@@ -208,16 +153,12 @@ def train(arguments: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     run(
         "student_train", "run", work / "store", "--dump", cell.data, "--student", *student, "--output", output, *options,
         "--epochs", arguments.student_epochs, "--batch-size", BATCH_SIZE, "--learning-rate", STUDENTS[cell.student],
-        "--eval-fraction", 0, "--save-steps", 50, "--seed", cell.seed,
+        "--precision", PRECISION, "--eval-fraction", 0, "--save-steps", 50, "--seed", cell.seed,
     )  # fmt: skip
     history = json.loads((output / "history.json").read_text())
     answers = judge(arguments, output, (), cell.data)
     shutil.rmtree(output)
     return {"seconds": round(history["seconds"], 1), **answers}
-
-
-def _gguf(arguments: argparse.Namespace) -> tuple[str, ...]:
-    return ("--gguf-file", arguments.gguf_file) if arguments.gguf_file else ()
 
 
 def overlaps(arguments: argparse.Namespace, data: str, chance: float) -> dict[str, Any]:
@@ -283,23 +224,17 @@ def print_table(record: dict[str, Any]) -> None:
     """The table and the overlaps in Markdown."""
     print("| student | data | way | seeds | accuracy | ECE | NLL | Δ accuracy |\n|" + " --- |" * 8)
     for row in record["table"]:
-        shown = [_cell(row[name], scale) for name, scale in (("accuracy", 100), ("ece", 100), ("nll", 1))]
-        shown.append(_cell(row["gain"], 100) if "gain" in row else "")
+        shown = [figure_cell(row[name], scale) for name, scale in (("accuracy", 100), ("ece", 100), ("nll", 1))]
+        shown.append(figure_cell(row["gain"], 100) if "gain" in row else "")
         print(f"| {row['student']} | {row['data']} | {row['way']} | {len(row['seeds'])} | {' | '.join(shown)} |")
     print(f"\nNot run: {len(record['not_run'])} of {len(record['not_run']) + len(record['cells'])} cells.")
     print("\n| data | the teacher is right | chance | rationales hold the answer | random | claimed |\n|" + " --- |" * 6)
     for data, each in record["teachers"].items():
         gold = each["overlap"]["gold"]
         print(
-            f"| {data} | {_cell(each['accuracy'], 100)} | {100 * each['chance']:.0f} | {_cell(gold['share'], 100)}"
+            f"| {data} | {figure_cell(each['accuracy'], 100)} | {100 * each['chance']:.0f} | {figure_cell(gold['share'], 100)}"
             f" | {100 * gold['random']:.0f} | {100 * CLAIMED_OVERLAP:.0f} |"
         )
-
-
-def _cell(figure: list[float], scale: float) -> str:
-    digits = 1 if scale == 100 else 3
-    value, low, high = (f"{scale * each:.{digits}f}" for each in figure)
-    return f"{value} [{low}, {high}]"
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -330,7 +265,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What must be the same of all cells."""
     names = ("tune", "train", "judge", "teacher_epochs", "student_epochs", "keep_layers")
-    fixed = {"weight": WEIGHT, "tokens": TOKENS, "learning_rates": STUDENTS, "batch_size": BATCH_SIZE}
+    fixed = {"weight": WEIGHT, "tokens": TOKENS, "learning_rates": STUDENTS, "batch_size": BATCH_SIZE, "precision": PRECISION}
     return {**{name: getattr(arguments, name) for name in names}, **fixed, "ways": {way: " ".join(WAYS[way]) for way in WAYS}}
 
 
@@ -345,18 +280,9 @@ def store_record(record: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="folder of the model to fine-tune, which is the whole student too")
-    parser.add_argument("--gguf-file", help="a GGUF file in it")
-    for name in ("commonsenseqa", "openbookqa", "arc"):
-        parser.add_argument(f"--{name}", required=True, type=Path, help="folder of its training and test questions")
-    parser.add_argument("--work", type=Path, default=Path(".rationales"), help="where the teacher and the dumps are kept")
-    parser.add_argument("--tune", type=int, default=3000, help="most questions of each set to tune the teacher on")
-    parser.add_argument("--train", type=int, default=1000, help="of these, questions to train students on")
+    add_arguments(parser, ".rationales")
+    parser.add_argument("--train", type=int, default=1000, help="of the questions to tune on, those to train students on")
     parser.add_argument("--judge", type=int, default=500, help="most questions to judge by, of each set")
-    parser.add_argument("--teacher-epochs", type=int, default=3)
-    parser.add_argument("--student-epochs", type=int, default=2)
-    parser.add_argument("--keep-layers", default=KEPT_LAYERS, help="of the layer-dropped student")
-    parser.add_argument("--cells", type=int, help="stop after so many more cells")
     return parser.parse_args()
 
 
@@ -365,22 +291,18 @@ def main() -> None:
     arguments = parse()
     arguments.work.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"settings": settings(arguments), "teachers": {}, "cells": {}}
-    if RESULT.exists():
-        kept = json.loads(RESULT.read_text())["figures"]
-        if kept["settings"] != json.loads(json.dumps(record["settings"])):
-            sys.exit(f"{RESULT.name} has cells of other settings: give those, or set BENCHMARK_RESULTS to another folder")
-        record |= {name: kept[name] for name in ("teachers", "cells")}
+    record |= finished_cells(RESULT, record["settings"], ("teachers", "cells"))
     missing = [cell for cell in cells() if cell.name not in record["cells"]][: arguments.cells]
     if missing:
         questions = read_all(arguments)
         write_files(arguments, questions)
-        tune_teacher(arguments)
+        tune_teacher(arguments, questions)
     for data in dict.fromkeys(cell.data for cell in missing):
         prepare(arguments, data)
         if data not in record["teachers"]:
-            chance = float(np.mean([1 / len(question.options) for question in questions[data]["judge"]]))
+            chance = float(np.mean([1 / len(question.options) for question in questions[data]["judge"][: arguments.judge]]))
             answers = {"tuned": judge(arguments, arguments.work / "teacher", (), data)}
-            answers["untuned"] = judge(arguments, arguments.teacher, _gguf(arguments), data)
+            answers["untuned"] = judge(arguments, arguments.teacher, gguf(arguments), data)
             accuracies = {name: interval(figures([each])["accuracy"]) for name, each in answers.items()}
             record["teachers"][data] = {
                 "accuracy": accuracies["tuned"], "untuned": accuracies["untuned"], "chance": round(chance, 4),

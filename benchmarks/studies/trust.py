@@ -1,26 +1,34 @@
 """FIRST's table: are students that learn from a re-calibrated teacher's five candidates more accurate, and less sure of
-themselves where they are wrong (Shum et al. 2024, arXiv 2408.12168)?
+themselves where they are wrong (Shum et al. 2024, arXiv 2408.12168), where the students know language?
 
-    python -m benchmarks.studies.trust --teacher FOLDER --gguf-file FILE --commonsenseqa DIR --openbookqa DIR --arc DIR
+    python -m benchmarks.studies.trust --teacher FOLDER --gguf-file FILE --commonsenseqa DIR --openbookqa DIR --arc DIR \
+        --text FILE
 
-A small teacher is fine-tuned on CommonsenseQA. A layer-dropped copy of it as it was before learns the same questions in the
-same order by each method, all from one dump. Everything is measured on held-out questions of CommonsenseQA, and on OpenBookQA,
-ARC-Easy and ARC-Challenge, which nobody was trained on. Answers are the options' texts, since a model this small does not learn
-what letters stand for. Everything is kept in the work folder, and the same command resumes from what is there.
+The teacher is fine-tuned on training questions of all four sets, as in the study of rationales (`--tuned-teacher` takes the one
+made there), and dumped over those of CommonsenseQA. Students learn these by each method, from the one dump: the model that the
+teacher was tuned from, and a copy without its middle layers that was healed by distillation on a text from a store. In domain
+is CommonsenseQA, 1,000 unseen questions; out of domain are 300 of each other set, drawn once: no student was trained on those
+sets, but the teacher was. Options stand in the prompt, answers are the options' texts, and confidence is the likelihood of the
+chosen option made to sum to one over the options.
+
+Calibrators. Before the dump, the teacher's temperature; c is FIRST's own. After training: a temperature, Platt's logistic
+function of the confidence's logit, and isotonic regression. All are fitted on 500 more questions of CommonsenseQA that neither
+teacher nor student was trained on. Focal loss is the control that needs no teacher.
+
+A cell is one student, seed and method, and trust.json keeps the finished ones: the same command goes on with those that are
+missing there; `--cells` stops after so many. The order is fixed here, before anything has run, so that what is cut is what
+comes last: the methods of CORE on every seed, and of these the first seed first; then the other methods, likewise. Within a
+seed the whole student comes before the healed one. Calibrators after training cost no training and are in each cell. No method
+is left out after its cells have run, and the table says which cells have not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import random
-import re
-import shlex
-import subprocess
+import contextlib
+import io
+import shutil
 import sys
-import textwrap
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,448 +37,278 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from benchmarks.calibrators import fit_calibrators
 from benchmarks.measurement import STUDIES, keep
-from knowledge_store import KnowledgeStore
-from knowledge_store.calibration.expected_calibration_error import equal_width_bins, expected_calibration_error
-from knowledge_store.calibration.file import read_calibration
-from knowledge_store.storage.local import replace_bytes
-from knowledge_store.terminal.progress import progress_bar
+from benchmarks.questions import (
+    BATCH_SIZE,
+    BINS,
+    LEARNING_RATE,
+    MAX_LENGTH,
+    PRECISION,
+    RESAMPLES,
+    SETS,
+    add_arguments,
+    figure_cell,
+    finished_cells,
+    gguf,
+    interval,
+    layer_dropped,
+    read_all,
+    run,
+    tune_teacher,
+    write_lines,
+)
+from knowledge_store.terminal.console import note
+from knowledge_store.terminal.progress import TerminalReporter
 from student_train.evaluation.bootstrap import calibration_gaps, gap_error
-from student_train.evaluation.questions import Question, corpus_row, read_questions, tokenise
-from student_train.losses.head import head_at
-from student_train.losses.table import LOSSES
+from student_train.evaluation.metrics import negative_log_likelihood
+from student_train.evaluation.multiple_choice import score
+from student_train.evaluation.questions import Question, corpus_row, tokenise
+from student_train.losses.divergences import token_nll
+from student_train.losses.table import LOSSES, Loss
+from student_train.losses.targets import Targets
 from student_train.training.configuration import TrainConfig
-from student_train.training.dump_facts import describe_dump
-from student_train.training.knowledge import columns_read
+from student_train.training.model_folder import model_sha256
 from student_train.training.models import load_model, load_tokenizer
-from teacher_dump.corpus.documents import Document
-from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
+from student_train.training.run import train
 
-STAGES = ("questions", "teacher", "dump", "students", "evaluations", "table")
+RESULT = STUDIES / "trust.json"
 
-# Its middle layers are those a language model misses least (of 30).
-KEPT_LAYERS = "0,1,2,3,4,5,6,7,8,9,10,11,24,25,26,27,28,29"
-IN_DOMAIN = ("commonsenseqa",)
-OUT_OF_DOMAIN = ("openbookqa", "arc-easy", "arc-challenge")
-SETS = (*IN_DOMAIN, *OUT_OF_DOMAIN)
-
-BINS = 10
-RESAMPLES = 2000
+# Options of `student-train run`. FIRST's losses say nothing of the probability outside the five candidates; cross-entropy does.
+FIRST = {"loss": "first", "calibration": "first.json"}
+DRAWS = {"loss": "forward-kl", "tail": "draws"}
+CORE: dict[str, dict[str, Any]] = {
+    "fine-tuning": {"loss": "ce"},
+    "direct distillation": {"loss": "top-k-renormalised"},
+    "FIRST": FIRST,
+    "FIRST + CE": {**FIRST, "ce_weight": 0.3},
+    "candidates + draws": DRAWS,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "label smoothing": {"loss": "label-smoothing", "smoothing": 0.1},
+    "FIRST, not re-calibrated": {"loss": "conditional-kl"},
+    "teacher at T, bucket": {"loss": "forward-kl", "calibration": "calibration.json"},
+    "focal loss": {"loss": "focal"},
+    "fine-tuning + rationales": {"loss": "ce", "rationale": "saliency"},
+    "candidates + draws + rationales": {**DRAWS, "rationale": "saliency"},
+}
+METHODS = {**CORE, **OTHERS}
+BASELINE, CONTROL = ("fine-tuning", "none"), ("fine-tuning", "temperature")
+JUDGED_BY_CLAIM = [name for name in METHODS if "FIRST" in name or "draws" in name]
+SELECTION = ("--tail-draws", 4)  # beside the five candidates
+STUDENTS = ("whole", "healed")
+SEEDS = (0, 1, 2)
+FIT = "held out to fit on"
+GROUPS = {"in domain": SETS[:1], "out of domain": SETS[1:], "all four": SETS}
 # FIRST's, on average over its data sets: in points of accuracy and, as we read it, in points of calibration error.
-CLAIMS = {"accuracy": 2.3, "ece_10": -10.0}
+CLAIMS = {"accuracy": 2.3, "ece": -10.0}
+LABELS = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL", "brier": "Brier"}
+HEALING = {"learning_rate": 3e-4, "batch_size": 4, "eval_fraction": 0.05, "evaluations": 4}  # of up to 512 tokens of text
+GAMMA = 3.0
 
-MAX_LENGTH = 512
-BATCH_SIZE = 16
-TEACHER_LEARNING_RATE = 1e-4
-STUDENT_LEARNING_RATE = 3e-4  # with twelve layers taken out there is more to learn than an answer
-WARMUP = 0.05
-WEIGHT_DECAY = 0.01
-MAX_GRADIENT_NORM = 1.0
-CHUNK = 16  # batches that are sorted by length together
-CHECKPOINT_STEPS = 20
+
+def focal(logits: Tensor, targets: Targets) -> Tensor:
+    """Focal loss, −(1 − p)^γ log p of the token, γ = 3 (Mukhoti et al. 2020, arXiv 2002.09437): (N, V) to (N,) nats."""
+    nll = token_nll(logits, targets.token_ids)
+    return (1 - torch.exp(-nll)).clamp(min=0) ** GAMMA * nll
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to train the student: its name in the table, and the options of `student-train run`."""
+class Cell:
+    """One student that is trained and asked."""
 
-    name: str
-    options: tuple[str, ...]
+    student: str
+    seed: int
+    method: str
 
-
-METHODS = {
-    "ce": Method("fine-tuning", ("--loss", "ce")),
-    "direct": Method("direct distillation", ("--loss", "top-k-renormalised")),
-    "smoothed": Method("label smoothing", ("--loss", "label-smoothing", "--smoothing", "0.1")),
-    "first-plain": Method("FIRST, not re-calibrated", ("--loss", "conditional-kl")),
-    "first": Method("FIRST", ("--loss", "first", "--calibration", "{work}/first.json")),
-    "draws": Method("ours: candidates + draws", ("--loss", "forward-kl", "--tail", "draws")),
-    "tempered": Method("ours: teacher at T, bucket", ("--loss", "forward-kl", "--calibration", "{work}/calibration.json")),
-    # FIRST's losses say nothing of the probability outside the five candidates, and the student is not fine-tuned before;
-    # cross-entropy makes up for both.
-    "first-mixed": Method("FIRST + CE", ("--loss", "first", "--calibration", "{work}/first.json", "--ce-weight", "0.3")),
-}
-TEACHER = "teacher"
-BASELINE = METHODS["ce"].name
-CONTROL = "fine-tuning, temperature after"
-LABELS = {"accuracy": "accuracy", "ece_10": "ECE", "nll": "NLL", "brier": "Brier"}
-PAPER = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1}
-# The mean over these sets, each counting the same.
-GROUPS = {"in domain": IN_DOMAIN, "out of domain": OUT_OF_DOMAIN, "all four": SETS}
-
-_INSTRUCTION = re.compile(
-    r"Please choose the correct answer to the question: (?P<question>.+?)\s*\n\n(?P<options>Answer1: .+?)\n\nAnswer format: .+",
-    re.DOTALL,
-)
-_OPTION = re.compile(r"(?:^|\s)Answer(\d+): ")
+    @property
+    def name(self) -> str:
+        """What it is called in the result."""
+        return f"{self.student} / seed {self.seed} / {self.method}"
 
 
-# ---- questions
+def cells() -> Iterator[Cell]:
+    """All of them, in the order in which they run."""
+    for methods in (CORE, OTHERS):
+        for seed in SEEDS:
+            for student in STUDENTS:
+                for method in methods:
+                    yield Cell(student, seed, method)
 
 
-def commonsenseqa(path: Path) -> Iterator[Question | None]:
-    """CommonsenseQA's own JSON Lines; None for a row that is no question."""
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
-        choices = row["question"]["choices"]
-        labels = [choice["label"] for choice in choices]
-        yield _question(row["question"]["stem"], [choice["text"] for choice in choices], labels, row.get("answerKey"))
+# ---- what they are trained on and asked
 
 
-def instructions(path: Path) -> Iterator[Question | None]:
-    """Questions as instructions, `Answer1: … Answer2: …` in one text; None for a row that does not parse."""
-    for row in json.loads(path.read_text()):
-        match = _INSTRUCTION.fullmatch(row["instruction"])
-        if match is None:
-            yield None
-            continue
-        numbers, options = _OPTION.split(match["options"])[1::2], _OPTION.split(match["options"])[2::2]
-        counted = numbers == [str(number) for number in range(1, len(numbers) + 1)]
-        labels = [f"answer{number}" for number in numbers]
-        yield _question(match["question"], options, labels, row.get("answer")) if counted else None
+def asked_questions(
+    arguments: argparse.Namespace, questions: dict[str, dict[str, list[Question]]]
+) -> dict[str, list[Question]]:
+    """By data set the questions to judge by, and those to fit calibrators on, which follow the teacher's in the shuffle."""
+    sizes = {data: arguments.judge if data in GROUPS["in domain"] else arguments.judge_out for data in SETS}
+    fit = questions[SETS[0]]["tune"][arguments.tune : arguments.tune + arguments.fit]
+    if not fit:
+        sys.exit("no question of CommonsenseQA is left to fit calibrators on: give a smaller --tune")
+    return {**{data: questions[data]["judge"][:size] for data, size in sizes.items()}, FIT: fit}
 
 
-def _question(text: str, options: list[str], labels: list[str], answer: str | None) -> Question | None:
-    text, options = text.strip(), [option.strip() for option in options]
-    sound = text and all(options) and len(set(options)) == len(options) >= 2 and answer in labels
-    return Question(text, tuple(options), labels.index(answer)) if sound and answer else None
-
-
-def write_questions(arguments: argparse.Namespace) -> None:
-    """A seeded sample of each set as questions, those to learn from as corpora too, and what was dropped, in counts.json."""
-    work, asked = arguments.work, arguments.questions
-    wanted = {
-        "train": (arguments.commonsenseqa / "train_rand_split.jsonl", commonsenseqa, arguments.train + arguments.calibration),
-        "commonsenseqa": (arguments.commonsenseqa / "dev_rand_split.jsonl", commonsenseqa, asked),
-        "openbookqa": (arguments.openbookqa / "openbookqa_test.json", instructions, asked),
-        "arc-easy": (arguments.arc / "ARC-Easy_test.json", instructions, asked),
-        "arc-challenge": (arguments.arc / "ARC-Challenge_test.json", instructions, asked),
-    }
-    counts: dict[str, dict[str, int]] = {}
-    samples: dict[str, list[Question]] = {}
-    for name, (path, read, size) in wanted.items():
-        if not path.is_file():
-            sys.exit(f"there is no file {path}")
-        rows = list(read(path))
-        sound = [row for row in rows if row is not None]
-        if len(sound) < size:
-            sys.exit(f"{path} has {len(sound):,} questions, and {size:,} are asked for")
-        samples[name] = random.Random(f"{arguments.seed} {name}").sample(sound, size)
-        counts[name] = {"rows": len(rows), "dropped": len(rows) - len(sound), "used": size}
-    samples["calibration"] = samples["train"][arguments.train :]
-    samples["train"] = samples["train"][: arguments.train]
-    counts["calibration"] = {**counts["train"], "used": arguments.calibration}
-    counts["train"]["used"] = arguments.train
-    for name in ("train", "calibration"):
-        corpus = [{**corpus_row(question, "text"), "split": name} for question in samples[name]]
-        _write_lines(work / f"{name}-corpus.jsonl", corpus)
-    _write_lines(work / "calibration.jsonl", [_record(question, "calibration") for question in samples["calibration"]])
-    # One file for all: a temperature is then fitted once for each model.
-    _write_lines(work / "test.jsonl", [_record(question, name) for name in SETS for question in samples[name]])
-    _write_json(work / "counts.json", counts)
-
-
-def _record(question: Question, name: str) -> dict[str, Any]:
-    return {"question": question.text, "options": question.options, "answer": question.answer, "set": name}
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    replace_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    replace_bytes(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-# ---- the teacher
-
-
-def tune_teacher(arguments: argparse.Namespace) -> None:
-    """Fine-tune the teacher on the training corpus by cross-entropy of the completions; resumes from its last checkpoint."""
-    work, folder = arguments.work, arguments.work / "teacher"
-    torch.manual_seed(arguments.seed)
-    tokenizer = load_tokenizer(arguments.teacher, arguments.gguf_file)
-    rows = [json.loads(line) for line in (work / "train-corpus.jsonl").read_text().splitlines()]
-    cutter = CorpusTokenizer(tokenizer, MAX_LENGTH)
-    sequences = [
-        sequence
-        for number, row in enumerate(rows)
-        for sequence in cutter.sequences(
-            Document(number, 0, number + 1, 0, 0, prompt=row["prompt"], completion=row["completion"])
-        )
-    ]
-    order = [batch for epoch in range(arguments.teacher_epochs) for batch in batches(sequences, arguments.seed, epoch)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(arguments.teacher, arguments.gguf_file).to(device).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=TEACHER_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    begun, losses, before = 0, [], 0.0
-    checkpoint = work / "teacher-checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        begun, losses, before = state["step"], state["losses"], state["seconds"]
-    started = time.monotonic()
-    with progress_bar("tuning the teacher", len(order) - begun, "steps") as advance:
-        for step in range(begun, len(order)):
-            for group in optimiser.param_groups:
-                group["lr"] = TEACHER_LEARNING_RATE * rate_share(step, len(order))
-            loss = completion_loss(model, [sequences[place] for place in order[step]], device)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.append(round(loss.item(), 4))
-            if (step + 1) % CHECKPOINT_STEPS == 0 and step + 1 < len(order):
-                state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1, "losses": losses}
-                unfinished = checkpoint.with_suffix(".tmp")
-                torch.save({**state, "seconds": before + time.monotonic() - started}, unfinished)
-                unfinished.replace(checkpoint)
-            advance(1)
-    seconds = round(before + time.monotonic() - started, 1)
-    unfinished = work / "teacher-unfinished"
-    model.to("cpu").eval().save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    facts = {"epochs": arguments.teacher_epochs, "steps": len(order), "batch_size": BATCH_SIZE, "seconds": seconds}
-    rates = {"learning_rate": TEACHER_LEARNING_RATE, "warmup": WARMUP, "weight_decay": WEIGHT_DECAY, "schedule": "cosine"}
-    _write_json(unfinished / "tuning.json", {**facts, **rates, "loss": losses})
-    unfinished.replace(folder)
-    checkpoint.unlink(missing_ok=True)
-
-
-def batches(sequences: list[TokenSequence], seed: int, epoch: int) -> list[list[int]]:
-    """An epoch's batches, as places in `sequences`: shuffled, with little padding, since lengths are sorted in chunks."""
-    order = list(range(len(sequences)))
-    generator = random.Random(f"{seed} {epoch}")
-    generator.shuffle(order)
-    found = []
-    for start in range(0, len(order), CHUNK * BATCH_SIZE):
-        chunk = sorted(order[start : start + CHUNK * BATCH_SIZE], key=lambda place: len(sequences[place].token_ids))
-        parts = [chunk[begin : begin + BATCH_SIZE] for begin in range(0, len(chunk), BATCH_SIZE)]
-        generator.shuffle(parts)
-        found += parts
-    return found
-
-
-def rate_share(step: int, steps: int) -> float:
-    """The share of the learning rate at a step: up in a line, down in half a cosine."""
-    rise = max(1, round(WARMUP * steps))
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 + 0.5 * math.cos(math.pi * (step - rise) / max(1, steps - rise))
-
-
-def completion_loss(model: Any, sequences: list[TokenSequence], device: str) -> Tensor:
-    """Mean cross-entropy (nats, a scalar) of the target tokens; the head sees no other position."""
-    longest = max(len(each.token_ids) for each in sequences)
-    tokens, mask = (torch.zeros(len(sequences), longest, dtype=torch.long) for _ in range(2))
-    targets = torch.zeros(len(sequences), longest, dtype=torch.bool)
-    for row, each in enumerate(sequences):
-        tokens[row, : len(each.token_ids)] = torch.from_numpy(each.token_ids)
-        mask[row, : len(each.token_ids)] = 1
-        targets[row, : len(each.token_ids)] = torch.from_numpy(each.is_target)
-    rows, columns = targets.nonzero(as_tuple=True)  # a token is predicted one position before it stands
-    with head_at(model, rows.to(device), (columns - 1).to(device)):
-        logits = model(input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False).logits[0]
-    return functional.cross_entropy(logits, tokens[rows, columns].to(device))
-
-
-# ---- the commands
-
-
-class Journal:
-    """The steps that are done, with their commands and seconds, in steps.json of the work folder."""
-
-    def __init__(self, work: Path):
-        self.work = work
-        self.path = work / "steps.json"
-        self.steps: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def run(self, step: str, result: Path, package: str, *arguments: object) -> None:
-        """Print one of the three commands and run it, unless it is done and what it made is there."""
-        if step in self.steps and result.exists():
-            return
-        words = [str(argument) for argument in arguments]
-        shown = f"{package.replace('_', '-')} {shlex.join(words)}"
-        print(f"\n$ {shown}", flush=True)
-        started = time.monotonic()
-        finished = subprocess.run([sys.executable, "-m", f"{package}.cli", *words], check=False)
-        if finished.returncode:
-            sys.exit(finished.returncode)
-        # What a folder is called on this machine is nobody's business.
-        plain = [word.replace(str(self.work), ".trust") for word in words]
-        plain = [Path(word).name if word.startswith("/") else word for word in plain]
-        command = f"{package.replace('_', '-')} {shlex.join(plain)}"
-        self.steps[step] = {"command": command, "seconds": round(time.monotonic() - started, 1)}
-        _write_json(self.path, self.steps)
-
-
-def dump_teacher(arguments: argparse.Namespace, journal: Journal) -> None:
-    """Fit the teacher's temperature, dump it once for all methods, and fit FIRST's c from the dump of other questions."""
+def prepare(arguments: argparse.Namespace, teacher: Path, learnt: list[Question], fit: list[Question]) -> None:
+    """Fit the teacher's temperature, dump it over the questions to learn, and fit FIRST's c from a dump of others."""
     work, store = arguments.work, arguments.work / "store"
-    teacher = ("--teacher", work / "teacher", "--max-length", MAX_LENGTH)
-    corpora = {name: work / f"{name}-corpus.jsonl" for name in ("train", "calibration")}
-    fitted = work / "calibration.json"
-    journal.run(
-        "calibrate teacher", fitted, "teacher_dump", "calibrate", *teacher, "--corpus", corpora["calibration"],
-        "--output", fitted,
-    )  # fmt: skip
-    for name, corpus in corpora.items():
-        journal.run(
-            f"dump {name}", store, "teacher_dump", "run", store, *teacher, "--corpus", corpus, "--name", name,
-            "--tail-draws", 4, "--calibration", fitted,
+    files = {"learnt": learnt, "fit": fit}
+    for name, questions in files.items():
+        write_lines(work / f"{name}.jsonl", [{**corpus_row(question, "text"), "split": name} for question in questions])
+    asked = ("--teacher", teacher, "--max-length", MAX_LENGTH)
+    calibration, first = work / "calibration.json", work / "first.json"
+    if not calibration.exists():
+        run("teacher_dump", "calibrate", *asked, "--corpus", work / "fit.jsonl", "--output", calibration)
+    for name, more in (("learnt", ("--kind", "positions", "--kind", "saliency")), ("fit", ())):
+        run(
+            "teacher_dump", "run", store, *asked, "--corpus", work / f"{name}.jsonl", "--name", name, *more, *SELECTION,
+            "--calibration", calibration,
         )  # fmt: skip
-    journal.run(
-        "calibrate first", work / "first.json", "student_train", "calibrate", store, "--dump", "calibration",
-        "--method", "first", "--split", "split=calibration", "--output", work / "first.json",
-    )  # fmt: skip
-
-
-def train_students(arguments: argparse.Namespace, journal: Journal) -> None:
-    """The same student by every method, over the same questions in the same order."""
-    work = arguments.work
-    gguf = ("--gguf-file", arguments.gguf_file) if arguments.gguf_file else ()
-    student = work / "student"
-    journal.run(
-        "student", student, "student_train", "init", "--from", arguments.teacher, *gguf,
-        "--keep-layers", arguments.keep_layers, "--output", student,
-    )  # fmt: skip
-    for slug, method in METHODS.items():
-        folder = work / "runs" / slug
-        journal.run(
-            f"train {slug}", folder / "config.json", "student_train", "run", work / "store", "--dump", "train",
-            "--student", student, "--output", folder, *(option.format(work=work) for option in method.options),
-            "--epochs", arguments.student_epochs, "--batch-size", BATCH_SIZE, "--learning-rate", STUDENT_LEARNING_RATE,
-            "--warmup", WARMUP, "--weight-decay", WEIGHT_DECAY, "--max-grad-norm", MAX_GRADIENT_NORM,
-            "--eval-fraction", 0, "--save-steps", 50, "--seed", arguments.seed,
+    if not first.exists():
+        run(
+            "student_train", "calibrate", store, "--dump", "fit", "--method", "first", "--split", "split=fit", "--output",
+            first,
         )  # fmt: skip
 
 
-def evaluate(arguments: argparse.Namespace, journal: Journal) -> None:
-    """The teacher and every student on all questions, as they are and with a temperature fitted after training."""
-    work = arguments.work
-    (work / "evaluations").mkdir(exist_ok=True)
-    for slug in (TEACHER, *METHODS):
-        model = work / "teacher" if slug == TEACHER else work / "runs" / slug
-        result = work / "evaluations" / f"{slug}.json"
-        journal.run(
-            f"evaluate {slug}", result, "student_train", "evaluate", "--model", model,
-            "--questions", work / "test.jsonl", "--answer-as", "text", "--post-hoc-temperature", work / "calibration.jsonl",
-            "--batch-size", BATCH_SIZE, "--output", result,
-        )  # fmt: skip
+def heal(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Distil the untuned model on text into its copy without middle layers. The student's folder, and how it went."""
+    store, output = arguments.work / "text", arguments.work / "healed"
+    whole = ("--teacher", arguments.teacher, *gguf(arguments), "--max-length", MAX_LENGTH)
+    run("teacher_dump", "run", store, *whole, "--corpus", arguments.text, "--name", "text", *SELECTION)
+    result = train(
+        TrainConfig(
+            str(store), "text", student=str(layer_dropped(arguments)), output=str(output), **DRAWS, **HEALING,
+            epochs=arguments.heal_epochs, precision=PRECISION, save_steps=50,
+        ),
+        reporter=TerminalReporter(),
+    )  # fmt: skip
+    if not result.finished:
+        sys.exit("interrupted: the same command resumes it")
+    return output, {"seconds": round(result.seconds, 1), "steps": result.steps, "validation_loss": result.eval_loss}
 
 
-# ---- the table
-
-Answers = dict[str, np.ndarray]  # (N,) confidence, correct, nll (nats) and brier of the same questions
-
-
-def read_answers(arguments: argparse.Namespace, confidence: str) -> tuple[dict[str, dict[str, Answers]], dict[str, float]]:
-    """For each row of the table what it answered of each set, and for each with a temperature fitted after training, that.
-
-    Args:
-        arguments: the command line.
-        confidence: "sequence", or "first_token", which leaves out questions whose options share their first token.
-    """
-    work = arguments.work
-    tags = np.array([json.loads(line)["set"] for line in (work / "test.jsonl").read_text().splitlines()])
-    if confidence != "sequence":
-        tokenised = tokenise(read_questions(work / "test.jsonl", "text"), load_tokenizer(str(work / "teacher")), "text")
-        tags = tags[[question.first_tokens_differ for question in tokenised]]
-    rows: dict[str, dict[str, Answers]] = {}
-    temperatures: dict[str, float] = {}
-    for slug in (TEACHER, *METHODS):
-        result = json.loads((work / "evaluations" / f"{slug}.json").read_text())
-        name = TEACHER if slug == TEACHER else METHODS[slug].name
-        scaled = result["post_hoc"][confidence]
-        temperatures[after(name)] = scaled["temperature"]
-        for row, side in ((name, result[confidence]), (after(name), scaled)):
-            columns = {column: np.array(values, np.float64) for column, values in side["answers"].items()}
-            assert all(len(column) == len(tags) for column in columns.values())
-            rows[row] = {each: {column: values[tags == each] for column, values in columns.items()} for each in SETS}
-    return rows, temperatures
-
-
-def after(name: str) -> str:
-    """A row's name with a temperature fitted after training."""
-    return f"{name}, temperature after"
-
-
-def replicates(answers: dict[str, Answers], seed: int) -> dict[str, dict[str, np.ndarray]]:
-    """Accuracy, ECE, NLL and Brier of each set in RESAMPLES bootstrap samples of its questions: (1 + RESAMPLES,), the figure
-    itself first. The same seed draws the same questions, so that two rows can be subtracted."""
+def ask(folder: str, gguf_file: str | None, asked: dict[str, list[Question]]) -> dict[str, list[float]]:
+    """The log-likelihood of each option, in nats below the likeliest of its question, one question after another."""
+    model = load_model(folder, gguf_file).to("cuda" if torch.cuda.is_available() else "cpu")
+    together = [question for questions in asked.values() for question in questions]
+    tokenised = tokenise(together, load_tokenizer(folder, gguf_file), "text")
+    rows = iter(score(model, tokenised, batch_size=BATCH_SIZE, reporter=TerminalReporter()).sequence)
     found = {}
-    for place, (name, each) in enumerate(answers.items()):
-        size = len(each["correct"])
-        drawn = np.random.default_rng((seed, place)).multinomial(size, np.full(size, 1 / size), RESAMPLES)
-        times = np.vstack([np.ones(size), drawn])
-        gaps = calibration_gaps(each["confidence"], each["correct"].astype(bool), BINS)
-        found[name] = {
-            "accuracy": times @ each["correct"] / size,
-            "ece_10": gap_error(times @ gaps, np.full(len(times), size)),
-            "nll": times @ each["nll"] / size,
-            "brier": times @ each["brier"] / size,
+    for data, questions in asked.items():
+        values = [next(rows)[: len(question.options)] for question in questions]
+        found[data] = [round(float(value), 3) for row in values for value in row - row.max()]
+    return found
+
+
+def train_and_ask(arguments: argparse.Namespace, cell: Cell, healed: Path, asked: dict[str, list[Question]]) -> dict[str, Any]:
+    """Train the student of a cell and ask it."""
+    work, output, marker = arguments.work, arguments.work / "run", arguments.work / "cell.txt"
+    options = dict(METHODS[cell.method])
+    if "calibration" in options:
+        options["calibration"] = str(work / options["calibration"])
+    if cell.student == "whole":
+        options |= {"student": arguments.teacher, "gguf_file": arguments.gguf_file}
+    else:
+        options |= {"student": str(healed)}
+    if not marker.exists() or marker.read_text() != cell.name:  # of another cell, which was stopped
+        shutil.rmtree(output, ignore_errors=True)
+        marker.write_text(cell.name)
+    result = train(
+        TrainConfig(
+            str(work / "store"), "learnt", output=str(output), **options, epochs=arguments.student_epochs, eval_fraction=0,
+            batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, precision=PRECISION, save_steps=50, seed=cell.seed,
+        ),
+        reporter=TerminalReporter(),
+    )  # fmt: skip
+    if not result.finished:
+        sys.exit("interrupted: the same command resumes it")
+    answers = ask(str(output), None, asked)
+    shutil.rmtree(output)
+    return {"seconds": round(result.seconds, 1), "likelihoods": answers}
+
+
+# ---- figures
+
+
+def unpacked(likelihoods: list[float], options: list[int]) -> np.ndarray:
+    """(N, C) of the options' likelihoods one after another; −inf where a question has fewer."""
+    values = np.full((len(options), max(options)), -np.inf)
+    values[np.arange(max(options)) < np.array(options)[:, None]] = likelihoods
+    return values
+
+
+def replicates(likelihoods: dict[str, list[float]], questions: dict[str, Any]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """By calibrator and group, accuracy, ECE, Brier score of the chosen option's confidence and, where there is a distribution,
+    NLL, in RESAMPLES bootstrap samples of the questions: (1 + RESAMPLES,), the figure itself first. The samples of a data set
+    are always the same, so that two cells can be subtracted."""
+    values = {data: unpacked(each, questions[data]["options"]) for data, each in likelihoods.items()}
+    answers = {data: np.array(questions[data]["answers"]) for data in values}
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+    for calibrator, confidence_of in fit_calibrators(values[FIT], answers[FIT]).items():
+        sets = {}
+        for place, data in enumerate(SETS):
+            size = len(answers[data])
+            times = np.random.default_rng(place).multinomial(size, np.full(size, 1 / size), RESAMPLES)
+            times = np.vstack([np.ones(size), times]) / size
+            confidence, correct = confidence_of(values[data]), values[data].argmax(axis=1) == answers[data]
+            gaps = calibration_gaps(confidence, correct, BINS)
+            sets[data] = {
+                "accuracy": times @ correct,
+                "ece": gap_error(times @ gaps, np.ones(len(times))),
+                "brier": times @ (confidence - correct) ** 2,
+            }
+            if calibrator == "none":
+                sets[data]["nll"] = times @ negative_log_likelihood(values[data], answers[data])
+        found[calibrator] = {
+            group: {metric: np.mean([sets[data][metric] for data in names], axis=0) for metric in sets[SETS[0]]}
+            for group, names in GROUPS.items()
         }
     return found
 
 
-def grouped(sets: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
-    """Means over the sets of each group."""
-    return {
-        group: {metric: np.mean([sets[name][metric] for name in names], axis=0) for metric in LABELS}
-        for group, names in GROUPS.items()
-    }
+def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each student, method and calibrator with a finished cell: means over its seeds, and the differences to both
+    baselines over the seeds that both have. Models that learnt nothing here, such as the teacher, come first."""
+    by_cell = {name: replicates(each["likelihoods"], record["questions"]) for name, each in record["cells"].items()}
+    by_model = {name: replicates(each, record["questions"]) for name, each in record["models"].items()}
+    table = []
+    for name, found in by_model.items():
+        for calibrator, groups in found.items():
+            table.append({"student": name, "method": "as it is", "calibrator": calibrator, "seeds": [], **_intervals(groups)})
+    for student in STUDENTS:
+        done = {method: [seed for seed in SEEDS if Cell(student, seed, method).name in by_cell] for method in METHODS}
 
-
-def interval(values: np.ndarray) -> list[float]:
-    """[figure, lower end, upper end] of the 95% percentile bootstrap."""
-    return [round(float(value), 5) for value in (values[0], *np.quantile(values[1:], [0.025, 0.975]))]
-
-
-def least_error(answers: dict[str, Answers], seed: int) -> dict[str, float]:
-    """The ECE that a model of these confidences would be given if it were perfectly calibrated, for each group: with a few
-    hundred questions it is not 0."""
-    generator = np.random.default_rng(seed)
-    sets = {}
-    for name, each in answers.items():
-        confidence = np.minimum(each["confidence"], 1.0)
-        right = generator.random((200, len(confidence))) < confidence
-        sets[name] = float(np.mean([expected_calibration_error(confidence, row, BINS) for row in right]))
-    return {group: round(float(np.mean([sets[name] for name in names])), 5) for group, names in GROUPS.items()}
-
-
-def tabulate(arguments: argparse.Namespace, confidence: str) -> dict[str, Any]:
-    """Every figure with its interval, and what each row gains over fine-tuning, alone and with its temperature."""
-    rows, temperatures = read_answers(arguments, confidence)
-    seed = arguments.seed
-    samples = {name: replicates(answers, seed) for name, answers in rows.items()}
-    means = {name: grouped(sample) for name, sample in samples.items()}
-    table = {
-        name: {
-            **{
-                group: {metric: interval(values) for metric, values in figures.items()}
-                for group, figures in (means[name] | samples[name]).items()
-            },
-            "ECE if perfectly calibrated": least_error(rows[name], seed),
-            "temperature": temperatures.get(name, 1.0),
-        }
-        for name in rows
-    }
-    differences = {
-        baseline: {
-            name: {
-                group: {metric: interval(values - means[baseline][group][metric]) for metric, values in figures.items()}
-                for group, figures in means[name].items()
+        def mean(method: str, calibrator: str, seeds: list[int], place: str = student) -> dict[str, dict[str, np.ndarray]]:
+            each = [by_cell[Cell(place, seed, method).name][calibrator] for seed in seeds]
+            return {
+                group: {metric: np.mean([one[group][metric] for one in each], axis=0) for metric in each[0][group]}
+                for group in GROUPS
             }
-            for name in rows
-            if name != baseline and (baseline == CONTROL or name == CONTROL or name not in temperatures)
-        }
-        for baseline in (BASELINE, CONTROL)
-    }
-    questions = {name: len(each["correct"]) for name, each in rows[BASELINE].items()}
-    return {"questions": questions, "rows": table, "differences": differences}
+
+        for method in (name for name in METHODS if done[name]):
+            for calibrator in by_cell[Cell(student, done[method][0], method).name]:
+                groups = mean(method, calibrator, done[method])
+                row = {"student": student, "method": method, "calibrator": calibrator, "seeds": done[method]}
+                row |= _intervals(groups)
+                for title, baseline in (("over fine-tuning", BASELINE), ("over its temperature", CONTROL)):
+                    both = [seed for seed in done[method] if seed in done[baseline[0]]]
+                    if both and baseline != (method, calibrator):
+                        one, other = mean(method, calibrator, both), mean(*baseline, both)
+                        row[title] = _intervals(
+                            {
+                                group: {metric: one[group][metric] - other[group][metric] for metric in CLAIMS}
+                                for group in GROUPS
+                            }
+                        )
+                table.append(row)
+    return table
+
+
+def _intervals(groups: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, list[float]]]:
+    return {group: {metric: interval(values) for metric, values in each.items()} for group, each in groups.items()}
 
 
 def verdict(difference: list[float], claimed: float) -> str:
@@ -486,223 +324,153 @@ def verdict(difference: list[float], claimed: float) -> str:
     return "not shown here" if most >= abs(claimed) else "no sign of it here"
 
 
-def claims(differences: dict[str, Any]) -> list[dict[str, Any]]:
-    """FIRST's claims against fine-tuning beside what was found, in points; and the same figures of our methods."""
+def claims(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """FIRST's claims beside what was found, in points, for its methods and ours without a calibrator after training: how wide
+    the interval is, whether one as wide about the claimed figure would leave 0 out, and the verdict."""
     found = []
-    names = [method.name for method in METHODS.values() if "FIRST" in method.name or "ours" in method.name]
-    for name in (each for each in names if each in differences):
-        for metric, claimed in CLAIMS.items():
-            for group in GROUPS:
-                points = [round(100 * value, 2) for value in differences[name][group][metric]]
-                entry = {"method": name, "metric": LABELS[metric], "where": group, "points": points, "claimed": claimed}
-                found.append({**entry, "verdict": verdict(points, claimed)})
+    rows = [row for row in table if row["calibrator"] == "none" and row["method"] in JUDGED_BY_CLAIM]
+    for row in rows:
+        for title in ("over fine-tuning", "over its temperature"):
+            for group in GROUPS if title in row else ():
+                for metric, claimed in CLAIMS.items():
+                    points = [round(100 * value, 2) for value in row[title][group][metric]]
+                    width = round(points[2] - points[1], 2)
+                    entry = {"student": row["student"], "method": row["method"], "baseline": title, "where": group}
+                    entry |= {"metric": metric, "points": points, "width": width, "tells": width < 2 * abs(claimed)}
+                    found.append({**entry, "claimed": claimed, "verdict": verdict(points, claimed)})
     return found
 
 
-def print_tables(result: dict[str, Any], rows: list[str], found: list[dict[str, Any]]) -> None:
-    """The table, and FIRST's claims beside what was found, in Markdown."""
+# ---- the page
+
+
+def print_tables(record: dict[str, Any]) -> None:
+    """How wide the intervals are, the claims, and all figures, in Markdown."""
+    compared = [each for each in record["claims"] if each["baseline"] == "over fine-tuning"]
+    print("How wide the intervals of differences to fine-tuning are, in points, and whether they can tell what FIRST claims:")
+    print("\n| where | figure | claimed | widths | can tell |\n|" + " --- |" * 5)
+    for group in GROUPS:
+        for metric, claimed in CLAIMS.items():
+            entries = [each for each in compared if (each["where"], each["metric"]) == (group, metric)]
+            if entries:
+                widths = f"{min(each['width'] for each in entries):.1f} to {max(each['width'] for each in entries):.1f}"
+                told = f"{sum(each['tells'] for each in entries)} of {len(entries)}"
+                print(f"| {group} | {LABELS[metric]} | {claimed:+g} | {widths} | {told} |")
+    print("\n| student | method | against | figure | where | Δ, points | claimed | |\n|" + " --- |" * 8)
+    for each in record["claims"]:
+        points = figure_cell([value / 100 for value in each["points"]], 100, "+")
+        words = [each["student"], each["method"], each["baseline"].removeprefix("over "), LABELS[each["metric"]], each["where"]]
+        print(f"| {' | '.join(words)} | {points} | {each['claimed']:+g} | {each['verdict']} |")
     for group in ("in domain", "out of domain"):
-        _heading(group, *LABELS.values(), "ECE if perfectly calibrated", "Δ accuracy", "Δ ECE")
-        for name in rows:
-            figures, gains = result["rows"][name], result["differences"][BASELINE].get(name)
-            cells = [_cell(figures[group][metric], metric in CLAIMS) for metric in LABELS]
-            cells += [f"{100 * figures['ECE if perfectly calibrated'][group]:.1f}"]
-            cells += [_cell(gains[group][metric], True, "+") if gains else "" for metric in CLAIMS]
-            print(f"| {name} | {' | '.join(cells)} |")
-    print(
-        "\nBy the likelihood of the options; accuracy and ECE in percent, NLL in nats; out of domain the mean of three sets;"
-        f" 95% bootstrap intervals over questions; ECE with {BINS} bins; Δ to {BASELINE} on the same questions, in points."
-    )
-    print("\nFIRST claims +2.3 points of accuracy and −10 points of calibration error over fine-tuning, on average. Here:")
-    _heading("method", "figure", *GROUPS, "claimed", "on all four")
-    for name, label in dict.fromkeys((each["method"], each["metric"]) for each in found):
-        entries = [each for each in found if (each["method"], each["metric"]) == (name, label)]
-        cells = ["{:+.1f} [{:+.1f}, {:+.1f}]".format(*each["points"]) for each in entries]
-        print(f"| {name} | {label} | {' | '.join(cells)} | {entries[-1]['claimed']:+g} | {entries[-1]['verdict']} |")
+        print(f"\n| {group}: student | method | calibrator after | seeds | {' | '.join(LABELS.values())} |\n|" + " --- |" * 8)
+        for row in record["table"]:
+            shown = [
+                figure_cell(row[group][name], 100 if name in CLAIMS else 1) if name in row[group] else "" for name in LABELS
+            ]
+            words = [row["student"], row["method"], row["calibrator"], str(len(row["seeds"]) or "")]
+            print(f"| {' | '.join([*words, *shown])} |")
+    print(f"\nNot run: {len(record['not_run'])} of {len(record['not_run']) + len(record['cells'])} cells.")
 
 
-def _heading(*titles: str) -> None:
-    print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
-
-
-def _cell(figure: list[float], percent: bool, sign: str = "") -> str:
-    form, scale = (f"{sign}.1f", 100) if percent else (f"{sign}.3f", 1)
-    value, low, high = (format(scale * each, form) for each in figure)
-    return f"{value} [{low}, {high}]"
-
-
-def draw_picture(rows: dict[str, dict[str, Answers]], table: dict[str, Any], path: Path) -> None:
-    """Reliability diagrams of every row of the table, in domain and out of domain (pooled), with how many answers are where."""
+def draw(record: dict[str, Any], path: Path) -> None:
+    """What each method gains over fine-tuning in accuracy and in calibration error, in and out of domain."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams.update({"svg.hashsalt": "trust", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    names = list(rows)
-    wide = -(-len(names) // 2)
-    strips = [names[start : start + wide] for start in range(0, len(names), wide)]
-    chart = plt.figure(figsize=(2 * wide + 0.6, 6.2 * len(strips)), layout="constrained")
-    for strip, part in zip(strips, chart.subfigures(len(strips), 1, hspace=0.04, squeeze=False)[:, 0], strict=True):
-        axes = part.subplots(4, wide, sharex=True, sharey="row", squeeze=False, gridspec_kw={"height_ratios": [4, 1, 4, 1]})
-        for column in range(wide):
-            for row, group in enumerate(("in domain", "out of domain")):
-                above, below = axes[2 * row : 2 * row + 2, column]
-                if column < len(strip):
-                    name = strip[column]
-                    _draw_reliability(above, below, rows[name], GROUPS[group])
-                    error, accuracy = (table[name][group][metric][0] for metric in ("ece_10", "accuracy"))
-                    text = f"accuracy {accuracy:.1%}\nECE {error:.1%}"
-                    above.text(0.04, 0.97, text, va="top", fontsize=8, transform=above.transAxes, bbox=PAPER)
-                    if row == 0:
-                        above.set_title(textwrap.fill(name, 22), fontsize=9, fontweight="bold", loc="left")
-                    else:
-                        below.set_xlabel("confidence")
-                    if column == 0:
-                        above.set_ylabel(f"{group}\naccuracy")
-                        below.set_ylabel("share")
-                else:
-                    above.set_axis_off()
-                    below.set_axis_off()
-    chart.suptitle(
-        "How often answers are right, by how sure the model is. Red: surer than right; green: less sure; pale: under 10.\n"
-        "Out of domain three sets are pooled, and accuracy and ECE are their means.",
-        x=0.01, ha="left", fontsize=9,
-    )  # fmt: skip
+    matplotlib.rcParams.update({"svg.hashsalt": "trust", "font.size": 9})
+    rows = [row for row in record["table"] if "over fine-tuning" in row and row["calibrator"] in ("none", "temperature")]
+    if not rows:
+        return
+    chart, panels = plt.subplots(1, 2, sharey=True, figsize=(9, 1.2 + 0.26 * len(rows)), layout="constrained")
+    for axes, (metric, claimed) in zip(panels, CLAIMS.items(), strict=True):
+        for group, colour, shift in (("in domain", "#33658a", 0.12), ("out of domain", "#c1440e", -0.12)):
+            for place, row in enumerate(rows):
+                value, low, high = (100 * each for each in row["over fine-tuning"][group][metric])
+                marks = {"fmt": "o", "markersize": 3, "color": colour, "label": "" if place else group}
+                axes.errorbar(value, shift - place, xerr=[[max(value - low, 0)], [max(high - value, 0)]], **marks)
+        axes.axvline(0, color="#888888", linewidth=0.8)
+        axes.axvline(claimed, color="#6a9a3b", linewidth=0.8, linestyle=(0, (4, 3)), label="claimed of FIRST")
+        axes.set_xlabel(f"points of {LABELS[metric]} over fine-tuning")
+    after = {"none": "", "temperature": ", temperature after"}
+    names = [f"{row['student']}: {row['method']}{after[row['calibrator']]}" for row in rows]
+    panels[0].set_yticks([-place for place in range(len(rows))], names)
+    panels[1].legend(fontsize=8)
     chart.savefig(path, metadata={"Date": None})
     plt.close(chart)
-
-
-def _draw_reliability(above: Any, below: Any, answers: dict[str, Answers], sets: tuple[str, ...]) -> None:
-    """One diagram, and under it the share of answers in each bin."""
-    confidence, correct = (np.concatenate([answers[name][key] for name in sets]) for key in ("confidence", "correct"))
-    middle, width = (np.arange(BINS) + 0.5) / BINS, 0.92 / BINS
-    bins = equal_width_bins(confidence, BINS)
-    count = np.bincount(bins, minlength=BINS)
-    filled = np.flatnonzero(count)
-    right = np.bincount(bins, correct, BINS)[filled] / count[filled]
-    sure = np.bincount(bins, confidence, BINS)[filled] / count[filled]
-    strength = np.where(count[filled] < 10, 0.35, 1.0)  # a few answers say little
-    for place, height, claimed, alpha in zip(middle[filled], right, sure, strength, strict=True):
-        above.bar(place, height, width, color="#33658a", alpha=alpha, linewidth=0)
-        colour = "#c1440e" if claimed > height else "#6a9a3b"
-        above.bar(place, claimed - height, width, height, color=colour, alpha=0.45 * alpha, linewidth=0)
-    above.plot([0, 1], [0, 1], color="#888888", linewidth=0.8, linestyle=(0, (4, 3)))
-    above.set(xlim=(0, 1), ylim=(0, 1))
-    below.bar(middle, count / count.sum(), width, color="#9a9a9a", linewidth=0)
-    below.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-
-
-def report(arguments: argparse.Namespace, journal: Journal) -> None:
-    """The figures and the picture, kept in results/."""
-    work = arguments.work
-    store = KnowledgeStore.open(work / "store")
-    tuning = json.loads((work / "teacher" / "tuning.json").read_text())
-    losses = tuning.pop("loss")
-    fitted = {name: read_calibration(work / f"{name}.json") for name in ("calibration", "first")}
-    result = tabulate(arguments, "sequence")
-    shown = [TEACHER, BASELINE, CONTROL, *(each.name for each in METHODS.values() if each.name != BASELINE)]
-    seconds = {"tune teacher": tuning["seconds"], **{step: entry["seconds"] for step, entry in journal.steps.items()}}
-    for slug in METHODS:  # sessions that were interrupted included
-        seconds[f"train {slug}"] = round(json.loads((work / "runs" / slug / "history.json").read_text())["seconds"], 1)
-    found_claims = claims(result["differences"][BASELINE])
-    keep(
-        "trust",
-        {
-            "settings": {**settings(arguments), "batch_size": BATCH_SIZE, "student_learning_rate": STUDENT_LEARNING_RATE},
-            "counts": json.loads((work / "counts.json").read_text()),
-            "teacher": {**tuning, "first_loss": _mean(losses[:10]), "last_loss": _mean(losses[-10:])},
-            "calibration": {
-                name: {"value": each.value, "targets": each.targets, "uncovered": each.uncovered}
-                | {"before": each.before, "after": each.after}
-                for name, each in fitted.items()
-            },
-            "dumps": {
-                each.dump: {
-                    "selection": str(each.facts["positions.selection"]),
-                    "bytes": each.bytes,
-                    "predictions": each.statistics["positions.predictions"],
-                    "bytes_per_prediction": round(each.bytes / each.statistics["positions.predictions"], 2),
-                    "dense_bytes": each.facts["positions.dense_bytes"],
-                    "mean_top_k_mass": each.statistics["positions.mean_top_k_mass"],
-                }
-                for each in store.info()
-            },
-            "bytes_per_prediction_read": {METHODS[slug].name: bytes_read(store, work / "runs" / slug) for slug in METHODS},
-            "seconds": {**seconds, "all": round(sum(seconds.values()), 1)},
-            "commands": [entry["command"] for entry in journal.steps.values()],
-            "sequence": result,
-            "first_token": tabulate(arguments, "first_token"),
-            "claims": found_claims,
-        },
-        STUDIES,
-    )
-    rows = read_answers(arguments, "sequence")[0]
-    draw_picture({name: rows[name] for name in shown}, result["rows"], STUDIES / "trust.svg")
-    print_tables(result, shown, found_claims)
-
-
-def bytes_read(store: KnowledgeStore, run: Path) -> float:
-    """Bytes of the dump a prediction, without the columns that a run's loss has no use for."""
-    config = TrainConfig(**json.loads((run / "run.json").read_text())["config"])
-    facts = describe_dump(store, "train", columns_read(store.manifest("train"), config, LOSSES[config.loss]))
-    return round(facts["bytes_read"] / facts["targets"], 2)
-
-
-def _mean(values: list[float]) -> float | None:
-    return round(float(np.mean(values)), 4) if values else None
 
 
 # ---- all together
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What must not change between the calls that share a work folder."""
-    names = ("train", "questions", "calibration", "keep_layers", "teacher_epochs", "student_epochs", "seed", "gguf_file")
-    return {name: getattr(arguments, name) for name in names}
+    """What must be the same of all cells."""
+    names = ("tune", "judge", "judge_out", "fit", "teacher_epochs", "student_epochs", "heal_epochs", "keep_layers")
+    fixed = {"learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "precision": PRECISION, "healing": HEALING}
+    selection = " ".join(map(str, SELECTION))
+    return {**{name: getattr(arguments, name) for name in names}, **fixed, "selection": selection, "methods": METHODS}
+
+
+def store_record(record: dict[str, Any]) -> None:
+    """Keep what there is so far, and which cells there are not."""
+    record["table"] = tabulate(record)
+    record["claims"] = claims(record["table"])
+    record["not_run"] = [cell.name for cell in cells() if cell.name not in record["cells"]]
+    with contextlib.redirect_stdout(io.StringIO()):
+        keep("trust", record, STUDIES)
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, help="folder of the model to fine-tune, and to make students of")
-    parser.add_argument("--gguf-file", help="a GGUF file in it")
-    for name, files in (
-        ("commonsenseqa", "train_rand_split.jsonl and dev_rand_split.jsonl"),
-        ("openbookqa", "openbookqa_test.json"),
-        ("arc", "ARC-Easy_test.json and ARC-Challenge_test.json"),
-    ):
-        parser.add_argument(f"--{name}", required=True, type=Path, help=f"folder with {files}")
-    parser.add_argument("--work", type=Path, default=Path(".trust"), help="where everything is kept")
-    parser.add_argument("--train", type=int, default=2000, help="questions to train on")
-    parser.add_argument("--questions", type=int, default=150, help="questions to measure on, of each set")
-    parser.add_argument("--calibration", type=int, default=300, help="questions to fit temperatures and FIRST's c on")
-    parser.add_argument("--keep-layers", default=KEPT_LAYERS, help="the student's")
-    parser.add_argument("--teacher-epochs", type=int, default=1)
-    parser.add_argument("--student-epochs", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="stop after this stage")
+    add_arguments(parser, ".trust")
+    parser.add_argument("--text", required=True, type=Path, help="text to heal the layer-dropped student on")
+    parser.add_argument("--tuned-teacher", type=Path, help="folder of the teacher that the study of rationales tuned")
+    parser.add_argument("--judge", type=int, default=1000, help="most questions to judge by in domain")
+    parser.add_argument("--judge-out", type=int, default=300, help="most questions to judge by of each other set")
+    parser.add_argument("--fit", type=int, default=500, help="questions to fit calibrators on")
+    parser.add_argument("--heal-epochs", type=int, default=3)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run every stage that is not done yet."""
+    """Run the cells that are missing, in their order."""
     arguments = parse()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    record = work / "settings.json"
-    if record.exists() and json.loads(record.read_text()) != settings(arguments):
-        sys.exit(f"{work} was made with other settings ({record}): give those, or another --work")
-    _write_json(record, settings(arguments))
-    stages = STAGES[: STAGES.index(arguments.until) + 1]
-    if "questions" in stages and not (work / "counts.json").exists():
-        write_questions(arguments)
-    if "teacher" in stages and not (work / "teacher").exists():
-        tune_teacher(arguments)
-    journal = Journal(work)
-    for stage, run in (("dump", dump_teacher), ("students", train_students), ("evaluations", evaluate), ("table", report)):
-        if stage in stages:
-            run(arguments, journal)
+    record: dict[str, Any] = {"settings": settings(arguments), "questions": {}, "models": {}, "healing": {}, "cells": {}}
+    record |= finished_cells(RESULT, record["settings"], ("questions", "models", "healing", "cells"))
+    missing = [cell for cell in cells() if cell.name not in record["cells"]][: arguments.cells]
+    if missing:
+        questions = read_all(arguments)
+        teacher = arguments.tuned_teacher or work / "teacher"
+        if not arguments.tuned_teacher:
+            tune_teacher(arguments, questions)
+        asked = asked_questions(arguments, questions)
+        record["questions"] = {
+            data: {"options": [len(each.options) for each in part], "answers": [each.answer for each in part]}
+            for data, part in asked.items()
+        }
+        sha256 = model_sha256(str(teacher))
+        prepare(arguments, teacher, questions[SETS[0]]["tune"][: arguments.tune], asked[FIT])
+        healed = work / "healed"
+        if any(cell.student == "healed" for cell in missing):
+            healed, record["healing"] = heal(arguments)
+        models = {"teacher": (str(teacher), None), "whole": (arguments.teacher, arguments.gguf_file)}
+        models |= {"healed": (str(healed), None)} if healed.exists() else {}
+        for name, place in models.items():
+            if name not in record["models"]:
+                record["models"][name] = ask(*place, asked)
+                store_record(record)
+        LOSSES["focal"] = Loss(focal)
+        for cell in missing:
+            note(f"== {cell.name}")
+            record["cells"][cell.name] = {"teacher": sha256[:16], **train_and_ask(arguments, cell, healed, asked)}
+            store_record(record)
+    store_record(record)
+    print_tables(record)
+    draw(record, STUDIES / "trust.svg")
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ class Manifest:
 
     def identity(self) -> dict[str, Any]:
         """Everything that decides what the shards contain, flat, by dotted name."""
-        record = asdict(self)
-        del record["derived"], record["dump"], record["version"]
-        leaves = [*((f"kinds.{name}", "kept") for name in self.kinds), *_flatten("", record)]  # a kind may have no parameters
+        parts = ("kinds", "teacher", "tokenizer", "corpus", "plan")  # not `derived`, which lists every shard
+        leaves = [*((f"kinds.{name}", "kept") for name in self.kinds)]  # a kind may have no parameters
+        leaves += [leaf for part in parts for leaf in _flatten(part, getattr(self, part))]
         return {name: value for name, value in leaves if not _NOT_COMPARED.fullmatch(name)}
 
     @cached_property

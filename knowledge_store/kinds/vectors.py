@@ -1,7 +1,8 @@
 """The kind `vectors`: one vector a sequence, pooled from a layer's hidden states of its tokens.
 
 A *layer* is counted as transformers counts hidden states: 0 are the embeddings, 1 is what the first layer gives, and −1 is
-what the head sees, after the last norm. The state of a token is what the layer gives at its place, the token itself read.
+what the head sees, after the last norm. N, of a model with N layers, is what its last layer gives, before
+that norm. The state of a token is what the layer gives at its place, the token itself read.
 
 In a batch of B sequences the vector is
 

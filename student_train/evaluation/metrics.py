@@ -22,8 +22,6 @@ from student_train.evaluation.bootstrap import (
     Interval,
     bootstrap_calibration_error,
     bootstrap_interval,
-    group_sizes,
-    group_sums,
 )
 
 BINS = (10, 15)  # of calibration errors; the second is that of reliability diagrams too
@@ -121,19 +119,18 @@ def describe_scores(scores: dict[str, np.ndarray], groups: np.ndarray | None = N
     return {**means, "intervals": _known({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()})}
 
 
-def standard_error(values: np.ndarray, groups: np.ndarray) -> float | None:
-    """The standard error of the mean of (N,) values that were sampled in groups (N,), as positions are in sequences.
+def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
+    """The standard error of a mean over values that were sampled in groups, as positions are in sequences.
 
-    It is that of a ratio of sums over G groups (Cochran 1977, Sampling Techniques, section 6.4):
-    √(G / (G − 1) Σ (sum − size · mean)²) / N.
+    From their sums (G,) over groups of `counts` (G,) values each, it is that of a ratio (Cochran 1977, Sampling Techniques,
+    section 6.4): √(G / (G − 1) Σ (sum − count · mean)²) / Σ count.
 
     None for fewer groups than `bootstrap.MIN_GROUPS`, from which it is not known.
     """
-    sums, sizes = group_sums(values, groups), group_sizes(len(values), groups)
     if len(sums) < MIN_GROUPS:
         return None
-    apart = sums - sizes * (sums.sum() / sizes.sum())
-    return float(np.sqrt(len(sums) / (len(sums) - 1) * (apart**2).sum()) / sizes.sum())
+    apart = sums - counts * (sums.sum() / counts.sum())
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (apart**2).sum()) / counts.sum())
 
 
 def _known(intervals: dict[str, Interval]) -> dict[str, list[float]]:

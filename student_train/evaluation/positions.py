@@ -182,7 +182,8 @@ class _Student:
         confidence, correct, scores = self._columns(stored)
         figures = {**describe_answers(confidence, correct, scores, stored["sequence"]), "full_ece": self.vocabulary.error}
         if "kl" in scores:
-            figures["kl_standard_error"] = standard_error(scores["kl"], stored["sequence"])
+            groups = stored["sequence"]
+            figures["kl_standard_error"] = standard_error(group_sums(scores["kl"], groups), group_sizes(len(groups), groups))
         return figures
 
     def floor(self, stored: dict[str, np.ndarray]) -> dict[str, float]:

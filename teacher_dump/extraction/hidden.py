@@ -23,7 +23,8 @@ class HiddenOptions:
     hidden_layers: str = option(
         "-1",
         metavar="LAYER,...",
-        help="Layers whose hidden states are kept, side by side: 0 are the embeddings, 1 the first, -1 the last.",
+        help="Layers whose hidden states are kept, side by side: 0 are the embeddings, 1 the first, -1 the last after the"
+        " norm.",
     )
     hidden_where: str = option(
         PLACES[0],

@@ -23,6 +23,6 @@ def check_layers(option: str, layers: Iterable[int], teacher: Mapping[str, Any])
     for layer in layers:
         if count is not None and not -count - 1 <= layer <= count:
             raise InputError(
-                f"{option} {layer} is outside the teacher, which has {count} layers: use 0 (the embeddings) to {count}, or"
-                f" -1 (the last) to -{count + 1}"
+                f"{option} {layer} is outside the teacher, which has {count} layers: use 0 (the embeddings) to {count} (the"
+                f" last, before the norm), or -1 (after it) to -{count + 1}"
             )

@@ -19,7 +19,9 @@ class VectorsOptions:
     """What a sequence's vector is made of."""
 
     vectors_layer: int = option(
-        -1, metavar="LAYER", help="Layer whose hidden states become vectors: 0 are the embeddings, 1 the first, -1 the last."
+        -1,
+        metavar="LAYER",
+        help="Layer whose hidden states become vectors: 0 are the embeddings, 1 the first, -1 the last, after the norm.",
     )
     vectors_pooling: str = option(
         POOLINGS[0], choices=POOLINGS, help="A sequence's vector: the mean of the hidden states, or the last one."

@@ -39,6 +39,8 @@ from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
 
+UNKNOWN = 2**31  # as how many layers there are: none has that number
+
 # Kept between a forward and a backward pass at once: larger batches pay little on a CPU, and more on a GPU.
 GRADIENT_BYTES = {"cpu": 2**30, "cuda": 2**33, "mps": 2**31}
 
@@ -112,6 +114,8 @@ class LocalTeacher:
     ) -> LocalPrediction:
         """Run the teacher on a batch. Hidden states of other layers than the last are kept of all layers while it runs.
 
+        What the last layer gives, before the last norm, is no hidden state to transformers: it is seen on its way.
+
         Args:
             token_ids: int64 (B, T), padded on either side.
             attention_mask: bool (B, T).
@@ -127,23 +131,45 @@ class LocalTeacher:
         if not attention_mask[:, 0].all():
             # Padding on the left moves a sequence to the right; its positions still count from 0.
             arguments["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
-        # What the last layer gives is at hand where the backbone runs by itself; to ask for all takes memory.
-        last = () if self.whole_logits else (-1, self.description.get("layers"))
-        if any(layer not in last for layer in layers):
+        count = self.description.get("layers") or UNKNOWN
+        # What the head sees is at hand where the backbone runs by itself; to ask for all takes memory.
+        at_hand = (count,) if self.whole_logits else (-1, count)
+        if any(layer not in at_hand for layer in layers):
             arguments["output_hidden_states"] = True
         traced = None
         if gradients:
             with torch.no_grad():
                 embeddings = self.model.get_input_embeddings()(arguments.pop("input_ids"))
             arguments["inputs_embeds"] = embeddings.detach().requires_grad_()
-        with torch.enable_grad() if gradients else torch.inference_mode():
+        unnormed: contextlib.AbstractContextManager[list[torch.Tensor]] = contextlib.nullcontext([])
+        if count in layers:
+            unnormed = _watched_output(self._last_layer(count))
+        with torch.enable_grad() if gradients else torch.inference_mode(), unnormed as seen:
             answer = self._runner(**arguments, use_cache=False)
             outputs = answer.logits if self.whole_logits else answer.last_hidden_state
         if gradients:
             traced, outputs = (arguments["inputs_embeds"], outputs), outputs.detach()
         hidden, logits = (None, outputs) if self.whole_logits else (outputs, None)
-        states = {layer: outputs if layer in last else self._states_of(answer, layer) for layer in layers}
+        states = {layer: outputs if layer in at_hand else self._states_of(answer, layer) for layer in layers if layer != count}
+        if count in layers:
+            [states[count]] = seen
         return LocalPrediction(self, hidden, logits, traced, states)
+
+    def _last_layer(self, count: int) -> nn.Module:
+        """The last of so many layers. InputError: there is no list of them."""
+        lists = {
+            name: module
+            for name, module in self._runner.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        }
+        if not lists:
+            raise InputError(
+                f"{self.description['name']} has no list of {count} layers, of whose last the states before the norm could be"
+                f" taken: choose another layer than {count}"
+            )
+        # Inside a layer there may be lists of that length too (experts): the shortest name is the outermost.
+        last: nn.Module = lists[min(lists, key=len)][-1]
+        return last
 
     def _states_of(self, answer: Any, layer: int) -> torch.Tensor:
         """The hidden states of one layer. InputError: the model does not give them."""
@@ -172,6 +198,21 @@ class LocalTeacher:
         for token, text in zip(known, pairs, strict=True):
             texts[token] = text.removeprefix(before)
         return texts, names
+
+
+@contextlib.contextmanager
+def _watched_output(module: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """What a module gives within it, each time; of several things the first."""
+    seen: list[torch.Tensor] = []
+
+    def watch(_: nn.Module, arguments: tuple[Any, ...], result: Any) -> None:
+        seen.append((result[0] if isinstance(result, tuple) else result).detach())
+
+    handle = module.register_forward_hook(watch)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def _named(device: Any) -> str:

@@ -64,7 +64,7 @@ class Prediction(Protocol):
 
         Args:
             layer: as transformers counts hidden states: 0 are the embeddings, 1 is what the first layer gives, and −1 is what
-                the head sees.
+                the head sees; the number of layers is what the last gives, before the last norm.
 
         Returns:
             a torch tensor (B, T, H) in the model's dtype, on any device, without a gradient.

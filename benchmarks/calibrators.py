@@ -1,0 +1,56 @@
+"""What makes a model's confidences right after training, fitted on questions that it is not measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from knowledge_store.calibration.temperature import fit_temperature
+from student_train.evaluation.metrics import negative_log_likelihood, softmax
+
+
+def fit_calibrators(values: np.ndarray, answers: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """By name, what makes confidences (N,) of likelihoods (N, C) in nats, fitted on other questions; no answer changes."""
+    confidence, correct = softmax(values).max(axis=1), values.argmax(axis=1) == answers
+    temperature = fit_temperature(lambda each: float(negative_log_likelihood(values, answers, each).mean())).temperature
+    slope, offset = platt(logit(confidence), correct)
+    edges, heights = isotonic(confidence, correct)
+    return {
+        "none": lambda found: softmax(found).max(axis=1),
+        "temperature": lambda found: softmax(found, temperature).max(axis=1),
+        "Platt": lambda found: 1 / (1 + np.exp(-(slope * logit(softmax(found).max(axis=1)) + offset))),
+        "isotonic": lambda found: np.interp(softmax(found).max(axis=1), edges, heights),
+    }
+
+
+def logit(probabilities: np.ndarray) -> np.ndarray:
+    """log p / (1 − p), of what is a float32's rounding away from 0 and 1 at least."""
+    inside = np.clip(probabilities, 1e-7, 1 - 1e-7)
+    return np.log(inside / (1 - inside))
+
+
+def platt(values: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
+    """Slope and offset of the logistic function that is likeliest (Platt 1999, with its targets that are not quite 0 and 1), by
+    Newton's method."""
+    right = correct.sum()
+    targets = np.where(correct, (right + 1) / (right + 2), 1 / (len(correct) - right + 2))
+    columns, weights = np.stack([values, np.ones(len(values))], axis=1), np.zeros(2)
+    for _ in range(100):
+        probability = 1 / (1 + np.exp(-columns @ weights))
+        curvature = columns.T @ (columns * (probability * (1 - probability))[:, None]) + 1e-6 * np.eye(2)
+        step = np.linalg.solve(curvature, columns.T @ (targets - probability))
+        weights = weights + step * min(1.0, 5 / np.abs(step).max(initial=1e-12))
+    return float(weights[0]), float(weights[1])
+
+
+def isotonic(values: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rising step function of least squares, by pooling adjacent violators: the values, and its heights there."""
+    order = np.argsort(values, kind="stable")
+    pools: list[tuple[float, int]] = []
+    for each in correct[order].astype(float):
+        pools.append((each, 1))
+        while len(pools) > 1 and pools[-2][0] / pools[-2][1] >= pools[-1][0] / pools[-1][1]:
+            total, count = pools.pop()
+            pools[-1] = (pools[-1][0] + total, pools[-1][1] + count)
+    return values[order], np.repeat([total / count for total, count in pools], [count for _, count in pools])
