@@ -65,7 +65,7 @@ RATIO = 100_000  # the figure that the literature cites
 
 def ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, path: Path) -> list[Arrays]:
     """What the teacher says of each sequence of a shard, kept in `path`: the 50 likeliest tokens unrounded, and beside them the
-    draws of a default dump (`tail_ids`, `tail_counts`)."""
+    draws of a default dump and its tails' entropy (`tail_ids`, `tail_counts`, `tail_entropy`)."""
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     if not path.exists():
         found: list[Arrays] = [{}] * len(lengths)
@@ -76,7 +76,7 @@ def ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, path: Path) -> 
                 prediction = predict_batch(config, teacher, sequences)
                 extracted = [extract_batch(config, {"positions": each}, prediction, sequences)["positions"] for each in both]
                 for index, arrays, drawn in zip(indices, *extracted, strict=True):
-                    found[index] = {**arrays, **{name: drawn[name] for name in ("tail_ids", "tail_counts")}}
+                    found[index] = {**arrays, **{name: drawn[name] for name in ("tail_ids", "tail_counts", "tail_entropy")}}
                 advance(sum(len(sequence.token_ids) for sequence in sequences))
         unfinished = path.with_suffix(".unfinished.npz")
         np.savez(unfinished, **{name: np.concatenate([each[name] for each in found]) for name in found[0]})  # type: ignore[arg-type]
@@ -130,9 +130,8 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
     """A dump of the k likeliest tokens in a store of its own, by the writer of every dump."""
     shutil.rmtree(folder, ignore_errors=True)
     rule = replace(config, top_k=k, tail_draws=DRAWS if draws else 0).rule
-    writer = DumpWriter.open(
-        folder, replace(manifest, kinds={"positions": replace(positions_of(manifest), selection=rule).to_record()}), tokens
-    )
+    parameters = replace(positions_of(manifest), selection=rule, tail_entropy=draws)
+    writer = DumpWriter.open(folder, replace(manifest, kinds={"positions": parameters.to_record()}), tokens)
     for shard, sequences in zip(shards, knowledge, strict=True):
         positions = [fewer(arrays, k, draws) for arrays in sequences]
         writer.commit(shard_of(writer.manifest, shard, {"positions": positions}, {"device": "numbers"}))

@@ -28,6 +28,7 @@ from knowledge_store.errors import InputError, LimitError
 from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
+from knowledge_store.sql.named_files import parse_named_files
 from knowledge_store.storage import StorePlace
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import end_at_sigterm, messages, note, output
@@ -132,14 +133,15 @@ class _SqlCommand(Command):
 def sql(config: SqlConfig) -> None:
     """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
-    It may come from anybody: it runs in a process of its own, can write nothing, read nothing but the store, and not outlive
-    its limits.
+    It may come from anybody: it runs in a process of its own, can write nothing, read nothing but the store and the files that
+    `--with` names, and not outlive its limits.
 
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
     statement = _statement(config.query, config.file)
     form, memory_limit = config.format, config.memory_limit * 2**30
-    with asked(str(config.store), statement, form.value, memory_limit, config.timeout, note) as answer:
+    files = parse_named_files(config.files)
+    with asked(str(config.store), statement, form.value, memory_limit, config.timeout, note, files=files) as answer:
         text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
         if form is Format.table and (names := text.readline()):
             output.print(Text(names.rstrip("\n"), style="bold"))

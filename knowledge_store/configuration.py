@@ -75,6 +75,12 @@ class SqlConfig(StoreOptions):
         None, argument=True, metavar="QUERY", help="One SELECT statement; `-` reads it from standard input."
     )
     file: Path | None = option(None, help="Read the statement from this file.")
+    files: tuple[str, ...] = option(
+        (),
+        flag="--with",
+        metavar="NAME=FILE",
+        help="A Parquet file that the statement may read as the relation NAME. It may be repeated.",
+    )
     format: Format = option(Format.table, help="How the answer is printed; json is one array of row objects.")
     memory_limit: float = option(MEMORY_LIMIT / 2**30, above=0, help="The most memory for the query and its answer, in GiB.")
     timeout: float = option(TIMEOUT, above=0, help="The query is interrupted after this many seconds.")

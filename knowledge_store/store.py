@@ -34,6 +34,7 @@ from knowledge_store.sql.create_statements import create_statements
 from knowledge_store.sql.export import export
 from knowledge_store.sql.isolated import isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
+from knowledge_store.sql.named_files import NamedFiles
 from knowledge_store.sql.parameters import Parameters
 from knowledge_store.sql.query import run_query
 from knowledge_store.storage import Storage, open_storage
@@ -139,11 +140,12 @@ class KnowledgeStore:
         memory_limit: int = MEMORY_LIMIT,
         timeout: float = TIMEOUT,
         isolated: bool = False,
+        files: NamedFiles | None = None,
     ) -> pa.Table:
         """Answer one SELECT statement over `positions`, `candidates`, `sequences`, `tokens`, `shards` and `dumps`.
 
-        It can write nothing and read nothing but the store, whoever wrote it. Ctrl-C ends it. Where a folder of the store is
-        closed (see `closed`), though undamaged, the others are asked, and a UserWarning names it and says why.
+        It can write nothing and read nothing but the store and `files`, whoever wrote it. Ctrl-C ends it. Where a folder of
+        the store is closed (see `closed`), though undamaged, the others are asked, and a UserWarning names it and says why.
 
         Args:
             query: the statement.
@@ -154,9 +156,12 @@ class KnowledgeStore:
             isolated: for a query that somebody else wrote: answer it in a process of its own, which the system holds to the
                 limits (see `isolation`) and which opens the store again. It takes a third of a second to start. Otherwise
                 DuckDB watches the limits, and a single long expression can go past them.
+            files: Parquet files that it may read too, as relations by these names, such as what `student-train evaluate
+                --keep-positions` wrote.
 
         Raises:
-            InputError: a limit is too small, or a parameter cannot be passed to another process, or it cannot open the store.
+            InputError: a limit is too small, a file cannot be read or has the name of a relation, or a parameter cannot be
+                passed to another process, or it cannot open the store.
             QueryError: it is not one SELECT statement, would read or write anything else, needs more than its limits, or
                 DuckDB cannot run it.
             DamageError: a file it reads is not what was published, or a dump is closed because it is damaged.
@@ -168,9 +173,9 @@ class KnowledgeStore:
                 self.storage.external_address(STORE_FILE)
             except InputError as error:
                 raise InputError(f"SQL over {self.address} cannot be isolated: {error}, or ask without `isolated`") from None
-            table = isolated_answer(self.storage.address, query, memory_limit, timeout, parameters, remarks.append)
+            table = isolated_answer(self.storage.address, query, memory_limit, timeout, parameters, remarks.append, files)
         else:
-            table = run_query(self._dumps, query, memory_limit, timeout, parameters)
+            table = run_query(self._dumps, query, memory_limit, timeout, parameters, files)
             remarks = self._dumps.remarks
         for sentence in remarks:
             warnings.warn(sentence, stacklevel=2)

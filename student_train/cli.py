@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import typer
 from rich.table import Table
@@ -18,7 +19,7 @@ from knowledge_store.terminal.commands import application, command
 from knowledge_store.terminal.console import INTERRUPTED, note, output
 from knowledge_store.terminal.progress import TerminalReporter
 from student_train.calibration.configuration import CalibrateConfig
-from student_train.evaluation.configuration import EvaluateConfig, check_evaluation, output_path
+from student_train.evaluation.configuration import CompareConfig, EvaluateConfig, check_evaluation, output_path
 from student_train.rationales.configuration import RationalesConfig
 from student_train.report.configuration import ReportConfig
 from student_train.training.configuration import InitialiseConfig, TrainConfig, parse_layers
@@ -151,6 +152,19 @@ def evaluate(config: EvaluateConfig) -> None:
     path = output_path(config, None if config.questions else result["dump"]["name"])
     if path:
         note(f"Written to {path}")
+
+
+@command(app, CompareConfig)
+def compare(config: CompareConfig) -> None:
+    """Show evaluations of several models side by side, and by how much each differs from the first.
+
+    Example: `student-train compare original.json q8.json q4.json`
+    """
+    from student_train.evaluation.results import read_evaluation
+    from student_train.evaluation.tables import compared
+
+    for table in compared({path: read_evaluation(Path(path)) for path in config.results}):
+        output.print(table)
 
 
 @command(app, RationalesConfig)

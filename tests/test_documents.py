@@ -45,6 +45,10 @@ SUBSTITUTIONS = (
     ("2,16,29,32", "0,1,2"),  # of a teacher with two layers
     ("--steps 100", "--steps 2"),
     ("--epochs 1", "--steps 2"),
+    ("--teacher original", "--teacher teacher"),
+    ("--model original", "--model teacher"),
+    ("--model copies --gguf-file Q8_0.gguf", "--model student"),
+    ("--model copies --gguf-file Q2_K.gguf", "--model student"),
     ('SFTConfig("runs/sft"', 'SFTConfig("runs/sft", bf16=False'),  # whose default needs a GPU
     ("'small'", "'train'"),
     ("'large'", "'heldout'"),

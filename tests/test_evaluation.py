@@ -22,7 +22,7 @@ from knowledge_store.format.records import json_sha256
 from knowledge_store.kinds.positions import positions_of
 from student_train.cli import app
 from student_train.evaluation.bootstrap import bootstrap_calibration_error, bootstrap_interval
-from student_train.evaluation.configuration import EvaluateConfig
+from student_train.evaluation.configuration import EvaluateConfig, check_evaluation, output_path
 from student_train.evaluation.metrics import full_vocabulary_calibration_error
 from student_train.evaluation.run import evaluate
 from teacher_dump import DumpConfig, dump
@@ -100,6 +100,111 @@ def test_sums_over_sequences_give_the_figures_again(result):
     for name in ("nll", "brier", "accuracy", "kl", "kl_lower_bound", "top_1_agreement"):
         assert sum(sums[name]) / targets == pytest.approx(student[name], rel=1e-4)
     assert np.abs(np.sum(sums["gaps_15"], axis=0)).sum() / targets == pytest.approx(student["ece_15"], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def copy_folder(teacher_folder, tmp_path_factory) -> Path:
+    """The teacher with its weights in few steps, as a quantised copy has them."""
+    folder = tmp_path_factory.mktemp("copy") / "copy"
+    model = AutoModelForCausalLM.from_pretrained(teacher_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            step = parameter.abs().max() / 15
+            parameter.copy_((parameter / step).round() * step)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judged(copy_folder, store_folder, tmp_path_factory):
+    """An evaluation of the copy, and the file of its positions."""
+    path = tmp_path_factory.mktemp("judged") / "positions.parquet"
+    config = EvaluateConfig(str(copy_folder), str(store_folder), dump="heldout", batch_size=3, keep_positions=path)
+    return evaluate(config)["figures"]["positions"], path
+
+
+def test_each_judged_position_is_kept_and_joined_by_sql(judged, copy_folder, store_folder):
+    found, path = judged
+    query = """SELECT kept.*, positions.token_id AS stored_id, positions.is_target, positions.candidate_ids[1] AS teacher_choice
+        FROM kept JOIN positions USING (dump, sequence_id, position) ORDER BY dump, sequence_id, position"""
+    rows = KnowledgeStore.open(store_folder).sql(query, files={"kept": path})
+    columns = {name: rows[name].to_numpy() for name in rows.column_names}
+    student, plain = found["student"], plainly(copy_folder, store_folder)
+    assert len(rows) == found["positions"] and columns["is_target"].all()
+    assert (columns["token_id"] == columns["stored_id"]).all()
+    assert columns["logprob"] == pytest.approx(-plain["nll"], abs=1e-3)
+    assert columns["confidence"] == pytest.approx(plain["confidence"], abs=1e-4)
+    assert columns["kl"].mean() == pytest.approx(student["kl"], rel=1e-5)
+    assert columns["kl_lower_bound"].mean() == pytest.approx(student["kl_lower_bound"], rel=1e-5)
+    assert (columns["agrees"] == (columns["likeliest_id"] == columns["teacher_choice"])).all()
+    assert columns["agrees"].mean() == pytest.approx(student["top_1_agreement"])
+    assert 0 < student["top_1_agreement"] < 1
+    kl = np.sort(columns["kl_lower_bound"])
+    for name, percentage in (("kl_median", 50), ("kl_90", 90), ("kl_99", 99), ("kl_99_9", 99.9), ("kl_max", 100)):
+        assert student[name] == pytest.approx(np.percentile(kl, percentage), rel=1e-5)
+    assert student["kl_median"] < student["kl_lower_bound"] < student["kl_max"] == kl[-1]
+
+
+def test_the_change_of_perplexity(judged, result):
+    """Against the teacher as the store has it, in whole steps, and so about that of the teacher itself."""
+    student, teacher = judged[0]["student"], judged[0]["teacher"]
+    assert 1 + student["perplexity_change"] == pytest.approx(np.exp(student["nll"] - teacher["nll"]), rel=1e-6)
+    low, high = student["intervals"]["perplexity_change"]
+    assert low < student["perplexity_change"] < high
+    assert abs(result["student"]["perplexity_change"]) < 0.05
+    assert "perplexity_change" not in teacher
+
+
+def test_evaluations_side_by_side(result, copy_folder, judged, teacher_folder, store_folder, tmp_path):
+    first, limited = tmp_path / "original.json", tmp_path / "limited.json"
+    first.write_text(json.dumps({name: value for name, value in result.items() if name in RESULT}))
+    second = copy_folder / "evaluations/heldout.json"
+    done = CliRunner().invoke(app, ["compare", str(first), str(second)], env={"COLUMNS": "120"})
+    assert done.exit_code == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert any("copy" in line and "teacher" in line for line in lines) and f"Less {teacher_folder.name}" in done.stdout
+    for words in ("Perplexity (change from the teacher's)", "KL, candidates and tail (99.9% of positions)", "Agreement (top-1"):
+        assert any(words in line for line in lines), words
+    kl = judged[0]["student"]["kl_lower_bound"] - result["student"]["kl_lower_bound"]
+    assert f"{kl:+.5f}" in done.stdout[done.stdout.index("Less") :]
+    evaluate(EvaluateConfig(str(teacher_folder), str(store_folder), dump="heldout", limit=2, output=str(limited)))
+    refused = CliRunner().invoke(app, ["compare", str(first), str(limited)])
+    assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
+    assert "were not measured on the same sequences" in refused.stderr
+
+
+RESULT = {"model", "parameters", "seconds", "config", "dump", "sequences", "figures"}
+
+
+def test_a_result_takes_the_place_of_none_of_another_model(copy_folder, judged, teacher_folder, store_folder, tmp_path):
+    path = tmp_path / "heldout.json"
+    path.write_text((copy_folder / "evaluations/heldout.json").read_text())
+    config = EvaluateConfig(str(copy_folder), str(store_folder), dump="heldout", output=str(path))
+    assert check_evaluation(config) == path  # the same once more
+    with pytest.raises(InputError, match=f"holds the results of {copy_folder}: name another file"):
+        check_evaluation(replace(config, model=str(teacher_folder)))
+    path.write_text("{}")
+    with pytest.raises(InputError, match="Give --output to write the result somewhere else"):
+        check_evaluation(config)
+
+
+def test_copies_in_one_folder_have_results_of_their_own(tmp_path):
+    config = EvaluateConfig(str(tmp_path), "store", gguf_file="model.Q4_0.gguf")
+    assert output_path(config, "heldout") == tmp_path / "evaluations/heldout.model.Q4_0.json"
+    asked = EvaluateConfig(str(tmp_path), questions="exam.jsonl", gguf_file="model.Q8_0.gguf")
+    assert output_path(asked) == tmp_path / "evaluations/exam.letter.model.Q8_0.json"
+
+
+def test_another_vocabulary_is_refused_before_the_model_is_loaded(teacher_folder, store_folder, tmp_path):
+    """Its weights are no file that can be loaded."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher_folder)
+    tokenizer.add_tokens(["lantern"])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text((teacher_folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_text("nothing")
+    with pytest.raises(InputError, match=r"the vocabulary of .* is not that of the dump heldout"):
+        evaluate(EvaluateConfig(str(tmp_path), str(store_folder), dump="heldout"))
 
 
 def calibration(folder: Path, model: Path, temperature: float, **changes) -> Path:
@@ -237,6 +342,9 @@ def test_limit_takes_sequences_from_all_over(teacher_folder, store_folder, tmp_p
         ({"post_hoc_temperature": "q.jsonl"}, "takes a file of questions only with --questions"),
         ({"post_hoc_temperature": "absent.json"}, "there is no calibration file"),
         ({"output": "."}, "is a folder: name a file"),
+        ({"keep_positions": Path(__file__)}, "--keep-positions .* exists already"),
+        ({"keep_positions": Path("no/such/p.parquet")}, "there is no folder no/such for --keep-positions"),
+        ({"keep_positions": Path("p"), "questions": "q", "store": None, "dump": None}, "no meaning with --questions"),
     ],
 )
 def test_bad_input(teacher_folder, store_folder, changed, message):

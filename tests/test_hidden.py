@@ -18,7 +18,9 @@ from knowledge_store.cli import app
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.kinds.hidden import HiddenParameters
 from knowledge_store.reading.speculators import draft_layers
-from teacher_dump import DumpConfig, dump, estimate, repair
+from knowledge_store.writing.copy import copy
+from teacher_dump import CheckConfig, DumpConfig, check, dump, estimate, repair
+from teacher_dump.checking.agreement import AGREES
 from teacher_dump.cli import app as teacher_app
 from teacher_dump.extraction.hidden import HiddenOptions
 from teacher_dump.teachers import local
@@ -175,6 +177,19 @@ def test_a_dump_resumes_and_is_repaired(tmp_path, states_options, states_store, 
     assert path.read_bytes() == (states_store / "layers/hidden/00001.parquet").read_bytes()
     with pytest.raises(MismatchError, match="--hidden-every was 3 and is now 2"):
         dump(replace(config, hidden_every=2), teacher=loaded_teacher)
+
+
+@pytest.mark.parametrize("name", ["states", "layers"])
+def test_check(states_store, loaded_teacher, name):
+    """Also of a dump without its tokens, which another dump of the corpus has; alone it is refused."""
+    found = check(CheckConfig(states_store, "loaded", dump=name), loaded_teacher)["hidden"]
+    assert found.verdict == AGREES and max(found.distances) < 1e-2
+
+
+def test_states_whose_tokens_no_dump_has_are_not_checked(states_store, tmp_path, loaded_teacher):
+    copy(states_store, tmp_path / "alone", "exact")
+    with pytest.raises(InputError, match=r"'exact' does not hold its tokens, and no other dump of .* has all of them"):
+        check(CheckConfig(tmp_path / "alone", "loaded", dump="exact"), loaded_teacher)
 
 
 def test_a_dump_that_would_be_too_large(tmp_path, states_options, loaded_teacher, monkeypatch):

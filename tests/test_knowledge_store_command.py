@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import run_command
 from stores import index_of, random_sequences, write_store
@@ -142,6 +144,16 @@ def test_sql_as_csv(store):
     assert good("sql", store, "SELECT 1 AS a WHERE false", "--format", "csv") == "a\n"
 
 
+def test_sql_over_files_of_ones_own(store, tmp_path):
+    """Two of them, beside the store; one that is no Parquet file is refused where it is asked for."""
+    for name, values in (("a.parquet", [1, 2]), ("b.parquet", [2, 3])):
+        pq.write_table(pa.table({"n": values}), tmp_path / name)
+    (tmp_path / "other.txt").write_text("n")
+    files = [f"--with={path.stem}={path}" for path in sorted(tmp_path.iterdir())]
+    assert good("sql", store, "SELECT n FROM a JOIN b USING (n)", "--format", "csv", *files) == "n\n2\n"
+    assert_refused(knowledge_store("sql", store, "SELECT * FROM other", *files), "other.txt cannot be read as a Parquet file")
+
+
 def test_sql_as_a_table(store):
     query = "SELECT 'a' || chr(10) || 'b' AS text, 'é🙂' AS wide, 0.1::FLOAT AS n UNION ALL VALUES ('x', '', 2)"
     text = good("sql", store, query)
@@ -253,6 +265,9 @@ def test_what_is_no_store(tmp_path, command):
         (["sql", "SELECT * FROM read_text('/etc/hostname')"], "was not run"),
         (["sql", "SELECT TIMESTAMP 'infinity'"], "cast it to VARCHAR"),
         (["sql", "SELECT '\udcff'"], "does not parse"),
+        (["sql", "SELECT 1", "--with", "absent.parquet"], "--with takes NAME=FILE"),
+        (["sql", "SELECT 1", "--with", "a=x", "--with", "a=y"], "--with gives the name 'a' to two files"),
+        (["sql", "SELECT 1", "--with", "a=absent.parquet"], "there is no file absent.parquet"),
     ],
 )
 def test_bad_input(store, tmp_path, monkeypatch, arguments, text):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import re
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from memory_storage import PLACES, MemoryStorage, new_place
 from stores import commit, make_manifest, random_sequences, words, write_store
@@ -396,3 +399,36 @@ def test_a_closed_folder_that_is_not_damaged_is_named(tmp_path, isolated):
     with pytest.warns(UserWarning, match="not asked: .*mytrain is closed: .*belongs to a dump named 'train'"):
         answer = KnowledgeStore.open(store).sql("SELECT dump FROM dumps", isolated=isolated)
     assert answer.to_pylist() == [{"dump": "small"}]
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_parquet_files_are_relations_by_the_names_that_they_are_given(tmp_path, isolated):
+    opened = KnowledgeStore.open(write_store(tmp_path / "store"))
+    ids = opened.sequences()["sequence_id"]
+    pq.write_table(pa.table({"sequence_id": ids, "score": list(range(len(ids)))}), tmp_path / "scores.parquet")
+    query = "SELECT sequence_id, score FROM sequences JOIN scores USING (sequence_id) ORDER BY score"
+    answer = opened.sql(query, files={"Scores": tmp_path / "scores.parquet"}, isolated=isolated)
+    assert answer["score"].to_pylist() == list(range(len(ids))) and answer["sequence_id"].to_pylist() == ids.to_pylist()
+    with pytest.raises(QueryError, match="was not run"):  # by its path no file is read, not even one that has a name
+        path = tmp_path / "scores.parquet"
+        opened.sql(f"SELECT * FROM read_parquet('{path}')", files={"scores": path}, isolated=isolated)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"scores": "absent.parquet"}, "there is no file absent.parquet, which scores was to name"),
+        ({"scores": "."}, "there is no file ., which scores was to name"),
+        ({"scores": "other.txt"}, "other.txt cannot be read as a Parquet file"),
+        ({"Positions": "other.txt"}, "the store has a relation 'positions' itself"),
+        ({"shards": "other.txt"}, "the store has a relation 'shards' itself"),
+        ({"a-b": "other.txt"}, "'a-b' is no name for a file in SQL"),
+        ({"a": "other.txt", "A": "other.txt"}, "two files have the name 'a'"),
+    ],
+)
+def test_files_that_cannot_be_relations(tmp_path, monkeypatch, files, message):
+    opened = KnowledgeStore.open(write_store(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.txt").write_text("plain text")
+    with pytest.raises(InputError, match=re.escape(message)):
+        opened.sql("SELECT count(*) FROM scores", files=files)

@@ -27,10 +27,10 @@ def invoke(*arguments: object):
 
 
 def test_the_commands():
-    assert list(COMMANDS) == ["init", "run", "calibrate", "evaluate", "rationales", "report"]
+    assert list(COMMANDS) == ["init", "run", "calibrate", "evaluate", "compare", "rationales", "report"]
 
 
-@pytest.mark.parametrize("name", ["init", "run", "calibrate", "evaluate", "rationales", "report"])
+@pytest.mark.parametrize("name", ["init", "run", "calibrate", "evaluate", "compare", "rationales", "report"])
 def test_help_has_an_example_and_explains_every_option(name):
     text = invoke(name, "--help").stdout
     assert f"student-train {name} " in text

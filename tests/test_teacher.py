@@ -80,11 +80,13 @@ def test_logits_are_the_models_own_and_padding_changes_nothing(tmp_path, name, m
     assert teacher.whole_logits is changes_logits
     assert Ability.HIDDEN_STATES in teacher.abilities
     tokens = np.arange(16).reshape(2, 8)
-    answer = teacher.predict(tokens, np.ones(tokens.shape, bool), layers=(0, -1))
+    count = teacher.description["layers"]
+    answer = teacher.predict(tokens, np.ones(tokens.shape, bool), layers=(0, -1, count))
     with torch.inference_mode():
         states = teacher.model(torch.from_numpy(tokens), output_hidden_states=True).hidden_states
     for layer in (0, -1):
         torch.testing.assert_close(answer.layer_states(layer), states[layer], rtol=1e-4, atol=1e-5)
+    assert answer.layer_states(count).shape == states[-1].shape  # before the last norm
     assert len(reporter.notes) == changes_logits
     assert all("changes its logits after the head, so whole logits are used" in note for note in reporter.notes)
     monkeypatch.setitem(teacher_module.SLICE_LOGITS, "cpu", 5 * teacher.vocabulary_size)  # five positions a slice

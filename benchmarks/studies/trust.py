@@ -59,6 +59,7 @@ from benchmarks.questions import (
     tune_teacher,
     write_lines,
 )
+from knowledge_store import KnowledgeStore
 from knowledge_store.terminal.console import note
 from knowledge_store.terminal.progress import TerminalReporter
 from student_train.evaluation.bootstrap import calibration_gaps, gap_error
@@ -96,7 +97,6 @@ OTHERS: dict[str, dict[str, Any]] = {
 METHODS = {**CORE, **OTHERS}
 BASELINE, CONTROL = ("fine-tuning", "none"), ("fine-tuning", "temperature")
 JUDGED_BY_CLAIM = [name for name in METHODS if "FIRST" in name or "draws" in name]
-SELECTION = ("--tail-draws", 4)  # beside the five candidates
 STUDENTS = ("whole", "healed")
 SEEDS = (0, 1, 2)
 FIT = "held out to fit on"
@@ -163,7 +163,7 @@ def prepare(arguments: argparse.Namespace, teacher: Path, learnt: list[Question]
         run("teacher_dump", "calibrate", *asked, "--corpus", work / "fit.jsonl", "--output", calibration)
     for name, more in (("learnt", ("--kind", "positions", "--kind", "saliency")), ("fit", ())):
         run(
-            "teacher_dump", "run", store, *asked, "--corpus", work / f"{name}.jsonl", "--name", name, *more, *SELECTION,
+            "teacher_dump", "run", store, *asked, "--corpus", work / f"{name}.jsonl", "--name", name, *more,
             "--calibration", calibration,
         )  # fmt: skip
     if not first.exists():
@@ -177,7 +177,7 @@ def heal(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     """Distil the untuned model on text into its copy without middle layers. The student's folder, and how it went."""
     store, output = arguments.work / "text", arguments.work / "healed"
     whole = ("--teacher", arguments.teacher, *gguf(arguments), "--max-length", MAX_LENGTH)
-    run("teacher_dump", "run", store, *whole, "--corpus", arguments.text, "--name", "text", *SELECTION)
+    run("teacher_dump", "run", store, *whole, "--corpus", arguments.text, "--name", "text")
     result = train(
         TrainConfig(
             str(store), "text", student=str(layer_dropped(arguments)), output=str(output), **DRAWS, **HEALING,
@@ -408,8 +408,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What must be the same of all cells."""
     names = ("tune", "judge", "judge_out", "fit", "teacher_epochs", "student_epochs", "heal_epochs", "keep_layers")
     fixed = {"learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "precision": PRECISION, "healing": HEALING}
-    selection = " ".join(map(str, SELECTION))
-    return {**{name: getattr(arguments, name) for name in names}, **fixed, "selection": selection, "methods": METHODS}
+    return {**{name: getattr(arguments, name) for name in names}, **fixed, "methods": METHODS}
 
 
 def store_record(record: dict[str, Any]) -> None:
@@ -452,8 +451,9 @@ def main() -> None:
             data: {"options": [len(each.options) for each in part], "answers": [each.answer for each in part]}
             for data, part in asked.items()
         }
-        sha256 = model_sha256(str(teacher))
         prepare(arguments, teacher, questions[SETS[0]]["tune"][: arguments.tune], asked[FIT])
+        (kept,) = (each for each in KnowledgeStore.open(work / "store").info() if each.dump == "learnt")
+        origin = {"teacher": model_sha256(str(teacher))[:16], "selection": str(kept.facts["positions.selection"])}
         healed = work / "healed"
         if any(cell.student == "healed" for cell in missing):
             healed, record["healing"] = heal(arguments)
@@ -466,7 +466,7 @@ def main() -> None:
         LOSSES["focal"] = Loss(focal)
         for cell in missing:
             note(f"== {cell.name}")
-            record["cells"][cell.name] = {"teacher": sha256[:16], **train_and_ask(arguments, cell, healed, asked)}
+            record["cells"][cell.name] = {**origin, **train_and_ask(arguments, cell, healed, asked)}
             store_record(record)
     store_record(record)
     print_tables(record)

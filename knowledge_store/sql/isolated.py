@@ -31,6 +31,7 @@ from knowledge_store.sql.limits import (
     interrupted,
     not_opened,
 )
+from knowledge_store.sql.named_files import NamedFiles, checked_files
 from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
 from knowledge_store.storage import open_storage
 
@@ -54,6 +55,7 @@ def asked(
     remark: Callable[[str], None],
     parameters: Parameters | None = None,
     kept: bool = True,
+    files: NamedFiles | None = None,
 ) -> Iterator[IO[bytes]]:
     """Ask a store in a process of its own, which ends with this context, and with the thread that entered it.
 
@@ -66,12 +68,13 @@ def asked(
         remark: called with what a person should know of the answer.
         parameters: of the statement (see `query.Query`): numbers, texts, truth values, None, and lists and dicts of them.
         kept: whether the caller keeps the answer in memory, which the memory limit then holds for too.
+        files: Parquet files that the statement may read as relations, by their names.
 
     Yields:
         the answer, as it comes.
 
     Raises:
-        InputError: a limit or a parameter cannot be used.
+        InputError: a limit, a parameter or a file cannot be used.
         KnowledgeStoreError: as `KnowledgeStore.open` and `KnowledgeStore.sql`, when all there is of the answer was read.
     """
     check_limits(memory_limit, timeout)
@@ -79,6 +82,7 @@ def asked(
     check_json(values)
     limits = {"memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS)}
     request = {"store": str(store), "sql": sql, "form": form, "parameters": values, "kept": kept, **limits}
+    request["files"] = checked_files(files)
     with started("knowledge_store.sql.isolated:answer", request) as child:
         yield child.answer
         sentence = _result(child, memory_limit, timeout)
@@ -109,6 +113,7 @@ def isolated_batches(
     parameters: Parameters | None = None,
     remark: Callable[[str], None] = lambda sentence: None,
     kept: bool = False,
+    files: NamedFiles | None = None,
 ) -> Iterator[pa.RecordBatchReader]:
     """The answer to a statement, batch by batch as it comes, from a process of its own (see `asked`).
 
@@ -119,7 +124,7 @@ def isolated_batches(
     complete = False
     # Where the stream ends too soon, how the child ended says why.
     with (
-        asked(store, sql, ARROW, memory_limit, timeout, remark, parameters, kept) as answer,
+        asked(store, sql, ARROW, memory_limit, timeout, remark, parameters, kept, files) as answer,
         suppress(pa.ArrowInvalid, OSError),
         pa.ipc.open_stream(answer) as reader,
     ):
@@ -136,9 +141,10 @@ def isolated_answer(
     timeout: float = TIMEOUT,
     parameters: Parameters | None = None,
     remark: Callable[[str], None] = lambda sentence: None,
+    files: NamedFiles | None = None,
 ) -> pa.Table:
     """`run_query` in a process of its own, which opens the store again (see `asked`)."""
-    with isolated_batches(store, sql, memory_limit, timeout, parameters, remark, kept=True) as reader:
+    with isolated_batches(store, sql, memory_limit, timeout, parameters, remark, kept=True, files=files) as reader:
         table: pa.Table = reader.read_all()
     return table
 
@@ -162,7 +168,8 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
         report({"state": OPENED})  # before the clock begins: however short the time is, it is the query's
         limit(memory_limit, timeout)
         try:
-            query = Query(connection, dumps, request["sql"], memory_limit if request["kept"] else None, request["parameters"])
+            kept = memory_limit if request["kept"] else None
+            query = Query(connection, dumps, request["sql"], kept, request["parameters"], request["files"])
             schema, batches = query.answer()
             remark = None
             if request["form"] == ARROW:

@@ -1,4 +1,5 @@
-"""SQL over a store: one SELECT statement, and nothing it could write to or read besides the store.
+"""SQL over a store: one SELECT statement, and nothing it could write to or read besides the store and files that its asker
+names.
 
 DuckDB runs in memory, with no access to files or the network, its configuration locked, in a read-only transaction. It sees
 the shards as Arrow datasets over an explicit list of committed files, of which every byte is checked when it is read.
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 
 import duckdb
 import pyarrow as pa
@@ -21,7 +23,7 @@ import pyarrow.dataset as ds
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.summary import dumps_table, shards_table
-from knowledge_store.errors import KnowledgeStoreError, QueryError, QueryLimitError
+from knowledge_store.errors import InputError, KnowledgeStoreError, QueryError, QueryLimitError
 from knowledge_store.format.layout import SEQUENCES
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import dataset
@@ -31,6 +33,7 @@ from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import filled
 from knowledge_store.quantities import binary_size
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.sql.named_files import NamedFiles, checked_files, file_rows
 from knowledge_store.sql.parameters import Parameters, plain_parameters
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
@@ -143,7 +146,7 @@ class _Catalogue:
         texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""
         return filled(sql, lambda kind: self._rows(manifest, kind), dump=dump, rows=rows, texts=texts)
 
-    def add(self, relation: str, rows: pa.Table) -> None:
+    def add(self, relation: str, rows: pa.Table | ds.Dataset) -> None:
         """Make a relation of a table that is at hand."""
         name = self._table(relation, lambda: rows)
         self._connection.execute(f"CREATE VIEW {identifier(relation)} AS SELECT * FROM {name}")
@@ -246,8 +249,10 @@ class Query:
         connection: from `connect`; the tables are given to it.
         memory_limit: in bytes, for the answer; None where it is not kept in memory.
         parameters: values for the statement's `?` or `$1`, in order, or by name for its `$name`.
+        files: Parquet files that the statement may read as relations, by their names.
 
     Raises:
+        InputError: a file or its name cannot be used.
         QueryError: it is refused.
         DamageError: a file it needs has not the footer that was published, or a dump is closed because it is damaged.
         StoreError: every dump is closed.
@@ -260,6 +265,7 @@ class Query:
         sql: str,
         memory_limit: int | None,
         parameters: Parameters | None = None,
+        files: NamedFiles | None = None,
     ):
         dumps.check_answerable()
         _check_statement(connection, sql)
@@ -267,7 +273,14 @@ class Query:
         self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
         self._catalogue = catalogue = _Catalogue(dumps, connection)
         relations = catalogue.relations()
-        facts = {"dumps": lambda: dumps_table(dumps), "shards": lambda: shards_table(dumps.index)}
+        facts: dict[str, Callable[[], pa.Table | ds.Dataset]] = {
+            "dumps": lambda: dumps_table(dumps),
+            "shards": lambda: shards_table(dumps.index),
+        }
+        for name, path in checked_files(files).items():
+            if name in relations.keys() | facts.keys():
+                raise InputError(f"the store has a relation {name!r} itself: give {path} another name")
+            facts[name] = partial(file_rows, path)
         self._relations = [*relations, *facts]
         for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
             if relation in facts:
@@ -332,6 +345,7 @@ def run_query(
     memory_limit: int = MEMORY_LIMIT,
     timeout: float = TIMEOUT,
     parameters: Parameters | None = None,
+    files: NamedFiles | None = None,
 ) -> pa.Table:
     """Answer one SELECT statement, in this process.
 
@@ -343,10 +357,10 @@ def run_query(
     Args:
         memory_limit: in bytes, for what DuckDB keeps while it answers, and for the outcome.
         timeout: in seconds, after which DuckDB is asked to stop.
-        parameters: as of `Query`.
+        parameters, files: as of `Query`.
 
     Raises:
-        InputError: a limit cannot be used.
+        InputError: a limit or a file cannot be used.
         QueryError: it is refused, DuckDB cannot run it, or it needs more than its limits.
         DamageError: a file it reads is not what was published.
     """
@@ -356,7 +370,7 @@ def run_query(
 
     def collect() -> None:
         try:
-            schema, batches = Query(connection, dumps, sql, memory_limit, parameters).answer()
+            schema, batches = Query(connection, dumps, sql, memory_limit, parameters, files).answer()
             outcome.set_result(pa.Table.from_batches(batches, schema))
         except BaseException as error:
             outcome.set_exception(error)

@@ -28,8 +28,11 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     output: str | None = option(
         None,
         metavar="<path>",
-        help="File to write. The default is DUMP.json or QUESTIONS.letter.json in the model's folder evaluations, and nothing"
-        " for a hub id.",
+        help="File to write. The default is DUMP.json or QUESTIONS.letter.json in the model's folder evaluations, with the name"
+        " of a GGUF file in it, and nothing for a hub id.",
+    )
+    keep_positions: Path | None = option(
+        None, help="Parquet file to write, a row for each judged position of the dump, for `knowledge-store sql --with`."
     )
     questions: str | None = option(
         None,
@@ -63,6 +66,13 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
         return Path(path) if path and Path(path).suffix == ".json" else None
 
 
+@dataclass(frozen=True)
+class CompareConfig:
+    """A comparison; each field is an option of `student-train compare`."""
+
+    results: tuple[str, ...] = option(argument=True, metavar="RESULT...", help="Files that `student-train evaluate` wrote.")
+
+
 def check_evaluation(config: EvaluateConfig) -> Path | None:
     """Check everything that needs no model, and give the file that the result goes to, if any.
 
@@ -78,6 +88,8 @@ def check_evaluation(config: EvaluateConfig) -> Path | None:
         raise InputError("give either STORE, to evaluate on a dump, or --questions, to evaluate on a file of questions")
     if config.questions and config.dump:
         raise InputError("--dump names a dump of a store, and has no meaning with --questions")
+    if config.questions and config.keep_positions:
+        raise InputError("--keep-positions keeps positions of a dump, and has no meaning with --questions")
     if config.store and config.answer_as != EvaluateConfig.answer_as:
         raise InputError("--answer-as says how --questions are answered, and has no meaning with a store")
     if config.store and config.post_hoc_temperature and not config.calibration:
@@ -96,6 +108,11 @@ def check_evaluation(config: EvaluateConfig) -> Path | None:
         dump = store.dump(config.dump)
         check_figures(store, dump)
     output = _checked_output(config, dump)
+    if (kept := config.keep_positions) is not None:
+        if kept.exists():
+            raise InputError(f"--keep-positions {kept} exists already: name another file, or remove it")
+        if not kept.parent.is_dir():
+            raise InputError(f"there is no folder {kept.parent} for --keep-positions: make it, or name another file")
     check_model_folder(config.model, config.gguf_file)
     return output
 
@@ -106,7 +123,9 @@ def output_path(config: EvaluateConfig, dump: str | None = None) -> Path | None:
         return Path(config.output)
     folder = Path(config.model)
     name = f"{config.questions_name}.{config.answer_as}" if config.questions else dump
-    return folder / "evaluations" / f"{name}.json" if folder.is_dir() else None
+    # Quantised copies of one model often lie in one folder.
+    copy = f".{config.gguf_file.removesuffix('.gguf')}" if config.gguf_file else ""
+    return folder / "evaluations" / f"{name}{copy}.json" if folder.is_dir() else None
 
 
 def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
@@ -114,7 +133,7 @@ def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
     path = output_path(config, dump)
     if path and path.is_dir():
         raise InputError(f"--output {path} is a folder: name a file")
-    if path and not config.output and path.exists():
+    if path and path.exists():
         try:
             previous = read_evaluation(path)["config"]
         except InputError as error:
@@ -122,4 +141,9 @@ def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
         source, asked = previous["questions"] or previous["store"], config.questions or config.store_address
         if Path(str(source)).resolve() != Path(str(asked)).resolve():
             raise InputError(f"{path} holds the results on {source}: give --output for those on another")
+        if config.output and (previous["model"], previous["gguf_file"]) != (config.model, config.gguf_file):
+            raise InputError(
+                f"--output {path} holds the results of {previous['gguf_file'] or previous['model']}: name another file, or"
+                " remove it"
+            )
     return path

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from knowledge_store import KnowledgeStore
@@ -193,6 +194,7 @@ class Figures:
     Attributes:
         title: the heading of its sections in the report.
         metrics: the figures there are, in the order in which they are shown; a row may lack some.
+        details: further ones, which stand below these in a terminal, and not in the report.
         rows: the rows of a result's record; those that are compared have `kept`.
         counted, count: what it is measured over, such as "target positions", and how many of them.
         resampled: what the bootstrap draws whole.
@@ -207,6 +209,7 @@ class Figures:
     title: str
     metrics: tuple[Metric, ...]
     rows: Callable[[Record], list[Row]]
+    details: tuple[Metric, ...] = ()
     counted: str = "sequences"
     count: Callable[[Measurement], int] = _sequences
     resampled: str = "sequences"
@@ -232,7 +235,8 @@ class Measure(Protocol):
 
     It is given the sequences to read as `ordinals`, int64 (S,), the longest first, and returns what is to be kept in the result
     of an evaluation, ready for JSON. The model is in evaluation mode and on its device.
-    With a temperature, the model is measured a second time with its logits divided by that.
+    With a temperature, the model is measured a second time with its logits divided by that. Where the kind judges positions, it
+    writes a row for each of them to `positions_file`, if there is one (see `judged_positions`).
     """
 
     def __call__(
@@ -244,6 +248,7 @@ class Measure(Protocol):
         *,
         batch_size: int,
         temperature: float | None,
+        positions_file: Path | None,
         reporter: Reporter,
     ) -> Record: ...
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,7 @@ def measure(
     batch_size: int = 8,
     limit: int | None = None,
     temperature: float | None = None,
+    positions_file: Path | None = None,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """The figures of `evaluate` for a model in memory, which stays on its device and is put in evaluation mode.
@@ -68,6 +70,7 @@ def measure(
         batch_size: sequences in one forward pass.
         limit: measure on this many sequences, spread evenly over the dump; None for all.
         temperature: measure the model a second time with its logits divided by this.
+        positions_file: a Parquet file to write, with a row for each position that the model is judged at.
         reporter: hears of progress, and of kinds of knowledge that nothing is measured by.
 
     Returns:
@@ -85,8 +88,12 @@ def measure(
     ordinals = evaluated_ordinals(store, dump, limit)
     model.eval()
     started = time.monotonic()
-    options: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature, "reporter": reporter}
-    figures = {kind: FIGURES[kind].measure(model, store, dump, ordinals, **options) for kind in kinds if kind in FIGURES}
+    options: dict[str, Any] = {"batch_size": batch_size, "temperature": temperature, "positions_file": positions_file}
+    figures = {
+        kind: FIGURES[kind].measure(model, store, dump, ordinals, **options, reporter=reporter)
+        for kind in kinds
+        if kind in FIGURES
+    }
     return {
         "sequences": len(ordinals),
         "seconds": round(time.monotonic() - started, 3),

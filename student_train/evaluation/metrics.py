@@ -116,7 +116,10 @@ def log_sum_exp(values: np.ndarray) -> np.ndarray:
 def describe_scores(scores: dict[str, np.ndarray], groups: np.ndarray | None = None) -> dict[str, Any]:
     """The mean of each of some (N,) scores, and `intervals`, their 95% bootstrap intervals where these are known."""
     means = {name: float(np.mean(values, dtype=np.float64)) for name, values in scores.items()}
-    return {**means, "intervals": _known({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()})}
+    return {
+        **means,
+        "intervals": known_intervals({name: bootstrap_interval(values, groups=groups) for name, values in scores.items()}),
+    }
 
 
 def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
@@ -133,7 +136,8 @@ def standard_error(sums: np.ndarray, counts: np.ndarray) -> float | None:
     return float(np.sqrt(len(sums) / (len(sums) - 1) * (apart**2).sum()) / counts.sum())
 
 
-def _known(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+def known_intervals(intervals: dict[str, Interval]) -> dict[str, list[float]]:
+    """Intervals by name, for JSON, without those that are not known."""
     return {name: list(interval) for name, interval in intervals.items() if not math.isnan(interval[0])}
 
 
@@ -161,7 +165,7 @@ def describe_answers(
         intervals[f"ece_{bins}"] = bootstrap_calibration_error(confidence, correct, bins, groups=groups)
     figures["adaptive_ece"] = adaptive_calibration_error(confidence, correct, max(BINS))
     intervals["adaptive_ece"] = bootstrap_calibration_error(confidence, correct, max(BINS), adaptive=True, groups=groups)
-    figures["intervals"] |= _known(intervals)
+    figures["intervals"] |= known_intervals(intervals)
     figures["reliability"] = reliability(confidence, correct, max(BINS)).as_dict()
     return figures
 

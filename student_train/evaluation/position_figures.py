@@ -28,16 +28,16 @@ METRICS = (
         "kl",
         "KL to the teacher",
         "nats per token",
-        ".4f",
+        ".5f",
         remark="KL is an unbiased estimate. The teacher's is the floor, what it would score itself: by rounding on average, and"
         " with the draws' own standard error.",
     ),
-    Metric("kl_standard_error", "Standard error of KL", "over sequences", ".4f"),
+    Metric("kl_standard_error", "Standard error of KL", "over sequences", ".5f"),
     Metric(
         "kl_lower_bound",
         "KL, candidates and tail",
         "nats, lower bound",
-        ".4f",
+        ".5f",
         remark="The lower bound of KL is over the kept candidates and their tail as one more symbol: the true one is at least"
         " that.",
     ),
@@ -46,6 +46,14 @@ METRICS = (
     Metric("brier", "Brier", "full vocabulary", ".4f"),
     *calibration_errors(".2%"),
     calibration_error("full_ece", "Full-ECE", "every token", ".2%"),
+)
+DETAILS = (
+    Metric("perplexity_change", "Perplexity", "change from the teacher's", "+.2%"),
+    Metric("kl_median", "KL, candidates and tail", "median position", ".3g"),
+    Metric("kl_90", "KL, candidates and tail", "90% of positions", ".3g"),
+    Metric("kl_99", "KL, candidates and tail", "99% of positions", ".3g"),
+    Metric("kl_99_9", "KL, candidates and tail", "99.9% of positions", ".3g"),
+    Metric("kl_max", "KL, candidates and tail", "worst position", ".3g"),
 )
 MEANS = ("nll", "kl", "kl_lower_bound", "top_1_agreement", "accuracy", "brier")
 
@@ -107,6 +115,7 @@ def _likeliest(batch: Mapping[str, np.ndarray], positions: Sequence[int]) -> lis
 POSITION_FIGURES = KindFigures(
     title="On held-out text",
     metrics=METRICS,
+    details=DETAILS,
     rows=_rows,
     measure=deferred("student_train.evaluation.positions", "position_figures"),
     likeliest=_likeliest,

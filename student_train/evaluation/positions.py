@@ -10,6 +10,7 @@ figures, know the columns of that kind.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,14 @@ from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import POSITIONS, positions_of
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, group_sums
+from student_train.evaluation.judged_positions import kl_percentiles, perplexity_change, write_positions
 from student_train.evaluation.metrics import (
     FullVocabularyCalibration,
     brier_from_sums,
     check_finite,
     describe_answers,
     describe_scores,
+    known_intervals,
     rounded,
     standard_error,
 )
@@ -51,20 +54,23 @@ def position_figures(
     *,
     batch_size: int = 8,
     temperature: float | None = None,
+    positions_file: Path | None = None,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """A `figures.Measure` of the kind `positions`.
 
     Returns:
         `positions` (how many targets); `student` and `teacher` with what `describe_answers` gives of nll (nats per token) and
-        the student's brier (full vocabulary); the student's full_ece, kl and kl_lower_bound (nats per token), kl_standard_error
-        and top_1_agreement; the teacher's kl, the floor that rounding makes, and its kl_standard_error, that of draws alone;
+        the student's brier (full vocabulary); the student's full_ece, kl and kl_lower_bound (nats per token),
+        kl_standard_error, percentiles of kl_lower_bound over positions, top_1_agreement and perplexity_change (a share of the
+        teacher's perplexity); the teacher's kl, the floor that rounding makes, and its kl_standard_error, that of draws alone;
         `per_sequence`, the student's sums over each sequence; `coverage`, how much of the teacher's probability the top-k
         candidates hold. With a temperature, `post_hoc`: the student once more. A dump of draws alone knows no candidates, and
         everything that needs them is left out.
 
     Raises:
-        InputError: the sequences have no target positions, or the model gives numbers that are not finite.
+        InputError: the sequences have no target positions, the model gives numbers that are not finite, or the file of
+            positions cannot be written.
     """
     positions = int(store.sequences(dump)["targets"].to_numpy()[ordinals].sum())
     if not positions:
@@ -81,8 +87,9 @@ def position_figures(
             with head_at(model, *predicting(batch)):
                 outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             logits, targets = select_targets(outputs.logits, batch)
-            rows = batch["is_target"][:, 1:].nonzero()[:, 0]
-            parts.append({"sequence": _numpy(batch["sequence_id"][rows]), **_stored(targets, candidates, step)})
+            rows, columns = predicting(batch)
+            place = {"sequence": _numpy(batch["sequence_id"][rows]), "position": _numpy(columns + 1)}
+            parts.append({**place, **_stored(targets, candidates, step)})
             for start in range(0, len(logits), SLICE):
                 part = targets.part(slice(start, start + SLICE))
                 for student in students:
@@ -104,6 +111,8 @@ def position_figures(
             "student": scaled.figures(stored),
             "per_sequence": scaled.per_sequence(stored),
         }
+    if positions_file is not None:
+        write_positions(positions_file, dump, students[0].by_position(stored))
     return result
 
 
@@ -184,6 +193,10 @@ class _Student:
         if "kl" in scores:
             groups = stored["sequence"]
             figures["kl_standard_error"] = standard_error(group_sums(scores["kl"], groups), group_sizes(len(groups), groups))
+        figures["perplexity_change"], interval = perplexity_change(scores["nll"], stored["teacher_nll"], stored["sequence"])
+        figures["intervals"] |= known_intervals({"perplexity_change": interval})
+        if "kl_lower_bound" in scores:
+            figures |= kl_percentiles(scores["kl_lower_bound"])
         return figures
 
     def floor(self, stored: dict[str, np.ndarray]) -> dict[str, float]:
@@ -194,6 +207,21 @@ class _Student:
         variance = self.columns["draw_variance"].sum(dtype=np.float64)
         floor = float(stored["floor"].mean(dtype=np.float64))
         return {"kl": floor, "kl_standard_error": math.sqrt(variance) / len(stored["floor"])}
+
+    def by_position(self, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray | None]:
+        """What `write_positions` keeps of each position."""
+        _, _, scores = self._columns(stored)
+        return {
+            "sequence_id": stored["sequence"],
+            "position": stored["position"],
+            "token_id": stored["token"],
+            "logprob": -self.columns["nll"],
+            "kl": scores.get("kl"),
+            "kl_lower_bound": scores.get("kl_lower_bound"),
+            "likeliest_id": self.columns["choice"],
+            "confidence": self.columns["confidence"],
+            "agrees": scores.get("top_1_agreement"),
+        }
 
     def per_sequence(self, stored: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Sums over the targets of each sequence, for the comparison of two models: how many there are, scores, correct

@@ -28,7 +28,7 @@ from student_train.evaluation.questions import Question, read_questions, tokenis
 from student_train.evaluation.samples import sample_continuations
 from student_train.training.context import check_context
 from student_train.training.dump_facts import describe_dump
-from student_train.training.models import load_model, load_tokenizer
+from student_train.training.models import load_configuration, load_model, load_tokenizer
 from student_train.training.run_folder import versions, write_json
 from student_train.training.vocabulary import check_student
 
@@ -47,6 +47,7 @@ def evaluate(config: EvaluateConfig, *, reporter: Reporter = SILENT) -> dict[str
     path = check_evaluation(config)
     result = _evaluate_questions(config, reporter) if config.questions else _evaluate_dump(config, reporter)
     options = asdict(replace(config, store=config.store_address))
+    options["keep_positions"] = config.keep_positions and str(config.keep_positions)
     result = {"model": config.model, **result, "config": options, "versions": versions()}
     if path:
         try:
@@ -63,10 +64,15 @@ def _evaluate_dump(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]
     dump = store.dump(config.dump)
     tokenizer = load_tokenizer(config.model, config.gguf_file)
     temperature = _given_temperature(config, tokenizer)
+    check_student(store, dump, load_configuration(config.model, config.gguf_file), tokenizer, name=config.model)
     model = load_model(config.model, config.gguf_file)
-    check_student(store, dump, model.config, tokenizer, name=config.model)
     check_context(store, dump, model, evaluated_ordinals(store, dump, config.limit), name=config.model, reporter=reporter)
-    options: dict[str, Any] = {"batch_size": config.batch_size, "limit": config.limit, "temperature": temperature}
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "limit": config.limit,
+        "temperature": temperature,
+        "positions_file": config.keep_positions,
+    }
     measured = measure(_on_device(model), store, dump, **options, reporter=reporter)
     return {
         "parameters": model.num_parameters(),
@@ -156,4 +162,6 @@ def _sha256(path: Path) -> str:
 
 
 def _on_device(model: PreTrainedModel) -> PreTrainedModel:
-    return model.to("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    # Weights of 8 bits are loaded to where they stay, and refuse to be moved.
+    return model if model.device.type == device else model.to(device)

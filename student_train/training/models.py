@@ -11,7 +11,14 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from knowledge_store.errors import InputError
@@ -48,6 +55,23 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_gguf(gguf_file))
     except Exception as error:  # the library raises whatever its parsers raise
         raise InputError(f"cannot load a tokenizer from {model}: {first_line(error)}") from error
+
+
+def load_configuration(model: str, gguf_file: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model folder or hub id, without its weights; of an adapter, that of its base.
+
+    Raises:
+        InputError: it is missing or cannot be read; the message names the model.
+    """
+    quieten()
+    folder = _folder(model, gguf_file)
+    if not gguf_file and (base := adapter_base(folder)) is not None:
+        return load_configuration(base)
+    try:
+        with silence(), panics_as_errors():
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False, **_gguf(gguf_file))
+    except Exception as error:  # the library raises whatever its parsers raise
+        raise InputError(f"cannot load the configuration of {model}: {first_line(error)}") from error
 
 
 def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:

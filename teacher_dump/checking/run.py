@@ -15,6 +15,7 @@ import numpy as np
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.checking.token_source import find_tokens
 from teacher_dump.configuration import CheckConfig
 from teacher_dump.teachers.files import check_local_teacher
 from teacher_dump.teachers.loading import check_loading
@@ -46,8 +47,6 @@ CHECKERS: dict[str, Checker] = {
     "vectors": partial(_check_distances, "vectors"),
     "hidden": partial(_check_distances, "hidden"),
 }
-# Those that are asked again with the tokens of another: without it they cannot be checked.
-TOKENS_FROM = {"vectors": "positions", "hidden": "positions"}
 
 
 def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter: Reporter = SILENT) -> dict[str, Agreement]:
@@ -67,12 +66,7 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
     """
     store = KnowledgeStore.open(config.store, cache_size=0)
     manifest = store.manifest(config.dump)
-    kinds = [kind for kind in manifest.kinds if kind in CHECKERS and TOKENS_FROM.get(kind, kind) in manifest.kinds]
-    if not kinds and set(manifest.kinds) & set(TOKENS_FROM):
-        raise InputError(
-            f"dump {manifest.dump!r} holds {', '.join(manifest.kinds)}, which cannot be checked, since it does not hold its"
-            f" tokens: give a dump that holds {' or '.join(dict.fromkeys(TOKENS_FROM.values()))} too"
-        )
+    kinds = [kind for kind in manifest.kinds if kind in CHECKERS]
     if not kinds:
         raise InputError(
             f"dump {manifest.dump!r} holds {', '.join(manifest.kinds)}, which cannot be checked: give a dump that holds"
@@ -81,12 +75,16 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
     count = store.sequence_count(manifest.dump)
     if not count:
         raise InputError(f"dump {manifest.dump!r} of {store.address} has no committed sequence yet")
+    if find_tokens(store, manifest) is None:
+        raise InputError(
+            f"dump {manifest.dump!r} does not hold its tokens, and no other dump of {store.address} has all of them: dump the"
+            " same corpus with --kind positions too"
+        )
     if teacher is None:
         check_local_teacher(config.teacher, config.gguf_file, config.revision)
     for kind in manifest.kinds:
         if kind not in kinds:
-            reason = "there is no checker for it" if kind not in CHECKERS else f"that takes the kind {TOKENS_FROM[kind]} too"
-            reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: {reason}.")
+            reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: there is no checker for it.")
 
     from teacher_dump.teachers.local import load_teacher
 

@@ -27,6 +27,7 @@ from teacher_dump.checking.distances.distance import Limits
 from teacher_dump.checking.distances.saliency import SALIENCY
 from teacher_dump.checking.distances.states import STATES
 from teacher_dump.checking.identity import other_model, other_tokenizer, same_weights
+from teacher_dump.checking.token_source import TokenSource, find_tokens
 from teacher_dump.configuration import CheckConfig
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import TokenSequence
@@ -98,10 +99,12 @@ def check_distances(
         ordinals = ordinals[:0]
     else:
         check_needs((kind,), teacher)
+        source = find_tokens(store, manifest)
+        assert source is not None  # `run.check` has refused a dump without any
         with reporter.progress(f"asking the teacher for {distance.asked_for}", len(ordinals), "sequences") as advance:
             for ordinal in ordinals.tolist():
                 try:
-                    sequence_id, apart = _distance(kind, store, manifest, ordinal, teacher, config)
+                    sequence_id, apart = _distance(kind, store, manifest, source, ordinal, teacher, config)
                     distances[sequence_id] = apart
                 except DamageError as error:
                     unreadable.append(str(error))
@@ -135,7 +138,13 @@ def check_distances(
 
 
 def _distance(
-    kind: str, store: KnowledgeStore, manifest: Manifest, ordinal: int, teacher: LocalTeacher, config: CheckConfig
+    kind: str,
+    store: KnowledgeStore,
+    manifest: Manifest,
+    source: TokenSource,
+    ordinal: int,
+    teacher: LocalTeacher,
+    config: CheckConfig,
 ) -> tuple[int, float]:
     """A sequence's id, and how far it is off; asked by itself, so that what a batch did shows.
 
@@ -144,8 +153,8 @@ def _distance(
     """
     declared = KINDS[kind]
     kept, stated = store.stored(ordinal, kind, manifest.dump)
-    tokens = store.stored(ordinal, "positions", manifest.dump)[0] if "positions" in manifest.kinds else kept
     number = kept["sequence_id"][0].as_py()
+    tokens = kept if (manifest.dump, kind) == source[:2] else source.rows(store, number)
     with _damage_in(number):
         sequence = _sequence(number, tokens["token_id"].to_numpy(), tokens["is_target"].to_numpy(), stated, manifest)
         arrays = declared.decode(kept, manifest)
