@@ -120,7 +120,7 @@ def prepare(arguments: argparse.Namespace, data: str) -> None:
     for name in (data, f"{data}-judged"):
         run(
             "teacher_dump", "run", store, "--teacher", work / "teacher", "--corpus", work / f"{name}.jsonl", "--name", name,
-            "--kind", "positions", "--kind", "saliency", "--tail-draws", 4, "--max-length", MAX_LENGTH,
+            "--kind", "positions", "--kind", "saliency", "--max-length", MAX_LENGTH,
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from teacher_dump.extraction.sampling import (
     block_sums,
     counted,
     draw,
+    exponentials,
     independent_points,
     likeliest,
     precise,
@@ -80,7 +81,7 @@ def knowledge_of(
     logits.sub_(highest)
     if temperature is not None:
         tempered = block_sums(torch.exp(logits / temperature)).sum(dim=1).log()
-    weights = torch.exp(logits) if entropy else logits.exp_()
+    weights, weighted_logs = exponentials(logits) if entropy else (logits.exp_(), None)
     sums = block_sums(weights)
     tail = (sums.sum(dim=1).log() + precise(highest[:, 0])).float().to(logits.device)
     total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
@@ -90,11 +91,10 @@ def knowledge_of(
         "candidate_logprobs": candidates - total[:, None],
         "tail_logprob": tail - total,
     }
-    if entropy:
-        # ln Σ w − Σ w ln w / Σ w. What weighs nothing adds nothing, however far down it is.
-        logs = logits.clamp_(min=torch.finfo(logits.dtype).min)
-        total_weight, weighted = sums.sum(dim=1), block_sums(logs.mul_(weights)).sum(dim=1)
-        tail_entropy = torch.where(total_weight > 0, total_weight.log() - weighted / total_weight, 0)
+    if weighted_logs is not None:
+        # ln Σ w − Σ w ln w / Σ w.
+        total_weight = sums.sum(dim=1)
+        tail_entropy = torch.where(total_weight > 0, total_weight.log() - weighted_logs / total_weight, 0)
         knowledge["tail_entropy"] = tail_entropy.clamp(min=0).float().to(logits.device)
     if points is not None:
         # Something to draw, which then counts for nothing.
