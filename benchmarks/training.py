@@ -43,7 +43,7 @@ from student_train.losses.sliced import Share, sliced_loss, sum_over_slices
 from student_train.losses.targets import Batch, select_targets
 from teacher_dump.extraction.distributions import knowledge_of
 
-CANDIDATES, DRAWS = 5, 4
+CANDIDATES, DRAWS, DRAW_WEIGHT = 5, 4, 0.05
 BASELINE = "cross-entropy"
 POSITIONS = 100_000_000  # of the corpus whose hours are printed
 STUDENTS = (1, 2, 4, 8, 16)
@@ -82,7 +82,7 @@ def make_batch(vocabulary: int, sequences: int, length: int, device: torch.devic
         "candidate_logprobs": logprobs[..., :CANDIDATES],
         "tail_logprob": logprobs[..., CANDIDATES],
         "tail_ids": ids[..., CANDIDATES:],
-        "tail_counts": torch.ones((*shape, DRAWS), dtype=torch.int64),
+        "draw_weight": torch.full(shape, DRAW_WEIGHT),
     }
     return {name: column.to(device) for name, column in batch.items()}
 
@@ -170,13 +170,13 @@ METHODS = (BASELINE, "cross-entropy, sliced", "store, sliced", "store, whole log
 def dump_step(teacher: LlamaForCausalLM | None, batch: Batch) -> Callable[[], None]:
     """The teacher's pass over a batch, its head in slices, and what is kept of each prediction."""
     assert teacher is not None
-    selection = Selection("top-k", CANDIDATES, DRAWS)
+    selection = Selection("top-k", CANDIDATES, DRAW_WEIGHT)
     tokens = batch["input_ids"][:, 1:].flatten()
-    points = (torch.arange(DRAWS, device=tokens.device) + 0.5).div(DRAWS).double().expand(len(tokens), DRAWS)
+    begin = torch.full((len(tokens),), 0.5, dtype=torch.float64, device=tokens.device)
 
     def prepare(_: int) -> Share:
         def share(logits: Tensor, rows: slice) -> Tensor:
-            return knowledge_of(logits.float(), tokens[rows], selection, points[rows])["tail_logprob"].sum()
+            return knowledge_of(logits.float(), tokens[rows], selection, begin[rows])["tail_logprob"].sum()
 
         return share
 

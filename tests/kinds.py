@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from stores import drawn_sequences, knowledge_of, random_sequences
+from stores import DRAW_WEIGHT, drawn_sequences, knowledge_of, random_sequences, with_draws
 
 from knowledge_store import Field, Kind
 from knowledge_store.format.parquet import TEXT
@@ -252,18 +252,16 @@ def nucleus(seed: int, count: int) -> list[Arrays]:
     return found
 
 
-def sampled(seed: int, count: int) -> list[Arrays]:
-    """Of random sampling, two draws."""
-    found = random_sequences(seed, count, k=1)
+def above(seed: int, count: int) -> list[Arrays]:
+    """Of a threshold of 0.4: at most positions no candidate."""
+    found = random_sequences(seed, count, k=2)
     for arrays in found:
-        arrays["tail_ids"] = np.tile(np.array([2, 5], np.uint32), (len(arrays["token_id"]), 1))
-        arrays["tail_counts"] = np.ones_like(arrays["tail_ids"])
-        arrays["candidate_ids"], arrays["candidate_logprobs"] = (
-            arrays["candidate_ids"][:, :0],
-            arrays["candidate_logprobs"][:, :0],
-        )
-        arrays["tail_logprob"] = np.zeros(len(arrays["token_id"]), np.float32)
-    return found
+        likely = np.exp(arrays["candidate_logprobs"].astype(np.float64))
+        dropped = likely < 0.4
+        tail = np.exp(arrays["tail_logprob"].astype(np.float64)) + np.where(dropped, likely, 0).sum(axis=1)
+        arrays["tail_logprob"] = np.log(tail).astype(np.float32)
+        arrays["candidate_logprobs"][dropped] = -np.inf
+    return [with_draws(arrays, weight=0.4) for arrays in found]
 
 
 def answered(count: int) -> np.ndarray:
@@ -334,7 +332,7 @@ CASES = {
         TARGETS,
         lose_a_target,
         parameters={
-            "selection": Selection("top-k", 3, 2).to_record(),
+            "selection": Selection("top-k", 3, DRAW_WEIGHT).to_record(),
             "calibration": {"temperature": 2.0, "sha256": "00"},
             "quantisation_step": 0.25,
         },
@@ -344,15 +342,15 @@ CASES = {
         POSITIONS,
         TARGETS,
         lose_a_target,
-        parameters={"selection": Selection("top-p", 3, 0, 0.5).to_record()},
+        parameters={"selection": Selection("top-p", 3, p=0.5).to_record()},
         sequences=nucleus,
     ),
-    "positions, sampled": Case(
+    "positions, threshold": Case(
         POSITIONS,
         TARGETS,
         lose_a_target,
-        parameters={"selection": Selection("random-sampling", 0, 2).to_record()},
-        sequences=sampled,
+        parameters={"selection": Selection.threshold(0.4).to_record()},
+        sequences=above,
     ),
     "saliency": Case(
         SALIENCY,

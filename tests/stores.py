@@ -152,20 +152,30 @@ def write_store(
     return folder
 
 
+DRAW_WEIGHT = 0.0625  # of what `with_draws` makes up
+
+
+def with_draws(arrays: Arrays, vocabulary: int = 11, weight: float = DRAW_WEIGHT) -> Arrays:
+    """Knowledge with as many draws as its tails are large: the first tokens outside the candidates, one after the other."""
+    rows = []
+    for ids, logprobs, tail in zip(arrays["candidate_ids"], arrays["candidate_logprobs"], arrays["tail_logprob"], strict=True):
+        outside = np.setdiff1d(np.arange(vocabulary), ids[logprobs > -np.inf])
+        rows.append(np.sort(np.resize(outside, round(float(np.exp(tail)) / weight))))
+    drawn = np.full((len(rows), max(map(len, rows), default=0)), -1, np.int32)
+    for row, ids in zip(drawn, rows, strict=True):
+        row[: len(ids)] = ids
+    return {**arrays, "tail_ids": drawn}
+
+
 def drawn_sequences(seed: int, count: int, vocabulary: int = 11, k: int = 3) -> list[Arrays]:
-    """`random_sequences` of a calibrated dump with two draws: the first token outside the candidates and the last."""
+    """`random_sequences` of a calibrated dump with draws."""
     found = random_sequences(seed, count, vocabulary, k)
-    for arrays in found:
-        outside = np.array([np.setdiff1d(np.arange(vocabulary), ids) for ids in arrays["candidate_ids"]])
-        arrays["tail_ids"] = outside[:, [0, -1]].astype(np.uint32)
-        arrays["tail_counts"] = np.ones((len(outside), 2), np.uint16)
-        arrays["tail_logsumexp"] = arrays["tail_logprob"] / 2
-    return found
+    return [{**with_draws(arrays, vocabulary), "tail_logsumexp": arrays["tail_logprob"] / 2} for arrays in found]
 
 
 def write_drawn_store(folder: Path) -> Path:
     """A store with one small dump that has draws and a calibration."""
-    selection = {"name": "top-k", "k": 3, "tail_draws": 2}
+    selection = {"name": "top-k", "k": 3, "draw_weight": DRAW_WEIGHT, "draw_seed": 0}
     manifest = make_manifest(selection=selection, calibration={"temperature": 2.0, "sha256": "00"})
     writer = DumpWriter.open(folder, manifest, tokens_table(words(11), words(11)))
     for shard in range(2):

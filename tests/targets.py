@@ -40,8 +40,9 @@ def random_case(seed: int, rows: int = 6, vocabulary: int = VOCABULARY, k: int =
     return student, teacher, kept(teacher, k, generator.integers(0, vocabulary, rows))
 
 
-def drawn(targets: Targets, ids: np.ndarray, counts: np.ndarray, rows: int = VOCABULARY) -> Targets:
-    """The same targets with these draws (N, M) from the tail, for a student with so many rows: through `select_targets`."""
+def drawn(targets: Targets, ids: np.ndarray, weight: float, rows: int = VOCABULARY) -> Targets:
+    """The same targets with these draws (N, M) from the tail (−1: none) of this weight, for a student with so many rows:
+    through `select_targets`."""
 
     def second(column: torch.Tensor) -> torch.Tensor:
         return torch.stack([torch.zeros_like(column), column], dim=1)
@@ -51,17 +52,18 @@ def drawn(targets: Targets, ids: np.ndarray, counts: np.ndarray, rows: int = VOC
         "input_ids": second(targets.token_ids),
         **{name: second(getattr(targets, name)) for name in Targets._fields[1:5]},
         "tail_ids": second(torch.from_numpy(ids)),
-        "tail_counts": second(torch.from_numpy(counts)),
+        "draw_weight": second(torch.full((len(ids),), weight, dtype=torch.float64)),
     }
     return select_targets(torch.zeros(len(targets.token_ids), 2, rows), batch)[1]
 
 
-def random_draws(targets: Targets, seed: int, draws: int = 4) -> Targets:
-    """The same targets with tokens outside the candidates drawn: two different ones, counts that sum to `draws`."""
+def random_draws(targets: Targets, seed: int, weight: float = 0.07) -> Targets:
+    """The same targets with tokens outside the candidates drawn: none, one, two, or one of two twice."""
     generator = np.random.default_rng(seed)
     outside = [np.setdiff1d(np.arange(VOCABULARY), row) for row in targets.candidate_ids.numpy()]
     ids = np.stack([generator.choice(each, 2, replace=False) for each in outside])
-    return drawn(targets, ids, np.tile([1, draws - 1], (len(ids), 1)))
+    counts = np.arange(len(ids))[:, None] % 4
+    return drawn(targets, np.where(counts > [0, 1, 2], ids[:, [0, 1, 1]], -1), weight)
 
 
 def in_float32(targets: Targets) -> Targets:

@@ -32,7 +32,8 @@ SETTINGS = {
     "selection": "top-p",
     "top_p": 0.5,
     "max_k": 7,
-    "tail_draws": 2,
+    "draw_weight": 0.25,
+    "draw_seed": 3,
     "keep_context": True,
     "template_date": "2020-02-02",
     "train_on": "last",
@@ -96,7 +97,13 @@ def test_a_dump_is_appended_with_all_settings(family, grow):
     assert store.manifest("news-2").plan["chat"]["date"] == "2020-02-02"
     assert store.manifest("news-2").kinds["positions"]["calibration"]["temperature"] == 1.5
     assert grow("march")[0].dump == "news-3"
-    assert store.manifest("news").kinds["positions"]["selection"] == {"name": "top-p", "p": 0.5, "max_k": 7, "tail_draws": 2}
+    assert store.manifest("news").kinds["positions"]["selection"] == {
+        "name": "top-p",
+        "p": 0.5,
+        "max_k": 7,
+        "draw_weight": 0.25,
+        "draw_seed": 3,
+    }
 
 
 def test_parameters_of_every_kind_are_taken_over(tmp_path, teacher_folder, loaded_teacher):

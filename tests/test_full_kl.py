@@ -79,7 +79,7 @@ def test_the_floor_is_what_rounding_makes_on_average(k):
     targets = kept(exact, k)
     candidates, tail = targets.candidate_logprobs.numpy(), targets.tail_logprob.numpy()
     below, tail_steps = steps_of(candidates, tail, 1 / 8)
-    rounded, rounded_tail = logprobs_of(below, tail_steps, 1 / 8)
+    rounded, rounded_tail = logprobs_of(list(below.T), tail_steps, 1 / 8)
     divergence = (np.exp(rounded) * (rounded - candidates)).sum(axis=1) + np.exp(rounded_tail) * (rounded_tail - tail)
     stored = targets._replace(candidate_logprobs=torch.from_numpy(rounded), tail_logprob=torch.from_numpy(rounded_tail))
     np.testing.assert_allclose(rounding_floor(stored, 1 / 8).mean(), divergence.mean(), rtol=0.05)

@@ -78,13 +78,12 @@ def test_draws_have_the_full_gradient_on_average(k):
     tail = np.setdiff1d(np.arange(vocabulary), bare.candidate_ids[0].numpy())
     inside = probabilities[tail] / probabilities[tail].sum()
     pairs = list(product(range(len(tail)), repeat=2))
-    ids = np.array([[tail[one], 0 if one == two else tail[two]] for one, two in pairs])
-    counts = np.array([[2, 0] if one == two else [1, 1] for one, two in pairs])
+    ids = np.array([[tail[one], tail[two]] for one, two in pairs])
     weights = np.array([inside[one] * inside[two] for one, two in pairs])
     assert weights.sum() == pytest.approx(1)
 
     many = Targets(*(None if each is None else each.expand(len(pairs), *each.shape[1:]) for each in bare))
-    targets = drawn(many, ids, counts, rows=vocabulary)
+    targets = drawn(many, ids, probabilities[tail].sum() / 2, rows=vocabulary)
     repeated = np.repeat(student, len(pairs), axis=0)
     found = (torch.from_numpy(weights)[:, None] * gradient(forward_kl, repeated, targets, tail="draws")).sum(dim=0)
     full = kept(teacher, vocabulary)
@@ -117,7 +116,8 @@ HARD = {
     "fillers alone": with_fillers(kept(TEACHER, 3), 3),
     "no candidates": kept(TEACHER, 0),
     "a tail, but no token for it": kept(TEACHER, 8)._replace(tail_logprob=torch.full((2,), -2.0).double()),
-    "draws": drawn(kept(TEACHER, 3), np.array([[4, 5], [0, 5]]), np.array([[1, 3], [4, 0]]), rows=8),
+    "draws": drawn(kept(TEACHER, 3), np.array([[4, 5, 5], [0, -1, -1]]), 0.2, rows=8),
+    "a tail without draws": drawn(kept(TEACHER, 3), np.full((2, 1), -1), 0.2, rows=8),
 }
 STUDENTS = {
     "the opposite": -TEACHER,

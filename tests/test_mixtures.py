@@ -252,19 +252,19 @@ def test_chosen_targets(store):
 
 def test_what_is_taken_of_dumps_that_keep_other_things(store, tmp_path):
     folder = write_store(tmp_path / "store", "plain")
-    selection = {"name": "top-k", "k": 3, "tail_draws": 2}
+    selection = {"name": "top-k", "k": 3, "draw_weight": 0.0625, "draw_seed": 0}
     manifest = make_manifest("drawn", selection=selection, calibration={"temperature": 2.0, "sha256": "00"})
     writer = DumpWriter.open(folder, manifest, tokens_table(words(11), words(11)))
     commit(writer, 0, drawn_sequences(0, 3))
     batches = KnowledgeStore.open(folder).batches(["plain", "drawn"], batch_size=4)
-    assert not {"tail_ids", "tail_counts", "tail_logsumexp"} & batches[0].keys()
-    assert batches.taken.left_out == dict.fromkeys(("tail_ids", "tail_counts", "tail_logsumexp"), ("plain",))
+    assert not {"tail_ids", "draw_weight", "tail_logsumexp"} & batches[0].keys()
+    assert batches.taken.left_out == dict.fromkeys(("tail_ids", "draw_weight", "tail_logsumexp"), ("plain",))
     assert {
-        "plain keeps no draws and drawn keeps 2 draws a position",
+        "plain keeps no draws and drawn keeps draws of weight 0.0625",
         "of positions, the calibration temperature is 2.0 in drawn, and plain has none",
     } <= {*batches.taken.differences}
     batches = KnowledgeStore.open(folder).batches(["drawn", "plain"], batch_size=4)
-    assert "drawn keeps 2 draws a position and plain keeps none" in batches.taken.differences
+    assert "drawn keeps draws of weight 0.0625 and plain keeps none" in batches.taken.differences
     assert not any("None" in difference for difference in batches.taken.differences)
     assert store.batches(["a", "c"]).taken.differences == ()
     assert store.batches(["a", "b"]).taken.differences == ("the selection of positions is top-k 3 in a and top-k 5 in b",)

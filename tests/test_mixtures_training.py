@@ -31,8 +31,8 @@ DUMPS = {
     "news-2": ("tiny", range(3, 8), {}),
     "code": ("tiny", range(8, 14), {}),
     "other": ("large", range(3), {}),  # another teacher of news-1
-    "bare": ("tiny", range(3), {"tail_draws": 0, "top_k": 8}),
-    "drawn": ("tiny", range(3), {"selection": "random-sampling", "draws": 6}),
+    "bare": ("tiny", range(3), {"draw_weight": 0.0, "top_k": 8}),
+    "drawn": ("tiny", range(3), {"selection": "threshold", "draw_weight": 0.2}),
     "foreign": ("foreign", range(3), {}),
 }
 
@@ -230,8 +230,6 @@ def test_other_divergences_are_told_for_what_they_are(options):
         (["--dump", "news-1=1e-9", "--dump", "code=1"], "is less than one of the"),
         (["--dump", "news-1", "--dump", "foreign"], "different vocabularies"),
         (["--dump", "news-1", "--dump", "bare", "--tail", "draws"], "--tail draws: the dump bare keeps no draws"),
-        (["--dump", "drawn", "--dump", "bare"], "the dump drawn has only draws"),
-        (["--dump", "drawn", "--dump", "code", "--loss", "reverse-kl"], "the dump drawn has no candidates"),
         ([], "name a dump of"),
         (["--dump", "code", "--teachers", "news-1,other"], "give --dump or --teachers, not both"),
         (["--teachers", "news-1^0.7,other^0.3"], "a geometric mixture of teachers needs probabilities of tokens outside"),

@@ -364,11 +364,11 @@ def test_a_published_shard_is_whole(place):
 
 
 def test_many_equal_values_in_few_bytes_are_read(place):
-    """Draws of a flat teacher are each counted once, five million of them in a few hundred bytes."""
+    """Draws of a teacher that is sure of one token, five million of them in a few hundred bytes."""
     rows, draws = 32_768, 160
-    counts = pa.ListArray.from_arrays(np.arange(0, rows * draws + 1, draws, np.int32), np.ones(rows * draws, np.uint16))
-    table = pa.table({"tail_counts": counts})
+    ids = pa.ListArray.from_arrays(np.arange(0, rows * draws + 1, draws, np.int32), np.ones(rows * draws, np.uint32))
+    table = pa.table({"tail_ids": ids})
     storage = storage_of(place)
-    record, _ = publish_table(storage, "counts.parquet", table.schema, [table])
+    record, _ = publish_table(storage, "draws.parquet", table.schema, [table])
     assert record.bytes < 10_000
-    assert read_table(TableFile(storage, "counts.parquet", record, table.schema)).equals(table)
+    assert read_table(TableFile(storage, "draws.parquet", record, table.schema)).equals(table)

@@ -27,8 +27,8 @@ DUMP = {
     "store": "store",
     "teacher": "a <teacher> & friends",
     "vocabulary_size": 512,
-    "kinds": {"positions": {"selection": "top-k 5 + 4 tail draws", "dense_bytes": 4000 * 512 * 4}, "vectors": {}},
-    "lines": [["selection", "top-k 5 + 4 tail draws, in steps of 0.125 nats"]],
+    "kinds": {"positions": {"selection": "top-k 5 + draws of weight 0.05", "dense_bytes": 4000 * 512 * 4}, "vectors": {}},
+    "lines": [["selection", "top-k 5 + draws of weight 0.05, in steps of 0.125 nats"]],
     "sequences": 9,
     "positions": 4200,
     "targets": 4000,
@@ -222,7 +222,7 @@ def test_what_a_run_cost(tmp_path):
     costs = cells(text, "What it cost")
     dense = f"{4000 * 512 * 4 / 60_000:,.0f}×"
     assert costs["distilled"] == [
-        "train positions: top-k 5 + 4 tail draws; vectors",
+        "train positions: top-k 5 + draws of weight 0.05; vectors",
         "14.3 12.0 of what its loss reads",
         "0.06 MB",
         dense,

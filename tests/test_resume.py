@@ -26,7 +26,7 @@ from knowledge_store.writing.verification import verify
 from teacher_dump import DumpConfig, dump, fingerprints, repair
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.extraction import EXTRACTORS, Extractor
-from teacher_dump.extraction.sampling import systematic_points
+from teacher_dump.extraction.sampling import starts
 from teacher_dump.teachers import local as teachers
 from teacher_dump.teachers.local import load_teacher
 
@@ -317,16 +317,16 @@ def test_teacher_and_corpus_may_be_moved_and_renamed(existing, tmp_path, corpus,
 # --- what is no part of a dump's identity -------------------------------------------------------------------------------
 
 
-def logged_points(patch) -> dict[int, list]:
-    """The points that draws are made at from here on, by sequence: one array for each time it is asked for."""
+def logged_starts(patch) -> dict[int, list]:
+    """Where draws start from here on, by sequence: one array for each time it is asked for."""
     logged: dict[int, list] = {}
 
-    def points(sequence, length, draws):
-        found = systematic_points(sequence, length, draws)
+    def log(sequence, length, seed):
+        found = starts(sequence, length, seed)
         logged.setdefault(sequence, []).append(found)
         return found
 
-    patch.setattr("teacher_dump.extraction.distributions.systematic_points", points)
+    patch.setattr("teacher_dump.extraction.distributions.starts", log)
     return logged
 
 
@@ -346,14 +346,14 @@ def test_out_of_memory_a_dump_resumes_with_a_smaller_batch(config, loaded_teache
         patch.setattr(type(loaded_teacher), "predict", small_device)
         with pytest.raises(InputError, match=r"give a smaller --batch-size \(now 8\); what is committed stays"):
             dump(larger, teacher=loaded_teacher)
-        points = logged_points(patch)
+        points = logged_starts(patch)
         resumed = dump(replace(config, batch_size=1), teacher=loaded_teacher)
     assert (resumed.shards_existing, resumed.shards) == (half, SHARDS - half)
     assert (config.store / "d/manifest.json").read_bytes() == uninterrupted["d/manifest.json"]
     for name in (f"d/sequences/{shard:05d}.parquet" for shard in range(SHARDS)):
         assert (config.store / name).read_bytes() == uninterrupted[name]
     with monkeypatch.context() as patch:
-        whole = logged_points(patch)
+        whole = logged_starts(patch)
         dump(replace(config, store=tmp_path / "again"), teacher=loaded_teacher)
     for sequence, (drawn_at,) in points.items():
         np.testing.assert_array_equal(drawn_at, whole[sequence][0])

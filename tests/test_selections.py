@@ -15,6 +15,7 @@ from stores import (
     log_softmax,
     make_manifest,
     random_sequences,
+    with_draws,
     words,
 )
 
@@ -25,14 +26,15 @@ from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds.positions import positions_of
 from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump import DumpConfig, dump
+from teacher_dump.extraction.sampling import starts
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
 SELECTIONS = {
-    "plain": {"top_k": 5, "tail_draws": 0},
+    "plain": {"top_k": 5, "draw_weight": 0.0},
     "drawn": {"top_k": 5},
-    "nucleus": {"selection": "top-p", "top_p": 0.6, "max_k": 12, "tail_draws": 2},
-    "sampled": {"selection": "random-sampling", "draws": 9},
+    "nucleus": {"selection": "top-p", "top_p": 0.6, "max_k": 12, "draw_weight": 0.1},
+    "above": {"selection": "threshold", "draw_weight": 0.1, "draw_seed": 5},
 }
 
 
@@ -81,39 +83,47 @@ def test_what_is_kept_is_the_teachers(store, loaded_teacher, name):
                 mass = np.exp(full[position][ids]).cumsum()
                 assert len(ids) == 12 or mass[-1] >= 0.6 - 1e-5
                 assert len(ids) == 1 or mass[-2] < 0.6 + 1e-5
+            elif rule.name == "threshold":
+                assert set(ids.tolist()) == set(np.flatnonzero(np.exp(full[position]) >= rule.draw_weight).tolist())
             else:
                 assert len(ids) == rule.candidates
-            if rule.draws:
-                counts = sequence["tail_counts"][position]
-                drawn = sequence["tail_ids"][position][counts > 0]
-                assert counts.sum() == rule.draws
-                assert not set(drawn.tolist()) & set(ids.tolist())
-                assert np.exp(full[position][drawn]).min() > 0
+            if rule.draw_weight:
+                assert sequence["draw_weight"][position] == np.float32(rule.draw_weight)
+                drawn = sequence["tail_ids"][position]
+                drawn = drawn[drawn >= 0]
+                rest = np.exp(full[position])
+                rest[ids] = 0
+                begin = starts(sequence["sequence_id"], len(sequence["input_ids"]), rule.draw_seed)[position]
+                points = np.arange(begin, tail / rule.draw_weight, 1) * rule.draw_weight
+                assert drawn.tolist() == np.searchsorted(rest.cumsum(), points, side="right").tolist()
 
 
 def test_the_columns(store):
     opened = KnowledgeStore.open(store)
-    rows = opened.sql("SELECT * FROM positions WHERE dump = 'sampled' AND is_target LIMIT 50").to_pylist()
-    assert all(row["candidate_ids"] == row["candidate_logprobs"] == [] for row in rows)
-    assert all(row["tail_logprob"] is None and sum(row["tail_counts"]) == 9 for row in rows)
-    assert all(row["token_logprob"] < 0 for row in rows)
+    rows = opened.sql("SELECT * FROM positions WHERE dump = 'above' AND is_target").to_pylist()
+    assert {len(row["candidate_ids"]) for row in rows} >= {0, 1, 2}
+    assert all(len(row["candidate_logprobs"]) == len(row["candidate_ids"]) for row in rows)
+    assert all(abs(row["tail_logprob"]) < 1e-6 for row in rows if not row["candidate_ids"])
+    mass = sum(sum(np.exp(row["candidate_logprobs"])) + 0.1 * len(row["tail_ids"]) for row in rows) / len(rows)
+    assert mass == pytest.approx(1, abs=0.01)
     [row] = opened.sql("SELECT count(tail_ids) AS n FROM positions WHERE dump = 'plain'").to_pylist()
     assert row["n"] == 0
     summaries = {summary.dump: summary for summary in opened.info()}
     assert [summaries[name].facts["positions.selection"] for name in SELECTIONS] == [
         "top-k 5",
-        "top-k 5 + 4 tail draws",
-        "top-p 0.6, at most 12 + 2 tail draws",
-        "random-sampling, 9 draws",
+        "top-k 5 + draws of weight 0.05",
+        "top-p 0.6, at most 12 + draws of weight 0.1",
+        "threshold 0.1 + draws of weight 0.1, seed 5",
     ]
-    assert summaries["sampled"].statistics["positions.mean_top_k_mass"] is None
+    assert 0 < summaries["above"].statistics["positions.mean_top_k_mass"] < 1
+    assert summaries["above"].statistics["positions.mean_top_1_accuracy"] is None
     assert 0.5 < summaries["nucleus"].statistics["positions.mean_top_k_mass"] < 1  # twelve do not always reach it
-    assert summaries["sampled"].statistics["positions.mean_nll"] == pytest.approx(
+    assert summaries["above"].statistics["positions.mean_nll"] == pytest.approx(
         summaries["plain"].statistics["positions.mean_nll"], abs=1e-3
     )
     answer = run_command("knowledge_store", "info", store)
     assert answer.returncode == 0
-    assert "random-sampling, 9 draws" in answer.stdout
+    assert "threshold 0.1 + draws of weight 0.1, seed 5" in answer.stdout
 
 
 def test_draws_do_not_depend_on_batch_rank_or_restart(store, tmp_path, corpus, loaded_teacher):
@@ -127,17 +137,19 @@ def test_draws_do_not_depend_on_batch_rank_or_restart(store, tmp_path, corpus, l
     dump(replace(config, name="one", batch_size=1), teacher=loaded_teacher)
     opened, alone = KnowledgeStore.open(store), KnowledgeStore.open(tmp_path / "s")
     for ordinal in range(len(alone.sequences("one"))):
-        for column in ("tail_ids", "tail_counts", "candidate_ids"):
+        for column in ("tail_ids", "candidate_ids"):
             assert np.array_equal(alone["one", ordinal][column], opened["drawn", ordinal][column])
 
 
 def test_another_selection_is_another_dump(store, tmp_path, corpus, loaded_teacher):
     shutil.copytree(store, tmp_path / "s")
-    config = DumpConfig("tiny", (corpus,), tmp_path / "s", "drawn", max_length=48, shard_size=4, tail_draws=3)
-    with pytest.raises(MismatchError, match=r"--tail-draws was 4 and is now 3"):
+    config = DumpConfig("tiny", (corpus,), tmp_path / "s", "drawn", max_length=48, shard_size=4, draw_weight=0.1)
+    with pytest.raises(MismatchError, match=r"--draw-weight was 0\.05 and is now 0\.1"):
         dump(config, teacher=loaded_teacher)
-    with pytest.raises(MismatchError, match=r"--tail-draws was 4 and is now 0"):
-        dump(replace(config, tail_draws=0), teacher=loaded_teacher)
+    with pytest.raises(MismatchError, match=r"--draw-weight was 0\.05 and is now 0$|--draw-weight was 0\.05 and is now 0[.;]"):
+        dump(replace(config, draw_weight=0.0), teacher=loaded_teacher)
+    with pytest.raises(MismatchError, match=r"--draw-seed was 0 and is now 1"):
+        dump(replace(config, draw_weight=0.05, draw_seed=1), teacher=loaded_teacher)
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
@@ -150,23 +162,24 @@ def test_a_sequence_as_a_person_reads_it(store, name):
     for position in np.flatnonzero(sequence["has_knowledge"]):
         line = lines[position]
         there = sequence["candidate_logprobs"][position] > -np.inf
-        assert line.count("%") - 2 == there.sum()  # beside the candidates: the token and the others
-        drawn = sequence["tail_counts"][position].sum() if positions_of(opened.manifest(name)).selection.draws else 0
-        assert ("drawn: " in line) == (drawn > 0)
+        assert line.partition(", drawn: ")[0].count("%") - 2 == there.sum()  # beside the candidates: the token and the others
+        drawn = (sequence["tail_ids"][position] >= 0).any() if "tail_ids" in sequence else False
+        assert ("drawn: " in line) == drawn
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"selection": "top-q"}, "--selection is 'top-q'; it must be top-k, top-p or random-sampling"),
-        ({"tail_draws": -1}, "--tail-draws is -1; it must be at least 0"),
-        ({"tail_draws": 70_000}, "--tail-draws is 70000; it must be at least 0 and at most 65,535"),
-        ({"draws": 9}, "--draws is not an option of the selection top-k"),
-        ({"selection": "random-sampling", "top_k": 9}, "--top-k is not an option of the selection random-sampling"),
-        ({"selection": "random-sampling", "draws": 0}, "--draws is 0; it must be at least 1"),
+        ({"selection": "top-q"}, "--selection is 'top-q'; it must be top-k, top-p or threshold"),
+        ({"draw_weight": -0.1}, "--draw-weight is -0.1; it must be at least 0 and below 1"),
+        ({"draw_weight": 1.0}, "--draw-weight is 1.0; it must be at least 0 and below 1"),
+        ({"draw_weight": 1e-6}, "the draw weight is 1e-06; it must be at least 1.52587890625e-05 and below 1, or 0"),
+        ({"draw_seed": -1}, "--draw-seed is -1; it must be at least 0"),
+        ({"draw_weight": 0.0, "draw_seed": 1}, "--draw-seed decides where draws fall, and --draw-weight 0 keeps none"),
+        ({"selection": "threshold", "draw_weight": 0.0}, "--selection threshold needs a --draw-weight above 0"),
+        ({"selection": "threshold", "top_k": 9}, "--top-k is not an option of the selection threshold"),
         ({"selection": "top-p", "top_p": 0.0}, "--top-p is 0.0; it must be above 0 and at most 1"),
         ({"selection": "top-p", "max_k": 0}, "--max-k is 0; it must be at least 1"),
-        ({"selection": "random-sampling", "calibration": Path("c.json")}, "random-sampling has none"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
@@ -215,20 +228,14 @@ def test_the_tail_at_the_calibrations_temperature(tmp_path, corpus, loaded_teach
 # --- damage -----------------------------------------------------------------------------------------------------------------
 
 
-def drawn_knowledge(seed: int, candidates: int, draws: int, tempered: bool = False) -> list[dict[str, np.ndarray]]:
+DRAWN = {"name": "top-k", "k": 3, "draw_weight": 0.05, "draw_seed": 0}
+
+
+def drawn_knowledge(tempered: bool = False) -> list[dict[str, np.ndarray]]:
     """Knowledge of a few sequences, with draws made up of the ids after the candidates."""
-    found = []
-    for arrays in random_sequences(seed, 3, vocabulary=11, k=max(candidates, 1)):
-        length = len(arrays["token_id"])
-        rest = np.array([sorted(set(range(11)) - set(row.tolist()))[:2] for row in arrays["candidate_ids"][:, :candidates]])
-        arrays["candidate_ids"] = arrays["candidate_ids"][:, :candidates]
-        arrays["candidate_logprobs"] = arrays["candidate_logprobs"][:, :candidates]
-        arrays["tail_ids"] = rest.astype(np.uint32)
-        arrays["tail_counts"] = np.tile(np.array([[draws - 1, 1]], np.uint32), (length, 1))
-        if tempered:
-            arrays["tail_logsumexp"] = arrays["tail_logprob"] / 2
-        found.append(arrays)
-    return found
+    found = [with_draws(arrays, weight=0.05) for arrays in random_sequences(0, 3)]
+    tails = [{"tail_logsumexp": arrays["tail_logprob"] / 2} if tempered else {} for arrays in found]
+    return [arrays | tail for arrays, tail in zip(found, tails, strict=True)]
 
 
 def small_store(folder: Path, record: dict, knowledge: list[dict[str, np.ndarray]], **changes) -> Path:
@@ -238,55 +245,58 @@ def small_store(folder: Path, record: dict, knowledge: list[dict[str, np.ndarray
     return folder
 
 
-def broken(name: str, change) -> list[dict[str, np.ndarray]]:
-    knowledge = drawn_knowledge(0, 3, 4)
-    knowledge[0][name] = change(knowledge[0][name].copy())
+def redrawn(change, row: int = 1) -> list[dict[str, np.ndarray]]:
+    """With other draws at one position: what a function makes of the list of them."""
+    knowledge = drawn_knowledge()
+    ids = [[token for token in drawn if token >= 0] for drawn in knowledge[0]["tail_ids"].tolist()]
+    ids[row] = change(ids[row])
+    width = max(map(len, ids))
+    knowledge[0]["tail_ids"] = np.array([drawn + [-1] * (width - len(drawn)) for drawn in ids])
     return knowledge
-
-
-def put(value, *place):
-    def change(array):
-        array[place] = value
-        return array
-
-    return change
 
 
 @pytest.mark.parametrize(
     ("knowledge", "complaint"),
     [
-        (drawn_knowledge(0, 3, 4), None),
-        (broken("tail_ids", put(11, 1, 1)), "a drawn token's id is not below the vocabulary size, 11"),
-        (broken("tail_counts", put(2, 1, 1)), "a position does not have 4 draws"),
-        (broken("tail_ids", lambda ids: ids[:, ::-1]), "drawn tokens are not in the order of their ids, each once"),
+        (drawn_knowledge(), None),
+        (redrawn(lambda ids: [*ids[:-1], 11]), "a drawn token's id is not below the vocabulary size, 11"),
+        (redrawn(lambda ids: ids[:-3]), "a position does not have as many draws of weight 0.05 as its tail is large"),
+        (redrawn(lambda ids: sorted(ids + ids)), "a position does not have as many draws of weight 0.05 as its tail is large"),
+        (redrawn(lambda ids: ids[::-1]), "drawn tokens are not in the order of their ids"),
     ],
 )
 def test_verify_knows_the_rules_of_draws(tmp_path, knowledge, complaint):
-    folder = small_store(tmp_path / "s", {"name": "top-k", "k": 3, "tail_draws": 4}, knowledge)
+    folder = small_store(tmp_path / "s", DRAWN, knowledge)
     assert [sentence.partition(": ")[2] for sentence in verify(folder).damage] == ([complaint] if complaint else [])
 
 
 def test_verify_finds_a_drawn_candidate(tmp_path):
-    knowledge = drawn_knowledge(0, 3, 4)
-    row = 1
-    knowledge[0]["tail_ids"][row] = [0, 10]
-    knowledge[0]["candidate_ids"][row] = [10, 5, 6]
-    folder = small_store(tmp_path / "s", {"name": "top-k", "k": 3, "tail_draws": 4}, knowledge)
+    knowledge = drawn_knowledge()
+    drawn = set(knowledge[0]["tail_ids"][1].tolist())
+    knowledge[0]["candidate_ids"][1, 0] = min(drawn - {-1})
+    folder = small_store(tmp_path / "s", DRAWN, knowledge)
     assert any(sentence.endswith("a drawn token is among the candidates") for sentence in verify(folder).damage)
 
 
-def test_random_sampling_and_a_tempered_tail_without_a_teacher(tmp_path):
-    assert not verify(small_store(tmp_path / "r", {"name": "random-sampling", "draws": 4}, drawn_knowledge(0, 0, 4))).damage
-    record = {"name": "top-k", "k": 3, "tail_draws": 4}
+def test_verify_knows_the_rules_of_a_threshold(tmp_path):
+    record = {"name": "threshold", "draw_weight": 0.05, "draw_seed": 0}
+    knowledge = [with_draws(arrays, weight=0.05) for arrays in random_sequences(0, 3, k=1)]
+    [complaint] = verify(small_store(tmp_path / "s", record, knowledge)).damage
+    assert complaint.endswith("a token that is less likely than a draw's weight was drawn twice")
+    [complaint] = verify(small_store(tmp_path / "t", record | {"draw_weight": 0.3}, drawn_knowledge())).damage
+    assert complaint.endswith("a candidate is less likely than 0.3")
+
+
+def test_a_tempered_tail_without_a_teacher(tmp_path):
     calibration = {"temperature": 2.0, "sha256": "00"}
-    knowledge = drawn_knowledge(0, 3, 4, tempered=True)
-    assert not verify(small_store(tmp_path / "t", record, knowledge, calibration=calibration)).damage
+    knowledge = drawn_knowledge(tempered=True)
+    assert not verify(small_store(tmp_path / "t", DRAWN, knowledge, calibration=calibration)).damage
     knowledge[0]["tail_logsumexp"][1] = -np.inf
-    [complaint] = verify(small_store(tmp_path / "u", record, knowledge, calibration=calibration)).damage
+    [complaint] = verify(small_store(tmp_path / "u", DRAWN, knowledge, calibration=calibration)).damage
     assert complaint.endswith("tail_logsumexp is not a finite number although there is a tail, or the reverse")
     knowledge[0]["tail_logsumexp"][1] = np.nan
     with pytest.raises(InputError, match="NaN or infinite"):
-        small_store(tmp_path / "v", record, knowledge, calibration=calibration)
+        small_store(tmp_path / "v", DRAWN, knowledge, calibration=calibration)
 
 
 @pytest.mark.parametrize(
@@ -294,22 +304,35 @@ def test_random_sampling_and_a_tempered_tail_without_a_teacher(tmp_path):
     [
         {"name": "top-k"},
         {"name": "top-k", "k": 0},
-        {"name": "top-k", "k": 5, "tail_draws": True},
-        {"name": "top-k", "k": 5, "seed": 1},
+        {"name": "top-k", "k": 5, "draw_weight": True, "draw_seed": 0},
+        {"name": "top-k", "k": 5, "draw_weight": 0.5, "draw_seed": 0.0},
+        {"name": "top-k", "k": 5, "draw_weight": 0.5, "draw_seed": -1},
+        {"name": "top-k", "k": 5, "draw_weight": 0.5},
+        {"name": "top-k", "k": 5, "draw_weight": 0, "draw_seed": 0},
+        {"name": "top-k", "k": 5, "draw_weight": float("nan"), "draw_seed": 0},
+        {"name": "top-k", "k": 5, "draw_seed": 1},
+        {"name": "top-k", "k": 5, "tail_draws": 4},
         {"name": "top-p", "p": 2.0, "max_k": 3},
-        {"name": "random-sampling", "draws": 0},
-        {"name": "random-sampling", "draws": 5, "tail_draws": 5},
+        {"name": "threshold"},
+        {"name": "threshold", "draw_weight": 1.0, "draw_seed": 0},
+        {"name": "threshold", "k": 5, "draw_weight": 0.1, "draw_seed": 0},
+        {"name": "random-sampling", "draws": 5},
         {"name": "beam"},
     ],
 )
 def test_a_selection_that_is_not_known_is_refused(record):
-    with pytest.raises(ValueError, match=r"selection|draws|candidates|probability"):
+    with pytest.raises(ValueError, match=r"selection|draw|candidates|probability"):
         Selection.from_record(record)
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"draws": 3}, {"name": "top-p", "p": 0.5}, {"name": "random-sampling", "candidates": 0, "draws": 2}]
+    "selection",
+    [
+        Selection(),
+        Selection(draw_weight=0.1),
+        Selection("top-p", draw_weight=2**-16, draw_seed=2**32 - 1, p=0.5),
+        Selection.threshold(0.07, 3),
+    ],
 )
-def test_a_selection_survives_its_record(options):
-    selection = Selection(**options)
+def test_a_selection_survives_its_record(selection):
     assert Selection.from_record(selection.to_record()) == selection

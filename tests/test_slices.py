@@ -117,8 +117,8 @@ def batch_of(vocabulary: int, length: int = 9) -> dict[str, torch.Tensor]:
         "candidate_ids": ids[..., :5],
         "candidate_logprobs": values[..., :5],
         "tail_logprob": torch.log1p(-values[..., :5].exp().sum(-1)),
-        "tail_ids": ids[..., 5:],
-        "tail_counts": torch.tensor([3, 1]).expand(3, length, 2),
+        "tail_ids": torch.where(torch.arange(2) < torch.arange(length)[:, None] % 3, ids[..., 5:], -1),
+        "draw_weight": torch.full((3, length), 0.05),
     }
 
 

@@ -36,7 +36,8 @@ COLUMNS = {
     "dumps": [
         *("dump", "teacher", "max_length", "vocabulary_size", "documents"),
         *("documents_planned", "shards", "shards_planned", "complete", "skipped_rows", "sequences", "positions"),
-        *("bytes", "bytes_per_position", "positions.selection", "positions.quantisation_step", "positions.dense_bytes"),
+        *("bytes", "bytes_per_position", "positions.selection", "positions.draw_weight"),
+        *("positions.quantisation_step", "positions.dense_bytes"),
         *("positions.ratio", "positions.rows", "positions.predictions", "positions.mean_nll", "positions.mean_top_k_mass"),
         "positions.mean_top_1_accuracy",
     ],

@@ -387,8 +387,7 @@ def dumps(tmp_path_factory, loaded_teacher, teacher_folder) -> Path:
     write_calibration(folder / "t.json", replace(fitted, value=1.7))
     write_calibration(folder / "cooler.json", replace(fitted, value=0.9))
     dump(replace(config, name="plain"), teacher=loaded_teacher)
-    dump(replace(config, name="tempered", calibration=folder / "t.json", tail_draws=2), teacher=loaded_teacher)
-    dump(replace(config, name="drawn", selection="random-sampling", draws=4), teacher=loaded_teacher)
+    dump(replace(config, name="tempered", calibration=folder / "t.json", draw_weight=0.1), teacher=loaded_teacher)
     store = KnowledgeStore.open(folder / "store")
     for method in ("first", "temperature"):
         found = calibrate(store, "plain", method=method, split="source=a").calibration
@@ -473,7 +472,6 @@ REFUSED = [
     ("t", "tempered", {"tail": "draws"}, "--tail draws works at temperature 1 only"),
     ("bucket-temperature", "tempered", {"tail": "draws"}, "--tail draws works at temperature 1 only"),
     ("bucket-temperature", "plain", {"loss": "ce"}, "the loss ce takes no --calibration"),
-    ("bucket-temperature", "drawn", {}, "the dump drawn has no candidates"),
     ("foreign", "plain", {}, "belongs to another teacher"),
     ("none", "plain", {}, "there is no calibration file"),
 ]
@@ -484,11 +482,6 @@ def test_a_calibration_that_cannot_be_used_is_refused_before_training(dumps, tmp
     with pytest.raises(InputError, match=message):
         train(run(dumps, tmp_path / "run", name, dump, **options))
     assert not (tmp_path / "run").exists()
-
-
-def test_a_dump_without_candidates_has_nothing_to_fit(dumps):
-    with pytest.raises(InputError, match=r"the dump drawn has no candidates \(random-sampling"):
-        calibrate(KnowledgeStore.open(dumps / "store"), "drawn")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def test_tokens_behind_the_students_vocabulary_may_be_missing_where_no_sequence_
 
 # As they stand on disk: candidates are told by their gaps and the tail.
 CANDIDATES = {"candidate_ids", "gap_steps", "tail_steps"}
-DRAWS = {"tail_ids", "tail_counts"}
+DRAWS = {"tail_ids"}
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ DRAWS = {"tail_ids", "tail_counts"}
     [
         ({"loss": "ce"}, set(), set()),
         ({"loss": "first"}, {"candidate_ids", "candidate_logprobs"}, CANDIDATES),
-        ({}, {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids", "tail_counts"}, {*CANDIDATES, *DRAWS}),
+        ({}, {"candidate_ids", "candidate_logprobs", "tail_logprob", "tail_ids"}, {*CANDIDATES, *DRAWS}),
         ({"tail": "bucket"}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
         ({"temperature": 2.0}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
         ({"calibration": "c.json"}, {"candidate_ids", "candidate_logprobs", "tail_logprob"}, CANDIDATES),
@@ -238,7 +238,7 @@ def test_the_bytes_of_what_a_loss_reads(store, options, read, stored):
     assert columns == {"positions": {"token_id", "is_target", *read}}
     facts = describe_dump(store, "train", columns)
     columns = next(summary for summary in store.info() if summary.dump == "train").column_bytes
-    left_out = sum(columns[f"positions.{name}"] for name in {*CANDIDATES, *DRAWS, "token_steps"} - stored)
+    left_out = sum(columns[f"positions.{name}"] for name in {*CANDIDATES, *DRAWS, "token_steps", "tail_entropy"} - stored)
     assert facts["bytes_read"] == facts["bytes"] - left_out and left_out > 0
 
 

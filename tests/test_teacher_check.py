@@ -42,9 +42,9 @@ from teacher_dump.teachers.local import LocalTeacher, load_teacher
 
 SELECTIONS = {
     "top-k": {},
-    "no draws": {"tail_draws": 0},
-    "top-p": {"selection": "top-p", "top_p": 0.6, "max_k": 12, "tail_draws": 2},
-    "random-sampling": {"selection": "random-sampling", "draws": 9},
+    "no draws": {"draw_weight": 0.0},
+    "top-p": {"selection": "top-p", "top_p": 0.6, "max_k": 12, "draw_weight": 0.2, "draw_seed": 7},
+    "threshold": {"selection": "threshold", "draw_weight": 0.1},
 }
 
 
@@ -75,15 +75,14 @@ def teachers(loaded_teacher, teacher_folder) -> dict:
 
 
 def spoil_draws(monkeypatch, change) -> None:
-    """Have every dump from here on keep other draws, (N, M) ids by these, in order and counted as before."""
+    """Have every dump from here on keep other draws, (N, M) ids by these, in order and as many as before."""
 
     def extract(batch):
         found = extract_positions(batch)
         for arrays in found:
-            ids = change(arrays["tail_ids"].astype(np.int64), batch.prediction.teacher.vocabulary_size)
-            order = np.argsort(ids, axis=1, kind="stable")
-            arrays["tail_ids"] = np.take_along_axis(ids, order, axis=1).astype(np.uint32)
-            arrays["tail_counts"] = np.take_along_axis(arrays["tail_counts"], order, axis=1)
+            ids, vocabulary = arrays["tail_ids"], batch.prediction.teacher.vocabulary_size
+            changed = np.sort(np.where(ids >= 0, change(ids, vocabulary), vocabulary), axis=1)
+            arrays["tail_ids"] = np.where(changed < vocabulary, changed, -1)
         return found
 
     monkeypatch.setitem(EXTRACTORS, "positions", replace(POSITIONS, function=extract))
@@ -99,7 +98,7 @@ def test_the_teacher_itself_agrees(make_dump, loaded_teacher, selection):
     for name, each in found.differences.items():
         assert each.quantiles[-1] < 1e-3, name
         assert not sum(each.steps) or each.steps[0] > 0.99
-    assert found.changed_top_1 is None if selection == "random-sampling" else found.changed_top_1 == 0
+    assert found.changed_top_1 is None if selection == "threshold" else found.changed_top_1 == 0
     assert found.moved_draws is None if selection == "no draws" else found.moved_draws < 0.01
 
 
@@ -209,10 +208,17 @@ def another_candidate(arrays):
 
 
 def other_draws(arrays):
-    ids, counts = arrays["tail_ids"].copy(), arrays["tail_counts"].copy()
+    ids = arrays["tail_ids"].copy()
     free = [token for token in range(407, 0, -1) if token not in arrays["candidate_ids"][3]]
-    ids[3], counts[3] = sorted(free[: ids.shape[1]]), 1
-    arrays["tail_ids"], arrays["tail_counts"] = ids, counts
+    count = (ids[3] >= 0).sum()
+    ids[3, :count] = sorted(free[:count])
+    arrays["tail_ids"] = ids
+
+
+def fewer_draws(arrays):
+    ids = arrays["tail_ids"].copy()
+    ids[3, (ids[3] >= 0).sum() - 1] = -1
+    arrays["tail_ids"] = ids
 
 
 CHANGES = {
@@ -222,12 +228,13 @@ CHANGES = {
     "swapped": (first_two_swapped, "candidates off by"),
     "another": (another_candidate, "candidates off by"),
     "draws": (other_draws, "draws off by"),
+    "a draw": (fewer_draws, "draws off by"),
 }
 
 
 ALTERED = [(change, "float32", "top-k") for change in CHANGES]
-ALTERED += [("draws", "float32", "random-sampling")]
-ALTERED += [("draws", "bfloat16", selection) for selection in ("top-k", "top-p", "random-sampling")]
+ALTERED += [("draws", "float32", "threshold")]
+ALTERED += [("draws", "bfloat16", selection) for selection in ("top-k", "top-p", "threshold")]
 
 
 @pytest.mark.parametrize(("change", "dtype", "selection"), ALTERED)
@@ -258,13 +265,13 @@ def test_values_altered_through_the_writer_are_damage(make_dump, teachers, monke
 @pytest.mark.parametrize("made", ["float32", "bfloat16"])
 def test_draws_that_others_made_are_damage(make_dump, teachers, monkeypatch, made, asked):
     """All of them, in every dtype; the values beside them are sound. Also where the weights' file is another."""
-    options = {"selection": "random-sampling", "draws": 20}
+    options = {"top_k": 1, "draw_weight": 0.05}
     assert check(make_dump(teacher=teachers[made], **options), teachers[asked]).verdict == AGREES
     spoil_draws(monkeypatch, lambda ids, vocabulary: (ids + 137) % vocabulary)
     store = make_dump(teacher=teachers[made], **options)
     found = check(store, teachers[asked])
     assert found.verdict == DAMAGE and found.reasons[0].startswith("draws are off in most sequences: in the median one its")
-    assert found.draws_off > 0.1 and found.moved_draws > 0.95 and found.noise < found.limits.typical
+    assert found.draws_off > 0.05 and found.moved_draws > 0.95 and found.noise < found.limits.typical
     text = "\n".join(found.lines)
     assert "draws that fall on another token: 9" in text and "Noise in draws: those of a sequence off by up to" in text
     again = replace(teachers[asked], description={**teachers[asked].description, "files": {"model.safetensors": "ab"}})
@@ -284,7 +291,7 @@ def wide_folder(tmp_path_factory) -> Path:
 def test_draws_of_many_tokens_are_damage_though_they_fall_near_by(make_dump, wide_folder, monkeypatch):
     """Noise moves most of so many, and by as much of the tail as the next token is away: not all of them, as damage does."""
     teachers = {dtype: load_teacher(str(wide_folder), dtype=dtype, device="cpu") for dtype in ("float32", "bfloat16")}
-    options = {"selection": "random-sampling", "draws": 20}
+    options = {"top_k": 1, "draw_weight": 0.05}
     honest = check(make_dump(teacher=teachers["bfloat16"], **options), teachers["float32"], sample=4)
     assert honest.verdict == AGREES and 0.3 < honest.moved_draws < honest.limits.moved
     spoil_draws(monkeypatch, lambda ids, vocabulary: (ids + 1) % vocabulary)
@@ -403,7 +410,7 @@ def test_values_that_all_moved_one_way_are_damage_however_noisy_the_dtype(
 ):
     """Each of them is within what the dtype's noise can do to one value."""
     spoil_one_way(monkeypatch, quantity, by)
-    store = make_dump(teacher=teachers["bfloat16"])
+    store = make_dump(teacher=teachers["bfloat16"], draw_weight=0.0)  # as many as the tail is large tell of it before
     found = check(store, teachers[asked])
     assert found.verdict == DAMAGE and "values were altered" in found.reasons[0]
     assert max(each.quantiles[-2] for each in found.differences.values()) < found.limits.single
@@ -419,7 +426,7 @@ def test_values_that_all_moved_one_way_are_damage_however_noisy_the_dtype(
 
 def test_some_sequences_that_moved_one_way_are_damage_and_no_other_teacher(make_dump, teachers, monkeypatch):
     spoilt = spoil_one_way(monkeypatch, "tail", 1.0, documents=[2, 5])
-    store = make_dump(teacher=teachers["bfloat16"])
+    store = make_dump(teacher=teachers["bfloat16"], draw_weight=0.0)
     teacher = teachers["bfloat16"]
     other = replace(teacher, description={**teacher.description, "files": {"model.safetensors": "ab"}})
     found = check(store, other)
@@ -494,24 +501,20 @@ def test_the_differences_are_what_a_plain_computation_gives(make_dump, loaded_te
 def test_what_is_kept_lies_within_half_a_step_of_what_is_rounded(data):
     """Of every selection, for any distribution: the bound that `check` takes off."""
     step = data.draw(st.sampled_from([1 / 64, 1 / 8, 1.0]))
-    k = data.draw(st.integers(0, 5))
+    k = data.draw(st.integers(1, 5))
     logits = data.draw(numpy_strategies.arrays(np.float32, (4, 5), elements=st.floats(-30, 30, width=32)))
-    selection = {"name": "top-k", "k": k} if k else {"name": "random-sampling", "draws": 1}
+    selection = {"name": "top-k", "k": k}
     calibration = {"temperature": 2.0, "sha256": ""}
     manifest = make_manifest(vocabulary=5, selection=selection, calibration=calibration, quantisation_step=step)
     said = knowledge_of(np.arange(4), logits, k)
-    said |= {"tail_logsumexp": said["tail_logprob"] / 2, "tail_ids": np.zeros((4, 1)), "tail_counts": np.ones((4, 1), np.int64)}
+    said |= {"tail_logsumexp": said["tail_logprob"] / 2}
     keys = pa.table({"sequence_id": np.zeros(4, np.int64), "position": np.arange(4, dtype=np.int32)})
     rows = KINDS["positions"].unpack(KINDS["positions"].pack(keys, said, manifest), manifest).slice(1)
     kept = {name: rows[name].to_numpy() for name in ("token_id", "token_logprob", "tail_logprob", "tail_logsumexp")}
     for name in ("candidate_ids", "candidate_logprobs"):
         kept[name] = np.array(rows[name].to_pylist(), np.float64).reshape(3, -1)
     before, after = exact_steps({name: values[1:] for name, values in said.items()}, manifest), exact_steps(kept, manifest)
-    assert (
-        before.keys()
-        == after.keys()
-        == {"token_logprob", "tail_logsumexp"} | ({"candidate_logprobs", "tail_logprob"} if k else set())
-    )
+    assert before.keys() == after.keys() == {"token_logprob", "tail_logsumexp", "candidate_logprobs", "tail_logprob"}
     for name, values in before.items():
         np.testing.assert_allclose(after[name], np.round(after[name]), atol=1e-5 / step)  # they are whole steps
         np.testing.assert_allclose(after[name], values, atol=0.5 + 1e-5 / step)

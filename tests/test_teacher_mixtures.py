@@ -15,11 +15,11 @@ from student_train.losses.table import LOSSES
 from student_train.losses.targets import select_targets
 from student_train.losses.teachers import teachers_of
 from teacher_dump.extraction.distributions import knowledge_of
-from teacher_dump.extraction.sampling import systematic_points
+from teacher_dump.extraction.sampling import starts
 
 VOCABULARY, ROWS, LENGTH = 61, 12, 30
 WEIGHTS = (0.7, 0.3)
-SELECTIONS = tuple(Selection.from_record({"name": "top-k", "k": k, "tail_draws": draws}) for k, draws in ((5, 4), (3, 6)))
+SELECTIONS = (Selection("top-k", 5, 0.05), Selection.threshold(0.1))
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,10 @@ def batch_of(logits: np.ndarray, seed: int = 0) -> dict[str, torch.Tensor]:
         "teacher_weights": torch.tensor(WEIGHTS, dtype=torch.float64).expand(ROWS, 2),
     }
     for teacher, selection in enumerate(SELECTIONS):
-        points = [systematic_points(1000 * seed + row, LENGTH, selection.draws) for row in range(ROWS)]
+        begin = torch.from_numpy(np.concatenate([starts(row, LENGTH, 2 * seed + teacher) for row in range(ROWS)]))
         predictions = torch.from_numpy(logits[teacher]).float().flatten(0, 1)
-        kept = knowledge_of(predictions, tokens.flatten(), selection, torch.from_numpy(np.concatenate(points)))
+        kept = knowledge_of(predictions, tokens.flatten(), selection, begin)
+        kept["draw_weight"] = torch.full((ROWS * LENGTH,), selection.draw_weight)
         prefix = f"{teacher}/" if teacher else ""
         batch |= {f"{prefix}{name}": array.unflatten(0, (ROWS, LENGTH)) for name, array in kept.items()}
     return batch
@@ -118,7 +119,7 @@ def test_several_teachers_are_not_taken_for_one(student, logits):
 def test_what_a_teacher_does_not_keep_is_taken_of_none(student, logits):
     """One teacher's draws stand for its own tail, and not for another's."""
     batch = batch_of(logits)
-    without = {name: array for name, array in batch.items() if not name.startswith("1/tail_") or name == "1/tail_logprob"}
+    without = {name: array for name, array in batch.items() if name not in ("1/tail_ids", "1/draw_weight")}
     assert all("tail_ids" not in knowledge and "candidate_ids" in knowledge for knowledge in teachers_of(without))
     bucket = sliced_loss(student, batch, forward_kl, tail="bucket")
     assert torch.allclose(sliced_loss(student, without, forward_kl), bucket, rtol=1e-6)

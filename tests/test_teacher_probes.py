@@ -142,7 +142,7 @@ def save_padded(folder: Path, *more: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("options", [{"top_k": 5}, {"selection": "top-p", "top_p": 0.9}, {"selection": "random-sampling"}])
+@pytest.mark.parametrize("options", [{"top_k": 5}, {"selection": "top-p", "top_p": 0.9}, {"selection": "threshold"}])
 def test_rows_that_pad_the_head_are_given_no_probability(tmp_path, options):
     teacher = load_teacher(str(save_padded(tmp_path / "t")), device="cpu")
     first = teacher.vocabulary_size - PADDED

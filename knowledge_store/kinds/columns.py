@@ -20,18 +20,31 @@ MAX_PADDED = 2**27  # values of a padded row group, 1 GiB
 MAX_SHOWN = 60  # characters of a value in an error
 
 
-def joined(knowledge: Sequence[Arrays]) -> Arrays:
-    """The arrays of several sequences, one after the other; nothing of no sequence."""
+def joined(knowledge: Sequence[Arrays], fillers: Mapping[str, Any] | None = None) -> Arrays:
+    """The arrays of several sequences, one after the other; nothing of no sequence.
+
+    Args:
+        knowledge: of each sequence.
+        fillers: what narrower rows of an array (N, K) are filled up with, where it has one; others become lists of rows.
+    """
     if not knowledge:
         return {}
-    return {name: _concatenated([arrays[name] for arrays in knowledge]) for name in knowledge[0]}
+    return {name: _concatenated([arrays[name] for arrays in knowledge], (fillers or {}).get(name)) for name in knowledge[0]}
 
 
-def _concatenated(parts: list[Any]) -> Any:
+def _concatenated(parts: list[Any], filler: Any) -> Any:
     """Rows one after the other: as one array only where all are of one sort of number, which loses no digit."""
     filled = [part for part in parts if len(part)] or parts[:1]
     if not all(isinstance(part, np.ndarray) for part in filled):
         return list(chain.from_iterable(filled))
+    if filler is not None and all(part.ndim == 2 for part in filled) and len({part.dtype for part in filled}) == 1:
+        width = max(part.shape[1] for part in filled)
+        rows: np.ndarray = np.full((sum(map(len, filled)), width), filler, filled[0].dtype)
+        end = 0
+        for part in filled:
+            rows[end : end + len(part), : part.shape[1]] = part
+            end += len(part)
+        return rows
     if len({(part.dtype.kind, part.shape[1:]) for part in filled}) > 1:
         return list(chain.from_iterable(filled))
     masked = any(isinstance(part, np.ma.MaskedArray) for part in filled)

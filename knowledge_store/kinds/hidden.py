@@ -187,7 +187,7 @@ def view(manifest: Manifest) -> str:
     return STEPS_VIEW.replace("{layers}", str(len(kept.layers))) if kept.precision == "int8" else FLOATS_VIEW
 
 
-def decode(table: pa.Table) -> Arrays:
+def decode(table: pa.Table, manifest: Manifest) -> Arrays:
     """Hidden states as arrays.
 
     Returns:

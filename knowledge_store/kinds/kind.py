@@ -110,7 +110,7 @@ class Codec:
     unpack: Callable[[pa.Table, Manifest], pa.Table]
     view: Callable[[Manifest], str]
     sources: Mapping[str, tuple[str, ...]]
-    decode: Callable[[pa.Table], Arrays]
+    decode: Callable[[pa.Table, Manifest], Arrays]
     arrays: Callable[[Manifest], dict[str, Any]]
 
 
@@ -274,7 +274,7 @@ class Kind:
 
     def decode(self, table: pa.Table, manifest: Manifest) -> Arrays:
         """The arrays of a batch that a table, or a slice of it, stands for; one entry a row. ValueError: it stands for none."""
-        return self.codec.decode(table) if self.codec else decode_columns(table, self.fields(manifest))
+        return self.codec.decode(table, manifest) if self.codec else decode_columns(table, self.fields(manifest))
 
     def relation(self, name: str, manifest: Manifest) -> str | None:
         """SQL of one of its relations in a dump; None of the one that is just the table."""

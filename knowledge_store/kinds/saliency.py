@@ -186,7 +186,7 @@ def view(manifest: Manifest) -> str:
     return VIEW.replace("{zero}", str(ZERO)).replace("{more}", "".join(f", {field.name}" for field in _more(manifest)))
 
 
-def decode(table: pa.Table) -> Arrays:
+def decode(table: pa.Table, manifest: Manifest) -> Arrays:
     """Positions as arrays of N rows.
 
     Returns:

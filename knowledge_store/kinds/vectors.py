@@ -128,7 +128,7 @@ def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
     return pa.table([table["sequence_id"], as_lists(vectors, known)], schema=VECTORS.schema(manifest))
 
 
-def decode(table: pa.Table) -> Arrays:
+def decode(table: pa.Table, manifest: Manifest) -> Arrays:
     """Vectors as an array.
 
     Returns:
@@ -161,7 +161,7 @@ def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator
 def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
     """How many vectors there are, and how long they are on average."""
     known = table.filter(table["vector"].is_valid())
-    norms = np.linalg.norm(decode(known)["vector"].astype(np.float64), axis=1)
+    norms = np.linalg.norm(decode(known, manifest)["vector"].astype(np.float64), axis=1)
     return {"vectors": len(norms), **({"mean_norm": float(norms.mean())} if len(norms) else {})}
 
 

@@ -92,9 +92,9 @@ class _File:
 
 def _narrow(array: np.ndarray) -> np.ndarray:
     """Integers in the fewest bytes that hold them; anything else as it is."""
-    if array.dtype.kind not in "iu" or not array.size or array.min() < 0:
+    if array.dtype.kind not in "iu" or not array.size:
         return array
-    return array.astype(np.min_scalar_type(array.max()))
+    return array.astype(np.result_type(np.min_scalar_type(array.min()), np.min_scalar_type(array.max())))
 
 
 def _contents(name: str, starts: np.ndarray, arrays: Arrays) -> bytes:

@@ -100,7 +100,8 @@ def _row_groups(kind: Kind, shard: Shard, manifest: Manifest) -> Iterator[tuple[
 
     def packed(start: int, end: int) -> pa.Table:
         """The rows of some sequences."""
-        return kind.pack(_keys(kind, ids[start:end], counts[start:end]), joined(knowledge[start:end]), manifest)
+        fillers = kind.arrays(manifest) if kind.codec else {}
+        return kind.pack(_keys(kind, ids[start:end], counts[start:end]), joined(knowledge[start:end], fillers), manifest)
 
     # Where the lists of a row group decide how large it is, they are encoded before, many sequences at once.
     tables = [] if kind.row_bytes else [packed(start, end) for start, end in pairwise(_stretches(counts))]

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.kinds.positions import POSITIONS, positions_of
+from knowledge_store.kinds.positions import POSITIONS, knows_likeliest, positions_of
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, group_sums
 from student_train.evaluation.judged_positions import kl_percentiles, perplexity_change, write_positions
@@ -65,8 +66,8 @@ def position_figures(
         kl_standard_error, percentiles of kl_lower_bound over positions, top_1_agreement and perplexity_change (a share of the
         teacher's perplexity); the teacher's kl, the floor that rounding makes, and its kl_standard_error, that of draws alone;
         `per_sequence`, the student's sums over each sequence; `coverage`, how much of the teacher's probability the top-k
-        candidates hold. With a temperature, `post_hoc`: the student once more. A dump of draws alone knows no candidates, and
-        everything that needs them is left out.
+        candidates hold. With a temperature, `post_hoc`: the student once more. Where a dump does not say which token the
+        teacher finds likeliest (selection threshold), what needs it is left out.
 
     Raises:
         InputError: the sequences have no target positions, the model gives numbers that are not finite, or the file of
@@ -75,7 +76,8 @@ def position_figures(
     positions = int(store.sequences(dump)["targets"].to_numpy()[ordinals].sum())
     if not positions:
         raise InputError(f"the dump {dump} has no target positions to evaluate on")
-    parameters = positions_of(store.manifest(dump))
+    manifest = store.manifest(dump)
+    parameters, likeliest = positions_of(manifest), knows_likeliest(manifest)
     candidates, step = parameters.selection.candidates, parameters.quantisation_step
     dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=(POSITIONS.name,))
     device = next(model.parameters()).device
@@ -89,21 +91,20 @@ def position_figures(
             logits, targets = select_targets(outputs.logits, batch)
             rows, columns = predicting(batch)
             place = {"sequence": _numpy(batch["sequence_id"][rows]), "position": _numpy(columns + 1)}
-            parts.append({**place, **_stored(targets, candidates, step)})
+            parts.append({**place, **_stored(targets, candidates, step, likeliest)})
             for start in range(0, len(logits), SLICE):
                 part = targets.part(slice(start, start + SLICE))
                 for student in students:
-                    student.add(logits[start : start + SLICE], part, candidates)
+                    student.add(logits[start : start + SLICE], part)
                 advance(len(part.token_ids))
     stored = _joined(parts)
     result: dict[str, Any] = {
         "positions": positions,
         "student": students[0].figures(stored),
-        "teacher": {**_teacher(stored, candidates), **students[0].floor(stored)},
+        "teacher": {**_teacher(stored), **students[0].floor(stored)},
         "per_sequence": students[0].per_sequence(stored),
     }
-    if candidates:
-        result["coverage"] = _coverage(stored["cumulative"])
+    result["coverage"] = _coverage(stored["cumulative"])
     if temperature is not None:
         scaled = students[1]
         result["post_hoc"] = {
@@ -124,25 +125,24 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _stored(targets: Targets, candidates: int, step: float) -> dict[str, np.ndarray]:
+def _stored(targets: Targets, candidates: int, step: float, likeliest: bool) -> dict[str, np.ndarray]:
     """Of N positions: the text's token and what the store says of the teacher, whose choice is its first candidate."""
-    columns = {"token": targets.token_ids, "teacher_nll": -targets.token_logprob, "floor": rounding_floor(targets, step)}
-    if candidates:
-        kept = torch.exp(targets.candidate_logprobs)
-        cumulative = kept.cumsum(dim=-1)
-        # Batches of top-p differ in how many candidates they have.
-        missing = candidates - cumulative.shape[-1]
-        columns |= {
-            "teacher_choice": targets.candidate_ids[:, 0],
-            "teacher_confidence": kept[:, 0],
-            "cumulative": torch.cat([cumulative, cumulative[:, -1:].expand(-1, missing)], dim=-1),
-        }
+    kept = torch.exp(targets.candidate_logprobs)
+    columns = {
+        "token": targets.token_ids,
+        "teacher_nll": -targets.token_logprob,
+        "floor": rounding_floor(targets, step),
+        # Batches differ in how many candidates they have, but where there are k.
+        "cumulative": pad(kept, (0, candidates - kept.shape[-1])).cumsum(dim=-1),
+    }
+    if likeliest:
+        columns |= {"teacher_choice": targets.candidate_ids[:, 0], "teacher_confidence": kept[:, 0]}
     return {name: _numpy(column) for name, column in columns.items()}
 
 
-def _teacher(stored: dict[str, np.ndarray], candidates: int) -> dict[str, Any]:
+def _teacher(stored: dict[str, np.ndarray]) -> dict[str, Any]:
     scores = {"nll": stored["teacher_nll"]}
-    if not candidates:  # of a teacher that was only drawn from, nobody knows what it finds likeliest
+    if "teacher_choice" not in stored:  # with a threshold, nobody knows what the teacher finds likeliest where it keeps nothing
         return describe_scores(scores, stored["sequence"])
     confidence = np.minimum(stored["teacher_confidence"], 1.0)
     return describe_answers(confidence, stored["teacher_choice"] == stored["token"], scores, stored["sequence"])
@@ -157,12 +157,10 @@ class _Student:
         self.parts: list[dict[str, np.ndarray]] = []
         self.columns: dict[str, np.ndarray] = {}
 
-    def add(self, logits: Tensor, targets: Targets, candidates: int) -> None:
+    def add(self, logits: Tensor, targets: Targets) -> None:
         """Take in N positions (InputError: the model gives numbers that are not finite)."""
         logits = logits.float() / self.temperature
-        scores = {"nll": cross_entropy(logits, targets)}
-        if candidates:
-            scores["kl_lower_bound"] = forward_kl(logits, targets, tail="bucket")
+        scores = {"nll": cross_entropy(logits, targets), "kl_lower_bound": forward_kl(logits, targets, tail="bucket")}
         if knows_full_kl(targets):
             scores["kl"], scores["draw_variance"] = full_kl(logits, targets)
         columns = {name: _numpy(column) for name, column in scores.items()}
@@ -178,9 +176,9 @@ class _Student:
         """Confidence, correct, and the scores to average."""
         self.columns = columns = self.columns or _joined(self.parts)
         nll = columns["nll"]
-        scores = {"nll": nll, "brier": brier_from_sums(columns["squares"], np.exp(-nll.astype(np.float64)))}
+        brier = brier_from_sums(columns["squares"], np.exp(-nll.astype(np.float64)))
+        scores = {"nll": nll, "brier": brier, "kl_lower_bound": columns["kl_lower_bound"]}
         if "teacher_choice" in stored:
-            scores["kl_lower_bound"] = columns["kl_lower_bound"]
             scores["top_1_agreement"] = columns["choice"] == stored["teacher_choice"]
         if "kl" in columns:
             scores["kl"] = columns["kl"]

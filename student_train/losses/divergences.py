@@ -13,8 +13,8 @@ and P = p(S) the student's, the full divergence of the teacher q and the student
 * candidates and a bucket: the tail is one more symbol. The forward divergence has its first two terms exactly. Every
   f-divergence (all below but `adaptive_kl`) is then a lower bound of the full one, since merging symbols never adds to
   it, and equals it when the candidates are the whole vocabulary.
-* candidates and draws: tokens drawn from the tail with replacement, each standing for an equal share of its mass. The
-  forward divergence is linear in q apart from a constant, so its gradient over the draws is, on average, exactly that of
+* candidates and draws: tokens drawn from the tail, each standing for the same probability at every position. The forward
+  divergence is linear in q apart from a constant, so its gradient over the draws is, on average, exactly that of
   the full one: `forward_kl`, the default. The other divergences have no such estimate: each puts q(j) of the drawn token
   through a function that is not linear, and of a draw only its id and count are kept. They use the bucket.
 * candidates alone: `conditional_kl` keeps the middle term, `first` a re-calibrated form of it, `top_k_renormalised` and
@@ -60,9 +60,12 @@ def token_nll(logits: Tensor, token_ids: Tensor) -> Tensor:
 def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, tail: str = "auto") -> Tensor:
     """KL(teacher ‖ student), Σ q ln(q / p): covers everything that the teacher finds possible.
 
-    The tail, as `draws`: Σ_S q ln(q / p) + t ln t − Σ_draws w ln p, where t = Σ w is the tail's mass. On average over
+    The tail, as `draws`: Σ_S q ln(q / p) + t ln t − Σ_draws w ln p, where t is the tail's mass. On average over
     the draws the gradient is that of the full divergence (of what is stored: log-probabilities are rounded there), and the
     value is the full divergence plus t · H(q_tail), the teacher's own uncertainty inside its tail, which no student changes.
+    What a position's draws stand for together, Σ w, is t on average alone. Its logits z enter as −Σ w z + M · LSE(z), M being
+    what candidates and draws stand for together: so the loss is the same wherever all logits are moved by one number, as the
+    full divergence is. Made to sum to one position by position, the target would be biased.
 
     The tail, as `bucket`: one more symbol. The student learns exactly how much probability lies outside the candidates
     and nothing about how it is distributed there. The student's is the log-sum-exp of its other logits, never
@@ -79,8 +82,7 @@ def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, ta
             they were drawn at.
 
     Returns:
-        (N,) nats, float32 (float64 for float64 logits), at least 0 (but for draws that
-        the student's head has no row for).
+        (N,) nats, float32 (float64 for float64 logits), at least 0 (with draws, on average over them).
 
     Raises:
         ValueError: `tail` is something else, or draws are asked for that do not exist, or at another temperature.
@@ -99,9 +101,9 @@ def forward_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0, ta
     student = values - total
     weights = targets.draw_weights.to(logits.dtype)
     drawn = (weights * student[:, ids.shape[-1] :]).sum(dim=-1)
-    mass = weights.sum(dim=-1)
+    tail_mass = torch.exp(targets.tail_logprob.to(logits.dtype))
     kept = divergence(targets.candidate_logprobs.to(logits.dtype), student[:, : ids.shape[-1]])
-    return kept + torch.xlogy(mass, mass) - drawn
+    return kept + torch.xlogy(tail_mass, tail_mass) - drawn
 
 
 def reverse_kl(logits: Tensor, targets: Targets, *, temperature: float = 1.0) -> Tensor:

@@ -75,7 +75,7 @@ _relation = functools.partial(
 )
 
 LOSSES: dict[str, Loss] = {
-    "forward-kl": _divergence(_function("forward_kl"), options=("temperature", "tail"), draws=("tail_ids", "tail_counts")),
+    "forward-kl": _divergence(_function("forward_kl"), options=("temperature", "tail"), draws=("tail_ids", "draw_weight")),
     "reverse-kl": _divergence(_function("reverse_kl"), options=("temperature",)),
     "jensen-shannon": _divergence(_function("jensen_shannon"), options=("temperature", "beta")),
     "total-variation": _divergence(_function("total_variation"), options=("temperature",)),

@@ -21,7 +21,7 @@ class Targets(NamedTuple):
 
     Candidates are likeliest first; a row with fewer than K of them is filled up with a log-probability of −inf. K may be
     0. `exp(candidate_logprobs).sum(-1) + exp(tail_logprob)` is one. Draws exist when the dump keeps them; a row with
-    fewer than M different ones is filled up with a weight of 0.
+    fewer than M is filled up with a weight of 0. What a position's draws stand for together is its tail on average.
     """
 
     token_ids: Tensor  # (N,) int64, the token that stands here
@@ -29,8 +29,8 @@ class Targets(NamedTuple):
     candidate_ids: Tensor  # (N, K) int64
     candidate_logprobs: Tensor  # (N, K) float
     tail_logprob: Tensor  # (N,) float, −inf when the candidates are the whole vocabulary
-    draw_ids: Tensor | None = None  # (N, M) int64, different tokens outside the candidates
-    draw_weights: Tensor | None = None  # (N, M) float, the probability each stands for; a row sums to the tail
+    draw_ids: Tensor | None = None  # (N, M) int64, tokens outside the candidates, each as often as it was drawn
+    draw_weights: Tensor | None = None  # (N, M) float, the probability each stands for
     tail_logsumexp: Tensor | None = None  # (N,) float, the tail at the dump's own temperature T: log Σ p^(1/T) over it
     tail_mean_logprob: Tensor | None = None  # (N,) float, the mean of the teacher's log-probability over what is drawn from
 
@@ -56,7 +56,7 @@ def select_targets(
     Returns:
         logits (N, V) at the predicting positions, and their `Targets`, both in row-major order of `is_target`.
         Candidates that the student's head has no row for (a teacher's head padded further) are moved to the tail. Draws
-        that it has no row for are left out, and the position's others stand for the whole tail that they came from.
+        that it has no row for are left out.
     """
     return predicting_logits(logits, batch), targets_of(batch, logits.shape[-1], recalibrate)
 
@@ -84,11 +84,9 @@ def targets_of(batch: Batch, vocabulary_size: int, recalibrate: Callable[[Target
     tail = batch["tail_logprob"][:, 1:][chosen]
     draw_ids = draw_weights = None
     if "tail_ids" in batch:
-        draw_ids, counts = batch["tail_ids"][:, 1:][chosen], batch["tail_counts"][:, 1:][chosen]
-        counts = torch.where(draw_ids < vocabulary_size, counts, 0)
-        draw_ids = torch.where(draw_ids < vocabulary_size, draw_ids, 0)
-        share = counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)
-        draw_weights = (torch.exp(tail).unsqueeze(-1) * share).to(tail.dtype)
+        draw_ids, weight = batch["tail_ids"][:, 1:][chosen], batch["draw_weight"][:, 1:][chosen].unsqueeze(-1)
+        known = (draw_ids >= 0) & (draw_ids < vocabulary_size)
+        draw_ids, draw_weights = torch.where(known, draw_ids, 0), torch.where(known, weight, 0.0).to(tail.dtype)
     targets = Targets(
         token_ids=target_tokens(batch),
         token_logprob=batch["token_logprob"][:, 1:][chosen],

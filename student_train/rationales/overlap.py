@@ -15,7 +15,7 @@ import numpy as np
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.kinds.positions import keeps_candidates
+from knowledge_store.kinds.positions import knows_likeliest
 from knowledge_store.quantities import percentage
 from student_train.rationales.configuration import RationalesConfig
 from student_train.rationales.contexts import Context, check_saliency, contexts, most_salient
@@ -118,7 +118,7 @@ def measure_overlap(store: KnowledgeStore, config: RationalesConfig) -> Overlap:
     check_saliency(store, source)
     if source != dump:
         store.lacking([dump, source])
-    known = keeps_candidates(store.manifest(dump))
+    known = knows_likeliest(store.manifest(dump))
     answers = AnswerPlaces(store.tokens(source)["text"].to_pylist())
     # Of a dump beside the other, what the teacher said at the targets alone.
     said = {

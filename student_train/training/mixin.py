@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.kinds.positions import keeps_candidates, knows_full_kl
+from knowledge_store.kinds.positions import POSITIONS, knows_full_kl
 from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
 from student_train.losses.head import has_plain_head
@@ -120,7 +120,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
         measured = [store.manifest(name) for name in dumps]
         measured += [part.store.manifest(name) for part in each_of(eval_dataset) if of_store(part) for name in part.dumps]
-        divergences = {"kl": knows_full_kl, "kl_lower_bound": keeps_candidates}
+        divergences = {"kl": knows_full_kl, "kl_lower_bound": lambda manifest: POSITIONS.name in manifest.kinds}
         kl = [name for name, is_known in divergences.items() if on_text and all(map(is_known, measured))][:1]
         self.rationale_weight, self.hidden = rationale_weight, hidden
         if hidden is not None:

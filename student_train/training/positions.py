@@ -9,53 +9,30 @@ from collections.abc import Sequence
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import POSITIONS, positions_of
-from student_train.losses.table import LOSSES, Loss
+from student_train.losses.table import Loss
 from student_train.training.configuration import TrainConfig
 
 SCAN_SECONDS = 3600.0  # for one column of the whole dump
 
 
 def check_selection(manifest: Manifest, config: TrainConfig, loss: Loss) -> None:
-    """Refuse a dump whose selection keeps no draws or no candidates where a loss needs them.
+    """Refuse a dump whose selection keeps no draws where they are asked for.
 
     Raises:
-        InputError: says which are missing, and what to choose instead.
+        InputError: says what to choose instead.
     """
-    name, dump, rule = config.loss, manifest.dump, positions_of(manifest).selection
-    if config.tail == "draws" and not rule.draws:
+    dump, rule = manifest.dump, positions_of(manifest).selection
+    if config.tail == "draws" and not rule.draw_weight:
         raise InputError(f"--tail draws: the dump {dump} keeps no draws from the tail ({rule}); use --tail bucket")
-    if rule.candidates or "candidate_ids" not in loss.columns:
-        return
-    reason = f"the dump {dump} has no candidates, only draws ({rule})"
-    if not loss.draws:
-        usable = [usable for usable, entry in LOSSES.items() if entry.draws or not entry.columns]
-        raise InputError(f"{reason}: the loss {name} cannot use it; choose {' or '.join(usable)}")
-    if config.tail == "bucket":
-        raise InputError(f"{reason}: --tail bucket has nothing to learn from it; use --tail draws")
-    if config.temperature != 1:
-        raise InputError(f"{reason}: draws work at --temperature 1 only")
 
 
 def check_selections(manifests: Sequence[Manifest], config: TrainConfig, loss: Loss) -> list[str]:
-    """Refuse dumps that keep nothing in common that a loss can use; each may be used alone (`check_selection`).
-
-    Returns:
-        what the loss does about draws that some of the dumps lack, in a sentence; nothing where all have some, or none has.
-
-    Raises:
-        InputError: some keep draws alone, and others none.
-    """
+    """What a loss does about draws that some of several dumps lack, in a sentence; nothing where all have some, or none has."""
     if not loss.draws or config.tail == "bucket" or config.temperature != 1 or config.calibration is not None:
         return []
-    rules = {manifest.dump: positions_of(manifest).selection for manifest in manifests}
-    without = [dump for dump, rule in rules.items() if not rule.draws]
-    if len(without) in (0, len(rules)):
+    without = [manifest.dump for manifest in manifests if not positions_of(manifest).selection.draw_weight]
+    if len(without) in (0, len(manifests)):
         return []
-    if only_draws := [dump for dump, rule in rules.items() if not rule.candidates]:
-        raise InputError(
-            f"the dump {only_draws[0]} has only draws ({rules[only_draws[0]]}) and the dump {without[0]} has none"
-            f" ({rules[without[0]]}): they keep nothing in common, so train on one of them"
-        )
     none = " and ".join(without)
     return [f"Draws are taken only where all dumps keep some: the tail is a bucket, since there are none in {none}."]
 

@@ -12,22 +12,14 @@ from torch.nn.functional import pad
 from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import sequence_id
 from knowledge_store.kinds import Arrays
-from knowledge_store.kinds.positions.selection import Selection
+from knowledge_store.kinds.positions.selection import Selection, most_above
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.extraction.coverage import candidate_masses
 from teacher_dump.extraction.extractor import ExtractionBatch, Total
-from teacher_dump.extraction.sampling import (
-    block_sums,
-    counted,
-    draw,
-    exponentials,
-    independent_points,
-    likeliest,
-    precise,
-    systematic_points,
-)
+from teacher_dump.extraction.sampling import block_sums, draw, exponentials, likeliest, precise, starts
 
 SAMPLE_DEPTHS = (1, 5, 16, 50)  # of candidates, whose coverage `estimate` tells
+FILLERS = {"candidate_logprobs": -torch.inf, "tail_ids": -1}  # behind the last of a row
 
 
 class UnsoundLogits(InputError):
@@ -38,7 +30,7 @@ def knowledge_of(
     logits: Tensor,
     token_ids: Tensor,
     selection: Selection,
-    points: Tensor | None = None,
+    begin: Tensor | None = None,
     temperature: float | None = None,
     entropy: bool = False,
 ) -> dict[str, Tensor]:
@@ -52,59 +44,61 @@ def knowledge_of(
         logits: float32 (N, V); overwritten.
         token_ids: int64 (N,).
         selection: the rule; at most K = `selection.candidates` candidates.
-        points: float64 (N, M), in [0, 1), where it draws; see `sampling`.
+        begin: float64 (N,), in [0, 1), where it draws; see `sampling.starts`.
         temperature: one at which the tail is kept too.
         entropy: whether that of the tail is wanted.
 
     Returns:
         token_logprob (N,), candidate_ids (N, K) int64, candidate_logprobs (N, K), tail_logprob (N,): float32, nats, over the
-        full vocabulary at temperature 1; candidates likeliest first, −inf behind the last that top-p needs; the tail is −inf
-        when there is none. With points also tail_ids and tail_counts (N, M) int64, 0 for no draw. With a temperature T also
+        full vocabulary at temperature 1; candidates likeliest first, −inf behind the last; the tail is −inf
+        when there is none. With `begin` also tail_ids (N, M) int64, −1 behind the last draw. With a temperature T also
         tail_logsumexp (N,) float32: the log of the sum of p^(1/T) over the tail. With entropy also tail_entropy (N,) float32,
-        nats: of the tail made to sum to one; 0 where there is none.
+        nats: of the tail made to sum to one; 0 where there is none. K and M are no larger than some row needs.
     """
     token_logit = logits.gather(1, token_ids[:, None])[:, 0]
     width = min(selection.candidates, logits.shape[1])
     # One more than the candidates is the likeliest of the tail.
     values, ids = likeliest(logits, min(width + 1, logits.shape[1]))
     candidates, ids = values[:, :width], ids[:, :width]
-    if selection.name == "top-p":
-        mass = precise(torch.exp(candidates - torch.logsumexp(logits, dim=1, keepdim=True)))
-        needed = (mass.cumsum(dim=1) - mass < selection.p).to(logits.device)
-    else:
+    if selection.name == "top-k":
         needed = torch.ones_like(candidates, dtype=torch.bool)
+    else:
+        mass = precise(torch.exp(candidates - torch.logsumexp(logits, dim=1, keepdim=True)))
+        threshold = selection.name == "threshold"
+        needed = (mass >= selection.draw_weight) if threshold else (mass.cumsum(dim=1) - mass < selection.p)
+        needed = needed[:, : int(needed.sum(dim=1).max()) if len(needed) else 0].to(logits.device)
+        candidates, ids = candidates[:, : needed.shape[1]], ids[:, : needed.shape[1]]
     logits.scatter_(1, ids, candidates.masked_fill(needed, -torch.inf))
     candidates = candidates.masked_fill(~needed, -torch.inf)
     highest = pad(values, (0, 1), value=-torch.inf).gather(1, needed.sum(dim=1, keepdim=True))
-    whole = highest.isneginf()  # the candidates hold all of it
-    highest = highest.masked_fill(whole, 0)
+    highest = highest.masked_fill(highest.isneginf(), 0)  # the candidates hold all of it
     logits.sub_(highest)
     if temperature is not None:
         tempered = block_sums(torch.exp(logits / temperature)).sum(dim=1).log()
     weights, weighted_logs = exponentials(logits) if entropy else (logits.exp_(), None)
     sums = block_sums(weights)
-    tail = (sums.sum(dim=1).log() + precise(highest[:, 0])).float().to(logits.device)
-    total = torch.logaddexp(tail, torch.logsumexp(candidates, dim=1)) if selection.candidates else tail
+    above = precise(highest[:, 0])
+    tail = sums.sum(dim=1).log() + above
+    total = torch.logaddexp(tail, torch.logsumexp(precise(candidates), dim=1))
     knowledge = {
-        "token_logprob": token_logit - total,
+        "token_logprob": precise(token_logit) - total,
         "candidate_ids": ids,
-        "candidate_logprobs": candidates - total[:, None],
+        "candidate_logprobs": precise(candidates) - total[:, None],
         "tail_logprob": tail - total,
     }
     if weighted_logs is not None:
         # ln Σ w − Σ w ln w / Σ w.
         total_weight = sums.sum(dim=1)
         tail_entropy = torch.where(total_weight > 0, total_weight.log() - weighted_logs / total_weight, 0)
-        knowledge["tail_entropy"] = tail_entropy.clamp(min=0).float().to(logits.device)
-    if points is not None:
-        # Something to draw, which then counts for nothing.
-        for masses in (weights, sums):
-            masses[:, 0].masked_fill_(whole[:, 0].to(masses.device), 1)
-        knowledge["tail_ids"], counts = counted(draw(weights, sums, points))
-        knowledge["tail_counts"] = counts.masked_fill(whole, 0)
+        knowledge["tail_entropy"] = tail_entropy.clamp(min=0)
+    if begin is not None:
+        spacing = selection.draw_weight * torch.exp(total - above)
+        knowledge["tail_ids"] = draw(weights, sums, spacing, begin, most_above(selection.draw_weight) + 1)
     if temperature is not None:
-        knowledge["tail_logsumexp"] = (tempered + precise(highest[:, 0] - total) / temperature).float().to(logits.device)
-    return knowledge
+        knowledge["tail_logsumexp"] = tempered + (above - total) / temperature
+    return {
+        name: values.float().to(logits.device) if values.is_floating_point() else values for name, values in knowledge.items()
+    }
 
 
 def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
@@ -119,7 +113,8 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
     token_ids = np.concatenate([sequence.token_ids for sequence in batch.sequences])
     is_target = np.concatenate([sequence.is_target for sequence in batch.sequences])
     kept = positions > 0 if batch.parameters.keep_context else is_target
-    answers = _ask(batch, rows[kept], positions[kept], token_ids[kept], _points(batch, lengths)[kept])
+    begin = _starts(batch, lengths)
+    answers = _ask(batch, rows[kept], positions[kept], token_ids[kept], None if begin is None else begin[kept])
     arrays: Arrays = {"token_id": token_ids.astype(np.uint32), "is_target": is_target, "has_knowledge": kept}
     for name, values in answers.items():
         arrays[name] = np.zeros((len(kept), *values.shape[1:]), values.dtype)
@@ -131,36 +126,39 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
     ]
 
 
-def _points(batch: ExtractionBatch, lengths: np.ndarray) -> np.ndarray:
-    """The random points of all positions of a batch, float64 (sum of lengths, draws)."""
+def _starts(batch: ExtractionBatch, lengths: np.ndarray) -> np.ndarray | None:
+    """Where the draws of all positions of a batch start, float64 (sum of lengths,); None where nothing is drawn."""
     selection = batch.parameters.selection
-    points = systematic_points if selection.candidates else independent_points
+    if not selection.draw_weight:
+        return None
     return np.concatenate(
         [
-            points(number_of(sequence), int(length), selection.draws)
+            starts(number_of(sequence), int(length), selection.draw_seed)
             for sequence, length in zip(batch.sequences, lengths, strict=True)
         ]
     )
 
 
-def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, points: np.ndarray) -> Arrays:
+def _ask(
+    batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_ids: np.ndarray, begin: np.ndarray | None
+) -> Arrays:
     """What the teacher predicts of the N tokens at (rows[i], positions[i]), int64 (N,) each; no position is 0."""
     device, parameters = batch.prediction.teacher.device, batch.parameters
     places, before, tokens = (torch.from_numpy(array).to(device) for array in (rows, positions - 1, token_ids))
-    drawn = torch.from_numpy(points) if parameters.selection.draws else None
+    starting = None if begin is None else torch.from_numpy(begin)
     more = parameters.temperature, parameters.tail_entropy
     finite: list[Tensor] = []
     results: list[dict[str, Tensor]] = []
     for part, logits in batch.prediction.logit_slices(places, before):
         lowest = logits.amin(dim=1)
-        part_points = None if drawn is None else drawn[part]
-        results.append(knowledge_of(logits, tokens[part], parameters.selection, part_points, *more))
+        part_starting = None if starting is None else starting[part]
+        results.append(knowledge_of(logits, tokens[part], parameters.selection, part_starting, *more))
         # A logit that is NaN or +inf makes the normaliser so, and with it the token's log-probability.
         finite.append(lowest.isfinite() & results[-1]["token_logprob"].isfinite())
     if not results:
         nothing = torch.zeros((0, batch.prediction.teacher.vocabulary_size))
         tokens = torch.zeros(0, dtype=torch.int64)
-        results.append(knowledge_of(nothing, tokens, parameters.selection, drawn, *more))
+        results.append(knowledge_of(nothing, tokens, parameters.selection, starting, *more))
     not_finite = ~torch.cat(finite).cpu().numpy() if finite else np.zeros(0, bool)
     if not_finite.any():
         raise UnsoundLogits(
@@ -168,9 +166,18 @@ def _ask(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray, token_
             " nothing of its shard was written. Check the teacher's weights; if its dtype is a short one,"
             " dump under another --name with --dtype float32"
         )
-    arrays = {name: torch.cat([result[name] for result in results]).cpu().numpy() for name in results[0]}
+    arrays = {name: _stacked([result[name] for result in results], FILLERS.get(name, 0)) for name in results[0]}
     # Half the room until the shard is written.
-    return {name: array.astype(np.uint32) if array.dtype == np.int64 else array for name, array in arrays.items()}
+    narrow = {"candidate_ids": np.uint32, "tail_ids": np.int32}
+    return {name: array.astype(narrow.get(name, np.float32)) for name, array in arrays.items()}
+
+
+def _stacked(parts: list[Tensor], fill: float) -> np.ndarray:
+    """Rows one after the other, narrower ones filled up."""
+    width = max(part.shape[-1] for part in parts)
+    if parts[0].dim() == 2:
+        parts = [pad(part, (0, width - part.shape[1]), value=fill) for part in parts]
+    return torch.cat(parts).cpu().numpy()
 
 
 def number_of(sequence: TokenSequence) -> int:

@@ -11,7 +11,7 @@ from knowledge_store.calibration.file import check_calibration, read_calibration
 from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions import PositionsParameters
-from knowledge_store.kinds.positions.selection import MAX_DRAWS, NAMES, Selection
+from knowledge_store.kinds.positions.selection import DRAW_WEIGHT, MAX_DRAW_SEED, NAMES, Selection
 from knowledge_store.options import option
 from teacher_dump.extraction.coverage import coverage
 from teacher_dump.extraction.extractor import ExtractionBatch, Extractor, Total
@@ -19,11 +19,7 @@ from teacher_dump.teachers.protocol import Ability
 
 QUANTISATION_STEP = 1 / 8  # nats
 
-SELECTION_OPTIONS = {
-    "top-k": {"top_k", "tail_draws"},
-    "top-p": {"top_p", "max_k", "tail_draws"},
-    "random-sampling": {"draws"},
-}
+SELECTION_OPTIONS: dict[str, set[str]] = {"top-k": {"top_k"}, "top-p": {"top_p", "max_k"}, "threshold": set()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,16 +29,20 @@ class PositionsOptions:
     selection: str = option(
         "top-k",
         choices=NAMES,
-        help="The rule that picks what is kept: top-k, top-p (as many candidates as reach --top-p) or random-sampling (draws"
-        " alone).",
+        help="The rule that picks candidates: top-k, top-p (as many as reach --top-p) or threshold (every token of at least"
+        " --draw-weight: the smallest store).",
     )
     top_k: int = option(5, min=1, help="Candidates kept at each position, with top-k.")
-    tail_draws: int = option(
-        4, min=0, max=MAX_DRAWS, help="Draws from beyond the candidates, which make an unbiased target; 0 keeps none."
+    draw_weight: float = option(
+        DRAW_WEIGHT,
+        min=0,
+        below=1,
+        help="The probability that each draw from beyond the candidates stands for: less of it is more draws, and less noise."
+        " Draws make an unbiased target; 0 keeps none.",
     )
+    draw_seed: int = option(0, min=0, max=MAX_DRAW_SEED, help="A dump with another seed has draws of its own.")
     top_p: float = option(0.95, above=0, max=1, help="The probability that the candidates reach, with top-p.")
     max_k: int = option(32, min=1, help="Maximum number of candidates, with top-p.")
-    draws: int = option(50, min=1, max=MAX_DRAWS, help="Draws at each position, with random-sampling.")
     keep_context: bool = option(False, help="Keep knowledge at context positions (prompts) too.")
     tail_entropy: bool = option(
         True, help="Keep the entropy of what lies beyond the candidates: evaluations then measure the whole KL to the teacher."
@@ -56,20 +56,21 @@ class PositionsOptions:
             if unused and getattr(self, field.name) != field.default:
                 name = field.name.replace("_", "-")
                 raise InputError(f"--{name} is not an option of the selection {self.selection}")
-        if self.calibration is not None and self.selection == "random-sampling":
+        if not self.draw_weight and self.selection == "threshold":
             raise InputError(
-                "--calibration keeps the tail at another temperature beside candidates, and random-sampling has none: its draws"
-                " serve temperature 1 alone"
+                "--selection threshold needs a --draw-weight above 0: it keeps what is as likely, and draws the rest"
             )
+        if not self.draw_weight and self.draw_seed:
+            raise InputError("--draw-seed decides where draws fall, and --draw-weight 0 keeps none: leave one of the two out")
+        _ = self.rule  # refuses what a selection cannot be
 
     @property
     def rule(self) -> Selection:
         """The selection, as the rule it stands for."""
-        if self.selection == "random-sampling":
-            return Selection(self.selection, 0, self.draws)
-        if self.selection == "top-p":
-            return Selection(self.selection, self.max_k, self.tail_draws, self.top_p)
-        return Selection(self.selection, self.top_k, self.tail_draws)
+        if self.selection == "threshold":
+            return Selection.threshold(self.draw_weight, self.draw_seed)
+        size = {"candidates": self.max_k, "p": self.top_p} if self.selection == "top-p" else {"candidates": self.top_k}
+        return Selection(self.selection, **size, draw_weight=self.draw_weight, draw_seed=self.draw_seed)
 
 
 def positions_parameters(options: PositionsOptions) -> PositionsParameters:
@@ -90,7 +91,8 @@ def check_positions(options: PositionsOptions, teacher: Mapping[str, Any], token
     """
     name, vocabulary = "--max-k" if options.selection == "top-p" else "--top-k", teacher.get("vocabulary_size")
     impossible = teacher.get("impossible_tokens", 0)
-    if vocabulary is not None and options.rule.candidates > vocabulary - impossible:
+    counted = options.selection != "threshold"
+    if counted and vocabulary is not None and options.rule.candidates > vocabulary - impossible:
         never = " that it ever gives" if impossible else ""
         raise InputError(
             f"{name} {options.rule.candidates} is above the teacher's vocabulary of {vocabulary - impossible:,} tokens{never}"
@@ -124,15 +126,15 @@ POSITIONS = Extractor(
         "selection.k": "--top-k",
         "selection.p": "--top-p",
         "selection.max_k": "--max-k",
-        "selection.tail_draws": "--tail-draws",
-        "selection.draws": "--draws",
+        "selection.draw_weight": "--draw-weight",
+        "selection.draw_seed": "--draw-seed",
         "quantisation_step": "the quantisation step",
         "keep_context": "--keep-context",
         "tail_entropy": "--tail-entropy",
         "calibration.temperature": "the temperature of --calibration",
         "calibration.sha256": "the file of --calibration",
     },
-    absent_values={"selection.tail_draws": 0},
+    absent_values={"selection.draw_weight": 0, "selection.draw_seed": 0},
     figures={"top-k coverage": coverage},
     sample_figures=sample_figures,
     comparisons={"full distributions (float32)": "dense_bytes"},

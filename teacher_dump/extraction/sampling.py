@@ -1,8 +1,8 @@
 """The likeliest tokens of a vocabulary, and draws from all: seeded by the sequence alone, all of a slice in one pass.
 
-A draw is the token at which the running sum of the probabilities passes a random point. The sum runs in float64 over blocks of
-`BLOCK` tokens, and a block is looked into only where a point falls: one pass over float32 probabilities, whatever the number of
-draws, and no rounding that grows with the vocabulary.
+A draw is the token at which the running sum of the probabilities passes a point, and a position's points lie evenly spaced from
+one random start. The sum runs in float64 over blocks of `BLOCK` tokens, and a block is looked into only where a point falls:
+one pass over float32 probabilities, whatever the number of draws, and no rounding that grows with the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,22 +18,13 @@ BLOCK = 256
 PARTS = 8  # of the rows, where something is made beside their logits
 
 
-def independent_points(sequence: int, length: int, draws: int) -> np.ndarray:
-    """Points in [0, 1), float64 (length, draws), each by itself: as random sampling is published.
+def starts(sequence: int, length: int, seed: int) -> np.ndarray:
+    """Where the draws of each position of a sequence start, as a share of the space between two: float64 (length,) in [0, 1).
 
-    They are a function of the sequence's id (a counter-based generator, Philox, with that key), so that a shard is drawn
-    the same in any batch, by any worker, after any restart.
+    A function of the sequence's id and the draw seed (a counter-based generator, Philox, with both as its key), so that a shard
+    is drawn the same in any batch, by any worker, after any restart, and with another seed by itself.
     """
-    return np.random.Generator(np.random.Philox(key=sequence)).random((length, draws))
-
-
-def systematic_points(sequence: int, length: int, draws: int) -> np.ndarray:
-    """Points in [0, 1), float64 (length, draws), evenly spaced from one random start: (u + i) / draws.
-
-    Each is uniform by itself, so a target made of such draws is as unbiased as one of independent draws; a token of
-    probability q is drawn ⌊draws · q⌋ or ⌈draws · q⌉ times, so it varies less. Seeded as `independent_points`.
-    """
-    return (independent_points(sequence, length, 1) + np.arange(draws)) / draws
+    return np.random.Generator(np.random.Philox(key=np.array([sequence, seed], np.uint64))).random(length)
 
 
 def precise(values: Tensor) -> Tensor:
@@ -99,43 +90,48 @@ def exponentials(logs: Tensor) -> tuple[Tensor, Tensor]:
     return logs, torch.cat(sums)
 
 
-def draw(weights: Tensor, sums: Tensor, points: Tensor) -> Tensor:
-    """Draw tokens in proportion to weights.
+def draw(weights: Tensor, sums: Tensor, spacing: Tensor, begin: Tensor, most: int) -> Tensor:
+    """Draw tokens at points (begin + i) · spacing of the running sum of weights, i = 0, 1, … as far as the sum reaches.
+
+    Where `begin` is uniform on [0, 1), a token of weight w is drawn w / spacing times on average, ⌊w / spacing⌋ or
+    ⌈w / spacing⌉ times.
 
     Args:
-        weights: float32 (N, V), at least 0; each row has one above 0.
+        weights: float32 (N, V), at least 0.
         sums: their `block_sums`.
-        points: float64 (N, M), in [0, 1), on the CPU or where the weights are.
+        spacing: float64 (N,), above 0, where the sums are.
+        begin: float64 (N,), in [0, 1).
+        most: no row has more points than that.
 
     Returns:
-        int64 (N, M): token ids, none of weight 0; ascending where the points are.
+        int64 (N, M): token ids in ascending order, none of weight 0, a token as often as it was drawn; −1 behind the last. M is
+        the largest number of any row.
     """
-    points = points.to(sums.device)
-    if points.shape[1] * BLOCK >= weights.shape[1]:
-        # So many points that to look into their blocks is more than to look at every token.
-        return _passed(precise(weights).cumsum(dim=1), points).to(weights.device)
-    ends = sums.cumsum(dim=1)
-    block = _passed(ends, points)
-    within = points * ends[:, -1:] - (ends - sums).gather(1, block)
-    inside = precise(_in_blocks(weights, block.to(weights.device), 0)).cumsum(dim=2)
-    highest = torch.nextafter(inside[:, :, -1], torch.zeros((), dtype=torch.float64, device=inside.device))
-    within = within.clamp(min=0).minimum(highest)
-    return (block * BLOCK + (inside <= within[:, :, None]).sum(dim=2)).to(weights.device)
-
-
-def _passed(ends: Tensor, points: Tensor) -> Tensor:
-    """Where running sums, float64 (N, V), pass points (N, M), given as shares of the whole: int64 (N, M)."""
-    at = points * ends[:, -1:]
+    begin = begin.to(sums.device)
+    dense = most * BLOCK >= weights.shape[1]  # to look into the blocks of so many points is more than to look at every token
+    ends = (precise(weights) if dense else sums).cumsum(dim=1)
+    counts = (ends[:, -1] / spacing - begin).ceil().nan_to_num(0, 0, 0).clamp(0, most).long()
+    numbers = torch.arange(int(counts.max()) if len(counts) else 0, device=sums.device)
+    drawn = numbers < counts[:, None]
+    points = (begin[:, None] + numbers) * spacing[:, None]
     # The last that adds anything: rounding may put a point on the very end of the sum.
     last = (ends < ends[:, -1:]).sum(dim=1, keepdim=True)
-    return torch.searchsorted(ends, at, right=True).minimum(last)
+    places = torch.searchsorted(ends, points, right=True).minimum(last)
+    if dense:
+        return places.masked_fill(~drawn, -1).to(weights.device)
+    row, number = drawn.nonzero(as_tuple=True)
+    block = places[row, number]
+    within = points[row, number] - (ends - sums)[row, block]
+    inside = precise(_of_block(weights, row.to(weights.device), block.to(weights.device))).cumsum(dim=1)
+    highest = torch.nextafter(inside[:, -1], torch.zeros((), dtype=torch.float64, device=inside.device))
+    within = within.clamp(min=0).minimum(highest)
+    ids = places.new_full(drawn.shape, -1)
+    ids[row, number] = block * BLOCK + (inside <= within[:, None]).sum(dim=1)
+    return ids.to(weights.device)
 
 
-def counted(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Drawn tokens (N, M) as ids in ascending order (N, M), and how often each was drawn (N, M); 0 for one named before."""
-    ids = tokens.sort(dim=1).values
-    new = torch.ones_like(ids, dtype=torch.bool)
-    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    group = new.cumsum(dim=1) - 1
-    sizes = torch.zeros_like(ids).scatter_add_(1, group, torch.ones_like(ids))
-    return ids, torch.where(new, sizes.gather(1, group), 0)
+def _of_block(values: Tensor, rows: Tensor, blocks: Tensor) -> Tensor:
+    """What P blocks of values (N, V) hold, each of one row, (P, BLOCK); past the end of the vocabulary it is 0."""
+    ids = blocks[:, None] * BLOCK + torch.arange(BLOCK, device=blocks.device)
+    inside = values[rows[:, None], ids.clamp(max=values.shape[1] - 1)]
+    return inside if values.shape[1] % BLOCK == 0 else inside.masked_fill_(ids >= values.shape[1], 0)

@@ -23,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stores import commit, drawn_sequences, make_manifest, random_sequences, table_file_of, words
+from stores import DRAW_WEIGHT, commit, drawn_sequences, make_manifest, random_sequences, table_file_of, words
 
 from knowledge_store import DamageError, DumpWriter, KnowledgeStore, StoreError, verify
 from knowledge_store.format.integrity import CheckedFile
@@ -109,7 +109,7 @@ LEFTOVERS = 25  # one fault in so many is to a file without a commit record
 def shards_of(seed: int) -> list[tuple[Manifest, list[list[Arrays]]]]:
     """The dumps of a store, and the sequences of their shards: one with draws and a calibration, and a plain one."""
     corpus = {"files": [{"name": "numbers.jsonl", "bytes": 1, "sha256": f"{seed:02}"}]}
-    selection = {"name": "top-k", "k": 3, "tail_draws": 2}
+    selection = {"name": "top-k", "k": 3, "draw_weight": DRAW_WEIGHT, "draw_seed": 0}
     calibration = {"temperature": 2.0, "sha256": "00"}
     drawn = make_manifest("drawn", VOCABULARY, selection=selection, calibration=calibration, corpus=corpus)
     plain = make_manifest("plain", VOCABULARY, corpus=corpus)

@@ -8,9 +8,9 @@ from knowledge_store.kinds.positions.kind import (
     PositionsParameters,
     damage,
     exact_steps,
-    keeps_candidates,
     knows_full_kl,
+    knows_likeliest,
     positions_of,
 )
 
-__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "keeps_candidates", "knows_full_kl", "positions_of"]
+__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "knows_full_kl", "knows_likeliest", "positions_of"]

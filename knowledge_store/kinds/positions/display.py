@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from knowledge_store.kinds.columns import Arrays
-from knowledge_store.kinds.positions.packing import NO_MASS
+from knowledge_store.kinds.positions.packing import NO_MASS, NO_TOKEN
 
 
 def show(knowledge: Arrays, text: Callable[[int], str]) -> tuple[list[str], list[list[str]]]:
@@ -30,6 +31,6 @@ def _drawn(knowledge: Arrays, position: int, text: Callable[[int], str]) -> str:
     """Which tokens were drawn from the tail, and how often each of them that came more than once."""
     if "tail_ids" not in knowledge:
         return ""
-    drawn = zip(knowledge["tail_ids"][position], knowledge["tail_counts"][position], strict=True)
-    words = [text(token) + (f" ×{count}" if count > 1 else "") for token, count in drawn if count]
+    drawn = Counter(knowledge["tail_ids"][position].tolist())
+    words = [text(token) + (f" ×{count}" if count > 1 else "") for token, count in drawn.items() if token != NO_TOKEN]
     return f", drawn: {' '.join(words)}" if words else ""

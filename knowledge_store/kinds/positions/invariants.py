@@ -12,6 +12,8 @@ from knowledge_store.kinds.columns import padded_lists
 from knowledge_store.kinds.positions.packing import NO_MASS, quantise, total_mass
 from knowledge_store.kinds.positions.selection import Selection
 
+ROUNDED = 1.5  # steps that a log-probability can be off
+
 
 def tokens_match(table: pa.Table, sequences: pa.Table) -> Iterator[str]:
     """Whether the token hashes and the numbers of targets in `sequences` are those of all their positions."""
@@ -38,28 +40,23 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
     """
     kept = table["candidate_ids"].is_valid().to_numpy()
     for name in table.column_names[table.column_names.index("token_logprob") :]:
-        expected = kept if rule.candidates or name != "tail_logprob" else np.zeros_like(kept)
-        if not np.array_equal(table[name].is_valid().to_numpy(), expected):
+        if not np.array_equal(table[name].is_valid().to_numpy(), kept):
             yield f"{name} is null where candidate_ids is not, or the reverse"
             return
     position = table["position"].to_numpy()
     if kept[position == 0].any():
-        yield "position 0, which nothing predicts, has candidates"
+        yield "position 0, which nothing predicts, has knowledge"
     if (table["is_target"].to_numpy() & ~kept).any():
-        yield "a target has no candidates"
+        yield "a target has no knowledge"
 
     ids, id_counts = padded_lists(table["candidate_ids"], -1, np.int64)
     logprobs, logprob_counts = padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)
     width = min(rule.candidates, vocabulary)
-    min_count = min(width, 1) if rule.name == "top-p" else width
+    min_count = {"top-k": width, "top-p": min(width, 1), "threshold": 0}[rule.name]
     counts = id_counts[kept]
     if (counts < min_count).any() or (counts > width).any() or (logprob_counts[kept] != counts).any():
         yield f"a position does not have {width if min_count == width else f'{min_count} to {width}'} candidates"
         return
-    if not rule.candidates:
-        # Nothing is kept but the token's own log-probability, and the draws.
-        ids, logprobs = np.full((len(kept), 1), -1), np.zeros((len(kept), 1), np.float32)
-        counts = np.ones_like(counts)
     ids, logprobs = ids[kept], logprobs[kept]
     filled = np.arange(ids.shape[1]) < counts[:, None]
     token_id = table["token_id"].to_numpy()[kept].astype(np.int64)
@@ -77,7 +74,7 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
         return
     if ((logprobs[:, 1:] > logprobs[:, :-1]) & filled[:, 1:]).any():
         yield "candidates are not sorted, likeliest first"
-    if rule.candidates and (np.isneginf(tail) != (counts == vocabulary)).any():
+    if (np.isneginf(tail) != (counts == vocabulary)).any():
         yield "the tail is empty although candidates are left out, or the reverse"
     values = np.concatenate([logprobs[filled], token_logprob, tail[np.isfinite(tail)]])
     if (values > 0).any():
@@ -91,8 +88,10 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
         yield from _tempered_damage(table["tail_logsumexp"].to_numpy()[kept], counts == vocabulary, step)
     if "tail_entropy" in table.column_names:
         yield from _entropy_damage(table["tail_entropy"].to_numpy()[kept], vocabulary - id_counts[kept], step)
-    if rule.draws:
-        yield from _draws_damage(table, kept, distinct, counts == vocabulary, rule.draws, vocabulary)
+    if rule.name == "threshold" and (logprobs[filled] < np.log(rule.draw_weight) - ROUNDED * step).any():
+        yield f"a candidate is less likely than {rule.draw_weight:g}"
+    if rule.draw_weight:
+        yield from _draws_damage(table, kept, distinct, tail, rule, step, vocabulary)
 
 
 def _tempered_damage(tail_logsumexp: np.ndarray, whole: np.ndarray, step: float) -> Iterator[str]:
@@ -114,21 +113,21 @@ def _entropy_damage(tail_entropy: np.ndarray, tail_sizes: np.ndarray, step: floa
 
 
 def _draws_damage(
-    table: pa.Table, kept: np.ndarray, candidates: np.ndarray, whole: np.ndarray, draws: int, vocabulary: int
+    table: pa.Table, kept: np.ndarray, candidates: np.ndarray, tail: np.ndarray, rule: Selection, step: float, vocabulary: int
 ) -> Iterator[str]:
-    """What is wrong with the draws; candidates (N, K) of the N kept positions, fillers below 0; `whole` as above."""
-    drawn, id_counts = padded_lists(table["tail_ids"], -1, np.int64)
-    counts, count_counts = padded_lists(table["tail_counts"], 0, np.int64)
-    if not np.array_equal(id_counts, count_counts):
-        yield "tail_ids and tail_counts do not pair up"
-        return
-    drawn, counts, id_counts = drawn[kept], counts[kept], id_counts[kept]
-    filled = np.arange(drawn.shape[1]) < id_counts[:, None]
+    """What is wrong with the draws; of the N kept positions candidates (N, K), fillers below 0, and the tail's log (N,)."""
+    drawn, counts = (array[kept] for array in padded_lists(table["tail_ids"], -1, np.int64))
+    filled = np.arange(drawn.shape[1]) < counts[:, None]
     if (drawn >= vocabulary).any():
         yield f"a drawn token's id is not below the vocabulary size, {vocabulary}"
-    if (counts[filled] < 1).any() or (counts.sum(axis=1) != np.where(whole, 0, draws)).any():
-        yield f"a position does not have {draws} draws"
-    if ((drawn[:, 1:] <= drawn[:, :-1]) & filled[:, 1:]).any():
-        yield "drawn tokens are not in the order of their ids, each once"
+    # As many as lie so far apart in the tail as it was before it was rounded, from wherever they start.
+    margin = np.exp(ROUNDED * step)
+    tail_draws = np.exp(tail.astype(np.float64)) / rule.draw_weight
+    if ((counts <= tail_draws / margin - 1 - 1e-6) | (counts >= tail_draws * margin + 1 + 1e-6)).any():
+        yield f"a position does not have as many draws of weight {rule.draw_weight:g} as its tail is large"
+    if ((drawn[:, 1:] < drawn[:, :-1]) & filled[:, 1:]).any():
+        yield "drawn tokens are not in the order of their ids"
+    if rule.name == "threshold" and ((drawn[:, 1:] == drawn[:, :-1]) & filled[:, 1:]).any():
+        yield "a token that is less likely than a draw's weight was drawn twice"
     if any(((drawn == candidate[:, None]) & filled).any() for candidate in candidates.T):
         yield "a drawn token is among the candidates"

@@ -16,8 +16,12 @@ In a batch of B sequences of at most T positions with at most K candidates these
 
 so pair position t with a model's output at t − 1. Without knowledge (position 0, context, padding) all mass is in the tail.
 
-A selection with draws adds `tail_ids` and `tail_counts`: which tokens outside the candidates were drawn, and how often each. A
-calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
+A selection with draws adds
+
+    tail_ids            (B, T, M) int64    drawn from outside the candidates, a token as often as it was; −1: no more
+    draw_weight         (B, T)    float32  the probability that each of them stands for; 0 without knowledge
+
+A calibrated dump adds `tail_logsumexp`, from which every log-probability at the calibration's temperature T follows: they are
 the log-softmax of candidates / T and of this. `tail_entropy` is that of the tail made to sum to one, H = −Σ (q/t) ln (q/t) over
 it (nats; t its probability): with it the teacher's entropy is known, and with draws the whole divergence from it.
 """
@@ -42,6 +46,7 @@ from knowledge_store.kinds.positions.display import show
 from knowledge_store.kinds.positions.invariants import invariants, tokens_match
 from knowledge_store.kinds.positions.packing import (
     NO_MASS,
+    NO_TOKEN,
     PACKED,
     SOURCES,
     in_steps,
@@ -53,7 +58,7 @@ from knowledge_store.kinds.positions.packing import (
 )
 from knowledge_store.kinds.positions.packing import exact_steps as exact_prediction_steps
 from knowledge_store.kinds.positions.relations import EACH_CANDIDATE, RELATIONS, positions_relation
-from knowledge_store.kinds.positions.selection import Selection, difference
+from knowledge_store.kinds.positions.selection import Selection, difference, most_above
 from knowledge_store.quantities import byte_size
 
 FIELDS = (
@@ -64,10 +69,7 @@ FIELDS = (
     Field("candidate_logprobs", pa.float32(), "ragged", nullable=True, padding=NO_MASS),
     Field("tail_logprob", pa.float32(), nullable=True),
 )
-DRAWS = (
-    Field("tail_ids", pa.uint32(), "ragged", nullable=True, encoding=PLAIN),
-    Field("tail_counts", pa.uint16(), "ragged", nullable=True),
-)
+DRAWS = (Field("tail_ids", pa.uint32(), "ragged", nullable=True, encoding=PLAIN),)
 TEMPERED = (Field("tail_logsumexp", pa.float32(), nullable=True),)
 ENTROPY = (Field("tail_entropy", pa.float32(), nullable=True, encoding=SPLIT),)
 AS_THEY_ARE = 2  # of FIELDS, the first so many are stored as they are
@@ -144,9 +146,9 @@ def positions_of(manifest: Manifest) -> PositionsParameters:
     return parameters_of(manifest, "positions", PositionsParameters)
 
 
-def keeps_candidates(manifest: Manifest) -> bool:
-    """Whether a dump says which tokens the teacher finds likeliest."""
-    return "positions" in manifest.kinds and bool(positions_of(manifest).selection.candidates)
+def knows_likeliest(manifest: Manifest) -> bool:
+    """Whether a dump says at each position which token the teacher finds likeliest."""
+    return "positions" in manifest.kinds and positions_of(manifest).selection.name != "threshold"
 
 
 def knows_full_kl(manifest: Manifest) -> bool:
@@ -157,7 +159,7 @@ def knows_full_kl(manifest: Manifest) -> bool:
 def _more(manifest: Manifest) -> tuple[Field, ...]:
     """The columns that some dumps have: draws, the tail at a temperature, and its entropy."""
     parameters = positions_of(manifest)
-    wanted = {DRAWS: parameters.selection.draws, TEMPERED: parameters.temperature, ENTROPY: parameters.tail_entropy}
+    wanted = {DRAWS: parameters.selection.draw_weight, TEMPERED: parameters.temperature, ENTROPY: parameters.tail_entropy}
     return tuple(field for columns, has in wanted.items() if has for field in columns)
 
 
@@ -179,7 +181,8 @@ def takes(manifest: Manifest) -> tuple[str, ...]:
 def row_bytes(manifest: Manifest) -> int:
     """Bytes of a decoded position, by which row groups are cut: all lists of a row group are padded to the longest."""
     rule = positions_of(manifest).selection
-    return max(MIN_ROW_BYTES, 4 * max(rule.candidates, rule.draws))
+    draws = most_above(rule.draw_weight) + 1 if rule.draw_weight else 0
+    return max(MIN_ROW_BYTES, 4 * max(rule.candidates, draws))
 
 
 def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
@@ -190,21 +193,22 @@ def exact_steps(arrays: Arrays, manifest: Manifest) -> Arrays:
         manifest: of the dump; gives step and selection.
 
     Returns:
-        float64, in steps, by the name of the array: token_logprob (N,); where there are candidates candidate_logprobs (N, K)
-        and tail_logprob (N,); where they are kept tail_logsumexp (N,) and tail_entropy (N,). NaN where nothing is kept.
-        Candidates count from the first, which is NaN, the tail is its log-odds, and a token that is a candidate is NaN.
+        float64, in steps, by the name of the array: token_logprob (N,), candidate_logprobs (N, K) and tail_logprob (N,); where
+        they are kept tail_logsumexp (N,) and tail_entropy (N,). NaN where nothing is kept. Candidates count from the first,
+        which is NaN, the tail is its log-odds, NaN where there are no candidates, and a token that is a candidate is NaN.
     """
     parameters = positions_of(manifest)
     step = parameters.quantisation_step
-    exact = {"token_logprob": in_steps(arrays["token_logprob"], step)}
-    if parameters.selection.candidates:
-        ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
-        present = logprobs != NO_MASS
-        steps, tail_steps = exact_prediction_steps(logprobs, tail, step)
-        among = ((ids == arrays["token_id"][:, None]) & present).any(axis=1)
-        exact["token_logprob"][among] = np.nan
-        present[:, 0] = False
-        exact |= {"candidate_logprobs": np.where(present, steps, np.nan), "tail_logprob": tail_steps}
+    token_steps = in_steps(arrays["token_logprob"], step)
+    ids, logprobs, tail = (arrays[name] for name in ("candidate_ids", "candidate_logprobs", "tail_logprob"))
+    present = logprobs != NO_MASS
+    some = present.any(axis=1)
+    steps, tail_steps = np.full(logprobs.shape, np.nan), np.full(len(logprobs), np.nan)
+    if some.any():
+        steps[some], tail_steps[some] = exact_prediction_steps(logprobs[some], tail[some], step)
+    token_steps[((ids == arrays["token_id"][:, None]) & present).any(axis=1)] = np.nan
+    present[:, :1] = False
+    exact = {"token_logprob": token_steps, "candidate_logprobs": np.where(present, steps, np.nan), "tail_logprob": tail_steps}
     for name in _rounded(parameters):
         exact[name] = in_steps(arrays[name], step)
     return exact
@@ -222,7 +226,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         keys: sequence_id and position, N rows.
         arrays: token_id (N,), is_target (N,), has_knowledge (N,) and, in nats and meaningful where `has_knowledge`:
             token_logprob (N,), candidate_ids (N, K), candidate_logprobs (N, K) (−inf: no candidate), tail_logprob (N,); with
-            draws tail_ids (N, M) and tail_counts (N, M) (0: none); where they are kept tail_logsumexp (N,), tail_entropy (N,).
+            draws tail_ids (N, M) (−1: no draw); where they are kept tail_logsumexp (N,), tail_entropy (N,).
         manifest: of the dump; gives the quantisation step and the columns.
 
     Raises:
@@ -230,7 +234,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     """
     kept, parameters = arrays["has_knowledge"], positions_of(manifest)
     logprobs, tail = arrays["candidate_logprobs"][kept], arrays["tail_logprob"][kept]
-    if parameters.selection.candidates and (np.abs(np.log(total_mass(logprobs, tail))) > MAX_EXCESS).any():
+    if (np.abs(np.log(total_mass(logprobs, tail))) > MAX_EXCESS).any():
         raise InputError("candidates and tail of a position do not sum to one: the extractor is wrong; nothing is written")
     columns = {
         **dict(zip(keys.column_names, keys.columns, strict=True)),
@@ -238,12 +242,12 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         "is_target": pa.array(arrays["is_target"]),
         **pack_predictions(arrays, parameters.quantisation_step, manifest.vocabulary_size),
     }
-    if parameters.selection.draws:
-        drawn = (arrays["tail_counts"] > 0) & kept[:, None]
+    if parameters.selection.draw_weight:
+        [tail_ids] = DRAWS
+        drawn = (arrays[tail_ids.name] != NO_TOKEN) & kept[:, None]
+        values = pa.array(arrays[tail_ids.name][drawn]).cast(tail_ids.type)
         offsets, absent = list_offsets(drawn.sum(axis=1)), pa.array(~kept)
-        for field in DRAWS:
-            values = pa.array(arrays[field.name][drawn]).cast(field.type)
-            columns[field.name] = pa.ListArray.from_arrays(offsets, values, type=field.column.type, mask=absent)
+        columns[tail_ids.name] = pa.ListArray.from_arrays(offsets, values, type=tail_ids.column.type, mask=absent)
     for name in _rounded(parameters):
         columns[name] = pa.array(quantise(arrays[name], parameters.quantisation_step), mask=~kept)
     schema = POSITIONS.stored_schema(manifest)
@@ -266,13 +270,14 @@ def view(manifest: Manifest) -> str:
     return predictions_view(more, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
 
 
-def decode(table: pa.Table) -> Arrays:
+def decode(table: pa.Table, manifest: Manifest) -> Arrays:
     """Positions as arrays of N rows.
 
     Returns:
         input_ids int64 (N,), is_target bool (N,), has_knowledge bool (N,), token_logprob float32 (N,), candidate_ids
         int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
-        candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and tail_counts int64 (N, M); where they are
+        int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
+        candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and draw_weight float32 (N,); where they are
         kept tail_logsumexp float32 (N,) and tail_entropy float32 (N,).
 
     Raises:
@@ -283,8 +288,9 @@ def decode(table: pa.Table) -> Arrays:
             raise ValueError(f"{name} is null")
     more = {}
     if "tail_ids" in table.column_names:
-        more["tail_ids"], _ = padded_lists(table["tail_ids"], 0, np.int64)
-        more["tail_counts"], _ = padded_lists(table["tail_counts"], 0, np.int64)
+        more["tail_ids"], _ = padded_lists(table["tail_ids"], NO_TOKEN, np.int64)
+        weight = positions_of(manifest).selection.draw_weight
+        more["draw_weight"] = np.where(table["candidate_ids"].is_valid().to_numpy(), weight, 0).astype(np.float32)
     for name in ("tail_logsumexp", "tail_entropy"):
         if name in table.column_names:
             more[name] = table[name].fill_null(0).to_numpy()
@@ -302,28 +308,28 @@ def decode(table: pa.Table) -> Arrays:
 
 def arrays_of(manifest: Manifest) -> dict[str, float]:
     """The arrays that `decode` gives of a dump's positions, and what stands where there is no position."""
-    names = [*DECODED, *(field.name for field in _more(manifest))]
-    return {name: NO_MASS if name == "candidate_logprobs" else 0 for name in names}
+    parameters = positions_of(manifest)
+    draws = {"tail_ids": NO_TOKEN, "draw_weight": 0} if parameters.selection.draw_weight else {}
+    return {**dict.fromkeys(DECODED, 0), "candidate_logprobs": NO_MASS, **draws, **dict.fromkeys(_rounded(parameters), 0)}
 
 
 def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
-    """How many positions have knowledge, and over them the teacher's mean negative log-likelihood (nats per token) and, where
-    there are candidates, their mean mass, and how often the first of them is the token that stands there."""
-    arrays = decode(table)
+    """How many positions have knowledge, and over them the teacher's mean negative log-likelihood (nats per token), the mean
+    mass of the candidates and, where each position has some, how often the first of them is the token that stands there."""
+    arrays = decode(table, manifest)
     kept = arrays["has_knowledge"]
 
     def mean(values: np.ndarray) -> float:
         return float(values.mean(dtype=np.float64)) if len(values) else 0.0
 
-    statistics = {"predictions": int(kept.sum()), "mean_nll": mean(-arrays["token_logprob"][kept])}
-    if not positions_of(manifest).selection.candidates:
-        return statistics
-    first = arrays["candidate_ids"][kept][:, :1]
-    return {
-        **statistics,
+    statistics = {
+        "predictions": int(kept.sum()),
+        "mean_nll": mean(-arrays["token_logprob"][kept]),
         "mean_top_k_mass": mean(np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).sum(axis=1)),
-        "mean_top_1_accuracy": mean(first == arrays["input_ids"][kept, None]),
     }
+    if not knows_likeliest(manifest):
+        return statistics
+    return {**statistics, "mean_top_1_accuracy": mean(arrays["candidate_ids"][kept][:, :1] == arrays["input_ids"][kept, None])}
 
 
 def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
@@ -364,6 +370,7 @@ def facts(manifest: Manifest, totals: Totals) -> dict[str, str | float | int | N
     dense = _dense_bytes(manifest, totals)
     return {
         "selection": _selection(manifest),
+        "draw_weight": positions_of(manifest).selection.draw_weight or None,
         "quantisation_step": float(positions_of(manifest).quantisation_step),
         "dense_bytes": dense,
         "ratio": dense / totals.bytes if totals.bytes else None,

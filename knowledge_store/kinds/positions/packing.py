@@ -7,7 +7,8 @@ log-probability but what follows it freely:
     token_steps      steps of the token's log-probability below 0; null where the token is a candidate
     candidate_ids    side by side, the most significant byte first, in as many bytes each as the vocabulary needs
     gap_steps        of each candidate but the first, steps below the one before
-    tail_steps       steps of the tail's log-odds, ln(t / (1 − t)), below MAX_LOG_ODDS; ∞ where the tail is empty
+    tail_steps       steps of the tail's log-odds, ln(t / (1 − t)), below MAX_LOG_ODDS; ∞ where the tail is empty,
+                     and none where there are no candidates
 
 Candidates and tail sum to one, which gives the first candidate for nothing and without an error of its own. Log-odds are even
 where the tail holds nearly everything and its logarithm says nothing of the rest. Together the mean KL is a third less than
@@ -47,6 +48,7 @@ ZERO = 2**23  # what no steps are stored as
 MAX_STEPS = 2**22  # further down every exp is 0
 MAX_LOG_ODDS = 16  # nats: candidates that hold less than 1e-7 together are kept as holding that
 NO_MASS = -np.inf
+NO_TOKEN = -1  # behind the last draw
 
 VIEW = """\
 SELECT sequence_id, "position", token_id, is_target,
@@ -58,7 +60,7 @@ SELECT sequence_id, "position", token_id, is_target,
 FROM (SELECT *, list_transform(below, lambda n: least(-odds, 0) - ln(1 + exp(-abs(odds))) - spread - {step} * n) AS logprobs
       FROM (SELECT *, ln(list_sum(list_transform(below, lambda n: exp(-{step} * n)))) AS spread
             FROM (SELECT *, {most} - {step} * (CAST(tail_steps AS DOUBLE) - {zero}) AS odds,
-                         CASE WHEN tail_steps IS NOT NULL
+                         CASE WHEN octet_length(candidate_ids) > 0
                               THEN list_prepend(0, list_transform(gap_steps, lambda n, i: list_sum(gap_steps[:i]) - {zero} * i))
                               WHEN candidate_ids IS NOT NULL THEN [] END AS below,
                          list_transform(range(octet_length(candidate_ids) // {bytes}), lambda i: CAST(
@@ -201,7 +203,7 @@ def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, 
         "gap_steps": pa.ListArray.from_arrays(
             list_offsets(counts - some), _stored(gaps), type=PACKED[2].column.type, mask=pa.array(~kept)
         ),
-        "tail_steps": _stored(tail_steps, ~some),
+        "tail_steps": _stored(tail_steps, ~kept),
     }
 
 
@@ -251,12 +253,14 @@ def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[st
         raise ValueError("gap_steps and candidate_ids do not pair up")
     if pc.list_flatten(table["gap_steps"]).null_count:
         raise ValueError("gap_steps has a null among its values")
-    if not np.array_equal(has_tail, some):
-        raise ValueError("tail_steps is null although there are candidates, or the reverse")
+    if not np.array_equal(has_tail, kept):
+        raise ValueError("tail_steps is null although there is knowledge, or the reverse")
 
     tail_steps = _counted(table["tail_steps"]).astype(np.float64)
     if (tail_steps < 0).any():
         raise ValueError("tail_steps is below 0")
+    if tail_steps[kept & ~some].any():
+        raise ValueError("tail_steps is not 0 although there are no candidates")
 
     gaps, first_gap = _counted(pc.list_flatten(table["gap_steps"])), np.cumsum(gap_counts) - gap_counts
     below = [np.zeros(len(table))]  # where there is no candidate, of one that is left out below
@@ -285,5 +289,5 @@ def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[st
         "token_logprob": pa.array(token_logprob, mask=~kept),
         "candidate_ids": pa.ListArray.from_arrays(offsets, pa.array(ids), mask=absent),
         "candidate_logprobs": pa.ListArray.from_arrays(offsets, pa.array(logprobs), mask=absent),
-        "tail_logprob": pa.array(tail, mask=~some),
+        "tail_logprob": pa.array(tail, mask=~kept),
     }

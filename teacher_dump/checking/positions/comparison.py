@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import DamageError, InputError
@@ -18,7 +20,7 @@ from knowledge_store.kinds.positions import damage, exact_steps, positions_of
 from knowledge_store.reporter import Reporter
 from teacher_dump.configuration import TeacherOptions
 from teacher_dump.dumping.batches import batch_arrays, enough_memory
-from teacher_dump.extraction.sampling import independent_points, precise, systematic_points
+from teacher_dump.extraction.sampling import precise, starts
 from teacher_dump.teachers.protocol import Teacher
 
 ROUNDED = {"token_logprob": "token", "candidate_logprobs": "candidates", "tail_logprob": "tail", "tail_entropy": "tail entropy"}
@@ -65,13 +67,13 @@ def read_sequences(store: KnowledgeStore, manifest: Manifest, ordinals: list[int
     return kept, unreadable
 
 
-def _arrays(rows: pa.Table, draws: int) -> Arrays:
+def _arrays(rows: pa.Table) -> Arrays:
     """What was kept of N positions.
 
     Returns:
         token_id (N,), candidate_ids (N, K) (−1: none) and, float64, token_logprob (N,), candidate_logprobs (N, K) (−inf: none),
-        tail_logprob (N,) (NaN in random sampling); where there are any tail_logsumexp (N,), tail_entropy (N,) and drawn
-        (N, draws): the token of each point, −1 where there is no tail. Ids are int64.
+        tail_logprob (N,); where there are any tail_logsumexp (N,), tail_entropy (N,) and tail_ids (N, M) (−1: none). Ids are
+        int64.
     """
     arrays = {
         "token_id": rows["token_id"].to_numpy().astype(np.int64),
@@ -81,10 +83,8 @@ def _arrays(rows: pa.Table, draws: int) -> Arrays:
     for name in ("token_logprob", "tail_logprob", "tail_logsumexp", "tail_entropy"):
         if name in rows.column_names:
             arrays[name] = rows[name].fill_null(np.nan).to_numpy().astype(np.float64)
-    if draws:
-        (ids, _), (counts, _) = (padded_lists(rows[name], 0, np.int64) for name in ("tail_ids", "tail_counts"))
-        arrays["drawn"] = np.full((len(rows), draws), -1, np.int64)
-        arrays["drawn"][counts.any(axis=1)] = np.repeat(ids.ravel(), counts.ravel()).reshape(-1, draws)
+    if "tail_ids" in rows.column_names:
+        arrays["tail_ids"] = padded_lists(rows["tail_ids"], -1, np.int64)[0]
     return arrays
 
 
@@ -107,10 +107,9 @@ def ask(
 
 def _ask(manifest: Manifest, teacher: Teacher, sequence: KeptSequence) -> Arrays:
     rule = positions_of(manifest).selection
-    kept = _arrays(sequence.rows, rule.draws)
-    if rule.draws:
-        points = systematic_points if rule.candidates else independent_points
-        kept["points"] = np.sort(points(sequence.number, len(sequence.token_ids), rule.draws)[sequence.places], axis=1)
+    kept = _arrays(sequence.rows)
+    if rule.draw_weight:
+        kept["begin"] = starts(sequence.number, len(sequence.token_ids), rule.draw_seed)[sequence.places]
     prediction = teacher.predict(*batch_arrays([sequence.token_ids]))
     before = torch.from_numpy(sequence.places - 1).to(teacher.device)
     parts = [
@@ -124,11 +123,12 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
     """Hold kept values against logits, float64 (n, V).
 
     Args:
-        kept: what `_arrays` gives of n positions, and `points` (n, draws) where there are draws.
+        kept: what `_arrays` gives of n positions, and where there are draws `begin` (n,), see `sampling.starts`.
 
     Returns:
         for each quantity, "NAME off" (nats, or for draws a share of the tail; NaN where there is no value) and, of rounded
-        ones, "NAME moved" (from step to step, up or down, in nats), (n,) or (n, K) each; "changed" (n,), 1 or 0.
+        ones, "NAME moved" (from step to step, up or down, in nats), (n,) or (n, K) each; where a
+        selection has the likeliest token, "changed" (n,), 1 or 0.
     """
     if not logits.isfinite().all():
         raise InputError("the teacher's logits are NaN or infinite: check its weights, or ask it with --dtype float32")
@@ -139,37 +139,46 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
         return torch.from_numpy(kept[name]).to(logits.device)
 
     differences: dict[str, Tensor] = {}
-    outside = logprobs = torch.log_softmax(logits, dim=1)
-    answers = {"token_logprob": logprobs.gather(1, on_device("token_id")[:, None])[:, 0]}
-    if rule.candidates:
-        ids = on_device("candidate_ids")
-        present = ids >= 0
-        ids = torch.where(present, ids, ids[:, :1])
-        candidates = logprobs.gather(1, ids)
-        outside = logprobs.scatter(1, ids, -torch.inf)
-        answers["candidate_logprobs"] = candidates.masked_fill(~present, -torch.inf)
-        answers["tail_logprob"] = torch.logsumexp(outside, dim=1)
-        best, last = outside.amax(dim=1), candidates.amin(dim=1)
+    logprobs = torch.log_softmax(logits, dim=1)
+    ids = on_device("candidate_ids")
+    present = ids >= 0
+    outside = logprobs.clone()
+    row, rank = present.nonzero(as_tuple=True)
+    outside[row, ids[row, rank]] = -torch.inf
+    candidates = logprobs.gather(1, ids.clamp(min=0))
+    answers = {
+        "token_logprob": logprobs.gather(1, on_device("token_id")[:, None])[:, 0],
+        "candidate_logprobs": candidates.masked_fill(~present, -torch.inf),
+        "tail_logprob": torch.logsumexp(outside, dim=1),
+    }
+    last, best = candidates.masked_fill(~present, torch.inf), outside.amax(dim=1)
+    lowest = pad(last, (0, 1), value=torch.inf).amin(dim=1)
+    if rule.name == "threshold":
+        limit = math.log(rule.draw_weight)
+        differences["selection off"] = torch.maximum(best - limit, limit - lowest).clamp(min=0)
+    else:
         # Both may be off, in opposite directions.
-        differences["selection off"] = ((best - last) / 2).clamp(min=0)
-        if rule.name == "top-p":
-            total = torch.exp(answers["candidate_logprobs"]).sum(dim=1)
-            full = present.sum(dim=1) >= min(rule.candidates, logits.shape[1])
-            too_few = torch.where(full, 0.0, rule.p - total)
-            too_many = total - torch.exp(last) - rule.p
-            differences["selection off"] = differences["selection off"].maximum(too_few).maximum(too_many)
+        differences["selection off"] = ((best - lowest) / 2).clamp(min=0)
+    if rule.name == "top-p":
+        total = torch.exp(answers["candidate_logprobs"]).sum(dim=1)
+        full = present.sum(dim=1) >= min(rule.candidates, logits.shape[1])
+        too_few = torch.where(full, 0.0, rule.p - total)
+        too_many = total - torch.exp(lowest) - rule.p
+        differences["selection off"] = differences["selection off"].maximum(too_few).maximum(too_many)
+    if rule.name != "threshold":
         differences["changed"] = (logprobs.argmax(dim=1) != ids[:, 0]).double()
     if temperature:
         answers["tail_logsumexp"] = torch.logsumexp(outside / temperature, dim=1)
     if parameters.tail_entropy:
         answers["tail_entropy"] = torch.special.entr(torch.softmax(outside, dim=1)).nansum(dim=1)
-    if rule.draws:
-        drawn, points = on_device("drawn"), on_device("points")
-        weights = torch.softmax(outside, dim=1)
-        end = weights.cumsum(dim=1).gather(1, drawn.clamp(min=0))
-        begin = end - weights.gather(1, drawn.clamp(min=0))
-        beside = torch.maximum(begin - points, points - end).clamp(min=0)
-        differences["draws off"] = torch.where(drawn >= 0, beside, torch.nan)
+    if rule.draw_weight:
+        weights, drawn, begin = torch.exp(outside), on_device("tail_ids"), on_device("begin")
+        spacing = torch.full_like(begin, rule.draw_weight)
+        # Noise that moves the whole tail moves the points in it, by what rounding does not explain.
+        larger = (answers["tail_logprob"] - on_device("tail_logprob")).nan_to_num(0)
+        larger = torch.sign(larger) * (larger.abs() - step / 2).clamp(min=0)
+        distances = (_beside(weights, drawn, begin, each) for each in (spacing, spacing * torch.exp(larger)))
+        differences["draws off"] = torch.minimum(*distances)
 
     compared = {}
     now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in answers.items()}}, manifest)
@@ -181,3 +190,27 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
         compared[f"{name} off"] = np.where(same, 0, np.maximum(apart - 0.5, 0) * step)
         compared[f"{name} moved"] = np.where(same, 0, moved) * step
     return {**compared, **{name: values.cpu().numpy() for name, values in differences.items()}}
+
+
+def _beside(weights: Tensor, drawn: Tensor, begin: Tensor, spacing: Tensor) -> Tensor:
+    """How far draws lie beside their points, as a share of the tail.
+
+    Args:
+        weights: the tail's probabilities, float64 (n, V). drawn: int64 (n, M), ascending, −1 behind the last.
+        begin, spacing: of the points (begin + i) · spacing, (n,) each.
+
+    Returns:
+        (n, M + 1): of each draw, 0 where the running sum passes its point within its token, and behind the last one how far the
+        sum reaches beyond the next point, which should then have been drawn; NaN elsewhere.
+    """
+    count = (drawn >= 0).sum(dim=1, keepdim=True)
+    drawn = pad(drawn, (0, 1), value=-1)
+    numbers = torch.arange(drawn.shape[1], device=drawn.device)
+    points = (begin[:, None] + numbers) * spacing[:, None]
+    sums = weights.cumsum(dim=1)
+    end = sums.gather(1, drawn.clamp(min=0))
+    start = end - weights.gather(1, drawn.clamp(min=0))
+    whole = sums[:, -1:]
+    of_draw = torch.maximum(start - points, points - end).clamp(min=0) / whole.clamp(min=torch.finfo(torch.float64).tiny)
+    missing = ((whole - points) / whole).nan_to_num(0.0).clamp(min=0)
+    return torch.where(numbers < count, of_draw, torch.where((numbers == count) & (missing > 0), missing, torch.nan))
