@@ -192,7 +192,7 @@ def test_every_command_and_option_stands_in_a_document(program):
         if f"{program} {name}" not in text:
             missing.append(name)
         for option in (each for parameter in command.params for each in parameter.opts if each.startswith("--")):
-            if option != "--help" and not re.search(rf"{option}(?![\w-])", text):
+            if option != "--help" and not re.search(rf"--(no-)?{option[2:]}(?![\w-])", text):
                 missing.append(f"{name} {option}")
     assert missing == []
 
