@@ -43,7 +43,7 @@ from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.field import PLAIN, SPLIT
 from knowledge_store.kinds.positions import positions_of
-from knowledge_store.kinds.positions.packing import ZERO, id_bytes, packed_ids, quantise
+from knowledge_store.kinds.positions.packing import NO_TOKEN, ZERO, id_bytes, packed_ids, quantise
 from knowledge_store.terminal.progress import progress_bar
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
@@ -56,7 +56,6 @@ from teacher_dump.teachers.protocol import Teacher
 
 MAX_K = 50
 KEPT = (5, 16, 50)
-DRAWS = 4
 RATIO = 100_000  # the figure that the literature cites
 
 
@@ -65,20 +64,24 @@ RATIO = 100_000  # the figure that the literature cites
 
 def ask(config: DumpConfig, teacher: Teacher, shard: ShardInput, path: Path) -> list[Arrays]:
     """What the teacher says of each sequence of a shard, kept in `path`: the 50 likeliest tokens unrounded, and beside them the
-    draws of a default dump and its tails' entropy (`tail_ids`, `tail_counts`, `tail_entropy`)."""
+    draws of a default dump and its tails' entropy (`tail_ids`, `tail_entropy`)."""
     lengths = [len(sequence.token_ids) for sequence in shard.sequences]
     if not path.exists():
         found: list[Arrays] = [{}] * len(lengths)
-        both = [positions_parameters(each) for each in (replace(config, top_k=MAX_K, tail_draws=0), config)]
+        both = [positions_parameters(each) for each in (replace(config, top_k=MAX_K, draw_weight=0.0), config)]
         with progress_bar(f"asking {config.dump_name}", sum(lengths), "positions") as advance:
             for indices in length_batches(lengths, config.batch_size * config.max_length):
                 sequences = [shard.sequences[index] for index in indices]
                 prediction = predict_batch(config, teacher, sequences)
                 extracted = [extract_batch(config, {"positions": each}, prediction, sequences)["positions"] for each in both]
                 for index, arrays, drawn in zip(indices, *extracted, strict=True):
-                    found[index] = {**arrays, **{name: drawn[name] for name in ("tail_ids", "tail_counts", "tail_entropy")}}
+                    found[index] = {**arrays, **{name: drawn[name] for name in ("tail_ids", "tail_entropy")}}
                 advance(sum(len(sequence.token_ids) for sequence in sequences))
         unfinished = path.with_suffix(".unfinished.npz")
+        width = max(each["tail_ids"].shape[1] for each in found)  # a batch is as wide as one of its positions needs
+        for each in found:
+            missing = width - each["tail_ids"].shape[1]
+            each["tail_ids"] = np.pad(each["tail_ids"], ((0, 0), (0, missing)), constant_values=NO_TOKEN)
         np.savez(unfinished, **{name: np.concatenate([each[name] for each in found]) for name in found[0]})  # type: ignore[arg-type]
         unfinished.replace(path)
     with np.load(path) as kept:
@@ -129,7 +132,7 @@ def write(folder: Path, config: DumpConfig, manifest: Manifest, shards: list[Sha
           tokens: pa.Table, k: int, draws: bool) -> Dump:  # fmt: skip
     """A dump of the k likeliest tokens in a store of its own, by the writer of every dump."""
     shutil.rmtree(folder, ignore_errors=True)
-    rule = replace(config, top_k=k, tail_draws=DRAWS if draws else 0).rule
+    rule = replace(config, top_k=k, draw_weight=config.draw_weight if draws else 0.0).rule
     parameters = replace(positions_of(manifest), selection=rule, tail_entropy=draws)
     writer = DumpWriter.open(folder, replace(manifest, kinds={"positions": parameters.to_record()}), tokens)
     for shard, sequences in zip(shards, knowledge, strict=True):
@@ -459,6 +462,7 @@ def measure(config: DumpConfig, work: Path) -> dict[str, Any]:
         "positions": dump.positions,
         "shards": len(shards),
         "bytes_per_position": round(dump.per_position, 3),
+        "draw_weight": config.draw_weight,
         "bytes_per_position_with_draws": round(drawn.per_position, 3),
         "vocabulary_bytes": dump.vocabulary_bytes,
         "index_bytes": dump.index_bytes,
@@ -511,9 +515,7 @@ def draw(teachers: list[dict[str, Any]], path: Path) -> None:
 def show(found: dict[str, Any]) -> None:
     """Print one teacher's figures for a person."""
     print(f"\n{found['teacher']}, vocabulary {found['vocabulary_size']:,}, {found['positions']:,} positions")
-    print(
-        f"  bytes a position {found['bytes_per_position']:.3f}, with {DRAWS} draws {found['bytes_per_position_with_draws']:.3f}"
-    )
+    print(f"  bytes a position {found['bytes_per_position']:.3f}, with draws {found['bytes_per_position_with_draws']:.3f}")
     print(f"  mean KL {found['mean_kl']:.2e} nats; each by itself {found['mean_kl_each_by_itself']:.2e}")
     print(f"  ratio {found['ratio']:,}, with the vocabulary {found['ratio_with_vocabulary']:,}")
     print(f"  floor {sum(found['floor'].values()):.2f}: {found['floor']}")
@@ -552,7 +554,7 @@ def main() -> None:
             (work / "asked").write_text(asked)
         config = DumpConfig(
             folder, (text,), work / "none", name, gguf_file=gguf_file[0] if gguf_file else None, dtype="float32",
-            top_k=KEPT[0], tail_draws=DRAWS,
+            top_k=KEPT[0],
         )  # fmt: skip
         found.append(measure(config, work))
         show(found[-1])

@@ -1,159 +1,149 @@
-"""Which selection and loss bring a student closest to its teacher: measured where full distillation can be afforded.
+"""Which selection brings a student closest to its teacher: measured where full distillation can be afforded.
 
     python -m benchmarks.studies.fidelity --teacher stories260K --stories stories.json
 
-A small real teacher (vocabulary 512), a student of three layers, and targets from real dumps, one for each selection. Every
-method sees the same sequences in the same order from the same weights, for each of several seeds; `full` asks the teacher at
-every step for its whole distribution. Three experiments:
+A small real teacher (vocabulary 512), a student of three of its five layers, and targets from real dumps, one for each arm; the
+arms of rules that the project had before are drawn from the teacher's distributions as a dump of theirs would have been, the
+same at each pass. `full` asks the teacher at every step for its whole distribution. All arms see the same sequences in the same
+order from the same weights, and take the same number of steps. Four experiments:
 
-* `fine-tuned`: going on from a student that keeps three of the teacher's five layers and has learnt the text by cross-entropy.
-* `epochs`: from such a student before it has learnt anything, over a small part of the text many times. Draws come out of a
-  store the same in each epoch; `fresh` methods draw again at every step, which no store can.
-* `random`: from random weights.
+* `fine-tuned, one pass`: from a student that has learnt the text by cross-entropy; each sequence is seen once.
+* `fine-tuned, sixteen passes`: the same over a sixteenth of the sequences, with the same draws at each pass.
+* `random, one pass`, `random, sixteen passes`: from random weights.
 
-and, on one student, the gradient of every loss against that of full distillation: the angle between them on a batch, and the
-variance over the draws. Finished runs are kept in the work folder, and skipped when it is called again.
+Beside them, on the fine-tuned student of seed 0, the gradient of each arm against that of full distillation: the angle between
+them on a batch, and the variance over draws made anew, relative to the full gradient's squared norm; for draws of constant
+weight also with the normaliser counted once, where a position's target does not sum to one (`variance_of_one_normaliser`).
+
+The order of cells is fixed here, before any has run: seeds outermost, then experiments, then arms, as they stand below; so what
+there is after any time has all arms of the same seeds but for the last. Finished cells are kept in fidelity.json, and the same
+command goes on with those that are missing there; `--cells` stops after so many. The way of an arm is counted over the seeds
+that it shares with cross-entropy and `full`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from benchmarks.measurement import STUDIES, keep
+from benchmarks.selection_dumps import ARMS
+from benchmarks.studies.selections import measure
+from benchmarks.studies.small_students import (
+    MAX_LENGTH,
+    Judge,
+    cosine,
+    logits_of,
+    three_layers,
+    write_atomically,
+    write_texts,
+)
 from knowledge_store import KnowledgeStore
-from knowledge_store.calibration.expected_calibration_error import expected_calibration_error
-from knowledge_store.kinds.positions.selection import Selection
-from student_train.losses.divergences import cross_entropy
-from student_train.losses.table import LOSSES
+from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.targets import Targets, select_targets
 from student_train.training.dataset import DistillationDataset
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.run import dump
 from teacher_dump.extraction.distributions import knowledge_of
-from teacher_dump.extraction.sampling import independent_points, systematic_points
+from teacher_dump.extraction.positions import positions_parameters
+from teacher_dump.teachers.local import load_teacher
 
-MAX_LENGTH = 128
-BATCH_SIZE = 4
-KEPT_LAYERS = (0, 1, 4)
-LEARNING_RATE = {"fine-tuned": 2e-3, "epochs": 2e-3, "random": 5e-3}
-INITIAL_DEVIATION = 0.05  # of random weights: the usual 0.02 starts slowly at a width of 64
-WARMUP = 0.05
-HELD_OUT_STORIES = 60
-EPOCHS_SEQUENCES = 150
-REDRAWS = 24
-
-SELECTIONS = {
-    **{f"top-5-{m}": Selection("top-k", 5, m) for m in (1, 2, 4, 8)},
-    **{f"rs-{n}": Selection("random-sampling", 0, n) for n in (6, 22)},
-    "top-9": Selection("top-k", 9),
+SEEDS = tuple(range(5))
+EXPERIMENTS = {
+    f"{start}, {passes}": (start, passes) for passes in ("one pass", "sixteen passes") for start in ("fine-tuned", "random")
 }
-# Only drawn again from the teacher, to see how the gradient varies with the number of ids; never dumped.
-ONLY_REDRAWN = {f"rs-{n}": Selection("random-sampling", 0, n) for n in (60, 120)}
+ORDER = (  # of arms, within an experiment
+    "cross-entropy", "full", "top-5, τ = 0.05", "threshold, τ = 0.05", "top-5, 4 tail draws", "random sampling, 22 draws",
+    "top-5, τ = 0.1", "threshold, τ = 0.1", "top-5, τ = 0.025", "threshold, τ = 0.025", "top-5, τ = 0.2",
+    "threshold, τ = 0.2", "top-5",
+)  # fmt: skip
+FORMER = {"top-5, 4 tail draws": 4, "random sampling, 22 draws": 22}
+K = 5
+
+BATCH_SIZE, STEPS, PASSES = 4, 192, 16
+LEARNING_RATE = {"fine-tuned": 2e-3, "random": 5e-3}
+JUDGED = 100  # sequences of held-out text
+SHARD = 200  # stories of which the sequences to train on come: a few more than are needed
+REDRAWS, GRADIENT_BATCHES = 12, 3
+RESULT = STUDIES / "fidelity.json"
 
 
 @dataclass(frozen=True)
-class Method:
-    """A way to make a student: a loss of the project (or `full`), the selection it reads, and the loss's options."""
+class Cell:
+    """One student."""
 
-    loss: str
-    selection: str = "top-5-1"
-    options: tuple[tuple[str, Any], ...] = ()
-    fresh: bool = False
+    seed: int
+    experiment: str
+    arm: str
+
+    @property
+    def name(self) -> str:
+        """As the result has it."""
+        return f"seed {self.seed} / {self.experiment} / {self.arm}"
 
 
-METHODS = {
-    "cross-entropy": Method("ce"),
-    "FIRST (c = 0.28)": Method("first"),
-    "FIRST, not re-calibrated": Method("conditional-kl"),
-    "naive top-5": Method("top-k-renormalised"),
-    "top-5 + bucket": Method("forward-kl", options=(("tail", "bucket"),)),
-    "top-9 + bucket": Method("forward-kl", "top-9", (("tail", "bucket"),)),  # as many ids as top-5 + 4 draws at most
-    "top-5 + residual to gold": Method("residual-to-gold"),
-    "random sampling, 6 draws": Method("forward-kl", "rs-6"),
-    "random sampling, 22 draws": Method("forward-kl", "rs-22"),
-    **{f"top-5 + {m} tail draw{'s' * (m > 1)}": Method("forward-kl", f"top-5-{m}", (("tail", "draws"),)) for m in (1, 2, 4, 8)},
-    "full": Method("full"),
-}
-EPOCHS_METHODS = {
-    **{name: METHODS[name] for name in ("cross-entropy", "top-5 + bucket", "random sampling, 22 draws", "full")},
-    **{name: METHODS[name] for name in ("top-5 + 1 tail draw", "top-5 + 4 tail draws", "top-5 + 8 tail draws")},
-    "top-5 + 1 fresh draw": Method("forward-kl", "top-5-1", (("tail", "draws"),), fresh=True),
-}
+def cells() -> Iterator[Cell]:
+    """All of them, in the order in which they run."""
+    for seed in SEEDS:
+        for experiment in EXPERIMENTS:
+            for arm in ORDER:
+                yield Cell(seed, experiment, arm)
 
 
 class Laboratory:
-    """The teacher, the dumps, and everything that a run needs.
+    """The teacher, the dumps, and everything that a cell needs.
 
     Args:
         teacher: its folder.
-        stories: a JSON list of texts; the first HELD_OUT_STORIES are held out.
-        work: where dumps and finished runs are kept.
-        selections: what is kept, by the name of the dump of the other stories.
+        stories: a JSON list of texts; the first are held out, and of the others come the sequences to train on.
+        work: where the dumps and the fine-tuned students are kept.
     """
 
-    def __init__(self, teacher: str, stories: Path, work: Path, selections: Mapping[str, Selection] = SELECTIONS):
+    def __init__(self, teacher: str, stories: Path, work: Path):
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
-        texts = json.loads(stories.read_text())
-        parts = {"train": texts[HELD_OUT_STORIES:], "heldout": texts[:HELD_OUT_STORIES]}
-        for name, chosen in parts.items():
-            if not (work / f"{name}.jsonl").exists():
-                (work / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
-        for name, selection in selections.items():
-            options: dict[str, Any] = {"draws": selection.draws}
-            if selection.candidates:
-                options = {"top_k": selection.candidates, "tail_draws": selection.draws}
-            corpus = (work / "train.jsonl",)
-            dump(DumpConfig(teacher, corpus, work / "store", name, selection=selection.name, max_length=MAX_LENGTH, **options))
-        dump(DumpConfig(teacher, (work / "heldout.jsonl",), work / "store", "heldout", max_length=MAX_LENGTH, tail_draws=0))
+        local = load_teacher(teacher, dtype="float32")
+        self.teacher = local.model.requires_grad_(False)
+        corpus, held_out = write_texts(stories, work)
+        if not (work / "sizes.json").exists():
+            base = DumpConfig(teacher, (corpus,), work / "store", dtype="float32", max_length=MAX_LENGTH, shard_size=SHARD)
+            rows, _ = measure(base, local, work / "states", shards=1)
+            write_atomically(work / "sizes.json", rows)
+        self.sizes = json.loads((work / "sizes.json").read_text())
         self.store = KnowledgeStore.open(work / "store")
-        self.teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval().requires_grad_(False)
-        self._held_out = list(self.batches("heldout", 0, epochs=1, shuffle=False))
+        self.judge = Judge(self.teacher, local.tokenizer, held_out, JUDGED)
 
-    def batches(
-        self, dump_name: str, seed: int, ordinals: np.ndarray | None = None, epochs: int | None = None, shuffle: bool = True
-    ) -> Iterator[dict[str, Tensor]]:
-        """Batches of a dump as the trainer reads them; without end unless `epochs` is 1."""
+    def batches(self, arm: str, seed: int, passes: str = "one pass") -> Iterator[dict[str, Tensor]]:
+        """Batches of an arm's dump as the trainer reads them, without end."""
+        number = list(ARMS).index(arm if arm in ARMS else "top-5")
+        ordinals = np.arange(STEPS * BATCH_SIZE // (1 if passes == "one pass" else PASSES))
         return iter(
-            DistillationDataset(
-                self.store,
-                dump_name,
-                batch_size=BATCH_SIZE,
-                seed=seed,
-                ordinals=ordinals,
-                shuffle=shuffle,
-                endless=epochs is None,
-            )
+            DistillationDataset(self.store, f"arm-{number}", batch_size=BATCH_SIZE, seed=seed, ordinals=ordinals, endless=True)
         )
 
-    def student(self, experiment: str, seed: int, steps: int) -> LlamaForCausalLM:
-        """A student of three layers, as the experiment starts with it."""
-        torch.manual_seed(seed)
-        changes = {"num_hidden_layers": len(KEPT_LAYERS), "initializer_range": INITIAL_DEVIATION}
-        model = LlamaForCausalLM(type(self.teacher.config)(**{**self.teacher.config.to_dict(), **changes}))
-        if experiment != "random":
-            model.load_state_dict(self.teacher.state_dict(), strict=False)
-            for layer, kept in zip(model.model.layers, KEPT_LAYERS, strict=True):
-                layer.load_state_dict(self.teacher.model.layers[kept].state_dict())
-        if experiment == "fine-tuned":
-            weights = self.work / "runs" / f"start-{steps}-{seed}.pt"
-            if not weights.exists():
-                # Another order than the one that the methods will see.
-                self.train(model, "fine-tuned", METHODS["cross-entropy"], seed + 100, steps)
-                torch.save(model.state_dict(), weights)
-            model.load_state_dict(torch.load(weights, weights_only=True))
+    def student(self, start: str, seed: int) -> LlamaForCausalLM:
+        """A student of three layers, as an experiment starts with it."""
+        model = three_layers(self.teacher, seed, cut=start != "random")
+        if start == "random":
+            return model
+        weights = self.work / f"start-{seed}.pt"
+        if not weights.exists():
+            self.train(model, "fine-tuned", "cross-entropy", seed + 100, "one pass")  # another order than the arms will see
+            torch.save(model.state_dict(), weights)
+        model.load_state_dict(torch.load(weights, weights_only=True))
         return model
 
     def teacher_logits(self, batch: dict[str, Tensor]) -> Tensor:
@@ -161,248 +151,236 @@ class Laboratory:
         with torch.no_grad():
             return select_targets(logits_of(self.teacher, batch), batch)[0]
 
-    def redrawn(self, batch: dict[str, Tensor], targets: Targets, selection: Selection, key: int) -> Targets:
-        """The same targets with draws that no other key makes."""
-        logits = self.teacher_logits(batch)
-        points = systematic_points if selection.candidates else independent_points
-        at = torch.from_numpy(points(key, len(logits), selection.draws))
-        found = knowledge_of(logits, targets.token_ids, selection, at)
-        share = found["tail_counts"] / found["tail_counts"].sum(dim=1, keepdim=True).clamp(min=1)
+    def former(self, arm: str, batch: dict[str, Tensor], targets: Targets, key: int) -> Targets:
+        """Targets of a rule that is no more: its draws depend on the sequence, the position and the key alone."""
+        draws = FORMER[arm]
+        q = torch.softmax(self.teacher_logits(batch).double(), dim=-1)
+        samples = arm.startswith("random")
+        counts = batch["is_target"][:, 1:]
+        uniform = np.zeros((*counts.shape, draws if samples else 1))
+        for row, sequence in enumerate(batch["sequence_id"].tolist()):
+            generator = np.random.Generator(np.random.Philox(key=max(sequence, 0) | key << 64))
+            uniform[row] = generator.random(uniform.shape[1:])
+        points = torch.from_numpy(uniform)[counts]
+        if not samples:
+            points = (points + torch.arange(draws)) / draws
+            q = q.scatter(1, q.topk(K, dim=1).indices, 0.0)
+        sums = q.cumsum(dim=1)
+        ids = torch.searchsorted(sums, points * sums[:, -1:], right=True).clamp(max=q.shape[1] - 1)
+        weights = (sums[:, -1:] / draws).float().expand(ids.shape)
+        if samples:
+            nothing = {"candidate_ids": targets.candidate_ids[:, :0], "candidate_logprobs": targets.candidate_logprobs[:, :0]}
+            targets = targets._replace(**nothing, tail_logprob=torch.zeros_like(targets.tail_logprob))
+        return targets._replace(draw_ids=ids, draw_weights=weights)
+
+    def anew(self, arm: str, batch: dict[str, Tensor], targets: Targets, key: int) -> Targets:
+        """Targets of an arm with draws that no other key makes."""
+        if arm in FORMER:
+            return self.former(arm, batch, targets, key)
+        rule = positions_parameters(DumpConfig("teacher", (Path("x.txt"),), Path("x"), **ARMS[arm])).selection
+        start = torch.from_numpy(np.random.default_rng(key).random(len(targets.token_ids)))
+        found = knowledge_of(self.teacher_logits(batch), targets.token_ids, rule, start)
+        drawn = found["tail_ids"] >= 0
         return targets._replace(
             candidate_ids=found["candidate_ids"],
             candidate_logprobs=found["candidate_logprobs"],
             tail_logprob=found["tail_logprob"],
-            draw_ids=found["tail_ids"],
-            draw_weights=(found["tail_logprob"].exp()[:, None] * share).float(),
+            draw_ids=found["tail_ids"].clamp(min=0),
+            draw_weights=torch.where(drawn, rule.draw_weight, 0.0),
         )
 
-    def ids(self, batch: dict[str, Tensor], selection: Selection) -> float:
-        """Different tokens kept at a position, on average, when drawn again."""
-        _, targets = select_targets(torch.empty(*batch["input_ids"].shape, self.teacher.config.vocab_size), batch)
-        weights = self.redrawn(batch, targets, selection, 0).draw_weights
-        assert weights is not None
-        return selection.candidates + float(torch.count_nonzero(weights, dim=1).double().mean())
-
-    def loss(self, method: Method, model: LlamaForCausalLM, batch: dict[str, Tensor], key: int = 0) -> Tensor:
-        """The mean loss of a batch, in nats per target."""
+    def loss(self, arm: str, model: LlamaForCausalLM, batch: dict[str, Tensor], key: int | None = None) -> Tensor:
+        """The mean loss of a batch, in nats per target; with a key, with draws made anew."""
         logits, targets = select_targets(logits_of(model, batch), batch)
-        if method.loss == "full":
+        if arm == "cross-entropy":
+            return cross_entropy(logits, targets).mean()
+        if arm == "full":
             q = torch.log_softmax(self.teacher_logits(batch), dim=-1)
             return (q.exp() * (q - torch.log_softmax(logits, dim=-1))).sum(dim=-1).mean()
-        if method.fresh:
-            targets = self.redrawn(batch, targets, {**SELECTIONS, **ONLY_REDRAWN}[method.selection], key)
-        return LOSSES[method.loss].function(logits, targets, **dict(method.options)).mean()
+        if key is not None:
+            targets = self.anew(arm, batch, targets, key)
+        elif arm in FORMER:
+            targets = self.former(arm, batch, targets, 0)
+        return forward_kl(logits, targets).mean()
 
-    def quality(self, model: LlamaForCausalLM) -> dict[str, float]:
-        """Held-out NLL and full KL to the teacher (nats per token), ECE of the likeliest token (15 bins), agreement."""
-        sums = {"nll": 0.0, "kl": 0.0}
-        confidence, correct, agreed = [], [], []
-        with torch.no_grad():
-            for batch in self._held_out:
-                logits, targets = select_targets(logits_of(model, batch), batch)
-                q = torch.log_softmax(self.teacher_logits(batch).double(), dim=-1)
-                p = torch.log_softmax(logits.double(), dim=-1)
-                sums["nll"] += float(cross_entropy(logits, targets).double().sum())
-                sums["kl"] += float((q.exp() * (q - p)).sum())
-                best, choice = p.max(dim=-1)
-                confidence.append(best.exp().numpy())
-                correct.append((choice == targets.token_ids).numpy())
-                agreed.append((choice == q.argmax(dim=-1)).numpy())
-        sure, right = np.concatenate(confidence), np.concatenate(correct)
-        return {
-            **{name: value / len(sure) for name, value in sums.items()},
-            "ece": expected_calibration_error(sure, right, 15),
-            "agreement": float(np.concatenate(agreed).mean()),
-        }
+    def one_normaliser(self, arm: str, model: LlamaForCausalLM, batch: dict[str, Tensor], key: int) -> Tensor:
+        """−Σ w z + LSE(z), whose gradient is that of full distillation on average too."""
+        logits, targets = select_targets(logits_of(model, batch), batch)
+        targets = self.anew(arm, batch, targets, key)
+        assert targets.draw_ids is not None and targets.draw_weights is not None
+        taken = (targets.candidate_logprobs.exp() * logits.gather(1, targets.candidate_ids)).sum(dim=1)
+        drawn = (targets.draw_weights * logits.gather(1, targets.draw_ids)).sum(dim=1)
+        return (torch.logsumexp(logits, dim=1) - taken - drawn).mean()
 
-    def train(self, model: LlamaForCausalLM, experiment: str, method: Method, seed: int, steps: int) -> None:
+    def train(self, model: LlamaForCausalLM, start: str, arm: str, seed: int, passes: str) -> None:
         """Train a student in place, with AdamW and a cosine of the learning rate."""
-        ordinals = np.arange(EPOCHS_SEQUENCES) if experiment == "epochs" else None
-        stream = self.batches(method.selection, seed, ordinals)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE[experiment], weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(steps))
-        for step in range(steps):
-            loss = self.loss(method, model, next(stream), key=1 + step + seed * steps)
+        stream = self.batches(arm, seed, passes)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE[start], weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(STEPS))
+        for _ in range(STEPS):
+            loss = self.loss(arm, model, next(stream))
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
 
-    def run(self, experiment: str, name: str, method: Method, seed: int, steps: int) -> dict[str, Any]:
-        """Train a student and measure it, or take the result of a finished run."""
-        result = self.work / "runs" / f"{experiment}-{steps}" / f"{name.replace(' ', '_')}-{seed}.json"
-        if result.exists():
-            return dict(json.loads(result.read_text()))
-        result.parent.mkdir(parents=True, exist_ok=True)
-        model = self.student(experiment, seed, steps)
-        began = time.monotonic()
-        self.train(model, experiment, method, seed, steps)
-        figures = {"seconds": round(time.monotonic() - began, 1), **self.quality(model.eval())}
-        write_atomically(result, figures)
-        print(f"{experiment:<11} {name:<32} seed {seed}  " + "  ".join(f"{k} {v:.4f}" for k, v in figures.items()), flush=True)
-        return figures
+    def run(self, cell: Cell) -> dict[str, float]:
+        """Train a student and measure it."""
+        start, passes = EXPERIMENTS[cell.experiment]
+        model = self.student(start, cell.seed)
+        began = time.process_time()
+        self.train(model, start, cell.arm, cell.seed, passes)
+        return {"processor_seconds": round(time.process_time() - began, 1), **self.judge.quality(model.eval())}
 
-    def gradients(self, steps: int, batches: int = 4) -> dict[str, Any]:
-        """For each loss, on the fine-tuned student of seed 0: the angle to the gradient of full distillation on one batch,
-        and the variance of the gradient over the draws, relative to the full gradient's squared norm."""
-        result = self.work / "runs" / f"gradients-{steps}.json"
-        if result.exists():
-            return dict(json.loads(result.read_text()))
-        model = self.student("fine-tuned", 0, steps)
+    def gradients(self) -> dict[str, Any]:
+        """Of each arm, on the fine-tuned student of seed 0: the angle of its gradient and the variance over its draws."""
+        model = self.student("fine-tuned", 0)
 
-        def gradient(method: Method, batch: dict[str, Tensor], key: int = 0) -> Tensor:
+        def gradient(loss: Tensor) -> Tensor:
             model.zero_grad()
-            self.loss(method, model, batch, key).backward()
-            return torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
-
-        others = {f"loss {name}": Method(name) for name in LOSSES if name not in ("ce", "forward-kl")}
-        others |= {f"random sampling, {n} draws": Method("forward-kl", f"rs-{n}", fresh=True) for n in (60, 120)}
-        found: dict[str, Any] = {}
-        for name, method in {**METHODS, **others}.items():
-            angles, variances, stored = [], [], []
-            dumped = method.selection if method.selection in SELECTIONS else "top-5-1"
-            for key, (batch, reference) in enumerate(
-                zip(self.take(dumped, batches), self.take("top-5-1", batches), strict=True)
-            ):
-                full = gradient(METHODS["full"], reference)
-                cosine = float(torch.cosine_similarity(gradient(method, batch, REDRAWS + key), full, dim=0))
-                angles.append(math.degrees(math.acos(min(cosine, 1.0))))
-                selection = {**SELECTIONS, **ONLY_REDRAWN}[method.selection]
-                if method.loss == "forward-kl" and dict(method.options).get("tail") != "bucket":
-                    fresh = replace(method, fresh=True)
-                    drawn = torch.stack([gradient(fresh, batch, key) for key in range(REDRAWS)])
-                    variances.append(float(drawn.var(dim=0).sum() / full.square().sum()))
-                    stored.append(self.ids(batch, selection))
-            found[name] = {
-                "angle": float(np.mean(angles)),
-                "angle_spread": float(np.std(angles)),
-                "variance": float(np.mean(variances)) if variances else None,
-                "ids": float(np.mean(stored)) if stored else None,
-            }
-            print(f"gradient    {name:<32} {found[name]}", flush=True)
-        write_atomically(result, found)
-        return found
-
-    def take(self, dump_name: str, count: int) -> list[dict[str, Tensor]]:
-        """The first batches of a dump, in the order of seed 0."""
-        stream = self.batches(dump_name, 0)
-        return [next(stream) for _ in range(count)]
-
-
-def write_atomically(path: Path, value: dict[str, Any]) -> None:
-    """JSON that is all there or not there."""
-    path.with_suffix(".part").write_text(json.dumps(value))
-    path.with_suffix(".part").replace(path)
-
-
-def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """A model's logits (B, T, V)."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-
-
-def cosine(steps: int) -> Callable[[int], float]:
-    """The learning rate's share at a step: a short rise, then half a cosine."""
-    rise = max(1, round(WARMUP * steps))
-    return lambda step: min(1.0, (step + 1) / rise) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Mean and standard deviation over seeds, and how far of the way from cross-entropy to full distillation, in KL."""
-    ce = np.array([run["kl"] for run in runs["cross-entropy"]])
-    full = np.array([run["kl"] for run in runs["full"]])
-    found = {}
-    for name, each in runs.items():
-        way = (ce - np.array([run["kl"] for run in each])) / (ce - full)
-        found[name] = {
-            metric: {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None}
-            for metric in ("nll", "kl", "ece", "agreement")
-            for values in [[run[metric] for run in each]]
-        } | {"way": {"mean": float(way.mean()), "sd": float(way.std(ddof=1)) if len(way) > 1 else None}}
-    return found
-
-
-def print_tables(figures: dict[str, Any]) -> None:
-    """The figures of each experiment in Markdown: mean ± standard deviation over seeds, and what the gradients say."""
-    gradients = figures["gradients"]
-    for experiment in LEARNING_RATE:
-        print(f"\n{experiment}, {len(figures['seeds'])} seeds")
-        print("| target | NLL | KL to the teacher | of the way CE → full | ECE, 15 bins | gradient angle | variance |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
-        for name, row in figures[experiment]["methods"].items():
-            nll, kl, ece, way = ((row[metric]["mean"], row[metric]["sd"] or 0.0) for metric in ("nll", "kl", "ece", "way"))
-            angle, variance = (gradients.get(name, {}).get(metric) for metric in ("angle", "variance"))
-            print(
-                f"| {name} | {nll[0]:.3f} ± {nll[1]:.3f} | {kl[0]:.4f} ± {kl[1]:.4f} | {way[0]:.1%} ± {way[1]:.1%}"
-                f" | {ece[0]:.2%} ± {ece[1]:.2%} | {'' if angle is None else f'{angle:.1f}°'}"
-                f" | {'' if variance is None else f'{variance:.3f}'} |"
+            loss.backward()
+            return torch.cat(
+                [parameter.grad.flatten().double() for parameter in model.parameters() if parameter.grad is not None]
             )
-    print("\n| loss | gradient angle | ids | variance |\n| --- | --- | --- | --- |")
-    for name, row in gradients.items():
-        ids, variance = (row[metric] for metric in ("ids", "variance"))
-        rest = " | " if ids is None else f"{ids:.2f} | {variance:.3f}"
-        print(f"| {name} | {row['angle']:.1f}° ± {row['angle_spread']:.1f}° | {rest} |")
+
+        found: dict[str, Any] = {}
+        streams = {arm: self.batches(arm, 0) for arm in ORDER}
+        for number in range(GRADIENT_BATCHES):
+            for arm in ORDER:
+                batch = next(streams[arm])
+                full = gradient(self.loss("full", model, batch))
+                size = full.square().sum()
+                similarity = torch.cosine_similarity(gradient(self.loss(arm, model, batch)), full, dim=0)
+                row = {"angle": math.degrees(math.acos(min(float(similarity), 1.0)))}
+                if arm in FORMER or ARMS.get(arm, {}).get("draw_weight"):
+                    keys = range(1 + REDRAWS * number, 1 + REDRAWS * (number + 1))
+                    drawn = torch.stack([gradient(self.loss(arm, model, batch, key)) for key in keys])
+                    row["variance"] = float(drawn.var(dim=0).sum() / size)
+                    if arm not in FORMER:
+                        drawn = torch.stack([gradient(self.one_normaliser(arm, model, batch, key)) for key in keys])
+                        row["variance_of_one_normaliser"] = float(drawn.var(dim=0).sum() / size)
+                for name, value in row.items():
+                    found.setdefault(arm, {}).setdefault(name, []).append(value)
+        return {arm: {name: float(np.mean(values)) for name, values in row.items()} for arm, row in found.items()}
 
 
-def draw_picture(figures: dict[str, Any], path: Path) -> None:
-    """KL to the teacher by method, for each experiment: every seed a dot."""
+def tabulate(finished: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """Of each experiment and arm, over the seeds that are finished: mean and standard deviation of every figure, and how far of
+    the way from cross-entropy to full distillation, in KL; null where no seed is finished."""
+    rows: list[dict[str, Any]] = []
+    for experiment in EXPERIMENTS:
+        for arm in ORDER:
+            runs, ways = [], []
+            for seed in SEEDS:
+                ours, ce, full = (finished.get(Cell(seed, experiment, name).name) for name in (arm, "cross-entropy", "full"))
+                if ours:
+                    runs.append(ours)
+                if ours and ce and full:
+                    ways.append((ce["kl"] - ours["kl"]) / (ce["kl"] - full["kl"]))
+            row: dict[str, Any] = {"experiment": experiment, "arm": arm, "seeds": len(runs)}
+            columns = {metric: [run[metric] for run in runs] for metric in ("kl", "nll", "ece", "agreement")} | {"way": ways}
+            for metric, values in columns.items():
+                row[metric] = float(np.mean(values)) if values else None
+                row[f"{metric}_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else None
+            rows.append(row)
+    return rows
+
+
+def print_tables(record: dict[str, Any]) -> None:
+    """The figures of each experiment in Markdown."""
+    gradients = record.get("gradients", {})
+    for experiment in EXPERIMENTS:
+        print(f"\n{experiment}\n| arm | ids | bytes | seeds | of the way | KL | NLL | ECE | angle | variance |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        for row in record["table"]:
+            if row["experiment"] != experiment:
+                continue
+            size, moved = record["sizes"].get(row["arm"], {}), gradients.get(row["arm"], {})
+            cell = [row["arm"], *(f"{size[name]:.2f}" if name in size else "" for name in ("ids", "bytes")), str(row["seeds"])]
+            for metric, shape in {"way": ".1%", "kl": ".4f", "nll": ".3f", "ece": ".2%"}.items():
+                value, spread = row[metric], row[f"{metric}_sd"]
+                cell.append("not run" if value is None else f"{value:{shape}}" + (f" ± {spread:{shape}}" if spread else ""))
+            cell += [
+                f"{moved[name]:{shape}}" if name in moved else "" for name, shape in (("angle", ".1f"), ("variance", ".4f"))
+            ]
+            print("| " + " | ".join(cell) + " |")
+    print(f"\nNot run: {len(record['not_run'])} of {len(list(cells()))} cells.")
+
+
+def draw_picture(record: dict[str, Any], path: Path) -> None:
+    """How much of the way is left to full distillation against the bytes of the same dump, one panel an experiment."""
+    import matplotlib
+
+    matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    titles = {"fine-tuned": "from a fine-tuned student", "epochs": "many epochs", "random": "from random weights"}
-    experiments = [name for name in ("fine-tuned", "epochs", "random") if name in figures]
-    chart, axes = plt.subplots(1, len(experiments), figsize=(5.2 * len(experiments), 4.6), layout="constrained")
-    for axis, experiment in zip(np.atleast_1d(axes), experiments, strict=True):
-        table = figures[experiment]["methods"]
-        names = sorted(table, key=lambda name: table[name]["kl"]["mean"])
-        values = [table[name]["kl"]["mean"] for name in names]
-        spread = [table[name]["kl"]["sd"] or 0 for name in names]
-        colours = ["#c1440e" if "tail draw" in name or "fresh draw" in name else "#33658a" for name in names]
-        axis.errorbar(values, range(len(names)), xerr=spread, fmt="none", ecolor="#999999", capsize=2)
-        axis.scatter(values, range(len(names)), c=colours, zorder=3)
-        axis.axvline(table["full"]["kl"]["mean"], color="#bbbbbb", linewidth=0.8)
-        axis.set_yticks(range(len(names)), names)
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        ticks = [tick for tick in (0.45, 0.5, 0.6, 0.8, 1, 1.5, 2, 3, 5) if min(values) < tick < max(values)]
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-        axis.set_xticks([], minor=True)
-        axis.set_xlabel("KL to the teacher, nats (log scale)")
-        axis.set_title(titles[experiment])
-    chart.savefig(path)
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "fidelity", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
+    ran = [name for name in EXPERIMENTS if any(row["way"] is not None for row in record["table"] if row["experiment"] == name)]
+    chart, axes = plt.subplots(1, len(ran), figsize=(4 * len(ran), 3.6), layout="constrained", squeeze=False)
+    for axis, experiment in zip(axes[0], ran, strict=True):
+        rows = [row for row in record["table"] if row["experiment"] == experiment and row["way"] is not None]
+        for number, rule in enumerate(("top-5, τ", "threshold, τ", "top-5, 4", "random", "top-5")):
+            chosen = [row for row in rows if row["arm"].startswith(rule) and row["arm"] in record["sizes"]]
+            if rule == "top-5":
+                chosen = [row for row in chosen if row["arm"] == "top-5"]
+            points = sorted(
+                (record["sizes"][row["arm"]]["bytes"], row["way"], row["way_sd"] or 0, row["arm"]) for row in chosen
+            )
+            if points:
+                sizes_, ways, spreads, names = zip(*points, strict=True)
+                label = names[0] if len(names) == 1 else rule.split(",")[0] + ", τ from 0.2 to 0.025"
+                axis.errorbar(sizes_, ways, yerr=spreads, marker="o", markersize=4, capsize=2, color=f"C{number}", label=label)
+        axis.axhline(1, color="#bbbbbb", linewidth=0.8)
+        axis.set(xlabel="bytes a position", title=experiment)
+    axes[0][0].set_ylabel("of the way from cross-entropy to full")
+    axes[0][0].legend(frameon=False, fontsize=7)
+    chart.savefig(path, metadata={"Date": None})
+    plt.close(chart)
 
 
 def main() -> None:
-    """Run every experiment that is not done yet, and keep the figures."""
+    """Run the cells that are missing, in their order."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="folder of a small causal language model")
     parser.add_argument("--stories", required=True, type=Path, help="a JSON list of texts")
-    parser.add_argument("--work", type=Path, default=Path(".fidelity"), help="where dumps and finished runs are kept")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--work", type=Path, default=Path(".fidelity"), help="where dumps and fine-tuned students are kept")
+    parser.add_argument("--cells", type=int, help="stop after so many more cells")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     laboratory = Laboratory(arguments.teacher, arguments.stories, arguments.work)
-    seeds, steps = range(arguments.seeds), arguments.steps
-    sequences = {name: laboratory.store.sequences(name).num_rows for name in ("top-5-1", "heldout")}
-    figures: dict[str, Any] = {
-        "steps": steps,
+    settings = {
+        "steps": STEPS,
         "batch_size": BATCH_SIZE,
         "max_length": MAX_LENGTH,
-        "seeds": list(seeds),
-        "sequences": sequences,
-        "positions": {row.dump: row.positions for row in laboratory.store.info()},
-        "passes": {"all": steps * BATCH_SIZE / sequences["top-5-1"], "epochs": steps * BATCH_SIZE / EPOCHS_SEQUENCES},
+        "passes": PASSES,
         "learning_rate": LEARNING_RATE,
     }
-    figures["teacher"] = laboratory.quality(laboratory.teacher)
-    for experiment, methods in (("fine-tuned", METHODS), ("epochs", EPOCHS_METHODS), ("random", METHODS)):
-        runs = {
-            name: [laboratory.run(experiment, name, method, seed, steps) for seed in seeds] for name, method in methods.items()
-        }
-        figures[experiment] = {"methods": summary(runs), "runs": runs}
-        figures["gradients"] = laboratory.gradients(steps)
-    keep("fidelity", figures, STUDIES)
-    draw_picture(figures, STUDIES / "fidelity.svg")
-    print_tables(figures)
+    record: dict[str, Any] = {"settings": settings, "teacher": laboratory.judge.quality(laboratory.teacher), "cells": {}}
+    if RESULT.exists():
+        kept = json.loads(RESULT.read_text())["figures"]
+        if kept.get("settings") != settings:
+            sys.exit(f"{RESULT.name} has cells of other settings: remove it, or set BENCHMARK_RESULTS to another folder")
+        record |= {name: kept[name] for name in ("cells", "gradients") if name in kept}
+    record["sizes"] = laboratory.sizes
+
+    def publish() -> None:
+        record["table"] = tabulate(record["cells"])
+        record["not_run"] = [cell.name for cell in cells() if cell.name not in record["cells"]]
+        with contextlib.redirect_stdout(io.StringIO()):
+            keep("fidelity", record, STUDIES)
+
+    for cell in [cell for cell in cells() if cell.name not in record["cells"]][: arguments.cells]:
+        record["cells"][cell.name] = laboratory.run(cell)
+        print(cell.name, record["cells"][cell.name], flush=True)
+        publish()
+    if "gradients" not in record:
+        record["gradients"] = laboratory.gradients()
+    publish()
+    draw_picture(record, STUDIES / "fidelity.svg")
+    print_tables(record)
 
 
 if __name__ == "__main__":

@@ -24,22 +24,26 @@ import numpy as np
 import torch
 
 from benchmarks.measurement import STUDIES, keep
-from benchmarks.studies.fidelity import (
-    BATCH_SIZE,
-    LEARNING_RATE,
+from benchmarks.studies.small_students import (
     MAX_LENGTH,
-    SELECTIONS,
-    Laboratory,
+    Judge,
     cosine,
     logits_of,
+    three_layers,
     write_atomically,
+    write_texts,
 )
+from knowledge_store import KnowledgeStore
 from knowledge_store.reading.target_mask import TargetMask
 from student_train.losses.table import LOSSES
 from student_train.losses.targets import select_targets
+from student_train.training.dataset import DistillationDataset
+from teacher_dump.configuration import DumpConfig
+from teacher_dump.dumping.run import dump
+from teacher_dump.teachers.local import load_teacher
 
-DUMP = "top-5-4"
-START = "epochs"  # the experiment of `fidelity` whose student has learnt nothing since it was cut
+DUMP = "train"
+BATCH_SIZE, LEARNING_RATE = 4, 2e-3
 ENTROPY = "-list_sum(list_transform(candidate_logprobs, lambda x: x * exp(x))) - tail_logprob * exp(tail_logprob)"
 TARGETS = f"FROM positions WHERE dump = '{DUMP}' AND is_target"
 
@@ -53,25 +57,43 @@ ARMS: dict[str, str | None] = {
 
 
 class Study:
-    """The arms, and the runs of each."""
+    """The arms, and the runs of each.
 
-    def __init__(self, laboratory: Laboratory, steps: int):
-        self.laboratory, self.steps = laboratory, steps
-        ids = laboratory.store.sequences(DUMP)["sequence_id"].to_pylist()
+    Args:
+        teacher: its folder.
+        stories: a JSON list of texts.
+        work: where the dump and finished runs are kept.
+        steps: of a run.
+    """
+
+    def __init__(self, teacher: str, stories: Path, work: Path, steps: int):
+        work.mkdir(parents=True, exist_ok=True)
+        self.work, self.steps = work, steps
+        corpus, held_out = write_texts(stories, work)
+        dump(DumpConfig(teacher, (corpus,), work / "store", DUMP, max_length=MAX_LENGTH))
+        self.store = KnowledgeStore.open(work / "store")
+        loaded = load_teacher(teacher, dtype="float32")
+        self.teacher = loaded.model.requires_grad_(False)
+        self.judge = Judge(self.teacher, loaded.tokenizer, held_out)
+        ids = self.store.sequences(DUMP)["sequence_id"].to_pylist()
         self._ordinals = {sequence: ordinal for ordinal, sequence in enumerate(ids)}
+
+    def student(self, seed: int) -> Any:
+        """One that has learnt nothing since it was cut."""
+        return three_layers(self.teacher, seed, cut=True)
 
     def chosen(self, arm: str, seed: int) -> tuple[TargetMask | None, float]:
         """Which targets count in a run (None: all), and the share of the dump's that they are."""
         condition = ARMS[arm]
         if condition is None:
             return None, 1.0
-        found = self.laboratory.store.choose_targets(condition.format(seed=seed), DUMP)
+        found = self.store.choose_targets(condition.format(seed=seed), DUMP)
         return found.masks[DUMP], float(found.masks[DUMP].counts().sum() / found.targets[DUMP].sum())
 
     def train(self, model: Any, mask: TargetMask | None, seed: int) -> int:
         """Train a student in place, with AdamW and a cosine of the learning rate. Returns the targets that counted."""
-        stream = self.laboratory.batches(DUMP, seed)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE[START], weight_decay=0.01)
+        stream = iter(DistillationDataset(self.store, DUMP, batch_size=BATCH_SIZE, seed=seed, endless=True))
+        optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(self.steps))
         count = 0
         for _ in range(self.steps):
@@ -93,16 +115,16 @@ class Study:
     def run(self, arm: str, seed: int) -> dict[str, Any]:
         """Train a student and measure it, or take the result of a finished run."""
         name = "".join(letter if letter.isalnum() else "-" for letter in arm)
-        result = self.laboratory.work / "runs" / f"positions-{self.steps}" / f"{name}-{seed}.json"
+        result = self.work / "runs" / f"positions-{self.steps}" / f"{name}-{seed}.json"
         if result.exists():
             return dict(json.loads(result.read_text()))
         result.parent.mkdir(parents=True, exist_ok=True)
         mask, share = self.chosen(arm, seed)
-        model = self.laboratory.student(START, seed, self.steps)
+        model = self.student(seed)
         began = time.monotonic()
         count = self.train(model, mask, seed)
         seconds = round(time.monotonic() - began, 1)
-        figures = {"share": share, "targets": count, "seconds": seconds, **self.laboratory.quality(model.eval())}
+        figures = {"share": share, "targets": count, "seconds": seconds, **self.judge.quality(model.eval())}
         write_atomically(result, figures)
         print(f"{arm:<34} seed {seed}  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()), flush=True)
         return figures
@@ -136,8 +158,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
-    laboratory = Laboratory(arguments.teacher, arguments.stories, arguments.work, {DUMP: SELECTIONS[DUMP]})
-    study = Study(laboratory, arguments.steps)
+    study = Study(arguments.teacher, arguments.stories, arguments.work, arguments.steps)
     seeds = list(range(arguments.seeds))
     # Seed by seed: what is cut off has whole seeds of all arms.
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
@@ -150,10 +171,10 @@ def main() -> None:
         "batch_size": BATCH_SIZE,
         "max_length": MAX_LENGTH,
         "seeds": seeds,
-        "learning_rate": LEARNING_RATE[START],
-        "sequences": {name: laboratory.store.sequences(name).num_rows for name in (DUMP, "heldout")},
-        "teacher": laboratory.quality(laboratory.teacher),
-        "before": laboratory.quality(laboratory.student(START, 0, arguments.steps).eval()),
+        "learning_rate": LEARNING_RATE,
+        "sequences": {DUMP: study.store.sequences(DUMP).num_rows},
+        "teacher": study.judge.quality(study.teacher),
+        "before": study.judge.quality(study.student(0).eval()),
         "arms": arms,
     }
     keep("positions", figures, STUDIES)

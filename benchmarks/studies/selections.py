@@ -1,139 +1,249 @@
-"""What each selection costs on disk, and how far its targets stray, on a real vocabulary.
+"""What each selection costs on disk, and how noisy its targets are, on a real vocabulary.
 
     python -m benchmarks.studies.selections --teacher smollm2 --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf --corpus wikitext2.txt
 
-The teacher reads a part of the corpus once, and every selection takes what it keeps from that one pass: real dumps, written by
-the writer of every dump. Bytes are of every file of the dump but the vocabulary, over its positions. Beside them, over the
-target positions: ids kept, and the squared error ‖q̂ − q‖² of the target q̂ that candidates and draws make of the teacher's
-whole distribution q: the error of the gradient with respect to the student's logits. With draws it is all variance, which
-averages out; without, all bias, which stays.
+The teacher reads a part of the corpus once, and every arm takes what it keeps from that one pass: real dumps, written by the
+writer of every dump. Bytes are of every file of the dump but vocabulary and index, over its positions. Beside them, over the
+target positions: ids kept, and the noise Σ_j Var(q̂_j) of the target q̂ that candidates and draws make of the teacher's
+distribution q, which is that of the gradient with respect to the student's logits z for Σ −q̂_j z_j. It is exact, no average
+over draws: of points spaced s apart a token of probability q is drawn ⌊q/s⌋ or ⌈q/s⌉ times, which with the fraction f of q/s
+has the variance s² · f · (1 − f); of n independent draws it is q · (1 − q) / n. Candidates alone have no noise but a bias,
+which no number of passes averages out: for them Σ q_j² over the tail stands in its place.
+
+Two arms are of rules that the project had before and has no more: so many draws from the tail at each position, each of them
+tail / draws, and random sampling. They are drawn here, and their columns written as the format had them: each drawn token once,
+beside how often it was drawn.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
-from dataclasses import replace
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from benchmarks.measurement import STUDIES, keep
-from knowledge_store import DumpWriter, KnowledgeStore
-from knowledge_store.format.sequences import tokens_table
-from knowledge_store.kinds import Arrays
-from knowledge_store.terminal.progress import progress_bar
+from benchmarks.selection_dumps import ARMS, dump_arms, sizes
+from knowledge_store.format.parquet import COUNTING, TEXT, Columns, write_table
+from knowledge_store.format.sequences import sequence_id
+from knowledge_store.kinds.columns import list_offsets
+from knowledge_store.kinds.field import PLAIN, SPLIT
+from knowledge_store.kinds.positions.packing import ZERO
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.batches import extract_batch, length_batches, predict_batch
-from teacher_dump.dumping.plan import ShardReader, make_manifest
-from teacher_dump.dumping.teacher_pass import shard_of
-from teacher_dump.extraction.distributions import knowledge_of
-from teacher_dump.extraction.positions import positions_parameters
-from teacher_dump.extraction.sampling import independent_points, systematic_points
-from teacher_dump.teachers.local import load_teacher
+from teacher_dump.corpus.tokenisation import TokenSequence
+from teacher_dump.extraction.sampling import likeliest
+from teacher_dump.teachers.local import LocalTeacher, load_teacher
+from teacher_dump.teachers.prediction import LocalPrediction
 
-SELECTIONS: dict[str, dict[str, Any]] = {
-    "top-5": {"top_k": 5, "tail_draws": 0},
-    **{f"top-5, {m} tail draws": {"top_k": 5, "tail_draws": m} for m in (1, 2, 4, 8)},
-    "top-9": {"top_k": 9, "tail_draws": 0},
-    "top-12": {"top_k": 12, "tail_draws": 0},
-    "top-p 0.95, at most 32": {"selection": "top-p", "top_p": 0.95, "max_k": 32, "tail_draws": 0},
-    **{f"random sampling, {n} draws": {"selection": "random-sampling", "draws": n} for n in (6, 12, 22, 50)},
-}
-# Independent draws beside the same candidates, to see what evenly spaced ones are worth; nothing is stored of it.
-ERROR_POSITIONS = 1024
+K = 5
+TAIL_DRAWS = (2, 4, 8)
+SAMPLES = (6, 22)
+BASELINE = f"top-{K}, 4 tail draws"  # the project's default before draws had a constant weight
+LARGEST = 64  # more tokens cannot be as likely as the smallest spacing
+STEP = 1 / 8  # nats, of the token's own log-probability
 
 
-def squared_errors(logits: Tensor, q: Tensor, config: DumpConfig, key: int, points: Any) -> Tensor:
-    """‖q̂ − q‖² at N positions, float64 (N,), of targets drawn again; q (N, V) is the softmax in float64."""
-    rule = config.rule
-    at = torch.from_numpy(points(key, len(logits), rule.draws)) if rule.draws else None
-    found = knowledge_of(logits.clone(), torch.zeros(len(logits), dtype=torch.long), rule, at)
-    error = q.scatter_add(1, found["candidate_ids"], -found["candidate_logprobs"].double().exp())
-    if rule.draws:
-        share = found["tail_counts"].double() / rule.draws
-        error.scatter_add_(1, found["tail_ids"], -found["tail_logprob"].double().exp()[:, None] * share)
-    return error.square().sum(dim=1)
+def variance(largest: Tensor, squares: Tensor, candidates: Tensor, spacing: Tensor | float) -> Tensor:
+    """Σ Var of systematic draws, float64 (N,).
+
+    Args:
+        largest: the LARGEST probabilities of each distribution, float64 (N, LARGEST).
+        squares: Σ q² of all, (N,).
+        candidates: which of the largest are no part of the tail, bool (N, LARGEST).
+        spacing: of the points, (N, 1) or for all.
+    """
+    kept = torch.where(candidates, largest, 0.0)
+    rare = spacing * (1 - kept.sum(dim=1, keepdim=True)) - (squares - kept.square().sum(dim=1))[:, None]
+    often = ~candidates & (largest >= spacing)
+    fraction = torch.frac(largest / spacing)
+    exact = spacing**2 * fraction * (1 - fraction) - (spacing * largest - largest.square())
+    return (rare + torch.where(often, exact, 0.0).sum(dim=1, keepdim=True))[:, 0].clamp(min=0)
+
+
+class Noise:
+    """What is looked at beside the dumps: the noise of every arm, and the draws of the rules that are no more."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+        self.drawn: dict[str, dict[tuple[int, int], np.ndarray]] = {}
+        self.token_logprobs: dict[tuple[int, int], float] = {}
+
+    def look(self, sequences: Sequence[TokenSequence], prediction: LocalPrediction) -> None:
+        """At every target of a batch."""
+        for row, sequence in enumerate(sequences):
+            key = sequence_id(sequence.document.number, sequence.window)
+            generator = np.random.Generator(np.random.Philox(key=key))
+            targets = torch.from_numpy(np.flatnonzero(sequence.is_target))
+            tokens = torch.from_numpy(sequence.token_ids.astype(np.int64))[targets]
+            for part, logits in prediction.logit_slices(torch.full_like(targets, row), targets - 1):
+                q = torch.softmax(logits, dim=1)
+                self._measure(q)
+                self._draw(q, tokens[part], [(key, int(place)) for place in targets[part]], generator)
+
+    def _measure(self, q: Tensor) -> None:
+        largest = likeliest(q, min(LARGEST, q.shape[1]))[0].double()
+        squares = q.square().sum(dim=1).double()
+        first = (torch.arange(largest.shape[1]) < K).expand_as(largest)
+        tail = 1 - largest[:, :K].sum(dim=1, keepdim=True)
+        found = {"top-5": squares - largest[:, :K].square().sum(dim=1)}
+        for name, options in ARMS.items():
+            if weight := options["draw_weight"]:
+                threshold = options.get("selection") == "threshold"
+                found[name] = variance(largest, squares, largest >= weight if threshold else first, weight)
+        for draws in TAIL_DRAWS:
+            found[f"top-{K}, {draws} tail draws"] = variance(largest, squares, first, tail.clamp(min=1e-12) / draws)
+        for draws in SAMPLES:
+            found[f"random sampling, {draws} draws"] = (1 - squares) / draws
+        for name, values in found.items():
+            self.parts.setdefault(name, []).append(values)
+
+    def _draw(self, q: Tensor, tokens: Tensor, places: list[tuple[int, int]], generator: np.random.Generator) -> None:
+        own = q.gather(1, tokens[:, None])[:, 0].log()
+        self.token_logprobs |= dict(zip(places, own.tolist(), strict=True))
+        sums = q.cumsum(dim=1, dtype=torch.float64)
+        for draws in SAMPLES:
+            points = torch.from_numpy(generator.random((len(q), draws))) * sums[:, -1:]
+            self._note(f"random sampling, {draws} draws", sums, points, places)
+        tail = q.scatter(1, likeliest(q, K)[1], 0.0)
+        sums = tail.cumsum(dim=1, dtype=torch.float64)
+        start = torch.from_numpy(generator.random((len(q), 1)))
+        for draws in TAIL_DRAWS:
+            self._note(f"top-{K}, {draws} tail draws", sums, (start + torch.arange(draws)) / draws * sums[:, -1:], places)
+
+    def _note(self, name: str, sums: Tensor, points: Tensor, places: list[tuple[int, int]]) -> None:
+        ids = torch.searchsorted(sums, points, right=True).clamp(max=sums.shape[1] - 1).sort(dim=1).values.numpy()
+        self.drawn.setdefault(name, {}).update(zip(places, ids, strict=True))
+
+    def sizes(self, stored: list[pa.Table]) -> dict[str, dict[str, float]]:
+        """Of the rules that are no more, as `selection_dumps.sizes`, without the files' fixed parts.
+
+        Args:
+            stored: the row groups of the dump of top-5 without draws; what stands there of the candidates is no part of
+                random sampling.
+        """
+        positions = sum(len(table) for table in stored)
+        found = {}
+        for name, drawn in self.drawn.items():
+            groups, ids = [], 0
+            for table in stored:
+                keys = list(zip(table["sequence_id"].to_pylist(), table["position"].to_pylist(), strict=True))
+                absent = np.array([key not in drawn for key in keys])
+                unique = [np.unique(drawn[key], return_counts=True) if key in drawn else ((), ()) for key in keys]
+                offsets = list_offsets(np.array([len(tokens) for tokens, _ in unique]))
+                ids += offsets[-1].as_py()
+                for column, (index, kind) in {"tail_ids": (0, pa.uint32()), "tail_counts": (1, pa.uint16())}.items():
+                    values = pa.array(np.concatenate([pair[index] for pair in unique])).cast(kind)
+                    lists = pa.ListArray.from_arrays(offsets, values, mask=pa.array(absent))
+                    table = table.append_column(column, lists)
+                if name.startswith("random"):
+                    steps = [round(-self.token_logprobs.get(key, 0.0) / STEP) + ZERO for key in keys]
+                    table = table.drop_columns(["candidate_ids", "gap_steps", "tail_steps"])
+                    own = pa.array(np.array(steps, np.float32), mask=absent)
+                    table = table.set_column(table.column_names.index("token_steps"), "token_steps", own)
+                groups.append(table)
+            candidates = 0 if name.startswith("random") else K
+            found[name] = {"bytes": table_bytes(groups) / positions, "ids": candidates + ids / len(drawn)}
+        return found
+
+
+def table_bytes(groups: list[pa.Table]) -> int:
+    """Bytes of a file with these row groups of positions, by the writer of every shard; columns that no dump has are encoded as
+    their names say."""
+    encoding = {}
+    for column in groups[0].schema:
+        path = f"{column.name}.list.element" if pa.types.is_list(column.type) else column.name
+        kind = column.type.value_type if pa.types.is_list(column.type) else column.type
+        if column.name in ("sequence_id", "position", "tail_deltas"):
+            encoding[path] = COUNTING
+        elif pa.types.is_floating(kind):
+            encoding[path] = SPLIT
+        elif pa.types.is_binary(kind):
+            encoding[path] = TEXT
+        elif column.name in ("token_id", "candidate_ids", "tail_ids"):
+            encoding[path] = PLAIN
+    file = io.BytesIO()
+    write_table(file, groups[0].schema, groups, Columns(encoding))
+    return len(file.getvalue())
+
+
+def beside(rows: dict[str, dict[str, Any]], rule: str) -> dict[str, float | None]:
+    """What a rule takes or gives between two of its weights, where the baseline's noise or bytes lie. Noise goes with τ, and
+    bytes with the number of draws, which goes with 1/τ; None where no two weights enclose it."""
+    arms = {options["draw_weight"]: rows[name] for name, options in ARMS.items() if name.startswith(f"{rule}, τ")}
+    weights = np.array(sorted(arms))
+    noise, size = (np.array([arms[weight][name] for weight in weights]) for name in ("noise", "bytes"))
+    reference = rows[BASELINE]
+    weight = np.interp(reference["noise"], noise, weights, np.nan, np.nan)
+    same_noise = float(np.interp(1 / weight, 1 / weights[::-1], size[::-1])) if weight == weight else None
+    inverse = np.interp(reference["bytes"], size[::-1], 1 / weights[::-1], np.nan, np.nan)
+    same_bytes = float(np.interp(1 / inverse, weights, noise)) if inverse == inverse else None
+    return {"bytes_at_the_noise_of_4_tail_draws": same_noise, "noise_at_the_bytes_of_4_tail_draws": same_bytes}
+
+
+def measure(
+    base: DumpConfig, teacher: LocalTeacher, states: Path, shards: int | None = None
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Dump every arm from one pass (see `selection_dumps.dump_arms`).
+
+    Returns:
+        bytes, ids and noise of each arm and of the rules that are no more, and how many positions a dump has.
+    """
+    noise = Noise()
+    rows: dict[str, dict[str, Any]] = sizes(dump_arms(base, teacher, states, noise.look, shards))
+    paths = sorted((base.store / "arm-0" / "positions").glob("*.parquet"))
+    stored = [table for path in paths for table in row_groups(path)]
+    positions = sum(len(table) for table in stored)
+    fixed = rows["top-5"]["bytes"] - table_bytes(stored) / positions
+    rows |= {name: {**row, "bytes": row["bytes"] + fixed} for name, row in noise.sizes(stored).items()}
+    for name, parts in noise.parts.items():
+        rows[name]["noise"] = float(torch.cat(parts).mean())
+    return rows, positions
+
+
+def row_groups(path: Path) -> list[pa.Table]:
+    """The row groups of a Parquet file."""
+    with pq.ParquetFile(path) as file:
+        return [file.read_row_group(group) for group in range(file.num_row_groups)]
 
 
 def main() -> None:
-    """Dump every selection from one pass, and keep the figures."""
+    """Dump every arm from one pass, and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--gguf-file")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--corpus", required=True, type=Path)
-    parser.add_argument("--shards", type=int, default=1, help="of the corpus's beginning; a shard has about 32,000 positions")
-    parser.add_argument("--work", type=Path, default=Path(".selections"))
+    parser.add_argument(
+        "--shards", type=int, default=1, help="of the corpus's beginning; of two documents each, some 15,600 positions"
+    )
+    parser.add_argument("--work", type=Path, default=Path(".selections"), help="for the dumps and the teacher's hidden states")
+    parser.add_argument("--name", default="selections", help="of the result")
     arguments = parser.parse_args()
-    teacher = load_teacher(arguments.teacher, arguments.gguf_file)
-    shutil.rmtree(arguments.work, ignore_errors=True)
-    base = DumpConfig(arguments.teacher, (arguments.corpus,), arguments.work, shard_size=4, gguf_file=arguments.gguf_file)
-    configs = {
-        name: replace(base, name=f"selection-{number}", **options) for number, (name, options) in enumerate(SELECTIONS.items())
+    teacher = load_teacher(arguments.teacher, arguments.gguf_file, arguments.dtype)
+    base = DumpConfig(
+        arguments.teacher, (arguments.corpus,), arguments.work / "store", gguf_file=arguments.gguf_file, shard_size=2,
+        dtype=arguments.dtype, batch_size=2,
+    )  # fmt: skip
+    rows, positions = measure(base, teacher, arguments.work / "states", arguments.shards)
+    figures = {
+        "teacher": arguments.gguf_file or Path(arguments.teacher).name,
+        "dtype": arguments.dtype,
+        "vocabulary_size": teacher.vocabulary_size,
+        "positions": positions,
+        "arms": rows,
+        "beside": {rule: beside(rows, rule) for rule in (f"top-{K}", "threshold")},
     }
-    parameters = {name: positions_parameters(config) for name, config in configs.items()}
-    manifest = make_manifest(base, teacher)
-    tokens = tokens_table(*teacher.tokens())
-    writers = {
-        name: DumpWriter.open(arguments.work, make_manifest(config, teacher), tokens) for name, config in configs.items()
-    }
-    reader = ShardReader(base, manifest, CorpusTokenizer(teacher.tokenizer, base.max_length))
-    errors: dict[str, list[Tensor]] = {}
-    positions = mass = 0.0
-    for number in range(min(arguments.shards, manifest.shard_count)):
-        shard = reader.read(number)
-        lengths = [len(sequence.token_ids) for sequence in shard.sequences]
-        knowledge: dict[str, list[Arrays]] = {name: [{}] * len(lengths) for name in configs}
-        with progress_bar(f"shard {number}", sum(lengths), "positions") as advance:
-            for indices in length_batches(lengths, base.batch_size * base.max_length):
-                sequences = [shard.sequences[index] for index in indices]
-                prediction = predict_batch(base, teacher, sequences)
-                for name, config in configs.items():
-                    extracted = extract_batch(config, {"positions": parameters[name]}, prediction, sequences)["positions"]
-                    for index, arrays in zip(indices, extracted, strict=True):
-                        knowledge[name][index] = arrays
-                if positions < ERROR_POSITIONS:
-                    places = torch.arange(min(255, len(sequences[0].token_ids)))
-                    for _, logits in prediction.logit_slices(torch.zeros_like(places), places):
-                        q = torch.softmax(logits.double(), dim=1)
-                        for name, config in configs.items():
-                            points = systematic_points if config.rule.candidates else independent_points
-                            errors.setdefault(name, []).append(squared_errors(logits, q, config, int(positions), points))
-                            if config.rule.candidates and config.rule.draws:
-                                errors.setdefault(f"{name}, independent", []).append(
-                                    squared_errors(logits, q, config, int(positions), independent_points)
-                                )
-                        mass += float(q.topk(5, dim=1).values.sum())
-                        positions += len(logits)
-                advance(sum(len(sequence.token_ids) for sequence in sequences))
-        for name, writer in writers.items():
-            writer.commit(shard_of(writer.manifest, shard, {"positions": knowledge[name]}, {}))
-    store = KnowledgeStore.open(arguments.work)
-    figures: dict[str, Any] = {"teacher": manifest.teacher["name"], "vocabulary_size": manifest.vocabulary_size}
-    summaries = {summary.dump: summary for summary in store.info()}
-    for name, config in configs.items():
-        summary = summaries[config.dump_name]
-        [ids] = store.sql(
-            f"SELECT avg(len(candidate_ids)) AS candidates{', avg(len(tail_ids)) AS drawn' if config.rule.draws else ''}"
-            f" FROM positions WHERE dump = '{config.dump_name}' AND is_target"
-        ).to_pylist()
-        figures[name] = {
-            "positions": summary.positions,
-            "bytes_per_position": summary.bytes / summary.positions,
-            "ids": sum(value for value in ids.values() if value is not None),
-            "mass_of_candidates": summary.statistics["positions.mean_top_k_mass"],
-            "squared_error": float(torch.cat(errors[name]).mean()),
-        }
-        if f"{name}, independent" in errors:
-            figures[name]["squared_error_of_independent_draws"] = float(torch.cat(errors[f"{name}, independent"]).mean())
-    keep("selections", {**figures, "error_positions": int(positions), "mass_of_five_there": mass / positions}, STUDIES)
-    print(f"{'':<28} {'bytes/position':>14} {'ids':>6} {'error':>8}")
-    for name in configs:
-        row = figures[name]
-        print(f"{name:<28} {row['bytes_per_position']:>14.2f} {row['ids']:>6.2f} {row['squared_error']:>8.4f}")
+    keep(arguments.name, figures, STUDIES)
+    print(f"{'':<28} {'bytes/position':>14} {'ids':>6} {'noise':>8}")
+    for name, row in rows.items():
+        print(f"{name:<28} {row['bytes']:>14.2f} {row['ids']:>6.2f} {row['noise']:>8.4f}")
 
 
 if __name__ == "__main__":
