@@ -39,7 +39,7 @@ import pyarrow as pa
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.records import check_shape
-from knowledge_store.kinds.columns import Arrays, list_offsets, padded_lists
+from knowledge_store.kinds.columns import Arrays, padded_lists
 from knowledge_store.kinds.field import PLAIN, SPLIT, Field
 from knowledge_store.kinds.kind import Codec, Kind, Totals, parameters_of
 from knowledge_store.kinds.positions.display import show
@@ -48,12 +48,15 @@ from knowledge_store.kinds.positions.packing import (
     NO_MASS,
     NO_TOKEN,
     PACKED,
+    PACKED_DRAWS,
     SOURCES,
     in_steps,
+    pack_draws,
     pack_predictions,
     predictions_view,
     quantise,
     total_mass,
+    unpack_draws,
     unpack_predictions,
 )
 from knowledge_store.kinds.positions.packing import exact_steps as exact_prediction_steps
@@ -170,7 +173,8 @@ def fields(manifest: Manifest) -> tuple[Field, ...]:
 
 def stored(manifest: Manifest) -> tuple[Field, ...]:
     """The columns of a dump's files."""
-    return (*FIELDS[:AS_THEY_ARE], *PACKED, *_more(manifest))
+    more = (PACKED_DRAWS if field in DRAWS else field for field in _more(manifest))
+    return (*FIELDS[:AS_THEY_ARE], *PACKED, *more)
 
 
 def takes(manifest: Manifest) -> tuple[str, ...]:
@@ -243,11 +247,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         **pack_predictions(arrays, parameters.quantisation_step, manifest.vocabulary_size),
     }
     if parameters.selection.draw_weight:
-        [tail_ids] = DRAWS
-        drawn = (arrays[tail_ids.name] != NO_TOKEN) & kept[:, None]
-        values = pa.array(arrays[tail_ids.name][drawn]).cast(tail_ids.type)
-        offsets, absent = list_offsets(drawn.sum(axis=1)), pa.array(~kept)
-        columns[tail_ids.name] = pa.ListArray.from_arrays(offsets, values, type=tail_ids.column.type, mask=absent)
+        columns["tail_ids"] = pack_draws(arrays["tail_ids"], kept)
     for name in _rounded(parameters):
         columns[name] = pa.array(quantise(arrays[name], parameters.quantisation_step), mask=~kept)
     schema = POSITIONS.stored_schema(manifest)
@@ -257,6 +257,8 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
 def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
     """The table that a stored one stands for. ValueError: it stands for none."""
     columns = unpack_predictions(table, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+    if "tail_ids" in table.column_names:
+        columns["tail_ids"] = unpack_draws(table["tail_ids"])
     schema = POSITIONS.schema(manifest)
     return pa.table(
         [columns[field.name].cast(field.type) if field.name in columns else table[field.name] for field in schema],

@@ -9,6 +9,7 @@ log-probability but what follows it freely:
     gap_steps        of each candidate but the first, steps below the one before
     tail_steps       steps of the tail's log-odds, ln(t / (1 − t)), below MAX_LOG_ODDS; ∞ where the tail is empty,
                      and none where there are no candidates
+    tail_ids         the drawn tokens' ids, as steps are stored: theirs too differ in their lower bytes alone
 
 Candidates and tail sum to one, which gives the first candidate for nothing and without an error of its own. Log-odds are even
 where the tail holds nearly everything and its logarithm says nothing of the rest. Together the mean KL is a third less than
@@ -38,6 +39,7 @@ PACKED = (
     Field("gap_steps", pa.float32(), "ragged", nullable=True, encoding=SPLIT),
     Field("tail_steps", pa.float32(), nullable=True, encoding=SPLIT),
 )
+PACKED_DRAWS = Field("tail_ids", pa.float32(), "ragged", nullable=True, encoding=SPLIT)
 SOURCES = {
     "token_logprob": ("token_id", "token_steps", "candidate_ids", "gap_steps", "tail_steps"),
     "candidate_logprobs": ("gap_steps", "tail_steps"),
@@ -74,9 +76,13 @@ def id_bytes(vocabulary: int) -> int:
 
 
 def predictions_view(more: Sequence[str], step: float, vocabulary: int) -> str:
-    """SQL that gives the table, `{rows}` standing for the stored one; `more` are its columns that are stored as they are."""
+    """SQL that gives the table, `{rows}` standing for the stored one; `more` are its other columns, all but draws stored as
+    they are."""
+    draws = f"list_transform(tail_ids, lambda n: CAST(n - {ZERO} AS UINTEGER)) AS tail_ids"
     literals = {"step": repr(float(step)), "zero": ZERO, "most": MAX_LOG_ODDS, "bytes": id_bytes(vocabulary)}
-    return VIEW.format(**literals, more="".join(f", {name}" for name in more), rows="{rows}")
+    return VIEW.format(
+        **literals, more="".join(f", {draws if name == PACKED_DRAWS.name else name}" for name in more), rows="{rows}"
+    )
 
 
 def _sum_of_exp(exponents: np.ndarray) -> np.ndarray:
@@ -205,6 +211,25 @@ def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, 
         ),
         "tail_steps": _stored(tail_steps, ~kept),
     }
+
+
+def pack_draws(ids: np.ndarray, kept: np.ndarray) -> pa.Array:
+    """The stored column PACKED_DRAWS of token ids (N, M), NO_TOKEN behind the last of a row; null where not kept, bool (N,)."""
+    drawn = (ids != NO_TOKEN) & kept[:, None]
+    values = _stored(ids[drawn].astype(np.float64))
+    offsets = list_offsets(drawn.sum(axis=1))
+    return pa.ListArray.from_arrays(offsets, values, type=PACKED_DRAWS.column.type, mask=pa.array(~kept))
+
+
+def unpack_draws(column: pa.ChunkedArray) -> pa.Array:
+    """The token ids, lists of uint32, that the stored column PACKED_DRAWS stands for. ValueError: it stands for none."""
+    stored = pc.list_flatten(column)
+    ids = _counted(stored)
+    if stored.null_count or not ((ids >= 0) & (ids <= MAX_STEPS)).all():
+        raise ValueError("tail_ids has something that is no token id")
+    counts = pc.list_value_length(column).fill_null(0).to_numpy()
+    absent = pa.array(column.is_null().to_numpy())
+    return pa.ListArray.from_arrays(list_offsets(counts), pa.array(ids.astype(np.uint32)), mask=absent)
 
 
 def packed_ids(ids: np.ndarray, counts: np.ndarray, kept: np.ndarray, size: int) -> pa.Array:
