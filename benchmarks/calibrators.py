@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,17 +11,30 @@ from knowledge_store.calibration.temperature import fit_temperature
 from student_train.evaluation.metrics import negative_log_likelihood, softmax
 
 
-def fit_calibrators(values: np.ndarray, answers: np.ndarray) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """By name, what makes confidences (N,) of likelihoods (N, C) in nats, fitted on other questions; no answer changes."""
+@dataclass(frozen=True)
+class Calibrator:
+    """What turns the likelihoods of options (N, C), in nats, into confidences (N,); no answer changes.
+
+    Attributes:
+        confidence: the function.
+        temperature: where it is one, so that the other options have probabilities too.
+    """
+
+    confidence: Callable[[np.ndarray], np.ndarray]
+    temperature: float | None = None
+
+
+def fit_calibrators(values: np.ndarray, answers: np.ndarray) -> dict[str, Calibrator]:
+    """By name, calibrators fitted on likelihoods (N, C), in nats, of questions whose right options are `answers` (N,)."""
     confidence, correct = softmax(values).max(axis=1), values.argmax(axis=1) == answers
     temperature = fit_temperature(lambda each: float(negative_log_likelihood(values, answers, each).mean())).temperature
     slope, offset = platt(logit(confidence), correct)
     edges, heights = isotonic(confidence, correct)
     return {
-        "none": lambda found: softmax(found).max(axis=1),
-        "temperature": lambda found: softmax(found, temperature).max(axis=1),
-        "Platt": lambda found: 1 / (1 + np.exp(-(slope * logit(softmax(found).max(axis=1)) + offset))),
-        "isotonic": lambda found: np.interp(softmax(found).max(axis=1), edges, heights),
+        "none": Calibrator(lambda found: softmax(found).max(axis=1), 1.0),
+        "temperature": Calibrator(lambda found: softmax(found, temperature).max(axis=1), temperature),
+        "Platt": Calibrator(lambda found: 1 / (1 + np.exp(-(slope * logit(softmax(found).max(axis=1)) + offset)))),
+        "isotonic": Calibrator(lambda found: np.interp(softmax(found).max(axis=1), edges, heights)),
     }
 
 

@@ -187,6 +187,44 @@ def store_folder(tmp_path_factory: pytest.TempPathFactory, loaded_teacher, teach
     return folder / "store"
 
 
+STATES_ROWS = [
+    *story_rows(6),
+    {"prompt": "Who lit the lamp?", "completion": " The keeper did."},
+    {"prompt": "Who lit the lamp?", "completion": " The keeper did."},
+    {"prompt": "Who counted the ships?", "completion": " His daughter, in a book."},
+]
+# By name: of vectors, of hidden states, and of both.
+VECTORS_DUMPS = {
+    "states": {"kinds": ("positions", "vectors", "hidden")},
+    "mean": {"kinds": ("vectors",), "vectors_layer": 1, "vectors_over": "all"},
+    "last": {"kinds": ("vectors",), "vectors_layer": 0, "vectors_pooling": "last"},
+}
+HIDDEN_DUMPS = {
+    "states": VECTORS_DUMPS["states"],
+    "layers": {"kinds": ("hidden",), "hidden_layers": "0,-2", "hidden_where": "all", "hidden_every": 3},
+    "exact": {"kinds": ("hidden",), "hidden_layers": "1,-1", "hidden_precision": "float16", "hidden_every": 2},
+    "draft": {"kinds": ("positions", "hidden"), "hidden_layers": "0,-2,2", "hidden_where": "all"},
+}
+
+
+@pytest.fixture(scope="session")
+def states_options(tmp_path_factory, teacher_folder) -> dict:
+    """Options of a dump of STATES_ROWS."""
+    corpus = write_jsonl(tmp_path_factory.mktemp("corpus") / "rows.jsonl", STATES_ROWS)
+    return {"teacher": str(teacher_folder), "corpus": (corpus,), "max_length": 48, "batch_size": 4, "shard_size": 4}
+
+
+@pytest.fixture(scope="session")
+def states_store(tmp_path_factory, states_options, loaded_teacher) -> Path:
+    """A store with VECTORS_DUMPS and HIDDEN_DUMPS, which nobody may change."""
+    from teacher_dump import DumpConfig, dump
+
+    folder = tmp_path_factory.mktemp("states") / "store"
+    for name, more in {**VECTORS_DUMPS, **HIDDEN_DUMPS}.items():
+        dump(DumpConfig(store=folder, name=name, **states_options, **more), teacher=loaded_teacher)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
     """A student's folder."""

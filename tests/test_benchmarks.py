@@ -66,6 +66,8 @@ def test_the_table_of_trust_says_what_its_cells_say(monkeypatch, capsys, tmp_pat
     assert plain["in domain"]["accuracy"][0] == pytest.approx(np.mean(correct), abs=1e-5)
     assert rows["whole", "FIRST", "none"]["over fine-tuning"]["all four"] == {"accuracy": [0, 0, 0], "ece": [0, 0, 0]}
     assert better["over fine-tuning"]["all four"]["accuracy"][1] > 0.023
+    assert better["of each seed"]["in domain"]["accuracy"] == [better["in domain"]["accuracy"][0]]
+    assert rows["whole", "fine-tuning", "temperature"]["all four"]["nll"][0] < plain["all four"]["nll"][0]
     for calibrator in ("temperature", "Platt", "isotonic"):  # a model that is too sure is made less sure, and answers alike
         after = rows["whole", "fine-tuning", calibrator]["all four"]
         assert after["accuracy"] == plain["all four"]["accuracy"]

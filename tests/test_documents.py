@@ -192,7 +192,7 @@ def test_every_command_and_option_stands_in_a_document(program):
         if f"{program} {name}" not in text:
             missing.append(name)
         for option in (each for parameter in command.params for each in parameter.opts if each.startswith("--")):
-            if option != "--help" and not re.search(rf"{option}(?![\w-])", text):
+            if option != "--help" and not re.search(rf"--(no-)?{option[2:]}(?![\w-])", text):
                 missing.append(f"{name} {option}")
     assert missing == []
 
@@ -226,6 +226,14 @@ def test_the_readme_quotes_committed_figures():
     assert f"{min(layouts):.1f} to {max(layouts):.1f} bytes" in text
     way = figures("studies/fidelity-losses.json")["fine-tuned"]["methods"]["top-5 + 4 tail draws"]["way"]
     assert f"**{100 * way['mean']:.1f} ± {100 * way['sd']:.1f} %**" in text
+    judged = figures("results/quantised_copies.json")
+    dumped, copy = judged["original"]["store, top-50"], judged["copies"]["SmolLM2-135M-Instruct.Q4_K_M.gguf"]
+    kl, low, high = copy["store, top-50"]["kl_less_the_original"]
+    dense = judged["original"]["base file"]["bytes"] / judged["positions"]
+    assert (
+        f"**{dumped['bytes'] / dumped['positions']:.1f} bytes** to judge" in text and f"in 16 bits take {dense:,.0f};" in text
+    )
+    assert f"{kl:.3f} ± {(high - low) / 2:.3f}, exactly {copy['exact']['kl']:.3f} " in text
     steps = figures("results/training.json")["vocabularies"]["32,768"]["methods"]
     assert f"**{steps['store, sliced']['step_seconds_against_cross_entropy']:.2f}** of the time" in text
     assert f"{steps['online']['step_seconds_against_cross_entropy']:.1f} times as long" in text

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import story_rows, write_jsonl
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+from gguf.quants import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -407,3 +409,47 @@ def test_samples_of_conversations_begin_where_the_answer_does(teacher_folder, lo
     for sample in found["samples"]:
         assert sample["prompt"].endswith("How far?<|end|>\n<|assistant|>") and not sample["prompt_cut"]
         assert sample["text"].startswith("As far as somebody")
+
+
+def write_gguf(model_folder: Path, path: Path, quantisation: GGMLQuantizationType) -> None:
+    """A Llama's weights as a GGUF file, its matrices quantised; queries and keys stand there in the order of llama.cpp."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    config = model.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:
+            values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        kind = quantisation if values.ndim > 1 else GGMLQuantizationType.F32
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_quantised_copies_in_gguf_files(result, teacher_folder, store_folder, tmp_path):
+    """One that is not quantised is the model, and one of 4 bits is at some distance from it."""
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(tmp_path)
+    found = {}
+    for quantisation in (GGMLQuantizationType.F32, GGMLQuantizationType.Q4_0):
+        write_gguf(teacher_folder, tmp_path / f"{quantisation.name}.gguf", quantisation)
+        config = EvaluateConfig(str(tmp_path), str(store_folder), dump="heldout", gguf_file=f"{quantisation.name}.gguf")
+        found[quantisation.name] = evaluate(config)["figures"]["positions"]["student"]
+    assert found["F32"]["nll"] == pytest.approx(result["student"]["nll"], abs=1e-5)
+    assert found["F32"]["kl"] == pytest.approx(result["student"]["kl"], abs=1e-5)
+    assert found["Q4_0"]["kl_lower_bound"] > 2 * found["F32"]["kl_lower_bound"]
+    assert found["Q4_0"]["top_1_agreement"] < found["F32"]["top_1_agreement"]
+    results = sorted(path.name for path in (tmp_path / "evaluations").iterdir())
+    assert results == ["heldout.F32.json", "heldout.Q4_0.json"]

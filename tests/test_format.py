@@ -418,6 +418,7 @@ def test_a_masked_token_lies_as_far_below_as_can_be(tmp_path):
         ("tail_steps", None, "tail_steps is null although"),
         ("tail_steps", 2.0**23 - 1, "below 0"),
         ("gap_steps", [2.0**23, None], "a null among its values"),
+        ("gap_steps", [2.0**23 - 10_000, 2.0**23], "do not have a finite sum"),
         ("token_steps", None, "token_steps is null although"),
     ],
 )

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import run_command, story_rows, write_jsonl
+from conftest import HIDDEN_DUMPS
 from datasets import load_from_disk
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from knowledge_store import KnowledgeStore, verify
+from knowledge_store import KnowledgeStore
 from knowledge_store.cli import app
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.kinds.hidden import HiddenParameters
@@ -22,50 +21,20 @@ from knowledge_store.reading.speculators import draft_layers
 from knowledge_store.writing.copy import copy
 from teacher_dump import CheckConfig, DumpConfig, check, dump, estimate, repair
 from teacher_dump.checking.agreement import AGREES
+from teacher_dump.cli import app as teacher_app
 from teacher_dump.extraction.hidden import HiddenOptions
 from teacher_dump.teachers import local
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS = [
-    *story_rows(6),
-    {"prompt": "Who lit the lamp?", "completion": " The keeper did."},
-    {"prompt": "Who counted the ships?", "completion": " His daughter, in a book."},
-]
-WAYS = {
-    "last": {"kinds": ("positions", "hidden")},
-    "layers": {"kinds": ("hidden",), "hidden_layers": "0,-2", "hidden_where": "all", "hidden_every": 3},
-    "exact": {"kinds": ("hidden",), "hidden_layers": "1,-1", "hidden_precision": "float16", "hidden_every": 2},
-    "draft": {"kinds": ("positions", "hidden"), "hidden_layers": "0,-2,2", "hidden_where": "all"},
-}
 
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "rows.jsonl", ROWS)
-
-
-@pytest.fixture(scope="module")
-def options(corpus, teacher_folder) -> dict:
-    return {"teacher": str(teacher_folder), "corpus": (corpus,), "max_length": 48, "batch_size": 4, "shard_size": 4}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, options, loaded_teacher) -> Path:
-    folder = tmp_path_factory.mktemp("store") / "store"
-    for name, more in WAYS.items():
-        dump(DumpConfig(store=folder, name=name, **options, **more), teacher=loaded_teacher)
-    return folder
-
-
-@pytest.mark.parametrize("name", WAYS)
-def test_states_are_those_that_transformers_gives(store, loaded_teacher, name):
+@pytest.mark.parametrize("name", HIDDEN_DUMPS)
+def test_states_are_those_that_transformers_gives(states_store, loaded_teacher, name):
     """At the positions that were asked for, each sequence by itself; in 8 bits within half a step of each group's."""
-    assert verify(store).damage == []
-    opened = KnowledgeStore.open(store)
+    opened = KnowledgeStore.open(states_store)
     kept = HiddenParameters.from_record(opened.manifest(name).kinds["hidden"])
     for ordinal in range(opened.sequence_count(name)):
-        both, own = opened["last", ordinal], opened[name, ordinal]
+        both, own = opened["states", ordinal], opened[name, ordinal]
         document, window = divmod(int(own["sequence_id"]), 2**16)
         places = np.arange(len(both["input_ids"])) if kept.where == "all" else np.flatnonzero(both["is_target"]) - 1
         places = places[(document + window) % kept.every :: kept.every]
@@ -86,10 +55,10 @@ def test_states_are_those_that_transformers_gives(store, loaded_teacher, name):
         assert (own["hidden"][~own["has_hidden"]] == 0).all()
 
 
-def test_targets_are_predicted_from_the_states_before_them(store, loaded_teacher):
+def test_targets_are_predicted_from_the_states_before_them(states_store, loaded_teacher):
     """The head makes of the state at t − 1 what `positions` keeps of token t."""
-    opened = KnowledgeStore.open(store)
-    one = opened["last", 0]
+    opened = KnowledgeStore.open(states_store)
+    one = opened["states", 0]
     before = np.flatnonzero(one["is_target"]) - 1
     with torch.inference_mode():
         logits = loaded_teacher.model.lm_head(torch.from_numpy(one["hidden"][before])).log_softmax(dim=1)
@@ -98,9 +67,9 @@ def test_targets_are_predicted_from_the_states_before_them(store, loaded_teacher
     assert (logits.gather(1, tokens[:, None])[:, 0] - kept).abs().max() < 0.3
 
 
-def test_sql_and_what_info_tells(store):
-    opened = KnowledgeStore.open(store)
-    for name, width in (("last", 32), ("layers", 64), ("exact", 64)):
+def test_sql_and_what_info_tells(states_store):
+    opened = KnowledgeStore.open(states_store)
+    for name, width in (("states", 32), ("layers", 64), ("exact", 64)):
         rows = opened.sql(
             f"SELECT sequence_id, \"position\", hidden FROM hidden WHERE dump = '{name}' AND hidden IS NOT NULL ORDER BY ALL"
         )
@@ -109,9 +78,9 @@ def test_sql_and_what_info_tells(store):
         assert states.shape[1] == width and np.array_equal(
             states, np.concatenate([a["hidden"][a["has_hidden"]] for a in arrays])
         )
-    told = {facts.dump: dict(facts.lines)["hidden states"] for facts in opened.info()}
-    assert told["layers"].endswith(", everywhere, one of 3 of these positions; 64 values each, int8")
-    [schema] = {tuple(pq.read_schema(file).names) for file in store.glob("last/hidden/*.parquet")}
+    [lines] = [dict(facts.lines) for facts in opened.info() if facts.dump == "layers"]
+    assert lines["hidden states"].endswith(", everywhere, one of 3 of these positions; 64 values each, int8")
+    [schema] = {tuple(pq.read_schema(file).names) for file in states_store.glob("states/hidden/*.parquet")}
     assert schema == ("sequence_id", "position", "steps", "scales")
 
 
@@ -124,9 +93,9 @@ def test_a_model_whose_last_layer_cannot_be_found(loaded_teacher, monkeypatch):
 # --- files for speculators ----------------------------------------------------------------------------------------------
 
 
-def test_an_export_for_speculators(store, tmp_path):
+def test_an_export_for_speculators(states_store, tmp_path):
     """A data set that `datasets` loads, and for each row a file of the same tokens with the states that the dump keeps."""
-    opened = KnowledgeStore.open(store, cache_size=0)
+    opened = KnowledgeStore.open(states_store, cache_size=0)
     count = opened.sequence_count("draft")
     assert opened.export_speculators(tmp_path / "drafts", "draft") == count
     rows = load_from_disk(str(tmp_path / "drafts"))
@@ -140,8 +109,8 @@ def test_an_export_for_speculators(store, tmp_path):
         assert torch.equal(file["hidden_states"], expected)
 
 
-def test_a_stopped_export_goes_on_and_a_whole_one_is_left_alone(store, tmp_path, monkeypatch):
-    opened = KnowledgeStore.open(store, cache_size=0)
+def test_a_stopped_export_goes_on_and_a_whole_one_is_left_alone(states_store, tmp_path, monkeypatch):
+    opened = KnowledgeStore.open(states_store, cache_size=0)
     opened.export_speculators(tmp_path / "whole", "draft")
     read, output = KnowledgeStore.__getitem__, tmp_path / "stopped"
 
@@ -156,7 +125,7 @@ def test_a_stopped_export_goes_on_and_a_whole_one_is_left_alone(store, tmp_path,
     assert sorted(path.name for path in output.iterdir()) == ["export.json", "hidden_states"]  # no data set yet
     assert sorted(path.name for path in (output / "hidden_states").iterdir()) == [f"hs_{n}.safetensors" for n in range(3)]
     before = (output / "hidden_states" / "hs_0.safetensors").stat().st_mtime_ns
-    command = ["export", str(store), "draft", "--format", "speculators", "--output", str(output)]
+    command = ["export", str(states_store), "draft", "--format", "speculators", "--output", str(output)]
     run = CliRunner().invoke(app, command)
     assert run.exit_code == 0 and "samples; train with --target-layer-ids 0 1" in " ".join(run.stdout.split())
     assert (output / "hidden_states" / "hs_0.safetensors").stat().st_mtime_ns == before
@@ -176,7 +145,7 @@ def test_a_stopped_export_goes_on_and_a_whole_one_is_left_alone(store, tmp_path,
     ("name", "says"),
     [
         (
-            "last",
+            "states",
             r"the hidden states of -1; speculators needs .* of layer 2, before .* --hidden-layers 0,1,2 --hidden-where all",
         ),
         ("exact", "keeps the hidden states of 1, -1; speculators needs"),
@@ -185,8 +154,8 @@ def test_a_stopped_export_goes_on_and_a_whole_one_is_left_alone(store, tmp_path,
         ("plain", "holds no knowledge of kind 'hidden'"),
     ],
 )
-def test_dumps_that_speculators_cannot_use(store, name, says):
-    manifest = KnowledgeStore.open(store).manifest("draft" if name in ("part", "alone", "plain") else name)
+def test_dumps_that_speculators_cannot_use(states_store, name, says):
+    manifest = KnowledgeStore.open(states_store).manifest("draft" if name in ("part", "alone", "plain") else name)
     kinds = {
         "part": {**manifest.kinds, "hidden": {**manifest.kinds["hidden"], "every": 2}},
         "alone": {"hidden": manifest.kinds["hidden"]},
@@ -196,36 +165,36 @@ def test_dumps_that_speculators_cannot_use(store, name, says):
         draft_layers(replace(manifest, kinds=kinds))
 
 
-def test_a_dump_resumes_and_is_repaired(tmp_path, options, store, loaded_teacher):
-    config = DumpConfig(store=tmp_path / "store", name="layers", **options, **WAYS["layers"])
+def test_a_dump_resumes_and_is_repaired(tmp_path, states_options, states_store, loaded_teacher):
+    config = DumpConfig(store=tmp_path / "store", name="layers", **states_options, **HIDDEN_DUMPS["layers"])
     assert dump(config, 1, 2, teacher=loaded_teacher).shards == 1
     assert dump(config, teacher=loaded_teacher).shards_existing == 1
-    for file in store.glob("layers/hidden/*.parquet"):
+    for file in states_store.glob("layers/hidden/*.parquet"):
         assert (tmp_path / "store/layers/hidden" / file.name).read_bytes() == file.read_bytes()
     path = tmp_path / "store/layers/hidden/00001.parquet"
     path.write_bytes(b"damaged")
     assert repair(config, teacher=loaded_teacher).shards == 1
-    assert path.read_bytes() == (store / "layers/hidden/00001.parquet").read_bytes()
+    assert path.read_bytes() == (states_store / "layers/hidden/00001.parquet").read_bytes()
     with pytest.raises(MismatchError, match="--hidden-every was 3 and is now 2"):
         dump(replace(config, hidden_every=2), teacher=loaded_teacher)
 
 
-@pytest.mark.parametrize("name", ["last", "layers"])
-def test_check(store, loaded_teacher, name):
+@pytest.mark.parametrize("name", ["states", "layers"])
+def test_check(states_store, loaded_teacher, name):
     """Also of a dump without its tokens, which another dump of the corpus has; alone it is refused."""
-    found = check(CheckConfig(store, "loaded", dump=name), loaded_teacher)["hidden"]
+    found = check(CheckConfig(states_store, "loaded", dump=name), loaded_teacher)["hidden"]
     assert found.verdict == AGREES and max(found.distances) < 1e-2
 
 
-def test_states_whose_tokens_no_dump_has_are_not_checked(store, tmp_path, loaded_teacher):
-    copy(store, tmp_path / "alone", "exact")
+def test_states_whose_tokens_no_dump_has_are_not_checked(states_store, tmp_path, loaded_teacher):
+    copy(states_store, tmp_path / "alone", "exact")
     with pytest.raises(InputError, match=r"'exact' does not hold its tokens, and no other dump of .* has all of them"):
         check(CheckConfig(tmp_path / "alone", "loaded", dump="exact"), loaded_teacher)
 
 
-def test_a_dump_that_would_be_too_large(tmp_path, options, loaded_teacher, monkeypatch):
+def test_a_dump_that_would_be_too_large(tmp_path, states_options, loaded_teacher, monkeypatch):
     """Refused by what it would take, before the teacher is loaded; told to, it is made, and resumed without a word."""
-    config = DumpConfig(store=tmp_path / "store", name="d", max_bytes=1000, **options, **WAYS["last"])
+    config = DumpConfig(store=tmp_path / "store", name="d", max_bytes=1000, **states_options, **HIDDEN_DUMPS["states"])
     with (
         monkeypatch.context() as patch,
         pytest.raises(InputError, match=r"--kind hidden would take .* kB .* --max-bytes (\d+)"),
@@ -243,15 +212,16 @@ def test_a_dump_that_would_be_too_large(tmp_path, options, loaded_teacher, monke
     assert predicted.bytes == pytest.approx(kept, rel=0.5)
 
 
-def test_options_that_cannot_be_used(tmp_path, options, monkeypatch):
+def test_options_that_cannot_be_used(tmp_path, states_options, monkeypatch):
     for layers, words in (("1,1", "named twice"), ("first", "is no list of layers"), ("", "is no list of layers")):
         with pytest.raises(InputError, match=words):
             HiddenOptions(hidden_layers=layers)
     monkeypatch.setattr(local, "load_teacher", None)
     with pytest.raises(InputError, match="--hidden-layers 3 is outside the teacher, which has 2 layers"):
-        dump(DumpConfig(store=tmp_path / "store", kinds=("hidden",), hidden_layers="-3,3", **options))
-    answer = run_command(
-        "teacher_dump", "run", tmp_path / "store", "--teacher", options["teacher"], "--corpus", options["corpus"][0],
-        "--kind", "hidden", "--max-length", 48, "--max-bytes", 10,
-    )  # fmt: skip
-    assert answer.returncode == 2 and "--max-bytes allows 10 B" in answer.stderr.splitlines()[-1]
+        dump(DumpConfig(store=tmp_path / "store", kinds=("hidden",), hidden_layers="-3,3", **states_options))
+    command = [
+        "run", str(tmp_path / "store"), "--teacher", states_options["teacher"], "--corpus", str(states_options["corpus"][0]),
+        "--kind", "hidden", "--max-length", "48", "--max-bytes", "10",
+    ]  # fmt: skip
+    answer = CliRunner().invoke(teacher_app, command)
+    assert answer.exit_code == 2 and "--max-bytes allows 10 B" in answer.stderr.splitlines()[-1]

@@ -215,7 +215,7 @@ def test_the_result(config, tmp_path):
 
 def test_options_that_share_their_first_token(config, tmp_path):
     path = write_jsonl(tmp_path / "clash.jsonl", [CLASH, {**CLASH, "question": "And now?"}])
-    found = evaluate(replace(config, questions=str(path), answer_as="text"))
+    found = evaluate(replace(config, questions=str(path), answer_as="text", output=str(tmp_path / "clash.json")))
     assert found["headline"] == "sequence" and found["questions"]["shared_first_token"] == 2
     assert "first_token" not in found and "options" not in found
     assert found["sequence"]["questions"] == 2

@@ -202,7 +202,7 @@ def test_a_full_page(tmp_path):
         "61.0%",
         f"{evaluation(3.2, 0.8)['figures']['positions']['student']['accuracy']:.1%}",
     ]  # ties are both marked
-    assert "3.100" in best and "0.500" in best and "3.200" not in best
+    assert "3.100" in best and "0.50000" in best and "3.200" not in best
     assert "lower bound" in text and "1 min 23 s" in text and "62.0%" in text and "12.34%" in text
     assert "a &lt;teacher&gt; &amp; friends" in text and "<teacher>" not in text
     assert "4,200" in text and "14.3 bytes a position" in text and "12.0 of what its loss reads" in text
@@ -409,7 +409,7 @@ def test_differences_are_paired(tmp_path):
     found = cells(text, "more than chance")
     assert list(found) == ["against one", "two"]
     assert found["two"][0] == "−0.050 −0.050 to −0.050"
-    assert found["two"][1] == "+0.000 +0.000 to +0.000"
+    assert found["two"][1] == "+0.00000 +0.00000 to +0.00000"
     assert '<td class="better">−0.050' in text and '<td class="worse"' not in text
 
 

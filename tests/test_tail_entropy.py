@@ -11,6 +11,7 @@ from stores import Arrays, commit, log_softmax, make_manifest, random_sequences,
 
 from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.kinds.positions import exact_steps
 from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump.extraction.distributions import knowledge_of
 
@@ -75,6 +76,14 @@ def test_sql_gives_the_teachers_entropy(tmp_path):
     np.testing.assert_allclose([value for value in found["known"] if value is not None], expected, atol=0.1)
     assert set(found["unknown"]) == {None}
     assert opened.choose_targets("teacher_entropy > 1", "fine").masks["fine"].counts().sum() == (expected > 1).sum()
+
+
+def test_it_is_rounded_by_itself_to_the_nearest_step():
+    """What `check` holds against the teacher."""
+    [arrays, *_], _ = sequences_with_entropy()
+    known = {name: values[arrays["has_knowledge"]] for name, values in arrays.items()}
+    steps = exact_steps(known, make_manifest(tail_entropy=True))["tail_entropy"]
+    np.testing.assert_allclose(steps, known["tail_entropy"] * 8, rtol=1e-6)
 
 
 def test_candidates_that_are_the_whole_vocabulary_leave_no_entropy(tmp_path):

@@ -9,18 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_command, save_teacher, story_rows, write_jsonl
+from conftest import VECTORS_DUMPS, save_teacher
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from processes import Command, Moment
 from stores import contents
+from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore, verify
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.kinds.quantisation import GROUP, from_steps, in_steps
 from teacher_dump import CheckConfig, DumpConfig, check, dump, estimate, repair
 from teacher_dump.checking.agreement import AGREES, DAMAGE, OTHER_TEACHER
+from teacher_dump.cli import app
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.extraction.states import extract_vectors
 from teacher_dump.teachers import local
@@ -28,12 +30,6 @@ from teacher_dump.teachers.local import load_teacher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROWS = [
-    *story_rows(6),
-    {"prompt": "Who lit the lamp?", "completion": " The keeper did."},
-    {"prompt": "Who lit the lamp?", "completion": " The keeper did."},
-    {"prompt": "Who counted the ships?", "completion": " His daughter, in a book."},
-]
 SEQUENCES = 15  # of them
 
 TYPICAL = """
@@ -67,39 +63,17 @@ def test_scales_of_another_number_of_groups():
 # --- dumps --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("corpus") / "rows.jsonl", ROWS)
+def test_all_is_verified(states_store):
+    assert verify(states_store).damage == []
 
 
-@pytest.fixture(scope="module")
-def options(corpus, teacher_folder) -> dict:
-    return {"teacher": str(teacher_folder), "corpus": (corpus,), "max_length": 48, "batch_size": 4, "shard_size": 4}
-
-
-WAYS = {
-    "both": {"kinds": ("positions", "vectors")},
-    "alone": {"kinds": ("vectors",), "vectors_layer": 1, "vectors_over": "all"},
-    "last": {"kinds": ("vectors",), "vectors_layer": 0, "vectors_pooling": "last"},
-}
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory, options, loaded_teacher) -> Path:
-    folder = tmp_path_factory.mktemp("store") / "store"
-    for name, more in WAYS.items():
-        dump(DumpConfig(store=folder, name=name, **options, **more), teacher=loaded_teacher)
-    return folder
-
-
-@pytest.mark.parametrize("name", WAYS)
-def test_vectors_are_of_the_states_that_transformers_gives(store, loaded_teacher, name):
+@pytest.mark.parametrize("name", VECTORS_DUMPS)
+def test_vectors_are_of_the_states_that_transformers_gives(states_store, loaded_teacher, name):
     """Each sequence asked by itself, without padding; within half a step of what is kept."""
-    assert verify(store).damage == []
-    opened = KnowledgeStore.open(store)
+    opened = KnowledgeStore.open(states_store)
     kept = opened.manifest(name).kinds["vectors"]
     for ordinal in range(SEQUENCES):
-        both = opened["both", ordinal]
+        both = opened["states", ordinal]
         tokens = torch.from_numpy(both["input_ids"])[None]
         with torch.inference_mode():
             states = loaded_teacher.model(tokens, output_hidden_states=True).hidden_states[kept["layer"]][0]
@@ -111,81 +85,84 @@ def test_vectors_are_of_the_states_that_transformers_gives(store, loaded_teacher
         assert np.abs(vector - expected).max() <= np.abs(expected).max() / 254 * 1.001 + 1e-5
 
 
-def test_beside_positions_they_change_nothing(tmp_path, store, options, loaded_teacher):
-    dump(DumpConfig(store=tmp_path / "store", name="both", **options), teacher=loaded_teacher)
-    for file in sorted((tmp_path / "store/both/positions").iterdir()):
-        assert file.read_bytes() == (store / "both/positions" / file.name).read_bytes()
+def test_beside_positions_they_change_nothing(tmp_path, states_store, states_options, loaded_teacher):
+    dump(DumpConfig(store=tmp_path / "store", name="states", **states_options), teacher=loaded_teacher)
+    for file in sorted((tmp_path / "store/states/positions").iterdir()):
+        assert file.read_bytes() == (states_store / "states/positions" / file.name).read_bytes()
 
 
-def test_questions_of_the_readme(store):
+def test_questions_of_the_readme(states_store):
     """Near-duplicates, and the most typical and most unusual rows."""
-    opened = KnowledgeStore.open(store)
+    opened = KnowledgeStore.open(states_store)
     [twins] = opened.sql(
         "SELECT one.sequence_id AS one, other.sequence_id AS other FROM vectors AS one JOIN vectors AS other"
         " ON one.dump = other.dump AND one.sequence_id < other.sequence_id"
-        " WHERE one.dump = 'both' AND list_cosine_similarity(one.vector, other.vector) > 0.9999"
+        " WHERE one.dump = 'states' AND list_cosine_similarity(one.vector, other.vector) > 0.9999"
     ).to_pylist()
     assert (twins["one"] >> 16, twins["other"] >> 16) == (6, 7)
-    rows = opened.sql(f"{TYPICAL} WHERE dump = 'alone' ORDER BY similarity").to_pylist()
-    vectors = np.stack([opened["alone", ordinal]["vector"] for ordinal in range(SEQUENCES)])
+    rows = opened.sql(f"{TYPICAL} WHERE dump = 'mean' ORDER BY similarity").to_pylist()
+    vectors = np.stack([opened["mean", ordinal]["vector"] for ordinal in range(SEQUENCES)])
     centre = vectors.mean(axis=0)
     expected = np.sort(vectors @ centre / np.linalg.norm(vectors, axis=1) / np.linalg.norm(centre))
     assert np.allclose([row["similarity"] for row in rows], expected, atol=1e-5)
-    [facts] = opened.sql("SELECT * FROM dumps WHERE dump = 'alone'").to_pylist()
+    [facts] = opened.sql("SELECT * FROM dumps WHERE dump = 'mean'").to_pylist()
     assert (facts["vectors.layer"], facts["vectors.over"], facts["vectors.vectors"]) == (1, "all", SEQUENCES)
-    lines = next(dict(facts.lines) for facts in opened.info() if facts.dump == "both")
+    lines = next(dict(facts.lines) for facts in opened.info() if facts.dump == "states")
     assert lines["vectors"] == "15, the mean of the states of the targets in the last layer, 32 values each"
 
 
 def one_shard(store: Path) -> bool:
-    return len(list(store.glob("both/commits/*.json"))) == 1
+    return len(list(store.glob("states/commits/*.json"))) == 1
 
 
-def test_a_dump_that_was_killed_resumes(tmp_path, options, store, loaded_teacher):
+def test_a_dump_that_was_killed_resumes(tmp_path, states_options, states_store, loaded_teacher):
     """kill -9 in the middle; the same command makes what one run makes. Then what is damaged is repaired."""
     words = [
-        "run", tmp_path / "store", "--teacher", options["teacher"], "--corpus", options["corpus"][0], "--name", "both",
-        "--kind", "positions", "--kind", "vectors", "--max-length", 48, "--batch-size", 4, "--shard-size", 4,
+        "run", tmp_path / "store", "--teacher", states_options["teacher"], "--corpus", states_options["corpus"][0],
+        "--name", "states", "--kind", "positions", "--kind", "vectors", "--kind", "hidden",
+        "--max-length", 48, "--batch-size", 4, "--shard-size", 4,
     ]  # fmt: skip
     moment = Moment(tmp_path / "store", one_shard)
     assert Command(*words, folder=tmp_path / "log", at=moment).wait().returncode == -signal.SIGKILL
-    config = DumpConfig(store=tmp_path / "store", name="both", **options, **WAYS["both"])
+    config = DumpConfig(store=tmp_path / "store", name="states", **states_options, **VECTORS_DUMPS["states"])
     assert dump(config, teacher=loaded_teacher).shards_existing == 1
-    made, whole = contents(tmp_path / "store"), contents(store)
+    made, whole = contents(tmp_path / "store"), contents(states_store)
     assert all(whole[name] == made[name] for name in made)
-    path = tmp_path / "store/both/vectors/00001.parquet"
+    path = tmp_path / "store/states/vectors/00001.parquet"
     path.write_bytes(b"damaged")
     assert repair(config, teacher=loaded_teacher).shards == 1
-    assert path.read_bytes() == (store / "both/vectors/00001.parquet").read_bytes()
+    assert path.read_bytes() == (states_store / "states/vectors/00001.parquet").read_bytes()
     with pytest.raises(MismatchError, match="--vectors-layer was -1 and is now 1"):
         dump(replace(config, vectors_layer=1), teacher=loaded_teacher)
 
 
-def test_estimate(tmp_path, options, loaded_teacher, store):
-    predicted = estimate(DumpConfig(store=tmp_path / "none", **options, **WAYS["alone"]), teacher=loaded_teacher)
-    [real] = [facts for facts in KnowledgeStore.open(store).info() if facts.dump == "alone"]
+def test_estimate(tmp_path, states_options, loaded_teacher, states_store):
+    predicted = estimate(DumpConfig(store=tmp_path / "none", **states_options, **VECTORS_DUMPS["mean"]), teacher=loaded_teacher)
+    [real] = [facts for facts in KnowledgeStore.open(states_store).info() if facts.dump == "mean"]
     kept = sum(size for name, size in real.column_bytes.items() if name.startswith("vectors."))
     assert predicted.bytes == pytest.approx(kept, rel=0.5)
 
 
-def test_a_layer_outside_the_teacher(tmp_path, options, monkeypatch):
+def test_a_layer_outside_the_teacher(tmp_path, states_options, monkeypatch):
     """Refused before the teacher is loaded."""
     monkeypatch.setattr(local, "load_teacher", None)
-    config = DumpConfig(store=tmp_path / "store", kinds=("vectors",), vectors_layer=3, **options)
-    with pytest.raises(InputError, match=r"--vectors-layer 3 is outside the teacher, which has 2 layers: use 0 .* to 2, or -1"):
+    config = DumpConfig(store=tmp_path / "store", kinds=("vectors",), vectors_layer=3, **states_options)
+    complaint = r"--vectors-layer 3 is outside the teacher, which has 2 layers: use 0 .* to 2 .*, or -1"
+    with pytest.raises(InputError, match=complaint):
         dump(config)
-    answer = run_command(
-        "teacher_dump", "run", tmp_path / "store", "--teacher", options["teacher"], "--corpus", options["corpus"][0],
-        "--kind", "vectors", "--vectors-layer", "-4", "--max-length", 48,
-    )  # fmt: skip
-    assert answer.returncode == 2 and len(answer.stderr.splitlines()) == 1 and "--vectors-layer -4 is outside" in answer.stderr
+    command = [
+        "run", str(tmp_path / "store"), "--teacher", states_options["teacher"], "--corpus", str(states_options["corpus"][0]),
+        "--kind", "vectors", "--vectors-layer", "-4", "--max-length", "48",
+    ]  # fmt: skip
+    answer = CliRunner().invoke(app, command)
+    assert answer.exit_code == 2 and "--vectors-layer -4 is outside" in answer.stderr
 
 
-def test_a_model_that_gives_no_hidden_states(tmp_path, options, teacher_folder):
+def test_a_model_that_gives_no_hidden_states(tmp_path, states_options, teacher_folder):
     teacher = load_teacher(str(teacher_folder), device="cpu")
     forward = teacher.model.model.forward
     teacher.model.model.forward = lambda output_hidden_states=None, **more: forward(**more)
-    config = DumpConfig(store=tmp_path / "store", name="d", kinds=("vectors",), vectors_layer=1, **options)
+    config = DumpConfig(store=tmp_path / "store", name="d", kinds=("vectors",), vectors_layer=1, **states_options)
     with pytest.raises(InputError, match=r"tiny does not give the hidden states of layer 1 \(it gives none\)"):
         dump(config, teacher=teacher)
     assert not list(tmp_path.glob("store/d/commits/*"))
@@ -194,20 +171,20 @@ def test_a_model_that_gives_no_hidden_states(tmp_path, options, teacher_folder):
 # --- check --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_teacher_agrees_and_another_does_not(tmp_path, store, loaded_teacher, teacher_folder):
-    found = check(CheckConfig(store, "loaded", dump="both"), loaded_teacher)
-    assert found.keys() == {"positions", "vectors"} and found["vectors"].verdict == AGREES
-    assert max(found["vectors"].distances) < 1e-2 and found["vectors"].lines[-2] == "Verdict: agrees"
+def test_the_same_teacher_agrees_and_another_does_not(tmp_path, states_store, loaded_teacher, teacher_folder):
+    found = check(CheckConfig(states_store, "loaded", dump="states"), loaded_teacher)
+    assert found.keys() == {"positions", "vectors", "hidden"} and all(found[kind].verdict == AGREES for kind in found)
+    assert (
+        max(*found["vectors"].distances, *found["hidden"].distances) < 1e-2 and found["vectors"].lines[-2] == "Verdict: agrees"
+    )
     short = load_teacher(str(teacher_folder), dtype="bfloat16", device="cpu")
-    assert check(CheckConfig(store, "loaded", dump="both"), short)["vectors"].verdict == AGREES
+    assert check(CheckConfig(states_store, "loaded", dump="states"), short)["vectors"].verdict == AGREES
     other = load_teacher(str(save_teacher(tmp_path / "other", seed=5)), device="cpu")
-    found = check(CheckConfig(store, "loaded", dump="both"), other)["vectors"]
+    found = check(CheckConfig(states_store, "loaded", dump="states"), other)["vectors"]
     assert found.verdict == OTHER_TEACHER and "in the median sequence" in found.reasons[0]
-    with pytest.raises(InputError, match=r"dump 'alone' holds vectors, .* its tokens: give a dump that holds positions"):
-        check(CheckConfig(store, "loaded", dump="alone"), loaded_teacher)
 
 
-def test_a_dump_that_was_wrong_when_it_was_made(tmp_path, options, loaded_teacher, monkeypatch):
+def test_a_dump_that_was_wrong_when_it_was_made(tmp_path, states_options, loaded_teacher, monkeypatch):
     """What no hash can find: two sequences have the opposite of their vectors."""
 
     def spoiled(batch):
@@ -218,7 +195,7 @@ def test_a_dump_that_was_wrong_when_it_was_made(tmp_path, options, loaded_teache
         return arrays
 
     monkeypatch.setitem(EXTRACTORS, "vectors", replace(EXTRACTORS["vectors"], function=spoiled))
-    config = DumpConfig(store=tmp_path / "store", name="d", **options, **WAYS["both"])
+    config = DumpConfig(store=tmp_path / "store", name="d", **states_options, **VECTORS_DUMPS["states"])
     dump(config, teacher=loaded_teacher)
     monkeypatch.undo()
     found = check(CheckConfig(tmp_path / "store", "loaded", dump="d"), loaded_teacher)["vectors"]

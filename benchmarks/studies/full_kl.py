@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from benchmarks.measurement import STUDIES, keep
 from knowledge_store import KINDS, Manifest
 from knowledge_store.kinds.positions import PositionsParameters
-from knowledge_store.kinds.positions.selection import Selection
+from knowledge_store.kinds.positions.selection import DRAW_WEIGHT, Selection
 from knowledge_store.terminal.progress import progress_bar
 from student_train.evaluation.bootstrap import bootstrap, mean_of_sums
 from student_train.evaluation.metrics import standard_error
@@ -41,14 +41,13 @@ from student_train.losses.full_kl import full_kl, rounding_floor
 from student_train.losses.targets import Targets, targets_of
 from teacher_dump.extraction.distributions import knowledge_of
 from teacher_dump.extraction.positions import QUANTISATION_STEP
-from teacher_dump.extraction.sampling import systematic_points
+from teacher_dump.extraction.sampling import starts
 
 MAX_LENGTH = 128
 BITS = 4
 KEPT_LAYERS = (0, 1, 4)
 STEPS, BATCH, LEARNING_RATE = 150, 8, 2e-3
-SELECTION = Selection("top-k", 5, 4)
-DRAWS = ("tail_ids", "tail_counts")  # what differs from seed to seed
+SELECTION = Selection("top-k", 5, DRAW_WEIGHT)
 NORMAL = 1.96  # of a standard error on either side: 95%
 
 
@@ -108,12 +107,12 @@ def read_story(number: int, tokens: Tensor, logits: Tensor, seeds: int, manifest
     exact, rounded = [], []
     stored: dict[str, np.ndarray] = {}
     for seed in range(seeds):
-        points = torch.from_numpy(systematic_points(number + seed * 2**32, length, SELECTION.draws))[1:]
-        said = knowledge_of(logits[:-1].clone(), tokens[1:], SELECTION, points, entropy=True)
+        begin = torch.from_numpy(starts(number, length, seed))[1:]
+        said = knowledge_of(logits[:-1].clone(), tokens[1:], SELECTION, begin, entropy=True)
         arrays = {name: values.numpy() for name, values in said.items()}
         if not stored:  # but for the draws, what is kept is the same for all seeds
             stored = kind.decode(kind.unpack(kind.pack(keys, {**arrays, **text}, manifest), manifest), manifest)
-        drawn = {**stored, **{name: arrays[name] for name in DRAWS}}
+        drawn = {**stored, "tail_ids": arrays["tail_ids"]}
         rounded.append(_targets(drawn, vocabulary))
         exact.append(_targets({name: arrays.get(name, values) for name, values in drawn.items()}, vocabulary))
     return Story(tokens, torch.log_softmax(logits[:-1].double(), dim=1), exact, rounded)

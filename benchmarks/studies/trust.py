@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -104,7 +105,7 @@ GROUPS = {"in domain": SETS[:1], "out of domain": SETS[1:], "all four": SETS}
 # FIRST's, on average over its data sets: in points of accuracy and, as we read it, in points of calibration error.
 CLAIMS = {"accuracy": 2.3, "ece": -10.0}
 LABELS = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL", "brier": "Brier"}
-HEALING = {"learning_rate": 3e-4, "batch_size": 4, "eval_fraction": 0.05, "evaluations": 4}  # of up to 512 tokens of text
+HEALING = {"learning_rate": 3e-4, "batch_size": 4, "eval_fraction": 0.0}  # sequences of up to 512 tokens
 GAMMA = 3.0
 
 
@@ -180,14 +181,15 @@ def heal(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     run("teacher_dump", "run", store, *whole, "--corpus", arguments.text, "--name", "text")
     result = train(
         TrainConfig(
-            str(store), "text", student=str(layer_dropped(arguments)), output=str(output), **DRAWS, **HEALING,
+            str(store), dump="text", student=str(layer_dropped(arguments)), output=str(output), **DRAWS, **HEALING,
             epochs=arguments.heal_epochs, precision=PRECISION, save_steps=50,
         ),
         reporter=TerminalReporter(),
     )  # fmt: skip
     if not result.finished:
         sys.exit("interrupted: the same command resumes it")
-    return output, {"seconds": round(result.seconds, 1), "steps": result.steps, "validation_loss": result.eval_loss}
+    losses = [each["loss"] for each in json.loads((output / "history.json").read_text())["entries"] if "loss" in each]
+    return output, {"seconds": round(result.seconds, 1), "steps": result.steps, "losses": [losses[0], losses[-1]]}
 
 
 def ask(folder: str, gguf_file: str | None, asked: dict[str, list[Question]]) -> dict[str, list[float]]:
@@ -218,7 +220,7 @@ def train_and_ask(arguments: argparse.Namespace, cell: Cell, healed: Path, asked
         marker.write_text(cell.name)
     result = train(
         TrainConfig(
-            str(work / "store"), "learnt", output=str(output), **options, epochs=arguments.student_epochs, eval_fraction=0,
+            str(work / "store"), dump="learnt", output=str(output), **options, epochs=arguments.student_epochs, eval_fraction=0,
             batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, precision=PRECISION, save_steps=50, seed=cell.seed,
         ),
         reporter=TerminalReporter(),
@@ -247,22 +249,23 @@ def replicates(likelihoods: dict[str, list[float]], questions: dict[str, Any]) -
     values = {data: unpacked(each, questions[data]["options"]) for data, each in likelihoods.items()}
     answers = {data: np.array(questions[data]["answers"]) for data in values}
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for calibrator, confidence_of in fit_calibrators(values[FIT], answers[FIT]).items():
+    for name, calibrator in fit_calibrators(values[FIT], answers[FIT]).items():
         sets = {}
         for place, data in enumerate(SETS):
             size = len(answers[data])
             times = np.random.default_rng(place).multinomial(size, np.full(size, 1 / size), RESAMPLES)
             times = np.vstack([np.ones(size), times]) / size
-            confidence, correct = confidence_of(values[data]), values[data].argmax(axis=1) == answers[data]
+            confidence, correct = calibrator.confidence(values[data]), values[data].argmax(axis=1) == answers[data]
             gaps = calibration_gaps(confidence, correct, BINS)
             sets[data] = {
                 "accuracy": times @ correct,
                 "ece": gap_error(times @ gaps, np.ones(len(times))),
                 "brier": times @ (confidence - correct) ** 2,
             }
-            if calibrator == "none":
-                sets[data]["nll"] = times @ negative_log_likelihood(values[data], answers[data])
-        found[calibrator] = {
+            if calibrator.temperature is not None:
+                nll = negative_log_likelihood(values[data], answers[data], calibrator.temperature)
+                sets[data]["nll"] = times @ nll
+        found[name] = {
             group: {metric: np.mean([sets[data][metric] for data in names], axis=0) for metric in sets[SETS[0]]}
             for group, names in GROUPS.items()
         }
@@ -293,6 +296,11 @@ def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
                 groups = mean(method, calibrator, done[method])
                 row = {"student": student, "method": method, "calibrator": calibrator, "seeds": done[method]}
                 row |= _intervals(groups)
+                alone = [by_cell[Cell(student, seed, method).name][calibrator] for seed in done[method]]
+                row["of each seed"] = {
+                    group: {metric: [round(float(each[group][metric][0]), 5) for each in alone] for metric in CLAIMS}
+                    for group in GROUPS
+                }
                 for title, baseline in (("over fine-tuning", BASELINE), ("over its temperature", CONTROL)):
                     both = [seed for seed in done[method] if seed in done[baseline[0]]]
                     if both and baseline != (method, calibrator):

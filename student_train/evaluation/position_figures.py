@@ -36,7 +36,7 @@ METRICS = (
     Metric(
         "kl_lower_bound",
         "KL, candidates and tail",
-        "nats, lower bound",
+        "lower bound",
         ".5f",
         remark="The lower bound of KL is over the kept candidates and their tail as one more symbol: the true one is at least"
         " that.",

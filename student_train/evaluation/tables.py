@@ -74,7 +74,8 @@ def _group_tables(group: str, measured: Mapping[str, Measurement]) -> Iterator[T
         return
     (reference, subtracted), *others = kept.items()
     differences = {label: figures.differences(one, subtracted) for label, one in others}
-    caption = f"{CAPTION.format(figures.resampled)} {PAIRED}"
+    known = any(not math.isnan(difference.low) for found in differences.values() for difference in found.values())
+    caption = f"{CAPTION.format(figures.resampled)} {PAIRED}" if known else None
     table = Table(title=f"Less {reference}", title_justify="left", caption=caption)
     table.add_column("")
     for label in differences:

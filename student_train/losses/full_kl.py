@@ -7,7 +7,7 @@ Of the tail a store keeps its probability t, its entropy H and draws, each of wh
 
 since Σ_tail q ln q = t (ln t − H), and Σ_draws w is t on average. Each draw is held against ln t − H, the mean of ln q over the
 tail, rather than their sum against t times that: where the number of draws varies, what they stand for together varies with it,
-and the two cancel out. Here q is what is kept, rounded: what a teacher itself would score is the `rounding_floor`.
+and the two cancel out. Here q is what is kept, rounded: a teacher itself scores the `rounding_floor` at most, on average.
 """
 
 from __future__ import annotations

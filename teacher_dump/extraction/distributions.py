@@ -16,7 +16,7 @@ from knowledge_store.kinds.positions.selection import Selection, most_above
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.extraction.coverage import candidate_masses
 from teacher_dump.extraction.extractor import ExtractionBatch, Total
-from teacher_dump.extraction.sampling import block_sums, draw, likeliest, precise, starts
+from teacher_dump.extraction.sampling import block_sums, draw, exponentials, likeliest, precise, starts
 
 SAMPLE_DEPTHS = (1, 5, 16, 50)  # of candidates, whose coverage `estimate` tells
 FILLERS = {"candidate_logprobs": -torch.inf, "tail_ids": -1}  # behind the last of a row
@@ -75,7 +75,7 @@ def knowledge_of(
     logits.sub_(highest)
     if temperature is not None:
         tempered = block_sums(torch.exp(logits / temperature)).sum(dim=1).log()
-    weights = torch.exp(logits) if entropy else logits.exp_()
+    weights, weighted_logs = exponentials(logits) if entropy else (logits.exp_(), None)
     sums = block_sums(weights)
     above = precise(highest[:, 0])
     tail = sums.sum(dim=1).log() + above
@@ -86,11 +86,10 @@ def knowledge_of(
         "candidate_logprobs": precise(candidates) - total[:, None],
         "tail_logprob": tail - total,
     }
-    if entropy:
-        # ln Σ w − Σ w ln w / Σ w. What weighs nothing adds nothing, however far down it is.
-        logs = logits.clamp_(min=torch.finfo(logits.dtype).min)
-        total_weight, weighted = sums.sum(dim=1), block_sums(logs.mul_(weights)).sum(dim=1)
-        tail_entropy = torch.where(total_weight > 0, total_weight.log() - weighted / total_weight, 0)
+    if weighted_logs is not None:
+        # ln Σ w − Σ w ln w / Σ w.
+        total_weight = sums.sum(dim=1)
+        tail_entropy = torch.where(total_weight > 0, total_weight.log() - weighted_logs / total_weight, 0)
         knowledge["tail_entropy"] = tail_entropy.clamp(min=0)
     if begin is not None:
         spacing = selection.draw_weight * torch.exp(total - above)

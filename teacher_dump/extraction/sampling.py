@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 BLOCK = 256
+PARTS = 8  # of the rows, where something is made beside their logits
 
 
 def starts(sequence: int, length: int, seed: int) -> np.ndarray:
@@ -73,6 +74,20 @@ def block_sums(weights: Tensor) -> Tensor:
     """The sum of each block of `BLOCK` tokens, `precise` (N, blocks), of weights float32 (N, V)."""
     # Float32 within a block: torch's own float64 sum of float32 takes thirty times as long, and as the exponentials themselves.
     return precise(block_wise(torch.sum, weights, 0))
+
+
+def exponentials(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights w of their logs, float32 (N, V), which they replace, and Σ w ln w of each row, `precise` (N,).
+
+    Some rows at a time: a second array as large as the logits takes a CPU longer to get than to fill.
+    """
+    sums = []
+    for part in logs.split(max(1, len(logs) // PARTS)):
+        weights = torch.exp(part)
+        # What weighs nothing adds nothing, however far down it is.
+        sums.append(block_sums(part.clamp_(min=torch.finfo(part.dtype).min).mul_(weights)).sum(dim=1))
+        part.copy_(weights)
+    return logs, torch.cat(sums)
 
 
 def draw(weights: Tensor, sums: Tensor, spacing: Tensor, begin: Tensor, most: int) -> Tensor:

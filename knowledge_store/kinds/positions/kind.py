@@ -278,7 +278,6 @@ def decode(table: pa.Table, manifest: Manifest) -> Arrays:
     Returns:
         input_ids int64 (N,), is_target bool (N,), has_knowledge bool (N,), token_logprob float32 (N,), candidate_ids
         int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
-        int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
         candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and draw_weight float32 (N,); where they are
         kept tail_logsumexp float32 (N,) and tail_entropy float32 (N,).
 
