@@ -28,22 +28,24 @@ import numpy as np
 import torch
 
 from benchmarks.measurement import STUDIES, keep
-from benchmarks.studies.fidelity import (
-    BATCH_SIZE,
-    HELD_OUT_STORIES,
-    LEARNING_RATE,
+from benchmarks.studies.positions import BATCH_SIZE, DUMP, LEARNING_RATE
+from benchmarks.studies.small_students import (
+    HELD_OUT,
     MAX_LENGTH,
-    SELECTIONS,
-    Laboratory,
+    Judge,
     cosine,
     logits_of,
+    three_layers,
     write_atomically,
+    write_texts,
 )
-from benchmarks.studies.positions import DUMP, START
+from knowledge_store import KnowledgeStore
 from student_train.losses.table import LOSSES
 from student_train.losses.targets import select_targets
+from student_train.training.dataset import DistillationDataset
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.run import dump
+from teacher_dump.teachers.local import load_teacher
 
 STORIES = 400
 SHARE = 10
@@ -83,15 +85,16 @@ class Study:
 
     def __init__(self, teacher: str, stories: Path, work: Path, steps: int):
         work.mkdir(parents=True, exist_ok=True)
-        part = work / "stories.json"
+        self.work, self.steps, part = work, steps, work / "stories.json"
         if not part.exists():
-            part.write_text(json.dumps(json.loads(stories.read_text())[: HELD_OUT_STORIES + STORIES]))
-        self.laboratory, self.steps = Laboratory(teacher, part, work, {DUMP: SELECTIONS[DUMP]}), steps
-        config = DumpConfig(
-            teacher, (work / "train.jsonl",), work / "store", "vectors", kinds=("vectors",), max_length=MAX_LENGTH
-        )
-        dump(config)
-        self.laboratory.store = store = self.laboratory.store.open(work / "store")
+            part.write_text(json.dumps(json.loads(stories.read_text())[: HELD_OUT + STORIES]))
+        corpus, held_out = write_texts(part, work)
+        dump(DumpConfig(teacher, (corpus,), work / "store", DUMP, max_length=MAX_LENGTH))
+        dump(DumpConfig(teacher, (corpus,), work / "store", "vectors", kinds=("vectors",), max_length=MAX_LENGTH))
+        self.store = store = KnowledgeStore.open(work / "store")
+        loaded = load_teacher(teacher, dtype="float32")
+        self.teacher = loaded.model.requires_grad_(False)
+        self.judge = Judge(self.teacher, loaded.tokenizer, held_out)
         found = [store["vectors", ordinal] for ordinal in range(store.sequence_count("vectors"))]
         vectors = np.stack([arrays["vector"] for arrays in found])
         self._unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -104,7 +107,7 @@ class Study:
             return np.arange(len(self.documents))
         query, candidates = choice
         query = query.format(dump=DUMP, seed=seed, count=len(self.documents) // SHARE, candidates=candidates)
-        return self.laboratory.store.choose_sequences(query, DUMP).ordinals[DUMP]
+        return self.store.choose_sequences(query, DUMP).ordinals[DUMP]
 
     def run(self, arm: str, seed: int) -> dict[str, Any]:
         """Train a student and measure it, or take the result of a finished run."""
@@ -113,9 +116,9 @@ class Study:
             return dict(json.loads(result.read_text()))
         result.parent.mkdir(parents=True, exist_ok=True)
         ordinals = self.chosen(arm, seed)
-        model = self.laboratory.student(START, seed, self.steps)
-        stream = self.laboratory.batches(DUMP, seed, ordinals)
-        optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE[START], weight_decay=0.01)
+        model = three_layers(self.teacher, seed, cut=True)
+        stream = iter(DistillationDataset(self.store, DUMP, batch_size=BATCH_SIZE, seed=seed, ordinals=ordinals, endless=True))
+        optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(self.steps))
         began = time.process_time()
         for _ in range(self.steps):
@@ -132,7 +135,7 @@ class Study:
             "targets": int(self.targets[ordinals].sum()),
             "nearest": float((self._unit @ self._unit[ordinals].T).max(axis=1).mean()),
             "processor_seconds": round(time.process_time() - began, 1),
-            **self.laboratory.quality(model.eval()),
+            **self.judge.quality(model.eval()),
         }
         write_atomically(result, figures)
         print(f"{arm:<20} seed {seed}  " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()), flush=True)
@@ -141,7 +144,7 @@ class Study:
     def result(self, arm: str, seed: int) -> Path:
         """Where the figures of a finished run are."""
         name = "".join(letter if letter.isalnum() else "-" for letter in arm)
-        return self.laboratory.work / "runs" / f"diversity-{self.steps}" / f"{name}-{seed}.json"
+        return self.work / "runs" / f"diversity-{self.steps}" / f"{name}-{seed}.json"
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -188,12 +191,12 @@ def main() -> None:
         "steps": options.steps,
         "batch_size": BATCH_SIZE,
         "max_length": MAX_LENGTH,
-        "learning_rate": LEARNING_RATE[START],
+        "learning_rate": LEARNING_RATE,
         "seeds_planned": len(SEEDS),
         "seeds": {arm: len(of_arm) for arm, of_arm in runs.items()},
         "stories": STORIES,
         "sequences": len(study.documents),
-        "teacher": study.laboratory.quality(study.laboratory.teacher),
+        "teacher": study.judge.quality(study.teacher),
         "arms": arms,
     }
     keep("diversity", figures, STUDIES)
