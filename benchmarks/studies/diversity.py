@@ -28,8 +28,7 @@ import numpy as np
 import torch
 
 from benchmarks.measurement import STUDIES, keep
-from benchmarks.studies.positions import BATCH_SIZE, DUMP, LEARNING_RATE
-from benchmarks.studies.small_students import (
+from benchmarks.small_students import (
     HELD_OUT,
     MAX_LENGTH,
     Judge,
@@ -39,6 +38,7 @@ from benchmarks.studies.small_students import (
     write_atomically,
     write_texts,
 )
+from benchmarks.studies.positions import BATCH_SIZE, DUMP, LEARNING_RATE
 from knowledge_store import KnowledgeStore
 from student_train.losses.table import LOSSES
 from student_train.losses.targets import select_targets

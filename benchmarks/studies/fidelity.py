@@ -42,8 +42,7 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.measurement import STUDIES, keep
 from benchmarks.selection_dumps import ARMS
-from benchmarks.studies.selections import measure
-from benchmarks.studies.small_students import (
+from benchmarks.small_students import (
     MAX_LENGTH,
     Judge,
     cosine,
@@ -52,6 +51,7 @@ from benchmarks.studies.small_students import (
     write_atomically,
     write_texts,
 )
+from benchmarks.studies.selections import measure
 from knowledge_store import KnowledgeStore
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.targets import Targets, select_targets

@@ -5,7 +5,7 @@
 The teacher is dumped once, with `positions` and `hidden` of its last layer, and copies of three of its five layers learn from
 the dump for the same steps, with the same batches: by `forward-kl` alone, and with a loss of hidden states beside it, with a
 projector and without. What is judged after the last step is the divergence from the teacher on held-out stories (`eval_kl`,
-nats; the tail as a bucket), and how far the hidden states still are. Finished runs stay in the folder, and are not made again.
+nats), and how far the hidden states still are. Finished runs stay in the folder, and are not made again.
 """
 
 from __future__ import annotations

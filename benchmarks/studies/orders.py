@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import knowledge_store.writing.row_groups
 from benchmarks.measurement import STUDIES, keep
-from benchmarks.studies.small_students import cosine, logits_of, write_atomically
+from benchmarks.small_students import cosine, logits_of, write_atomically
 from knowledge_store import KnowledgeStore
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.targets import select_targets

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from benchmarks.measurement import STUDIES, keep
-from benchmarks.studies.small_students import (
+from benchmarks.small_students import (
     MAX_LENGTH,
     Judge,
     cosine,
