@@ -22,6 +22,7 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays, item_mask
+from knowledge_store.kinds.kind import check_held
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.mixture import Named
@@ -279,8 +280,8 @@ class KnowledgeStore:
         kinds = list(manifest.kinds)
         if kind is None and len(kinds) > 1:
             raise InputError(f"name one of the kinds of dump {manifest.dump!r}: {', '.join(kinds)}")
-        if kind is not None and kind not in kinds:
-            raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}: it has {', '.join(kinds)}")
+        if kind is not None:
+            check_held(manifest, kind)
         return export(self._dumps.only(manifest.dump), kind or kinds[0], Path(output), where, reporter=reporter)
 
     def export_speculators(self, output: str | Path, dump: str | None = None, reporter: Reporter = SILENT) -> int:
@@ -370,8 +371,7 @@ class KnowledgeStore:
             DamageError: what was read is not what was published.
         """
         reader = self._readers.of_dump(dump)
-        if kind not in reader.manifest.kinds:
-            raise InputError(f"dump {reader.manifest.dump!r} holds no knowledge of kind {kind!r}")
+        check_held(reader.manifest, kind)
         return reader.stored(ordinal, kind)
 
     def shown(self, ordinal: int, dump: str | None = None) -> list[tuple[list[str], list[list[str]]]]:

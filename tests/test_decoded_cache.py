@@ -107,7 +107,8 @@ def test_damage_anywhere_changes_nothing(cache, tmp_path, opened_before, damage)
 @pytest.mark.parametrize("opened_before", [True, False])
 def test_every_byte_is_checked(cache, opened_before):
     """One byte flipped at a time, whether the header was read before or is read now."""
-    arrays = {"ids": np.arange(60, dtype=np.int64).reshape(20, 3), "logprobs": -np.arange(20, dtype=np.float32)}
+    ids = np.arange(60, dtype=np.int64).reshape(20, 3)
+    arrays = {"ids": ids, "candidate_ids": ids * (ids % 9 < 4), "logprobs": -np.arange(20, dtype=np.float32)}
     starts = np.array([0, 7, 20])
     kept = DecodedCache(make_manifest(), 10**9)
     kept.add("ab", 0, starts, arrays)
@@ -280,6 +281,27 @@ def test_any_arrays_come_back_as_they_were(cache, lengths, fields, seed):
             assert array.dtype == arrays[key].dtype and array.shape == arrays[key][start:end].shape
             assert np.array_equal(array, arrays[key][start:end]) and array.flags.writeable
     assert kept.read(name, 4, 0) is None and kept.read(name[:-1] + "x", 3, 0) is None
+
+
+@pytest.mark.parametrize("width", [1, 3, 300])
+def test_lists_are_kept_without_their_padding_and_come_back_with_it(cache, width):
+    random, starts = np.random.default_rng(0), np.array([0, 1, 40, 40, 200])
+    filled = np.arange(width) < random.integers(0, 3, (200, 1))
+    arrays = {
+        "candidate_ids": np.where(filled, random.integers(0, 3, filled.shape), 0),  # where 0 is an id too
+        "candidate_logprobs": np.where(filled, random.choice([-0.0, -1.5, -np.inf], filled.shape), -np.inf).astype(np.float32),
+        "tail_logprob": random.random(200, np.float32),
+    }
+    kept = DecodedCache(make_manifest(), 10**9)
+    kept.add("ab", 0, starts, arrays)
+    for item, (start, end) in enumerate(pairwise(starts)):
+        found = kept.read("ab", 0, item)
+        assert found is not None
+        for name, array in arrays.items():
+            assert found[name].dtype == array.dtype and found[name].shape == array[start:end].shape
+            assert found[name].tobytes() == array[start:end].tobytes()
+    [path] = files(cache)
+    assert path.stat().st_size < 200 * (4 + 2 * (2 + 5)) + 1000
 
 
 def test_whoever_has_no_home_reads_without_a_cache(tmp_path, monkeypatch):

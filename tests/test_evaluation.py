@@ -174,6 +174,8 @@ def test_evaluations_side_by_side(result, copy_folder, judged, teacher_folder, s
     refused = CliRunner().invoke(app, ["compare", str(first), str(limited)])
     assert refused.exit_code == 2 and refused.stderr.count("\n") == 1
     assert "were not measured on the same sequences" in refused.stderr
+    refused = CliRunner().invoke(app, ["compare", str(first), "absent.json"])
+    assert refused.exit_code == 2 and "absent.json does not exist" in refused.stderr
 
 
 RESULT = {"model", "parameters", "seconds", "config", "dump", "sequences", "figures"}

@@ -221,7 +221,7 @@ def test_the_best_model_has_its_own_maps(store_folder, narrow, tmp_path, dtype):
         ({"hidden_weight": 1.5}, "--hidden-weight is 1.5; it must be at least 0 and at most 1"),
         ({"hidden_weight": 0.0, "hidden_projector": True}, "--hidden-projector has no effect without --hidden-weight"),
         ({"hidden_layers": "last"}, "--hidden-layers is 'last'; it must be numbers"),
-        ({"dump": "plain"}, "'plain' holds no knowledge of kind 'hidden'"),
+        ({"dump": "plain"}, "'plain' holds no knowledge of kind 'hidden': it has positions; name another, or make one"),
         ({"student": "narrow"}, "have 16 values, and those of the dump states 32: give --hidden-projector"),
         ({"hidden_layers": "2"}, r"--hidden-layers 2 is not one of the student's, which has 1: give --hidden-layers, with 0"),
         ({"hidden_layers": "1"}, r"--hidden-layers 1 is not one of the student's"),

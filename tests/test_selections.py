@@ -175,7 +175,7 @@ def test_a_sequence_as_a_person_reads_it(store, name):
         ({"selection": "top-q"}, "--selection is 'top-q'; it must be top-k, top-p or threshold"),
         ({"draw_weight": -0.1}, "--draw-weight is -0.1; it must be at least 0 and below 1"),
         ({"draw_weight": 1.0}, "--draw-weight is 1.0; it must be at least 0 and below 1"),
-        ({"draw_weight": 1e-6}, "the draw weight is 1e-06; it must be at least 1.52587890625e-05 and below 1, or 0"),
+        ({"draw_weight": 1e-6}, "the draw weight is 1e-06; it must be at least 1/65,536 and below 1, or 0"),
         ({"draw_seed": -1}, "--draw-seed is -1; it must be at least 0"),
         ({"draw_weight": 0.0, "draw_seed": 1}, "--draw-seed decides where draws fall, and --draw-weight 0 keeps none"),
         ({"selection": "threshold", "draw_weight": 0.0}, "--selection threshold needs a --draw-weight above 0"),

@@ -44,7 +44,7 @@ def test_a_run_says_what_it_did_and_a_second_one_that_nothing_was_left_to_do(com
     first = command(shard_size=4)
     assert first.returncode == 0 and first.stdout == ""
     assert "tiny-corpus: 2 of 2 shards dumped;" in first.stderr and "positions/s" in first.stderr
-    for figure in ("bytes/position", "top-k coverage", "100%"):
+    for figure in ("bytes/position", "mass of the candidates", "100%"):
         assert figure in first.stderr
     second = command(shard_size=4)
     assert second.returncode == 0

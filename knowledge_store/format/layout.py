@@ -20,7 +20,7 @@ from pathlib import Path
 from knowledge_store.errors import InputError
 
 FORMAT_NAME = "knowledge-store"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 STORE_FILE = "store.json"
 MANIFEST_FILE = "manifest.json"

@@ -51,9 +51,21 @@ def parameters_of(manifest: Manifest, kind: str, parameters: type[P]) -> P:
     Raises:
         InputError: it holds none.
     """
-    if kind not in manifest.kinds:
-        raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}")
+    check_held(manifest, kind)
     return parameters.from_record(manifest.kinds[kind])
+
+
+def check_held(manifest: Manifest, kind: str) -> None:
+    """Make sure that a dump holds a kind of knowledge.
+
+    Raises:
+        InputError: it does not; names what it has.
+    """
+    if kind not in manifest.kinds:
+        raise InputError(
+            f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}: it has {', '.join(manifest.kinds)}; name another,"
+            " or make one with `teacher-dump run --kind`"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pyarrow as pa
 from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest, in_words
 from knowledge_store.kinds import KINDS
+from knowledge_store.kinds.kind import check_held
 
 Named = str | Sequence[str] | Mapping[str, float] | None
 Tokens = Callable[[Manifest], pa.Table]
@@ -87,8 +88,7 @@ def taken(manifests: Sequence[Manifest], kinds: tuple[str, ...] | None) -> Taken
                 f" {', '.join(manifest.kinds)}: name the kinds to read of both"
             )
         for kind in kinds or ():
-            if kind not in manifest.kinds:
-                raise InputError(f"dump {manifest.dump!r} holds no knowledge of kind {kind!r}")
+            check_held(manifest, kind)
     arrays: dict[str, dict[str, Any]] = {}
     left_out: dict[str, tuple[str, ...]] = {}
     for kind in tuple(first.kinds) if kinds is None else kinds:

@@ -18,7 +18,7 @@ def read_evaluation(path: Path) -> Record:
     """
     result = read_record(path, ("model", "parameters", "seconds", "config"), DESCRIPTION)
     if not result:
-        raise InputError(f"{path} cannot be read: it is a link to a missing file")
+        raise InputError(f"{path} does not exist: name a file that `student-train evaluate` wrote")
     if "questions" not in result and "figures" not in result:
         raise InputError(f"{path} is not the {DESCRIPTION}: it has neither 'questions' nor 'figures'")
     return result

@@ -135,7 +135,7 @@ POSITIONS = Extractor(
         "calibration.sha256": "the file of --calibration",
     },
     absent_values={"selection.draw_weight": 0, "selection.draw_seed": 0},
-    figures={"top-k coverage": coverage},
+    figures={"mass of the candidates": coverage},
     sample_figures=sample_figures,
     comparisons={"full distributions (float32)": "dense_bytes"},
 )

@@ -51,9 +51,8 @@ class Selection:
         if self.name not in NAMES:
             raise InputError(f"there is no selection {self.name!r}: choose one of {', '.join(NAMES)}")
         if self.draw_weight and not MIN_DRAW_WEIGHT <= self.draw_weight < 1:
-            raise InputError(
-                f"the draw weight is {self.draw_weight}; it must be at least {MIN_DRAW_WEIGHT} and below 1, or 0 for no draws"
-            )
+            limits = f"at least 1/{1 / MIN_DRAW_WEIGHT:,.0f} and below 1, or 0 for no draws"
+            raise InputError(f"the draw weight is {self.draw_weight}; it must be {limits}")
         if self.name == "threshold" and not self.draw_weight:
             raise InputError("the selection threshold needs a draw weight above 0: what is less likely is drawn")
         if not 0 <= self.draw_seed <= MAX_DRAW_SEED or (self.draw_seed and not self.draw_weight):

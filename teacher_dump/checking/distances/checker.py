@@ -60,7 +60,7 @@ class DistanceAgreement(Agreement):
     def lines(self) -> list[str]:
         """How far sequences are off, and the verdict with what it rests on."""
         distance = DISTANCES[self.kind]
-        lines = [f"{self.dump}: the {self.kind} of {self.sequences} sequences asked again"]
+        lines = [f"{self.dump}, kind {self.kind}: {self.sequences} sequences asked again"]
         if self.distances:
             quantiles = np.quantile(self.distances, list(QUANTILES.values()), method="higher")
             shares = ", ".join(f"{name} {value:.2%}" for name, value in zip(QUANTILES, quantiles, strict=True))
