@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from student_train import DistillationTrainer, TrainConfig, train
+from student_train import DistillationDataset, DistillationTrainer, TrainConfig, train
+from student_train.losses.head import has_plain_head
 from student_train.losses.hidden import Projector, keeping_states, kept_positions, state_distances
 from student_train.training.configuration import HiddenStates
 from student_train.training.hidden_states import PROJECTOR_FILE
@@ -191,6 +192,27 @@ def test_in_the_library_s_own_trainer(store_folder, narrow, tmp_path):
     with pytest.raises(InputError, match="does not go with torch_compile"):
         compiled = TrainingArguments(tmp_path, max_steps=1, report_to="none", use_cpu=True, torch_compile=True)
         DistillationTrainer(make_model(40), compiled, **source, hidden=HiddenStates(0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_best_model_has_its_own_maps(store_folder, narrow, tmp_path, dtype):
+    """And an evaluation before the first step leaves the head and the loss together."""
+    store = KnowledgeStore.open(store_folder)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, per_device_train_batch_size=2, learning_rate=0.1, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_hidden",
+        greater_is_better=True, report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    model, evaluation = AutoModelForCausalLM.from_pretrained(narrow, dtype=dtype), DistillationDataset(store, "states")
+    hidden = HiddenStates(0.5, projector=True)
+    trainer = DistillationTrainer(model, arguments, store=store, dump="states", eval_dataset=evaluation, hidden=hidden)
+    trainer.evaluate()
+    assert has_plain_head(trainer.model)
+    trainer.train()
+    first, last = (load_file(tmp_path / f"checkpoint-{step}" / PROJECTOR_FILE) for step in (1, 2))
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert_close(trainer.projector.state_dict(), first, 0)
+    assert (first["0.weight"] - last["0.weight"]).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize(

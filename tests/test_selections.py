@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from conftest import run_command, story_rows, write_jsonl
@@ -24,6 +25,7 @@ from knowledge_store.calibration.file import Calibration, write_calibration
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds.positions.packing import MAX_STEPS, NO_TOKEN, pack_draws, unpack_draws
 from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump import DumpConfig, dump
 from teacher_dump.extraction.sampling import starts
@@ -268,6 +270,14 @@ def redrawn(change, row: int = 1) -> list[dict[str, np.ndarray]]:
 def test_verify_knows_the_rules_of_draws(tmp_path, knowledge, complaint):
     folder = small_store(tmp_path / "s", DRAWN, knowledge)
     assert [sentence.partition(": ")[2] for sentence in verify(folder).damage] == ([complaint] if complaint else [])
+
+
+def test_drawn_tokens_are_kept_up_to_the_last_that_a_float_holds():
+    kept = np.array([True, True, False])
+    ids = np.array([[MAX_STEPS - 1, MAX_STEPS], [NO_TOKEN, NO_TOKEN], [5, NO_TOKEN]])
+    assert unpack_draws(pa.chunked_array([pack_draws(ids, kept)])).to_pylist() == [[MAX_STEPS - 1, MAX_STEPS], [], None]
+    with pytest.raises(InputError, match=f"id, {MAX_STEPS + 1}, is above {MAX_STEPS}: dump with --draw-weight 0"):
+        pack_draws(ids + 1, kept)
 
 
 def test_verify_finds_a_drawn_candidate(tmp_path):

@@ -4,6 +4,7 @@ A *projector* is a module of the model while it is trained, so that it is in the
 processes; what transformers saves and loads is the model without it. It stands in a file beside the model:
 
     hidden_projector.safetensors   N.weight (H, W) and N.bias (H,) for each layer N in the order of the dump's; float32
+                                   (float64 of a model in that)
 
 W is the student's width and H the teacher's. Its metadata names the layers of both.
 """
@@ -15,12 +16,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.hidden import hidden_of
+from student_train.losses.head import has_plain_head
 from student_train.losses.hidden import Projector, keeping_states
 from student_train.losses.targets import Batch
 from student_train.training.configuration import HiddenStates
@@ -56,7 +59,9 @@ class HiddenStatesMixin(_Base):
         """
         if self.args.torch_compile:
             raise InputError("learning hidden states does not go with torch_compile: leave one of the two out")
-        config = self.accelerator.unwrap_model(self.model).config.get_text_config()
+        model = self.accelerator.unwrap_model(self.model)
+        has_plain_head(model)  # looked up before anything hooks into its passes
+        config = model.config.get_text_config()
         layers, width = config.num_hidden_layers, config.hidden_size
         self._student_layers, teacher_width = check_hidden(store, mixture, hidden, layers=layers, width=width)
         if not hidden.projector:
@@ -67,7 +72,8 @@ class HiddenStatesMixin(_Base):
             )
         self._teacher_layers = hidden_of(store.manifest(mixture.dumps[0])).layers
         self.projector = Projector(len(self._student_layers), width, teacher_width, seed=self.args.seed)
-        setattr(self.model, MODULE, self.projector.to(self.model.device))
+        dtype = torch.promote_types(model.dtype, torch.float32)  # that of the states, see `losses.hidden.keeping_states`
+        setattr(self.model, MODULE, self.projector.to(self.model.device, dtype))
 
     def keeping_states(self, model: nn.Module, batch: Batch) -> AbstractContextManager[list[Tensor]]:
         """See `losses.hidden.keeping_states`; nothing is kept where no states are learnt."""
@@ -111,3 +117,8 @@ class HiddenStatesMixin(_Base):
         with self.projector_apart():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_projector(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        with self.projector_apart():
+            super()._load_best_model()
+        self.load_projector(self.state.best_model_checkpoint)

@@ -214,8 +214,16 @@ def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, 
 
 
 def pack_draws(ids: np.ndarray, kept: np.ndarray) -> pa.Array:
-    """The stored column PACKED_DRAWS of token ids (N, M), NO_TOKEN behind the last of a row; null where not kept, bool (N,)."""
+    """The stored column PACKED_DRAWS of token ids (N, M), NO_TOKEN behind the last of a row; null where not kept, bool (N,).
+
+    Raises:
+        InputError: an id is above MAX_STEPS, up to which the column holds them.
+    """
     drawn = (ids != NO_TOKEN) & kept[:, None]
+    if (highest := ids[drawn].max(initial=0)) > MAX_STEPS:
+        raise InputError(
+            f"a drawn token's id, {highest}, is above {MAX_STEPS}: dump with --draw-weight 0, which keeps no draws"
+        )
     values = _stored(ids[drawn].astype(np.float64))
     offsets = list_offsets(drawn.sum(axis=1))
     return pa.ListArray.from_arrays(offsets, values, type=PACKED_DRAWS.column.type, mask=pa.array(~kept))
