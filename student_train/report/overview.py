@@ -78,6 +78,8 @@ def _objective(run: Run) -> str:
         words.append("re-calibrated")
     if config.get("rationale", "none") != "none":
         words.append(f"{config['rationale_weight']:g} rationales ({config['rationale']})")
+    if config.get("hidden_weight"):
+        words.append(f"{config['hidden_weight']:g} hidden states ({config['hidden_loss']})")
     return html.escape(", ".join(words))
 
 
