@@ -90,7 +90,7 @@ def main() -> None:
             rows.append({"student": name, "selection": str(selection), "variance": variances, "mass_against_one": ratios})
             print(f"{name:<6}{selection!s:<36} {ratios['logits']:.4f} {ratios['hidden']:.4f}")
     figures = {"teacher": Path(arguments.teacher).name, "positions": len(logits), "seeds": SEEDS, "each": rows}
-    keep("draw-forms", figures, STUDIES)
+    keep("draw_forms", figures, STUDIES)
 
 
 if __name__ == "__main__":
