@@ -149,7 +149,7 @@ def test_json_files(tmp_path):
         stated = record.pop("sha256")
         canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         assert hashlib.sha256(canonical.encode()).hexdigest() == stated
-        assert (record["format"], record["version"]) == ("knowledge-store", 4)
+        assert (record["format"], record["version"]) == ("knowledge-store", 5)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest) == {
         *("format", "version", "sha256", "dump", "kinds", "teacher", "tokenizer", "corpus"),

@@ -245,6 +245,8 @@ def test_what_each_run_was_trained_with(tmp_path):
     ]
     assert runs["bare"][2:5] == ["– of 4 sequences", "–", "–"]
     assert "not trained alike" not in text and "Not finished" not in text
+    change_record(folders[0] / "run.json", config={**CONFIG, "hidden_weight": 0.1, "hidden_loss": "cosine"})
+    assert "forward-kl, 0.2 cross-entropy, 0.1 hidden states (cosine)" in page(tmp_path, *folders)
 
 
 def change_record(path: Path, **changes: object) -> None:
