@@ -384,7 +384,7 @@ def other_order(arrays, rows):
         (swap_first_candidates, "not sorted"),
         (one("token_logprob", 0.5), "above zero"),
         (one("candidate_ids", 11, 0), "not below the vocabulary size"),
-        (drop_knowledge_of_a_target, "a target has no candidates"),
+        (drop_knowledge_of_a_target, "a target has no knowledge"),
         (knowledge_at_position_0, "position 0, which nothing predicts"),
         (double_a_candidate, "stands twice"),
         (other_tokens, "do not match its token_hash"),

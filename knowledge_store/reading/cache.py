@@ -138,7 +138,8 @@ def _narrow(array: np.ndarray) -> np.ndarray:
     """Integers in the fewest bytes that hold them; anything else as it is."""
     if array.dtype.kind not in "iu" or not array.size:
         return array
-    return array.astype(np.result_type(np.min_scalar_type(array.min()), np.min_scalar_type(array.max())))
+    lowest, highest = int(array.min()), int(array.max())
+    return array.astype(np.min_scalar_type(highest if lowest >= 0 else min(lowest, -highest - 1)))
 
 
 def _as_lists(rows: np.ndarray, filler: Any) -> tuple[np.ndarray, np.ndarray] | None:
