@@ -27,13 +27,13 @@ from teacher_dump.dumping.publishing import ShardPublisher
 
 def test_a_disk_that_refuses_calls_of_chance(memory_folder):
     skip_for(disk_errors.unavailable(memory_folder))
-    counts = disk_errors.run(seed=1, minutes=math.inf, folder=memory_folder, trials=3)
-    assert counts["calls"] == 3
+    counts = disk_errors.run(seed=1, minutes=math.inf, folder=memory_folder, trials=2)
+    assert counts["calls"] == 2
     assert counts["refused"] > 0
     assert counts["survived"] == counts["faults"]
     assert counts["silent"] == 0
     skip_for(journal_disk.unavailable(memory_folder))  # of short writes and full disks
-    assert counts["short_writes"] == counts["full_disks"] == 3
+    assert counts["short_writes"] == counts["full_disks"] == 2
 
 
 def test_a_writer_that_dies_stops_the_dump_at_the_next_batch(tmp_path, loaded_teacher, monkeypatch):

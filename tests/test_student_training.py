@@ -112,8 +112,8 @@ def test_accumulation_and_workers_change_nothing(settings, tmp_path):
 
 
 def test_tokens_seen_are_those_of_the_sequences_each_time_they_are_read(settings, tmp_path):
-    sequences = KnowledgeStore.open(settings["store"]).sequences("train")
-    settings |= {"epochs": 2, "steps": None, "batch_size": 3, "gradient_accumulation": 2}
+    sequences = KnowledgeStore.open(settings["store"]).sequences("heldout")
+    settings |= {"dump": ("heldout",), "epochs": 2, "steps": None, "batch_size": 3, "gradient_accumulation": 2}
     train(TrainConfig(**settings))
     history = json.loads((tmp_path / "run" / "history.json").read_text())
     assert history["tokens"] == 2 * sum(sequences["length"].to_pylist())

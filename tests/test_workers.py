@@ -135,7 +135,7 @@ def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder, monkeypatch):
     from student_train.training.configuration import TrainConfig
     from student_train.training.run import RunTrainer, train
 
-    corpus = write_jsonl(tmp_path / "rows.jsonl", story_rows(120))
+    corpus = write_jsonl(tmp_path / "rows.jsonl", story_rows(60))
     store, frozen = tmp_path / "store", tmp_path / "frozen"
     options = ["--name", "d", "--max-length", "32", "--batch-size", "2", "--shard-size", "2"]
     arguments = ["run", store, "--teacher", teacher_folder, "--corpus", corpus, *options]
