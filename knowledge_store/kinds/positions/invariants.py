@@ -122,8 +122,8 @@ def _draws_damage(
         yield f"a drawn token's id is not below the vocabulary size, {vocabulary}"
     # As many as lie so far apart in the tail as it was before it was rounded, from wherever they start.
     margin = np.exp(ROUNDED * step)
-    tail_draws = np.exp(tail.astype(np.float64)) / rule.draw_weight
-    if ((counts <= tail_draws / margin - 1 - 1e-6) | (counts >= tail_draws * margin + 1 + 1e-6)).any():
+    expected = np.exp(tail.astype(np.float64)) / rule.draw_weight
+    if ((counts <= expected / margin - 1 - 1e-6) | (counts >= expected * margin + 1 + 1e-6)).any():
         yield f"a position does not have as many draws of weight {rule.draw_weight:g} as its tail is large"
     if ((drawn[:, 1:] < drawn[:, :-1]) & filled[:, 1:]).any():
         yield "drawn tokens are not in the order of their ids"
