@@ -7,7 +7,6 @@ The file is Parquet, and its columns `dump`, `sequence_id`, `position` and `toke
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import InputError
-from knowledge_store.storage.local import TEMPORARY_PREFIX
+from knowledge_store.storage.local import publish
 from student_train.evaluation.bootstrap import bootstrap_interval
 
 PERCENTILES = {"kl_median": 50.0, "kl_90": 90.0, "kl_99": 99.0, "kl_99_9": 99.9, "kl_max": 100.0}
@@ -66,7 +65,7 @@ def write_positions(path: Path, dump: str, columns: Mapping[str, np.ndarray | No
         columns: by the names of TYPES, (N,) each; None for what the dump cannot give.
 
     Raises:
-        InputError: the file cannot be written, or is there already.
+        InputError: the file is there already. StoreError: the disk refuses it.
     """
     known = {name: values for name, values in columns.items() if values is not None}
     order = np.lexsort((known["position"], known["sequence_id"]))
@@ -74,13 +73,6 @@ def write_positions(path: Path, dump: str, columns: Mapping[str, np.ndarray | No
     for name, kept in TYPES.items():
         if name in known:
             arrays[name] = pa.array(known[name][order]).cast(kept)
-    unfinished = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
-    try:
-        pq.write_table(pa.table(arrays), unfinished, compression=COMPRESSION)
-        os.link(unfinished, path)
-    except FileExistsError:
-        raise InputError(f"--keep-positions {path} exists already: name another file, or remove it") from None
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    table = pa.table(arrays)
+    if not publish(path, lambda file: pq.write_table(table, file, compression=COMPRESSION)):
+        raise InputError(f"--keep-positions {path} exists already: name another file, or remove it")

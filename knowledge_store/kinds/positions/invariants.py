@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.format.sequences import token_hash
-from knowledge_store.kinds.columns import padded_lists
+from knowledge_store.kinds.columns import list_mask, padded_lists
 from knowledge_store.kinds.positions.packing import NO_MASS, quantise, total_mass
 from knowledge_store.kinds.positions.selection import Selection
 
@@ -58,7 +58,7 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
         yield f"a position does not have {width if min_count == width else f'{min_count} to {width}'} candidates"
         return
     ids, logprobs = ids[kept], logprobs[kept]
-    filled = np.arange(ids.shape[1]) < counts[:, None]
+    filled = list_mask(counts, ids.shape[1])
     token_id = table["token_id"].to_numpy()[kept].astype(np.int64)
     token_logprob = table["token_logprob"].to_numpy()[kept]
     tail = table["tail_logprob"].fill_null(NO_MASS).to_numpy()[kept]
@@ -117,7 +117,7 @@ def _draws_damage(
 ) -> Iterator[str]:
     """What is wrong with the draws; of the N kept positions candidates (N, K), fillers below 0, and the tail's log (N,)."""
     drawn, counts = (array[kept] for array in padded_lists(table["tail_ids"], -1, np.int64))
-    filled = np.arange(drawn.shape[1]) < counts[:, None]
+    filled = list_mask(counts, drawn.shape[1])
     if (drawn >= vocabulary).any():
         yield f"a drawn token's id is not below the vocabulary size, {vocabulary}"
     # As many as lie so far apart in the tail as it was before it was rounded, from wherever they start.
