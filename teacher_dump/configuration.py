@@ -20,7 +20,7 @@ from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
 from teacher_dump.corpus.columns import read_columns
 from teacher_dump.extraction import EXTRACTORS, option_classes
-from teacher_dump.teachers.loading import Loading, check_loading
+from teacher_dump.teachers.loading import ENGINES, Loading, check_loading
 from teacher_dump.teachers.protocol import ATTENTIONS, DEVICE_MAPS, DTYPES, QUANTISATIONS
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
@@ -35,7 +35,8 @@ class NamedTeacher(GgufOptions):
 
     PANELS: ClassVar[Mapping[str, Sequence[str]]] = {
         "Teacher": (
-            *("gguf_file", "revision", "batch_size", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),
+            *("engine", "gguf_file", "revision", "batch_size", "dtype", "device", "device_map", "max_memory", "quantize"),
+            "attention",
         ),
         "Corpus": (
             *("columns", "max_length", "too_long", "chat_template", "train_on", "template_date"),
@@ -63,6 +64,12 @@ class TeacherOptions(NamedTeacher):
     """Which teacher is asked, and how it is loaded and asked, alike in all commands."""
 
     _: KW_ONLY
+    engine: str | None = option(
+        None,
+        choices=tuple(ENGINES),
+        help="What runs the teacher: transformers, or vllm in this process. Without it transformers does, and a dump is resumed"
+        " by the engine that began it.",
+    )
     batch_size: int = option(
         16,
         min=1,
@@ -101,7 +108,8 @@ class TeacherOptions(NamedTeacher):
     @property
     def loading(self) -> Loading:
         """How the teacher is loaded."""
-        return Loading(**{field.name: getattr(self, field.name) for field in fields(Loading)})
+        named = {field.name: getattr(self, field.name) for field in fields(Loading)}
+        return Loading(**named | {"engine": self.engine or "transformers"})
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.run import dump
 from teacher_dump.dumping.worker_shards import worker_shards
 from teacher_dump.fingerprints import corpus_record
-from teacher_dump.teachers.files import check_local_teacher, file_hashes, find_folder, model_files
+from teacher_dump.teachers.files import file_hashes, find_folder, model_files
+from teacher_dump.teachers.opening import check_files
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -144,7 +145,7 @@ def _check_teacher(
     made_by = finished.teacher["name"]
     if not config.teacher or (config.teacher == made_by and not Path(made_by).is_dir() and config.revision is None):
         return
-    check_local_teacher(config.teacher, config.gguf_file, config.revision)
+    check_files(config)
     folder = find_folder(config.teacher, config.gguf_file, config.revision)
     files = file_hashes(folder, model_files(folder, config.gguf_file), reporter=reporter)
     check_alike(storage, finished, replace(finished, teacher={**finished.teacher, "files": files}))
@@ -167,6 +168,7 @@ def _next(config: RunConfig, name: str, like: Manifest) -> RunConfig:
         kinds=tuple(like.kinds),
         dtype=like.teacher.get("dtype", config.dtype),
         quantize=like.teacher.get("quantize", "none"),
+        engine=like.teacher.get("engine", "transformers"),
         **plan,
     )
     return as_made(settings, like)

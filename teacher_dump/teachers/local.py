@@ -39,6 +39,7 @@ from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call how many there are
 UNKNOWN = 2**31  # as how many layers there are: none has that number
 
 # Kept between a forward and a backward pass at once: larger batches pay little on a CPU, and more on a GPU.
@@ -87,6 +88,12 @@ class LocalTeacher:
         if self.model is not None and "inputs_embeds" in signature(self._runner.forward).parameters:
             more.add(Ability.GRADIENTS)
         return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | more)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        config = self.model.config.get_text_config()
+        return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
 
     @property
     def _runner(self) -> nn.Module:
