@@ -54,7 +54,7 @@ class NamedTeacher(GgufOptions):
             *("skip_bad_rows", "max_skipped"),
         ),
         **{f"--kind {kind}": [field.name for field in fields(extractor.options)] for kind, extractor in EXTRACTORS.items()},
-        "Workers and repair": ("rank", "world_size", "repair"),
+        "Workers and repair": ("rank", "world_size", "help_others", "repair"),
     }
 
     teacher: str = option(help="A local folder or a hub id of a causal language model.")
@@ -271,6 +271,9 @@ class DumpConfig(StoreOptions, EstimateConfig):
     max_bytes: int = option(
         100_000_000_000, min=0, help="Do not begin a dump whose hidden states would take more bytes, before compression."
     )
+    help_others: bool = option(
+        False, help="Once this worker's shards are done, take what is missing of other workers', in an order of its own."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -307,6 +310,7 @@ _NO_SETTINGS = {
         "max_memory",
     ),
     *("attention", "skip_bad_rows", "max_skipped", "max_bytes", "rank", "world_size"),
+    "help_others",
 }
 
 
@@ -325,8 +329,15 @@ class RunConfig(DumpConfig):
         help="Begin or resume the next dump of a family, FAMILY-2, FAMILY-3 and so on, of another corpus and with the"
         " settings of the last one.",
     )
-    rank: int = option(0, min=0, help="Number of this worker, counted from 0.")
-    world_size: int = option(1, min=1, help="How many workers share the dump.")
+    rank: int | None = option(
+        None,
+        min=0,
+        help="Number of this worker, counted from 0. Without it, as torchrun, Slurm (srun, arrays) or an indexed job of"
+        " Kubernetes says, or else 0.",
+    )
+    world_size: int | None = option(
+        None, min=1, help="How many workers share the dump; without it, as torchrun or Slurm says, or else 1."
+    )
     repair: bool = option(False, help="Repair the dump instead: make damaged shards and files again, and no others.")
 
     def __post_init__(self) -> None:
@@ -335,6 +346,8 @@ class RunConfig(DumpConfig):
             self.check_appended({field.name for field in fields(self) if getattr(self, field.name) != field.default})
         elif not self.teacher:
             raise InputError("--teacher is missing: name a local folder or a hub id of a causal language model")
+        if self.help_others and self.repair:
+            raise InputError("--help-others is given with --repair, which has no use for it: leave one of them out")
 
     @classmethod
     def check_appended(cls, given: Collection[str]) -> None:

@@ -35,11 +35,14 @@ if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
 
 
-def append(config: RunConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> DumpReport:
+def append(
+    config: RunConfig, rank: int = 0, world_size: int = 1, teacher: Teacher | None = None, *, reporter: Reporter = SILENT
+) -> DumpReport:
     """Begin the next dump of the family `config.append`, or resume the one of this corpus.
 
     Args:
-        config: the family, the corpus, which worker this is, and how the teacher is asked; no settings.
+        config: the family, the corpus, and how the teacher is asked; no settings.
+        rank, world_size: this worker's number among all.
         teacher: already loaded; loaded here when None.
         reporter: hears of progress, of files that the family has already, and of which dump it is.
 
@@ -63,7 +66,7 @@ def append(config: RunConfig, teacher: Teacher | None = None, *, reporter: Repor
         if not _missing_shards(storage, same):
             _check_teacher(config, storage, same, teacher, reporter)
             reporter.note(f"{same.dump} is the dump of this corpus, and is finished: nothing is left to do")
-            shards = worker_shards(same, config.rank, config.world_size)
+            shards = worker_shards(same, rank, world_size)
             return DumpReport(same.dump, 0, len(shards), same.shard_count)
         reporter.note(f"{same.dump} is the dump of this corpus, and is resumed")
         name, like = same.dump, same
@@ -79,7 +82,7 @@ def append(config: RunConfig, teacher: Teacher | None = None, *, reporter: Repor
     if same is None:
         reporter.note(f"{name} is begun with the settings of {last.dump}")
     try:
-        return dump(next_config, config.rank, config.world_size, teacher, reporter=reporter)
+        return dump(next_config, rank, world_size, teacher, reporter=reporter)
     except MismatchError:
         standing = existing_manifest(storage, name)
         if same is not None or standing is None or _hashes(standing) == corpus:

@@ -9,6 +9,7 @@ and a model that differs is asked for its whole logits instead.
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from transformers import (
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.ranks import local_rank
 from teacher_dump.teachers.files import file_hashes, find_folder, model_files
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
@@ -265,13 +267,16 @@ def _needs_whole_logits(model: PreTrainedModel, device: torch.device) -> bool:
 
 
 def find_device(name: str) -> torch.device:
-    """The device a name means; "auto" is the first there is of CUDA, Apple's, and the CPU.
+    """The device a name means; "auto" is the first there is of CUDA, Apple's, and the CPU; of several of CUDA the one with
+    the number that a launcher gave this process among those of its machine.
 
     Raises:
         InputError: torch knows no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.device_count() > 1:
+            name = f"cuda:{local_rank(os.environ) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
