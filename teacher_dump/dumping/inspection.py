@@ -19,6 +19,7 @@ from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.request import chat_asked, check_length
 from teacher_dump.extraction import kinds_with_context
 from teacher_dump.teachers.files import find_folder, stated_sizes
+from teacher_dump.teachers.opening import check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,9 +55,7 @@ def inspect_before_loading(
             check_counts(config, existing.counts)
         return existing.derived
     if teacher is None:
-        from teacher_dump.teachers.local import find_device
-
-        find_device(config.device)
+        check_device(config.loading)
     return look_through(config, teacher_tokenizer(config, teacher), chat, reporter=reporter)
 
 

@@ -14,7 +14,8 @@ from knowledge_store.quantities import byte_size
 from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.extraction import EXTRACTORS
-from teacher_dump.teachers.files import check_local_teacher, stated_sizes
+from teacher_dump.teachers.files import stated_sizes
+from teacher_dump.teachers.opening import check_files
 
 
 def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
@@ -89,7 +90,7 @@ def check_teacher(config: CorpusOptions) -> None:
     Raises:
         InputError: it has not, or they do not.
     """
-    check_local_teacher(config.teacher, config.gguf_file, config.revision)
+    check_files(config)
     sizes = stated_sizes(config.teacher, config.gguf_file)
     check_length(config, sizes)
     if isinstance(config, EstimateConfig) and config.like is None:

@@ -9,6 +9,7 @@ and a model that differs is asked for its whole logits instead.
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -33,12 +34,14 @@ from transformers import (
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.ranks import local_rank
 from teacher_dump.teachers.files import file_hashes, find_folder, model_files
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call how many there are
 UNKNOWN = 2**31  # as how many layers there are: none has that number
 
 # Kept between a forward and a backward pass at once: larger batches pay little on a CPU, and more on a GPU.
@@ -87,6 +90,12 @@ class LocalTeacher:
         if self.model is not None and "inputs_embeds" in signature(self._runner.forward).parameters:
             more.add(Ability.GRADIENTS)
         return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | more)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        config = self.model.config.get_text_config()
+        return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
 
     @property
     def _runner(self) -> nn.Module:
@@ -259,13 +268,16 @@ def _needs_whole_logits(model: PreTrainedModel, device: torch.device) -> bool:
 
 
 def find_device(name: str) -> torch.device:
-    """The device a name means; "auto" is the first there is of CUDA, Apple's, and the CPU.
+    """The device a name means; "auto" is the first there is of CUDA, Apple's, and the CPU; of several of CUDA the one with
+    the number that a launcher gave this process among those of its machine.
 
     Raises:
         InputError: torch knows no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.device_count() > 1:
+            name = f"cuda:{local_rank(os.environ) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

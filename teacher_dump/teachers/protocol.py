@@ -107,6 +107,7 @@ class Teacher(Protocol):
         abilities: what it can give.
         vocabulary_size: how many tokens its distribution is over.
         impossible_tokens: those among them that it never gives, int64 (n,): rows that pad its head.
+        has_experts: whether it is known to be a mixture of experts, which rounding sends some tokens to others of.
     """
 
     @property
@@ -129,6 +130,9 @@ class Teacher(Protocol):
 
     @property
     def impossible_tokens(self) -> np.ndarray: ...
+
+    @property
+    def has_experts(self) -> bool: ...
 
     def batching(self, longest: int, room: int) -> Batching:
         """Which sequences may share a batch, found by asking it; known at once when it is asked the same again.
