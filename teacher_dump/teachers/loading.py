@@ -39,6 +39,7 @@ ENGINES = {
         advice="install both into an environment of its own, as TEACHERS.md says, or leave --engine out",
         excluded=("gguf_file", "device", "device_map", "max_memory", "quantize", "attention"),
         reason="vLLM reads safetensors, quantised ones too, and finds devices and attention itself",
+        abilities=frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST}),
     ),
     SERVER: Engine(
         excluded=("gguf_file", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),
