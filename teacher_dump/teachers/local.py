@@ -40,6 +40,7 @@ from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
+from teacher_dump.teachers.tokenizer import token_texts
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call how many there are
 UNKNOWN = 2**31  # as how many layers there are: none has that number
@@ -193,20 +194,7 @@ class LocalTeacher:
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
-        size = self.vocabulary_size
-        names: list[str | None] = [None] * size
-        for name, token in self.tokenizer.get_vocab().items():
-            if token < size:
-                names[token] = name
-        # Decoded behind another token, since decoders drop a leading space at the start of a text.
-        anchor = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        known = [token for token, name in enumerate(names) if name is not None]
-        pairs = self.tokenizer.batch_decode([[*anchor, token] for token in known], clean_up_tokenization_spaces=False)
-        before = self.tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-        texts: list[str | None] = [None] * size
-        for token, text in zip(known, pairs, strict=True):
-            texts[token] = text.removeprefix(before)
-        return texts, names
+        return token_texts(self.tokenizer, self.vocabulary_size)
 
 
 @contextlib.contextmanager
