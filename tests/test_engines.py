@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from importlib.util import find_spec
 
 import pytest
 
-from knowledge_store.errors import InputError, MismatchError
-from teacher_dump import DumpConfig, dump
+from knowledge_store.errors import InputError
 from teacher_dump.teachers.loading import Loading, check_loading
 
 HERE = find_spec("vllm") is not None
