@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.catalogue.dumps import Dumps, open_dumps
-from knowledge_store.errors import InputError, MissingFileError
+from knowledge_store.errors import InputError, MissingFileError, StoreError
 from knowledge_store.kinds.kind import check_held
 from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.reader import DumpReader
@@ -87,7 +87,8 @@ class ServedStore:
         """The reader of a dump as a client knows it, which no other call uses meanwhile.
 
         Raises:
-            InputError: there is no such dump, or it has other sequences than the client knows.
+            InputError: there is no such dump.
+            StoreError: it has other sequences than the client knows.
         """
         with self._lock:
             openings = list(self._openings)
@@ -100,7 +101,7 @@ class ServedStore:
                     yield reader
                     return
         openings[0].dumps.name(dump)
-        raise InputError(
+        raise StoreError(
             f"dump {dump!r} has other sequences than when the store was opened (it may have grown, and the server was started"
             " again): open it again"
         )
