@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -201,6 +201,9 @@ class LocalTeacher:
                 " choose another layer, or leave this kind of knowledge out"
             )
         return states[layer].detach()
+
+    def recognise(self, kept: Mapping[str, Any]) -> None:
+        """It is told by its files."""
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""
