@@ -114,7 +114,7 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
         InputError: something given cannot be used, or the corpus holds no target.
     """
     config = with_local_corpus(config, reporter=reporter)
-    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher))
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher, weights=config.teacher_url is None))
     sequences, counts, all_rows = _sample(config, tokenizer, reporter)
     teacher = teacher or open_teacher(config, config.loading, config.max_length, reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)

@@ -20,7 +20,7 @@ from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
 from teacher_dump.corpus.columns import read_columns
 from teacher_dump.extraction import EXTRACTORS, option_classes
-from teacher_dump.teachers.loading import ENGINES, Loading, check_loading
+from teacher_dump.teachers.loading import ENGINES, SERVER, Loading, check_loading
 from teacher_dump.teachers.protocol import ATTENTIONS, DEVICE_MAPS, DTYPES, QUANTISATIONS
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
@@ -35,7 +35,18 @@ class NamedTeacher(GgufOptions):
 
     PANELS: ClassVar[Mapping[str, Sequence[str]]] = {
         "Teacher": (
-            *("engine", "gguf_file", "revision", "batch_size", "dtype", "device", "device_map", "max_memory", "quantize"),
+            *(
+                "engine",
+                "teacher_url",
+                "gguf_file",
+                "revision",
+                "batch_size",
+                "dtype",
+                "device",
+                "device_map",
+                "max_memory",
+                "quantize",
+            ),
             "attention",
         ),
         "Corpus": (
@@ -66,14 +77,21 @@ class TeacherOptions(NamedTeacher):
     _: KW_ONLY
     engine: str | None = option(
         None,
-        choices=tuple(ENGINES),
+        choices=tuple(engine for engine in ENGINES if engine != SERVER),
         help="What runs the teacher: transformers, or vllm in this process. Without it transformers does, and a dump is resumed"
         " by the engine that began it.",
+    )
+    teacher_url: str | None = option(
+        None,
+        metavar="URL",
+        help="Ask a vLLM server, such as http://127.0.0.1:8000; --teacher then names the model for its tokenizer alone."
+        " A key is taken from VLLM_API_KEY.",
     )
     batch_size: int = option(
         16,
         min=1,
-        help="Sequences of the maximum length in a forward pass; shorter ones share the room. Smaller takes less memory.",
+        help="Sequences of the maximum length in a forward pass; shorter ones share the room. Smaller takes less memory."
+        " With --teacher-url, how many requests the server has at once.",
     )
     dtype: str = option(
         "auto",
@@ -103,13 +121,18 @@ class TeacherOptions(NamedTeacher):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine is not None and self.teacher_url is not None:
+            raise InputError(
+                "--engine runs the teacher here, and --teacher-url asks one that is run elsewhere: give one of the two"
+            )
         check_loading(self.loading)
 
     @property
     def loading(self) -> Loading:
         """How the teacher is loaded."""
         named = {field.name: getattr(self, field.name) for field in fields(Loading)}
-        return Loading(**named | {"engine": self.engine or "transformers"})
+        engine = "transformers" if self.teacher_url is None else SERVER
+        return Loading(**named | {"engine": self.engine or engine})
 
 
 @dataclass(frozen=True)
@@ -273,7 +296,19 @@ class DumpConfig(StoreOptions, EstimateConfig):
 
 # What may be said beside `--append`; all else is a setting, which a family of dumps has throughout.
 _NO_SETTINGS = {
-    *("store", "append", "corpus", "teacher", "gguf_file", "revision", "batch_size", "device", "device_map", "max_memory"),
+    *(
+        "store",
+        "append",
+        "corpus",
+        "teacher",
+        "teacher_url",
+        "gguf_file",
+        "revision",
+        "batch_size",
+        "device",
+        "device_map",
+        "max_memory",
+    ),
     *("attention", "skip_bad_rows", "max_skipped", "max_bytes", "rank", "world_size"),
     "help_others",
 }

@@ -11,6 +11,8 @@ from knowledge_store.reading.mixture import Named, check_vocabularies, named_dum
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import MEMORY_BYTES, DumpReader
 from knowledge_store.reading.teachers import TeachersReader
+from knowledge_store.serving.client import ServedStorage
+from knowledge_store.serving.reader import ServedReader
 
 
 class Readers:
@@ -36,8 +38,13 @@ class Readers:
         """That of one dump; None means the only one (InputError: there is no such dump)."""
         name = self._dumps.name(dump)
         if name not in self._of_dumps:
-            self._of_dumps[name] = DumpReader(self._dumps, name, self._cache_size, self._memory)
+            self._of_dumps[name] = self._reader(name)
         return self._of_dumps[name]
+
+    def _reader(self, name: str) -> DumpReader:
+        if isinstance(self._dumps.storage, ServedStorage):
+            return ServedReader(self._dumps, name)
+        return DumpReader(self._dumps, name, self._cache_size, self._memory)
 
     def of_dumps(self, names: Sequence[str]) -> dict[str, DumpReader]:
         """Those of dumps that have something to read, and one vocabulary (InputError: they do not)."""

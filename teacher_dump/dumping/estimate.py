@@ -124,7 +124,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     """
     config = with_local_corpus(config, reporter=reporter)
     chat = chat_asked(config)
-    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher), chat)
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher, weights=config.teacher_url is None), chat)
     documents, count, characters = _sample_documents(config, reporter)
     sequences: list[TokenSequence] = []
     tally = Tally(config.too_long)

@@ -56,7 +56,8 @@ def inspect_before_loading(
         return existing.derived
     if teacher is None:
         check_device(config.loading)
-    return look_through(config, teacher_tokenizer(config, teacher), chat, reporter=reporter)
+    tokenizer = teacher_tokenizer(config, teacher, weights=config.teacher_url is None)
+    return look_through(config, tokenizer, chat, reporter=reporter)
 
 
 def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None, weights: bool = True) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from knowledge_store.storage import Storage
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.mismatch import check_options
 from teacher_dump.dumping.request import check_teacher, parameters_asked
-from teacher_dump.teachers.loading import Loading, check_loading
+from teacher_dump.teachers.loading import SERVER, Loading, check_loading
 from teacher_dump.teachers.protocol import Teacher
 
 
@@ -76,6 +76,14 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
         "dtype": existing.teacher.get("dtype", config.dtype),
         "quantize": existing.teacher.get("quantize", "none"),
     }
+    served = existing.teacher.get("engine") == SERVER
+    if served != (config.teacher_url is not None):
+        way = (
+            f"by a server, and --teacher-url is missing. Give the address of one that serves {existing.teacher['served_name']}"
+            if served
+            else f"by {begun_in['engine']}, and --teacher-url is given now. Leave it out"
+        )
+        raise MismatchError(f"dump {config.dump_name!r} in {storage.address} was made {way}, or give this dump another --name")
     for name, asked, unset in (
         ("engine", config.engine, None),
         ("dtype", config.dtype, "auto"),

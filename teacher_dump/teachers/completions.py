@@ -20,6 +20,7 @@ import numpy as np
 from knowledge_store.errors import InputError
 from knowledge_store.quantities import duration
 from knowledge_store.reporter import SILENT, Reporter
+from teacher_dump.teachers.protocol import Likeliest
 
 KEY_VARIABLE = "VLLM_API_KEY"  # the one that vLLM's own server takes its key from
 CONNECT_SECONDS, REPLY_SECONDS = 10.0, 600.0  # a reply waits for all that the server was asked before
@@ -69,21 +70,6 @@ class ServedModel:
     name: str
     version: str
     max_length: int | None
-
-
-@dataclass(frozen=True)
-class Likeliest:
-    """What a teacher that gives the likeliest tokens alone says of N tokens, each by those before it.
-
-    Attributes:
-        ids: int64 (N, k), likeliest first; −1 behind the last that was given.
-        logprobs: theirs, nats, float64 (N, k); −∞ of a token that is never given, and behind the last.
-        token_logprobs: those of the N tokens, float64 (N,); −∞ of one that is never given.
-    """
-
-    ids: np.ndarray
-    logprobs: np.ndarray
-    token_logprobs: np.ndarray
 
 
 class GivenUp(InputError):
@@ -349,7 +335,12 @@ def read_likeliest(reply: Any, token_ids: list[int], count: int, address: str) -
             " written; look at the server's log"
         )
     length = len(token_ids) - 1
-    found = Likeliest(np.full((length, count), -1, np.int64), np.full((length, count), -np.inf), np.full(length, -np.inf))
+    found = Likeliest(
+        np.full((length, count), -1, np.int64),
+        np.full((length, count), -np.inf),
+        np.array(token_ids[1:], np.int64),
+        np.full(length, -np.inf),
+    )
     for place, (token, entry) in enumerate(zip(token_ids[1:], entries[1:], strict=True)):
         if not entry:
             raise InputError(f"{address} gives no log-probabilities for position {place + 1} of {len(token_ids)}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from teacher_dump.teachers.completions import Likeliest
+from teacher_dump.teachers.protocol import Likeliest
 
 PROMPTS = 64
 DEPTH = 5  # likeliest tokens that are looked at

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from knowledge_store.errors import InputError
+from teacher_dump.teachers.protocol import Ability
 
 _ROOM = re.compile(r"(cpu|\d+)=(\d+(?:\.\d+)?\s*(?:[KMGT]i?B))", re.IGNORECASE)
 
@@ -18,14 +19,19 @@ class Engine:
     Attributes:
         package: that it needs. advice: what to do where that is missing.
         excluded: the fields of `Loading` that it does not have. reason: why, and what to do instead.
+        flag: the option that chooses it, where that is not `--engine` with its name.
+        abilities: what a teacher can give at most that it runs.
     """
 
     package: str = ""
     advice: str = ""
     excluded: tuple[str, ...] = ()
     reason: str = ""
+    flag: str = ""
+    abilities: frozenset[Ability] = frozenset(Ability)
 
 
+SERVER = "vllm-server"
 ENGINES = {
     "transformers": Engine(),
     "vllm": Engine(
@@ -33,6 +39,12 @@ ENGINES = {
         advice="install both into an environment of its own, as TEACHERS.md says, or leave --engine out",
         excluded=("gguf_file", "device", "device_map", "max_memory", "quantize", "attention"),
         reason="vLLM reads safetensors, quantised ones too, and finds devices and attention itself",
+    ),
+    SERVER: Engine(
+        excluded=("gguf_file", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),
+        reason="the server has loaded the teacher already, as it was started",
+        flag="--teacher-url",
+        abilities=frozenset({Ability.LIKELIEST}),
     ),
 }
 
@@ -50,6 +62,7 @@ class Loading:
         attention: one of `protocol.ATTENTIONS`.
         revision: of a hub id.
         engine: one of `ENGINES`.
+        teacher_url: of a server, with the engine SERVER.
     """
 
     gguf_file: str | None = None
@@ -61,6 +74,7 @@ class Loading:
     attention: str = "auto"
     revision: str | None = None
     engine: str = "transformers"
+    teacher_url: str | None = None
 
     @property
     def quantised(self) -> bool:
@@ -86,7 +100,7 @@ def check_loading(loading: Loading) -> None:
     for name in engine.excluded:
         if getattr(loading, name) not in (getattr(Loading, name), "none"):
             raise InputError(
-                f"--{name.replace('_', '-')} does not go with --engine {loading.engine}: {engine.reason}."
+                f"--{name.replace('_', '-')} does not go with {engine.flag or f'--engine {loading.engine}'}: {engine.reason}."
                 " Leave one of the two out"
             )
     if engine.package and find_spec(engine.package) is None:

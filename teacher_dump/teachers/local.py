@@ -99,6 +99,11 @@ class LocalTeacher:
         return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
 
     @property
+    def ahead(self) -> int:
+        """A prediction takes memory until it is read."""
+        return 0
+
+    @property
     def _runner(self) -> nn.Module:
         """What is run on a batch."""
         return self.model if self.whole_logits else _backbone(self.model)
@@ -120,7 +125,12 @@ class LocalTeacher:
         return GRADIENT_BYTES[self.device.type] // self._gradient_bytes[longest]
 
     def predict(
-        self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False, layers: Collection[int] = ()
+        self,
+        token_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        gradients: bool = False,
+        layers: Collection[int] = (),
+        likeliest: int = 0,
     ) -> LocalPrediction:
         """Run the teacher on a batch. Hidden states of other layers than the last are kept of all layers while it runs.
 
@@ -131,6 +141,7 @@ class LocalTeacher:
             attention_mask: bool (B, T).
             gradients: whether the prediction is asked for gradients.
             layers: whose hidden states it is asked for.
+            likeliest: of no use here, where logits are whole.
 
         Raises:
             InputError: the model does not give hidden states of these layers.
@@ -193,7 +204,7 @@ class LocalTeacher:
         return states[layer].detach()
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
-        """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
+        """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""
         return token_texts(self.tokenizer, self.vocabulary_size)
 
 

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.teachers.files import check_local_teacher
-from teacher_dump.teachers.loading import Loading
+from teacher_dump.teachers.files import check_local_teacher, check_tokenizer
+from teacher_dump.teachers.loading import SERVER, Loading
 
 if TYPE_CHECKING:
     from teacher_dump.configuration import NamedTeacher
@@ -20,7 +20,10 @@ def check_files(config: NamedTeacher) -> None:
     Raises:
         InputError: it has not, or there is no such teacher.
     """
-    check_local_teacher(config.teacher, config.gguf_file, config.revision)
+    if getattr(config, "teacher_url", None) is not None:
+        check_tokenizer(config.teacher, config.revision)
+    else:
+        check_local_teacher(config.teacher, config.gguf_file, config.revision)
 
 
 def check_device(loading: Loading) -> None:
@@ -47,6 +50,14 @@ def open_teacher(config: NamedTeacher, loading: Loading, longest: int, *, report
     Raises:
         InputError: it cannot be used; says why.
     """
+    if loading.engine == SERVER:
+        assert loading.teacher_url is not None
+        from teacher_dump.teachers.http import open_server
+
+        # From the library a teacher may be named with no options to it.
+        connections = getattr(config, "batch_size", 1)
+        return open_server(config.teacher, loading.teacher_url, longest, connections, loading.revision, reporter=reporter)
+
     # Torch takes seconds to import.
     if loading.engine == "vllm":
         from teacher_dump.teachers import vllm

@@ -1,4 +1,4 @@
-"""A teacher's tokenizer without its model, which tells what becomes of a corpus before the weights are loaded."""
+"""A teacher's tokenizer without its model, which tells what becomes of a corpus before weights are loaded, and its tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def load_tokenizer(teacher: str, gguf_file: str | None = None) -> PreTrainedToke
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str | None], list[str | None]]:
-    """For each token id below `size`: its text as a person reads it, and the tokenizer's own name; None where it has none."""
+    """For each token id below a vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
     names: list[str | None] = [None] * size
     for name, token in tokenizer.get_vocab().items():
         if token < size:
