@@ -8,20 +8,48 @@ from __future__ import annotations
 from pathlib import Path
 
 from knowledge_store.errors import InputError
+from knowledge_store.storage.bucket import BucketStorage
+from knowledge_store.storage.bucket_address import SCHEMES, BucketAddress, is_bucket_address
 from knowledge_store.storage.local import LocalStorage
-from knowledge_store.storage.protocol import Entry, Storage, Write, contents
+from knowledge_store.storage.protocol import Entry, Storage, Write, concurrently, contents
 
-__all__ = ["Entry", "Storage", "StorePlace", "Write", "contents", "open_storage"]
+__all__ = [
+    "BucketStorage",
+    "Entry",
+    "Storage",
+    "StorePlace",
+    "Write",
+    "at_endpoint",
+    "concurrently",
+    "contents",
+    "open_storage",
+]
 
 StorePlace = str | Path | Storage  # what a store is opened by: its address or folder, or the storage that holds it
 
 
 def open_storage(store: StorePlace) -> Storage:
-    """The storage of a store, from its folder; a storage stays as it is.
+    """The storage of a store, from its folder or address; a storage stays as it is.
+
+    Args:
+        store: a folder, or `s3://bucket/prefix`, `gs://…` or `az://…` (see `bucket.BucketAddress`).
 
     Raises:
-        InputError: it is an address such as `s3://bucket/store`, which no storage serves.
+        InputError: it is an address that no storage serves, or obstore, which serves it, is not installed.
     """
     if isinstance(store, str) and "://" in store:
-        raise InputError(f"stores in buckets are not served yet: give the path of a folder instead of {store}")
+        return BucketStorage(store)
+    if isinstance(store, Path) and store.parts and store.parts[0].removesuffix(":") in SCHEMES and store.parts[0][-1] == ":":
+        raise InputError(f"{store} is a path, which has lost a /: give the address of a bucket as a text")
     return LocalStorage(store) if isinstance(store, str | Path) else store
+
+
+def at_endpoint(store: StorePlace, endpoint: str) -> StorePlace:
+    """The address of a bucket with an endpoint, unless it has one; anything else as it is.
+
+    Raises:
+        InputError: the endpoint is no URL of a service.
+    """
+    if isinstance(store, str) and is_bucket_address(store):
+        return str(BucketAddress.parse(store).at(endpoint))
+    return store

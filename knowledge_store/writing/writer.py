@@ -7,6 +7,7 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 from __future__ import annotations
 
 import datetime
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
 from knowledge_store.format.store_file import check_store_file, occupied, store_contents
 from knowledge_store.kinds import KINDS, Kind, check_kinds
 from knowledge_store.kinds.statistics import added, measured, qualified
-from knowledge_store.storage import Storage, contents, open_storage
+from knowledge_store.storage import Storage, concurrently, contents, open_storage
 from knowledge_store.writing.shard import Shard, pack_shard
 
 
@@ -39,7 +40,7 @@ def create_store(storage: Storage) -> None:
     """Make a place a store, unless it is one.
 
     Raises:
-        StoreError: it is a file, or has something else in it, or the storage refuses.
+        StoreError: it is a file, or has something else in it, or the storage refuses, or does not publish as it should.
     """
     # Listed before store.json is looked for: another writer may be making the same store, and makes that file first.
     if occupied(storage):
@@ -49,6 +50,7 @@ def create_store(storage: Storage) -> None:
             raise StoreError(
                 f"{storage.address} is a folder with something else in it: name a new or empty folder, or a store"
             ) from None
+    storage.probe()
     storage.create(STORE_FILE, store_contents())
     check_store_file(storage)
 
@@ -100,6 +102,7 @@ class DumpWriter:
     def refresh(self, manifest: Manifest) -> None:
         """Resume with the manifest as it stands in the store now, since it was repaired."""
         self.manifest = manifest
+        self._version = self.storage.version(manifest_file(self.dump))
         self._standing = self.storage.read(manifest_file(self.dump))
 
     @property
@@ -161,11 +164,14 @@ class DumpWriter:
         Raises:
             StoreError: it was removed, or removed and made again from something else.
         """
+        name = manifest_file(self.dump)
         try:
-            unchanged = self.storage.read(manifest_file(self.dump)) == self._standing
+            version = self.storage.version(name)  # a manifest may have megabytes, and this is asked for each file
+            if version != self._version and self.storage.read(name) == self._standing:
+                self._version = version
         except MissingFileError:
             raise StoreError(f"{self.address} was removed while it was being written") from None
-        if not unchanged:
+        if version != self._version:
             raise StoreError(f"{self.address} was removed, and made again from something else, while it was being written")
 
     def committed(self, shard: int) -> bool:
@@ -185,6 +191,15 @@ class DumpWriter:
             self.storage.make_lasting(f"{self.dump}/{COMMITS}")
             self._lasting = recorded
         return True
+
+    def remaining(self, shards: Iterable[int]) -> list[int]:
+        """Those of some shards that are not committed, in order (StoreError: the storage refuses)."""
+        recorded = set(commit_records(self.storage, self.dump))
+        self.storage.make_lasting(f"{self.dump}/{COMMITS}")
+        self._lasting = recorded
+        others = [shard for shard in shards if shard not in recorded]
+        committed = concurrently(self.storage, self.committed, others)
+        return [shard for shard, found in zip(others, committed, strict=True) if not found]
 
     def commit(self, shard: Shard) -> CommitRecord:
         """Publish a shard's files, then its commit record.

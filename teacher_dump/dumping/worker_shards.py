@@ -13,4 +13,4 @@ def worker_shards(manifest: Manifest, rank: int, world_size: int) -> range:
 
 def remaining_shards(writer: DumpWriter, rank: int, world_size: int) -> list[int]:
     """Those of them that have no commit record yet (StoreError: the storage refuses)."""
-    return [shard for shard in worker_shards(writer.manifest, rank, world_size) if not writer.committed(shard)]
+    return writer.remaining(worker_shards(writer.manifest, rank, world_size))
