@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from knowledge_store.errors import InputError
+from knowledge_store.serving.address import is_served
 from knowledge_store.storage.bucket import BucketStorage
 from knowledge_store.storage.bucket_address import SCHEMES, BucketAddress, is_bucket_address
 from knowledge_store.storage.local import LocalStorage
@@ -28,15 +29,21 @@ __all__ = [
 StorePlace = str | Path | Storage  # what a store is opened by: its address or folder, or the storage that holds it
 
 
-def open_storage(store: StorePlace) -> Storage:
+def open_storage(store: StorePlace, token_file: str | Path | None = None) -> Storage:
     """The storage of a store, from its folder or address; a storage stays as it is.
 
     Args:
-        store: a folder, or `s3://bucket/prefix`, `gs://…` or `az://…` (see `bucket.BucketAddress`).
+        store: a folder, `s3://bucket/prefix` (also gs:// and az://, see `bucket_address`), or `grpc+tls://host:port` where a
+            store is served.
+        token_file: of a served store, a file of the token; None takes it from the environment (see `serving.client`).
 
     Raises:
         InputError: it is an address that no storage serves, or obstore, which serves it, is not installed.
     """
+    if is_served(store):
+        from knowledge_store.serving.client import ServedStorage
+
+        return ServedStorage(str(store), token_file)
     if isinstance(store, str) and "://" in store:
         return BucketStorage(store)
     if isinstance(store, Path) and store.parts and store.parts[0].removesuffix(":") in SCHEMES and store.parts[0][-1] == ":":

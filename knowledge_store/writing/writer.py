@@ -7,7 +7,6 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from knowledge_store.format.sequences import TOKENS_COLUMNS, TOKENS_SCHEMA
 from knowledge_store.format.store_file import check_store_file, occupied, store_contents
 from knowledge_store.kinds import KINDS, Kind, check_kinds
 from knowledge_store.kinds.statistics import added, measured, qualified
-from knowledge_store.storage import Storage, concurrently, contents, open_storage
+from knowledge_store.storage import Storage, contents, open_storage
 from knowledge_store.writing.shard import Shard, pack_shard
 
 
@@ -186,20 +185,21 @@ class DumpWriter:
             return False
         except DamageError:  # a record that is a link to nothing, say, is to be repaired
             return True
-        if shard not in self._lasting:  # whoever published it may have died before its name was flushed
-            recorded = set(commit_records(self.storage, self.dump))
-            self.storage.make_lasting(f"{self.dump}/{COMMITS}")
-            self._lasting = recorded
+        if shard not in self._lasting:
+            self.committed_shards()
         return True
 
-    def remaining(self, shards: Iterable[int]) -> list[int]:
-        """Those of some shards that are not committed, in order (StoreError: the storage refuses)."""
+    def committed_shards(self) -> set[int]:
+        """The shards whose commit records are there, to stay, from one listing.
+
+        Raises:
+            DamageError: `commits` is not a folder.
+            StoreError: the disk refuses.
+        """
         recorded = set(commit_records(self.storage, self.dump))
-        self.storage.make_lasting(f"{self.dump}/{COMMITS}")
+        self.storage.make_lasting(f"{self.dump}/{COMMITS}")  # whoever published one may have died before its name was flushed
         self._lasting = recorded
-        others = [shard for shard in shards if shard not in recorded]
-        committed = concurrently(self.storage, self.committed, others)
-        return [shard for shard, found in zip(others, committed, strict=True) if not found]
+        return recorded
 
     def commit(self, shard: Shard) -> CommitRecord:
         """Publish a shard's files, then its commit record.
