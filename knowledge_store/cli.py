@@ -21,6 +21,7 @@ from knowledge_store.configuration import (
     RemoveConfig,
     RenameConfig,
     SequenceConfig,
+    ServeConfig,
     SqlConfig,
     StoreOptions,
     VerifyConfig,
@@ -323,6 +324,25 @@ def browse(config: BrowseConfig) -> None:
     opened = _open(config.store)
     with listen(config.bind) as listening:
         serve_page(opened, listening, files, lambda address: note(f"The page is at {address} (Ctrl-C ends it)"), config.open)
+
+
+@command(app, ServeConfig)
+def serve(config: ServeConfig) -> None:
+    """Serve stores over the network, to this package and to any ADBC client. Ends at Ctrl-C or SIGTERM.
+
+    A client opens `grpc+tls://HOST:PORT` with a token. Nothing is ever written. Standard error gets a JSON line for each call.
+
+    Example: `knowledge-store serve knowledge/ --token-file tokens`
+    """
+    from knowledge_store.serving.service import serve as serve_stores
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def ready(sentence: str) -> None:
+        print(sentence, flush=True)
+
+    serve_stores(config, log, ready)
 
 
 def main() -> None:

@@ -272,16 +272,16 @@ class _Relations:
             if name in self._relations.keys() | self._facts.keys():
                 raise InputError(f"the store has a relation {name!r} itself: give {path} another name")
             self._facts[name] = partial(file_rows, path)
-        self._made: set[str] = set()
+        self._made: dict[str, None] = {}
 
     def _make(self, sql: str) -> None:
         """Make the relations that a statement needs."""
-        for relation in _mentioned(self._connection, sql, self._relations.keys() | self._facts.keys()) - self._made:
+        for relation in _mentioned(self._connection, sql, self._relations.keys() | self._facts.keys()) - self._made.keys():
             if relation in self._facts:
                 self._catalogue.add(relation, self._facts[relation]())
             else:
                 self._catalogue.create(relation, self._relations[relation])
-            self._made.add(relation)
+            self._made[relation] = None
 
     def _answer(self, sql: str, parameters: Any = None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         with self._errors():
@@ -366,6 +366,12 @@ class Query(_Relations):
             DamageError: a file it reads is not what was published.
         """
         return self._answer(self._sql, self._parameters)
+
+    def schemas(self) -> dict[str, pa.Schema]:
+        """The columns of the relations that the statement needs, by their names (raises as `answer`)."""
+        with self._errors():
+            tables = {name: self._connection.sql(f"SELECT * FROM {identifier(name)} LIMIT 0") for name in self._made}
+            return {name: table.to_arrow_table().schema for name, table in tables.items()}
 
 
 class Statements(_Relations):

@@ -180,11 +180,21 @@ class DumpWriter:
             return False
         except DamageError:  # a record that is a link to nothing, say, is to be repaired
             return True
-        if shard not in self._lasting:  # whoever published it may have died before its name was flushed
-            recorded = set(commit_records(self.storage, self.dump))
-            self.storage.make_lasting(f"{self.dump}/{COMMITS}")
-            self._lasting = recorded
+        if shard not in self._lasting:
+            self.committed_shards()
         return True
+
+    def committed_shards(self) -> set[int]:
+        """The shards whose commit records are there, to stay, from one listing.
+
+        Raises:
+            DamageError: `commits` is not a folder.
+            StoreError: the disk refuses.
+        """
+        recorded = set(commit_records(self.storage, self.dump))
+        self.storage.make_lasting(f"{self.dump}/{COMMITS}")  # whoever published one may have died before its name was flushed
+        self._lasting = recorded
+        return recorded
 
     def commit(self, shard: Shard) -> CommitRecord:
         """Publish a shard's files, then its commit record.

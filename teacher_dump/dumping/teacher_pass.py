@@ -7,10 +7,11 @@ teacher works on this one.
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,13 @@ from teacher_dump.teachers.protocol import Teacher
 
 RECORDED_PACKAGES = ("knowledge-store", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
+LOOK_EVERY = 1.0  # seconds between looks whether another worker has committed the shard that is being made
+
 Publish = Callable[[Shard], CommitRecord]
+
+
+class _Overtaken(Exception):
+    """Another worker has committed the shard that is being made."""
 
 
 def dump_shards(
@@ -51,7 +58,7 @@ def dump_shards(
         reader: of the shards.
         writer: of the dump.
         pending: the shards.
-        publish: `writer.commit`, or a repair; `commit` passes over a shard that another worker has committed.
+        publish: `writer.commit`, or a repair. A shard that is to be committed is left once another worker has committed it.
         reporter: hears of progress, and of how much was committed when Ctrl-C ends it.
 
     Returns:
@@ -67,16 +74,30 @@ def dump_shards(
         return publish(shard_of(writer.manifest, shard, knowledge, made_by))
 
     publisher = ShardPublisher(publish_knowledge)
+
+    def committed_already(shard: int) -> bool:
+        return publish == writer.commit and writer.committed(shard)
+
     try:
         with (
             reporter.progress(f"dumping {writer.manifest.dump}", total, "positions") as advance,
             ThreadPoolExecutor(1, "reader") as executor,
         ):
             meter = _Meter(advance, publisher)
-            for shard in _read_ahead(executor, reader, pending):
-                if publish == writer.commit and writer.committed(shard.shard):
-                    continue  # another worker was quicker
-                publisher.hand_over(shard, _ask(config, teacher, shard, parameters, meter, publisher.check))
+            for shard in _read_ahead(executor, reader, pending, committed_already):
+                looked = -math.inf
+
+                def look(number: int = shard.shard) -> None:
+                    nonlocal looked
+                    publisher.check()
+                    if time.monotonic() - looked >= LOOK_EVERY:
+                        looked = time.monotonic()
+                        if committed_already(number):
+                            raise _Overtaken
+
+                with suppress(_Overtaken):
+                    look()
+                    publisher.hand_over(shard, _ask(config, teacher, shard, parameters, meter, look))
             publisher.close()
             meter.show()
         publisher.check()
@@ -123,12 +144,18 @@ class _Meter:
         self._advance(positions, **figures)
 
 
-def _read_ahead(executor: ThreadPoolExecutor, reader: ShardReader, shards: list[int]) -> Iterator[ShardInput]:
-    """The input of each shard, the next one being read while this one is used."""
-    following: Future[ShardInput] | None = None
-    for index, shard in enumerate(shards):
-        ready = (following or executor.submit(reader.read, shard)).result()
-        following = executor.submit(reader.read, shards[index + 1]) if index + 1 < len(shards) else None
+def _read_ahead(
+    executor: ThreadPoolExecutor, reader: ShardReader, shards: Iterable[int], committed: Callable[[int], bool]
+) -> Iterator[ShardInput]:
+    """The input of each shard that is not committed when its turn comes, the next one being read while this one is used."""
+    missing = (shard for shard in shards if not committed(shard))
+
+    def begin() -> Future[ShardInput] | None:
+        return None if (shard := next(missing, None)) is None else executor.submit(reader.read, shard)
+
+    following = begin()
+    while following is not None:
+        ready, following = following.result(), begin()
         yield ready
 
 
