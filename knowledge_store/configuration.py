@@ -89,6 +89,23 @@ class SqlConfig(StoreOptions):
 
 
 @dataclass(frozen=True)
+class BrowseConfig(StoreOptions):
+    """The options of `knowledge-store browse`."""
+
+    bind: str = option(
+        "127.0.0.1:8816", metavar="HOST:PORT", help="Where the page is, on this machine; port 0 takes a free one."
+    )
+    open: bool = option(True, help="Open the page in a browser.")
+    files: tuple[str, ...] = option(
+        (),
+        flag="--with",
+        metavar="NAME=FILE",
+        help="What `student-train evaluate --keep-positions` wrote of the student NAME, to show it beside the teacher; or any"
+        " Parquet file, for SQL. It may be repeated.",
+    )
+
+
+@dataclass(frozen=True)
 class ExportConfig(OneDumpOptions):
     """The options of `knowledge-store export`."""
 
