@@ -23,7 +23,9 @@ EXPORT_FORMATS = ("parquet", "speculators")
 class StoreOptions:
     """Of a command that works on a store."""
 
-    store: StorePlace = option(argument=True, metavar="STORE", help="The store's folder.")
+    store: StorePlace = option(
+        argument=True, metavar="STORE", help="The store: a folder, or grpc+tls://HOST:PORT of one served."
+    )
 
 
 @dataclass(frozen=True)
