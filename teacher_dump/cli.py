@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -21,6 +22,8 @@ from teacher_dump.configuration import CalibrateConfig, CheckConfig, EstimateCon
 from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import check_teacher
+from teacher_dump.importers.configuration import ImportConfig
+from teacher_dump.ranks import this_worker
 
 if TYPE_CHECKING:
     from teacher_dump.dumping.preview import PreviewRow
@@ -40,7 +43,7 @@ class CorpusCommand(Command):
         if needs_store and values.get("store") is None and not values.get("help"):
             with command_errors():
                 raise InputError(
-                    "STORE is missing: name the store's folder before the options, as in"
+                    "STORE is missing: name the store before the options, as in"
                     f" `{ctx.command_path} knowledge/ --teacher … --corpus …` (what follows --corpus are files of the corpus)"
                 )
         return super().parse_args(ctx, spread)
@@ -84,31 +87,37 @@ def run(config: RunConfig) -> None:
 
     Example: `teacher-dump run knowledge/ --teacher HuggingFaceTB/SmolLM2-135M --corpus books.jsonl`
 
-    Several workers: give each `--world-size W` and its own `--rank`; any of them may stop and start at any time.
+    Several workers: begin them by torchrun, srun or a Slurm array, or give each `--world-size W` and its own `--rank`. Any may
+    stop and start at any time.
 
     A corpus that grows: `teacher-dump run knowledge/ --append books --corpus march.jsonl` makes `books-2`, as `books` was made.
     """
     _check_packages()
     end_at_sigterm()
+    worker = this_worker(config.rank, config.world_size, os.environ)
+    if worker.source:
+        note(f"Rank {worker.rank} of {worker.world_size}, as {worker.source} say")
+    ranks = worker.rank, worker.world_size
     if config.repair:
         from teacher_dump.dumping.repair import repair
 
-        _show_report(repair(config, config.rank, config.world_size, reporter=TerminalReporter()), "repaired")
+        _show_report(repair(config, *ranks, reporter=TerminalReporter()), "repaired")
     elif config.append is not None:
         from teacher_dump.dumping.append import append
 
-        _show_report(append(config, reporter=TerminalReporter()), "dumped")
+        _show_report(append(config, *ranks, reporter=TerminalReporter()), "dumped")
     else:
         from teacher_dump.dumping.run import dump
 
-        _show_report(dump(config, config.rank, config.world_size, reporter=TerminalReporter()), "dumped")
+        _show_report(dump(config, *ranks, reporter=TerminalReporter()), "dumped")
 
 
 def _show_report(report: DumpReport, done: str) -> None:
-    existing = f", {report.shards_existing} existed" if report.shards_existing and done == "dumped" else ""
+    existing = f", {report.shards_existing} existed" if report.shards_existing and done != "repaired" else ""
+    others = f", {report.shards_of_others} of them other ranks'" if report.shards_of_others else ""
     speed = f" at {report.positions / report.seconds:,.0f} positions/s" if report.positions else ""
     note(
-        f"{report.dump}: {report.shards} of {report.shards_planned} shards {done}{existing};"
+        f"{report.dump}: {report.shards} of {report.shards_planned} shards {done}{others}{existing};"
         f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
     )
     for sentence in report.sentences:
@@ -226,6 +235,21 @@ def calibrate(config: CalibrateConfig) -> None:
         note(f"Warning: {doubt}")
     for sentence in fit.sentences:
         _show_sentence(sentence)
+
+
+@command(app, ImportConfig, name="import")
+def import_files(config: ImportConfig) -> None:
+    """Take caches of predictions that other programs made into a store, as a dump. The same command resumes it.
+
+    Everything is checked before anything is written: predictions that are off by one token are refused.
+
+    Example: `teacher-dump import knowledge/ data_0.parquet data_1.parquet --format distillkit --tokenizer Qwen/Qwen3-8B`
+    """
+    _check_packages()
+    end_at_sigterm()
+    from teacher_dump.importers.run import import_dump
+
+    _show_report(import_dump(config, reporter=TerminalReporter()), "imported")
 
 
 @command(app, CheckConfig)

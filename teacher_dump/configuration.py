@@ -20,7 +20,7 @@ from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
 from teacher_dump.corpus.columns import read_columns
 from teacher_dump.extraction import EXTRACTORS, option_classes
-from teacher_dump.teachers.loading import Loading, check_loading
+from teacher_dump.teachers.loading import ENGINES, SERVER, Loading, check_loading
 from teacher_dump.teachers.protocol import ATTENTIONS, DEVICE_MAPS, DTYPES, QUANTISATIONS
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
@@ -35,14 +35,26 @@ class NamedTeacher(GgufOptions):
 
     PANELS: ClassVar[Mapping[str, Sequence[str]]] = {
         "Teacher": (
-            *("gguf_file", "revision", "batch_size", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),
+            *(
+                "engine",
+                "teacher_url",
+                "gguf_file",
+                "revision",
+                "batch_size",
+                "dtype",
+                "device",
+                "device_map",
+                "max_memory",
+                "quantize",
+            ),
+            "attention",
         ),
         "Corpus": (
             *("columns", "max_length", "too_long", "chat_template", "train_on", "template_date"),
             *("skip_bad_rows", "max_skipped"),
         ),
         **{f"--kind {kind}": [field.name for field in fields(extractor.options)] for kind, extractor in EXTRACTORS.items()},
-        "Workers and repair": ("rank", "world_size", "repair"),
+        "Workers and repair": ("rank", "world_size", "help_others", "repair"),
     }
 
     teacher: str = option(help="A local folder or a hub id of a causal language model.")
@@ -63,10 +75,23 @@ class TeacherOptions(NamedTeacher):
     """Which teacher is asked, and how it is loaded and asked, alike in all commands."""
 
     _: KW_ONLY
+    engine: str | None = option(
+        None,
+        choices=tuple(engine for engine in ENGINES if engine != SERVER),
+        help="What runs the teacher: transformers, or vllm in this process. Without it transformers does, and a dump is resumed"
+        " by the engine that began it.",
+    )
+    teacher_url: str | None = option(
+        None,
+        metavar="URL",
+        help="Ask a vLLM server, such as http://127.0.0.1:8000; --teacher then names the model for its tokenizer alone."
+        " A key is taken from VLLM_API_KEY.",
+    )
     batch_size: int = option(
         16,
         min=1,
-        help="Sequences of the maximum length in a forward pass; shorter ones share the room. Smaller takes less memory.",
+        help="Sequences of the maximum length in a forward pass; shorter ones share the room. Smaller takes less memory."
+        " With --teacher-url, how many requests the server has at once.",
     )
     dtype: str = option(
         "auto",
@@ -96,12 +121,18 @@ class TeacherOptions(NamedTeacher):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine is not None and self.teacher_url is not None:
+            raise InputError(
+                "--engine runs the teacher here, and --teacher-url asks one that is run elsewhere: give one of the two"
+            )
         check_loading(self.loading)
 
     @property
     def loading(self) -> Loading:
         """How the teacher is loaded."""
-        return Loading(**{field.name: getattr(self, field.name) for field in fields(Loading)})
+        named = {field.name: getattr(self, field.name) for field in fields(Loading)}
+        engine = "transformers" if self.teacher_url is None else SERVER
+        return Loading(**named | {"engine": self.engine or engine})
 
 
 @dataclass(frozen=True)
@@ -240,6 +271,9 @@ class DumpConfig(StoreOptions, EstimateConfig):
     max_bytes: int = option(
         100_000_000_000, min=0, help="Do not begin a dump whose hidden states would take more bytes, before compression."
     )
+    help_others: bool = option(
+        False, help="Once this worker's shards are done, take what is missing of other workers', in an order of its own."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,8 +296,21 @@ class DumpConfig(StoreOptions, EstimateConfig):
 
 # What may be said beside `--append`; all else is a setting, which a family of dumps has throughout.
 _NO_SETTINGS = {
-    *("store", "append", "corpus", "teacher", "gguf_file", "revision", "batch_size", "device", "device_map", "max_memory"),
+    *(
+        "store",
+        "append",
+        "corpus",
+        "teacher",
+        "teacher_url",
+        "gguf_file",
+        "revision",
+        "batch_size",
+        "device",
+        "device_map",
+        "max_memory",
+    ),
     *("attention", "skip_bad_rows", "max_skipped", "max_bytes", "rank", "world_size"),
+    "help_others",
 }
 
 
@@ -282,8 +329,15 @@ class RunConfig(DumpConfig):
         help="Begin or resume the next dump of a family, FAMILY-2, FAMILY-3 and so on, of another corpus and with the"
         " settings of the last one.",
     )
-    rank: int = option(0, min=0, help="Number of this worker, counted from 0.")
-    world_size: int = option(1, min=1, help="How many workers share the dump.")
+    rank: int | None = option(
+        None,
+        min=0,
+        help="Number of this worker, counted from 0. Without it, as torchrun, Slurm (srun, arrays) or an indexed job of"
+        " Kubernetes says, or else 0.",
+    )
+    world_size: int | None = option(
+        None, min=1, help="How many workers share the dump; without it, as torchrun or Slurm says, or else 1."
+    )
     repair: bool = option(False, help="Repair the dump instead: make damaged shards and files again, and no others.")
 
     def __post_init__(self) -> None:
@@ -292,6 +346,8 @@ class RunConfig(DumpConfig):
             self.check_appended({field.name for field in fields(self) if getattr(self, field.name) != field.default})
         elif not self.teacher:
             raise InputError("--teacher is missing: name a local folder or a hub id of a causal language model")
+        if self.help_others and self.repair:
+            raise InputError("--help-others is given with --repair, which has no use for it: leave one of them out")
 
     @classmethod
     def check_appended(cls, given: Collection[str]) -> None:

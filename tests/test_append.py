@@ -78,7 +78,8 @@ def grow(family, teacher_folder, loaded_teacher):
     def grow(month: str, **options):
         notes = Notes()
         config = RunConfig(corpus=family / f"{month}.jsonl", store=family / "store", append="news", teacher=str(teacher_folder))
-        report = append(replace(config, **options), loaded_teacher, reporter=notes)
+        ranks = [options.pop(name) for name in ("rank", "world_size") if name in options]
+        report = append(replace(config, **options), *ranks, teacher=loaded_teacher, reporter=notes)
         return report, notes.notes
 
     return grow
@@ -120,8 +121,8 @@ def test_parameters_of_every_kind_are_taken_over(tmp_path, teacher_folder, loade
     text = write_jsonl(tmp_path / "text.jsonl", story_rows(1))
     for changes, words in (({"corpus": text}, "no context stands before"), ({"max_bytes": 10}, "--max-bytes allows 10 B")):
         with pytest.raises(InputError, match=words):
-            append(replace(config, **changes), loaded_teacher)
-    assert append(config, loaded_teacher).dump == "news-2"
+            append(replace(config, **changes), teacher=loaded_teacher)
+    assert append(config, teacher=loaded_teacher).dump == "news-2"
     store = KnowledgeStore.open(tmp_path / "store")
     assert store.dumps == ("news", "news-2") and identity(store, "news-2") == identity(store, "news")
     assert store.manifest("news").kinds["saliency"] == {"method": "input-x-gradient", "of": "teacher"}
@@ -168,11 +169,11 @@ def test_two_commands_at_once(family, grow, teacher_folder, loaded_teacher, riva
     config = RunConfig(corpus=family / "february.jsonl", store=family / "store", append="news", teacher=str(teacher_folder))
     reporter = Rival(lambda: grow(rivals))
     if wins:
-        report = append(config, loaded_teacher, reporter=reporter)
+        report = append(config, teacher=loaded_teacher, reporter=reporter)
         assert report.dump == "news-2" and report.shards == 0
     else:
         with pytest.raises(MismatchError, match=r"another command has begun news-2 in .* with another corpus meanwhile"):
-            append(config, loaded_teacher, reporter=reporter)
+            append(config, teacher=loaded_teacher, reporter=reporter)
         assert grow("february")[0].dump == "news-3"
     assert not reporter.begin
 
@@ -192,7 +193,7 @@ def test_another_teacher_is_refused_before_anything_is_written(family, grow, tmp
     other = save_teacher(tmp_path / "tiny", seed=5)
     config = RunConfig(corpus=family / "march.jsonl", store=family / "store", append="news", teacher=str(other))
     with pytest.raises(MismatchError, match=r"the teacher's file model\.safetensors has other contents") as caught:
-        append(config, load_teacher(str(other), device="cpu"))
+        append(config, teacher=load_teacher(str(other), device="cpu"))
     assert "begin another family" in str(caught.value)
     assert not (family / "store/news-2").exists()
 
@@ -200,7 +201,7 @@ def test_another_teacher_is_refused_before_anything_is_written(family, grow, tmp
 def test_another_teacher_of_a_finished_dump_is_refused(family, grow, teacher_folder, loaded_teacher, tmp_path):
     """By its files, and without being loaded; the dump's own teacher may lie anywhere, and need not be named."""
     config = RunConfig(corpus=family / "january.jsonl", store=family / "store", append="news", teacher="")
-    assert append(config).shards == 0 and append(config, loaded_teacher).shards == 0
+    assert append(config).shards == 0 and append(config, teacher=loaded_teacher).shards == 0
     moved = shutil.copytree(teacher_folder, tmp_path / "elsewhere")
     assert append(replace(config, teacher=str(moved))).shards == 0
     other = save_teacher(tmp_path / teacher_folder.name, seed=5)

@@ -59,7 +59,7 @@ def test_an_option_given_twice_is_refused(command):
 def test_a_store_that_was_forgotten_is_asked_for(corpus):
     result = invoke("run", "--teacher", "t", "--corpus", *corpus)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("Error: STORE is missing: name the store's folder before the options")
+    assert result.stderr.startswith("Error: STORE is missing: name the store before the options")
     assert "what follows --corpus are files of the corpus" in result.stderr
 
 
@@ -174,7 +174,7 @@ def test_mistakes_are_told_before_torch_is_imported(without_torch, store_folder,
     mistakes = (
         (["run", "new", *teacher, "--corpus", "none.jsonl"], "there is no corpus file none.jsonl"),
         (["run", "new", *teacher, *corpus, "--name", "../up"], "cannot name a dump"),
-        (["run", "new", *teacher, *corpus, "--rank", 3], "--rank 3 is not one of --world-size 1"),
+        (["run", "new", *teacher, *corpus, "--rank", 3], "--rank 3 is given without --world-size"),
         (["run", "new", *teacher, *corpus, "--calibration", "none.json"], "there is no calibration file none.json"),
         (["run", "new", "--teacher", "broken", *corpus], "broken has no weights that can be used"),
         (["run", "new", "--teacher", "./nosuch", *corpus], "there is no folder ./nosuch, and"),

@@ -1,170 +1,172 @@
-"""Any number of workers on one store, killed and started again, with clocks that are off: every shard once, and whole."""
+"""Which worker a process is, by its options or by what started it, and workers that take what others left."""
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import pickle
-import random
-import shutil
-import signal
-import time
-from contextlib import contextmanager
+import sys
+from dataclasses import replace
 
 import pytest
-from conftest import save_teacher, story_rows, write_jsonl
-from processes import Command, Moment
-from stores import commit, make_manifest, random_sequences, words, write_store
-from torture import workers
-from torture.heartbeat import wait_until
+from conftest import story_rows, write_jsonl
+from processes import Notes
+from stores import contents
 
-from knowledge_store import DumpWriter, InputError, KnowledgeStore, StoreError, verify
-from knowledge_store.format.sequences import tokens_table
-from knowledge_store.reporter import Reporter
+from knowledge_store.errors import InputError
+from knowledge_store.format.commits import commit_records
+from knowledge_store.storage import open_storage
+from teacher_dump import DumpConfig, cli, dump
+from teacher_dump.dumping import teacher_pass
+from teacher_dump.dumping.worker_shards import shards_of_others
+from teacher_dump.ranks import Worker, local_rank, this_worker
 
-TOKENS = tokens_table(words(11), words(11))
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}  # of a script, which is no step of its job
+ARRAY = {
+    **BATCH,
+    **{f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", "14"), ("MIN", "10"), ("MAX", "18"), ("STEP", "2"))},
+    "SLURM_ARRAY_TASK_COUNT": "5",
+}
+POD = {"JOB_COMPLETION_INDEX": "3"}
 
-
-def test_killed_workers_of_changing_worlds_and_their_readers(tmp_path):
-    (tmp_path / "round").mkdir()
-    counts = workers.disturbed_dump(random.Random(2), tmp_path / "round", kills=5, shards=12, clocks=False)
-    assert counts["kills"] > 0
-
-
-@pytest.mark.skipif(workers.FAKETIME is None, reason="libfaketime is not installed (Debian: apt-get install libfaketime)")
-def test_a_worker_and_a_reader_whose_clocks_are_a_year_off(tmp_path):
-    store, stop, passes = tmp_path / "store", tmp_path / "stop", tmp_path / "passes"
-    arguments, before = (str(store), 0, 1, 4, 0, 0.0), time.time()
-    reader = workers.Elsewhere(workers.read, (str(store), str(passes), str(stop), str(tmp_path / "cache")), "-365d")
-    assert workers.ended(workers.Elsewhere(workers.work, arguments, "+365d")) == "done"
-    workers.check_complete(store, tmp_path, 4, {0})
-    years = {time.gmtime(moment + 365 * 24 * 3600).tm_year for moment in (before, time.time())}
-    times = KnowledgeStore.open(store).sql("SELECT committed_at FROM shards")["committed_at"].to_pylist()
-    assert {int(each[:4]) for each in times} <= years  # or the clock was not off at all
-    wait_until(passes.exists, lambda: reader.process.poll() is None)
-    stop.touch()
-    workers.ended(reader)
-
-
-@pytest.mark.parametrize("difference", ["nothing", "teacher", "vocabulary"])
-def test_dumps_of_one_name_started_at_once(tmp_path, difference):
-    workers.race_for_a_name(difference, tmp_path, racers=3)
-
-
-def test_workers_of_a_dump_that_is_removed_and_made_anew_stop(tmp_path):
-    (tmp_path / "round").mkdir()
-    workers.removed_and_made_anew(random.Random(1), tmp_path / "round", shards=8)
-
-
-@pytest.mark.parametrize("anew", [False, True])
-def test_a_worker_does_not_write_into_a_dump_that_is_another_by_now(tmp_path, anew):
-    store = write_store(tmp_path / "store", shards=1)
-    late = DumpWriter.open(store, make_manifest(shards=2), TOKENS)
-    KnowledgeStore.open(store).remove("small")
-    if anew:
-        DumpWriter.open(store, make_manifest(shards=2, plan={"max_length": 32}), TOKENS)
-    message = "removed, and made again from something else," if anew else "was removed while"
-    with pytest.raises(StoreError, match=message):
-        commit(late, 1, random_sequences(1, 4))
-    assert not list(store.glob("small/*/0*"))
+FOUND = {
+    "nothing": ({}, None, (0, 1)),
+    "torchrun": (TORCHRUN, None, (3, 8)),
+    "torchrun, over machines that srun numbers": ({**SRUN, **TORCHRUN}, None, (3, 8)),
+    "torchrun, over machines that Kubernetes numbers": ({**POD, **TORCHRUN}, None, (3, 8)),
+    "torchrun on one machine, in a job of one task": ({**BATCH, **TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, None, (3, 8)),
+    "srun": (SRUN, None, (2, 4)),
+    "srun, by its two variables": ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, None, (1, 2)),
+    "a batch script": (BATCH, None, (0, 1)),
+    "an array": (ARRAY, None, (2, 5)),
+    "an array, by three variables": (
+        {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}, None, (3, 4),
+    ),
+    "one job of an array, given again": (
+        {**ARRAY, "SLURM_ARRAY_TASK_MIN": "14", "SLURM_ARRAY_TASK_MAX": "14", "SLURM_ARRAY_TASK_COUNT": "1"}, None, (0, 1),
+    ),
+    "srun in each job of an array": ({**ARRAY, **SRUN}, None, (2 * 4 + 2, 5 * 4)),
+    "srun of one task in each job of an array": ({**ARRAY, **SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None, (2, 5)),
+    "an indexed job, whose manifest says how many": (POD, 4, (3, 4)),
+    "a launcher, and the same count as an option": (TORCHRUN, 8, (3, 8)),
+}  # fmt: skip
 
 
-def test_a_dump_begun_while_a_store_is_verified_is_no_damage(tmp_path):
-    store = write_store(tmp_path / "store", "first", shards=1)
-
-    class Beginner(Reporter):
-        @contextmanager
-        def progress(self, title, total, unit=""):
-            yield lambda amount, **figures: write_store(store, "second", shards=1) and None
-
-    found = verify(store, Beginner())
-    assert found.damage == []
-    assert any("second was begun meanwhile" in note for note in found.notes)
-    assert not verify(store).notes
+@pytest.mark.parametrize("case", FOUND)
+def test_the_environment_says_which_worker_this_is(case):
+    environment, world_size, expected = FOUND[case]
+    worker = this_worker(None, world_size, environment)
+    assert (worker.rank, worker.world_size) == expected
+    assert bool(worker.source) == (case not in ("nothing", "a batch script"))
 
 
-def grow(store, shards):
-    writer = DumpWriter.open(store, make_manifest(shards=4), TOKENS)
-    for shard in shards:
-        commit(writer, shard, random_sequences(shard, 4))
+def test_options_stand_above_the_environment():
+    assert this_worker(1, 2, {**TORCHRUN, **ARRAY, **POD, "WORLD_SIZE": "x"}) == Worker(1, 2)
 
 
-def test_copies_of_an_open_store_see_the_shards_it_sees(tmp_path):
-    grow(tmp_path / "store", [1, 3])
-    opened = KnowledgeStore.open(tmp_path / "store")
-    before = [each["sequence_id"].tolist() for each in opened.batches(batch_size=3)]
-    grow(tmp_path / "store", [0, 2])  # other ordinals for those opened later
-    for each in (opened, copy.copy(opened), pickle.loads(pickle.dumps(opened))):
-        assert [batch["sequence_id"].tolist() for batch in each.batches(batch_size=3)] == before
-        assert each.sql("SELECT count(*) AS n FROM sequences").to_pylist() == [{"n": 8}]
-        assert each.info()[0].shards == 2
-    assert len(KnowledgeStore.open(tmp_path / "store")) == 16
+REFUSED = {
+    "half of torchrun's": ({"RANK": "1"}, "RANK is in the environment without WORLD_SIZE"),
+    "the other half": ({"WORLD_SIZE": "4"}, "WORLD_SIZE is in the environment without RANK"),
+    "half of srun's": ({"SLURM_PROCID": "1"}, "SLURM_PROCID is in the environment without SLURM_NTASKS"),
+    "half of an array's": ({"SLURM_ARRAY_TASK_ID": "1"}, "without SLURM_ARRAY_TASK_COUNT"),
+    "a batch script whose tasks are others": ({**BATCH, "SLURM_NTASKS": "4"}, "begin it by srun"),
+    "an array with gaps": ({**ARRAY, "SLURM_ARRAY_TASK_MAX": "30"}, "not evenly spaced"),
+    "an indexed job of unknown size": (POD, "give --world-size, the `completions` of the job"),
+    "no number": ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one' in the environment"),
+    "a rank that is none": ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2, which is none of them"),
+    "a torchrun in each of several tasks": ({**SRUN, **TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, "let torchrun span all machines"),
+    "a torchrun in each of several pods": ({**POD, **TORCHRUN, "LOCAL_WORLD_SIZE": "8"}, "let torchrun span all machines"),
+    "Slurm in Kubernetes": ({**SRUN, **POD}, "both say which worker this is"),
+}
 
 
-def test_an_order_is_not_gone_on_with_in_a_dump_that_has_grown(tmp_path):
-    grow(tmp_path / "store", [1, 3])
-    opened = KnowledgeStore.open(tmp_path / "store")
-    batches = opened.batches(batch_size=3)
-    next(iter(batches))
-    state = {**batches.state, "consumed": 3}
-    grow(tmp_path / "store", [0])
-    rest = [item for batch in opened.batches(batch_size=3, **state) for item in batch["sequence_id"].tolist() if item >= 0]
-    assert len(rest) == 5
-    with pytest.raises(InputError, match="has other sequences than when this order was begun"):
-        KnowledgeStore.open(tmp_path / "store").batches(batch_size=3, **state)
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_environment_that_does_not_say_it_is_refused(case):
+    environment, message = REFUSED[case]
+    with pytest.raises(InputError, match=r"--rank and --world-size|the `completions`") as refusal:
+        this_worker(None, None, environment)
+    assert message in str(refusal.value)
 
 
-def test_an_order_is_not_gone_on_with_in_a_dump_of_as_many_other_sequences(tmp_path):
-    grow(tmp_path / "store", [1, 3])
-    state = KnowledgeStore.open(tmp_path / "store").batches(batch_size=3).state
-    (tmp_path / "store/small/commits/00003.json").unlink()
-    grow(tmp_path / "store", [2])
-    opened = KnowledgeStore.open(tmp_path / "store")
-    assert len(opened) == 8
-    with pytest.raises(InputError, match="has other sequences than when this order was begun"):
-        opened.batches(batch_size=3, **state)
+@pytest.mark.parametrize(
+    ("rank", "world_size", "environment", "message"),
+    [
+        (0, None, {}, "--rank 0 is given without --world-size"),
+        (0, None, TORCHRUN, "--rank 0 is given without --world-size"),
+        (None, 2, {}, "--world-size 2 is given without --rank"),
+        (None, 4, TORCHRUN, "--world-size is 4, and RANK and WORLD_SIZE say 8"),
+        (None, 3, POD, "rank 3 of 3"),
+        (2, 2, {}, "--rank 2 is not one of --world-size 2"),
+    ],
+)
+def test_half_a_pair_of_options_is_refused(rank, world_size, environment, message):
+    with pytest.raises(InputError) as refusal:
+        this_worker(rank, world_size, environment)
+    assert message in str(refusal.value)
 
 
-def four_shards(store):
-    return len(list(store.glob("d/commits/*.json"))) >= 4
+def test_devices_are_shared_by_the_processes_of_a_machine():
+    assert [local_rank(environment) for environment in (TORCHRUN, SRUN, {}, BATCH)] == [1, 2, 0, 0]
 
 
-def test_training_on_a_dump_that_goes_on(tmp_path, teacher_folder, monkeypatch):
-    """The same student as from a copy of the store with the shards there were at the start."""
-    from student_train.training.configuration import TrainConfig
-    from student_train.training.run import RunTrainer, train
+@pytest.fixture
+def config(teacher_folder, tmp_path) -> DumpConfig:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", story_rows(12))
+    return DumpConfig(teacher_folder, corpus, tmp_path / "store", "d", max_length=40, batch_size=2, shard_size=2)
 
-    corpus = write_jsonl(tmp_path / "rows.jsonl", story_rows(60))
-    store, frozen = tmp_path / "store", tmp_path / "frozen"
-    options = ["--name", "d", "--max-length", "32", "--batch-size", "2", "--shard-size", "2"]
-    arguments = ["run", store, "--teacher", teacher_folder, "--corpus", corpus, *options]
-    dump = Command(*arguments, folder=tmp_path / "log", at=Moment(store, four_shards, signal.SIGSTOP))
-    dump.wait_until_stopped()
-    settings = {
-        "student": str(save_teacher(tmp_path / "student", layers=1, seed=1)), "steps": 4, "batch_size": 4, "eval_fraction": 0.0,
-        "workers": 2,
-    }  # fmt: skip
-    draw = RunTrainer.get_batch_samples
 
-    def drawing(self, *arguments):
-        assert len(list(store.glob("d/commits/*.json"))) == 4 or self.state.global_step
-        os.kill(dump.process.pid, signal.SIGCONT)  # it goes on while the student is trained
-        return draw(self, *arguments)
+def test_a_command_takes_its_rank_from_the_environment(config, monkeypatch, capsys):
+    options = {"teacher": config.teacher, "corpus": config.corpus[0], "name": "d", "max-length": 40, "shard-size": 2}
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["teacher-dump", "run", str(config.store), *words])
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as refused:
+        cli.main()
+    assert refused.value.code == 2 and not config.store.exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "Rank 1 of 2, as RANK and WORLD_SIZE say" in capsys.readouterr().err
+    assert list(commit_records(open_storage(config.store), "d")) == [1, 3, 5]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RunTrainer, "get_batch_samples", drawing)
-        result = train(TrainConfig(store=str(store), output=str(tmp_path / "run"), **settings))
-    assert result.finished
-    assert dump.wait().returncode == 0
-    assert verify(store).damage == []
 
-    seen = json.loads((tmp_path / "run/run.json").read_text())["sequences"]["train"]
-    counts = KnowledgeStore.open(store).sql("SELECT shard, sequences FROM shards ORDER BY shard").to_pylist()
-    shutil.copytree(store, frozen)
-    for shard in counts:  # one worker commits them in order
-        seen -= shard["sequences"]
-        if seen < 0:
-            (frozen / f"d/commits/{shard['shard']:05d}.json").unlink()
-    train(TrainConfig(store=str(frozen), output=str(tmp_path / "again"), **settings))
-    assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+def test_a_worker_that_is_done_helps_the_others(config, loaded_teacher, tmp_path):
+    whole = dump(replace(config, store=tmp_path / "whole"), teacher=loaded_teacher)
+    notes = Notes()
+    report = dump(replace(config, help_others=True), 1, 3, teacher=loaded_teacher, reporter=notes)
+    assert report.shards == whole.shards
+    assert report.shards_of_others == whole.shards - len(range(1, whole.shards, 3))
+    assert any("helps with" in note for note in notes.notes)
+    assert contents(config.store) == contents(tmp_path / "whole")
+    assert dump(replace(config, help_others=True), 0, 3, teacher=loaded_teacher).shards == 0
+
+
+def test_helpers_take_each_others_shards_in_orders_of_their_own(config, loaded_teacher):
+    class Writer:
+        def __init__(self, shards: int):
+            self.manifest = type("Manifest", (), {"shard_count": shards})
+            self.committed_shards = lambda: {3, 4, 5}
+
+    orders = [shards_of_others(Writer(40), rank, 4) for rank in range(4)]
+    for rank, order in enumerate(orders):
+        assert sorted(order) == [shard for shard in range(40) if shard % 4 != rank and shard not in {3, 4, 5}]
+        first_missing = {0, 1, 2, 7} - {[0, 1, 2, 7][rank]}
+        assert set(order[-3:]) == first_missing
+    assert len({tuple(shard for shard in order if shard % 4 == 3) for order in orders[:3]}) == 3
+
+
+def test_a_shard_that_another_worker_commits_meanwhile_is_left(config, loaded_teacher, monkeypatch):
+    """Another one does all of the dump when this one has asked about its first batch."""
+    monkeypatch.setattr(teacher_pass, "LOOK_EVERY", 0.0)
+    extract, reports = teacher_pass.extract_batch, []
+
+    def overtaken(*arguments, **named):
+        batch = extract(*arguments, **named)
+        if not reports:
+            reports.append(None)
+            reports.append(dump(config, teacher=loaded_teacher))
+        return batch
+
+    monkeypatch.setattr(teacher_pass, "extract_batch", overtaken)
+    assert dump(replace(config, batch_size=1), teacher=loaded_teacher).shards == 0
+    assert reports[1].shards == 6

@@ -35,6 +35,10 @@ class Committed:
             bytes=self.bytes + sum(file.bytes for file in record.files.values()),
         )
 
+    def and_others(self, other: Committed) -> Committed:
+        """Both together."""
+        return Committed(self.shards + other.shards, self.positions + other.positions, self.bytes + other.bytes)
+
 
 class ShardPublisher:
     """Publishes shards one after the other in a thread of its own.

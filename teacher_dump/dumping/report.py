@@ -13,7 +13,8 @@ class DumpReport:
 
     Attributes:
         dump: its name.
-        shards: committed by this call; shards_planned: in the whole dump.
+        shards: committed by this call; shards_planned: in the whole dump; shards_of_others: other ranks' that were committed by
+            this call.
         shards_existing: of this rank's, those that needed nothing.
         positions, seconds: of this call.
         counts: of the whole corpus, what becomes of its rows; None where a repair found nothing to do.
@@ -28,6 +29,7 @@ class DumpReport:
     seconds: float = 0.0
     counts: CorpusCounts | None = None
     max_length: int = 0
+    shards_of_others: int = 0
 
     @property
     def sentences(self) -> list[Sentence]:

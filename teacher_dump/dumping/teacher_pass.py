@@ -7,12 +7,13 @@ teacher works on this one.
 from __future__ import annotations
 
 import datetime
+import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,7 +24,8 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.batches import batch_room, extract_batch, find_batching, length_batches, predict_batch
+from teacher_dump.dumping.asked_batches import AskedBatch, BatchAsker
+from teacher_dump.dumping.batches import extract_batch
 from teacher_dump.dumping.plan import ShardInput, ShardReader, corpus_columns, kept_parameters
 from teacher_dump.dumping.publishing import Committed, Knowledge, ShardPublisher
 from teacher_dump.extraction import EXTRACTORS
@@ -31,7 +33,13 @@ from teacher_dump.teachers.protocol import Teacher
 
 RECORDED_PACKAGES = ("knowledge-store", "torch", "transformers", "tokenizers", "pyarrow", "numpy")
 
+LOOK_EVERY = 1.0  # seconds between looks whether another worker has committed the shard that is being made
+
 Publish = Callable[[Shard], CommitRecord]
+
+
+class _Overtaken(Exception):
+    """Another worker has committed the shard that is being made."""
 
 
 def dump_shards(
@@ -51,7 +59,7 @@ def dump_shards(
         reader: of the shards.
         writer: of the dump.
         pending: the shards.
-        publish: `writer.commit`, or a repair; `commit` passes over a shard that another worker has committed.
+        publish: `writer.commit`, or a repair. A shard that is to be committed is left once another worker has committed it.
         reporter: hears of progress, and of how much was committed when Ctrl-C ends it.
 
     Returns:
@@ -67,16 +75,33 @@ def dump_shards(
         return publish(shard_of(writer.manifest, shard, knowledge, made_by))
 
     publisher = ShardPublisher(publish_knowledge)
+
+    def committed_already(shard: int) -> bool:
+        return publish == writer.commit and writer.committed(shard)
+
     try:
         with (
             reporter.progress(f"dumping {writer.manifest.dump}", total, "positions") as advance,
             ThreadPoolExecutor(1, "reader") as executor,
+            ExitStack() as stack,
         ):
             meter = _Meter(advance, publisher)
-            for shard in _read_ahead(executor, reader, pending):
-                if publish == writer.commit and writer.committed(shard.shard):
-                    continue  # another worker was quicker
-                publisher.hand_over(shard, _ask(config, teacher, shard, parameters, meter, publisher.check))
+            shards = _read_ahead(executor, reader, pending, committed_already)
+            asked = BatchAsker(config, teacher, parameters, shards).shards()
+            for shard, batches in stack.enter_context(closing(asked)):
+                looked = -math.inf
+
+                def look(number: int = shard.shard) -> None:
+                    nonlocal looked
+                    publisher.check()
+                    if time.monotonic() - looked >= LOOK_EVERY:
+                        looked = time.monotonic()
+                        if committed_already(number):
+                            raise _Overtaken
+
+                with suppress(_Overtaken):
+                    look()
+                    publisher.hand_over(shard, _take(config, shard, batches, parameters, meter, look))
             publisher.close()
             meter.show()
         publisher.check()
@@ -123,19 +148,25 @@ class _Meter:
         self._advance(positions, **figures)
 
 
-def _read_ahead(executor: ThreadPoolExecutor, reader: ShardReader, shards: list[int]) -> Iterator[ShardInput]:
-    """The input of each shard, the next one being read while this one is used."""
-    following: Future[ShardInput] | None = None
-    for index, shard in enumerate(shards):
-        ready = (following or executor.submit(reader.read, shard)).result()
-        following = executor.submit(reader.read, shards[index + 1]) if index + 1 < len(shards) else None
+def _read_ahead(
+    executor: ThreadPoolExecutor, reader: ShardReader, shards: Iterable[int], committed: Callable[[int], bool]
+) -> Iterator[ShardInput]:
+    """The input of each shard that is not committed when its turn comes, the next one being read while this one is used."""
+    missing = (shard for shard in shards if not committed(shard))
+
+    def begin() -> Future[ShardInput] | None:
+        return None if (shard := next(missing, None)) is None else executor.submit(reader.read, shard)
+
+    following = begin()
+    while following is not None:
+        ready, following = following.result(), begin()
         yield ready
 
 
-def _ask(
+def _take(
     config: DumpConfig,
-    teacher: Teacher,
     shard: ShardInput,
+    batches: Iterator[AskedBatch],
     parameters: dict[str, Parameters],
     meter: _Meter,
     after_batch: Callable[[], None],
@@ -144,18 +175,13 @@ def _ask(
 
     `after_batch` is called after each batch: what the writer met ends the dump there, not when the shard is done.
     """
-    lengths = [len(sequence.token_ids) for sequence in shard.sequences]
-    knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in parameters}
-    batching = find_batching(config, teacher, config.max_length)
-    room = batch_room(config, teacher, config.max_length, parameters)
-    for indices in length_batches(lengths, room, batching):
-        sequences = [shard.sequences[index] for index in indices]
-        batch = extract_batch(config, parameters, predict_batch(config, teacher, sequences, parameters), sequences)
+    knowledge: dict[str, list[Any]] = {kind: [None] * len(shard.sequences) for kind in parameters}
+    for asked in batches:
+        batch = extract_batch(config, parameters, asked.prediction, asked.sequences)
         for kind, extracted in batch.items():
-            for index, arrays in zip(indices, extracted, strict=True):
+            for index, arrays in zip(asked.indices, extracted, strict=True):
                 knowledge[kind][index] = arrays
-        positions = sum(len(sequence.token_ids) for sequence in sequences)
-        meter.batch(batch, positions)
+        meter.batch(batch, sum(len(sequence.token_ids) for sequence in asked.sequences))
         after_batch()
     return knowledge
 

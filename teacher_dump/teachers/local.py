@@ -9,8 +9,9 @@ and a model that differs is asked for its whole logits instead.
 from __future__ import annotations
 
 import contextlib
+import os
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -33,11 +34,13 @@ from transformers import (
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.teachers.files import file_hashes, find_folder, model_files
+from teacher_dump.ranks import local_rank
+from teacher_dump.teachers.files import EXPERTS, file_hashes, find_folder, model_files
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
+from teacher_dump.teachers.tokenizer import token_texts
 
 UNKNOWN = 2**31  # as how many layers there are: none has that number
 
@@ -89,6 +92,17 @@ class LocalTeacher:
         return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | more)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        config = self.model.config.get_text_config()
+        return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
+
+    @property
+    def ahead(self) -> int:
+        """A prediction takes memory until it is read."""
+        return 0
+
+    @property
     def _runner(self) -> nn.Module:
         """What is run on a batch."""
         return self.model if self.whole_logits else _backbone(self.model)
@@ -110,7 +124,12 @@ class LocalTeacher:
         return GRADIENT_BYTES[self.device.type] // self._gradient_bytes[longest]
 
     def predict(
-        self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False, layers: Collection[int] = ()
+        self,
+        token_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        gradients: bool = False,
+        layers: Collection[int] = (),
+        likeliest: int = 0,
     ) -> LocalPrediction:
         """Run the teacher on a batch. Hidden states of other layers than the last are kept of all layers while it runs.
 
@@ -121,6 +140,7 @@ class LocalTeacher:
             attention_mask: bool (B, T).
             gradients: whether the prediction is asked for gradients.
             layers: whose hidden states it is asked for.
+            likeliest: of no use here, where logits are whole.
 
         Raises:
             InputError: the model does not give hidden states of these layers.
@@ -182,22 +202,12 @@ class LocalTeacher:
             )
         return states[layer].detach()
 
+    def recognise(self, kept: Mapping[str, Any]) -> None:
+        """It is told by its files."""
+
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
-        """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
-        size = self.vocabulary_size
-        names: list[str | None] = [None] * size
-        for name, token in self.tokenizer.get_vocab().items():
-            if token < size:
-                names[token] = name
-        # Decoded behind another token, since decoders drop a leading space at the start of a text.
-        anchor = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        known = [token for token, name in enumerate(names) if name is not None]
-        pairs = self.tokenizer.batch_decode([[*anchor, token] for token in known], clean_up_tokenization_spaces=False)
-        before = self.tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-        texts: list[str | None] = [None] * size
-        for token, text in zip(known, pairs, strict=True):
-            texts[token] = text.removeprefix(before)
-        return texts, names
+        """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""
+        return token_texts(self.tokenizer, self.vocabulary_size)
 
 
 @contextlib.contextmanager
@@ -259,13 +269,16 @@ def _needs_whole_logits(model: PreTrainedModel, device: torch.device) -> bool:
 
 
 def find_device(name: str) -> torch.device:
-    """The device a name means; "auto" is the first there is of CUDA, Apple's, and the CPU.
+    """The device a name means; "auto" is the first there is of CUDA, Apple's, and the CPU; of several of CUDA the one with
+    the number that a launcher gave this process among those of its machine.
 
     Raises:
         InputError: torch knows no such device here.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.device_count() > 1:
+            name = f"cuda:{local_rank(os.environ) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
