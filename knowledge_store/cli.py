@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from knowledge_store.configuration import (
+    BrowseConfig,
     CopyConfig,
     ExportConfig,
     InfoConfig,
@@ -308,6 +309,25 @@ def sequence(config: SequenceConfig) -> None:
     for header, rows in opened.shown(ordinal, name):
         for number, line in enumerate(aligned(header, rows)):
             output.print(Text(line, style="" if number else "bold"))
+
+
+@command(app, BrowseConfig)
+def browse(config: BrowseConfig) -> None:
+    """Look into a store with a browser: its dumps, sequences token by token, questions, SQL. Ctrl-C ends it.
+
+    The page is for this machine alone. With `--with`, it shows students beside their teacher.
+
+    Example: `knowledge-store browse knowledge/ --with student=positions.parquet`
+    """
+    try:
+        from knowledge_store.page.browse import browse as serve_page
+        from knowledge_store.page.browse import listen
+    except ImportError as error:
+        raise InputError(f"`browse` needs {error.name}: pip install 'knowledge-store[serve]'") from None
+    files = parse_named_files(config.files)
+    opened = _open(config.store)
+    with listen(config.bind) as listening:
+        serve_page(opened, listening, files, lambda address: note(f"The page is at {address} (Ctrl-C ends it)"), config.open)
 
 
 @command(app, ServeConfig)

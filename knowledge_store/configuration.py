@@ -23,7 +23,9 @@ EXPORT_FORMATS = ("parquet", "speculators", "distillkit")
 class StoreOptions:
     """Of a command that works on a store."""
 
-    store: StorePlace = option(argument=True, metavar="STORE", help="The store's folder.")
+    store: StorePlace = option(
+        argument=True, metavar="STORE", help="The store: a folder, or s3://BUCKET/PREFIX (also gs:// and az://)."
+    )
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,23 @@ class SqlConfig(StoreOptions):
     format: Format = option(Format.table, help="How the answer is printed; json is one array of row objects.")
     memory_limit: float = option(MEMORY_LIMIT / 2**30, above=0, help="The most memory for the query and its answer, in GiB.")
     timeout: float = option(TIMEOUT, above=0, help="The query is interrupted after this many seconds.")
+
+
+@dataclass(frozen=True)
+class BrowseConfig(StoreOptions):
+    """The options of `knowledge-store browse`."""
+
+    bind: str = option(
+        "127.0.0.1:8816", metavar="HOST:PORT", help="Where the page is, on this machine; port 0 takes a free one."
+    )
+    open: bool = option(True, help="Open the page in a browser.")
+    files: tuple[str, ...] = option(
+        (),
+        flag="--with",
+        metavar="NAME=FILE",
+        help="What `student-train evaluate --keep-positions` wrote of the student NAME, to show it beside the teacher; or any"
+        " Parquet file, for SQL. It may be repeated.",
+    )
 
 
 @dataclass(frozen=True)
