@@ -237,8 +237,8 @@ def start_engine(folder: Path, dtype: str, own_dtype: str, longest: int, room: i
             from vllm.platforms import current_platform
     except Exception as error:  # it imports half of an environment, any part of which can be broken
         raise InputError(
-            f"vLLM cannot be imported: {_first_line(error)}. Install it into an environment of its own with"
-            " knowledge-store[teacher], as TEACHERS.md says"
+            f"vLLM cannot be imported: {_first_line(error)}. TEACHERS.md says which versions fit"
+            " together, in an environment of their own"
         ) from None
     on_cpu = current_platform.is_cpu()
     if dtype == "auto":  # which vLLM takes for 16 bits where a model has 32
