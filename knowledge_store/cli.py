@@ -288,7 +288,7 @@ def copy(config: CopyConfig) -> None:
     """
     from knowledge_store.writing.copy import copy as copy_dumps
 
-    copied = copy_dumps(config.source, config.destination, config.dump, TerminalReporter())
+    copied = copy_dumps(config.source, config.destination, config.dump, TerminalReporter(), repair=config.repair)
     existing = f", {copied.existing:,} existed already and were checked" if copied.existing else ""
     names = ", ".join(copied.dumps) or "no dump"
     output.print(f"Copied {names}: {copied.shards:,} shards, {byte_size(copied.bytes)}{existing}", markup=False)

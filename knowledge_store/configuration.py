@@ -151,6 +151,11 @@ class CopyConfig:
     source: StorePlace = option(argument=True, metavar="SOURCE", help="The store to copy from.")
     destination: StorePlace = option(argument=True, metavar="DESTINATION", help="The store to copy to; made when missing.")
     dump: str | None = option(None, names_dump=True, help="Copy this dump alone.")
+    repair: bool = option(
+        False,
+        help="Remove what is damaged in DESTINATION and copy it again: so a store in a bucket is repaired. Nobody else may"
+        " write there meanwhile.",
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from s3_server import S3Server, s3_server
-from stores import contents, make_manifest, words, write_store
+from stores import commit, contents, make_manifest, random_sequences, words, write_store
 from test_storage import everything
 from typer.testing import CliRunner
 
@@ -19,6 +19,7 @@ from knowledge_store.format.sequences import tokens_table
 from knowledge_store.storage import BucketStorage, open_storage
 from knowledge_store.storage import bucket as bucket_module
 from knowledge_store.storage.bucket_address import BucketAddress
+from knowledge_store.writing.copy import copy
 
 obstore = pytest.importorskip("obstore", reason="obstore is not installed: pip install 'knowledge-store[bucket]'")
 
@@ -237,15 +238,34 @@ def test_a_store_is_the_same_in_a_bucket(s3, tmp_path):
         KnowledgeStore.open(address_in(s3)).rename("small", "large")
 
 
-def test_damage_is_found_and_a_dump_goes_on_elsewhere(s3, tmp_path):
+def test_damage_is_found_and_repaired_by_copying(s3, tmp_path):
     """What a store in a bucket has in place of --repair."""
-    write_store(address_in(s3), shards=3)
-    flip(s3, "some/store/small/positions/00001.parquet")
-    with pytest.raises(DamageError, match=r"positions/00001\.parquet is damaged"):
-        list(KnowledgeStore.open(address_in(s3)).batches(batch_size=3))
+    before = everything(KnowledgeStore.open(write_store(address_in(s3), shards=3)))
+    sound = dict(s3.objects)
+    for name in ("positions/00001.parquet", "commits/00002.json"):
+        flip(s3, f"some/store/small/{name}")
+    with pytest.raises(DamageError, match=r"commits/00002\.json is damaged"):
+        list(KnowledgeStore.open(address_in(s3)).batches("small", batch_size=3))
     writer = DumpWriter.open(address_in(s3), make_manifest(shards=3), TOKENS)
     with pytest.raises(InputError, match=r"is not repaired where it is.*knowledge-store copy .* FOLDER"):
         writer.storage.replace([])
+    with pytest.raises(DamageError, match=r"2 shards are damaged and left out"):
+        copy(address_in(s3), tmp_path / "folder")
+    local = DumpWriter.open(tmp_path / "folder", make_manifest(shards=3), TOKENS)
+    assert local.committed_shards() == {0}
+    for shard in (1, 2):
+        commit(local, shard, random_sequences(shard, 4))
+    with pytest.raises(DamageError, match="and copy again"):
+        copy(tmp_path / "folder", address_in(s3))
+    for name in ("store.json", "small/manifest.json", "small/tokens.parquet"):
+        flip(s3, f"some/store/{name}")
+    copied = copy(tmp_path / "folder", address_in(s3), repair=True)
+    assert (copied.shards, copied.existing) == (2, 1)
+    assert everything(KnowledgeStore.open(address_in(s3))) == before and verify(address_in(s3)).sound
+    assert {key: data for key, data in s3.objects.items() if "/commits/" not in key} == {
+        key: data for key, data in sound.items() if "/commits/" not in key
+    }
+    assert copy(tmp_path / "folder", address_in(s3), repair=True).existing == 3
 
 
 # Commands

@@ -240,6 +240,9 @@ def unreadable(path: str, error: Exception) -> Exception:
     return DamageError(f"{path} is damaged: {error}")
 
 
+FOOTER_FACTS = {"_footer", "_before", "_digests", "metadata"}
+
+
 class CheckedFile:
     """A published Parquet file, to be read by pyarrow (as a `pa.PythonFile`). Nothing of it is read before it is asked for.
 
@@ -272,6 +275,13 @@ class CheckedFile:
         self._digests = bytes.fromhex((metadata.metadata or {}).get(DIGESTS_KEY, b"").decode())
         self._before = end[:-length]  # the whole rest, of a small file: it is not asked for again
         return footer
+
+    def again(self) -> CheckedFile:
+        """The same file, with a place of its own in it; the footer is not read again."""
+        other = CheckedFile(self.file, self._errors)
+        known = {name: value for name, value in self.__dict__.items() if name in FOOTER_FACTS}
+        other.__dict__ |= known
+        return other
 
     def open(self) -> pq.FileMetaData:
         """Check the footer. Returns what it says (DamageError, StoreError)."""

@@ -167,10 +167,15 @@ class OpenTable(pq.ParquetFile):
 
     def __init__(self, checked: CheckedFile):
         self.file = checked.file
+        self._checked = checked
         # pre_buffer: all of a row group, or of its columns, is asked for at once, and not page by page.
         super().__init__(
             pa.PythonFile(checked, mode="r"), metadata=checked.open(), pre_buffer=True, page_checksum_verification=True
         )
+
+    def again(self) -> OpenTable:
+        """The same file for another thread. Nothing is read for it."""
+        return OpenTable(self._checked.again())
 
 
 def open_table(file: TableFile) -> OpenTable:
