@@ -61,6 +61,7 @@ NOT_RUN = {
     ("benchmarks/RESULTS.md", "minutes to hours, with models and texts of your own"),
     ("knowledge_store/PAGE.md", "it serves until it is told to end"),
     ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
+    ("knowledge_store/SERVING.md", "it serves until it is told to end"),
     ("student_train/TRAINERS.md", "needs two GPUs"),
     ("teacher_dump/DATA.md", "downloads a data set"),
     ("teacher_dump/IMPORTS.md", "downloads a data set"),
