@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import bucket_servers
 import pytest
 from s3_server import S3Server, s3_server
 from stores import commit, contents, make_manifest, random_sequences, words, write_store
@@ -266,6 +269,50 @@ def test_damage_is_found_and_repaired_by_copying(s3, tmp_path):
         key: data for key, data in sound.items() if "/commits/" not in key
     }
     assert copy(tmp_path / "folder", address_in(s3), repair=True).existing == 3
+
+
+# Real servers
+
+
+def started(server: Any, what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server in a context; the test is skipped where its program is not installed."""
+    if not (bucket_servers.AZURITE if what == "azurite-blob" else bucket_servers.program(what)):
+        pytest.skip(f"{what} is not installed (see tests/bucket_servers.py)")
+
+    @contextmanager
+    def running():
+        with server(folder / "server") as service:
+            for name, value in service.environment.items():
+                monkeypatch.setenv(name, value)
+            yield service
+
+    return running()
+
+
+@pytest.mark.parametrize(
+    ("server", "what"),
+    [(bucket_servers.seaweedfs, "weed"), (bucket_servers.azurite, "azurite-blob"), (bucket_servers.moto, "moto_server")],
+)
+def test_a_real_server_holds_a_store(server, what, tmp_path, monkeypatch):
+    if server is bucket_servers.moto:  # which takes conditions one after the other only
+        monkeypatch.setattr(bucket_module, "RACERS", 1)
+    with started(server, what, tmp_path, monkeypatch) as service:
+        address = service.store("some/store")
+        write_store(address, shards=3)
+        opened = KnowledgeStore.open(address)
+        assert everything(opened) == everything(KnowledgeStore.open(write_store(tmp_path / "other", shards=3)))
+        assert opened.sql("SELECT count(*) AS n FROM shards", isolated=True).to_pylist() == [{"n": 3}]
+        copy(tmp_path / "other", service.store("copied"))
+        assert verify(address).sound and verify(service.store("copied")).sound
+        opened.remove("small")
+        assert KnowledgeStore.open(address).dumps == ()  # SeaweedFS lists empty folders for a while
+
+
+def test_a_real_server_that_does_not_heed_conditions_is_refused(tmp_path, monkeypatch):
+    with started(bucket_servers.rclone, "rclone", tmp_path, monkeypatch) as service:
+        with pytest.raises(StoreError, match=r"does not heed `If-None-Match: \*`"):
+            write_store(service.store("store"))
+        assert open_storage(service.store("store")).files("") == []
 
 
 # Commands
