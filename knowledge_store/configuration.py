@@ -24,7 +24,9 @@ class StoreOptions:
     """Of a command that works on a store."""
 
     store: StorePlace = option(
-        argument=True, metavar="STORE", help="The store: a folder, or s3://BUCKET/PREFIX (also gs:// and az://)."
+        argument=True,
+        metavar="STORE",
+        help="The store: a folder, s3://BUCKET/PREFIX (also gs:// and az://), or grpc+tls://HOST:PORT of one served.",
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import make_tokenizer
 from foreign_caches import (
     Cache,
+    K,
     make_cache,
     shifted,
     write_axolotl,
@@ -344,3 +345,63 @@ def test_training_on_it(asked, tmp_path, teacher_folder):
     assert list(output.rglob("model.safetensors"))
     with pytest.raises(InputError, match="does not know it of tokens that are no candidate"):
         calibrate(KnowledgeStore.open(store), method="temperature")
+
+
+def test_polynomials_differences_and_the_older_form(tmp_path, tokenizer_folder, vocabulary):
+    """Log-probabilities that lie on a curve are kept by its coefficients, in both forms, and as differences."""
+    cache = make_cache(vocabulary, (40, 60))
+    rank = np.arange(K)
+    bits, rows, older = 9, [], []
+    for tokens, ids, own in zip(cache.tokens, cache.ids, cache.logprobs, strict=True):
+        ids, first = np.roll(ids, -1, axis=0), np.roll(own[:, 0], -1).clip(max=-0.3).astype(np.float32)
+        slope = -2 - first.astype(np.float64) % 1
+        spread = (ids[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1
+        packed = np.packbits(spread.reshape(len(ids), -1).astype(np.uint8), axis=1)
+        # Differences: −2.x each, as a constant, and a correction of one bit on the first of them.
+        parts = [first.astype("<f4"), slope.astype("<f4"), np.full(len(ids), 0.25, "<f2")]
+        octets = [part[:, None].view(np.uint8) for part in parts]
+        one_bit = np.full((len(ids), 1), 0b10000000, np.uint8)
+        columns = [octets[0], octets[1], octets[2], one_bit]
+        rows.append((tokens, packed, np.concatenate(columns, axis=1)))
+        words = np.zeros((len(ids), 1), np.int64)
+        for place in range(K):
+            words[:, 0] |= ids[:, place] << (bits * place)
+        older.append((tokens, words, first[:, None], np.stack([first - 1.0, 1.0 * slope], axis=1)))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").mkdir()
+    names = ("input_ids", "bytepacked_indices", "compressed_logprobs")
+    table = [dict(zip(names, (column.tolist() for column in row), strict=True)) for row in rows]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "new" / "data_0.parquet")
+    settings = {
+        "d": vocabulary, "k": K, "exact_k": 1, "exact_dtype": "float32", "polynomial_terms": [0], "delta_encoding": True,
+        "residual_bins": [{"scale_dtype": "float16", "element_bits": 1, "num_elements": 1}],
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps({"teacher": {"kind": "dataset", "logprob_compressor": settings}}))
+    names = ("input_ids", "packed_indices", "exact_values", "coeffs")
+    table = [dict(zip(names, (column.tolist() for column in row), strict=True)) for row in older]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "old" / "data_0.parquet")
+    settings = {"vocab_size": vocabulary, "k": K, "exact_k": 1, "polynomial_degree": 1, "invert_polynomial": False}
+    (tmp_path / "old" / "compression_config.yaml").write_text(json.dumps(settings))
+
+    named = [str(tmp_path / "new" / "data_0.parquet"), "--compression", str(tmp_path / "run.yaml")]
+    for store, files in (("a", named), ("b", [str(tmp_path / "old" / "data_0.parquet")])):
+        result = import_files(tmp_path / store, files, "distillkit", tokenizer_folder)
+        assert result.exit_code == 0, result.output
+    for newer, earlier, row in zip(imported(tmp_path / "a"), imported(tmp_path / "b"), older, strict=True):
+        first, slope = (column[:-1, None].astype(np.float64) for column in (row[2][:, 0], row[3][:, 1]))
+        for found, expected in (
+            (newer, first + slope * rank + np.where(rank > 0, 0.25, 0)),
+            (earlier, np.where(rank > 0, first - 1 + slope * rank, first)),
+        ):
+            assert np.abs(found["candidate_logprobs"][1:] - expected).max() < 1.5 * STEP
+
+
+def test_candidates_that_were_made_to_sum_to_one(tmp_path, tokenizer_folder, vocabulary):
+    """What other tokens had is lost, and that is said."""
+    cache = make_cache(vocabulary, (40, 60))
+    for logprobs in cache.logprobs:
+        logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
+    result = import_files(tmp_path / "store", write_axolotl(tmp_path, cache), "axolotl", tokenizer_folder)
+    assert result.exit_code == 0, result.output
+    assert "what the teacher left to other tokens is lost" in " ".join(result.output.split())
+    assert verify(tmp_path / "store").sound

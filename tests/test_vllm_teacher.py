@@ -184,6 +184,29 @@ def test_distributions_that_are_not_known_to_be_right_are_not_used(monkeypatch, 
     assert any(re.search(reason, text) for text in notes.texts)
 
 
+def test_without_distributions_tails_are_remainders(monkeypatch, tmp_path, teacher_folder, loaded_teacher):
+    fake_vllm.install(monkeypatch, "0.99.1")
+    notes = Notes()
+    dump(config(tmp_path, teacher_folder, "fake", engine="vllm"), reporter=notes)
+    assert any("tail: remainder" in text for text in notes.texts)
+    dump(config(tmp_path, teacher_folder, "local"), teacher=loaded_teacher)
+    store = KnowledgeStore.open(tmp_path / "store")
+    assert store.manifest("fake").kinds["positions"]["tail"] == "remainder"
+    found = check(CheckConfig(tmp_path / "store", "loaded", dump="fake"), loaded_teacher)["positions"]
+    assert found.agrees and found.sequences_off == 0
+    found = check(CheckConfig(tmp_path / "store", str(teacher_folder), dump="local", engine="vllm"))["positions"]
+    assert found.agrees and found.sequences_off == 0
+    # A version from which distributions can be taken goes on as the dump was begun.
+    fake_vllm.install(monkeypatch)
+    commits = sorted((tmp_path / "store" / "fake" / "commits").iterdir())
+    whole = shards(tmp_path / "store", "fake")
+    commits[-1].unlink()
+    for path in (tmp_path / "store" / "fake").rglob("*00002*.parquet"):
+        path.unlink()
+    assert dump(config(tmp_path, teacher_folder, "fake")).shards == 1
+    assert shards(tmp_path / "store", "fake").keys() == whole.keys()
+
+
 def test_distributions_that_nobody_can_be_told_to_own_end_the_pass(teacher, engine):
     ids, mask = batch(teacher.vocabulary_size)
     engine.faults = fake_vllm.Faults(newest_first=True)

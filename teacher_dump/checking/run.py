@@ -87,8 +87,9 @@ def check(config: CheckConfig, teacher: Teacher | None = None, *, reporter: Repo
         if kind not in kinds:
             reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: there is no checker for it.")
 
-    quantize = config.quantize or (manifest.teacher.get("quantize") if config.teacher_url is None else None)
-    loading = replace(config.loading, quantize=quantize)
+    loading = config.loading
+    if loading.engine == "transformers":  # the others load no weights as smaller ones
+        loading = replace(loading, quantize=config.quantize or manifest.teacher.get("quantize"))
     check_loading(loading)
     teacher = teacher or open_teacher(config, loading, manifest.plan["max_length"], reporter=reporter)
     teacher.recognise(manifest.teacher)

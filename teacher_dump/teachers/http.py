@@ -68,17 +68,19 @@ class HttpPrediction:
         teacher: whose.
         hidden: there is none.
         replies: B of them, each about all tokens of a sequence but the first.
+        starts: int64 (B,), where the sequences begin in the padded batch.
         dropped: set once nobody waits for them.
     """
 
     teacher: HttpTeacher
     replies: list[Future[Likeliest]]
+    starts: np.ndarray
     dropped: threading.Event
     hidden: None = None
 
     def likeliest(self, rows: np.ndarray, positions: np.ndarray) -> Likeliest:
         """See `protocol.Prediction`; waits for the replies."""
-        replies = [reply.result() for reply in self.replies]
+        replies, positions = [reply.result() for reply in self.replies], positions - self.starts[rows]
         parts = [reply.part(positions[rows == row]) for row, reply in enumerate(replies)]
         order = np.argsort(np.concatenate([np.flatnonzero(rows == row) for row in range(len(replies))]))
         names = ("ids", "logprobs", "token_ids", "token_logprobs")
@@ -191,7 +193,7 @@ class HttpTeacher:
         for row, mask in zip(token_ids, attention_mask, strict=True):
             replies.append(Future())
             self._requests.put(_Request(row[mask].tolist(), likeliest, dropped, replies[-1]))
-        return HttpPrediction(self, replies, dropped)
+        return HttpPrediction(self, replies, attention_mask.argmax(axis=1), dropped)
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""
@@ -234,18 +236,22 @@ def open_server(
         )
 
     client = CompletionsClient(address, connections, PATIENCE, reporter=reporter)
-    model = client.served_model(teacher)
-    _check_length(model, longest, address)
-    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
-    if (tokens := client.tokens_of(model.name, TEXT)) is None:
-        reporter.note(f"{address} does not say how it makes tokens of a text, so the tokenizers were not compared")
-    elif tokens != ids:
-        raise InputError(
-            f"the tokenizer of {model.name} at {address} makes other tokens of a text than that of {teacher}: give the folder"
-            " or the hub id of the model that is served"
-        )
-    prompts = ids[: min(PROMPTS + 1, model.max_length or PROMPTS + 1)]
-    answers = client.likeliest(model.name, prompts, min(DEPTH, sizes["vocabulary_size"]))
+    try:
+        model = client.served_model(teacher)
+        _check_length(model, longest, address)
+        ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        if (tokens := client.tokens_of(model.name, TEXT)) is None:
+            reporter.note(f"{address} does not say how it makes tokens of a text, so the tokenizers were not compared")
+        elif tokens != ids:
+            raise InputError(
+                f"the tokenizer of {model.name} at {address} makes other tokens of a text than that of {teacher}: give the"
+                " folder or the hub id of the model that is served"
+            )
+        prompts = ids[: min(PROMPTS + 1, model.max_length or PROMPTS + 1)]
+        answers = client.likeliest(model.name, prompts, min(DEPTH, sizes["vocabulary_size"]))
+    except BaseException:
+        client.close()
+        raise
     description = {
         "name": folder.resolve().name if Path(teacher).is_dir() else teacher,
         "engine": SERVER,

@@ -6,7 +6,7 @@ not, which is said when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -185,6 +185,9 @@ class VllmTeacher:
         """Ask for a batch (see `protocol.Teacher`)."""
         sequences = [row[mask] for row, mask in zip(token_ids, attention_mask, strict=True)]
         return VllmPrediction(self, sequences, attention_mask.argmax(axis=1), likeliest)
+
+    def recognise(self, kept: Mapping[str, Any]) -> None:
+        """It is told by its files."""
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""
