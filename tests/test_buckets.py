@@ -340,3 +340,21 @@ def test_commands_take_addresses_and_an_endpoint(s3, tmp_path):
     assert code == 2 and "--endpoint is for stores in buckets" in err
     code, out, _ = run("view", "s3://bucket/some/store", "small", *endpoint)
     assert code == 0 and "read_parquet(['s3://bucket/some/store/small/" in out
+
+
+# Training
+
+
+def test_worker_processes_of_a_loader_read_a_bucket(s3):
+    """A forked one would wait for ever: it is told, and others are started as the data set says."""
+    torch = pytest.importorskip("torch")
+    from student_train.training.dataset import DistillationDataset
+
+    dataset = DistillationDataset(KnowledgeStore.open(write_store(address_in(s3), shards=3), cache_size=0), batch_size=2)
+    expected = [batch["sequence_id"].tolist() for batch in dataset]
+    assert dataset.start_method == "forkserver"
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=dataset.start_method)
+    assert [batch["sequence_id"].tolist() for batch in loader] == expected
+    forked = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(InputError, match="forked"):
+        list(forked)
