@@ -62,6 +62,7 @@ NOT_RUN = {
     ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
     ("student_train/TRAINERS.md", "needs two GPUs"),
     ("teacher_dump/DATA.md", "downloads a data set"),
+    ("teacher_dump/TEACHERS.md", "needs a server of vLLM"),
 }
 
 
