@@ -66,6 +66,7 @@ NOT_RUN = {
     ("student_train/TRAINERS.md", "needs two GPUs"),
     ("teacher_dump/DATA.md", "downloads a data set"),
     ("teacher_dump/IMPORTS.md", "downloads a data set"),
+    ("teacher_dump/TEACHERS.md", "needs a server of vLLM"),
 }
 
 
