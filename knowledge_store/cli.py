@@ -20,6 +20,7 @@ from knowledge_store.configuration import (
     RemoveConfig,
     RenameConfig,
     SequenceConfig,
+    ServeConfig,
     SqlConfig,
     StoreOptions,
     VerifyConfig,
@@ -303,6 +304,25 @@ def sequence(config: SequenceConfig) -> None:
     for header, rows in opened.shown(ordinal, name):
         for number, line in enumerate(aligned(header, rows)):
             output.print(Text(line, style="" if number else "bold"))
+
+
+@command(app, ServeConfig)
+def serve(config: ServeConfig) -> None:
+    """Serve stores over the network, to this package and to any ADBC client. Ends at Ctrl-C or SIGTERM.
+
+    A client opens `grpc+tls://HOST:PORT` with a token. Nothing is ever written. Standard error gets a JSON line for each call.
+
+    Example: `knowledge-store serve knowledge/ --token-file tokens`
+    """
+    from knowledge_store.serving.service import serve as serve_stores
+
+    def log(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def ready(sentence: str) -> None:
+        print(sentence, flush=True)
+
+    serve_stores(config, log, ready)
 
 
 def main() -> None:

@@ -133,6 +133,29 @@ class CopyConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """The options of `knowledge-store serve`."""
+
+    stores: tuple[str, ...] = option(
+        argument=True, metavar="STORE…", help="The stores, each known by the last part of its name."
+    )
+    token_file: Path = option(
+        help="File of the tokens that are let in, one in a line, a name before it if you like; read again on SIGHUP."
+    )
+    bind: str = option("127.0.0.1:8815", metavar="HOST:PORT", help="Where to listen; port 0 has the system choose one.")
+    tls_cert: Path | None = option(None, help="The server's certificate chain, PEM.")
+    tls_key: Path | None = option(None, help="The certificate's private key, PEM.")
+    insecure: bool = option(False, help="Serve without TLS where other machines can listen: tokens are sent in the clear.")
+    streams: int = option(16, min=1, help="So many calls for sequences and files are answered at once.")
+    queries: int = option(2, min=1, help="So many queries are answered at once; one more is refused.")
+    memory_limit: float = option(MEMORY_LIMIT / 2**30, above=0, help="The most memory for a query and its answer, in GiB.")
+    timeout: float = option(600.0, above=0, help="A query is interrupted after this many seconds.")
+    metrics: str | None = option(
+        None, metavar="HOST:PORT", help="Give figures in Prometheus's format at http://HOST:PORT/metrics, to anybody."
+    )
+
+
+@dataclass(frozen=True)
 class SequenceConfig(StoreOptions, DumpOptions):
     """The options of `knowledge-store sequence`."""
 

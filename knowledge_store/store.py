@@ -17,7 +17,7 @@ from knowledge_store.choice.answers import TIMEOUT as CHOICE_TIMEOUT
 from knowledge_store.choice.sequences import ChosenSequences, check_query, choose_sequences
 from knowledge_store.choice.targets import ChosenTargets, check_condition, choose_targets
 from knowledge_store.errors import InputError
-from knowledge_store.format.layout import SEQUENCES, STORE_FILE
+from knowledge_store.format.layout import SEQUENCES
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import sequences_schema
@@ -30,10 +30,11 @@ from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.readers import Readers
 from knowledge_store.reading.speculators import export_speculators
 from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.serving.client import ServedStorage
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.create_statements import create_statements
 from knowledge_store.sql.export import export
-from knowledge_store.sql.isolated import isolated_answer
+from knowledge_store.sql.isolated import check_answered, isolated_answer
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.named_files import NamedFiles
 from knowledge_store.sql.parameters import Parameters
@@ -59,23 +60,33 @@ class KnowledgeStore:
         return {**self.__dict__, "_readers": Readers(self._dumps, self.cache_size)}
 
     @classmethod
-    def open(cls, store: str | Path | Storage, *, rebuild_index: bool = False, cache_size: int = CACHE_SIZE) -> KnowledgeStore:
+    def open(
+        cls,
+        store: str | Path | Storage,
+        *,
+        rebuild_index: bool = False,
+        cache_size: int = CACHE_SIZE,
+        token_file: str | Path | None = None,
+    ) -> KnowledgeStore:
         """Open a store.
 
         Args:
-            store: its folder or storage.
+            store: its folder, its address or its storage.
             rebuild_index: read every commit record, whatever the index says.
             cache_size: the most bytes that decoded sequences, of all stores together, may take in the user's cache folder;
                 0 for none.
+            token_file: of a store that is served (`grpc+tls://host:port`), a file of the token; None takes the token from the
+                environment variable KNOWLEDGE_STORE_TOKEN.
 
         Raises:
-            StoreError: there is no store, or one of another format version.
+            InputError: an address or a token cannot be used.
+            StoreError: there is no store, or one of another format version, or the server does not answer.
             DamageError: its store.json is altered.
 
         A dump that cannot be used (its manifest or a commit record is altered or cannot be read, it has another name than its
         folder, or a kind of knowledge that is not known) is closed, and the others are open; see `closed`.
         """
-        return cls(open_dumps(open_storage(store), rebuild_index=rebuild_index), cache_size)
+        return cls(open_dumps(open_storage(store, token_file), rebuild_index=rebuild_index), cache_size)
 
     def __enter__(self) -> KnowledgeStore:
         return self
@@ -169,12 +180,12 @@ class KnowledgeStore:
             StoreError: every dump is closed.
         """
         remarks: list[str] = []
-        if isolated:
+        if isolated or isinstance(self.storage, ServedStorage):
             try:
-                self.storage.external_address(STORE_FILE)
+                check_answered(self.storage)
             except InputError as error:
                 raise InputError(f"SQL over {self.address} cannot be isolated: {error}, or ask without `isolated`") from None
-            table = isolated_answer(self.storage.address, query, memory_limit, timeout, parameters, remarks.append, files)
+            table = isolated_answer(self.storage, query, memory_limit, timeout, parameters, remarks.append, files)
         else:
             table = run_query(self._dumps, query, memory_limit, timeout, parameters, files)
             remarks = self._dumps.remarks

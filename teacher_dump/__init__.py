@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from teacher_dump.dumping.repair import repair
     from teacher_dump.dumping.report import DumpReport
     from teacher_dump.dumping.run import dump
+    from teacher_dump.importers.configuration import ImportConfig
+    from teacher_dump.importers.run import import_dump
 
 _MODULES = {
     "Agreement": "teacher_dump.checking.agreement",
@@ -26,6 +28,7 @@ _MODULES = {
     "Estimate": "teacher_dump.dumping.estimate",
     "EstimateConfig": "teacher_dump.configuration",
     "Preview": "teacher_dump.dumping.preview",
+    "ImportConfig": "teacher_dump.importers.configuration",
     "PreviewConfig": "teacher_dump.configuration",
     "RunConfig": "teacher_dump.configuration",
     "TemperatureFit": "teacher_dump.calibration",
@@ -34,6 +37,7 @@ _MODULES = {
     "check": "teacher_dump.checking.run",
     "dump": "teacher_dump.dumping.run",
     "estimate": "teacher_dump.dumping.estimate",
+    "import_dump": "teacher_dump.importers.run",
     "preview": "teacher_dump.dumping.preview",
     "repair": "teacher_dump.dumping.repair",
 }
@@ -46,6 +50,7 @@ __all__ = [
     "DumpReport",
     "Estimate",
     "EstimateConfig",
+    "ImportConfig",
     "Preview",
     "PreviewConfig",
     "RunConfig",
@@ -55,6 +60,7 @@ __all__ = [
     "check",
     "dump",
     "estimate",
+    "import_dump",
     "preview",
     "repair",
 ]

@@ -12,7 +12,7 @@ import heapq
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, des
 from teacher_dump.dumping.batches import find_batching, length_batches, predict_batch
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer, ways_out
 from teacher_dump.dumping.plan import corpus_files
-from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.opening import open_teacher
 from teacher_dump.teachers.protocol import Teacher
 
 FEW_TARGETS = 200
@@ -114,9 +114,9 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
         InputError: something given cannot be used, or the corpus holds no target.
     """
     config = with_local_corpus(config, reporter=reporter)
-    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher))
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher, weights=config.teacher_url is None))
     sequences, counts, all_rows = _sample(config, tokenizer, reporter)
-    teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
+    teacher = teacher or open_teacher(config, config.loading, config.max_length, reporter=reporter)
     files = corpus_files(config, config.corpus, teacher, reporter)
     find_batching(config, teacher, config.max_length, reporter)
     targets = sum(int(sequence.is_target.sum()) for sequence in sequences)

@@ -22,6 +22,7 @@ from teacher_dump.configuration import CalibrateConfig, CheckConfig, EstimateCon
 from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import check_teacher
+from teacher_dump.importers.configuration import ImportConfig
 from teacher_dump.ranks import this_worker
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def run(config: RunConfig) -> None:
 
 
 def _show_report(report: DumpReport, done: str) -> None:
-    existing = f", {report.shards_existing} existed" if report.shards_existing and done == "dumped" else ""
+    existing = f", {report.shards_existing} existed" if report.shards_existing and done != "repaired" else ""
     others = f", {report.shards_of_others} of them other ranks'" if report.shards_of_others else ""
     speed = f" at {report.positions / report.seconds:,.0f} positions/s" if report.positions else ""
     note(
@@ -234,6 +235,21 @@ def calibrate(config: CalibrateConfig) -> None:
         note(f"Warning: {doubt}")
     for sentence in fit.sentences:
         _show_sentence(sentence)
+
+
+@command(app, ImportConfig, name="import")
+def import_files(config: ImportConfig) -> None:
+    """Take caches of predictions that other programs made into a store, as a dump. The same command resumes it.
+
+    Everything is checked before anything is written: predictions that are off by one token are refused.
+
+    Example: `teacher-dump import knowledge/ data_0.parquet data_1.parquet --format distillkit --tokenizer Qwen/Qwen3-8B`
+    """
+    _check_packages()
+    end_at_sigterm()
+    from teacher_dump.importers.run import import_dump
+
+    _show_report(import_dump(config, reporter=TerminalReporter()), "imported")
 
 
 @command(app, CheckConfig)

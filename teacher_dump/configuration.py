@@ -20,7 +20,7 @@ from knowledge_store.options import check_options, flag_of, option
 from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
 from teacher_dump.corpus.columns import read_columns
 from teacher_dump.extraction import EXTRACTORS, option_classes
-from teacher_dump.teachers.loading import Loading, check_loading
+from teacher_dump.teachers.loading import ENGINES, SERVER, Loading, check_loading
 from teacher_dump.teachers.protocol import ATTENTIONS, DEVICE_MAPS, DTYPES, QUANTISATIONS
 
 # A longer text is cut into parts of at most this many characters for each position of a sequence: about 16 full windows.
@@ -35,7 +35,19 @@ class NamedTeacher(GgufOptions):
 
     PANELS: ClassVar[Mapping[str, Sequence[str]]] = {
         "Teacher": (
-            *("gguf_file", "revision", "batch_size", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),
+            *(
+                "engine",
+                "teacher_url",
+                "gguf_file",
+                "revision",
+                "batch_size",
+                "dtype",
+                "device",
+                "device_map",
+                "max_memory",
+                "quantize",
+            ),
+            "attention",
         ),
         "Corpus": (
             *("columns", "max_length", "too_long", "chat_template", "train_on", "template_date"),
@@ -63,10 +75,23 @@ class TeacherOptions(NamedTeacher):
     """Which teacher is asked, and how it is loaded and asked, alike in all commands."""
 
     _: KW_ONLY
+    engine: str | None = option(
+        None,
+        choices=tuple(engine for engine in ENGINES if engine != SERVER),
+        help="What runs the teacher: transformers, or vllm in this process. Without it transformers does, and a dump is resumed"
+        " by the engine that began it.",
+    )
+    teacher_url: str | None = option(
+        None,
+        metavar="URL",
+        help="Ask a vLLM server, such as http://127.0.0.1:8000; --teacher then names the model for its tokenizer alone."
+        " A key is taken from VLLM_API_KEY.",
+    )
     batch_size: int = option(
         16,
         min=1,
-        help="Sequences of the maximum length in a forward pass; shorter ones share the room. Smaller takes less memory.",
+        help="Sequences of the maximum length in a forward pass; shorter ones share the room. Smaller takes less memory."
+        " With --teacher-url, how many requests the server has at once.",
     )
     dtype: str = option(
         "auto",
@@ -96,12 +121,18 @@ class TeacherOptions(NamedTeacher):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.engine is not None and self.teacher_url is not None:
+            raise InputError(
+                "--engine runs the teacher here, and --teacher-url asks one that is run elsewhere: give one of the two"
+            )
         check_loading(self.loading)
 
     @property
     def loading(self) -> Loading:
         """How the teacher is loaded."""
-        return Loading(**{field.name: getattr(self, field.name) for field in fields(Loading)})
+        named = {field.name: getattr(self, field.name) for field in fields(Loading)}
+        engine = "transformers" if self.teacher_url is None else SERVER
+        return Loading(**named | {"engine": self.engine or engine})
 
 
 @dataclass(frozen=True)
@@ -265,7 +296,19 @@ class DumpConfig(StoreOptions, EstimateConfig):
 
 # What may be said beside `--append`; all else is a setting, which a family of dumps has throughout.
 _NO_SETTINGS = {
-    *("store", "append", "corpus", "teacher", "gguf_file", "revision", "batch_size", "device", "device_map", "max_memory"),
+    *(
+        "store",
+        "append",
+        "corpus",
+        "teacher",
+        "teacher_url",
+        "gguf_file",
+        "revision",
+        "batch_size",
+        "device",
+        "device_map",
+        "max_memory",
+    ),
     *("attention", "skip_bad_rows", "max_skipped", "max_bytes", "rank", "world_size"),
     "help_others",
 }

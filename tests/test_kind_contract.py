@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import run_command
 from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, explanations
+from served import assert_equal, served
 from stores import assert_close, make_manifest, random_sequences, sequence_row, words
 
 from knowledge_store import KINDS, DumpWriter, Field, InputError, Kind, KnowledgeStore, QueryError, Shard, StoreError, verify
@@ -185,6 +186,17 @@ def fingerprint(opened: KnowledgeStore) -> str:
             found.update(name.encode())
             found.update(repr(array).encode() if isinstance(array, list) else array.tobytes() + str(array.shape).encode())
     return found.hexdigest()
+
+
+def test_a_served_store_gives_the_same(case, store):
+    """Every sequence and every batch, decoded where it is served and put together here."""
+    local = KnowledgeStore.open(store, cache_size=0)
+    with served(store) as where, where.open() as opened:
+        for _ in range(2):  # the second time from the server's cache, as far as there is one
+            for ordinal in range(len(local)):
+                assert_equal(opened[ordinal], local[ordinal])
+            for batch, expected in zip(opened.batches(batch_size=3), local.batches(batch_size=3), strict=True):
+                assert_equal(batch, expected)
 
 
 def test_through_the_cache_in_another_process(case, store, tmp_path, request):

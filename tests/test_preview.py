@@ -11,7 +11,7 @@ import pytest
 from conftest import TEXT, make_tokenizer, run_command, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import Notes
+from processes import Command, Notes
 
 from knowledge_store.errors import InputError
 from knowledge_store.terminal.tokens import shown_tokens
@@ -102,7 +102,9 @@ def test_the_command_needs_no_weights_and_shows_rows_with_their_reasons(corpus, 
 def test_rows_of_which_none_can_be_used_are_shown_and_the_exit_code_says_so(tmp_path, tokenizer_folder):
     corpus = tmp_path / "bad.jsonl"
     corpus.write_text("broken\n" + json.dumps({"title": "x"}))
-    result = run_command("teacher_dump", "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 40)
+    result = Command(
+        "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 40, folder=tmp_path / "said"
+    ).wait()
     assert result.returncode == 2 and "bad.jsonl, line 2: not used: none of the columns" in result.stdout
     assert "Warning: 0 of 2 rows are used, 2 not (100%)" in result.stdout
     assert result.stderr == (
@@ -110,14 +112,16 @@ def test_rows_of_which_none_can_be_used_are_shown_and_the_exit_code_says_so(tmp_
         " rows out\nError: none of these rows can be used, for the reasons above\n"
     )
     corpus.write_text("\n \n")
-    result = run_command("teacher_dump", "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 40)
+    result = Command(
+        "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 40, folder=tmp_path / "said"
+    ).wait()
     assert (result.returncode, result.stderr) == (2, "Error: the corpus has no rows\n")
 
 
-def test_rows_that_would_stop_a_run_are_not_said_to_be_left_out(corpus, tokenizer_folder):
+def test_rows_that_would_stop_a_run_are_not_said_to_be_left_out(corpus, tmp_path, tokenizer_folder):
     write_jsonl(corpus, ROWS[2:3])
     line = ["preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 40, "--too-long", "refuse"]
-    result = run_command("teacher_dump", *line)
+    result = Command(*line, folder=tmp_path / "said").wait()
     assert result.returncode == 2 and "line 1: would stop the run: longer than --max-length" in result.stdout
     assert "Warning: 0 of 1 row is used, 1 not (100%)" in result.stdout and "left out" not in result.stdout
     assert (
@@ -140,7 +144,9 @@ def test_reasoning_that_the_template_drops_from_earlier_turns_is_counted_and_tol
     (tokenizer_folder / "chat_template.jinja").write_text(template)
     answer = {"role": "assistant", "content": "Far.", "reasoning_content": "As far as it is seen."}
     corpus = write_jsonl(tmp_path / "reasoning.jsonl", [{"messages": [*TURNS[:1], answer] * 2}])
-    result = run_command("teacher_dump", "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 200)
+    result = Command(
+        "preview", "--teacher", tokenizer_folder, "--corpus", corpus, "--max-length", 200, folder=tmp_path / "said"
+    ).wait()
     assert result.returncode == 0, result
     assert "reasoning of 1 message left out by the template" in result.stdout
     assert "The chat template leaves the reasoning of 1 message out" in result.stdout

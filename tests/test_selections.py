@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from conftest import run_command, story_rows, write_jsonl
+from processes import Command
 from stores import (
     commit,
     log_softmax,
@@ -192,7 +193,8 @@ def test_options_that_make_no_sense(options, message):
 
 def test_the_command_refuses_them_in_one_line(tmp_path, teacher_folder, corpus):
     arguments = (tmp_path / "s", "--teacher", teacher_folder, "--corpus", corpus)
-    answer = run_command("teacher_dump", "run", *arguments, "--max-length", 48, "--selection", "top-p", "--max-k", 500)
+    line = ("run", *arguments, "--max-length", 48, "--selection", "top-p", "--max-k", 500)
+    answer = Command(*line, folder=tmp_path / "said").wait()
     assert (answer.returncode, answer.stdout) == (2, "")
     assert "--max-k 500 is above the teacher's vocabulary of 408 tokens" in answer.stderr
     assert not (tmp_path / "s").exists()

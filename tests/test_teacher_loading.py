@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_command, save_teacher, story_rows, write_jsonl
+from conftest import save_teacher, story_rows, write_jsonl
+from processes import Command
 from test_teacher import padded, sliced_logits
 
 from benchmarks.tiny_architectures import tiny_config, tiny_model
@@ -82,7 +83,8 @@ REFUSED = [
 @pytest.mark.parametrize(("words", "message"), REFUSED)
 def test_loading_that_cannot_be_is_refused_in_one_line(tmp_path, teacher_folder, words, message):
     corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(2))
-    done = run_command("teacher_dump", "run", tmp_path / "s", "--teacher", teacher_folder, "--corpus", corpus, *words)
+    line = ("run", tmp_path / "s", "--teacher", teacher_folder, "--corpus", corpus, *words)
+    done = Command(*line, folder=tmp_path / "said").wait()
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

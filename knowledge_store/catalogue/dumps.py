@@ -17,6 +17,7 @@ from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import TOKENS_SCHEMA
 from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import check_kinds
+from knowledge_store.serving.client import ServedStorage
 from knowledge_store.storage import Storage
 
 
@@ -126,6 +127,8 @@ def open_dumps(storage: Storage, *, rebuild_index: bool = False) -> Dumps:
         StoreError: there is no store, or one of another format version.
         DamageError: its store.json is altered.
     """
+    if isinstance(storage, ServedStorage):
+        return storage.open_dumps()
     check_store(storage)
     manifests: dict[str, Manifest] = {}
     closed: dict[str, KnowledgeStoreError] = {}

@@ -10,10 +10,11 @@ import numpy as np
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.errors import DamageError, InputError, QueryLimitError
-from knowledge_store.format.layout import SEQUENCES, STORE_FILE
+from knowledge_store.format.layout import SEQUENCES
 from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import sequences_schema
-from knowledge_store.sql.isolated import isolated_batches
+from knowledge_store.sql.isolated import answered as answered_apart
+from knowledge_store.sql.isolated import check_answered
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -75,11 +76,11 @@ def answered(
     """
     address = dumps.storage.address
     try:
-        dumps.storage.external_address(STORE_FILE)
+        check_answered(dumps.storage)
     except InputError as error:
         raise InputError(f"nothing can be chosen of {address} by SQL: {error}; give `ordinals`") from None
     try:
-        with isolated_batches(address, query, memory_limit, timeout, remark=remark) as reader:
+        with answered_apart(dumps.storage, query, memory_limit, timeout, remark=remark) as reader:
             yield reader
     except QueryLimitError as error:
         raise QueryLimitError(

@@ -71,6 +71,10 @@ class Child:
         self._process, self._reports = process, process.stderr
         self.answer: IO[bytes] = process.stdout
 
+    def kill(self) -> None:
+        """End it, from any thread."""
+        self._process.kill()
+
     def result(self, hear: Report = lambda report: None) -> Any:
         """What the task returned. Hear its reports until it ends; read the answer first, if it writes one.
 

@@ -111,6 +111,7 @@ class Batches:
     def _begin(self, plan: ReadPlan) -> None:
         self._plan = plan
         self._steps = 0
+        self._last_step: int | None = None
         shares = epoch_shares(self.sequences, self.weights)
         self.shares = dict(zip(self.dumps, shares, strict=True))
         self.order: Order = EpochOrder(self._streams, shares, plan.seed, plan.epoch, plan.shuffle)
@@ -153,9 +154,8 @@ class Batches:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         plan = self._plan
-        items = batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)
-        sequences = [self._read(place, ordinal) for place, ordinal in self._items(items.start, items.stop)]
-        template = sequences[0] if sequences else self._read(*self._items(0, 1)[0])
+        sequences = self._read(self._step_items(step), [self._step_items(later) for later in self._upcoming(step)])
+        template = sequences[0] if sequences else self._read(self._items(0, 1))[0]
         padding = [None] * (plan.batch_size - len(sequences))
         batch = collate([*sequences, *padding], self.taken.kinds, template.knowledge)
         if len(self.dumps) == 1:
@@ -187,8 +187,37 @@ class Batches:
             found += zip(places[within].tolist(), ordinals[within].tolist(), strict=True)
         return found
 
-    def _read(self, place: int, ordinal: int) -> Read:
-        sequence_id, knowledge = self.readers[place].sequence(ordinal, tuple(self.taken.kinds))
+    def _step_items(self, step: int) -> list[tuple[int, int]]:
+        """The place and the ordinal of each sequence of this rank's batch number `step`."""
+        plan = self._plan
+        items = batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)
+        return self._items(items.start, items.stop)
+
+    def _upcoming(self, step: int) -> range:
+        """The steps that are likely to be asked for next: as many further on, again and again, as this one is from the one
+        before. Workers of a loader take every so-manyth."""
+        ahead = max(reader.ahead for reader in self.readers)
+        stride = 0 if self._last_step is None else step - self._last_step
+        self._last_step = step
+        if not ahead or stride < 1:
+            return range(0)
+        return range(step + stride, min(step + ahead * stride + 1, len(self)), stride)
+
+    def _read(self, items: Sequence[tuple[int, int]], upcoming: Sequence[Sequence[tuple[int, int]]] = ()) -> list[Read]:
+        """Sequences by the places of their dumps and their ordinals there; `upcoming` are those of the next batches."""
+
+        def ordinals(batch: Sequence[tuple[int, int]], of_place: int) -> list[int]:
+            return [ordinal for place, ordinal in batch if place == of_place]
+
+        kinds = tuple(self.taken.kinds)
+        found = {
+            place: iter(self.readers[place].sequences(ordinals(items, place), kinds, [ordinals(o, place) for o in upcoming]))
+            for place in {place for place, _ in items}
+        }
+        return [self._masked(place, ordinal, *next(found[place])) for place, ordinal in items]
+
+    def _masked(self, place: int, ordinal: int, sequence_id: int, knowledge: dict[str, Arrays]) -> Read:
+        """A sequence of which the chosen targets count."""
         if (mask := self._masks[place]) is not None:
             positions = mask.positions(ordinal)
             for kind, arrays in knowledge.items():

@@ -1,13 +1,14 @@
 """Random access to the sequences of one dump: which shard, which row group, which rows, and their decoded arrays.
 
-A row group is decoded whole. It is kept in memory while it is among the most recently used, within `MEMORY_BYTES` or as many as
-`keep` asks for, and in the cache on disk (`decoded`), which later epochs and other processes read from.
+A row group is decoded whole. It is kept in memory while it is among the most recently used, within a size or as many as `keep`
+asks for, and in the cache on disk (`cache`), which later epochs and other processes read from.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -27,6 +28,7 @@ from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.reading.cache import DecodedCache
+from knowledge_store.reading.packed import Packed
 
 MEMORY_BYTES = 512 * 2**20
 FOOTERS = 8  # that are read at once
@@ -56,9 +58,15 @@ class DumpReader:
         dumps: of the store.
         name: of the dump.
         cache_size: most bytes of the cache on disk, 0 for none.
+        memory: bytes of decoded row groups that are kept, but for one, or as many as `keep` asks for.
+
+    Attributes:
+        ahead: how many batches after the one that is read `sequences` is to be told of.
     """
 
-    def __init__(self, dumps: Dumps, name: str, cache_size: int):
+    ahead = 0
+
+    def __init__(self, dumps: Dumps, name: str, cache_size: int, memory: int = MEMORY_BYTES):
         self.manifest = manifest = dumps.manifests[name]
         sequence_files = dumps.files(manifest, SEQUENCES, sequences_schema(manifest))
         self._files = {
@@ -69,6 +77,7 @@ class DumpReader:
         self._first_ordinal = list(accumulate((file.record.rows for file in self._sequence_files), initial=0))
         self._decoded: OrderedDict[tuple[str, int, int], Arrays] = OrderedDict()
         self._decoded_bytes = 0
+        self._memory = memory
         self._least_groups = 1
         self._cache = DecodedCache(manifest, cache_size)
         # Per instance, so that closing a store lets go of its files.
@@ -181,10 +190,16 @@ class DumpReader:
             self._cache.add(self._files[kind][place].record.sha256, group, starts, arrays)
         self._decoded[kind, place, group] = arrays
         self._decoded_bytes += _size(arrays)
-        while self._decoded_bytes > MEMORY_BYTES and len(self._decoded) > self._least_groups:
+        while self._decoded_bytes > self._memory and len(self._decoded) > self._least_groups:
             _, oldest = self._decoded.popitem(last=False)
             self._decoded_bytes -= _size(oldest)
         return arrays
+
+    def _cached(self, kind: str, place: int, within: int) -> Packed | None:
+        """The same of the cache on disk, or None."""
+        groups = self._row_groups(kind, place)
+        group = int(groups.group[within])
+        return self._cache.read(self._files[kind][place].record.sha256, group, within - int(groups.first[group]))
 
     def _knowledge(self, kind: str, place: int, within: int) -> Arrays:
         """The arrays of one kind of one sequence of a shard."""
@@ -195,9 +210,9 @@ class DumpReader:
             self._decoded.move_to_end(key)
             arrays = self._decoded[key]
         else:
-            cached = self._cache.read(self._files[kind][place].record.sha256, group, within - int(groups.first[group]))
+            cached = self._cached(kind, place, within)
             if cached is not None:
-                return cached
+                return cached.arrays()
             arrays = self._decode(kind, place, group)
         start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
         return {name: array[start:end].copy() for name, array in arrays.items()}
@@ -251,6 +266,20 @@ class DumpReader:
         place, within = self._place(ordinal)
         ids, _ = self._shard(place)
         return int(ids[within]), {kind: self._knowledge(kind, place, within) for kind in kinds}
+
+    def sequences(
+        self, ordinals: Sequence[int], kinds: tuple[str, ...], upcoming: Sequence[Sequence[int]] = ()
+    ) -> list[tuple[int, dict[str, Arrays]]]:
+        """The sequences of a batch, each as of `sequence`; `upcoming` are those of the batches that are likely to be asked for
+        next, `ahead` at most."""
+        return [self.sequence(ordinal, kinds) for ordinal in ordinals]
+
+    def packed(self, ordinal: int, kinds: tuple[str, ...]) -> tuple[int, dict[str, Packed | Arrays]]:
+        """As `sequence`, but what the cache on disk has stays packed."""
+        place, within = self._place(ordinal)
+        ids, _ = self._shard(place)
+        known = {kind: self._cached(kind, place, within) or self._knowledge(kind, place, within) for kind in kinds}
+        return int(ids[within]), known
 
 
 def _size(arrays: Arrays) -> int:

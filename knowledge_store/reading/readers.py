@@ -9,8 +9,10 @@ from knowledge_store.errors import InputError
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.mixture import Named, check_vocabularies, named_dumps, weights_of
 from knowledge_store.reading.plan import ReadPlan
-from knowledge_store.reading.reader import DumpReader
+from knowledge_store.reading.reader import MEMORY_BYTES, DumpReader
 from knowledge_store.reading.teachers import TeachersReader
+from knowledge_store.serving.client import ServedStorage
+from knowledge_store.serving.reader import ServedReader
 
 
 class Readers:
@@ -19,10 +21,11 @@ class Readers:
     Args:
         dumps: of the store.
         cache_size: most bytes of the cache on disk, 0 for none.
+        memory: of each dump, bytes of decoded row groups that are kept (see `DumpReader`).
     """
 
-    def __init__(self, dumps: Dumps, cache_size: int):
-        self._dumps, self._cache_size = dumps, cache_size
+    def __init__(self, dumps: Dumps, cache_size: int, memory: int = MEMORY_BYTES):
+        self._dumps, self._cache_size, self._memory = dumps, cache_size, memory
         self._of_dumps: dict[str, DumpReader] = {}
         self._of_teachers: dict[tuple[str, ...], TeachersReader] = {}
 
@@ -35,8 +38,13 @@ class Readers:
         """That of one dump; None means the only one (InputError: there is no such dump)."""
         name = self._dumps.name(dump)
         if name not in self._of_dumps:
-            self._of_dumps[name] = DumpReader(self._dumps, name, self._cache_size)
+            self._of_dumps[name] = self._reader(name)
         return self._of_dumps[name]
+
+    def _reader(self, name: str) -> DumpReader:
+        if isinstance(self._dumps.storage, ServedStorage):
+            return ServedReader(self._dumps, name)
+        return DumpReader(self._dumps, name, self._cache_size, self._memory)
 
     def of_dumps(self, names: Sequence[str]) -> dict[str, DumpReader]:
         """Those of dumps that have something to read, and one vocabulary (InputError: they do not)."""

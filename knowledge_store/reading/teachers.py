@@ -137,17 +137,25 @@ class TeachersReader:
         for reader in self._readers:
             reader.keep(groups)
 
-    def sequence(self, ordinal: int, kinds: tuple[str, ...]) -> tuple[int, dict[str, Arrays]]:
-        """One sequence by its ordinal in the first dump (see `DumpReader.sequence`): the kinds of the first teacher under their
-        names, and those of the teacher m after it under `m/KIND`."""
+    @property
+    def ahead(self) -> int:
+        """Of every dump (see `DumpReader.ahead`)."""
+        return self._readers[0].ahead
+
+    def sequences(
+        self, ordinals: Sequence[int], kinds: tuple[str, ...], upcoming: Sequence[Sequence[int]] = ()
+    ) -> list[tuple[int, dict[str, Arrays]]]:
+        """Sequences by their ordinals in the first dump (see `DumpReader.sequences`): the kinds of the first teacher under
+        their names, and those of the teacher m after it under `m/KIND`."""
         own = tuple(kind for kind in kinds if SEPARATOR not in kind)
-        sequence_id, knowledge = self._readers[0].sequence(ordinal, own)
+        found = self._readers[0].sequences(ordinals, own, upcoming)
         for number, (reader, matched) in enumerate(zip(self._readers[1:], self._matched, strict=True), 1):
             prefix = f"{number}{SEPARATOR}"
             of_teacher = tuple(kind.removeprefix(prefix) for kind in kinds if kind.startswith(prefix))
-            _, known = reader.sequence(matched[ordinal], of_teacher)
-            knowledge |= {prefix + kind: arrays for kind, arrays in known.items()}
-        return sequence_id, knowledge
+            here, later = [matched[ordinal] for ordinal in ordinals], [[matched[item] for item in batch] for batch in upcoming]
+            for (_, knowledge), (_, known) in zip(found, reader.sequences(here, of_teacher, later), strict=True):
+                knowledge |= {prefix + kind: arrays for kind, arrays in known.items()}
+        return found
 
 
 def taken_of_teachers(manifests: Sequence[Manifest], kinds: tuple[str, ...] | None) -> Taken:

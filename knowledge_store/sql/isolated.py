@@ -12,16 +12,21 @@ time. Once the index is written, it can enlarge no file.
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from knowledge_store import errors
+from knowledge_store.format.layout import STORE_FILE
 from knowledge_store.isolation import child as isolation
 from knowledge_store.isolation.child import MAX_MEMORY_LIMIT, MAX_SECONDS, Child, Killed, Report, forbid_files, limit, started
+from knowledge_store.serving.address import is_served
+from knowledge_store.serving.client import ServedStorage
 from knowledge_store.sql.answers import Format, write_answer
 from knowledge_store.sql.limits import (
     MEMORY_LIMIT,
@@ -33,12 +38,12 @@ from knowledge_store.sql.limits import (
 )
 from knowledge_store.sql.named_files import NamedFiles, checked_files
 from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
-from knowledge_store.storage import open_storage
+from knowledge_store.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ARROW = "arrow"
+ARROW, SCHEMAS = "arrow", "schemas"
 DUCKDB_SHARE = 0.8
 OPENING_MEMORY = isolation.MEMORY_LIMIT
 OPENING_TIME = 300.0
@@ -56,19 +61,21 @@ def asked(
     parameters: Parameters | None = None,
     kept: bool = True,
     files: NamedFiles | None = None,
+    begin: Callable[[Child], None] = lambda child: None,
 ) -> Iterator[IO[bytes]]:
     """Ask a store in a process of its own, which ends with this context, and with the thread that entered it.
 
     Args:
         store: its address.
         sql: one SELECT statement, from anybody.
-        form: ARROW (an Arrow stream), or a Format.
+        form: ARROW (an Arrow stream), SCHEMAS (as of `isolated_schemas`), or a Format.
         memory_limit: in bytes, for all that the query needs, its answer and its text included.
         timeout: in seconds.
         remark: called with what a person should know of the answer.
         parameters: of the statement (see `query.Query`): numbers, texts, truth values, None, and lists and dicts of them.
         kept: whether the caller keeps the answer in memory, which the memory limit then holds for too.
         files: Parquet files that the statement may read as relations, by their names.
+        begin: gets the process when it begins.
 
     Yields:
         the answer, as it comes.
@@ -78,12 +85,17 @@ def asked(
         KnowledgeStoreError: as `KnowledgeStore.open` and `KnowledgeStore.sql`, when all there is of the answer was read.
     """
     check_limits(memory_limit, timeout)
+    if is_served(str(store)):
+        with _asked_server(str(store), sql, Format(form), memory_limit, timeout, remark, parameters, files) as text:
+            yield text
+        return
     values = plain_parameters(parameters)
     check_json(values)
     limits = {"memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS)}
     request = {"store": str(store), "sql": sql, "form": form, "parameters": values, "kept": kept, **limits}
     request["files"] = checked_files(files)
     with started("knowledge_store.sql.isolated:answer", request) as child:
+        begin(child)
         yield child.answer
         sentence = _result(child, memory_limit, timeout)
         if sentence:
@@ -114,6 +126,7 @@ def isolated_batches(
     remark: Callable[[str], None] = lambda sentence: None,
     kept: bool = False,
     files: NamedFiles | None = None,
+    begin: Callable[[Child], None] = lambda child: None,
 ) -> Iterator[pa.RecordBatchReader]:
     """The answer to a statement, batch by batch as it comes, from a process of its own (see `asked`).
 
@@ -124,7 +137,7 @@ def isolated_batches(
     complete = False
     # Where the stream ends too soon, how the child ended says why.
     with (
-        asked(store, sql, ARROW, memory_limit, timeout, remark, parameters, kept, files) as answer,
+        asked(store, sql, ARROW, memory_limit, timeout, remark, parameters, kept, files, begin) as answer,
         suppress(pa.ArrowInvalid, OSError),
         pa.ipc.open_stream(answer) as reader,
     ):
@@ -134,8 +147,67 @@ def isolated_batches(
         raise errors.QueryError("this SQL was not answered in full")
 
 
+@contextmanager
+def answered(
+    storage: Storage,
+    sql: str,
+    memory_limit: float = MEMORY_LIMIT,
+    timeout: float = TIMEOUT,
+    parameters: Parameters | None = None,
+    remark: Callable[[str], None] = lambda sentence: None,
+    kept: bool = False,
+    files: NamedFiles | None = None,
+) -> Iterator[pa.RecordBatchReader]:
+    """As `isolated_batches`, of a storage; one that is served is asked where it is served, within the limits there."""
+    if not isinstance(storage, ServedStorage):
+        with isolated_batches(storage.address, sql, memory_limit, timeout, parameters, remark, kept, files) as reader:
+            yield reader
+        return
+    check_limits(memory_limit, timeout)
+    if files:
+        raise errors.InputError(
+            f"{storage.address} is a served store, and files of this machine are not read there: leave out"
+            f" {', '.join(sorted(files))}"
+        )
+    with storage.answered(sql, memory_limit, timeout, parameters, remark, kept) as reader:
+        yield reader
+
+
+@contextmanager
+def _asked_server(
+    address: str,
+    sql: str,
+    form: Format,
+    memory_limit: float,
+    timeout: float,
+    remark: Callable[[str], None],
+    parameters: Parameters | None,
+    files: NamedFiles | None,
+) -> Iterator[IO[bytes]]:
+    """As `asked`, of a served store: the answer is put into words here."""
+    remarks: list[str] = []
+    with (
+        tempfile.TemporaryFile() as kept,
+        answered(open_storage(address), sql, memory_limit, timeout, parameters, remarks.append, files=files) as reader,
+    ):
+        text = io.TextIOWrapper(kept, encoding="utf-8", newline="")
+        written = write_answer(reader.schema, iter(reader), form, text)
+        text.flush()
+        kept.seek(0)
+        yield kept
+    for sentence in [written, *remarks]:
+        if sentence:
+            remark(sentence)
+
+
+def check_answered(storage: Storage) -> None:
+    """Make sure that another process can answer SQL over a storage (InputError: none can open it)."""
+    if not isinstance(storage, ServedStorage):
+        storage.external_address(STORE_FILE)
+
+
 def isolated_answer(
-    store: str,
+    storage: Storage,
     sql: str,
     memory_limit: int = MEMORY_LIMIT,
     timeout: float = TIMEOUT,
@@ -144,9 +216,18 @@ def isolated_answer(
     files: NamedFiles | None = None,
 ) -> pa.Table:
     """`run_query` in a process of its own, which opens the store again (see `asked`)."""
-    with isolated_batches(store, sql, memory_limit, timeout, parameters, remark, kept=True, files=files) as reader:
+    with answered(storage, sql, memory_limit, timeout, parameters, remark, kept=True, files=files) as reader:
         table: pa.Table = reader.read_all()
     return table
+
+
+def isolated_schemas(store: str, memory_limit: float = MEMORY_LIMIT, timeout: float = TIMEOUT) -> dict[str, pa.Schema]:
+    """The columns of a store's relations, by their names, found in a process of its own (raises as `asked`)."""
+    import pyarrow as pa
+
+    with asked(store, "SHOW TABLES", SCHEMAS, memory_limit, timeout, lambda sentence: None) as answer:
+        schemas: dict[str, str] = json.loads(answer.read() or b"{}")
+    return {name: pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(text))) for name, text in schemas.items()}
 
 
 def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | None:
@@ -172,7 +253,10 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
             query = Query(connection, dumps, request["sql"], kept, request["parameters"], request["files"])
             schema, batches = query.answer()
             remark = None
-            if request["form"] == ARROW:
+            if request["form"] == SCHEMAS:
+                columns = {name: found.serialize().to_pybytes().hex() for name, found in query.schemas().items()}
+                outlet.write(json.dumps(columns).encode())
+            elif request["form"] == ARROW:
                 with pa.ipc.new_stream(outlet, schema) as writer:
                     for batch in batches:
                         writer.write_batch(batch)

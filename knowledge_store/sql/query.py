@@ -305,6 +305,12 @@ class Query:
         schema = pa.schema([field.with_name(name) for field, name in zip(reader.schema, names, strict=True)])
         return schema, self._batches(reader, schema)
 
+    def schemas(self) -> dict[str, pa.Schema]:
+        """The columns of the relations that the statement needs, by their names (raises as `answer`)."""
+        with self._errors():
+            tables = {name: self._connection.sql(f"SELECT * FROM {identifier(name)} LIMIT 0") for name in self._relations}
+            return {name: table.to_arrow_table().schema for name, table in tables.items()}
+
     def _batches(self, reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         size = 0
         with self._errors():

@@ -260,6 +260,8 @@ class LocalStorage:
         root: the folder; it is made when the first file is published.
     """
 
+    forkable = True
+
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self.address = str(self.root)

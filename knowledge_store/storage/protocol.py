@@ -45,9 +45,11 @@ class Storage(Protocol):
     Attributes:
         address: where it is, as people name it.
         cache_key: a name of its own, whatever it is called from where: what is cached of it has this name.
+        forkable: whether a process that was forked from one that used it can use it too.
     """
 
     address: str
+    forkable: bool
 
     @property
     def cache_key(self) -> str: ...

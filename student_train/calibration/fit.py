@@ -141,6 +141,11 @@ def calibrate(
     kept = positions_of(manifest)
     if not kept.selection.candidates:
         raise InputError(f"the dump {name} has no candidates ({kept.selection}): there is nothing to re-calibrate")
+    if method != "first" and kept.unknown_tokens:
+        raise InputError(
+            f"the method {method} needs the teacher's log-probability of each token, and the dump {name} does not know it of"
+            " tokens that are no candidate: fit the method first, or a dump that the teacher itself was asked for"
+        )
     table = store.sequences(name)
     ordinals = np.arange(len(table)) if split is None else split_rows(table, name, split)
     labelled, sampled = _labelled(store, name, table, ordinals, reporter)

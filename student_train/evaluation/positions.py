@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
-from knowledge_store.kinds.positions import POSITIONS, knows_likeliest, positions_of
+from knowledge_store.kinds.positions import POSITIONS, knows_likeliest, knows_tokens, positions_of
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.evaluation.bootstrap import calibration_gaps, group_sizes, group_sums
 from student_train.evaluation.judged_positions import kl_percentiles, perplexity_change, write_positions
@@ -77,6 +77,11 @@ def position_figures(
     if not positions:
         raise InputError(f"the dump {dump} has no target positions to evaluate on")
     manifest = store.manifest(dump)
+    if not knows_tokens(manifest):
+        raise InputError(
+            f"an evaluation needs the teacher's log-probability of each token, and the dump {dump} does not know it of tokens"
+            " that are no candidate: evaluate on a dump that the teacher itself was asked for"
+        )
     parameters, likeliest = positions_of(manifest), knows_likeliest(manifest)
     candidates, step = parameters.selection.candidates, parameters.quantisation_step
     dataset = DistillationDataset(store, dump, batch_size=batch_size, ordinals=ordinals, shuffle=False, kinds=(POSITIONS.name,))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
-from knowledge_store.kinds.positions import POSITIONS, positions_of
+from knowledge_store.kinds.positions import POSITIONS, knows_tokens, positions_of
 from student_train.losses.table import Loss
 from student_train.training.configuration import TrainConfig
 
@@ -16,7 +16,7 @@ SCAN_SECONDS = 3600.0  # for one column of the whole dump
 
 
 def check_selection(manifest: Manifest, config: TrainConfig, loss: Loss) -> None:
-    """Refuse a dump whose selection keeps no draws where they are asked for.
+    """Refuse a dump that keeps no draws where they are asked for, or does not know how likely each token is where that is read.
 
     Raises:
         InputError: says what to choose instead.
@@ -24,6 +24,11 @@ def check_selection(manifest: Manifest, config: TrainConfig, loss: Loss) -> None
     dump, rule = manifest.dump, positions_of(manifest).selection
     if config.tail == "draws" and not rule.draw_weight:
         raise InputError(f"--tail draws: the dump {dump} keeps no draws from the tail ({rule}); use --tail bucket")
+    if "token_logprob" in loss.columns and not knows_tokens(manifest):
+        raise InputError(
+            f"the loss {config.loss} needs the teacher's log-probability of each token, and the dump {dump} does not know it of"
+            " tokens that are no candidate: choose another --loss, or a dump that the teacher itself was asked for"
+        )
 
 
 def check_selections(manifests: Sequence[Manifest], config: TrainConfig, loss: Loss) -> list[str]:

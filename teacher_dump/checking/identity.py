@@ -6,10 +6,7 @@ from typing import Any
 
 from knowledge_store import KnowledgeStore, Manifest
 from teacher_dump.corpus.tokenisation import describe_tokenizer
-from teacher_dump.teachers.local import LocalTeacher
 from teacher_dump.teachers.protocol import Teacher
-
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call how many there are
 
 
 def _weights(description: dict[str, Any]) -> list[str]:
@@ -18,7 +15,7 @@ def _weights(description: dict[str, Any]) -> list[str]:
     return sorted(sha256 for name, sha256 in files.items() if name.endswith((".safetensors", ".gguf")))
 
 
-def same_weights(manifest: Manifest, teacher: LocalTeacher) -> tuple[bool, list[str]]:
+def same_weights(manifest: Manifest, teacher: Teacher) -> tuple[bool, list[str]]:
     """Whether the teacher's weights are the dump's, and what else of it a person should know."""
     same = bool(_weights(manifest.teacher)) and _weights(manifest.teacher) == _weights(teacher.description)
     notes = [] if same else ["the teacher's files of weights are not those that the manifest names"]
@@ -30,12 +27,6 @@ def same_weights(manifest: Manifest, teacher: LocalTeacher) -> tuple[bool, list[
     if kept != now:
         notes.append(f"the dump was made in {kept}, and the teacher is asked in {now} now")
     return same, notes
-
-
-def has_experts(teacher: LocalTeacher) -> bool:
-    """Whether the teacher is a mixture of experts."""
-    config = teacher.model.config.get_text_config()
-    return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
 
 
 def other_tokenizer(store: KnowledgeStore, manifest: Manifest, teacher: Teacher, notes: list[str]) -> list[str]:

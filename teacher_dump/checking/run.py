@@ -6,7 +6,7 @@ Token ids are in the store, so the corpus is not needed. CHECKERS has the kinds 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,15 @@ from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.checking.token_source import find_tokens
 from teacher_dump.configuration import CheckConfig
-from teacher_dump.teachers.files import check_local_teacher
 from teacher_dump.teachers.loading import check_loading
+from teacher_dump.teachers.opening import check_files, open_teacher
 
 if TYPE_CHECKING:
     from teacher_dump.checking.agreement import Agreement
-    from teacher_dump.teachers.local import LocalTeacher
+    from teacher_dump.teachers.protocol import Teacher
 
 # Given a store and a dump's manifest, ordinals int64 (S,) of the sequences to ask about, ascending, and the teacher.
-Checker = Callable[[KnowledgeStore, Manifest, np.ndarray, "LocalTeacher", CheckConfig, Reporter], "Agreement"]
+Checker = Callable[[KnowledgeStore, Manifest, np.ndarray, "Teacher", CheckConfig, Reporter], "Agreement"]
 
 
 def _check_positions(*arguments: Any) -> Agreement:
@@ -49,7 +49,7 @@ CHECKERS: dict[str, Checker] = {
 }
 
 
-def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter: Reporter = SILENT) -> dict[str, Agreement]:
+def check(config: CheckConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> dict[str, Agreement]:
     """Ask a teacher again about sequences of a dump, drawn at random, and say how far it agrees with what was kept.
 
     Args:
@@ -81,15 +81,13 @@ def check(config: CheckConfig, teacher: LocalTeacher | None = None, *, reporter:
             " same corpus with --kind positions too"
         )
     if teacher is None:
-        check_local_teacher(config.teacher, config.gguf_file, config.revision)
+        check_files(config)
     for kind in manifest.kinds:
         if kind not in kinds:
             reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: there is no checker for it.")
 
-    from teacher_dump.teachers.local import load_teacher
-
     loading = replace(config.loading, quantize=config.quantize or manifest.teacher.get("quantize"))
     check_loading(loading)
-    teacher = teacher or load_teacher(config.teacher, **asdict(loading), reporter=reporter)
+    teacher = teacher or open_teacher(config, loading, manifest.plan["max_length"], reporter=reporter)
     ordinals = np.sort(np.random.default_rng(config.seed).choice(count, min(config.sample, count), replace=False))
     return {kind: CHECKERS[kind](store, manifest, ordinals, teacher, config, reporter) for kind in kinds}

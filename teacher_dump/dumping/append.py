@@ -27,7 +27,9 @@ from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.run import dump
 from teacher_dump.dumping.worker_shards import worker_shards
 from teacher_dump.fingerprints import corpus_record
-from teacher_dump.teachers.files import check_local_teacher, file_hashes, find_folder, model_files
+from teacher_dump.teachers.files import file_hashes, find_folder, model_files
+from teacher_dump.teachers.loading import SERVER
+from teacher_dump.teachers.opening import check_files
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -144,10 +146,12 @@ def _check_teacher(
     if teacher is not None:
         check_alike(storage, finished, replace(finished, teacher=teacher.description))
         return
+    if config.teacher_url is not None:  # what a server says is no file that could be compared
+        return
     made_by = finished.teacher["name"]
     if not config.teacher or (config.teacher == made_by and not Path(made_by).is_dir() and config.revision is None):
         return
-    check_local_teacher(config.teacher, config.gguf_file, config.revision)
+    check_files(config)
     folder = find_folder(config.teacher, config.gguf_file, config.revision)
     files = file_hashes(folder, model_files(folder, config.gguf_file), reporter=reporter)
     check_alike(storage, finished, replace(finished, teacher={**finished.teacher, "files": files}))
@@ -160,6 +164,10 @@ def _next(config: RunConfig, name: str, like: Manifest) -> RunConfig:
         raise InputError(
             f"the teacher of {like.dump} is called {made_by!r}, and no dump knows where it is kept: say where with --teacher"
         )
+    engine = like.teacher.get("engine", "transformers")
+    if (engine == SERVER) != (config.teacher_url is not None):
+        way = "give its --teacher-url" if engine == SERVER else "leave --teacher-url out"
+        raise InputError(f"{like.dump} was made by {engine}, and so are all dumps of its family: {way}")
     plan = {name: like.plan[name] for name in ("max_length", "too_long", "shard_size") if name in like.plan}
     settings = replace(
         config,
@@ -170,6 +178,7 @@ def _next(config: RunConfig, name: str, like: Manifest) -> RunConfig:
         kinds=tuple(like.kinds),
         dtype=like.teacher.get("dtype", config.dtype),
         quantize=like.teacher.get("quantize", "none"),
+        engine=None if engine == SERVER else engine,
         **plan,
     )
     return as_made(settings, like)

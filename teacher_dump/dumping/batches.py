@@ -14,7 +14,7 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import TeacherOptions
 from teacher_dump.corpus.tokenisation import TokenSequence
-from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, layers_needed, need_gradients
+from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, layers_needed, likeliest_needed, need_gradients
 from teacher_dump.teachers.protocol import Batching, Prediction, Teacher
 
 ANY = Batching()
@@ -110,8 +110,13 @@ def predict_batch(
             )
     token_ids = [sequence.token_ids for sequence in sequences]
     with enough_memory(options, token_ids):
-        gradients, layers = need_gradients(parameters or ()), layers_needed(parameters or {})
-        return teacher.predict(*batch_arrays(token_ids), gradients=gradients, layers=layers)
+        wanted = parameters or {}
+        return teacher.predict(
+            *batch_arrays(token_ids),
+            gradients=need_gradients(wanted),
+            layers=layers_needed(wanted),
+            likeliest=min(likeliest_needed(wanted), teacher.vocabulary_size),
+        )
 
 
 def extract_batch(

@@ -6,7 +6,7 @@ import io
 import random
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.corpus_counts import CorpusCounts, Sentence
@@ -28,7 +28,7 @@ from teacher_dump.dumping.publishing import Knowledge
 from teacher_dump.dumping.request import chat_asked
 from teacher_dump.dumping.teacher_pass import shard_of
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
-from teacher_dump.teachers.local import load_teacher
+from teacher_dump.teachers.opening import open_teacher
 from teacher_dump.teachers.protocol import Teacher
 
 SAMPLE_DOCUMENTS = 256  # tokenised
@@ -124,7 +124,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     """
     config = with_local_corpus(config, reporter=reporter)
     chat = chat_asked(config)
-    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher), chat)
+    tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher, weights=config.teacher_url is None), chat)
     documents, count, characters = _sample_documents(config, reporter)
     sequences: list[TokenSequence] = []
     tally = Tally(config.too_long)
@@ -143,7 +143,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
     # Characters of unusable rows count on both sides: in the corpus as in the sample, they become no token.
     positions = round(tokens * characters / max(sum(document.characters for document in documents), 1))
 
-    teacher = teacher or load_teacher(config.teacher, **asdict(config.loading), reporter=reporter)
+    teacher = teacher or open_teacher(config, config.loading, config.max_length, reporter=reporter)
     check_needs(config.kinds, teacher)
     batching = find_batching(config, teacher, config.max_length, reporter)
     manifest = replace(identity_manifest(config, teacher, "estimate", chat, reporter=reporter), derived={"columns": {}})

@@ -20,6 +20,7 @@ from teacher_dump.dumping.request import chat_asked, check_length
 from teacher_dump.dumping.shared_scan import Sharing, shared_scan
 from teacher_dump.extraction import kinds_with_context
 from teacher_dump.teachers.files import find_folder, stated_sizes
+from teacher_dump.teachers.opening import check_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,10 +60,9 @@ def inspect_before_loading(
             check_counts(config, existing.counts)
         return existing.derived
     if teacher is None:
-        from teacher_dump.teachers.local import find_device
-
-        find_device(config.device)
-    return look_through(config, teacher_tokenizer(config, teacher), chat, sharing, reporter=reporter)
+        check_device(config.loading)
+    tokenizer = teacher_tokenizer(config, teacher, weights=config.teacher_url is None)
+    return look_through(config, tokenizer, chat, sharing, reporter=reporter)
 
 
 def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None, weights: bool = True) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ from knowledge_store.storage import Storage
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.mismatch import check_options
 from teacher_dump.dumping.request import check_teacher, parameters_asked
-from teacher_dump.teachers.loading import Loading, check_loading
+from teacher_dump.teachers.loading import SERVER, Loading, check_loading
 from teacher_dump.teachers.protocol import Teacher
 
 
@@ -53,7 +53,7 @@ def as_made(config: DumpConfig, existing: Manifest | None) -> DumpConfig:
 
 
 def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None) -> Loading:
-    """Make sure that the store is one or can become one, and that the teacher's dtype and quantisation can be used.
+    """Make sure that the store is one or can become one, and that the teacher's engine, dtype and quantisation can be used.
 
     Args:
         config: of the dump.
@@ -61,7 +61,7 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
         existing: the manifest of the dump that is resumed or repaired.
 
     Returns:
-        how the teacher is loaded: in the dtype and quantisation that the dump was begun in, whatever the device.
+        how the teacher is loaded: with the engine, dtype and quantisation that the dump was begun with, whatever the device.
 
     Raises:
         InputError, StoreError: they cannot.
@@ -71,8 +71,24 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
         check_store(storage)
     if existing is None:
         return config.loading
-    begun_in = {"dtype": existing.teacher.get("dtype", config.dtype), "quantize": existing.teacher.get("quantize", "none")}
-    for name, asked, unset in (("dtype", config.dtype, "auto"), ("quantize", config.quantize, None)):
+    begun_in = {
+        "engine": existing.teacher.get("engine", "transformers"),
+        "dtype": existing.teacher.get("dtype", config.dtype),
+        "quantize": existing.teacher.get("quantize", "none"),
+    }
+    served = existing.teacher.get("engine") == SERVER
+    if served != (config.teacher_url is not None):
+        way = (
+            f"by a server, and --teacher-url is missing. Give the address of one that serves {existing.teacher['served_name']}"
+            if served
+            else f"by {begun_in['engine']}, and --teacher-url is given now. Leave it out"
+        )
+        raise MismatchError(f"dump {config.dump_name!r} in {storage.address} was made {way}, or give this dump another --name")
+    for name, asked, unset in (
+        ("engine", config.engine, None),
+        ("dtype", config.dtype, "auto"),
+        ("quantize", config.quantize, None),
+    ):
         if asked not in (unset, begun_in[name]):
             raise MismatchError(
                 f"dump {config.dump_name!r} in {storage.address} was made differently: --{name} was {begun_in[name]} and is now"

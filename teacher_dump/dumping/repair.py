@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -79,9 +78,9 @@ def repair(
     from teacher_dump.dumping.plan import ShardReader, make_manifest
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
-    from teacher_dump.teachers import local
+    from teacher_dump.teachers.opening import open_teacher
 
-    teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
+    teacher = teacher or open_teacher(config, loading, config.max_length, reporter=reporter)
     check_needs(config.kinds, teacher)
     find_batching(config, teacher, config.max_length, reporter)
     planned = make_manifest(config, teacher, chat, derived, reporter=reporter)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.corpus_counts import CorpusCounts
@@ -11,10 +12,17 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import Parameters
 from knowledge_store.quantities import byte_size
+from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
 from teacher_dump.corpus.chat.options import ChatOptions
-from teacher_dump.extraction import EXTRACTORS
-from teacher_dump.teachers.files import check_local_teacher, stated_sizes
+from teacher_dump.extraction import EXTRACTORS, check_abilities
+from teacher_dump.teachers.files import stated_sizes
+from teacher_dump.teachers.loading import ENGINES
+from teacher_dump.teachers.opening import check_files
+from teacher_dump.teachers.protocol import Ability
+
+if TYPE_CHECKING:
+    from teacher_dump.teachers.protocol import Teacher
 
 
 def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
@@ -27,6 +35,53 @@ def parameters_asked(config: EstimateConfig, kind: str) -> Parameters:
         return KINDS[kind].parameters.from_record(config.like.kinds[kind])
     parameters = EXTRACTORS[kind].parameters
     return KINDS[kind].parameters() if parameters is None else parameters(config.kind_options(kind))
+
+
+C = TypeVar("C", bound=EstimateConfig)
+
+
+def fitted(config: C, teacher: Teacher | None, existing: Manifest | None = None, *, reporter: Reporter = SILENT) -> C:
+    """A configuration with the options of each kind as they are for what the teacher can give.
+
+    Args:
+        config: what is asked for.
+        teacher: that is loaded; without one what its engine can give at most counts.
+        existing: the manifest of a dump that is resumed or repaired.
+        reporter: hears of what is left out.
+
+    Raises:
+        InputError: the teacher cannot give what is asked for.
+    """
+    abilities = teacher.abilities if teacher is not None else ENGINES[config.loading.engine].abilities
+    if teacher is None:
+        check_abilities(config.kinds, abilities, f"a teacher of {ENGINES[config.loading.engine].flag or config.loading.engine}")
+    if config.like is not None:
+        return config
+    for kind in config.kinds:
+        options, extractor = config.kind_options(kind), EXTRACTORS[kind]
+        if Ability.DISTRIBUTIONS in abilities:
+            # An engine gives less at times than it could: what it gave decides.
+            if existing is None or kind not in existing.kinds or not _made_of_likeliest(options, existing, kind):
+                continue
+        limited = extractor.of_likeliest(options)
+        if limited != options:
+            config = replace(config, **{field.name: getattr(limited, field.name) for field in fields(limited)})
+            if existing is None:
+                reporter.note(
+                    "The teacher gives its likeliest tokens and no whole distributions: neither draws nor the entropy of tails"
+                    " are kept, and a tail is what the candidates leave of one (tail: remainder)"
+                )
+    return config
+
+
+def _made_of_likeliest(options: Any, existing: Manifest, kind: str) -> bool:
+    """Whether a dump has of a kind what these options stand for, of a teacher without whole distributions."""
+    extractor = EXTRACTORS[kind]
+    try:
+        limited = extractor.of_likeliest(options)
+    except InputError:
+        return False
+    return extractor.parameters is not None and extractor.parameters(limited).to_record() == existing.kinds[kind]
 
 
 def chat_asked(config: CorpusOptions, existing: Manifest | None = None) -> ChatOptions:
@@ -89,7 +144,7 @@ def check_teacher(config: CorpusOptions) -> None:
     Raises:
         InputError: it has not, or they do not.
     """
-    check_local_teacher(config.teacher, config.gguf_file, config.revision)
+    check_files(config)
     sizes = stated_sizes(config.teacher, config.gguf_file)
     check_length(config, sizes)
     if isinstance(config, EstimateConfig) and config.like is None:

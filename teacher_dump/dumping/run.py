@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from knowledge_store.format.sequences import tokens_table
@@ -67,9 +66,9 @@ def dump(
     from teacher_dump.dumping.publishing import Committed
     from teacher_dump.dumping.teacher_pass import dump_shards
     from teacher_dump.extraction import check_needs
-    from teacher_dump.teachers import local
+    from teacher_dump.teachers.opening import open_teacher
 
-    teacher = teacher or local.load_teacher(config.teacher, **asdict(loading), reporter=reporter)
+    teacher = teacher or open_teacher(config, loading, config.max_length, reporter=reporter)
     check_needs(config.kinds, teacher)
     if existing is None:
         check_size(config, teacher.description, derived)

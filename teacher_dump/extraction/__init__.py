@@ -21,9 +21,11 @@ __all__ = [
     "EXTRACTORS",
     "ExtractionBatch",
     "Extractor",
+    "check_abilities",
     "check_needs",
     "kinds_with_context",
     "layers_needed",
+    "likeliest_needed",
     "need_gradients",
     "option_classes",
 ]
@@ -73,18 +75,31 @@ def layers_needed(parameters: Mapping[str, Parameters]) -> tuple[int, ...]:
     return tuple(sorted({layer for kind, kept in parameters.items() for layer in EXTRACTORS[kind].layers(kept)}))
 
 
+def likeliest_needed(parameters: Mapping[str, Parameters]) -> int:
+    """How many of the likeliest tokens some kinds take, by the parameters of each, of a teacher that gives nothing more."""
+    return max((EXTRACTORS[kind].likeliest(kept) for kind, kept in parameters.items()), default=0)
+
+
+def check_abilities(kinds: Iterable[str], abilities: frozenset[Ability], teacher: str) -> None:
+    """Make sure that some abilities are enough for some kinds of knowledge.
+
+    Raises:
+        InputError: naming the kind, what it needs, and the teacher, which is called so.
+    """
+    for kind in kinds:
+        if missing := sorted(EXTRACTORS[kind].needs - abilities):
+            raise InputError(
+                f"knowledge of kind {kind!r} needs {' and '.join(missing)}, which {teacher} cannot give: use another teacher, or"
+                " leave this kind out"
+            )
+
+
 def check_needs(kinds: tuple[str, ...], teacher: Teacher) -> None:
     """Make sure that a teacher can give what some kinds of knowledge need.
 
     Raises:
         InputError: naming the kind, what it needs, and the teacher; or its gradients are not those of its answers.
     """
-    for kind in kinds:
-        missing = sorted(EXTRACTORS[kind].needs - teacher.abilities)
-        if missing:
-            raise InputError(
-                f"knowledge of kind {kind!r} needs {' and '.join(missing)}, which the teacher {teacher.description['name']!r}"
-                " cannot give: use another teacher, or leave this kind out"
-            )
+    check_abilities(kinds, teacher.abilities, f"the teacher {teacher.description['name']!r}")
     if need_gradients(kinds):
         teacher.check_gradients()

@@ -16,7 +16,9 @@ from knowledge_store.kinds.positions.selection import Selection, most_above
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.extraction.coverage import candidate_masses
 from teacher_dump.extraction.extractor import ExtractionBatch, Total
+from teacher_dump.extraction.likeliest import candidates_of, problem_of
 from teacher_dump.extraction.sampling import block_sums, draw, exponentials, likeliest, precise, starts
+from teacher_dump.teachers.protocol import Ability
 
 SAMPLE_DEPTHS = (1, 5, 16, 50)  # of candidates, whose coverage `estimate` tells
 FILLERS = {"candidate_logprobs": -torch.inf, "tail_ids": -1}  # behind the last of a row
@@ -113,8 +115,11 @@ def extract_positions(batch: ExtractionBatch) -> list[Arrays]:
     token_ids = np.concatenate([sequence.token_ids for sequence in batch.sequences])
     is_target = np.concatenate([sequence.is_target for sequence in batch.sequences])
     kept = positions > 0 if batch.parameters.keep_context else is_target
-    begin = _starts(batch, lengths)
-    answers = _ask(batch, rows[kept], positions[kept], token_ids[kept], None if begin is None else begin[kept])
+    if Ability.DISTRIBUTIONS in batch.prediction.teacher.abilities:
+        begin = _starts(batch, lengths)
+        answers = _ask(batch, rows[kept], positions[kept], token_ids[kept], None if begin is None else begin[kept])
+    else:
+        answers = _ask_likeliest(batch, rows[kept], positions[kept])
     arrays: Arrays = {"token_id": token_ids.astype(np.uint32), "is_target": is_target, "has_knowledge": kept}
     for name, values in answers.items():
         arrays[name] = np.zeros((len(kept), *values.shape[1:]), values.dtype)
@@ -172,6 +177,19 @@ def _ask(
     return {name: array.astype(narrow.get(name, np.float32)) for name, array in arrays.items()}
 
 
+def _ask_likeliest(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarray) -> Arrays:
+    """The same of a teacher that gives the likeliest tokens alone (see `likeliest.candidates_of`)."""
+    teacher = batch.prediction.teacher
+    answers = batch.prediction.likeliest(rows, positions - 1)
+    if (problem := problem_of(answers)) is not None:
+        number, words = problem
+        raise InputError(
+            f"the teacher {teacher.description['name']!r} {words} at position {positions[number]} of"
+            f" {place_of(batch.sequences[rows[number]])}: nothing of its shard was written. Look at what runs the teacher"
+        )
+    return candidates_of(answers, batch.parameters.selection, teacher.vocabulary_size)
+
+
 def _stacked(parts: list[Tensor], fill: float) -> np.ndarray:
     """Rows one after the other, narrower ones filled up."""
     width = max(part.shape[-1] for part in parts)
@@ -195,6 +213,8 @@ def coverage_by_depth(batch: ExtractionBatch) -> dict[str, Total]:
     """The probability that the k likeliest tokens hold, for several k, and for the selection's own where it is top-k."""
     selection, vocabulary = batch.parameters.selection, batch.prediction.teacher.vocabulary_size
     depths = sorted({*SAMPLE_DEPTHS, *([selection.candidates] if selection.name == "top-k" else [])})
+    if Ability.DISTRIBUTIONS not in batch.prediction.teacher.abilities:
+        depths = [depth for depth in depths if depth <= selection.candidates]
     deepest = Selection("top-k", min(depths[-1], vocabulary))
     parameters = replace(batch.parameters, selection=deepest, calibration={}, tail_entropy=False)
     masses = candidate_masses(extract_positions(replace(batch, parameters=parameters)))

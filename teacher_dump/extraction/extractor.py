@@ -57,6 +57,16 @@ def no_layers(parameters: Any) -> tuple[int, ...]:
     return ()
 
 
+def unchanged(options: Any) -> Any:
+    """For kinds that take of any teacher the same."""
+    return options
+
+
+def no_likeliest(parameters: Any) -> int:
+    """For kinds that take no likeliest tokens, or find them in whole distributions."""
+    return 0
+
+
 def unknown_bytes(parameters: Any, teacher: Mapping[str, Any], counts: CorpusCounts) -> int | None:
     """For kinds whose size is known by a sample alone."""
     return None
@@ -70,6 +80,9 @@ class Extractor:
         needs: what the teacher must be able to give.
         function: the arrays of each sequence of a batch; for a kind per sequence they have one entry.
         layers: whose hidden states it takes, given the parameters (see `Prediction.layer_states`).
+        likeliest: how many of the likeliest tokens it takes of a teacher without whole distributions, given the parameters.
+        of_likeliest: the options as they are for a teacher without whole distributions; raises InputError where they ask for
+            what it cannot give. What is given by default alone is left out.
         needs_context: whether nothing can be taken of a sequence that has no context before its targets, such as plain text.
         options: a frozen dataclass whose fields, by keyword alone and with defaults, are the kind's options in commands and
             configurations; what does not fit together it refuses when it is made. No two kinds have an option of one name.
@@ -90,6 +103,8 @@ class Extractor:
     needs: frozenset[Ability]
     function: Callable[[ExtractionBatch], list[Arrays]]
     layers: Callable[[Any], tuple[int, ...]] = no_layers
+    likeliest: Callable[[Any], int] = no_likeliest
+    of_likeliest: Callable[[Any], Any] = unchanged
     needs_context: bool = False
     options: type = NoOptions
     parameters: Callable[[Any], Parameters] | None = None

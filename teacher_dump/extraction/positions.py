@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class PositionsOptions:
         True, help="Keep the entropy of what lies beyond the candidates: evaluations then measure the whole KL to the teacher."
     )
     calibration: Path | None = option(None, help="A file of `teacher-dump calibrate`: the tail is kept at its temperature too.")
+    # Not an option: what the teacher can give decides it (see `of_likeliest`).
+    tail: str = "exact"
 
     def __post_init__(self) -> None:
         names = {name for options in SELECTION_OPTIONS.values() for name in options}
@@ -80,7 +82,26 @@ def positions_parameters(options: PositionsOptions) -> PositionsParameters:
         InputError: the calibration's file cannot be used. DamageError: it was altered.
     """
     calibration = {} if options.calibration is None else read_calibration(options.calibration).to_manifest()
-    return PositionsParameters(options.rule, QUANTISATION_STEP, calibration, options.keep_context, options.tail_entropy)
+    return PositionsParameters(
+        options.rule, QUANTISATION_STEP, calibration, options.keep_context, options.tail_entropy, options.tail
+    )
+
+
+def of_likeliest(options: PositionsOptions) -> PositionsOptions:
+    """The options for a teacher that gives the likeliest tokens and no whole distributions: without draws and the tail's entropy.
+
+    Raises:
+        InputError: draws that are not those of the default are asked for, or the tail at a temperature.
+    """
+    reason = "needs whole distributions, and this teacher gives its likeliest tokens alone"
+    if options.selection == "threshold":
+        raise InputError(f"--selection threshold {reason}: use --selection top-k or top-p")
+    if options.draw_weight not in (0, DRAW_WEIGHT) or options.draw_seed:
+        name = "--draw-seed" if options.draw_seed else f"--draw-weight {options.draw_weight:g}"
+        raise InputError(f"{name} {reason}: leave it out, and no draws are kept")
+    if options.calibration is not None:
+        raise InputError(f"--calibration {reason}: leave it out, and fit a temperature with `student-train calibrate`")
+    return replace(options, draw_weight=0.0, tail_entropy=False, tail="remainder")
 
 
 def check_positions(options: PositionsOptions, teacher: Mapping[str, Any], tokenizer: Mapping[str, Any] | None) -> None:
@@ -116,8 +137,10 @@ def sample_figures(batch: ExtractionBatch) -> dict[str, Total]:
 
 
 POSITIONS = Extractor(
-    needs=frozenset({Ability.DISTRIBUTIONS}),
+    needs=frozenset({Ability.LIKELIEST}),
     function=extract,
+    of_likeliest=of_likeliest,
+    likeliest=lambda parameters: parameters.selection.candidates,
     options=PositionsOptions,
     parameters=positions_parameters,
     check=check_positions,
@@ -131,10 +154,11 @@ POSITIONS = Extractor(
         "quantisation_step": "the quantisation step",
         "keep_context": "--keep-context",
         "tail_entropy": "--tail-entropy",
+        "tail": "the tail",
         "calibration.temperature": "the temperature of --calibration",
         "calibration.sha256": "the file of --calibration",
     },
-    absent_values={"selection.draw_weight": 0, "selection.draw_seed": 0},
+    absent_values={"selection.draw_weight": 0, "selection.draw_seed": 0, "tail": "exact"},
     figures={"mass of the candidates": coverage},
     sample_figures=sample_figures,
     comparisons={"full distributions (float32)": "dense_bytes"},

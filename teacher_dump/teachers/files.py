@@ -37,6 +37,22 @@ def check_local_teacher(teacher: str, gguf_file: str | None = None, revision: st
         model_files(find_folder(teacher, gguf_file, revision), gguf_file)
 
 
+def check_tokenizer(teacher: str, revision: str | None = None) -> None:
+    """Make sure that the folder of a teacher that is run elsewhere has its configuration and its tokenizer.
+
+    Raises:
+        InputError: it has not, or there is no such folder; says what is missing.
+    """
+    check_folder_name(teacher)
+    if Path(teacher).exists():
+        folder = find_folder(teacher, None, revision)
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{folder} has no config.json: copy the configuration and the tokenizer of the model served into it"
+            )
+        _tokenizer_files(folder)
+
+
 def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
     """`vocabulary_size`, `max_positions`, `layers` and `hidden_size` as the configuration of a teacher's folder states them.
 
@@ -90,10 +106,15 @@ def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
     if weights and not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json")
     check_weights(folder)
-    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(path.name in VOCABULARY_FILES for path in tokenizer):
+    return [*weights, folder / "config.json", *_tokenizer_files(folder), *sorted(folder.glob(TEMPLATE_FILES))]
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a folder's tokenizer (InputError: it has none)."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(path.name in VOCABULARY_FILES for path in files):
         raise InputError(f"{folder} has no tokenizer: save the teacher's tokenizer there too")
-    return [*weights, folder / "config.json", *tokenizer, *sorted(folder.glob(TEMPLATE_FILES))]
+    return files
 
 
 def file_hashes(folder: Path, files: Iterable[Path], *, reporter: Reporter = SILENT) -> dict[str, str]:

@@ -7,8 +7,46 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from knowledge_store.errors import InputError
+from teacher_dump.teachers.protocol import Ability
 
 _ROOM = re.compile(r"(cpu|\d+)=(\d+(?:\.\d+)?\s*(?:[KMGT]i?B))", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What runs a teacher, as far as it matters before anything heavy is imported.
+
+    Attributes:
+        package: that it needs. advice: what to do where that is missing.
+        excluded: the fields of `Loading` that it does not have. reason: why, and what to do instead.
+        flag: the option that chooses it, where that is not `--engine` with its name.
+        abilities: what a teacher can give at most that it runs.
+    """
+
+    package: str = ""
+    advice: str = ""
+    excluded: tuple[str, ...] = ()
+    reason: str = ""
+    flag: str = ""
+    abilities: frozenset[Ability] = frozenset(Ability)
+
+
+SERVER = "vllm-server"
+ENGINES = {
+    "transformers": Engine(),
+    "vllm": Engine(
+        package="vllm",
+        advice="install both into an environment of its own, as TEACHERS.md says, or leave --engine out",
+        excluded=("gguf_file", "device", "device_map", "max_memory", "quantize", "attention"),
+        reason="vLLM reads safetensors, quantised ones too, and finds devices and attention itself",
+    ),
+    SERVER: Engine(
+        excluded=("gguf_file", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),
+        reason="the server has loaded the teacher already, as it was started",
+        flag="--teacher-url",
+        abilities=frozenset({Ability.LIKELIEST}),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +61,8 @@ class Loading:
         quantize: one of `protocol.QUANTISATIONS`; None as "none".
         attention: one of `protocol.ATTENTIONS`.
         revision: of a hub id.
+        engine: one of `ENGINES`.
+        teacher_url: of a server, with the engine SERVER.
     """
 
     gguf_file: str | None = None
@@ -33,6 +73,8 @@ class Loading:
     quantize: str | None = None
     attention: str = "auto"
     revision: str | None = None
+    engine: str = "transformers"
+    teacher_url: str | None = None
 
     @property
     def quantised(self) -> bool:
@@ -54,6 +96,15 @@ def check_loading(loading: Loading) -> None:
     Raises:
         InputError: two options exclude each other, or a library is missing.
     """
+    engine = ENGINES[loading.engine]
+    for name in engine.excluded:
+        if getattr(loading, name) not in (getattr(Loading, name), "none"):
+            raise InputError(
+                f"--{name.replace('_', '-')} does not go with {engine.flag or f'--engine {loading.engine}'}: {engine.reason}."
+                " Leave one of the two out"
+            )
+    if engine.package and find_spec(engine.package) is None:
+        raise InputError(f"--engine {loading.engine} needs the library {engine.package}, which is not here: {engine.advice}")
     if loading.device_map != "none" and loading.device != "auto":
         raise InputError("--device is one device and --device-map several: give one of the two")
     if loading.max_memory is not None:

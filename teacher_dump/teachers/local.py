@@ -40,7 +40,9 @@ from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
+from teacher_dump.teachers.tokenizer import token_texts
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call how many there are
 UNKNOWN = 2**31  # as how many layers there are: none has that number
 
 # Kept between a forward and a backward pass at once: larger batches pay little on a CPU, and more on a GPU.
@@ -91,6 +93,17 @@ class LocalTeacher:
         return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | more)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether it is a mixture of experts."""
+        config = self.model.config.get_text_config()
+        return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
+
+    @property
+    def ahead(self) -> int:
+        """A prediction takes memory until it is read."""
+        return 0
+
+    @property
     def _runner(self) -> nn.Module:
         """What is run on a batch."""
         return self.model if self.whole_logits else _backbone(self.model)
@@ -112,7 +125,12 @@ class LocalTeacher:
         return GRADIENT_BYTES[self.device.type] // self._gradient_bytes[longest]
 
     def predict(
-        self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False, layers: Collection[int] = ()
+        self,
+        token_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        gradients: bool = False,
+        layers: Collection[int] = (),
+        likeliest: int = 0,
     ) -> LocalPrediction:
         """Run the teacher on a batch. Hidden states of other layers than the last are kept of all layers while it runs.
 
@@ -123,6 +141,7 @@ class LocalTeacher:
             attention_mask: bool (B, T).
             gradients: whether the prediction is asked for gradients.
             layers: whose hidden states it is asked for.
+            likeliest: of no use here, where logits are whole.
 
         Raises:
             InputError: the model does not give hidden states of these layers.
@@ -185,21 +204,8 @@ class LocalTeacher:
         return states[layer].detach()
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
-        """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
-        size = self.vocabulary_size
-        names: list[str | None] = [None] * size
-        for name, token in self.tokenizer.get_vocab().items():
-            if token < size:
-                names[token] = name
-        # Decoded behind another token, since decoders drop a leading space at the start of a text.
-        anchor = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        known = [token for token, name in enumerate(names) if name is not None]
-        pairs = self.tokenizer.batch_decode([[*anchor, token] for token in known], clean_up_tokenization_spaces=False)
-        before = self.tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
-        texts: list[str | None] = [None] * size
-        for token, text in zip(known, pairs, strict=True):
-            texts[token] = text.removeprefix(before)
-        return texts, names
+        """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""
+        return token_texts(self.tokenizer, self.vocabulary_size)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+
+from teacher_dump.teachers.protocol import Likeliest
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.local import LocalTeacher
@@ -53,6 +56,13 @@ class LocalPrediction:
                 chosen = self._states[self._places(rows[part], positions[part])]
                 logits = chosen if self.hidden is None else self.teacher.model.get_output_embeddings()(chosen)
                 yield part, self._with_finite_padding(logits.to(self.teacher.device).float())
+
+    def likeliest(self, rows: np.ndarray, positions: np.ndarray) -> Likeliest:
+        """Never asked for, where logits are whole."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """All is there already."""
 
     def input_gradients(
         self, rows: torch.Tensor, positions: torch.Tensor, slopes: Callable[[slice, torch.Tensor], torch.Tensor]

@@ -27,6 +27,27 @@ class Ability(StrEnum):
 
 
 @dataclass(frozen=True)
+class Likeliest:
+    """The tokens that a teacher finds likeliest at N positions, and how likely it finds those that stand there.
+
+    Attributes:
+        ids: int64 (N, k), likeliest first; −1 behind the last that was given.
+        logprobs: theirs, nats, float64 (N, k); −∞ of a token that is never given, and behind the last.
+        token_ids: int64 (N,), the tokens that stand there.
+        token_logprobs: theirs, float64 (N,); −∞ of one that is never given.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    token_ids: np.ndarray
+    token_logprobs: np.ndarray
+
+    def part(self, which: slice | np.ndarray) -> Likeliest:
+        """Some of the N positions."""
+        return Likeliest(self.ids[which], self.logprobs[which], self.token_ids[which], self.token_logprobs[which])
+
+
+@dataclass(frozen=True)
 class Batching:
     """Which sequences a teacher may be asked about in one batch, so that each is answered as it is alone.
 
@@ -82,6 +103,22 @@ class Prediction(Protocol):
         """
         ...
 
+    def likeliest(self, rows: np.ndarray, positions: np.ndarray) -> Likeliest:
+        """What follows (rows[i], positions[i]), with the ability LIKELIEST and not DISTRIBUTIONS: the likeliest tokens, as many
+        as the prediction was asked for, and the one that does follow.
+
+        Args:
+            rows, positions: int64 (N,); no position is a sequence's last.
+
+        Raises:
+            InputError: the teacher does not give them.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Give up what is not there yet: the prediction is not going to be read."""
+        ...
+
     def input_gradients(self, rows: Any, positions: Any, slopes: Callable[[slice, Any], Any]) -> tuple[Any, Any]:
         """How a function of some logits moves with the input embeddings, once, with the ability GRADIENTS and where the
         prediction was asked for with them.
@@ -107,6 +144,9 @@ class Teacher(Protocol):
         abilities: what it can give.
         vocabulary_size: how many tokens its distribution is over.
         impossible_tokens: those among them that it never gives, int64 (n,): rows that pad its head.
+        ahead: how many sequences it may have been asked for before the first of them is read: more than one batch where
+            answers come from elsewhere, and 0 where a prediction takes memory here.
+        has_experts: whether it is known to be a mixture of experts, which rounding sends some tokens to others of.
     """
 
     @property
@@ -129,6 +169,12 @@ class Teacher(Protocol):
 
     @property
     def impossible_tokens(self) -> np.ndarray: ...
+
+    @property
+    def has_experts(self) -> bool: ...
+
+    @property
+    def ahead(self) -> int: ...
 
     def batching(self, longest: int, room: int) -> Batching:
         """Which sequences may share a batch, found by asking it; known at once when it is asked the same again.
@@ -156,7 +202,12 @@ class Teacher(Protocol):
         ...
 
     def predict(
-        self, token_ids: np.ndarray, attention_mask: np.ndarray, gradients: bool = False, layers: Collection[int] = ()
+        self,
+        token_ids: np.ndarray,
+        attention_mask: np.ndarray,
+        gradients: bool = False,
+        layers: Collection[int] = (),
+        likeliest: int = 0,
     ) -> Prediction:
         """Ask for a batch.
 
@@ -165,6 +216,7 @@ class Teacher(Protocol):
             attention_mask: bool (B, T).
             gradients: whether the prediction is asked for gradients, which takes far more memory.
             layers: whose hidden states it is asked for (see `Prediction.layer_states`).
+            likeliest: how many of the likeliest tokens it is asked for (see `Prediction.likeliest`).
 
         Raises:
             InputError: the model does not give hidden states of these layers.

@@ -1,4 +1,4 @@
-"""A teacher's tokenizer without its model, which tells what becomes of a corpus before the weights are loaded."""
+"""A teacher's tokenizer without its model, which tells what becomes of a corpus before weights are loaded, and its tokens."""
 
 from __future__ import annotations
 
@@ -27,3 +27,20 @@ def load_tokenizer(teacher: str, gguf_file: str | None = None) -> PreTrainedToke
     except Exception as error:  # a broken folder fails in many ways, all of them the folder's
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {reason}") from None
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str | None], list[str | None]]:
+    """For each token id below a vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
+    names: list[str | None] = [None] * size
+    for name, token in tokenizer.get_vocab().items():
+        if token < size:
+            names[token] = name
+    # Decoded behind another token, since decoders drop a leading space at the start of a text.
+    anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    known = [token for token, name in enumerate(names) if name is not None]
+    pairs = tokenizer.batch_decode([[*anchor, token] for token in known], clean_up_tokenization_spaces=False)
+    before = tokenizer.decode(anchor, clean_up_tokenization_spaces=False)
+    texts: list[str | None] = [None] * size
+    for token, text in zip(known, pairs, strict=True):
+        texts[token] = text.removeprefix(before)
+    return texts, names

@@ -10,7 +10,20 @@ from knowledge_store.kinds.positions.kind import (
     exact_steps,
     knows_full_kl,
     knows_likeliest,
+    knows_tokens,
     positions_of,
 )
+from knowledge_store.kinds.positions.remainder import MIN_LOG_REMAINDER, remainder
 
-__all__ = ["POSITIONS", "PositionsParameters", "damage", "exact_steps", "knows_full_kl", "knows_likeliest", "positions_of"]
+__all__ = [
+    "MIN_LOG_REMAINDER",
+    "POSITIONS",
+    "PositionsParameters",
+    "damage",
+    "exact_steps",
+    "knows_full_kl",
+    "knows_likeliest",
+    "knows_tokens",
+    "positions_of",
+    "remainder",
+]

@@ -22,7 +22,7 @@ def show(knowledge: Arrays, text: Callable[[int], str]) -> tuple[list[str], list
             others = f"(others {math.exp(knowledge['tail_logprob'][position]):.0%}{_drawn(knowledge, position, text)})"
             # Among the candidates it is normalised with them; elsewhere it is as it was kept.
             logprob = candidates.get(token, knowledge["token_logprob"][position])
-            row[2:] = [f"{math.exp(logprob):.1%}", "  ".join([*words, others])]
+            row[2:] = ["?" if math.isnan(logprob) else f"{math.exp(logprob):.1%}", "  ".join([*words, others])]
         rows.append(row)
     return ["position", "token", "probability", "what the teacher expected"], rows
 

@@ -29,7 +29,7 @@ def tokens_match(table: pa.Table, sequences: pa.Table) -> Iterator[str]:
             return
 
 
-def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -> Iterator[str]:
+def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int, unknown: bool = False) -> Iterator[str]:
     """What is wrong with a table of positions, in words.
 
     Args:
@@ -37,10 +37,12 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
         rule: the selection.
         step: of log-probabilities, nats.
         vocabulary: its size.
+        unknown: whether the log-probability of a token that is no candidate may be unknown.
     """
     kept = table["candidate_ids"].is_valid().to_numpy()
     for name in table.column_names[table.column_names.index("token_logprob") :]:
-        if not np.array_equal(table[name].is_valid().to_numpy(), kept):
+        valid = table[name].is_valid().to_numpy()
+        if (valid & ~kept).any() or ((kept & ~valid).any() and not (unknown and name == "token_logprob")):
             yield f"{name} is null where candidate_ids is not, or the reverse"
             return
     position = table["position"].to_numpy()
@@ -61,6 +63,7 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
     filled = list_mask(counts, ids.shape[1])
     token_id = table["token_id"].to_numpy()[kept].astype(np.int64)
     token_logprob = table["token_logprob"].to_numpy()[kept]
+    known = table["token_logprob"].is_valid().to_numpy()[kept]
     tail = table["tail_logprob"].fill_null(NO_MASS).to_numpy()[kept]
 
     if (table["token_id"].to_numpy() >= vocabulary).any() or (ids >= vocabulary).any():
@@ -69,14 +72,14 @@ def invariants(table: pa.Table, rule: Selection, step: float, vocabulary: int) -
     distinct = np.where(filled, ids, -1 - np.arange(ids.shape[1]))
     if (np.diff(np.sort(distinct, axis=1), axis=1) == 0).any():
         yield "a token stands twice among the candidates of one position"
-    if not (np.isfinite(logprobs[filled]).all() and np.isfinite(token_logprob).all()) or np.isnan(tail).any():
+    if not (np.isfinite(logprobs[filled]).all() and np.isfinite(token_logprob[known]).all()) or np.isnan(tail).any():
         yield "a log-probability is not a finite number"
         return
     if ((logprobs[:, 1:] > logprobs[:, :-1]) & filled[:, 1:]).any():
         yield "candidates are not sorted, likeliest first"
     if (np.isneginf(tail) != (counts == vocabulary)).any():
         yield "the tail is empty although candidates are left out, or the reverse"
-    values = np.concatenate([logprobs[filled], token_logprob, tail[np.isfinite(tail)]])
+    values = np.concatenate([logprobs[filled], token_logprob[known], tail[np.isfinite(tail)]])
     if (values > 0).any():
         yield "a log-probability is above zero"
     if (np.abs(np.log(total_mass(logprobs, tail))) > 1e-4).any():  # room for float32

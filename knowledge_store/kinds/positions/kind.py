@@ -75,6 +75,7 @@ FIELDS = (
 DRAWS = (Field("tail_ids", pa.uint32(), "ragged", nullable=True, encoding=PLAIN),)
 TEMPERED = (Field("tail_logsumexp", pa.float32(), nullable=True),)
 ENTROPY = (Field("tail_entropy", pa.float32(), nullable=True, encoding=SPLIT),)
+TAILS = ("exact", "remainder")
 AS_THEY_ARE = 2  # of FIELDS, the first so many are stored as they are
 
 MIN_STEP, MAX_STEP = 2.0**-24, 2.0**10  # nats; beyond these nothing can be computed with
@@ -96,6 +97,8 @@ class PositionsParameters:
         calibration: `temperature` at which the tail is kept too, and `sha256` of the calibration; empty for none.
         keep_context: whether predictions of context positions (prompts) are kept too.
         tail_entropy: whether the entropy of the tail is kept.
+        tail: one of TAILS: `exact`, or `remainder` where nobody said it, and it is what candidates leave of one (`remainder`).
+        unknown_tokens: whether the log-probability of a token that is no candidate may be unknown: then it is null.
     """
 
     selection: Selection = field(default_factory=Selection)
@@ -103,6 +106,8 @@ class PositionsParameters:
     calibration: dict[str, Any] = field(default_factory=dict)
     keep_context: bool = False
     tail_entropy: bool = False
+    tail: str = "exact"
+    unknown_tokens: bool = False
 
     @property
     def temperature(self) -> float | None:
@@ -117,6 +122,8 @@ class PositionsParameters:
             "calibration": dict(self.calibration),
             "keep_context": self.keep_context,
             "tail_entropy": self.tail_entropy,
+            **({"tail": self.tail} if self.tail != TAILS[0] else {}),
+            **({"unknown_tokens": True} if self.unknown_tokens else {}),
         }
 
     @classmethod
@@ -136,8 +143,11 @@ class PositionsParameters:
         check_shape(calibration, {"temperature": int | float, "sha256": str} if calibration else {}, "its calibration")
         if not calibration.get("temperature", 1) > 0:
             raise ValueError("its calibration's temperature is not above zero")
+        if record.get("tail", TAILS[1]) != TAILS[1] or record.get("unknown_tokens", True) is not True:
+            raise ValueError("it says of its tail or of unknown tokens what is not known here")
         rule = Selection.from_record(record["selection"])
-        return cls(rule, step, calibration, record["keep_context"], record["tail_entropy"])
+        tail, unknown = record.get("tail", TAILS[0]), "unknown_tokens" in record
+        return cls(rule, step, calibration, record["keep_context"], record["tail_entropy"], tail, unknown)
 
 
 def positions_of(manifest: Manifest) -> PositionsParameters:
@@ -147,6 +157,11 @@ def positions_of(manifest: Manifest) -> PositionsParameters:
         InputError: it holds none.
     """
     return parameters_of(manifest, "positions", PositionsParameters)
+
+
+def knows_tokens(manifest: Manifest) -> bool:
+    """Whether a dump says at each position with knowledge how likely the teacher found the token that stands there."""
+    return "positions" in manifest.kinds and not positions_of(manifest).unknown_tokens
 
 
 def knows_likeliest(manifest: Manifest) -> bool:
@@ -229,8 +244,9 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
     Args:
         keys: sequence_id and position, N rows.
         arrays: token_id (N,), is_target (N,), has_knowledge (N,) and, in nats and meaningful where `has_knowledge`:
-            token_logprob (N,), candidate_ids (N, K), candidate_logprobs (N, K) (−inf: no candidate), tail_logprob (N,); with
-            draws tail_ids (N, M) (−1: no draw); where they are kept tail_logsumexp (N,), tail_entropy (N,).
+            token_logprob (N,) (NaN: unknown, where the parameters allow it), candidate_ids (N, K), candidate_logprobs (N, K)
+            (−inf: no candidate), tail_logprob (N,); with draws tail_ids (N, M) (−1: no draw); where they are kept
+            tail_logsumexp (N,), tail_entropy (N,).
         manifest: of the dump; gives the quantisation step and the columns.
 
     Raises:
@@ -244,7 +260,7 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
         **dict(zip(keys.column_names, keys.columns, strict=True)),
         "token_id": pa.array(arrays["token_id"], pa.uint32()),
         "is_target": pa.array(arrays["is_target"]),
-        **pack_predictions(arrays, parameters.quantisation_step, manifest.vocabulary_size),
+        **pack_predictions(arrays, parameters.quantisation_step, manifest.vocabulary_size, parameters.unknown_tokens),
     }
     if parameters.selection.draw_weight:
         columns["tail_ids"] = pack_draws(arrays["tail_ids"], kept)
@@ -256,7 +272,8 @@ def pack(keys: pa.Table, arrays: Arrays, manifest: Manifest) -> pa.Table:
 
 def unpack(table: pa.Table, manifest: Manifest) -> pa.Table:
     """The table that a stored one stands for. ValueError: it stands for none."""
-    columns = unpack_predictions(table, positions_of(manifest).quantisation_step, manifest.vocabulary_size)
+    parameters = positions_of(manifest)
+    columns = unpack_predictions(table, parameters.quantisation_step, manifest.vocabulary_size, parameters.unknown_tokens)
     if "tail_ids" in table.column_names:
         columns["tail_ids"] = unpack_draws(table["tail_ids"])
     schema = POSITIONS.schema(manifest)
@@ -278,8 +295,8 @@ def decode(table: pa.Table, manifest: Manifest) -> Arrays:
     Returns:
         input_ids int64 (N,), is_target bool (N,), has_knowledge bool (N,), token_logprob float32 (N,), candidate_ids
         int64 (N, K), candidate_logprobs float32 (N, K), tail_logprob float32 (N,). Without knowledge, and where there are no
-        candidates, all mass is in the tail. With draws also tail_ids int64 (N, M) and draw_weight float32 (N,); where they are
-        kept tail_logsumexp float32 (N,) and tail_entropy float32 (N,).
+        candidates, all mass is in the tail. A token_logprob that is unknown is NaN. With draws also tail_ids int64 (N, M) and
+        draw_weight float32 (N,); where they are kept tail_logsumexp float32 (N,) and tail_entropy float32 (N,).
 
     Raises:
         ValueError: what cannot be missing is.
@@ -295,11 +312,14 @@ def decode(table: pa.Table, manifest: Manifest) -> Arrays:
     for name in ("tail_logsumexp", "tail_entropy"):
         if name in table.column_names:
             more[name] = table[name].fill_null(0).to_numpy()
+    kept = table["candidate_ids"].is_valid().to_numpy()
+    token_logprob = table["token_logprob"].fill_null(0).to_numpy()
+    unknown = kept & ~table["token_logprob"].is_valid().to_numpy()
     return {
         "input_ids": table["token_id"].to_numpy().astype(np.int64),
         "is_target": table["is_target"].to_numpy(),
-        "has_knowledge": table["candidate_ids"].is_valid().to_numpy(),
-        "token_logprob": table["token_logprob"].fill_null(0).to_numpy(),
+        "has_knowledge": kept,
+        "token_logprob": np.where(unknown, np.float32(np.nan), token_logprob) if unknown.any() else token_logprob,
         "candidate_ids": padded_lists(table["candidate_ids"], 0, np.int64)[0],
         "candidate_logprobs": padded_lists(table["candidate_logprobs"], NO_MASS, np.float32)[0],
         "tail_logprob": table["tail_logprob"].fill_null(0).to_numpy(),
@@ -315,8 +335,9 @@ def arrays_of(manifest: Manifest) -> dict[str, float]:
 
 
 def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
-    """How many positions have knowledge, and over them the teacher's mean negative log-likelihood (nats per token), the mean
-    mass of the candidates and, where each position has some, how often the first of them is the token that stands there."""
+    """How many positions have knowledge, and over them the mean mass of the candidates, the teacher's mean negative
+    log-likelihood (nats per token) where that of each token is known and, where each position has some, how often the first
+    of them is the token that stands there."""
     arrays = decode(table, manifest)
     kept = arrays["has_knowledge"]
 
@@ -325,9 +346,10 @@ def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
 
     statistics = {
         "predictions": int(kept.sum()),
-        "mean_nll": mean(-arrays["token_logprob"][kept]),
         "mean_top_k_mass": mean(np.exp(arrays["candidate_logprobs"][kept].astype(np.float64)).sum(axis=1)),
     }
+    if knows_tokens(manifest):
+        statistics["mean_nll"] = mean(-arrays["token_logprob"][kept])
     if not knows_likeliest(manifest):
         return statistics
     return {**statistics, "mean_top_1_accuracy": mean(arrays["candidate_ids"][kept][:, :1] == arrays["input_ids"][kept, None])}
@@ -336,7 +358,8 @@ def measure(table: pa.Table, manifest: Manifest) -> dict[str, float]:
 def damage(table: pa.Table, manifest: Manifest) -> Iterator[str]:
     """What is wrong with a table of positions, or with a part of one: its invariants, in words."""
     parameters = positions_of(manifest)
-    return invariants(table, parameters.selection, parameters.quantisation_step, manifest.vocabulary_size)
+    step, unknown = parameters.quantisation_step, parameters.unknown_tokens
+    return invariants(table, parameters.selection, step, manifest.vocabulary_size, unknown)
 
 
 def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator[str]:
@@ -354,6 +377,8 @@ def lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
         listed.append(("mass of the candidates", f"{mass:.4f} on average"))
     if (nll := totals.statistics.get("mean_nll")) is not None:
         listed.append(("teacher's own loss", f"{nll:.4f} nats a token (perplexity {math.exp(nll):.2f})"))
+    elif not knows_tokens(manifest):
+        listed.append(("teacher's own loss", "unknown: tokens that are no candidate have no log-probability"))
     if dense:
         listed.append(("kept whole (float32)", f"{byte_size(dense)}: {dense / totals.bytes:,.0f} times as much"))
     return listed
@@ -385,7 +410,8 @@ def _dense_bytes(manifest: Manifest, totals: Totals) -> int:
 def _selection(manifest: Manifest) -> str:
     kept = positions_of(manifest)
     at = f", tail also at temperature {kept.temperature:g}" if kept.temperature else ""
-    return f"{kept.selection}{at}"
+    rest = ", tail as the remainder" if kept.tail == "remainder" else ""
+    return f"{kept.selection}{at}{rest}"
 
 
 POSITIONS = Kind(

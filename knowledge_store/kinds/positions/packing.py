@@ -177,7 +177,7 @@ def _counted(column: pa.ChunkedArray) -> np.ndarray:
     return stored - np.float32(ZERO)
 
 
-def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, pa.Array]:
+def pack_predictions(arrays: Arrays, step: float, vocabulary: int, unknown: bool = False) -> dict[str, pa.Array]:
     """The stored columns PACKED of N positions.
 
     Args:
@@ -185,6 +185,7 @@ def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, 
             candidate_ids (N, K), candidate_logprobs (N, K) (−inf: no candidate), tail_logprob (N,).
         step: nats.
         vocabulary: its size.
+        unknown: whether a token_logprob may be NaN, which stands for one that nobody knows.
 
     Raises:
         InputError: a token id does not fit the vocabulary.
@@ -203,8 +204,11 @@ def pack_predictions(arrays: Arrays, step: float, vocabulary: int) -> dict[str, 
     among = ((arrays["candidate_ids"] == token_id[:, None]) & present).any(axis=1)
     later = np.arange(1, logprobs.shape[1]) < counts[:, None]
     gaps = below[:, 1:][later] - below[:, :-1][later]
+    no_steps = ~kept | among
+    if unknown:
+        no_steps |= np.isnan(arrays["token_logprob"])
     return {
-        "token_steps": _stored(np.round(-in_steps(arrays["token_logprob"], step)), ~kept | among),
+        "token_steps": _stored(np.round(-in_steps(arrays["token_logprob"], step)), no_steps),
         "candidate_ids": packed_ids(ids, counts, kept, size),
         "gap_steps": pa.ListArray.from_arrays(
             list_offsets(counts - some), _stored(gaps), type=PACKED[2].column.type, mask=pa.array(~kept)
@@ -270,8 +274,8 @@ def _unpacked_ids(column: pa.ChunkedArray, size: int) -> tuple[np.ndarray, np.nd
     return ids, lengths // size
 
 
-def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[str, pa.Array]:
-    """The columns that PACKED stands for in a stored table.
+def unpack_predictions(table: pa.Table, step: float, vocabulary: int, unknown: bool = False) -> dict[str, pa.Array]:
+    """The columns that PACKED stands for in a stored table; `unknown`: the log-probability of tokens may be.
 
     Raises:
         ValueError: it stands for none; says why.
@@ -313,13 +317,14 @@ def unpack_predictions(table: pa.Table, step: float, vocabulary: int) -> dict[st
         found = np.flatnonzero((ids.take(first_id + rank, mode="clip") == token_id) & (counts > rank))
         token_logprob[found] = candidates[found, rank]
         among[found] = True
-    if not np.array_equal(has_token, kept & ~among):
+    unsaid = kept & ~among & ~has_token
+    if (has_token & ~(kept & ~among)).any() or (unsaid.any() and not unknown):
         raise ValueError("token_steps is null although the token is no candidate, or the reverse")
 
     offsets = list_offsets(counts)
     absent = pa.array(~kept)
     return {
-        "token_logprob": pa.array(token_logprob, mask=~kept),
+        "token_logprob": pa.array(token_logprob, mask=~kept | unsaid),
         "candidate_ids": pa.ListArray.from_arrays(offsets, pa.array(ids), mask=absent),
         "candidate_logprobs": pa.ListArray.from_arrays(offsets, pa.array(logprobs), mask=absent),
         "tail_logprob": pa.array(tail, mask=~kept),

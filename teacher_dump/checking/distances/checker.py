@@ -33,7 +33,7 @@ from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.dumping.batches import extract_batch, predict_batch
 from teacher_dump.extraction import check_needs
-from teacher_dump.teachers.local import LocalTeacher
+from teacher_dump.teachers.protocol import Teacher
 
 DISTANCES = {"saliency": SALIENCY, "vectors": STATES, "hidden": STATES}
 SHOWN = 5
@@ -78,7 +78,7 @@ def check_distances(
     store: KnowledgeStore,
     manifest: Manifest,
     ordinals: np.ndarray,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     config: CheckConfig,
     reporter: Reporter,
 ) -> DistanceAgreement:
@@ -143,7 +143,7 @@ def _distance(
     manifest: Manifest,
     source: TokenSource,
     ordinal: int,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     config: CheckConfig,
 ) -> tuple[int, float]:
     """A sequence's id, and how far it is off; asked by itself, so that what a batch did shows.

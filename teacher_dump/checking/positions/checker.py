@@ -26,26 +26,26 @@ import numpy as np
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.reporter import Reporter
 from teacher_dump.checking.agreement import OTHER_TEACHER, OTHER_TOKENIZER
-from teacher_dump.checking.identity import has_experts, other_model, other_tokenizer, same_weights
+from teacher_dump.checking.identity import other_model, other_tokenizer, same_weights
 from teacher_dump.checking.positions.comparison import ask, read_sequences
 from teacher_dump.checking.positions.limits import SHORT, limits_of
 from teacher_dump.checking.positions.verdicts import PositionsAgreement, judge
 from teacher_dump.configuration import CheckConfig
-from teacher_dump.teachers.local import LocalTeacher
+from teacher_dump.teachers.protocol import Teacher
 
 
 def check_positions(
     store: KnowledgeStore,
     manifest: Manifest,
     ordinals: np.ndarray,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     config: CheckConfig,
     reporter: Reporter,
 ) -> PositionsAgreement:
     """How far a teacher agrees with the predictions that were kept of some sequences (a `run.Checker`)."""
     limits = limits_of(manifest, teacher)
     weights_are_same, notes = same_weights(manifest, teacher)
-    if limits is SHORT and has_experts(teacher):
+    if limits is SHORT and teacher.has_experts:
         notes.append(
             "a mixture of experts sends some tokens to other experts where rounding differs, which moves values by more than"
             " any limit here: before believing in damage, ask as the dump did"

@@ -1,0 +1,383 @@
+"""A served store as its clients see it: a storage that is only read, with its facts and answers to SQL.
+
+A call that breaks is made again, until the server answers or patience ends: what is asked for says itself what it is, so that
+nothing is lost or repeated. A process that was forked after a call cannot make one (the library's threads are not forked):
+loaders start their workers by `spawn` or `forkserver`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from knowledge_store import errors
+from knowledge_store.errors import InputError, KnowledgeStoreError, StoreError
+from knowledge_store.serving import messages
+from knowledge_store.serving.address import parse_address
+from knowledge_store.serving.messages import BusyError, library_error, to_bytes
+from knowledge_store.serving.tokens import ENVIRONMENT, read_tokens
+from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
+from knowledge_store.storage.protocol import Entry, Write
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from pyarrow import flight
+
+    from knowledge_store.catalogue.dumps import Dumps
+
+FIRST_PATIENCE = 3.0  # seconds in which a server that was never reached has to answer
+PATIENCE = 120.0  # the same of one that is away
+WAITS = (0.1, 5.0)  # seconds between two attempts, the first and the longest
+CALL_SECONDS = 120.0  # of a call that answers with little
+BLOCK = 2**20  # bytes of a file, asked for at once
+BLOCKS = 16  # kept
+
+Made = TypeVar("Made")
+
+
+class ServedStorage:
+    """The files of a served store (see `Storage`).
+
+    Args:
+        address: where it is served.
+        token_file: a file of the token; None takes the token from the environment variable KNOWLEDGE_STORE_TOKEN.
+
+    Raises (on construction):
+        InputError: the address or the token cannot be used.
+    """
+
+    forkable = False  # the library's threads are not in a forked process, which waits for them for ever
+    at_once = 8
+
+    def __init__(self, address: str, token_file: str | Path | None = None):
+        self._place = parse_address(address)
+        self.address = str(self._place)
+        self._token_file = None if token_file is None else str(token_file)
+        self._token()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._client: flight.FlightClient | None = None
+        self._lock = threading.Lock()
+        self._reached = False
+        self._process = os.getpid()
+        self._block = lru_cache(BLOCKS)(self._read_block)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("_place", "address", "_token_file")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._begin()
+
+    def __repr__(self) -> str:
+        return f"ServedStorage({self.address!r})"
+
+    # Calls
+
+    def _token(self) -> str:
+        """The token, as it stands now: the file may be another one by the time of the next connection."""
+        if self._token_file is not None:
+            return read_tokens(self._token_file)[0].secret
+        token = os.environ.get(ENVIRONMENT, "").strip()
+        if not token:
+            raise InputError(
+                f"a served store asks for a token: name its file (--token-file, `token_file=`), or put it into {ENVIRONMENT}"
+            )
+        return token
+
+    def connection(self) -> flight.FlightClient:
+        """The connection of this process.
+
+        Raises:
+            StoreError: this process was forked from one that had a connection.
+        """
+        from pyarrow import flight
+
+        if self._process != os.getpid():
+            raise StoreError(
+                f"this process was forked from one that reads {self.address}, and cannot read it: start it by spawn or"
+                ' forkserver, as in DataLoader(…, multiprocessing_context="spawn")'
+            )
+        with self._lock:
+            if self._client is None:
+                self._client = flight.FlightClient(self._place.location)
+            return self._client
+
+    def options(self, seconds: float | None = CALL_SECONDS) -> flight.FlightCallOptions:
+        """Of a call: who calls, and about which store."""
+        from pyarrow import flight
+
+        headers = [(messages.AUTHORIZATION.encode(), f"{messages.BEARER}{self._token()}".encode())]
+        if self._place.store:
+            headers.append((messages.STORE_HEADER.encode(), self._place.store.encode()))
+        return flight.FlightCallOptions(timeout=seconds, headers=headers)
+
+    def close(self) -> None:
+        """Close the connection; it is opened again when something is asked for."""
+        with self._lock:
+            if self._client is not None and self._process == os.getpid():
+                self._client.close()
+            self._client = None
+
+    def attempts(self) -> Attempts:
+        """Attempts at one call (see `Attempts`)."""
+        return Attempts(self)
+
+    def called(self, what: str, request: dict[str, Any]) -> list[bytes]:
+        """The results of an action.
+
+        Raises:
+            KnowledgeStoreError: what the server said, or it does not answer.
+        """
+        from pyarrow import flight
+
+        def call() -> list[bytes]:
+            action = flight.Action(what, to_bytes(request))
+            return [result.body.to_pybytes() for result in self.connection().do_action(action, self.options())]
+
+        return self.attempts().of(call)
+
+    # What there is
+
+    def open_dumps(self) -> Dumps:
+        """The dumps of the store as they stand now.
+
+        Raises:
+            KnowledgeStoreError: what the server said, or it does not answer.
+        """
+        import pyarrow as pa
+
+        from knowledge_store.catalogue.dumps import Dumps
+        from knowledge_store.catalogue.index import Index
+        from knowledge_store.format.manifest import read_manifest
+
+        facts, *tables = self.called(messages.OPEN, {"version": messages.VERSION})
+        said = json.loads(facts)
+        if said.get("version") != messages.VERSION:
+            raise StoreError(
+                f"{self.address} is served by another version of knowledge-store (it speaks {said.get('version')}, and this one"
+                f" {messages.VERSION}): install the same on both machines"
+            )
+        shards, files = (pa.ipc.open_stream(table).read_all() for table in tables)
+        manifests = {name: read_manifest(self, name) for name in said["dumps"]}
+        closed = {name: getattr(errors, kind, StoreError)(sentence) for name, (kind, sentence) in said["closed"].items()}
+        return Dumps(self, manifests, Index(shards, files), closed)
+
+    @contextmanager
+    def answered(
+        self,
+        sql: str,
+        memory_limit: float,
+        timeout: float,
+        parameters: Parameters | None = None,
+        remark: Callable[[str], None] = lambda sentence: None,
+        kept: bool = False,
+    ) -> Iterator[pa.RecordBatchReader]:
+        """The answer to a statement, batch by batch as it comes (see `sql.isolated.isolated_batches`), within the limits that
+        are given or those of the server where these are less.
+
+        Raises:
+            KnowledgeStoreError: what the server said, or it does not answer.
+        """
+        import pyarrow as pa
+        from pyarrow import flight
+
+        values = plain_parameters(parameters)
+        check_json(values)
+        limits = {"memory_limit": int(memory_limit), "timeout": float(timeout), "kept": kept}
+        ticket = flight.Ticket(to_bytes({"sql": sql, "parameters": values, **limits}))
+        attempts = self.attempts()
+        stream = attempts.of(lambda: _begun(self.connection().do_get(ticket, self.options(None))))
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            try:
+                while True:
+                    try:
+                        chunk = stream.read_chunk()
+                    except StopIteration:
+                        return
+                    if chunk.app_metadata is not None:
+                        for sentence in json.loads(chunk.app_metadata.to_pybytes()):
+                            remark(sentence)
+                    elif chunk.data is not None:
+                        yield chunk.data
+            except pa.ArrowException as error:
+                raise library_error(error) or attempts.lost(error) from None
+
+        rows = batches()
+        try:
+            yield _Rows(stream.schema, rows)
+        finally:
+            rows.close()  # type: ignore[attr-defined]
+            stream.cancel()
+
+    # As of `Storage`
+
+    @property
+    def cache_key(self) -> str:
+        return self.address
+
+    def locate(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
+    def external_address(self, name: str) -> str:
+        raise InputError(f"no other program opens files of {self.address}, which is a served store: ask it by ADBC")
+
+    def size(self, name: str) -> int:
+        return int(json.loads(self.called(messages.SIZE, {"name": name})[0]))
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        parts, at = [], start
+        while end is None or at < end:
+            number, skipped = divmod(at, BLOCK)
+            block = self._block(name, number)
+            part = block[skipped : None if end is None else skipped + end - at]
+            parts.append(part)
+            at += len(part)
+            if len(block) < BLOCK and at >= number * BLOCK + len(block):
+                break
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_block(self, name: str, number: int) -> bytes:
+        span = {"start": number * BLOCK, "end": (number + 1) * BLOCK}
+        return self.called(messages.READ, {"name": name, **span})[0]
+
+    def files(self, prefix: str) -> list[Entry]:
+        return [Entry(*entry) for entry in json.loads(self.called(messages.FILES, {"name": prefix})[0])]
+
+    def folders(self, prefix: str) -> list[str]:
+        return list(json.loads(self.called(messages.FOLDERS, {"name": prefix})[0]))
+
+    def version(self, name: str) -> str:
+        return str(self.size(name))
+
+    def leftovers(self, prefix: str) -> list[str]:
+        return []
+
+    def probe(self) -> None:
+        raise self._read_only()
+
+    def create(self, name: str, write: Write) -> bool:
+        raise self._read_only()
+
+    def replace(self, files: Sequence[tuple[str, Write]]) -> None:
+        raise self._read_only()
+
+    def make_lasting(self, prefix: str) -> None:
+        raise self._read_only()
+
+    def remove(self, name: str) -> None:
+        raise self._read_only()
+
+    def remove_folder(self, prefix: str) -> None:
+        raise self._read_only()
+
+    def rename_folder(self, old: str, new: str) -> None:
+        raise self._read_only()
+
+    def exclusive_lock(self, prefix: str) -> AbstractContextManager[None]:
+        raise self._read_only()
+
+    def remove_leftovers(self, prefix: str) -> None:
+        raise self._read_only()
+
+    def _read_only(self) -> InputError:
+        return InputError(f"{self.address} is a served store, which is only read: write to its folder, where it is served")
+
+
+class _Rows:
+    """The batches of an answer: as much of Arrow's RecordBatchReader as is used, with errors as they are."""
+
+    def __init__(self, schema: pa.Schema, rows: Iterator[pa.RecordBatch]):
+        self.schema, self._rows = schema, rows
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        return self._rows
+
+    def read_all(self) -> pa.Table:
+        """All of them."""
+        import pyarrow as pa
+
+        return pa.Table.from_batches(list(self._rows), self.schema)
+
+
+def _begun(stream: Any) -> Any:
+    """A stream whose columns are known: what the server refuses is refused here."""
+    _ = stream.schema
+    return stream
+
+
+class Attempts:
+    """Attempts at a call, with longer and longer waits between them, until patience ends.
+
+    Args:
+        storage: what is called.
+    """
+
+    def __init__(self, storage: ServedStorage):
+        self._storage = storage
+        self._wait = WAITS[0]
+        self._since: float | None = None
+
+    def of(self, call: Callable[[], Made]) -> Made:
+        """What a call gives, in the attempt in which it does.
+
+        Raises:
+            KnowledgeStoreError: what the server said, or it does not answer.
+        """
+        while True:
+            try:
+                result = call()
+            except KnowledgeStoreError:
+                raise
+            except Exception as error:
+                self.failed(error)
+            else:
+                self.succeeded()
+                return result
+
+    def succeeded(self) -> None:
+        """The server answered."""
+        self._storage._reached = True
+        self._wait, self._since = WAITS[0], None
+
+    def failed(self, error: Exception) -> None:
+        """Wait for the next attempt.
+
+        Raises:
+            KnowledgeStoreError: there is to be none.
+        """
+        import pyarrow as pa
+        from pyarrow import flight
+
+        said = library_error(error)
+        if said is not None and not isinstance(said, BusyError):
+            raise said from None
+        if isinstance(error, (flight.FlightUnauthenticatedError, flight.FlightUnauthorizedError)):
+            reason = str(error).partition(". Detail:")[0]
+            raise InputError(f"{self._storage.address} lets nobody in with this token: {reason}") from None
+        if not isinstance(error, (pa.ArrowException, OSError)):
+            raise error
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        patience = PATIENCE if self._storage._reached or said else FIRST_PATIENCE
+        if now - self._since > patience:
+            raise (said or self.lost(error)) from None
+        time.sleep(self._wait)
+        self._wait = min(2 * self._wait, WAITS[1])
+        if said is None:
+            self._storage.close()
+
+    def lost(self, error: Exception) -> StoreError:
+        """What to say of a server that does not answer."""
+        reason = str(error).partition(". Detail:")[0].partition("gRPC client debug context")[0].strip()
+        advice = "is `knowledge-store serve` running there, and the address right?"
+        return StoreError(f"{self._storage.address} does not answer ({reason[:300]}): {advice}")

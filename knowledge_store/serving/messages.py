@@ -1,0 +1,84 @@
+"""What a client asks for, and how a server says no: JSON in tickets and actions, and in what goes with a Flight error.
+
+Requests come from anybody who has a token. What has not the declared shape is refused before anything is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from knowledge_store import errors
+from knowledge_store.errors import InputError, KnowledgeStoreError
+from knowledge_store.format.records import check_shape
+
+if TYPE_CHECKING:
+    from pyarrow import flight
+
+VERSION = 1  # of what client and server say to each other
+STORE_HEADER = "knowledge-store"  # which of several stores, in the headers of a call
+AUTHORIZATION, BEARER = "authorization", "Bearer "
+
+OPEN, FILES, FOLDERS, SIZE, READ, ROW_GROUPS = (
+    f"knowledge-store.{name}" for name in ("open", "files", "folders", "size", "read", "row-groups")
+)
+MAX_READ = 4 * 2**20  # bytes of a file, at once
+MAX_REQUEST = 2**22  # bytes of a ticket or an action
+MAX_SEQUENCES = 2**16  # of a ticket
+BUSY = "busy"
+
+
+class BusyError(KnowledgeStoreError):
+    """As many calls as a server answers at once are being answered: it may be asked again."""
+
+
+def to_bytes(request: dict[str, Any]) -> bytes:
+    """A request as it is sent."""
+    return json.dumps(request, separators=(",", ":")).encode()
+
+
+def from_bytes(data: bytes, shape: dict[str, Any]) -> dict[str, Any]:
+    """A request of a declared shape (see `records.check_shape`).
+
+    Raises:
+        InputError: it is none.
+    """
+    if len(data) > MAX_REQUEST:
+        raise InputError(f"a request has at most {MAX_REQUEST:,} bytes, and this has {len(data):,}")
+    try:
+        request = json.loads(data)
+        check_shape(request, shape)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"this is no request of a knowledge store: {error}") from None
+    return dict(request)
+
+
+def flight_error(error: Exception) -> flight.FlightError:
+    """An error as Flight carries it; any that nobody thought of is named, and no more said."""
+    from pyarrow import flight
+
+    if isinstance(error, flight.FlightError):
+        return error
+    if isinstance(error, BusyError):
+        name, message = BUSY, str(error)
+    elif isinstance(error, KnowledgeStoreError):
+        name, message = type(error).__name__, str(error)
+    else:
+        name, message = KnowledgeStoreError.__name__, f"the server could not answer this: {type(error).__name__}"
+    kind = flight.FlightUnavailableError if name == BUSY else flight.FlightServerError
+    return kind(message, json.dumps({"error": name, "message": message}).encode())
+
+
+def library_error(error: Exception) -> KnowledgeStoreError | None:
+    """The error that a server sent; None where the call failed in another way."""
+    try:
+        said = json.loads(getattr(error, "extra_info", None) or b"")
+        name, message = said["error"], said["message"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    if name == BUSY:
+        return BusyError(str(message))
+    kind = getattr(errors, str(name), None)
+    if isinstance(kind, type) and issubclass(kind, KnowledgeStoreError):
+        return kind(str(message))
+    return KnowledgeStoreError(str(message))

@@ -1,0 +1,118 @@
+"""SQL that a server answers: each statement in a limited process of its own, which ends with the call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import flight
+
+from knowledge_store.serving.limits import Slots, Watch
+from knowledge_store.serving.metrics import Call
+from knowledge_store.serving.served import ServedStore
+from knowledge_store.sql.isolated import isolated_batches, isolated_schemas
+from knowledge_store.sql.limits import check_limits
+from knowledge_store.sql.parameters import Parameters
+
+SHOWN_SQL = 300  # characters of a statement in the log
+
+
+@dataclass(frozen=True)
+class Question:
+    """A statement and its limits: fewer than the server's, where it says so.
+
+    Attributes:
+        sql: the statement, from anybody.
+        parameters: of it.
+        memory_limit, timeout: bytes and seconds; None for the server's.
+        kept: whether the client keeps the answer in memory, which the memory limit then holds for too.
+    """
+
+    sql: str
+    parameters: Parameters | None = None
+    memory_limit: int | None = None
+    timeout: float | None = None
+    kept: bool = False
+
+
+class Queries:
+    """Answers statements.
+
+    Args:
+        slots: how many at once.
+        watch: over their calls.
+        memory_limit, timeout: the most bytes and seconds of one.
+    """
+
+    def __init__(self, slots: Slots, watch: Watch, memory_limit: int, timeout: float):
+        check_limits(memory_limit, timeout)
+        self._slots, self._watch = slots, watch
+        self._memory_limit, self._timeout = memory_limit, timeout
+
+    def answer(
+        self,
+        context: Any,
+        call: Call,
+        store: ServedStore,
+        question: Question,
+        remark: Callable[[str], None] = lambda sentence: None,
+    ) -> Iterator[Any]:
+        """The columns of an answer (a schema), and then its batches. The process ends with this iterator, and within a second
+        of its client's end.
+
+        Raises:
+            BusyError: as many are answered as may be.
+            KnowledgeStoreError: as of `isolated_batches`.
+        """
+        call.facts["sql"] = question.sql[:SHOWN_SQL]
+        memory_limit = min(question.memory_limit or self._memory_limit, self._memory_limit)
+        timeout = min(question.timeout or self._timeout, self._timeout)
+        check_limits(memory_limit, timeout)
+        give_back = self._slots.take()
+        ended: list[bool] = []
+        children: list[Any] = []
+
+        def end() -> None:
+            ended.append(True)
+            for child in children:
+                child.kill()
+            give_back()
+
+        def begin(child: Any) -> None:
+            children.append(child)
+            if ended:
+                child.kill()
+
+        try:
+            with self._watch.over(context, end) as watched:
+                try:
+                    with isolated_batches(
+                        store.storage.address,
+                        question.sql,
+                        memory_limit,
+                        timeout,
+                        question.parameters,
+                        remark,
+                        question.kept,
+                        begin=begin,
+                    ) as reader:
+                        yield reader.schema
+                        for batch in reader:
+                            with watched.waiting():
+                                yield batch
+                except Exception:
+                    if watched.ended:
+                        raise flight.FlightCancelledError(f"the query was ended: {watched.ended}") from None
+                    raise
+        finally:
+            give_back()
+
+    def schemas(self, context: Any, call: Call, store: ServedStore) -> dict[str, pa.Schema]:
+        """The columns of the relations of a store, by their names (raises as `answer`)."""
+        give_back = self._slots.take()
+        try:
+            return isolated_schemas(store.storage.address, self._memory_limit, self._timeout)
+        finally:
+            give_back()
