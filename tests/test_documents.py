@@ -62,6 +62,8 @@ NOT_RUN = {
     ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
     ("student_train/TRAINERS.md", "needs two GPUs"),
     ("teacher_dump/DATA.md", "downloads a data set"),
+    ("teacher_dump/WORKERS.md", "benchmarks/launchers.py runs it"),
+    ("teacher_dump/WORKERS.md", "it needs a cluster"),
 }
 
 
