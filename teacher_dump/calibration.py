@@ -114,6 +114,11 @@ def calibrate(config: CalibrateConfig, teacher: Teacher | None = None, *, report
         InputError: something given cannot be used, or the corpus holds no target.
     """
     config = with_local_corpus(config, reporter=reporter)
+    if config.teacher_url is not None:
+        raise InputError(
+            "--teacher-url gives the likeliest tokens alone, and a temperature is fitted on whole distributions: load the"
+            " teacher here, or fit a temperature to the dump with `student-train calibrate`"
+        )
     tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher, weights=config.teacher_url is None))
     sequences, counts, all_rows = _sample(config, tokenizer, reporter)
     teacher = teacher or open_teacher(config, config.loading, config.max_length, reporter=reporter)

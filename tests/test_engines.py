@@ -14,7 +14,7 @@ HERE = find_spec("vllm") is not None
 
 @pytest.mark.skipif(HERE, reason="vllm is installed here")
 def test_an_engine_that_is_not_installed_is_refused():
-    with pytest.raises(InputError, match="--engine vllm needs the library vllm, which is not here: install"):
+    with pytest.raises(InputError, match="--engine vllm needs the library vllm, which is not here: pip install"):
         check_loading(Loading(engine="vllm"))
 
 

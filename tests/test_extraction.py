@@ -97,6 +97,7 @@ class Given:
     device = torch.device("cpu")
     vocabulary_size = 17
     impossible_tokens = np.zeros(0, np.int64)
+    abilities = frozenset({Ability.DISTRIBUTIONS})
 
 
 def batch_of(sequences, logits: torch.Tensor, **arguments) -> ExtractionBatch:
@@ -168,8 +169,8 @@ class Server:
 
 
 def test_what_a_teacher_cannot_give_is_refused_by_name():
-    with pytest.raises(InputError, match="kind 'positions' needs whole next-token distributions, which the teacher 'served'"):
-        check_needs(("positions",), Server())
+    with pytest.raises(InputError, match="kind 'vectors' needs hidden states, which the teacher 'served' cannot give"):
+        check_needs(("positions", "vectors"), Server())
 
 
 def test_what_a_teacher_cannot_give_is_refused_before_anything_is_read_or_made(monkeypatch, tmp_path, loaded_teacher):

@@ -58,10 +58,12 @@ def tail_of(logits: Tensor, selection: Selection) -> tuple[Tensor, float, np.nda
     return torch.exp(kept - highest)[None], spacing, (full / selection.draw_weight).numpy()
 
 
-def drawn(logits: Tensor, selection: Selection, number: int) -> tuple[np.ndarray, np.ndarray]:
+def drawn(logits: Tensor, selection: Selection, number: int, reference: Tensor | None = None) -> tuple[np.ndarray, np.ndarray]:
     """How often each token was drawn in all, DRAWS together or from MOST_STARTS, and how often it was to be, float64 (V,)
-    each."""
+    each; by other logits of the same distribution where these are given."""
     weights, spacing, expected = tail_of(logits, selection)
+    if reference is not None:
+        expected = tail_of(reference, selection)[2]
     count = math.ceil(min(MOST_STARTS, DRAWS / expected.sum()))
     begin = torch.from_numpy(starts(number, count, selection.draw_seed))
     sums = block_sums(weights)

@@ -41,7 +41,7 @@ def create_store(storage: Storage) -> None:
     """Make a place a store, unless it is one.
 
     Raises:
-        StoreError: it is a file, or has something else in it, or the storage refuses.
+        StoreError: it is a file, or has something else in it, or the storage refuses, or does not publish as it should.
     """
     # Listed before store.json is looked for: another writer may be making the same store, and makes that file first.
     if occupied(storage):
@@ -51,6 +51,7 @@ def create_store(storage: Storage) -> None:
             raise StoreError(
                 f"{storage.address} is a folder with something else in it: name a new or empty folder, or a store"
             ) from None
+    storage.probe()
     storage.create(STORE_FILE, store_contents())
     check_store_file(storage)
 
@@ -106,6 +107,7 @@ class DumpWriter:
     def refresh(self, manifest: Manifest) -> None:
         """Resume with the manifest as it stands in the store now, since it was repaired."""
         self.manifest = manifest
+        self._version = self.storage.version(manifest_file(self.dump))
         self._standing = self.storage.read(manifest_file(self.dump))
 
     @property
@@ -167,11 +169,14 @@ class DumpWriter:
         Raises:
             StoreError: it was removed, or removed and made again from something else.
         """
+        name = manifest_file(self.dump)
         try:
-            unchanged = self.storage.read(manifest_file(self.dump)) == self._standing
+            version = self.storage.version(name)  # a manifest may have megabytes, and this is asked for each file
+            if version != self._version and self.storage.read(name) == self._standing:
+                self._version = version
         except MissingFileError:
             raise StoreError(f"{self.address} was removed while it was being written") from None
-        if not unchanged:
+        if version != self._version:
             raise StoreError(f"{self.address} was removed, and made again from something else, while it was being written")
 
     def committed(self, shard: int) -> bool:

@@ -6,7 +6,10 @@ from typing import Any
 
 from knowledge_store import KnowledgeStore, Manifest
 from teacher_dump.corpus.tokenisation import describe_tokenizer
+from teacher_dump.teachers.loading import SERVER
 from teacher_dump.teachers.protocol import Teacher
+
+SERVED = ("engine_version", "served_name", "fingerprint")  # what a teacher behind a server is known by
 
 
 def _weights(description: dict[str, Any]) -> list[str]:
@@ -19,12 +22,15 @@ def same_weights(manifest: Manifest, teacher: Teacher) -> tuple[bool, list[str]]
     """Whether the teacher's weights are the dump's, and what else of it a person should know."""
     same = bool(_weights(manifest.teacher)) and _weights(manifest.teacher) == _weights(teacher.description)
     notes = [] if same else ["the teacher's files of weights are not those that the manifest names"]
+    if SERVER in (engines := [record.get("engine") for record in (manifest.teacher, teacher.description)]):
+        same = engines[0] == engines[1] and all(manifest.teacher.get(name) == teacher.description.get(name) for name in SERVED)
+        notes = [] if same else ["of a teacher behind a server nobody can say which weights it has: its answers alone tell"]
     made, asked = (record.get("quantize", "none") for record in (manifest.teacher, teacher.description))
     if made != asked:
         same = False
         notes.append(f"the dump was made with --quantize {made}, and the teacher is asked with {asked} now")
-    kept, now = manifest.teacher.get("dtype"), teacher.description["dtype"]
-    if kept != now:
+    kept, now = manifest.teacher.get("dtype"), teacher.description.get("dtype")
+    if kept != now and None not in (kept, now):
         notes.append(f"the dump was made in {kept}, and the teacher is asked in {now} now")
     return same, notes
 

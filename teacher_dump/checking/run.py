@@ -17,6 +17,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.checking.token_source import find_tokens
 from teacher_dump.configuration import CheckConfig
+from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.teachers.loading import check_loading
 from teacher_dump.teachers.opening import check_files, open_teacher
 
@@ -86,8 +87,16 @@ def check(config: CheckConfig, teacher: Teacher | None = None, *, reporter: Repo
         if kind not in kinds:
             reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: there is no checker for it.")
 
-    loading = replace(config.loading, quantize=config.quantize or manifest.teacher.get("quantize"))
+    loading = config.loading
+    if loading.engine == "transformers":  # the others load no weights as smaller ones
+        loading = replace(loading, quantize=config.quantize or manifest.teacher.get("quantize"))
     check_loading(loading)
     teacher = teacher or open_teacher(config, loading, manifest.plan["max_length"], reporter=reporter)
+    teacher.recognise(manifest.teacher)
+    for kind in [kind for kind in kinds if EXTRACTORS[kind].needs - teacher.abilities]:
+        reporter.note(f"The kind {kind} of the dump {manifest.dump} is not checked: this teacher cannot give it.")
+        kinds.remove(kind)
+    if not kinds:
+        raise InputError(f"the teacher gives nothing that dump {manifest.dump!r} holds: check it with the teacher loaded here")
     ordinals = np.sort(np.random.default_rng(config.seed).choice(count, min(config.sample, count), replace=False))
     return {kind: CHECKERS[kind](store, manifest, ordinals, teacher, config, reporter) for kind in kinds}

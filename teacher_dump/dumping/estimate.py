@@ -25,7 +25,7 @@ from teacher_dump.dumping.batches import batch_room, extract_batch, find_batchin
 from teacher_dump.dumping.inspection import corpus_tokenizer, teacher_tokenizer
 from teacher_dump.dumping.plan import ShardInput, identity_manifest, kept_parameters
 from teacher_dump.dumping.publishing import Knowledge
-from teacher_dump.dumping.request import chat_asked
+from teacher_dump.dumping.request import chat_asked, fitted
 from teacher_dump.dumping.teacher_pass import shard_of
 from teacher_dump.extraction import EXTRACTORS, ExtractionBatch, check_needs
 from teacher_dump.teachers.opening import open_teacher
@@ -123,6 +123,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
         InputError: something given cannot be used, or the sample holds nothing that can.
     """
     config = with_local_corpus(config, reporter=reporter)
+    config = fitted(config, teacher, reporter=reporter)
     chat = chat_asked(config)
     tokenizer = corpus_tokenizer(config, teacher_tokenizer(config, teacher, weights=config.teacher_url is None), chat)
     documents, count, characters = _sample_documents(config, reporter)
@@ -145,6 +146,7 @@ def estimate(config: EstimateConfig, teacher: Teacher | None = None, *, reporter
 
     teacher = teacher or open_teacher(config, config.loading, config.max_length, reporter=reporter)
     check_needs(config.kinds, teacher)
+    config = fitted(config, teacher, reporter=reporter)
     batching = find_batching(config, teacher, config.max_length, reporter)
     manifest = replace(identity_manifest(config, teacher, "estimate", chat, reporter=reporter), derived={"columns": {}})
     random.Random(0).shuffle(sequences)

@@ -24,6 +24,8 @@ _NAMES = {
     "plan.chat.template_sha256": "the text of --chat-template",
     "teacher.dtype": "--dtype",
     "teacher.quantize": "--quantize",
+    "teacher.engine_version": "the version of the server's engine (engine_version)",
+    "teacher.served_name": "the name that the model is served by (served_name)",
 }
 
 
@@ -97,6 +99,8 @@ def _sentence(name: str, old: Any, new: Any, existing: Manifest, asked: Manifest
         return f"--columns said {old} and now says {new}"
     if name.startswith("teacher.files."):
         return f"the teacher's file {name.removeprefix('teacher.files.')} has other contents"
+    if name.startswith("teacher.fingerprint"):
+        return "the server's answers to fixed prompts are others, so that its model is another one"
     label = _NAMES.get(name) or in_words(name)
     for kind, extractor in EXTRACTORS.items():
         parameter = name.removeprefix(f"kinds.{kind}.")

@@ -28,7 +28,7 @@ from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loa
 from teacher_dump.dumping.mismatch import check_same
 from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.dumping.request import chat_asked
+from teacher_dump.dumping.request import chat_asked, fitted
 from teacher_dump.dumping.worker_shards import worker_shards
 
 if TYPE_CHECKING:
@@ -49,17 +49,18 @@ def repair(
         reporter: hears of progress, and of what is damaged and what was made again.
 
     Raises:
-        InputError: something given cannot be used, or there is no such dump.
+        InputError: something given cannot be used, there is no such dump, or its storage replaces no files (a bucket).
         MismatchError: the dump of that name was made from something else.
         DamageError: its folder of commit records is not a folder.
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are repaired first.
     """
     storage = open_storage(config.store)
+    storage.replace([])  # refused here, and not after an hour, where nothing is replaced
     config = with_local_corpus(config, reporter=reporter)
     check_request(config, storage, rank, world_size)
     existing = _manifest_to_repair(storage, config.dump_name, reporter)
-    config = as_made(config, existing)
+    config = fitted(as_made(config, existing), teacher, existing, reporter=reporter)
     if repair_store_file(storage):
         reporter.note(f"Repaired: {storage.locate(STORE_FILE)} was damaged, and is written again")
     pending: list[int] = []
@@ -82,6 +83,9 @@ def repair(
 
     teacher = teacher or open_teacher(config, loading, config.max_length, reporter=reporter)
     check_needs(config.kinds, teacher)
+    config = fitted(config, teacher, existing, reporter=reporter)
+    if existing is not None:
+        teacher.recognise(existing.teacher)
     find_batching(config, teacher, config.max_length, reporter)
     planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
     if existing is not None:

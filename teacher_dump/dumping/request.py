@@ -59,10 +59,10 @@ def fitted(config: C, teacher: Teacher | None, existing: Manifest | None = None,
         return config
     for kind in config.kinds:
         options, extractor = config.kind_options(kind), EXTRACTORS[kind]
-        if Ability.DISTRIBUTIONS in abilities:
-            # An engine gives less at times than it could: what it gave decides.
-            if existing is None or kind not in existing.kinds or not _made_of_likeliest(options, existing, kind):
-                continue
+        # An engine gives less at times than it could: what it gave decides.
+        gave_less = existing is not None and kind in existing.kinds and _made_of_likeliest(options, existing, kind)
+        if Ability.DISTRIBUTIONS in abilities and not gave_less:
+            continue
         limited = extractor.of_likeliest(options)
         if limited != options:
             config = replace(config, **{field.name: getattr(limited, field.name) for field in fields(limited)})

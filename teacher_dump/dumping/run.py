@@ -16,7 +16,7 @@ from teacher_dump.dumping.inspection import corpus_tokenizer, inspect_before_loa
 from teacher_dump.dumping.mismatch import check_alike, check_same
 from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.dumping.request import chat_asked, check_size
+from teacher_dump.dumping.request import chat_asked, check_size, fitted
 from teacher_dump.dumping.shared_scan import Sharing
 from teacher_dump.dumping.worker_shards import remaining_shards, shards_of_others, worker_shards
 from teacher_dump.teachers.files import stated_sizes
@@ -51,7 +51,7 @@ def dump(
     config = with_local_corpus(config, reporter=reporter)
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)
-    config = as_made(config, existing)
+    config = fitted(as_made(config, existing), teacher, existing, reporter=reporter)
     loading = check_before_loading(config, storage, existing, teacher, reporter)
     chat = chat_asked(config, existing or config.like)
     sharing = Sharing(storage, rank, world_size)
@@ -70,11 +70,14 @@ def dump(
 
     teacher = teacher or open_teacher(config, loading, config.max_length, reporter=reporter)
     check_needs(config.kinds, teacher)
+    config = fitted(config, teacher, existing, reporter=reporter)
     if existing is None:
         check_size(config, teacher.description, derived)
     find_batching(config, teacher, config.max_length, reporter)  # a teacher that cannot be asked is refused here
     if existing is None and (existing := existing_manifest(storage, config.dump_name)) is not None:
         chat, derived = chat_asked(config, existing), existing.derived  # another worker has begun the dump, maybe yesterday
+    if existing is not None:
+        teacher.recognise(existing.teacher)
     planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
     if existing is not None:
         check_same(storage, existing, planned)

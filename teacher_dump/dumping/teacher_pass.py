@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -24,7 +24,8 @@ from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.dumping.batches import batch_room, extract_batch, find_batching, length_batches, predict_batch
+from teacher_dump.dumping.asked_batches import AskedBatch, BatchAsker
+from teacher_dump.dumping.batches import extract_batch
 from teacher_dump.dumping.plan import ShardInput, ShardReader, corpus_columns, kept_parameters
 from teacher_dump.dumping.publishing import Committed, Knowledge, ShardPublisher
 from teacher_dump.extraction import EXTRACTORS
@@ -82,9 +83,12 @@ def dump_shards(
         with (
             reporter.progress(f"dumping {writer.manifest.dump}", total, "positions") as advance,
             ThreadPoolExecutor(1, "reader") as executor,
+            ExitStack() as stack,
         ):
             meter = _Meter(advance, publisher)
-            for shard in _read_ahead(executor, reader, pending, committed_already):
+            shards = _read_ahead(executor, reader, pending, committed_already)
+            asked = BatchAsker(config, teacher, parameters, shards).shards()
+            for shard, batches in stack.enter_context(closing(asked)):
                 looked = -math.inf
 
                 def look(number: int = shard.shard) -> None:
@@ -97,7 +101,7 @@ def dump_shards(
 
                 with suppress(_Overtaken):
                     look()
-                    publisher.hand_over(shard, _ask(config, teacher, shard, parameters, meter, look))
+                    publisher.hand_over(shard, _take(config, shard, batches, parameters, meter, look))
             publisher.close()
             meter.show()
         publisher.check()
@@ -159,10 +163,10 @@ def _read_ahead(
         yield ready
 
 
-def _ask(
+def _take(
     config: DumpConfig,
-    teacher: Teacher,
     shard: ShardInput,
+    batches: Iterator[AskedBatch],
     parameters: dict[str, Parameters],
     meter: _Meter,
     after_batch: Callable[[], None],
@@ -171,18 +175,13 @@ def _ask(
 
     `after_batch` is called after each batch: what the writer met ends the dump there, not when the shard is done.
     """
-    lengths = [len(sequence.token_ids) for sequence in shard.sequences]
-    knowledge: dict[str, list[Any]] = {kind: [None] * len(lengths) for kind in parameters}
-    batching = find_batching(config, teacher, config.max_length)
-    room = batch_room(config, teacher, config.max_length, parameters)
-    for indices in length_batches(lengths, room, batching):
-        sequences = [shard.sequences[index] for index in indices]
-        batch = extract_batch(config, parameters, predict_batch(config, teacher, sequences, parameters), sequences)
+    knowledge: dict[str, list[Any]] = {kind: [None] * len(shard.sequences) for kind in parameters}
+    for asked in batches:
+        batch = extract_batch(config, parameters, asked.prediction, asked.sequences)
         for kind, extracted in batch.items():
-            for index, arrays in zip(indices, extracted, strict=True):
+            for index, arrays in zip(asked.indices, extracted, strict=True):
                 knowledge[kind][index] = arrays
-        positions = sum(len(sequence.token_ids) for sequence in sequences)
-        meter.batch(batch, positions)
+        meter.batch(batch, sum(len(sequence.token_ids) for sequence in asked.sequences))
         after_batch()
     return knowledge
 

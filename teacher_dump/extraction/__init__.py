@@ -89,8 +89,8 @@ def check_abilities(kinds: Iterable[str], abilities: frozenset[Ability], teacher
     for kind in kinds:
         if missing := sorted(EXTRACTORS[kind].needs - abilities):
             raise InputError(
-                f"knowledge of kind {kind!r} needs {' and '.join(missing)}, which {teacher} cannot give: use another teacher, or"
-                " leave this kind out"
+                f"knowledge of kind {kind!r} needs {' and '.join(missing)}, which {teacher} cannot give: use another teacher,"
+                " or leave this kind out"
             )
 
 

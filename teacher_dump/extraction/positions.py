@@ -88,7 +88,7 @@ def positions_parameters(options: PositionsOptions) -> PositionsParameters:
 
 
 def of_likeliest(options: PositionsOptions) -> PositionsOptions:
-    """The options for a teacher that gives the likeliest tokens and no whole distributions: without draws and the tail's entropy.
+    """The options for a teacher that gives its likeliest tokens alone: without draws and the tail's entropy.
 
     Raises:
         InputError: draws that are not those of the default are asked for, or the tail at a temperature.

@@ -122,12 +122,11 @@ class CompletionsClient:
         reporter: hears of a server that does not answer.
     """
 
-    def __init__(self, address: str, connections: int, patience: Patience = Patience(), *, reporter: Reporter = SILENT):
+    def __init__(self, address: str, connections: int, patience: Patience, *, reporter: Reporter = SILENT):
         self.address, self._patience, self._reporter = address, patience, reporter
         self._key = os.environ.get(KEY_VARIABLE, "")
         if self._key and not (self._key.isascii() and self._key.isprintable()):
             raise InputError(f"the key in {KEY_VARIABLE} has characters that no header can have: set it again")
-        self._closed = threading.Event()
         self._waiting = False
         try:
             self._http = httpx2.Client(
@@ -139,8 +138,7 @@ class CompletionsClient:
             raise InputError(f"no connection to {address} can be made: {self._safe(str(error))}") from None
 
     def close(self) -> None:
-        """Give up what is being asked; nothing can be asked any more."""
-        self._closed.set()
+        """Close the connections to the server; nothing can be asked any more."""
         self._http.close()
 
     def served_model(self, preferred: str) -> ServedModel:
@@ -185,18 +183,19 @@ class CompletionsClient:
         tokens = reply.get("tokens") if isinstance(reply, dict) else None
         return tokens if isinstance(tokens, list) and all(isinstance(token, int) for token in tokens) else None
 
-    def likeliest(self, model: str, token_ids: list[int], count: int) -> Likeliest:
+    def likeliest(self, model: str, token_ids: list[int], count: int, dropped: threading.Event | None = None) -> Likeliest:
         """What the model finds likeliest in the place of all tokens but the first, N of them.
 
         Args:
             model: by its served name.
             token_ids: N + 1.
             count: how many of the likeliest tokens, k.
+            dropped: set, by another thread, once nobody waits for the reply any more.
 
         Raises:
             InputError: the reply is not about these tokens, or lacks some; the server refuses the request, or has failed too
                 often in a row.
-            GivenUp: the client was closed.
+            GivenUp: nobody waits for it.
         """
         request = {
             "model": model,
@@ -206,31 +205,31 @@ class CompletionsClient:
             "temperature": 0,
             "return_token_ids": True,
         }
-        failures = 0
-        while not self._closed.is_set():
+        failures, dropped = 0, dropped or threading.Event()
+        while not dropped.is_set():
             try:
                 reply = self._send("POST", "/v1/completions", request)
                 self._waiting = False
                 return read_likeliest(reply, token_ids, count, self.address)
             except _Failure as failure:
                 failures += 1
-                self._wait(failure, failures)
+                self._wait(failure, failures, dropped)
         raise GivenUp(f"what {self.address} was asked is not wanted any more")
 
-    def _wait(self, failure: _Failure, failures: int) -> None:
+    def _wait(self, failure: _Failure, failures: int, dropped: threading.Event) -> None:
         """Wait after so many failures of a request in a row (InputError: they are too many)."""
-        if failures >= self._patience.failures and not self._closed.is_set():
+        if failures >= self._patience.failures and not dropped.is_set():
             raise InputError(
                 f"the server at {self.address} failed {failures} times in a row, for {duration(self._patience.seconds)} or"
                 f" longer (the last time: {failure}). What is committed stays: start the server again, and give the same"
                 " command to resume"
             ) from None
-        if not self._waiting and not self._closed.is_set():
+        if not self._waiting and not dropped.is_set():
             self._waiting = True
             self._reporter.note(f"Waiting for the server at {self.address}: {failure}")
         seconds = max(self._patience.wait(failures), min(failure.after, self._patience.longest_wait))
         # Not all at the same moment, if many wait.
-        self._closed.wait(seconds * random.uniform(0.5, 1.0))
+        dropped.wait(seconds * random.uniform(0.5, 1.0))
 
     def _once(self, method: str, path: str) -> Any:
         """What a server says, asked once: one that is not there is told at once."""
@@ -253,10 +252,6 @@ class CompletionsClient:
             raise _Failure(self._safe(str(error)) or type(error).__name__) from None
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             raise InputError(f"{self.address} cannot be asked: {self._safe(str(error))}") from None
-        except RuntimeError:  # the client was closed
-            if not self._closed.is_set():
-                raise
-            raise GivenUp(f"what {self.address} was asked is not wanted any more") from None
         status, words = response.status_code, self._words(response)
         if status in PASSING:
             raise _Failure(f"HTTP status {status}{words}", _seconds(response.headers.get("Retry-After", "")))

@@ -24,6 +24,8 @@ from teacher_dump.fingerprints import file_sha256
 MAX_POSITIONS = ("max_position_embeddings", "n_positions")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTH = ("hidden_size", "n_embd", "d_model")
+# And how many experts a mixture of them has.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def check_local_teacher(teacher: str, gguf_file: str | None = None, revision: str | None = None) -> None:

@@ -6,11 +6,14 @@ asked for before the first is read, so that the server always has as many as `--
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+import queue
+import threading
+import weakref
+from collections.abc import Collection, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,6 +27,37 @@ from teacher_dump.teachers.protocol import Ability, Batching, Likeliest
 from teacher_dump.teachers.tokenizer import load_tokenizer, token_texts
 
 BATCHES_AHEAD = 2
+PATIENCE = Patience()
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is asked about a sequence (see `CompletionsClient.likeliest`), and the reply that is to come."""
+
+    token_ids: list[int]
+    count: int
+    dropped: threading.Event
+    reply: Future[Likeliest]
+
+
+_Requests: TypeAlias = "queue.SimpleQueue[_Request | None]"
+
+
+def _answer(client: CompletionsClient, model: str, requests: _Requests) -> None:
+    """Make requests, one after the other, until there is a None."""
+    while (request := requests.get()) is not None:
+        if not request.reply.set_running_or_notify_cancel():
+            continue
+        try:
+            request.reply.set_result(client.likeliest(model, request.token_ids, request.count, request.dropped))
+        except BaseException as error:  # whoever waits for the reply raises it
+            request.reply.set_exception(error)
+
+
+def _end(client: CompletionsClient, requests: _Requests, threads: int) -> None:
+    for _ in range(threads):
+        requests.put(None)
+    client.close()
 
 
 @dataclass
@@ -34,15 +68,19 @@ class HttpPrediction:
         teacher: whose.
         hidden: there is none.
         replies: B of them, each about all tokens of a sequence but the first.
+        starts: int64 (B,), where the sequences begin in the padded batch.
+        dropped: set once nobody waits for them.
     """
 
     teacher: HttpTeacher
     replies: list[Future[Likeliest]]
+    starts: np.ndarray
+    dropped: threading.Event
     hidden: None = None
 
     def likeliest(self, rows: np.ndarray, positions: np.ndarray) -> Likeliest:
         """See `protocol.Prediction`; waits for the replies."""
-        replies = [reply.result() for reply in self.replies]
+        replies, positions = [reply.result() for reply in self.replies], positions - self.starts[rows]
         parts = [reply.part(positions[rows == row]) for row, reply in enumerate(replies)]
         order = np.argsort(np.concatenate([np.flatnonzero(rows == row) for row in range(len(replies))]))
         names = ("ids", "logprobs", "token_ids", "token_logprobs")
@@ -50,9 +88,9 @@ class HttpPrediction:
 
     def drop(self) -> None:
         """See `protocol.Prediction`."""
+        self.dropped.set()
         for reply in self.replies:
             reply.cancel()
-        self.teacher.give_up()
 
     def layer_states(self, layer: int) -> Any:
         """Never asked for."""
@@ -75,18 +113,24 @@ class HttpTeacher:
         description: what the manifest says of it; instead of its files' hashes the engine, its version, the name that the
             model is served by, and a fingerprint.
         tokenizer: the one of the folder.
-        connect: makes a client of the server.
+        client: of the server.
         connections: requests at once.
         fingerprint_answers: what it says to the prompts of its fingerprint.
     """
 
     description: dict[str, Any]
     tokenizer: Any
-    connect: Callable[[], CompletionsClient]
+    client: CompletionsClient
     connections: int
     fingerprint_answers: Likeliest
-    _client: CompletionsClient | None = field(default=None, repr=False)
-    _threads: ThreadPoolExecutor | None = field(default=None, repr=False)
+    _requests: _Requests = field(default_factory=queue.SimpleQueue, repr=False)
+
+    def __post_init__(self) -> None:
+        for number in range(self.connections):
+            arguments = (self.client, self.description["served_name"], self._requests)
+            # None of them keeps a process from ending.
+            threading.Thread(target=_answer, args=arguments, name=f"request {number}", daemon=True).start()
+        weakref.finalize(self, _end, self.client, self._requests, self.connections)
 
     @property
     def vocabulary_size(self) -> int:
@@ -144,29 +188,19 @@ class HttpTeacher:
         likeliest: int = 0,
     ) -> HttpPrediction:
         """Ask for a batch (see `protocol.Teacher`); returns at once."""
-        if self._client is None or self._threads is None:
-            self._client, self._threads = self.connect(), ThreadPoolExecutor(self.connections, "server")
-        client, name = self._client, self.description["served_name"]
-        sequences = [row[mask].tolist() for row, mask in zip(token_ids, attention_mask, strict=True)]
-        return HttpPrediction(
-            self, [self._threads.submit(client.likeliest, name, sequence, likeliest) for sequence in sequences]
-        )
-
-    def give_up(self) -> None:
-        """End all requests, without waiting for their replies; what is asked afterwards is asked anew."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False, cancel_futures=True)
-        if self._client is not None:
-            self._client.close()
-        self._client = self._threads = None
+        dropped = threading.Event()
+        replies: list[Future[Likeliest]] = []
+        for row, mask in zip(token_ids, attention_mask, strict=True):
+            replies.append(Future())
+            self._requests.put(_Request(row[mask].tolist(), likeliest, dropped, replies[-1]))
+        return HttpPrediction(self, replies, attention_mask.argmax(axis=1), dropped)
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""
         return token_texts(self.tokenizer, self.vocabulary_size)
 
-    def recognise(self, kept: dict[str, Any]) -> None:
-        """Take over the fingerprint of a teacher that a manifest describes, if this one may be it: it says the same up to numeric
-        noise."""
+    def recognise(self, kept: Mapping[str, Any]) -> None:
+        """Take over the fingerprint of a teacher that a manifest describes, if it says the same up to numeric noise."""
         if isinstance(prompts := kept.get("fingerprint"), list) and same_fingerprint(prompts, self.fingerprint_answers):
             self.description["fingerprint"] = prompts
 
@@ -177,7 +211,6 @@ def open_server(
     longest: int,
     connections: int,
     revision: str | None = None,
-    patience: Patience = Patience(),  # noqa: B008
     *,
     reporter: Reporter = SILENT,
 ) -> HttpTeacher:
@@ -189,7 +222,6 @@ def open_server(
         longest: tokens of the longest sequence that it is going to be asked about.
         connections: requests at once.
         revision: of a hub id.
-        patience: with requests that fail.
         reporter: hears of a server that does not answer for a while.
 
     Raises:
@@ -203,10 +235,7 @@ def open_server(
             f"{folder / 'config.json'} does not say how large the vocabulary is: give the folder of the model served"
         )
 
-    def connect() -> CompletionsClient:
-        return CompletionsClient(address, connections, patience, reporter=reporter)
-
-    client = connect()
+    client = CompletionsClient(address, connections, PATIENCE, reporter=reporter)
     try:
         model = client.served_model(teacher)
         _check_length(model, longest, address)
@@ -220,8 +249,9 @@ def open_server(
             )
         prompts = ids[: min(PROMPTS + 1, model.max_length or PROMPTS + 1)]
         answers = client.likeliest(model.name, prompts, min(DEPTH, sizes["vocabulary_size"]))
-    finally:
+    except BaseException:
         client.close()
+        raise
     description = {
         "name": folder.resolve().name if Path(teacher).is_dir() else teacher,
         "engine": SERVER,
@@ -231,12 +261,12 @@ def open_server(
         "vocabulary_size": sizes["vocabulary_size"],
         "max_positions": model.max_length,
     }
-    return HttpTeacher(description, tokenizer, connect, connections, answers)
+    return HttpTeacher(description, tokenizer, client, connections, answers)
 
 
 def _check_length(model: ServedModel, longest: int, address: str) -> None:
     if model.max_length is not None and longest > model.max_length:
         raise InputError(
-            f"{model.name} at {address} takes {model.max_length} tokens and one more that it generates, and sequences have up to"
-            f" {longest}: start the server with --max-model-len {longest + 1}, or give a shorter --max-length"
+            f"{model.name} at {address} takes {model.max_length} tokens and one more that it generates, and sequences have up"
+            f" to {longest}: start the server with --max-model-len {longest + 1}, or give a shorter --max-length"
         )

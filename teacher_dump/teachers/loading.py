@@ -36,9 +36,10 @@ ENGINES = {
     "transformers": Engine(),
     "vllm": Engine(
         package="vllm",
-        advice="install both into an environment of its own, as TEACHERS.md says, or leave --engine out",
+        advice="pip install 'knowledge-store[vllm]' in an environment of its own, or leave --engine out",
         excluded=("gguf_file", "device", "device_map", "max_memory", "quantize", "attention"),
         reason="vLLM reads safetensors, quantised ones too, and finds devices and attention itself",
+        abilities=frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST}),
     ),
     SERVER: Engine(
         excluded=("gguf_file", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),

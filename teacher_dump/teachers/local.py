@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -35,14 +35,13 @@ from knowledge_store.errors import InputError
 from knowledge_store.model_files import panics_as_errors, silence
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.ranks import local_rank
-from teacher_dump.teachers.files import file_hashes, find_folder, model_files
+from teacher_dump.teachers.files import EXPERTS, file_hashes, find_folder, model_files
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
 from teacher_dump.teachers.tokenizer import token_texts
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")  # what configurations call how many there are
 UNKNOWN = 2**31  # as how many layers there are: none has that number
 
 # Kept between a forward and a backward pass at once: larger batches pay little on a CPU, and more on a GPU.
@@ -202,6 +201,9 @@ class LocalTeacher:
                 " choose another layer, or leave this kind of knowledge out"
             )
         return states[layer].detach()
+
+    def recognise(self, kept: Mapping[str, Any]) -> None:
+        """It is told by its files."""
 
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""

@@ -55,7 +55,7 @@ class LocalPrediction:
             for part in self._slices(len(rows)):
                 chosen = self._states[self._places(rows[part], positions[part])]
                 logits = chosen if self.hidden is None else self.teacher.model.get_output_embeddings()(chosen)
-                yield part, self._with_finite_padding(logits.to(self.teacher.device).float())
+                yield part, with_finite_padding(logits.to(self.teacher.device).float(), self.teacher.impossible_tokens)
 
     def likeliest(self, rows: np.ndarray, positions: np.ndarray) -> Likeliest:
         """Never asked for, where logits are whole."""
@@ -77,7 +77,9 @@ class LocalPrediction:
             chosen = self._states[places].requires_grad_(self.hidden is not None)
             with torch.enable_grad():
                 logits = chosen if self.hidden is None else self.teacher.model.get_output_embeddings()(chosen)
-            slope = slopes(part, self._with_finite_padding(logits.detach().to(self.teacher.device).float())).to(logits)
+            slope = slopes(
+                part, with_finite_padding(logits.detach().to(self.teacher.device).float(), self.teacher.impossible_tokens)
+            ).to(logits)
             gradient[places] = slope if self.hidden is None else torch.autograd.grad(logits, chosen, slope)[0]
         [gradients] = torch.autograd.grad(outputs, embeddings, gradient)
         return embeddings.detach(), gradients
@@ -98,11 +100,17 @@ class LocalPrediction:
         """Some positions, on the device of their states."""
         return rows.to(self._states.device), positions.to(self._states.device)
 
-    def _with_finite_padding(self, logits: torch.Tensor) -> torch.Tensor:
-        """Give tokens that are never given, whose logits are −inf, ones so low that their probability is 0 all the same: sums
-        of products and checks for what is not finite then need to know nothing of them."""
-        ids = torch.from_numpy(self.teacher.impossible_tokens).to(logits.device)
-        if len(ids):
-            padding = logits[:, ids]
-            logits[:, ids] = torch.where(padding.isneginf(), logits.amax(dim=1, keepdim=True) - IMPOSSIBLE, padding)
-        return logits
+
+def with_finite_padding(logits: torch.Tensor, impossible_tokens: np.ndarray) -> torch.Tensor:
+    """Give tokens that are never given, whose logits are −inf, ones so low that their probability is 0 all the same: sums of
+    products and checks for what is not finite then need to know nothing of them. In place.
+
+    Args:
+        logits: float32 (n, V).
+        impossible_tokens: int64 (m,).
+    """
+    ids = torch.from_numpy(impossible_tokens).to(logits.device)
+    if len(ids):
+        padding = logits[:, ids]
+        logits[:, ids] = torch.where(padding.isneginf(), logits.amax(dim=1, keepdim=True) - IMPOSSIBLE, padding)
+    return logits

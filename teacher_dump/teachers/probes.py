@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from knowledge_store.errors import InputError
-from teacher_dump.teachers.protocol import Batching
+from teacher_dump.teachers.protocol import Batching, Teacher
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.local import LocalTeacher
@@ -35,7 +35,7 @@ def _tokens(count: int, vocabulary: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocabulary, count)
 
 
-def _logits(teacher: LocalTeacher, rows: list[np.ndarray], places: list[np.ndarray]) -> list[torch.Tensor]:
+def _logits(teacher: Teacher, rows: list[np.ndarray], places: list[np.ndarray]) -> list[torch.Tensor]:
     """The logits of each row's places, float32 (n, V) on the CPU, all rows in one batch padded on the right."""
     lengths = np.array([len(row) for row in rows])
     padded = np.zeros((len(rows), lengths.max()), np.int64)
@@ -63,7 +63,7 @@ def difference(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return apart.square().sum(dim=1).sqrt() / scale
 
 
-def check_looks_back(teacher: LocalTeacher) -> None:
+def check_looks_back(teacher: Teacher) -> None:
     """Make sure that what comes later in a text changes no prediction.
 
     Two texts with the same beginning and other ends are asked in one batch, three times over: only a position that moves every
@@ -230,11 +230,11 @@ def _places(length: int) -> np.ndarray:
     return np.unique(np.linspace(length // 2, length - 1, COMPARED).astype(np.int64))
 
 
-def _of_dtype(values: dict[str, float], teacher: LocalTeacher) -> float:
+def _of_dtype(values: dict[str, float], teacher: Teacher) -> float:
     return values.get(teacher.description["dtype"], values["bfloat16"])
 
 
-def _probe_length(teacher: LocalTeacher) -> int:
+def _probe_length(teacher: Teacher) -> int:
     return min(SHORT, teacher.description["max_positions"] or SHORT)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -221,6 +221,14 @@ class Teacher(Protocol):
         Raises:
             InputError: the model does not give hidden states of these layers.
             MemoryError: the batch is too large for the device.
+        """
+        ...
+
+    def recognise(self, kept: Mapping[str, Any]) -> None:
+        """Describe itself as it is described already, where it is told by what it answers, and may be the same up to noise.
+
+        Args:
+            kept: what a manifest says of the teacher of its dump.
         """
         ...
 

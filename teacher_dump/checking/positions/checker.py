@@ -24,14 +24,16 @@ from __future__ import annotations
 import numpy as np
 
 from knowledge_store import KnowledgeStore, Manifest
+from knowledge_store.kinds.positions import positions_of
 from knowledge_store.reporter import Reporter
 from teacher_dump.checking.agreement import OTHER_TEACHER, OTHER_TOKENIZER
 from teacher_dump.checking.identity import other_model, other_tokenizer, same_weights
 from teacher_dump.checking.positions.comparison import ask, read_sequences
 from teacher_dump.checking.positions.limits import SHORT, limits_of
+from teacher_dump.checking.positions.steps import SOUND_REMAINDER
 from teacher_dump.checking.positions.verdicts import PositionsAgreement, judge
 from teacher_dump.configuration import CheckConfig
-from teacher_dump.teachers.protocol import Teacher
+from teacher_dump.teachers.protocol import Ability, Teacher
 
 
 def check_positions(
@@ -59,6 +61,10 @@ def check_positions(
         return PositionsAgreement(
             dump=manifest.dump, sequences=0, positions=0, verdict=verdict, reasons=reasons, notes=tuple(notes), limits=limits
         )
+    if Ability.DISTRIBUTIONS not in teacher.abilities:
+        notes.append("this teacher gives its likeliest tokens alone: draws and the entropy of tails are not compared")
+    if Ability.DISTRIBUTIONS not in teacher.abilities or positions_of(manifest).tail == "remainder":
+        notes.append(f"a tail is known as what candidates leave of one: below e^{SOUND_REMAINDER:g} it is not compared")
     kept, unreadable = read_sequences(store, manifest, ordinals.tolist())
     compared = ask(manifest, teacher, kept, config, reporter)
     return judge(manifest, kept, compared, unreadable, tokenizer, weights_are_same, notes, limits, len(ordinals))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +17,14 @@ from knowledge_store.errors import DamageError, InputError
 from knowledge_store.format.sequences import token_hash
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.columns import padded_lists
-from knowledge_store.kinds.positions import damage, exact_steps, positions_of
+from knowledge_store.kinds.positions import damage, positions_of
 from knowledge_store.reporter import Reporter
+from teacher_dump.checking.positions.likeliest import compare_likeliest
+from teacher_dump.checking.positions.steps import moved_steps
 from teacher_dump.configuration import TeacherOptions
 from teacher_dump.dumping.batches import batch_arrays, enough_memory
 from teacher_dump.extraction.sampling import precise, starts
-from teacher_dump.teachers.protocol import Teacher
-
-ROUNDED = {"token_logprob": "token", "candidate_logprobs": "candidates", "tail_logprob": "tail", "tail_entropy": "tail entropy"}
+from teacher_dump.teachers.protocol import Ability, Prediction, Teacher
 
 
 @dataclass(frozen=True)
@@ -97,20 +98,32 @@ def ask(
     """
     lengths = [len(sequence.token_ids) for sequence in kept]
     compared: list[Arrays] = [{} for _ in kept]
-    with reporter.progress("asking the teacher again", max(sum(lengths), 1), "positions") as advance:
-        for index in sorted(range(len(kept)), key=lambda number: -lengths[number]):  # too little memory shows at once
-            with enough_memory(options, [kept[index].token_ids]):
-                compared[index] = _ask(manifest, teacher, kept[index])
-            advance(lengths[index])
+    likeliest = min(positions_of(manifest).selection.candidates, teacher.vocabulary_size)
+    asked: deque[tuple[int, Prediction]] = deque()
+    order = sorted(range(len(kept)), key=lambda number: -lengths[number])  # too little memory shows at once
+    try:
+        with reporter.progress("asking the teacher again", max(sum(lengths), 1), "positions") as advance:
+            for number, index in enumerate(order):
+                with enough_memory(options, [kept[index].token_ids]):
+                    asked.append((index, teacher.predict(*batch_arrays([kept[index].token_ids]), likeliest=likeliest)))
+                    while len(asked) > teacher.ahead or (asked and number == len(order) - 1):
+                        index, prediction = asked.popleft()
+                        compared[index] = _read(manifest, prediction, kept[index])
+                        advance(lengths[index])
+    finally:
+        for _, prediction in asked:
+            prediction.drop()
     return compared
 
 
-def _ask(manifest: Manifest, teacher: Teacher, sequence: KeptSequence) -> Arrays:
-    rule = positions_of(manifest).selection
+def _read(manifest: Manifest, prediction: Prediction, sequence: KeptSequence) -> Arrays:
+    rule, teacher = positions_of(manifest).selection, prediction.teacher
     kept = _arrays(sequence.rows)
+    if Ability.DISTRIBUTIONS not in teacher.abilities:
+        rows = np.zeros_like(sequence.places)
+        return compare_likeliest(prediction.likeliest(rows, sequence.places - 1), kept, manifest)
     if rule.draw_weight:
         kept["begin"] = starts(sequence.number, len(sequence.token_ids), rule.draw_seed)[sequence.places]
-    prediction = teacher.predict(*batch_arrays([sequence.token_ids]))
     before = torch.from_numpy(sequence.places - 1).to(teacher.device)
     parts = [
         _compare(precise(logits), {name: values[part] for name, values in kept.items()}, manifest)
@@ -180,15 +193,7 @@ def _compare(logits: Tensor, kept: Arrays, manifest: Manifest) -> Arrays:
         distances = (_beside(weights, drawn, begin, each) for each in (spacing, spacing * torch.exp(larger)))
         differences["draws off"] = torch.minimum(*distances)
 
-    compared = {}
-    now = exact_steps({**kept, **{name: values.cpu().numpy() for name, values in answers.items()}}, manifest)
-    for column, was in exact_steps(kept, manifest).items():
-        name = f"tail at T={temperature:g}" if column == "tail_logsumexp" else ROUNDED[column]
-        with np.errstate(invalid="ignore"):  # a tail that is empty, then and now
-            apart, moved = np.abs(was - now[column]), np.round(was) - np.round(now[column])
-        same = was == now[column]
-        compared[f"{name} off"] = np.where(same, 0, np.maximum(apart - 0.5, 0) * step)
-        compared[f"{name} moved"] = np.where(same, 0, moved) * step
+    compared = moved_steps({name: values.cpu().numpy() for name, values in answers.items()}, kept, manifest)
     return {**compared, **{name: values.cpu().numpy() for name, values in differences.items()}}
 
 

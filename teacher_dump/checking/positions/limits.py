@@ -56,6 +56,7 @@ SHORT = Limits(0.25, 1.5, bias=0.03, spread=0.75, draws=0.02, draw=0.25, moved=0
 
 
 def limits_of(manifest: Manifest, teacher: Teacher) -> Limits:
-    """The limits for a dump and the teacher that is asked again: those of the coarser of the two dtypes."""
-    dtypes = {manifest.teacher.get("dtype", "float32"), teacher.description["dtype"]}
+    """The limits for a dump and the teacher that is asked again: those of the coarser of the two dtypes. What runs on a server
+    may have any."""
+    dtypes = {manifest.teacher.get("dtype"), teacher.description.get("dtype")}
     return FLOAT32 if dtypes <= {"float32", "float64"} else SHORT
