@@ -65,6 +65,8 @@ NOT_RUN = {
     ("knowledge_store/SERVING.md", "it serves until it is told to end"),
     ("student_train/TRAINERS.md", "needs two GPUs"),
     ("teacher_dump/DATA.md", "downloads a data set"),
+    ("teacher_dump/WORKERS.md", "benchmarks/launchers.py runs it"),
+    ("teacher_dump/WORKERS.md", "it needs a cluster"),
     ("teacher_dump/IMPORTS.md", "downloads a data set"),
     ("teacher_dump/TEACHERS.md", "needs a server of vLLM"),
 }
