@@ -196,9 +196,9 @@ def sent_bytes(path: Path) -> float:
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--positions", type=int, default=600_000)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=20, help="of a round")
+    parser.add_argument("--positions", type=int, default=300_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="of a round")
     parser.add_argument("--times", type=int, default=5, help="that a query's client is killed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
