@@ -13,6 +13,7 @@ killed before the first row, and the time is taken until the query's process is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -53,7 +54,8 @@ def children(pid: int) -> set[int]:
     """The processes that a process has started."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found.update(map(int, (task / "children").read_text().split()))
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended
+            found.update(map(int, (task / "children").read_text().split()))
     return found
 
 

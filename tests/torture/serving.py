@@ -79,10 +79,12 @@ class Server:
     @property
     def queries(self) -> list[str]:
         """The processes that it has started, on Linux."""
+        found: list[str] = []
         with contextlib.suppress(FileNotFoundError):
-            tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
-            return [child for task in tasks for child in (task / "children").read_text().split()]
-        return []
+            for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # a thread that has ended
+                    found += (task / "children").read_text().split()
+        return found
 
     def open(self) -> KnowledgeStore:
         """The store, as a client has it."""
