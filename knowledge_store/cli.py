@@ -13,6 +13,7 @@ import typer
 from rich.text import Text
 
 from knowledge_store.configuration import (
+    BrowseConfig,
     CopyConfig,
     ExportConfig,
     InfoConfig,
@@ -181,11 +182,15 @@ def export(config: ExportConfig) -> None:
 
     Example: `knowledge-store export knowledge/ smollm2-books --output books.parquet --where "is_target"`
     """
+    if config.format != "parquet" and (config.where is not None or config.kind is not None):
+        raise InputError(f"--where and --kind choose rows of a Parquet file: leave them out with --format {config.format}")
+    if config.format == "distillkit":
+        sequences = _open(config.store, cache_size=0).export_distillkit(config.output, config.dump, TerminalReporter())
+        output.print(f"{config.output}: {sequences:,} sequences, and compression_config.yaml", markup=False)
+        return
     if config.format == "speculators":
         from knowledge_store.reading.speculators import draft_layers
 
-        if config.where is not None or config.kind is not None:
-            raise InputError("--where and --kind choose rows of a Parquet file: leave them out with --format speculators")
         store = _open(config.store, cache_size=0)
         samples = store.export_speculators(config.output, config.dump, TerminalReporter())
         *layers, _ = draft_layers(store.manifest(config.dump))
@@ -283,7 +288,7 @@ def copy(config: CopyConfig) -> None:
     """
     from knowledge_store.writing.copy import copy as copy_dumps
 
-    copied = copy_dumps(config.source, config.destination, config.dump, TerminalReporter())
+    copied = copy_dumps(config.source, config.destination, config.dump, TerminalReporter(), repair=config.repair)
     existing = f", {copied.existing:,} existed already and were checked" if copied.existing else ""
     names = ", ".join(copied.dumps) or "no dump"
     output.print(f"Copied {names}: {copied.shards:,} shards, {byte_size(copied.bytes)}{existing}", markup=False)
@@ -304,6 +309,25 @@ def sequence(config: SequenceConfig) -> None:
     for header, rows in opened.shown(ordinal, name):
         for number, line in enumerate(aligned(header, rows)):
             output.print(Text(line, style="" if number else "bold"))
+
+
+@command(app, BrowseConfig)
+def browse(config: BrowseConfig) -> None:
+    """Look into a store with a browser: its dumps, sequences token by token, questions, SQL. Ctrl-C ends it.
+
+    The page is for this machine alone. With `--with`, it shows students beside their teacher.
+
+    Example: `knowledge-store browse knowledge/ --with student=positions.parquet`
+    """
+    try:
+        from knowledge_store.page.browse import browse as serve_page
+        from knowledge_store.page.browse import listen
+    except ImportError as error:
+        raise InputError(f"`browse` needs {error.name}: pip install 'knowledge-store[serve]'") from None
+    files = parse_named_files(config.files)
+    opened = _open(config.store)
+    with listen(config.bind) as listening:
+        serve_page(opened, listening, files, lambda address: note(f"The page is at {address} (Ctrl-C ends it)"), config.open)
 
 
 @command(app, ServeConfig)

@@ -14,7 +14,7 @@ from knowledge_store.sql.answers import Format
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.storage import StorePlace
 
-EXPORT_FORMATS = ("parquet", "speculators")
+EXPORT_FORMATS = ("parquet", "speculators", "distillkit")
 
 # --- shared by the three programs -------------------------------------------------------------------------------------------
 
@@ -23,7 +23,11 @@ EXPORT_FORMATS = ("parquet", "speculators")
 class StoreOptions:
     """Of a command that works on a store."""
 
-    store: StorePlace = option(argument=True, metavar="STORE", help="The store's folder.")
+    store: StorePlace = option(
+        argument=True,
+        metavar="STORE",
+        help="The store: a folder, s3://BUCKET/PREFIX (also gs:// and az://), or grpc+tls://HOST:PORT of one served.",
+    )
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,23 @@ class SqlConfig(StoreOptions):
 
 
 @dataclass(frozen=True)
+class BrowseConfig(StoreOptions):
+    """The options of `knowledge-store browse`."""
+
+    bind: str = option(
+        "127.0.0.1:8816", metavar="HOST:PORT", help="Where the page is, on this machine; port 0 takes a free one."
+    )
+    open: bool = option(True, help="Open the page in a browser.")
+    files: tuple[str, ...] = option(
+        (),
+        flag="--with",
+        metavar="NAME=FILE",
+        help="What `student-train evaluate --keep-positions` wrote of the student NAME, to show it beside the teacher; or any"
+        " Parquet file, for SQL. It may be repeated.",
+    )
+
+
+@dataclass(frozen=True)
 class ExportConfig(OneDumpOptions):
     """The options of `knowledge-store export`."""
 
@@ -95,7 +116,7 @@ class ExportConfig(OneDumpOptions):
         EXPORT_FORMATS[0],
         choices=EXPORT_FORMATS,
         help="parquet: the rows of a kind as a Parquet file. speculators: hidden states as a folder that the trainer of draft"
-        " models of that name reads, a file for each sequence.",
+        " models of that name reads, a file for each sequence. distillkit: candidates as a folder that DistillKit trains from.",
     )
     where: str | None = option(None, help="A condition in SQL: only rows that meet it are written.")
     kind: str | None = option(None, help="Which kind of knowledge, when the dump has several.")
@@ -130,6 +151,11 @@ class CopyConfig:
     source: StorePlace = option(argument=True, metavar="SOURCE", help="The store to copy from.")
     destination: StorePlace = option(argument=True, metavar="DESTINATION", help="The store to copy to; made when missing.")
     dump: str | None = option(None, names_dump=True, help="Copy this dump alone.")
+    repair: bool = option(
+        False,
+        help="Remove what is damaged in DESTINATION and copy it again: so a store in a bucket is repaired. Nobody else may"
+        " write there meanwhile.",
+    )
 
 
 @dataclass(frozen=True)
@@ -152,6 +178,9 @@ class ServeConfig:
     timeout: float = option(600.0, above=0, help="A query is interrupted after this many seconds.")
     metrics: str | None = option(
         None, metavar="HOST:PORT", help="Give figures in Prometheus's format at http://HOST:PORT/metrics, to anybody."
+    )
+    page: str | None = option(
+        None, metavar="HOST:PORT", help="Show the store on a page at this address too, to those who have a token."
     )
 
 

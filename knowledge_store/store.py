@@ -25,6 +25,7 @@ from knowledge_store.kinds import KINDS, Arrays, item_mask
 from knowledge_store.kinds.kind import check_held
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
+from knowledge_store.reading.distillkit import export_distillkit
 from knowledge_store.reading.mixture import Named
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.readers import Readers
@@ -313,6 +314,22 @@ class KnowledgeStore:
 
         count = self.sequence_count(name)
         return export_speculators(manifest, self.snapshot(name), count, read, Path(output), reporter=reporter)
+
+    def export_distillkit(self, output: str | Path, dump: str | None = None, reporter: Reporter = SILENT) -> int:
+        """Write a dump's candidates to a folder that DistillKit trains students from; see `reading.distillkit`.
+
+        Returns:
+            how many sequences there are.
+
+        Raises:
+            InputError: no such dump, it holds no positions, or the folder exists already or cannot be written.
+            DamageError: a file of the store is not what was published.
+        """
+        manifest = self.manifest(dump)
+        name = manifest.dump
+        return export_distillkit(
+            manifest, self.sequence_count(name), lambda ordinal: self[name, ordinal], Path(output), reporter=reporter
+        )
 
     def batches(self, dump: Named = None, batch_size: int = ReadPlan.batch_size, **plan: Any) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).

@@ -43,7 +43,7 @@ class CorpusCommand(Command):
         if needs_store and values.get("store") is None and not values.get("help"):
             with command_errors():
                 raise InputError(
-                    "STORE is missing: name the store's folder before the options, as in"
+                    "STORE is missing: name the store before the options, as in"
                     f" `{ctx.command_path} knowledge/ --teacher … --corpus …` (what follows --corpus are files of the corpus)"
                 )
         return super().parse_args(ctx, spread)

@@ -16,6 +16,9 @@ from knowledge_store.storage import Entry, Storage, Write, open_storage
 class MemoryStorage:
     """Files by name. What opens a path instead of asking this finds nothing there."""
 
+    forkable = True
+    at_once = 4
+
     def __init__(self) -> None:
         self.address = f"memory:{uuid.uuid4().hex[:8]}"
         self.contents: dict[str, bytes] = {}
@@ -40,6 +43,13 @@ class MemoryStorage:
 
     def size(self, name: str) -> int:
         return len(self._file(name))
+
+    def version(self, name: str) -> str:
+        self._file(name)
+        return str(self.versions[name])
+
+    def probe(self) -> None:
+        pass
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         self.reads += 1

@@ -85,6 +85,11 @@ class Running:
         self.process: BaseProcess = _server.Process(target=_run, args=(function, arguments, str(self._out), str(self._err)))
         self.process.start()
 
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self._out.read_text()
+
     def wait(self) -> Finished:
         """Wait for its end.
 

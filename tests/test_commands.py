@@ -133,11 +133,11 @@ def test_an_address_that_no_storage_serves_is_refused_by_name(program, words, tm
     monkeypatch.chdir(tmp_path)
     write_store("store")
     before = sorted(tmp_path.iterdir())
-    values = {"ADDRESS": "s3://bucket/store", "STORE": "store"}
+    values = {"ADDRESS": "hf://bucket/store", "STORE": "store"}
     arguments = [values.get(word, word).replace("\t", " ") for word in words.split(" ")]
     result = CliRunner().invoke(APPS[program], arguments, prog_name=program)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
-    sentence = "Error: stores in buckets are not served yet: give the path of a folder instead of s3://bucket/store\n"
+    sentence = "Error: hf://bucket/store is no address of a store: give a folder, or s3://BUCKET/PREFIX, gs://… or az://…\n"
     assert result.stderr == sentence
     assert sorted(tmp_path.iterdir()) == before
 

@@ -59,7 +59,7 @@ def test_an_option_given_twice_is_refused(command):
 def test_a_store_that_was_forgotten_is_asked_for(corpus):
     result = invoke("run", "--teacher", "t", "--corpus", *corpus)
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("Error: STORE is missing: name the store's folder before the options")
+    assert result.stderr.startswith("Error: STORE is missing: name the store before the options")
     assert "what follows --corpus are files of the corpus" in result.stderr
 
 

@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import make_tokenizer
 from foreign_caches import (
     Cache,
+    K,
     make_cache,
     shifted,
     write_axolotl,
@@ -22,6 +25,7 @@ from foreign_caches import (
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore, verify
+from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
 
 STEP = 1 / 8
@@ -114,3 +118,336 @@ def test_off_by_one_is_refused(name, by, tmp_path, tokenizer_folder, vocabulary)
     assert result.exit_code == 2
     assert "are off by one" in error_of(result)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.fixture(scope="module")
+def replies(tmp_path_factory, vocabulary) -> list[str]:
+    """Lines of replies, right in all."""
+    folder = tmp_path_factory.mktemp("replies")
+    [path] = write_vllm(folder, make_cache(vocabulary))
+    return Path(path).read_text().splitlines(keepends=True)
+
+
+def changed(line: str, old: str, new: str) -> str:
+    assert old in line
+    return line.replace(old, new, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda line: line[:-40] + "\n", "line 2 is not JSON"),
+        (lambda line: changed(line, '"prompt_token_ids"', '"ids"'), "no prompt_token_ids"),
+        (lambda line: changed(line, '"prompt_token_ids": [', '"prompt_token_ids": [7, '), "predictions of 23 tokens, and 24"),
+        (lambda line: changed(line, '"prompt_token_ids": [', '"prompt_token_ids": [9999'), "beyond the vocabulary of 400"),
+        (lambda line: changed(line, '"logprob": -', '"logprob": -9999.0, "was": -'), "-9999"),
+        (lambda line: line.replace('"logprob": -0', '"logprob": 0'), "sum to"),
+        (lambda line: line.replace('"logprob": -', '"logprob": NaN, "was": -'), "is NaN"),
+        (lambda line: changed(line, '"error": null', '"error": {"message": "no"}'), "of a request that failed"),
+        (lambda line: '{"choices": [{"text": "none"}]}\n', "neither prompt_logprobs nor logprobs"),
+        (lambda line: "[]\n", "line 2 is not a JSON object"),
+    ],
+)
+def test_replies_that_cannot_be_used(change, said, tmp_path, tokenizer_folder, replies):
+    file = tmp_path / "replies.jsonl"
+    file.write_text("".join([replies[0], change(replies[1]), *replies[2:]]))
+    error = error_of(import_files(tmp_path / "store", [str(file)], "vllm", tokenizer_folder))
+    assert said in error and str(file) in error
+    assert not (tmp_path / "store").exists()
+
+
+def test_answers_of_chats_and_completions(tmp_path, tokenizer_folder, vocabulary):
+    """Tokens named by their ids, with and without an echo; without ids, a token's text is not enough."""
+    cache = make_cache(vocabulary, (40, 40, 40))
+    prompt = 10
+    lines = []
+    for tokens, ids, logprobs, own in zip(cache.tokens, cache.ids, cache.logprobs, cache.own, strict=True):
+        names = [f"token_id:{token}" for token in tokens]
+        tops = [
+            {f"token_id:{token}": logprob for token, logprob in zip(*row, strict=True)}
+            for row in zip(ids.tolist(), logprobs.tolist(), strict=True)
+        ]
+        choices = [
+            {"logprobs": {"content": [
+                {"token": names[t], "logprob": own[t], "top_logprobs": [{"token": n, "logprob": p} for n, p in tops[t].items()]}
+                for t in range(prompt, len(tokens))
+            ]}, "token_ids": tokens[prompt:].tolist()},
+            {"logprobs": {"tokens": names[prompt:], "token_logprobs": own[prompt:].tolist(), "top_logprobs": tops[prompt:]}},
+            {"logprobs": {"tokens": names, "token_logprobs": [None, *own[1:].tolist()], "top_logprobs": [None, *tops[1:]]}},
+        ]  # fmt: skip
+        choice = choices[len(lines)]
+        lines.append({"prompt_token_ids": tokens[:prompt].tolist(), "choices": [choice]})
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = import_files(tmp_path / "store", [str(file)], "vllm", tokenizer_folder)
+    assert result.exit_code == 0, result.output
+    for found, tokens, ids, known in zip(imported(tmp_path / "store"), cache.tokens, cache.ids, (10, 10, 1), strict=True):
+        assert np.array_equal(found["input_ids"], tokens)
+        assert found["has_knowledge"].tolist() == [False] * known + [True] * (40 - known)
+        assert found["is_target"].tolist() == [False] * prompt + [True] * (40 - prompt)
+        assert np.array_equal(found["candidate_ids"][known:], ids[known:])
+    file.write_text(json.dumps(lines[1]).replace("token_id:", "w"))
+    assert "tokens by their text" in error_of(import_files(tmp_path / "other", [str(file)], "vllm", tokenizer_folder))
+
+
+def test_what_is_not_of_its_layout(tmp_path, tokenizer_folder, vocabulary):
+    cache = make_cache(vocabulary)
+    for folder in ("a", "b", "c", "d"):
+        (tmp_path / folder).mkdir()
+    store = tmp_path / "store"
+
+    def error(words: list[str], name: str, *more: str) -> str:
+        return error_of(import_files(store, words, name, tokenizer_folder, *more))
+
+    [packed] = write_distillkit(tmp_path / "a", cache, vocabulary)
+    assert "there is no column 'input_ids'" in error(write_plain(tmp_path / "b", cache)[:1], "distillkit")
+    assert "there is no column 'tokens'" in error([packed, "--columns", "ids=tokens,candidates=a,logprobs=b"], "plain")
+    assert "needs --columns" in error([packed], "plain")
+    assert "--columns is an option of --format plain" in error([packed, "--columns", "ids=a"], "distillkit")
+    assert "does not say once" in error([packed, "--columns", "ids=a,idz=b"], "plain")
+    assert "not named as Megatron-LM names them" in error([packed, "--token-file", packed], "megatron")
+    assert "needs --token-file" in error([packed], "megatron")
+    assert "there is no file" in error(["nothing.parquet"], "distillkit")
+    assert "named twice" in error([packed, packed], "distillkit")
+    configuration = tmp_path / "a" / "compression_config.yaml"
+    text = configuration.read_text()
+    configuration.write_text(text.replace("exact_k: 2", "exact_k: 3").replace("num_elements: 3", "num_elements: 2"))
+    assert "bytes of log-probabilities" in error([packed], "distillkit")
+    configuration.write_text("k: 5\n")
+    assert "no configuration of DistillKit" in error([packed], "distillkit")
+    configuration.unlink()
+    assert "there is no compression_config.yaml beside" in error([packed], "distillkit")
+    broken = tmp_path / "c" / "x.parquet"
+    broken.write_bytes(b"PAR1 and then nothing")
+    assert "cannot be read" in error([str(broken)], "distillkit")
+    raw = tmp_path / "c" / "raw.parquet"
+    pq.write_table(pa.table({"messages": ["hello"], "logprobs": ["x"]}), raw)
+    assert "axolotl preprocess" in error([str(raw)], "axolotl")
+    tar = write_megatron(tmp_path / "d", make_cache(vocabulary, AS_LONG))
+    assert "no file of data-parallel rank 0" in error(tar[1:], "megatron")
+    Path(tar[0]).write_bytes(b"no tar")
+    assert "is no tar file" in error(tar, "megatron")
+    result = import_files(store, [packed], "csv", tokenizer_folder)
+    assert result.exit_code == 2 and "csv" in result.output
+    assert not store.exists()
+
+
+def test_ids_that_lost_their_upper_bits(tmp_path, tokenizer_folder):
+    """A vocabulary larger than 2^17 whose ids never reach it was cut to 17 bits."""
+    tar = write_megatron(tmp_path, make_cache(400, AS_LONG))
+    result = import_files(tmp_path / "store", tar, "megatron", tokenizer_folder, "--vocabulary-size", "151936")
+    assert "cut to 17 bits" in error_of(result)
+
+
+def test_a_stopped_import_is_resumed(tmp_path, tokenizer_folder, vocabulary, monkeypatch):
+    """Stopped behind its second shard, the same command makes the others, and the same files come out."""
+    from knowledge_store import DumpWriter
+
+    words = write_vllm(tmp_path, make_cache(vocabulary, (40, 23, 60, 31, 9)))
+    more = ("--shard-size", "1", "--name", "cache")
+    whole = import_files(tmp_path / "whole", words, "vllm", tokenizer_folder, *more)
+    assert "5 of 5 shards imported" in whole.output
+    commit, count = DumpWriter.commit, []
+
+    def stop(self, shard):
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        count.append(shard.number)
+        return commit(self, shard)
+
+    monkeypatch.setattr(DumpWriter, "commit", stop)
+    import_files(tmp_path / "store", words, "vllm", tokenizer_folder, *more)
+    monkeypatch.setattr(DumpWriter, "commit", commit)
+    resumed = import_files(tmp_path / "store", words, "vllm", tokenizer_folder, *more)
+    assert "3 of 5 shards imported, 2 existed" in resumed.output
+    for file in sorted((tmp_path / "whole" / "cache").rglob("*.parquet")):
+        assert (tmp_path / "store" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
+    other = import_files(tmp_path / "store", words, "vllm", tokenizer_folder, "--name", "cache", "--vocabulary-size", "500")
+    assert "was made differently" in error_of(other)
+
+
+def test_round_trip_through_distillkit(tmp_path, tokenizer_folder, teacher_folder, store_folder):
+    """A store written in DistillKit's layout and imported again has the same candidates, and all values within one step."""
+    folder = tmp_path / "packed"
+    opened = KnowledgeStore.open(store_folder)
+    assert opened.export_distillkit(folder, "train") == opened.sequence_count("train")
+    size = str(opened.manifest("train").vocabulary_size)
+    more = ("--vocabulary-size", size, "--teacher", str(teacher_folder), "--device", "cpu", "--name", "again")
+    result = import_files(tmp_path / "store", [str(folder / "data_0.parquet")], "distillkit", teacher_folder, *more)
+    assert result.exit_code == 0, result.output
+    for number, found in enumerate(imported(tmp_path / "store")):
+        kept = opened["train", number]
+        for name in ("input_ids", "is_target", "has_knowledge", "candidate_ids"):
+            assert np.array_equal(found[name], kept[name])
+        for name in ("candidate_logprobs", "tail_logprob"):
+            known = kept["has_knowledge"]
+            assert np.abs(found[name][known] - kept[name][known]).max() <= STEP + 1e-6
+    assert not verify(tmp_path / "store").damage
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory, loaded_teacher) -> Path:
+    """What the tiny teacher says of a few texts, as its own logits have it: plain columns, row j of token j + 1."""
+    import torch
+
+    random = np.random.default_rng(5)
+    rows = []
+    for length in (30, 41, 25, 33, 28, 44):
+        tokens = random.integers(0, 400, length)
+        with torch.no_grad():
+            logits = loaded_teacher.model(input_ids=torch.from_numpy(tokens)[None]).logits[0]
+        logprobs, ids = torch.log_softmax(logits.double(), dim=1).topk(8, dim=1)
+        rows.append({"tokens": tokens.tolist(), "top": ids.tolist(), "scores": logprobs.tolist()})
+    file = tmp_path_factory.mktemp("asked") / "asked.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+COLUMNS = ("--columns", "ids=tokens,candidates=top,logprobs=scores", "--device", "cpu")
+
+
+def test_the_teacher_is_asked_again(asked, tmp_path, teacher_folder, loaded_teacher):
+    """A teacher of random weights: the file alone does not tell, and the teacher does. What it made works as any dump does."""
+    store, teacher = tmp_path / "store", ("--teacher", str(teacher_folder))
+
+    def run(*more: str):
+        return import_files(store, [str(asked), *COLUMNS], "plain", teacher_folder, *more)
+
+    size = ("--vocabulary-size", str(loaded_teacher.vocabulary_size))
+    assert "give --teacher" in error_of(run("--row-predicts", "next", *size))
+    assert "off by one" in error_of(run("--row-predicts", "this", *teacher))
+    assert not store.exists()
+    result = run("--row-predicts", "next", *teacher)
+    assert result.exit_code == 0, result.output
+    assert "positions asked again" in result.output
+
+    from teacher_dump import CheckConfig, check
+
+    [agreement] = check(CheckConfig(store=store, teacher=str(teacher_folder)), loaded_teacher).values()
+    assert agreement.agrees, agreement.lines
+    opened = KnowledgeStore.open(store)
+    [line] = [line for line in opened.info()[0].lines if line[0] == "selection"]
+    assert line[1].startswith("top-k 8, tail as the remainder")
+    rows = opened.sql("SELECT count(*) AS n, count(token_logprob) AS known, count(tail_logprob) AS kept FROM positions")
+    n, known, kept = (rows[name][0].as_py() for name in ("n", "known", "kept"))
+    assert n - 6 == kept > known > 0
+
+
+def test_training_on_it(asked, tmp_path, teacher_folder):
+    """Losses of candidates and tail learn from it; what needs the log-probability of each token says that it does."""
+    from student_train import TrainConfig, calibrate, train
+
+    store = tmp_path / "store"
+    teacher = ("--teacher", str(teacher_folder), "--row-predicts", "next")
+    assert import_files(store, [str(asked), *COLUMNS], "plain", teacher_folder, *teacher).exit_code == 0
+    output = tmp_path / "student"
+    train(TrainConfig(str(store), str(teacher_folder), str(output), steps=1, batch_size=2, eval_fraction=0.0))
+    assert list(output.rglob("model.safetensors"))
+    with pytest.raises(InputError, match="does not know it of tokens that are no candidate"):
+        calibrate(KnowledgeStore.open(store), method="temperature")
+
+
+def test_polynomials_differences_and_the_older_form(tmp_path, tokenizer_folder, vocabulary):
+    """Log-probabilities that lie on a curve are kept by its coefficients, in both forms, and as differences."""
+    cache = make_cache(vocabulary, (40, 60))
+    rank = np.arange(K)
+    bits, rows, older = 9, [], []
+    for tokens, ids, own in zip(cache.tokens, cache.ids, cache.logprobs, strict=True):
+        ids, first = np.roll(ids, -1, axis=0), np.roll(own[:, 0], -1).clip(max=-0.3).astype(np.float32)
+        slope = -2 - first.astype(np.float64) % 1
+        spread = (ids[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1
+        packed = np.packbits(spread.reshape(len(ids), -1).astype(np.uint8), axis=1)
+        # Differences: −2.x each, as a constant, and a correction of one bit on the first of them.
+        parts = [first.astype("<f4"), slope.astype("<f4"), np.full(len(ids), 0.25, "<f2")]
+        octets = [part[:, None].view(np.uint8) for part in parts]
+        one_bit = np.full((len(ids), 1), 0b10000000, np.uint8)
+        columns = [octets[0], octets[1], octets[2], one_bit]
+        rows.append((tokens, packed, np.concatenate(columns, axis=1)))
+        words = np.zeros((len(ids), 1), np.int64)
+        for place in range(K):
+            words[:, 0] |= ids[:, place] << (bits * place)
+        older.append((tokens, words, first[:, None], np.stack([first - 1.0, 1.0 * slope], axis=1)))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").mkdir()
+    names = ("input_ids", "bytepacked_indices", "compressed_logprobs")
+    table = [dict(zip(names, (column.tolist() for column in row), strict=True)) for row in rows]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "new" / "data_0.parquet")
+    settings = {
+        "d": vocabulary, "k": K, "exact_k": 1, "exact_dtype": "float32", "polynomial_terms": [0], "delta_encoding": True,
+        "residual_bins": [{"scale_dtype": "float16", "element_bits": 1, "num_elements": 1}],
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(json.dumps({"teacher": {"kind": "dataset", "logprob_compressor": settings}}))
+    names = ("input_ids", "packed_indices", "exact_values", "coeffs")
+    table = [dict(zip(names, (column.tolist() for column in row), strict=True)) for row in older]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "old" / "data_0.parquet")
+    settings = {"vocab_size": vocabulary, "k": K, "exact_k": 1, "polynomial_degree": 1, "invert_polynomial": False}
+    (tmp_path / "old" / "compression_config.yaml").write_text(json.dumps(settings))
+
+    named = [str(tmp_path / "new" / "data_0.parquet"), "--compression", str(tmp_path / "run.yaml")]
+    for store, files in (("a", named), ("b", [str(tmp_path / "old" / "data_0.parquet")])):
+        result = import_files(tmp_path / store, files, "distillkit", tokenizer_folder)
+        assert result.exit_code == 0, result.output
+    for newer, earlier, row in zip(imported(tmp_path / "a"), imported(tmp_path / "b"), older, strict=True):
+        first, slope = (column[:-1, None].astype(np.float64) for column in (row[2][:, 0], row[3][:, 1]))
+        for found, expected in (
+            (newer, first + slope * rank + np.where(rank > 0, 0.25, 0)),
+            (earlier, np.where(rank > 0, first - 1 + slope * rank, first)),
+        ):
+            assert np.abs(found["candidate_logprobs"][1:] - expected).max() < 1.5 * STEP
+
+
+def test_candidates_that_were_made_to_sum_to_one(tmp_path, tokenizer_folder, vocabulary):
+    """What other tokens had is lost, and that is said."""
+    cache = make_cache(vocabulary, (40, 60))
+    for logprobs in cache.logprobs:
+        logprobs -= np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
+    result = import_files(tmp_path / "store", write_axolotl(tmp_path, cache), "axolotl", tokenizer_folder)
+    assert result.exit_code == 0, result.output
+    assert "what the teacher left to other tokens is lost" in " ".join(result.output.split())
+    assert verify(tmp_path / "store").sound
+
+
+def test_what_axolotl_prepared(tmp_path, tokenizer_folder):
+    """`axolotl_prepared.jsonl` was made by axolotl 0.19.0's own transform, of lists one shorter than the tokens, as vLLM gives
+    them without the first: it fills them up on the left, so that row j is of token j."""
+    file = str(Path(__file__).with_name("axolotl_prepared.jsonl"))
+    cache = make_cache(400, (24, 30), seed=3, k=3)
+    error = error_of(import_files(tmp_path / "store", [file], "axolotl", tokenizer_folder))
+    assert "off by one" in error and "--row-predicts this" in error
+    result = import_files(tmp_path / "store", [file], "axolotl", tokenizer_folder, "--row-predicts", "this")
+    assert result.exit_code == 0, result.output
+    for found, tokens, ids, logprobs in zip(imported(tmp_path / "store"), cache.tokens, cache.ids, cache.logprobs, strict=True):
+        assert np.array_equal(found["input_ids"], tokens) and np.array_equal(found["candidate_ids"][1:], ids[1:])
+        whole = logprobs - np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
+        assert np.abs(found["candidate_logprobs"][1:] - whole[1:]).max() < 1.5 * STEP
+
+
+def test_what_vllm_answered(tmp_path):
+    """The recorded replies of a real server, whose teacher has random weights and is asked again."""
+    from recorded_server import FOLDER, recording, served_model
+    from transformers import AutoTokenizer
+
+    teacher = tmp_path / "teacher"
+    served_model().save_pretrained(teacher)
+    AutoTokenizer.from_pretrained(FOLDER).save_pretrained(teacher)
+    bodies = [
+        body
+        for key, (_, body) in recording().items()
+        if key.startswith("/v1/completions") and key.endswith(" 8") and len(body["choices"][0]["prompt_logprobs"]) > 2
+    ]
+    file = tmp_path / "replies.jsonl"
+    file.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+    more = ("--teacher", str(teacher), "--device", "cpu")
+    result = import_files(tmp_path / "store", [str(file)], "vllm", teacher, *more)
+    assert result.exit_code == 0, result.output
+    assert verify(tmp_path / "store").sound
+    sequences = imported(tmp_path / "store")
+    assert len(sequences) == len(bodies)
+    for found, body in zip(sequences, bodies, strict=True):
+        [choice] = body["choices"]
+        assert found["input_ids"].tolist() == choice["prompt_token_ids"]
+        for place, said in enumerate(choice["prompt_logprobs"][1:], 1):
+            likeliest = sorted((entry["rank"], int(token)) for token, entry in said.items() if entry["rank"] <= 8)
+            assert found["candidate_ids"][place].tolist() == [token for _, token in likeliest]
+            own = said[str(found["input_ids"][place])]["logprob"]
+            assert abs(found["token_logprob"][place] - own) < 1.5 * STEP

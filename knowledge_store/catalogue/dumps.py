@@ -65,6 +65,11 @@ class Dumps:
         """One of the dumps alone."""
         return replace(self, manifests={dump: self.manifests[dump]}, closed={})
 
+    def part(self, dump: str, first: int, last: int) -> Dumps:
+        """One of the dumps, with its committed shards from one number to another alone."""
+        within = (pc.field("dump") == dump) & (pc.field("shard") >= first) & (pc.field("shard") <= last)
+        return replace(self.only(dump), index=Index(self.index.shards.filter(within), self.index.files.filter(within)))
+
     def files(self, manifest: Manifest, table: str, schema: pa.Schema) -> dict[int, TableFile]:
         """The committed files of one table of one dump, by shard."""
         files = self.index.files.filter((pc.field("dump") == manifest.dump) & (pc.field("table") == table))
@@ -78,6 +83,11 @@ class Dumps:
             )
             for shard, size, sha256, footer_sha256, count in zip(*columns, strict=True)
         }
+
+    def file_sizes(self) -> dict[str, int]:
+        """The bytes of each committed file, by its name in the storage."""
+        columns = (self.index.files[name].to_pylist() for name in ("dump", "table", "shard", "bytes"))
+        return {table_file(dump, table, shard): size for dump, table, shard, size in zip(*columns, strict=True)}
 
     def tokens(self, manifest: Manifest) -> pa.Table:
         """A dump's `tokens` table (schema TOKENS_SCHEMA).

@@ -26,7 +26,7 @@ from knowledge_store.format.commits import CommitRecord, commit_records, read_co
 from knowledge_store.format.layout import FORMAT_VERSION, SEQUENCES, user_cache
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import POSITIONS_STATISTIC, TRUNCATED_STATISTIC
-from knowledge_store.storage import Storage
+from knowledge_store.storage import Storage, concurrently
 from knowledge_store.storage.local import make_folder, replace_bytes
 
 SHARDS = pa.schema(
@@ -198,14 +198,18 @@ def refresh(
         elif indexed == standing:
             return known, unusable
     shard_rows, file_rows = [], []
-    for (dump, shard), version in sorted(standing.items()):
-        if dump not in unusable and indexed.get((dump, shard)) != version:
-            try:
-                commit = read_commit_of(storage, by_name[dump], shard)
-            except (DamageError, StoreError) as error:
-                unusable[dump] = error
-                continue
-            shard_rows.append(_shard_row(commit, version))
+    unread = [key for key, version in sorted(standing.items()) if indexed.get(key) != version]
+
+    def read(key: tuple[str, int]) -> CommitRecord | DamageError | StoreError | None:
+        dump, shard = key
+        try:
+            return None if dump in unusable else read_commit_of(storage, by_name[dump], shard)
+        except (DamageError, StoreError) as error:
+            return unusable.setdefault(dump, error)
+
+    for key, commit in zip(unread, concurrently(storage, read, unread), strict=True):
+        if isinstance(commit, CommitRecord):
+            shard_rows.append(_shard_row(commit, standing[key]))
             file_rows.extend(_file_rows(commit))
     shards = pa.Table.from_pylist(shard_rows, schema=_shards_schema(chain.from_iterable(shard_rows)))
     files = pa.Table.from_pylist(file_rows, schema=FILES)

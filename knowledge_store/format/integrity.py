@@ -25,7 +25,7 @@ MAGIC = b"PAR1"
 BLOCK_BYTES = 16 * 1024
 DIGEST_BYTES = 8
 DIGESTS_KEY = b"knowledge-store.blocks"  # in the footer's key-value metadata
-FOOTER_BYTES = 32 * 1024  # read at once from the end of a file; most footers take less
+FOOTER_BYTES = 32 * 1024  # read at once from the end of a file, and what its digests take; most footers take less
 MAX_FILE_BYTES = 2**48
 MAX_READ = 4 * 2**20  # bytes at once of a file that is read whole
 
@@ -169,7 +169,13 @@ def read_footer(storage: Storage, name: str, size: int) -> bytes:
         DamageError: it is missing, has another size, or does not end as Parquet does.
         StoreError: it cannot be read.
     """
-    start = max(size - FOOTER_BYTES, 0)
+    end, length = _read_end(storage, name, size)
+    return end[-length:]
+
+
+def _read_end(storage: Storage, name: str, size: int) -> tuple[bytes, int]:
+    """The bytes at a Parquet file's end, and how many of them are the footer (raises as `read_footer`)."""
+    start = max(size - FOOTER_BYTES - size // BLOCK_BYTES * 2 * DIGEST_BYTES, 0)
     end = storage.read(name, start, size + 1)
     if len(end) != size - start:
         actual_size = storage.size(name)
@@ -177,7 +183,7 @@ def read_footer(storage: Storage, name: str, size: int) -> bytes:
     length = int.from_bytes(end[-8:-4], "little") + 8
     if end[-4:] != MAGIC or length > size:
         raise DamageError(f"{storage.locate(name)} is damaged: it does not end as a Parquet file does")
-    return end[-length:] if length <= len(end) else storage.read(name, size - length, size)
+    return (end, length) if length <= len(end) else (storage.read(name, size - length, size), length)
 
 
 def describe(storage: Storage, name: str) -> FileRecord:
@@ -234,6 +240,9 @@ def unreadable(path: str, error: Exception) -> Exception:
     return DamageError(f"{path} is damaged: {error}")
 
 
+FOOTER_FACTS = {"_footer", "_before", "_digests", "metadata"}
+
+
 class CheckedFile:
     """A published Parquet file, to be read by pyarrow (as a `pa.PythonFile`). Nothing of it is read before it is asked for.
 
@@ -255,7 +264,8 @@ class CheckedFile:
     def _footer(self) -> bytes:
         """The footer, checked, and of the columns and rows of its table: Arrow would make nulls of a missing column."""
         file = self.file
-        footer = read_footer(file.storage, file.name, self.size)
+        end, length = _read_end(file.storage, file.name, self.size)
+        footer = end[-length:]
         if hashlib.sha256(footer).hexdigest() != file.record.footer_sha256:
             raise DamageError(f"{file.path} is damaged: its footer is not the one that was published")
         metadata = parse_footer(footer)
@@ -263,7 +273,15 @@ class CheckedFile:
             raise DamageError(f"{file.path} is damaged: it does not have the columns and rows of its table")
         self.metadata = metadata
         self._digests = bytes.fromhex((metadata.metadata or {}).get(DIGESTS_KEY, b"").decode())
+        self._before = end[:-length]  # the whole rest, of a small file: it is not asked for again
         return footer
+
+    def again(self) -> CheckedFile:
+        """The same file, with a place of its own in it; the footer is not read again."""
+        other = CheckedFile(self.file, self._errors)
+        known = {name: value for name, value in self.__dict__.items() if name in FOOTER_FACTS}
+        other.__dict__ |= known
+        return other
 
     def open(self) -> pq.FileMetaData:
         """Check the footer. Returns what it says (DamageError, StoreError)."""
@@ -277,7 +295,7 @@ class CheckedFile:
             return memoryview(self._footer)[start - before : end - before]
         first, last = start // BLOCK_BYTES, -(-min(end, before) // BLOCK_BYTES)
         begin = first * BLOCK_BYTES
-        data = memoryview(self.file.storage.read(self.file.name, begin, min(last * BLOCK_BYTES, before)))
+        data = memoryview(self._read(begin, min(last * BLOCK_BYTES, before)))
         for block in range(first, last):
             at = block * BLOCK_BYTES - begin
             expected = self._digests[block * DIGEST_BYTES : (block + 1) * DIGEST_BYTES]
@@ -286,6 +304,15 @@ class CheckedFile:
         if end > before:
             data = memoryview(bytes(data) + self._footer)
         return data[start - begin : end - begin]
+
+    def _read(self, start: int, end: int) -> bytes:
+        """Bytes before the footer, not checked, from memory as far as they came with it."""
+        known = self.size - len(self._footer) - len(self._before)
+        if start >= known:
+            return self._before[start - known : end - known]
+        if end <= known:
+            return self.file.storage.read(self.file.name, start, end)
+        return self.file.storage.read(self.file.name, start, known) + self._before[: end - known]
 
     def read(self, count: int = -1) -> memoryview:
         """The next `count` bytes, fewer at the end of the file.

@@ -167,7 +167,15 @@ class OpenTable(pq.ParquetFile):
 
     def __init__(self, checked: CheckedFile):
         self.file = checked.file
-        super().__init__(pa.PythonFile(checked, mode="r"), metadata=checked.open(), page_checksum_verification=True)
+        self._checked = checked
+        # pre_buffer: all of a row group, or of its columns, is asked for at once, and not page by page.
+        super().__init__(
+            pa.PythonFile(checked, mode="r"), metadata=checked.open(), pre_buffer=True, page_checksum_verification=True
+        )
+
+    def again(self) -> OpenTable:
+        """The same file for another thread. Nothing is read for it."""
+        return OpenTable(self._checked.again())
 
 
 def open_table(file: TableFile) -> OpenTable:
@@ -216,7 +224,7 @@ def dataset(files: list[TableFile], schema: pa.Schema, errors: list[KnowledgeSto
         errors: what is wrong with a file is added here too (see `CheckedFile`).
     """
     file_format = ds.ParquetFileFormat(
-        default_fragment_scan_options=ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+        default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
     )
     fragments = [file_format.make_fragment(pa.PythonFile(CheckedFile(file, errors), mode="r")) for file in files]
     return ds.FileSystemDataset(fragments, schema, file_format)

@@ -164,6 +164,11 @@ class DecodedCache:
         if size > 0:
             self._hold()
 
+    def holds(self, sha256: str, group: int) -> bool:
+        """Whether a row group seems to be there (see `read`)."""
+        path = self._path(sha256, group)
+        return self._size > 0 and (path in self._groups or os.path.exists(path))  # noqa: PTH110 — asked very often
+
     def read(self, sha256: str, group: int, item: int) -> Packed | None:
         """One sequence, which belongs to the caller, or None when it has to be decoded.
 

@@ -27,12 +27,13 @@ from knowledge_store.format.records import json_sha256
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.columns import check_lists, row_counts
+from knowledge_store.reading.ahead import BATCHES, GROUPS, Key, ReadAhead
 from knowledge_store.reading.cache import DecodedCache
 from knowledge_store.reading.packed import Packed
 
 MEMORY_BYTES = 512 * 2**20
 FOOTERS = 8  # that are read at once
-OPEN_FILES = 64  # whose footers are kept in memory
+OPEN_FILES = 512  # whose footers are kept in memory
 SHARDS = 4096  # whose sequences are kept in mind, 16 bytes each and 4 for each kind
 
 
@@ -64,7 +65,7 @@ class DumpReader:
         ahead: how many batches after the one that is read `sequences` is to be told of.
     """
 
-    ahead = 0
+    ahead: int
 
     def __init__(self, dumps: Dumps, name: str, cache_size: int, memory: int = MEMORY_BYTES):
         self.manifest = manifest = dumps.manifests[name]
@@ -85,6 +86,10 @@ class DumpReader:
         self._row_groups = lru_cache(SHARDS)(self._read_row_groups)
         self._first_rows = lru_cache(SHARDS)(self._read_first_rows)
         self._open = lru_cache(OPEN_FILES)(self._open_table)
+        far = dumps.storage.at_once > 1
+        self._concurrently = dumps.storage.at_once if far else FOOTERS
+        self._ahead = ReadAhead(self._find_sequences, self._read_stored) if far else None
+        self.ahead = BATCHES if far else 0
 
     def __len__(self) -> int:
         return self._first_ordinal[-1]
@@ -98,7 +103,7 @@ class DumpReader:
         """First ordinal of each row group, of the first kind per position or else the first kind, and the end, int64."""
         kinds = list(self.manifest.kinds)
         kind = next((kind for kind in kinds if KINDS[kind].per == "position"), kinds[0])
-        with ThreadPoolExecutor(FOOTERS) as pool:
+        with ThreadPoolExecutor(self._concurrently) as pool:
             firsts = list(pool.map(lambda place: self._row_groups(kind, place).first, range(len(self._shards))))
         starts = [first[:-1] + start for first, start in zip(firsts, self._first_ordinal, strict=False)]
         return np.concatenate([*starts, [len(self)]]).astype(np.int64)
@@ -172,8 +177,38 @@ class DumpReader:
 
     def _stored(self, kind: str, place: int, group: int) -> pa.Table:
         """A row group as it is stored; of a file that has none, no rows."""
+        coming = None if self._ahead is None else self._ahead.take((kind, place, group))
+        return self._read_stored((kind, place, group)) if coming is None else coming
+
+    def _read_stored(self, key: Key) -> pa.Table:
+        """The same, read now, by whatever thread."""
+        kind, place, group = key
         table = self._open(kind, place)
-        return read_row_group(table, group) if table.num_row_groups else table.file.schema.empty_table()
+        return read_row_group(table.again(), group) if table.num_row_groups else table.file.schema.empty_table()
+
+    def _find_sequences(self, place: int) -> None:
+        """Read where the sequences of a shard are in its files."""
+        for kind in self.manifest.kinds:
+            self._row_groups(kind, place)
+
+    def _look_ahead(self, ahead: ReadAhead, kinds: tuple[str, ...], batches: Sequence[Sequence[int]]) -> None:
+        """Have the row groups on the way that some batches need, the first of which is waited for."""
+        wanted: dict[Key, None] = {}
+        for place in {self._place(ordinal)[0] for ordinals in batches for ordinal in ordinals}:
+            ahead.found(place)
+        for number, ordinals in enumerate(batches):
+            for place, within in map(self._place, ordinals):
+                if not ahead.found(place, wait=number == 0):
+                    continue
+                for kind in kinds:
+                    group = int(self._row_groups(kind, place).group[within])
+                    key, sha256 = (kind, place, group), self._files[kind][place].record.sha256
+                    if key not in wanted and key not in self._decoded and not self._cache.holds(sha256, group):
+                        wanted[key] = None
+                if len(wanted) >= GROUPS:
+                    ahead.begin(wanted)
+                    return
+        ahead.begin(wanted)
 
     def _decode(self, kind: str, place: int, group: int) -> Arrays:
         """A row group's arrays, kept in memory and on disk."""
@@ -272,6 +307,8 @@ class DumpReader:
     ) -> list[tuple[int, dict[str, Arrays]]]:
         """The sequences of a batch, each as of `sequence`; `upcoming` are those of the batches that are likely to be asked for
         next, `ahead` at most."""
+        if self._ahead is not None:
+            self._look_ahead(self._ahead, kinds, [ordinals, *upcoming])
         return [self.sequence(ordinal, kinds) for ordinal in ordinals]
 
     def packed(self, ordinal: int, kinds: tuple[str, ...]) -> tuple[int, dict[str, Packed | Arrays]]:

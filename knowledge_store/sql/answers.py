@@ -47,9 +47,9 @@ def write_answer(schema: pa.Schema, batches: Iterator[pa.RecordBatch], form: For
         writer.writerow(schema.names)
     for batch in batches:
         for start in range(0, len(batch), ROWS_AT_ONCE):
-            for row in _rows(batch.slice(start, ROWS_AT_ONCE)):
+            for row in rows_of(batch.slice(start, ROWS_AT_ONCE)):
                 if form is Format.csv:
-                    writer.writerow([_plain(value) for value in row.values()])
+                    writer.writerow([plain(value) for value in row.values()])
                 else:
                     file.write(f"{separator}{_json(row)}")
                     separator = ",\n"
@@ -62,7 +62,7 @@ def _write_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], file: Tex
     rows: list[list[str]] = []
     count = 0
     for batch in batches:
-        shown = _rows(batch.slice(0, SHOWN_ROWS - len(rows)))
+        shown = rows_of(batch.slice(0, SHOWN_ROWS - len(rows)))
         rows += [[visible(_cell(value)) for value in row.values()] for row in shown]
         count += len(batch)
         if count > COUNTED_ROWS:
@@ -74,28 +74,28 @@ def _write_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], file: Tex
     return f"{len(rows)} of {total} rows shown: --format csv or json gives all"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON has it: −∞, ∞ and NaN become null, whole decimals numbers, and what JSON lacks text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, decimal.Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _json(row: dict[str, Any]) -> str:
     """A row as JSON that tells a terminal nothing, if it is one that reads it: JSON may spell out any character of a text."""
-    text = json.dumps(_plain(row), ensure_ascii=False)
+    text = json.dumps(plain(row), ensure_ascii=False)
     if text.isprintable():
         return text
     return "".join(character if character.isprintable() else json.dumps(character)[1:-1] for character in text)
 
 
-def _rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+def rows_of(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """Rows as Python values.
 
     Raises:
@@ -115,7 +115,7 @@ def _cell(value: Any) -> str:
         return f"{value:.7g}"
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_cell(item) for item in value) + "]"
-    return str(_plain(value))
+    return str(plain(value))
 
 
 def visible(text: str) -> str:

@@ -16,10 +16,12 @@ import json
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from knowledge_store import errors
 from knowledge_store.format.layout import STORE_FILE
@@ -28,6 +30,7 @@ from knowledge_store.isolation.child import MAX_MEMORY_LIMIT, MAX_SECONDS, Child
 from knowledge_store.serving.address import is_served
 from knowledge_store.serving.client import ServedStorage
 from knowledge_store.sql.answers import Format, write_answer
+from knowledge_store.sql.excerpt import excerpt
 from knowledge_store.sql.limits import (
     MEMORY_LIMIT,
     TIMEOUT,
@@ -38,16 +41,19 @@ from knowledge_store.sql.limits import (
 )
 from knowledge_store.sql.named_files import NamedFiles, checked_files
 from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
+from knowledge_store.sql.progress import ReadStorage, reported
 from knowledge_store.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 ARROW, SCHEMAS = "arrow", "schemas"
+EXCERPT = "excerpt"  # the JSON of `sql.excerpt`, with progress
 DUCKDB_SHARE = 0.8
 OPENING_MEMORY = isolation.MEMORY_LIMIT
 OPENING_TIME = 300.0
 OPENED = "opened"
+STOPPED_WITHIN = 0.1  # seconds
 
 
 @contextmanager
@@ -102,18 +108,92 @@ def asked(
             remark(sentence)
 
 
-def _result(child: Child, memory_limit: float, timeout: float) -> Any:
-    reports: list[dict[str, Any]] = []
+def _result(child: Child, memory_limit: float, timeout: float, hear: Report = lambda report: None) -> Any:
+    states: set[str] = set()
+
+    def note(report: dict[str, Any]) -> None:
+        states.add(report.get("state", ""))
+        hear(report)
+
     try:
-        return child.result(reports.append)
+        return child.result(note)
     except Killed as killed:
-        if OPENED not in [report.get("state") for report in reports]:
+        if OPENED not in states:
             raise not_opened(
                 max(timeout, OPENING_TIME), max(memory_limit, OPENING_MEMORY), f"the process ended by {killed}"
             ) from None
         if killed.signal == signal.SIGALRM:
             raise interrupted(timeout) from None
         raise broken(str(killed), memory_limit) from None
+
+
+def isolated_excerpt(
+    store: str,
+    sql: str,
+    stopped: threading.Event,
+    hear: Callable[[int, int], None],
+    memory_limit: float = MEMORY_LIMIT,
+    timeout: float = TIMEOUT,
+    files: NamedFiles | None = None,
+) -> dict[str, Any] | None:
+    """The beginning of an answer (see `sql.excerpt`), from a process of its own.
+
+    Args:
+        store, sql, memory_limit, timeout, files: as of `asked`.
+        stopped: set by another thread, it ends the process.
+        hear: called now and then with how many bytes of the tables that are read have been passed, and of how many.
+
+    Returns:
+        the excerpt, with `remark`, what a person should know of it; None where it was stopped.
+
+    Raises:
+        as `asked`.
+    """
+    check_limits(memory_limit, timeout)
+    if is_served(store):
+        return _served_excerpt(store, sql, stopped, memory_limit, timeout, files)
+    request = {
+        "store": store, "sql": sql, "form": EXCERPT, "parameters": None, "kept": False, "files": checked_files(files),
+        "memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS),
+    }  # fmt: skip
+    done = threading.Event()
+    with started("knowledge_store.sql.isolated:answer", request) as child:
+
+        def stop_when_told() -> None:
+            while not done.is_set():
+                if stopped.wait(STOPPED_WITHIN):
+                    child.kill()
+                    return
+
+        threading.Thread(target=stop_when_told, daemon=True).start()
+        parts: list[bytes] = []
+        reading = threading.Thread(target=lambda: parts.append(child.answer.read()), daemon=True)
+        reading.start()
+        try:
+            remark = _result(child, memory_limit, timeout, lambda report: _hear_progress(report, hear))
+        except errors.KnowledgeStoreError:
+            if stopped.is_set():
+                return None
+            raise
+        finally:
+            done.set()
+        reading.join()
+    return None if stopped.is_set() else {**json.loads(parts[0]), "remark": remark}
+
+
+def _served_excerpt(
+    store: str, sql: str, stopped: threading.Event, memory_limit: float, timeout: float, files: NamedFiles | None
+) -> dict[str, Any] | None:
+    """As `isolated_excerpt`, of a served store, which does not say how far it is."""
+    remarks: list[str] = []
+    with answered(open_storage(store), sql, memory_limit, timeout, remark=remarks.append, files=files) as reader:
+        found = excerpt(reader.schema, takewhile(lambda batch: not stopped.is_set(), reader))
+    return None if stopped.is_set() else {**found, "remark": "; ".join(remarks)}
+
+
+def _hear_progress(report: dict[str, Any], hear: Callable[[int, int], None]) -> None:
+    if "read" in report:
+        hear(report["read"], report["of"])
 
 
 @contextmanager
@@ -239,8 +319,9 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
 
     memory_limit, timeout = request["memory_limit"], request["timeout"]
     limit(max(memory_limit, OPENING_MEMORY), max(timeout, OPENING_TIME))
+    storage = ReadStorage(open_storage(request["store"]))
     try:
-        dumps = open_dumps(open_storage(request["store"]))
+        dumps = open_dumps(cast(Storage, storage))
     except MemoryError:
         raise not_opened(max(timeout, OPENING_TIME), max(memory_limit, OPENING_MEMORY), "it needs more memory") from None
     os.environ.pop("HOME", None)  # DuckDB's messages would name it
@@ -251,16 +332,20 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
         try:
             kept = memory_limit if request["kept"] else None
             query = Query(connection, dumps, request["sql"], kept, request["parameters"], request["files"])
-            schema, batches = query.answer()
             remark = None
-            if request["form"] == SCHEMAS:
+            if request["form"] == EXCERPT:
+                with reported(storage, dumps.file_sizes(), report):
+                    outlet.write(json.dumps(excerpt(*query.answer())).encode())
+            elif request["form"] == SCHEMAS:
                 columns = {name: found.serialize().to_pybytes().hex() for name, found in query.schemas().items()}
                 outlet.write(json.dumps(columns).encode())
             elif request["form"] == ARROW:
+                schema, batches = query.answer()
                 with pa.ipc.new_stream(outlet, schema) as writer:
                     for batch in batches:
                         writer.write_batch(batch)
             else:
+                schema, batches = query.answer()
                 text = io.TextIOWrapper(outlet, encoding="utf-8", newline="")
                 remark = write_answer(schema, batches, Format(request["form"]), text)
                 text.flush()

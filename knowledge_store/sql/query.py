@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import duckdb
 import pyarrow as pa
@@ -109,8 +110,8 @@ class _Catalogue:
 
     def _texts(self, manifest: Manifest) -> pa.Table:
         """One row whose column `list` holds the text of each token id."""
-        tokens = self._dumps.tokens(manifest)
-        return pa.table({"list": pa.array([tokens["text"].to_pylist()], pa.list_(pa.string()))})
+        texts = self._dumps.tokens(manifest)["text"].combine_chunks()
+        return pa.table({"list": pa.ListArray.from_arrays(pa.array([0, len(texts)], pa.int32()), texts)})
 
     def relations(self) -> dict[str, list[tuple[Manifest, str, str | None]]]:
         """What there is to ask about: relation name → for each dump that has it, its kind and SQL (None: a fixed table)."""
@@ -242,74 +243,54 @@ def _own_names(names: list[str]) -> list[str]:
     return owned
 
 
-class Query:
-    """One SELECT statement over a store, made ready to be answered.
+class _Relations:
+    """A store's relations on a connection, made as statements need them, and answers to these statements.
 
     Args:
         connection: from `connect`; the tables are given to it.
-        memory_limit: in bytes, for the answer; None where it is not kept in memory.
-        parameters: values for the statement's `?` or `$1`, in order, or by name for its `$name`.
-        files: Parquet files that the statement may read as relations, by their names.
+        memory_limit: in bytes, for an answer; None where it is not kept in memory.
+        files: Parquet files that statements may read as relations, by their names.
 
     Raises:
         InputError: a file or its name cannot be used.
-        QueryError: it is refused.
-        DamageError: a file it needs has not the footer that was published, or a dump is closed because it is damaged.
+        DamageError: a dump is closed because it is damaged.
         StoreError: every dump is closed.
     """
 
     def __init__(
-        self,
-        connection: duckdb.DuckDBPyConnection,
-        dumps: Dumps,
-        sql: str,
-        memory_limit: int | None,
-        parameters: Parameters | None = None,
-        files: NamedFiles | None = None,
+        self, connection: duckdb.DuckDBPyConnection, dumps: Dumps, memory_limit: int | None, files: NamedFiles | None = None
     ):
         dumps.check_answerable()
-        _check_statement(connection, sql)
-        self._parameters = plain_parameters(parameters)
-        self._connection, self._sql, self._memory_limit = connection, sql, memory_limit
-        self._catalogue = catalogue = _Catalogue(dumps, connection)
-        relations = catalogue.relations()
-        facts: dict[str, Callable[[], pa.Table | ds.Dataset]] = {
+        self._connection, self._memory_limit = connection, memory_limit
+        self._catalogue = _Catalogue(dumps, connection)
+        self._relations = self._catalogue.relations()
+        self._facts: dict[str, Callable[[], pa.Table | ds.Dataset]] = {
             "dumps": lambda: dumps_table(dumps),
             "shards": lambda: shards_table(dumps.index),
         }
         for name, path in checked_files(files).items():
-            if name in relations.keys() | facts.keys():
+            if name in self._relations.keys() | self._facts.keys():
                 raise InputError(f"the store has a relation {name!r} itself: give {path} another name")
-            facts[name] = partial(file_rows, path)
-        self._relations = [*relations, *facts]
-        for relation in _mentioned(connection, sql, relations.keys() | facts.keys()):
-            if relation in facts:
-                catalogue.add(relation, facts[relation]())
+            self._facts[name] = partial(file_rows, path)
+        self._made: dict[str, None] = {}
+
+    def _make(self, sql: str) -> None:
+        """Make the relations that a statement needs."""
+        for relation in _mentioned(self._connection, sql, self._relations.keys() | self._facts.keys()) - self._made.keys():
+            if relation in self._facts:
+                self._catalogue.add(relation, self._facts[relation]())
             else:
-                catalogue.create(relation, relations[relation])
-        connection.execute("SET lock_configuration = true")
-        connection.execute("BEGIN TRANSACTION READ ONLY")
+                self._catalogue.create(relation, self._relations[relation])
+            self._made[relation] = None
 
-    def answer(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-        """Its columns, no two of one name, and its rows, as they are found.
-
-        Raises:
-            QueryError: DuckDB cannot run it, or, from the iterator, the answer is larger than the limit.
-            DamageError: a file it reads is not what was published.
-        """
+    def _answer(self, sql: str, parameters: Any = None) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
         with self._errors():
-            rows = self._connection.sql(self._sql, params=self._parameters)
+            rows = self._connection.sql(sql, params=parameters)
             # What DuckDB 1.4 calls otherwise.
             reader = getattr(rows, "to_arrow_reader" if hasattr(rows, "to_arrow_reader") else "fetch_record_batch")(BATCH_ROWS)
         names = _own_names(reader.schema.names)
         schema = pa.schema([field.with_name(name) for field, name in zip(reader.schema, names, strict=True)])
         return schema, self._batches(reader, schema)
-
-    def schemas(self) -> dict[str, pa.Schema]:
-        """The columns of the relations that the statement needs, by their names (raises as `answer`)."""
-        with self._errors():
-            tables = {name: self._connection.sql(f"SELECT * FROM {identifier(name)} LIMIT 0") for name in self._relations}
-            return {name: table.to_arrow_table().schema for name, table in tables.items()}
 
     def _batches(self, reader: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         size = 0
@@ -339,10 +320,83 @@ class Query:
                 raise QueryLimitError(f"this SQL needs more memory than {limit}: {reason}{advice}") from None
             reason = _reason(error)
             if "Table with name" in reason:
-                reason += f" (the store's relations: {', '.join(self._relations)})"
+                reason += f" (the store's relations: {', '.join([*self._relations, *self._facts])})"
             raise QueryError(f"this SQL was not run: {reason}") from None
         for damage in self._catalogue.errors:
             raise damage
+
+
+class Query(_Relations):
+    """One SELECT statement over a store, made ready to be answered.
+
+    Args:
+        connection, dumps, memory_limit, files: as of `_Relations`.
+        sql: the statement, from anybody.
+        parameters: values for the statement's `?` or `$1`, in order, or by name for its `$name`.
+
+    Raises:
+        InputError: a file or its name cannot be used.
+        QueryError: it is refused.
+        DamageError: a file it needs has not the footer that was published, or a dump is closed because it is damaged.
+        StoreError: every dump is closed.
+    """
+
+    def __init__(
+        self,
+        connection: duckdb.DuckDBPyConnection,
+        dumps: Dumps,
+        sql: str,
+        memory_limit: int | None,
+        parameters: Parameters | None = None,
+        files: NamedFiles | None = None,
+    ):
+        dumps.check_answerable()
+        _check_statement(connection, sql)
+        self._parameters, self._sql = plain_parameters(parameters), sql
+        super().__init__(connection, dumps, memory_limit, files)
+        self._make(sql)
+        connection.execute("SET lock_configuration = true")
+        connection.execute("BEGIN TRANSACTION READ ONLY")
+
+    def answer(self) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """Its columns, no two of one name, and its rows, as they are found.
+
+        Raises:
+            QueryError: DuckDB cannot run it, or, from the iterator, the answer is larger than the limit.
+            DamageError: a file it reads is not what was published.
+        """
+        return self._answer(self._sql, self._parameters)
+
+    def schemas(self) -> dict[str, pa.Schema]:
+        """The columns of the relations that the statement needs, by their names (raises as `answer`)."""
+        with self._errors():
+            tables = {name: self._connection.sql(f"SELECT * FROM {identifier(name)} LIMIT 0") for name in self._made}
+            return {name: table.to_arrow_table().schema for name, table in tables.items()}
+
+
+class Statements(_Relations):
+    """Statements of one's own over a store, one after the other, on one connection: an answer takes a fifth of the time.
+
+    Args:
+        dumps, memory_limit, files: as of `Query`.
+
+    Raises:
+        as `Query`.
+    """
+
+    def __init__(self, dumps: Dumps, memory_limit: int = MEMORY_LIMIT, files: NamedFiles | None = None):
+        super().__init__(connect(memory_limit), dumps, memory_limit, files)
+
+    def answer(self, sql: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        """As of `Query`; all of it is to be taken before the next one is asked for."""
+        _check_statement(self._connection, sql)
+        self._catalogue.errors.clear()
+        self._make(sql)
+        return self._answer(sql)
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._connection.close()
 
 
 def run_query(

@@ -9,10 +9,22 @@ from pathlib import Path
 
 from knowledge_store.errors import InputError
 from knowledge_store.serving.address import is_served
+from knowledge_store.storage.bucket import BucketStorage
+from knowledge_store.storage.bucket_address import SCHEMES, BucketAddress, is_bucket_address
 from knowledge_store.storage.local import LocalStorage
-from knowledge_store.storage.protocol import Entry, Storage, Write, contents
+from knowledge_store.storage.protocol import Entry, Storage, Write, concurrently, contents
 
-__all__ = ["Entry", "Storage", "StorePlace", "Write", "contents", "open_storage"]
+__all__ = [
+    "BucketStorage",
+    "Entry",
+    "Storage",
+    "StorePlace",
+    "Write",
+    "at_endpoint",
+    "concurrently",
+    "contents",
+    "open_storage",
+]
 
 StorePlace = str | Path | Storage  # what a store is opened by: its address or folder, or the storage that holds it
 
@@ -21,16 +33,30 @@ def open_storage(store: StorePlace, token_file: str | Path | None = None) -> Sto
     """The storage of a store, from its folder or address; a storage stays as it is.
 
     Args:
-        store: a folder, or `grpc+tls://host:port` where a store is served.
+        store: a folder, `s3://bucket/prefix` (also gs:// and az://, see `bucket_address`), or `grpc+tls://host:port` where a
+            store is served.
         token_file: of a served store, a file of the token; None takes it from the environment (see `serving.client`).
 
     Raises:
-        InputError: it is an address such as `s3://bucket/store`, which no storage serves.
+        InputError: it is an address that no storage serves, or obstore, which serves it, is not installed.
     """
     if is_served(store):
         from knowledge_store.serving.client import ServedStorage
 
         return ServedStorage(str(store), token_file)
     if isinstance(store, str) and "://" in store:
-        raise InputError(f"stores in buckets are not served yet: give the path of a folder instead of {store}")
+        return BucketStorage(store)
+    if isinstance(store, Path) and store.parts and store.parts[0].removesuffix(":") in SCHEMES and store.parts[0][-1] == ":":
+        raise InputError(f"{store} is a path, which has lost a /: give the address of a bucket as a text")
     return LocalStorage(store) if isinstance(store, str | Path) else store
+
+
+def at_endpoint(store: StorePlace, endpoint: str) -> StorePlace:
+    """The address of a bucket with an endpoint, unless it has one; anything else as it is.
+
+    Raises:
+        InputError: the endpoint is no URL of a service.
+    """
+    if isinstance(store, str) and is_bucket_address(store):
+        return str(BucketAddress.parse(store).at(endpoint))
+    return store

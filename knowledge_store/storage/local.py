@@ -261,6 +261,7 @@ class LocalStorage:
     """
 
     forkable = True
+    at_once = 1  # a disk that is near answers before another thread is awake
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
@@ -292,8 +293,7 @@ class LocalStorage:
             return MissingFileError(f"{path} is missing")
         return StoreError(f"cannot read {path}: {error.strerror or error}")
 
-    def size(self, name: str) -> int:
-        """Bytes of a file (MissingFileError, DamageError, StoreError)."""
+    def _status(self, name: str) -> os.stat_result:
         path = self.locate(name)
         try:
             status = Path(path).stat()
@@ -301,7 +301,15 @@ class LocalStorage:
             raise self._unreadable(path, error) from None
         if not stat.S_ISREG(status.st_mode):
             raise DamageError(f"{path} is damaged: it is not a file")
-        return status.st_size
+        return status
+
+    def size(self, name: str) -> int:
+        """Bytes of a file (MissingFileError, DamageError, StoreError)."""
+        return self._status(name).st_size
+
+    def version(self, name: str) -> str:
+        """Its place on the disk, size and modification time (MissingFileError, DamageError, StoreError)."""
+        return " ".join(map(str, _state(self._status(name))))
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes of a file (MissingFileError, DamageError, StoreError)."""
@@ -359,6 +367,9 @@ class LocalStorage:
             raise StoreError(f"cannot write in {folder}: {folder.parent} was removed")
         make_folder(folder)
         self._lasting.add(folder)
+
+    def probe(self) -> None:
+        """Where files cannot be linked, `create` says so itself."""
 
     def create(self, name: str, write: Write) -> bool:
         """Publish a file unless its name is taken; its folder is made (StoreError: the disk is full or otherwise refuses)."""

@@ -1,4 +1,4 @@
-"""What a store needs of the place that holds its files: a folder, later a bucket.
+"""What a store needs of the place that holds its files: a folder or a bucket.
 
 Files have relative names with "/" between their parts (`books/commits/00017.json`). They are published whole and never changed,
 except by repair. A bucket has no folders, no locks and no renames, and listing one is slow and costs money: `open` of a store
@@ -7,11 +7,14 @@ lists once, and once a dump.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, TypeVar
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Write = Callable[[BinaryIO], object]  # writes the contents of a file to the open file that it is given
 
 
@@ -46,10 +49,12 @@ class Storage(Protocol):
         address: where it is, as people name it.
         cache_key: a name of its own, whatever it is called from where: what is cached of it has this name.
         forkable: whether a process that was forked from one that used it can use it too.
+        at_once: how many calls it is worth while to have under way at the same time.
     """
 
     address: str
     forkable: bool
+    at_once: int
 
     @property
     def cache_key(self) -> str: ...
@@ -75,6 +80,14 @@ class Storage(Protocol):
         """
         ...
 
+    def version(self, name: str) -> str:
+        """Another text whenever the file is another one, as in a listing's `Entry`, though not the same text.
+
+        Raises:
+            MissingFileError, DamageError: as of `size`.
+        """
+        ...
+
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """Bytes of a file from one place to another, or to its end; fewer where it ends before.
 
@@ -92,6 +105,14 @@ class Storage(Protocol):
         """The names directly under `prefix/` (of the store, where it is empty) that stand for more files, sorted."""
         ...
 
+    def probe(self) -> None:
+        """Make sure that `create` keeps its promise here, before the first file is written.
+
+        Raises:
+            StoreError: it does not.
+        """
+        ...
+
     def create(self, name: str, write: Write) -> bool:
         """Publish a file, all of it or nothing, unless its name is taken.
 
@@ -102,7 +123,11 @@ class Storage(Protocol):
 
     def replace(self, files: Sequence[tuple[str, Write]]) -> None:
         """Write all files aside, in order, then let each take the place of what has its name, in order. Where `write` returns
-        False, what has that name stays."""
+        False, what has that name stays.
+
+        Raises:
+            InputError: this storage replaces nothing, whatever the files, and if there are none; says what to do.
+        """
         ...
 
     def make_lasting(self, prefix: str) -> None:
@@ -144,3 +169,13 @@ class Storage(Protocol):
     def close(self) -> None:
         """Close what is kept open; it can be used again all the same."""
         ...
+
+
+def concurrently(storage: Storage, call: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """What a call that asks a storage gives for some items, in order: as many are under way as are worth while there. The
+    first error is raised."""
+    places = list(items)
+    if storage.at_once == 1 or len(places) < 2:
+        return list(map(call, places))
+    with ThreadPoolExecutor(min(storage.at_once, len(places))) as pool:
+        return list(pool.map(call, places))

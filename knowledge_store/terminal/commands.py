@@ -1,7 +1,7 @@
 """Commands made from configurations: each option is a field of a frozen dataclass (see `knowledge_store.options`).
 
-All three commands have the same habits: STORE is the first argument, `--version`, tab completion, errors of one line with exit
-code 2, and an option that takes one value is refused when it is given twice.
+All three commands have the same habits: STORE is the first argument, `--endpoint` where it is in a bucket, `--version`, tab
+completion, errors of one line with exit code 2, and an option that takes one value is refused when it is given twice.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from knowledge_store.errors import KnowledgeStoreError
+from knowledge_store.errors import InputError, KnowledgeStoreError
 from knowledge_store.options import Option, check_options, flag_of, option_of
-from knowledge_store.storage import Storage
+from knowledge_store.storage import Storage, at_endpoint
+from knowledge_store.storage.bucket_address import is_bucket_address
 from knowledge_store.terminal.configuration_file import file_text, option_values
 from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output, output_errors, show_in_any_encoding
 
+ENDPOINT = "endpoint"
 _UsageError: Any = typer.BadParameter.__bases__[0]  # of the command-line library that typer brings with it
 
 
@@ -96,9 +98,10 @@ def dump_names(context: typer.Context, incomplete: str) -> list[str]:
     """The dumps of the STORE that was named, for a shell that completes a word."""
     from knowledge_store.store import KnowledgeStore
 
-    store = context.params.get("store") or context.params.get("source")
+    store, endpoint = context.params.get("store") or context.params.get("source"), context.params.get(ENDPOINT)
     try:
-        names = [] if store is None else list(KnowledgeStore.open(store).dumps)
+        place = store if store is None or endpoint is None else at_endpoint(store, endpoint)
+        names = [] if place is None else list(KnowledgeStore.open(place).dumps)
     except (KnowledgeStoreError, OSError):
         names = []
     return [name for name in names if name.startswith(incomplete)]
@@ -136,11 +139,16 @@ def command(
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        stores = [name for name, hint in get_type_hints(configuration).items() if Storage in get_args(hint)]
         parameters = [*_parameters(configuration), *(_file_parameters(configuration) if configuration_file else ())]
+        if stores:
+            parameters.append(_endpoint_parameter())
 
         @functools.wraps(function)
-        def run(*, config: Path | None = None, print_config: bool = False, **values: Any) -> None:
+        def run(*, config: Path | None = None, print_config: bool = False, endpoint: str | None = None, **values: Any) -> None:
             with command_errors():
+                if endpoint is not None:
+                    values |= _at_endpoint({name: values[name] for name in stores}, endpoint)
                 lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
                 chosen = configuration(**{**values, **lists})
                 check_options(chosen)
@@ -154,6 +162,26 @@ def command(
         return app.command(name, cls=cls)(run)
 
     return decorate
+
+
+def _endpoint_parameter() -> inspect.Parameter:
+    """The option of every command that has a store: where the service of its bucket is."""
+    declared = typer.Option(
+        "--endpoint",
+        metavar="URL",
+        help="Of a store in a bucket (s3://, gs://, az://): the URL of the service, where it is not the provider's own."
+        " AWS_ENDPOINT_URL says the same of s3://.",
+    )
+    annotation = Annotated[str | None, declared]
+    return inspect.Parameter(ENDPOINT, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _at_endpoint(stores: dict[str, Any], endpoint: str) -> dict[str, Any]:
+    """The addresses of a command's stores, with an endpoint (InputError: none of them is in a bucket)."""
+    found = {name: None if store is None else at_endpoint(store, endpoint) for name, store in stores.items()}
+    if not any(isinstance(store, str) and is_bucket_address(store) for store in found.values()):
+        raise InputError("--endpoint is for stores in buckets, such as s3://bucket/store: leave it out")
+    return found
 
 
 def _parameters(configuration: type) -> list[inspect.Parameter]:

@@ -7,6 +7,7 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 from __future__ import annotations
 
 import datetime
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from knowledge_store.format.layout import (
     check_dump_name,
     commit_file,
     manifest_file,
+    scanned_dump,
     table_file,
     tokens_file,
 )
@@ -39,7 +41,7 @@ def create_store(storage: Storage) -> None:
     """Make a place a store, unless it is one.
 
     Raises:
-        StoreError: it is a file, or has something else in it, or the storage refuses.
+        StoreError: it is a file, or has something else in it, or the storage refuses, or does not publish as it should.
     """
     # Listed before store.json is looked for: another writer may be making the same store, and makes that file first.
     if occupied(storage):
@@ -49,13 +51,18 @@ def create_store(storage: Storage) -> None:
             raise StoreError(
                 f"{storage.address} is a folder with something else in it: name a new or empty folder, or a store"
             ) from None
+    storage.probe()
     storage.create(STORE_FILE, store_contents())
     check_store_file(storage)
 
 
 def remove_leftovers(storage: Storage, manifest: Manifest) -> None:
-    """Remove what writers of a dump that died left behind."""
+    """Remove what writers of a dump that died left behind, and what they found in the corpus: the manifest has it."""
     dump = manifest.dump
+    for folder in storage.folders(""):
+        if scanned_dump(folder) == dump:
+            with suppress(StoreError):  # another worker has just removed it
+                storage.remove_folder(folder)
     for prefix in ("", dump, *(f"{dump}/{table}" for table in (SEQUENCES, *manifest.kinds, COMMITS))):
         storage.remove_leftovers(prefix)
 
@@ -100,6 +107,7 @@ class DumpWriter:
     def refresh(self, manifest: Manifest) -> None:
         """Resume with the manifest as it stands in the store now, since it was repaired."""
         self.manifest = manifest
+        self._version = self.storage.version(manifest_file(self.dump))
         self._standing = self.storage.read(manifest_file(self.dump))
 
     @property
@@ -161,11 +169,14 @@ class DumpWriter:
         Raises:
             StoreError: it was removed, or removed and made again from something else.
         """
+        name = manifest_file(self.dump)
         try:
-            unchanged = self.storage.read(manifest_file(self.dump)) == self._standing
+            version = self.storage.version(name)  # a manifest may have megabytes, and this is asked for each file
+            if version != self._version and self.storage.read(name) == self._standing:
+                self._version = version
         except MissingFileError:
             raise StoreError(f"{self.address} was removed while it was being written") from None
-        if not unchanged:
+        if version != self._version:
             raise StoreError(f"{self.address} was removed, and made again from something else, while it was being written")
 
     def committed(self, shard: int) -> bool:

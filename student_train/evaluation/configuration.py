@@ -20,9 +20,7 @@ class EvaluateConfig(BatchOptions, GgufOptions, DumpOptions):
     """An evaluation; each field is an option of `student-train evaluate`."""
 
     model: str = option(help="Folder or hub id of the model to evaluate.")
-    store: StorePlace | None = option(
-        None, argument=True, metavar="STORE", help="The store's folder, to evaluate on a held-out dump."
-    )
+    store: StorePlace | None = option(None, argument=True, metavar="STORE", help="The store, to evaluate on a held-out dump.")
     _: KW_ONLY
     limit: int | None = option(None, min=1, help="Evaluate only this many sequences or questions, spread evenly over them all.")
     output: str | None = option(

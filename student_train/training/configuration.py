@@ -65,7 +65,7 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         "Optimisation": (
             *("learning_rate", "warmup", "schedule", "weight_decay", "max_grad_norm", "precision", "lora_rank", "set"),
         ),
-        "Folder, reading and reports": ("save_steps", "keep_eos", "workers", "cache_size", "report_to"),
+        "Folder, reading and reports": ("save_steps", "keep_eos", "workers", "cache_size", "token_file", "report_to"),
     }
 
     student: str = option(help="Folder or hub id of the model to train.")
@@ -183,6 +183,11 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         min=0,
         max=1_000_000,
         help="Disk space in GB for decoded sequences in the user's cache folder, which is safe to delete. 0 means no cache.",
+    )
+    token_file: str | None = option(
+        None,
+        metavar="<path>",
+        help="File of the token for a served store; without it, KNOWLEDGE_STORE_TOKEN has the token.",
     )
     keep_eos: bool = option(
         False,

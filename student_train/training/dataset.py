@@ -8,6 +8,7 @@ is lost, repeated or reordered for any number of workers, and none is read twice
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -25,6 +26,7 @@ from knowledge_store.reading.order import step_count
 from knowledge_store.reading.plan import ReadPlan
 from student_train.training.ranks import rank_and_world_size, refuse_another_division
 
+START_METHOD = "forkserver"
 IGNORED = -100  # the label that every library's cross-entropy leaves out
 
 
@@ -67,6 +69,7 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         if (rank is None) != (world_size is None):
             raise InputError("give both rank and world_size, or neither")
         self.store = store
+        self._process = os.getpid()
         self.dump = dump
         self._found = rank is None  # in each use
         self._plan = ReadPlan(rank=rank or 0, world_size=1 if world_size is None else world_size, **plan)
@@ -84,6 +87,9 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
         # A started process may know nothing of the group of processes that this one belongs to.
         return {**self.__dict__, "_plan": self.plan, "_found": False}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= {**state, "_process": os.getpid()}
+
     @property
     def plan(self) -> ReadPlan:
         """What is read, and by which rank."""
@@ -91,6 +97,12 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
             return self._plan
         rank, world_size = rank_and_world_size()
         return replace(self._plan, rank=rank, world_size=world_size)
+
+    @property
+    def start_method(self) -> str | None:
+        """How a loader is to start its workers, for `multiprocessing_context`: None where any way will do. A store that is read
+        over a network is not read in a process that was forked."""
+        return None if self.store.storage.forkable else START_METHOD
 
     @property
     def batches_per_epoch(self) -> int:
@@ -142,6 +154,11 @@ class DistillationDataset(IterableDataset[dict[str, Any]]):
     def _read(self, plan: ReadPlan, epoch: int, consumed: int) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if not self.store.storage.forkable and self._process != os.getpid():
+            raise InputError(
+                f"{self.store.address} is not read in a process that was forked: give the loader"
+                " multiprocessing_context=dataset.start_method"
+            )
         # A forked worker must not share open files with its parent, and must not see shards that were committed meanwhile.
         store = copy.copy(self.store) if info else self.store
         passed_epoch, passed = self._next[1:].tolist()

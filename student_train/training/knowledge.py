@@ -132,7 +132,7 @@ def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
             be opened, the output is something else than the folder of this run, or a dump does not hold what the loss needs.
     """
     loss = check_config(config)
-    store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9))
+    store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9), token_file=config.token_file)
     mixture = resolve_mixture(config, store, check_folder(Path(config.output)))
     check_mixture(store, mixture, config, loss)
     check_rationale(config, store, mixture)

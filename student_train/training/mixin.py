@@ -259,7 +259,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
             pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
             persistent_workers=persistent and workers > 0,
             prefetch_factor=arguments.dataloader_prefetch_factor,
-            multiprocessing_context=arguments.dataloader_multiprocessing_context if workers else None,
+            multiprocessing_context=(arguments.dataloader_multiprocessing_context or dataset.start_method) if workers else None,
         )
 
     def num_examples(self, dataloader: DataLoader) -> int:

@@ -40,7 +40,7 @@ COMPLETE_FILE = "complete.json"
 _OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"}
 
 # What may change between an interrupted run and the one that resumes it.
-_FREE = {"store", "output", "report_to", "save_steps", "workers", "cache_size"}
+_FREE = {"store", "token_file", "output", "report_to", "save_steps", "workers", "cache_size"}
 # What is compared as what follows from it: the number of steps, and of sequences in a step, and the dumps.
 _DERIVED = {"epochs", "steps", "batch_size", "gradient_accumulation", "dump", "teachers"}
 

@@ -12,7 +12,7 @@ from knowledge_store.format.manifest import Manifest, check_version, read_manife
 from knowledge_store.format.records import read_record
 from knowledge_store.format.store_file import check_store, occupied
 from knowledge_store.reporter import Reporter
-from knowledge_store.storage import Storage
+from knowledge_store.storage import Storage, concurrently
 from teacher_dump.configuration import DumpConfig
 from teacher_dump.dumping.mismatch import check_options
 from teacher_dump.dumping.request import check_teacher, parameters_asked
@@ -39,9 +39,13 @@ def check_request(config: DumpConfig, storage: Storage, rank: int, world_size: i
 def _check_versions(storage: Storage, dump: str) -> None:
     """Make sure that this version can resume a dump: which shards exist is known by the names of their records alone, and a
     newer knowledge-store may have written one. Each record is read, which takes 0.2 ms."""
-    for name in (manifest_file(dump), *(commit_file(dump, shard) for shard in commit_records(storage, dump))):
+
+    def check(name: str) -> None:
         with suppress(DamageError):  # missing, or for --repair
             check_version(read_record(storage, name), storage.locate(name))
+
+    names = (commit_file(dump, shard) for shard in commit_records(storage, dump))
+    concurrently(storage, check, [manifest_file(dump), *names])
 
 
 def as_made(config: DumpConfig, existing: Manifest | None) -> DumpConfig:

@@ -49,13 +49,14 @@ def repair(
         reporter: hears of progress, and of what is damaged and what was made again.
 
     Raises:
-        InputError: something given cannot be used, or there is no such dump.
+        InputError: something given cannot be used, there is no such dump, or its storage replaces no files (a bucket).
         MismatchError: the dump of that name was made from something else.
         DamageError: its folder of commit records is not a folder.
         StoreError: the store cannot be written, or something of the dump has a newer format version.
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are repaired first.
     """
     storage = open_storage(config.store)
+    storage.replace([])  # refused here, and not after an hour, where nothing is replaced
     config = with_local_corpus(config, reporter=reporter)
     check_request(config, storage, rank, world_size)
     existing = _manifest_to_repair(storage, config.dump_name, reporter)

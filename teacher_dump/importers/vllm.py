@@ -8,6 +8,7 @@ ids: vLLM gives them as `prompt_token_ids` and `token_ids`, and names tokens `to
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -88,15 +89,11 @@ def _sequence(choice: dict[str, Any]) -> Predictions | None:
 def _predictions(tokens: list[int], predictions: list[Prediction | None], answer: int | None) -> Predictions:
     places = [place for place, prediction in enumerate(predictions) if prediction is not None and place]
     rows = [prediction for prediction in predictions[1:] if prediction is not None]
-    width = max((len(ids) for ids, _ in rows), default=0)
-    ids = np.full((len(rows), width), NO_CANDIDATE, np.int64)
-    logprobs = np.full((len(rows), width), -np.inf)
-    lengths = {len(row[0]) for row in rows}
-    if len(lengths) == 1:
-        ids[:], logprobs[:] = [row[0] for row in rows], [row[1] for row in rows]
-    else:
-        for place, (row_ids, row_logprobs) in enumerate(rows):
-            ids[place, : len(row_ids)], logprobs[place, : len(row_ids)] = row_ids, row_logprobs
+    counts = np.array([len(row_ids) for row_ids, _ in rows], np.int64)
+    filled = np.arange(counts.max(initial=0)) < counts[:, None]
+    ids, logprobs = np.full(filled.shape, NO_CANDIDATE, np.int64), np.full(filled.shape, -np.inf)
+    ids[filled] = np.fromiter(chain.from_iterable(row[0] for row in rows), np.int64, counts.sum())
+    logprobs[filled] = np.fromiter(chain.from_iterable(row[1] for row in rows), np.float64, counts.sum())
     if (logprobs == ABSENT).any():
         raise BadLayout(f"it has a log-probability of {ABSENT:g}, which stands for one that the server does not have")
     is_target = None if answer is None else np.arange(len(tokens)) >= answer
@@ -104,7 +101,7 @@ def _predictions(tokens: list[int], predictions: list[Prediction | None], answer
 
 
 def _of_prompt(entry: dict[str, Any]) -> Prediction:
-    return [int(token) for token in entry], [value["logprob"] for value in entry.values()]
+    return list(map(int, entry)), [value["logprob"] for value in entry.values()]
 
 
 def _token(name: Any) -> int:

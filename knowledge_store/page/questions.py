@@ -1,0 +1,254 @@
+"""Questions that people have of a store, as the SQL that answers them. The page runs them, and shows them in its SQL box."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from knowledge_store.errors import InputError
+from knowledge_store.sql.query import identifier, literal
+
+LISTED = 100  # rows of a list
+FEWEST = 20  # targets of a document, below which its mean says little
+DRAWN = 40  # bars of a picture
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a question is about.
+
+    Attributes:
+        dump: the dump; empty for all.
+        keeps_entropy: whether the dump has `teacher_entropy`.
+        column: a column of the corpus; text: what is searched for; other: another dump, or a file of a student's positions.
+        judged: the columns of the student's file.
+    """
+
+    dump: str = ""
+    keeps_entropy: bool = True
+    column: str = ""
+    text: str = ""
+    other: str = ""
+    judged: tuple[str, ...] = ()
+
+    def of_dump(self, relation: str = "") -> str:
+        """The condition that a row is of the dump."""
+        return f"{relation}dump = {literal(self.dump)}"
+
+    @property
+    def divergence(self) -> str:
+        """The student's divergence: the whole one where the file has it."""
+        return "kl" if "kl" in self.judged else "kl_lower_bound"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that the page offers.
+
+    Attributes:
+        title: as a person asks it. words: what its answer means, in a sentence or two.
+        needs: what it takes: a field of `Asked` that is not empty, `positions`, `student` or `dumps`.
+        sql: makes its statement.
+        picture: the column whose values are labels of bars, and the columns that are drawn as bars; empty for a table alone.
+    """
+
+    title: str
+    words: str
+    needs: tuple[str, ...]
+    sql: Callable[[Asked], str]
+    picture: tuple[str, ...] = ()
+
+
+def _unsure(asked: Asked) -> str:
+    measure = "teacher_entropy" if asked.keeps_entropy else "exp(tail_logprob)"
+    name = "entropy" if asked.keeps_entropy else "tail"
+    more = ", round(exp(tail_logprob), 3) AS tail" if asked.keeps_entropy else ""
+    return f"""SELECT dump, sequence_id, position, token_text, round({measure}, 3) AS {name}{more},
+       round(exp(token_logprob), 4) AS probability
+FROM positions
+WHERE {asked.of_dump()} AND is_target AND {measure} IS NOT NULL
+ORDER BY {measure} DESC
+LIMIT {LISTED}"""
+
+
+def _surprised(asked: Asked) -> str:
+    return f"""SELECT dump, sequence_id, position, token_text, round(-token_logprob, 2) AS surprise,
+       round(exp(candidate_logprobs[1]), 3) AS likeliest
+FROM positions
+WHERE {asked.of_dump()} AND is_target
+ORDER BY token_logprob
+LIMIT {LISTED}"""
+
+
+def _garbled(asked: Asked) -> str:
+    return f"""SELECT dump, min(sequence_id) AS sequence_id, file, row, count(*) AS targets,
+       round(avg(-token_logprob), 3) AS surprise, round(avg(exp(tail_logprob)), 3) AS tail
+FROM positions JOIN sequences USING (dump, sequence_id)
+WHERE {asked.of_dump()} AND is_target
+GROUP BY dump, file, row
+HAVING count(*) >= {FEWEST}
+ORDER BY avg(-token_logprob) DESC
+LIMIT {LISTED}"""
+
+
+def _by_column(asked: Asked) -> str:
+    entropy = "round(avg(teacher_entropy), 3) AS entropy, " if asked.keeps_entropy else ""
+    return f"""SELECT {identifier(asked.column)} AS {identifier(asked.column)}, count(*) AS targets,
+       round(avg(-token_logprob), 3) AS surprise, {entropy}round(avg(exp(tail_logprob)), 4) AS tail,
+       round(1 - avg(exp(tail_logprob)), 4) AS coverage
+FROM positions JOIN sequences USING (dump, sequence_id)
+WHERE {asked.of_dump()} AND is_target
+GROUP BY ALL
+ORDER BY surprise DESC
+LIMIT {DRAWN}"""
+
+
+def _tails(asked: Asked) -> str:
+    return f"""SELECT CAST(least(floor(20 * exp(tail_logprob)), 19) AS INTEGER) / 20 AS tail_from, count(*) AS positions,
+       round(avg(-token_logprob), 3) AS surprise
+FROM positions
+WHERE {asked.of_dump()} AND tail_logprob IS NOT NULL
+GROUP BY ALL
+ORDER BY ALL"""
+
+
+def _text(asked: Asked) -> str:
+    found = f"instr(lower(text), lower({literal(asked.text)}))"
+    return f"""SELECT dump, sequence_id, substring(text, greatest({found} - 60, 1), {len(asked.text) + 160}) AS text
+FROM (SELECT dump, sequence_id, string_agg(token_text, '' ORDER BY position) AS text
+      FROM positions WHERE {asked.of_dump()} GROUP BY dump, sequence_id)
+WHERE {found} > 0
+ORDER BY sequence_id
+LIMIT {LISTED}"""
+
+
+def _value(asked: Asked) -> str:
+    name = identifier(asked.column)
+    return f"""SELECT dump, sequence_id, {name}, file, row, length, targets
+FROM sequences
+WHERE {asked.of_dump()} AND contains(lower(CAST({name} AS VARCHAR)), lower({literal(asked.text)}))
+ORDER BY sequence_id
+LIMIT {LISTED}"""
+
+
+def _student(asked: Asked) -> str:
+    student, kl = identifier(asked.other), f"student.{asked.divergence}"
+    agrees = ", student.agrees" if "agrees" in asked.judged else ""
+    return f"""SELECT dump, sequence_id, position, positions.token_text, round({kl}, 3) AS {asked.divergence},
+       round(exp(token_logprob), 4) AS teacher, round(exp(student.logprob), 4) AS student{agrees}
+FROM positions JOIN {student} AS student USING (dump, sequence_id, position)
+WHERE {asked.of_dump()}
+ORDER BY {kl} DESC
+LIMIT {LISTED}"""
+
+
+def _student_documents(asked: Asked) -> str:
+    student, kl = identifier(asked.other), f"student.{asked.divergence}"
+    return f"""SELECT student.dump, min(student.sequence_id) AS sequence_id, file, row, count(*) AS targets,
+       round(avg({kl}), 3) AS {asked.divergence}, round(avg(-student.logprob), 3) AS student_surprise
+FROM {student} AS student JOIN sequences USING (dump, sequence_id)
+WHERE {asked.of_dump("student.")}
+GROUP BY student.dump, file, row
+ORDER BY avg({kl}) DESC
+LIMIT {LISTED}"""
+
+
+def _teachers(asked: Asked) -> str:
+    return f"""SELECT one.dump, one.sequence_id, one.position, one.token_text,
+       round(exp(one.token_logprob), 4) AS {identifier(asked.dump)},
+       round(exp(other.token_logprob), 4) AS {identifier(asked.other)},
+       round(abs(one.token_logprob - other.token_logprob), 3) AS difference
+FROM positions AS one
+     JOIN positions AS other ON other.sequence_id = one.sequence_id AND other.position = one.position
+          AND other.token_id = one.token_id
+WHERE {asked.of_dump("one.")} AND other.dump = {literal(asked.other)} AND one.is_target
+ORDER BY abs(one.token_logprob - other.token_logprob) DESC
+LIMIT {LISTED}"""
+
+
+QUESTIONS: Mapping[str, Question] = {
+    "unsure": Question(
+        "Where is the teacher unsure?",
+        "Positions with the most entropy (nats) first: many tokens could come there. The tail is the probability of all tokens"
+        " that are no candidates.",
+        ("positions",),
+        _unsure,
+    ),
+    "garbled": Question(
+        "Which documents look garbled?",
+        f"Rows of the corpus with at least {FEWEST} targets, those that surprise the teacher most first: tables, noise, the"
+        " wrong language, mislabelled rows. Surprise is the mean of −ln p of the tokens (nats).",
+        ("positions",),
+        _garbled,
+    ),
+    "student": Question(
+        "Where does my student differ most?",
+        "Positions with the largest divergence of the student from the teacher (nats) first; beside it, the probability that"
+        " each gave to the token of the text.",
+        ("positions", "student"),
+        _student,
+    ),
+    "student-documents": Question(
+        "In which documents does my student differ most?",
+        "Rows of the corpus by the student's mean divergence from the teacher (nats), the largest first.",
+        ("student",),
+        _student_documents,
+    ),
+    "surprised": Question(
+        "What surprises the teacher most?",
+        "Targets to which the teacher gave the least probability, and how sure it was of another token.",
+        ("positions",),
+        _surprised,
+    ),
+    "teachers": Question(
+        "Where do two teachers differ most?",
+        "Targets of two dumps of one corpus by the difference of their log-probabilities of the token (nats), and the"
+        " probability that each gave to it.",
+        ("positions", "dumps"),
+        _teachers,
+    ),
+    "column": Question(
+        "How do parts of the corpus differ?",
+        "Means over the targets of each value of a column of the corpus: surprise and entropy in nats, the probability of the"
+        " tail, and that of the candidates (coverage).",
+        ("positions", "column"),
+        _by_column,
+        ("", "surprise", "entropy", "tail", "coverage"),
+    ),
+    "tails": Question(
+        "How much do the candidates leave over?",
+        "How many positions have a tail of a probability from this value on, in twentieths, and how much the text surprises the"
+        " teacher there (nats).",
+        ("positions",),
+        _tails,
+        ("tail_from", "positions", "surprise"),
+    ),
+    "text": Question(
+        "Which sequences contain a text?",
+        "Sequences whose tokens, one after the other, contain the text; capitals do not count.",
+        ("positions", "text"),
+        _text,
+    ),
+    "value": Question(
+        "Which sequences have a value in a column?",
+        "Sequences whose value of the column contains the text; capitals do not count.",
+        ("column", "text"),
+        _value,
+    ),
+}
+
+
+def statement(name: str, asked: Asked) -> str:
+    """The SQL of a question.
+
+    Raises:
+        InputError: there is no such question, or it lacks what it is about.
+    """
+    if name not in QUESTIONS:
+        raise InputError(f"there is no question {name!r}: the page asks {', '.join(QUESTIONS)}")
+    question = QUESTIONS[name]
+    fields = {"column": asked.column, "text": asked.text, "student": asked.other, "dumps": asked.other}
+    lacking = [need for need in question.needs if not fields.get(need, True)]
+    if lacking:
+        raise InputError(f"the question {question.title!r} takes {' and '.join(lacking)}: choose one")
+    return question.sql(asked)

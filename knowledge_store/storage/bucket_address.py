@@ -1,0 +1,96 @@
+"""The address of a store in a bucket, as people give it. Nothing here asks a service, and no address holds credentials."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from urllib.parse import parse_qs, quote, urlsplit
+
+from knowledge_store.errors import InputError
+
+SCHEMES = {"s3": "Amazon S3", "gs": "Google Cloud Storage", "az": "Azure Blob Storage"}
+ENDPOINTS = {  # where the environment says so, first what is for the one service alone
+    "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+}
+CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (of a profile: `aws configure export-credentials --format env`)",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, the path of a key file",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+
+
+@dataclass(frozen=True)
+class BucketAddress:
+    """Where a store in a bucket is: `s3://bucket/prefix`, with `?endpoint=URL` where the service has an address of its own.
+
+    Attributes:
+        scheme: of SCHEMES.
+        bucket: its name (of a container, on Azure).
+        prefix: what all names begin with, without "/" at either end; empty where the store is the whole bucket.
+        endpoint: URL of the service; None for what the environment says, or else the provider's own.
+    """
+
+    scheme: str
+    bucket: str
+    prefix: str
+    endpoint: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> BucketAddress:
+        """The address that a text is.
+
+        Raises:
+            InputError: it is none.
+        """
+        parts = urlsplit(text)
+        if "@" in parts.netloc:
+            raise InputError(
+                f"an address of a bucket holds no credentials: set {CREDENTIALS.get(parts.scheme, 'them')} in the environment"
+            )
+        if parts.scheme not in SCHEMES or not parts.netloc:
+            raise InputError(f"{text} is no address of a store: give a folder, or s3://BUCKET/PREFIX, gs://… or az://…")
+        prefix = parts.path.strip("/")
+        if parts.fragment or re.search(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f%\\]", prefix or "prefix"):
+            raise InputError(f"{text} is no address of a store: what follows the bucket is names with one / between them")
+        query = parse_qs(parts.query, keep_blank_values=True)
+        if query.keys() - {"endpoint"} or len(query.get("endpoint", [])) > 1:
+            raise InputError(f"{text} is no address of a store: after the ? stands endpoint=URL and nothing else")
+        address = cls(parts.scheme, parts.netloc, prefix)
+        return address.at(query["endpoint"][0]) if query else address
+
+    def at(self, endpoint: str) -> BucketAddress:
+        """The same with this endpoint, unless it has one.
+
+        Raises:
+            InputError: it is no URL of a service.
+        """
+        parts = urlsplit(endpoint)
+        if "@" in parts.netloc:
+            raise InputError("an endpoint holds no credentials: set them in the environment")
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+            raise InputError(
+                f"{endpoint!r} is no endpoint: give the URL of the service, such as https://minio.example.org:9000"
+            )
+        return self if self.endpoint else replace(self, endpoint=endpoint.rstrip("/"))
+
+    @property
+    def service(self) -> str | None:
+        """URL of the service, also where the environment says it; None for the provider's own."""
+        named = (os.environ.get(name) for name in ENDPOINTS[self.scheme])
+        return self.endpoint or next((url.rstrip("/") for url in named if url), None)
+
+    @property
+    def plain(self) -> str:
+        """Without the endpoint."""
+        return f"{self.scheme}://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+
+    def __str__(self) -> str:
+        return self.plain + (f"?endpoint={quote(self.endpoint, safe=':/')}" if self.endpoint else "")
+
+
+def is_bucket_address(text: str) -> bool:
+    """Whether a text is meant for the address of a bucket."""
+    return text.partition("://")[0] in SCHEMES and "://" in text

@@ -1,0 +1,102 @@
+"""Training from a served store: as from its folder, with workers, and while the server is killed and started again."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from processes import Running
+from safetensors.torch import load_file
+from served import TOKEN, assert_equal, served
+from stores import write_store
+from torch.utils.data import DataLoader
+from torture.heartbeat import wait_until
+
+from knowledge_store import InputError, KnowledgeStore
+from knowledge_store.configuration import ServeConfig
+from knowledge_store.serving.service import serve
+from knowledge_store.serving.tokens import ENVIRONMENT
+from student_train.training.configuration import TrainConfig
+from student_train.training.dataset import DistillationDataset
+from student_train.training.run import train
+
+KILLED_AFTER = (3, 9)  # batches
+
+
+def serve_alone(folder: str, tokens: str, port: int) -> None:
+    """A server, in a process of its own."""
+    config = ServeConfig(stores=(folder,), token_file=Path(tokens), bind=f"127.0.0.1:{port}")
+    serve(config, lambda line: None, lambda sentence: print(sentence, flush=True))
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_a_server_that_is_killed_in_mid_epoch_loses_and_repeats_nothing(tmp_path):
+    folder, tokens, port = write_store(tmp_path / "store", size=30), tmp_path / "tokens", free_port()
+    tokens.write_text(f"{TOKEN}\n")
+
+    servers: list[Running] = []
+
+    def start() -> None:
+        servers.append(Running(serve_alone, str(folder), str(tokens), port, folder=tmp_path / "server"))
+        wait_until(lambda: "Serving" in servers[-1].output, servers[-1].process.is_alive)
+
+    def kill() -> None:
+        servers[-1].process.kill()
+        servers[-1].process.join()
+
+    expected = list(KnowledgeStore.open(folder, cache_size=0).batches(batch_size=4, seed=2))
+    try:
+        start()
+        with KnowledgeStore.open(f"grpc://127.0.0.1:{port}", token_file=tokens) as store:
+            found = []
+            for batch in store.batches(batch_size=4, seed=2):
+                found.append(batch)
+                if len(found) in KILLED_AFTER:
+                    kill()
+                    start()
+            assert len(found) == len(expected)
+            for one, other in zip(found, expected, strict=True):
+                assert_equal(one, other)
+    finally:
+        kill()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_is_the_same_as_from_the_folder(store_folder, student, tmp_path, monkeypatch):
+    """With a worker, which is not forked; the token is the environment's, and in no file of the run."""
+    options = {
+        "student": str(student),
+        "dump": "train",
+        "batch_size": 4,
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "eval_fraction": 0.0,
+    }
+    train(TrainConfig(store=str(store_folder), output=str(tmp_path / "local"), **options))
+    (tmp_path / "store").symlink_to(store_folder)
+    with served(tmp_path / "store") as where:
+        monkeypatch.setenv(ENVIRONMENT, TOKEN)
+        train(TrainConfig(store=where.address, output=str(tmp_path / "served"), workers=1, **options))
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("local", "served")]
+    assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
+    assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "served").iterdir())
+
+
+def test_a_forked_process_says_what_to_do(tmp_path):
+    """It would wait for ever for threads that it has not got."""
+    with served(write_store(tmp_path / "store", size=12)) as where, where.open() as store:
+        dataset = DistillationDataset(store, batch_size=4)
+        loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
+        with pytest.raises(InputError, match="give the loader multiprocessing_context"):
+            list(loader)
+        local = list(DistillationDataset(KnowledgeStore.open(tmp_path / "store"), batch_size=4))
+        loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=dataset.start_method)
+        for one, other in zip(loader, local, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
