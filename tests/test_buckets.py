@@ -238,6 +238,10 @@ def test_a_store_is_the_same_in_a_bucket(s3, tmp_path):
     assert tables == {name: data for name, data in contents(local).items() if "/commits/" not in name}
     opened.remove("small")
     assert list(s3.objects) == ["some/store/store.json"] and opened.dumps == ()
+    s3.objects["some/store/small/commits/00000.json"] = b"left by a removal that was cut off"
+    s3.written["some/store/small/commits/00000.json"] = 0
+    KnowledgeStore.open(address_in(s3)).remove("small")
+    assert list(s3.objects) == ["some/store/store.json"]
     with pytest.raises(InputError, match="a bucket renames nothing"):
         write_store(address_in(s3))
         KnowledgeStore.open(address_in(s3)).rename("small", "large")
