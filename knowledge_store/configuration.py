@@ -179,6 +179,9 @@ class ServeConfig:
     metrics: str | None = option(
         None, metavar="HOST:PORT", help="Give figures in Prometheus's format at http://HOST:PORT/metrics, to anybody."
     )
+    page: str | None = option(
+        None, metavar="HOST:PORT", help="Show the store on a page at this address too, to those who have a token."
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,22 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 from starlette.testclient import TestClient
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, QueryError
+from knowledge_store.configuration import ServeConfig
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.page import answers
 from knowledge_store.page.access import SESSION_SECONDS
 from knowledge_store.page.app import page_app
 from knowledge_store.page.browse import browse, host_names, listen, parse_address
 from knowledge_store.page.questions import QUESTIONS, Asked, statement
+from knowledge_store.page.served import PageServer
+from knowledge_store.serving.tokens import TokenFile
 from knowledge_store.sql.excerpt import excerpt
 from knowledge_store.sql.isolated import isolated_excerpt
 
 HOME = "http://127.0.0.1:8816"
 HOSTS = ("127.0.0.1:8816", "localhost:8816")
 TOKEN = "a token of more than a few letters"
+SECRET = "0123456789abcdef0123456789abcdef"
 COLUMN = "a \"name' of <b>"
 
 
@@ -179,6 +185,37 @@ def test_a_wrong_token_is_refused_after_a_while(folder, monkeypatch):
         response = client.post("/sign-in", json={"token": token})
         assert response.status_code == 401 and "set-cookie" not in response.headers
     assert client.post("/sign-in", json={"token": TOKEN}).status_code == 200
+
+
+def test_a_token_that_is_taken_back_ends_its_sessions(folder):
+    tokens = {TOKEN}
+    app = page_app(KnowledgeStore.open(folder), hosts=HOSTS, authenticator=lambda token: token in tokens)
+    client = TestClient(app, base_url=HOME)
+    client.post("/sign-in", json={"token": TOKEN})
+    assert client.get("/api/store").status_code == 200
+    tokens.clear()
+    assert client.get("/api/store").status_code == 401
+
+
+def test_serve_has_the_page_for_those_who_have_a_token(folder, tmp_path):
+    (tmp_path / "tokens").write_text(f"{SECRET}\n")
+    config = ServeConfig((str(folder),), tmp_path / "tokens", page="127.0.0.1:0")
+    server = PageServer(folder, config, TokenFile(tmp_path / "tokens"))
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{server.address}api/store")
+        body = json.dumps({"token": SECRET}).encode()
+        signing = urllib.request.Request(f"{server.address}sign-in", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(signing) as response:
+            cookie = response.headers["set-cookie"].partition(";")[0]
+        asking = urllib.request.Request(f"{server.address}api/store", headers={"Cookie": cookie})
+        with urllib.request.urlopen(asking) as response:
+            assert json.load(response)["address"] == str(folder)
+    finally:
+        server.close()
+    for changes, sentence in (({"page": "0.0.0.0:0"}, "without TLS"), ({"page": "nowhere"}, "--page")):
+        with pytest.raises(InputError, match=sentence):
+            PageServer(folder, replace(config, **changes), TokenFile(tmp_path / "tokens"))
 
 
 def test_a_page_for_everybody_has_a_name(folder):

@@ -116,6 +116,7 @@ class Page:
             "closed": {name: str(error) for name, error in self.dumps.closed.items()},
             "students": {name: {"dump": self._judged[name]} for name in self.students},
             "files": list(self.files),
+            "window": POSITIONS,
         }
 
     def dump(self, name: str) -> Answer:

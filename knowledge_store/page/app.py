@@ -41,6 +41,8 @@ def page_app(
     hosts: Iterable[str] | None,
     files: NamedFiles | None = None,
     authenticator: Authenticator | None = None,
+    memory_limit: float = MEMORY_LIMIT,
+    timeout: float = TIMEOUT,
 ) -> Access:
     """The page over a store, as an ASGI application.
 
@@ -50,20 +52,25 @@ def page_app(
         files: Parquet files that statements may read too, by their names; those that `student-train evaluate --keep-positions`
             wrote are shown beside the teacher's predictions.
         authenticator: says whether a token is the right one; with None the page is for whoever reaches it.
+        memory_limit, timeout: in bytes and seconds, of a statement that a person runs.
 
     Raises:
         InputError: a file cannot be used, or `hosts` is None without an authenticator.
     """
     if hosts is None and authenticator is None:
         raise InputError("a page that answers under any name has to ask for a token: name its hosts, or give an authenticator")
-    server = _Server(store.storage, checked_files(files), None if authenticator is None else Sessions(authenticator))
+    sessions = None if authenticator is None else Sessions(authenticator)
+    server = _Server(store.storage, checked_files(files), sessions, memory_limit, timeout)
     names = None if hosts is None else frozenset(host.lower() for host in hosts)
     return Access(Starlette(routes=server.routes()), names, server.sessions)
 
 
 class _Server:
-    def __init__(self, storage: Storage, files: Mapping[str, str], sessions: Sessions | None):
+    def __init__(
+        self, storage: Storage, files: Mapping[str, str], sessions: Sessions | None, memory_limit: float, timeout: float
+    ):
         self._storage, self._files, self.sessions = storage, files, sessions
+        self._limits = memory_limit, timeout
         self._page = Page(open_dumps(storage), files)
         folder = resources.files("knowledge_store.page") / "static"
         self._static = {entry.name: entry.read_bytes() for entry in folder.iterdir() if entry.is_file()}
@@ -189,7 +196,7 @@ class _Server:
             stopped.set()
 
     def _isolated(self, sql: str, stopped: threading.Event, hear: Callable[[int, int], None]) -> dict[str, Any] | None:
-        return isolated_excerpt(self._storage.address, sql, stopped, hear, MEMORY_LIMIT, TIMEOUT, self._files)
+        return isolated_excerpt(self._storage.address, sql, stopped, hear, *self._limits, self._files)
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -10,10 +10,12 @@ import threading
 import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import uvicorn
 
 from knowledge_store.errors import InputError
+from knowledge_store.page.access import Access
 from knowledge_store.page.app import page_app
 from knowledge_store.sql.named_files import NamedFiles
 from knowledge_store.store import KnowledgeStore
@@ -58,11 +60,15 @@ def listen(address: str) -> socket.socket:
             f"--bind {address} could be reached from other machines, and this page asks for no token: bind an address of this"
             " machine, such as 127.0.0.1:8816, or serve the store with `knowledge-store serve --page`"
         )
+    return bound(host, port, f"--bind {address}")
+
+
+def bound(host: str, port: int, named: str) -> socket.socket:
+    """A socket that listens (InputError: it cannot; `named` is what says where)."""
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise InputError(f"--bind {address} cannot be used ({error.strerror}): give another port") from None
+        raise InputError(f"{named} cannot be used ({error.strerror}): give another port") from None
 
 
 def has_browser() -> bool:
@@ -87,13 +93,30 @@ def browse(
     Raises:
         InputError: a file cannot be used.
     """
-    host, port = listening.getsockname()[:2]
-    app = page_app(store, hosts=host_names(port), files=files)
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    # No access log: addresses name what somebody looked at.
-    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1, ws="none")
+    app = page_app(store, hosts=host_names(listening.getsockname()[1]), files=files)
+    address = address_of(listening)
     announce(address)
     if opens and has_browser():
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     with suppress(KeyboardInterrupt):  # how it is meant to end
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(configuration(app)).run(sockets=[listening])
+
+
+def address_of(listening: socket.socket, scheme: str = "http") -> str:
+    """What a browser opens."""
+    host, port = listening.getsockname()[:2]
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/"
+
+
+def configuration(app: Access, certificate: Path | None = None, key: Path | None = None) -> uvicorn.Config:
+    """How the page is served. There is no access log: addresses name what somebody looked at."""
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=1,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+    )

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from knowledge_store.configuration import ServeConfig
 from knowledge_store.errors import InputError
@@ -17,6 +17,9 @@ from knowledge_store.serving.served import ServedStore
 from knowledge_store.serving.server import Limits, StoreServer
 from knowledge_store.serving.tokens import TokenFile
 from knowledge_store.sql.limits import check_limits
+
+if TYPE_CHECKING:
+    from knowledge_store.page.served import PageServer
 
 
 def serve(config: ServeConfig, log: Callable[[str], None], ready: Callable[[str], None]) -> None:
@@ -52,6 +55,10 @@ def serve(config: ServeConfig, log: Callable[[str], None], ready: Callable[[str]
         held.callback(server.close)
         if config.metrics is not None:
             held.callback(_metrics(config.metrics, server).close)
+        if config.page is not None:
+            page = _page(config, tokens)
+            held.callback(page.close)
+            ready(f"The page is at {page.address}")
         for name, store in stores.items():
             path = f"/{name}" if len(stores) > 1 else ""
             ready(f"Serving {store.storage.address} at {scheme}://{bracketed(host)}:{server.port}{path}")
@@ -107,6 +114,16 @@ def _stores(addresses: tuple[str, ...]) -> dict[str, ServedStore]:
             raise InputError(f"two of the stores are called {name}: clients would not know which is meant; rename one")
         stores[name] = ServedStore(address)
     return stores
+
+
+def _page(config: ServeConfig, tokens: TokenFile) -> PageServer:
+    if len(config.stores) > 1:
+        raise InputError("--page shows one store, and there are several: serve those that are to be looked at by themselves")
+    try:
+        from knowledge_store.page.served import PageServer
+    except ImportError as error:
+        raise InputError(f"--page needs {error.name}: pip install 'knowledge-store[serve]'") from None
+    return PageServer(config.stores[0], config, tokens)
 
 
 def _metrics(address: str, server: StoreServer) -> MetricsServer:

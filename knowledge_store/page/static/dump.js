@@ -10,7 +10,7 @@ const HEIGHT = 96;
 const NAMES = {
   "positions.mean_nll": ["Teacher's loss", "nats a token"],
   "positions.mean_top_k_mass": ["Coverage", "probability of the candidates"],
-  "positions.mean_top_1_accuracy": ["Teacher right", "share of positions where its likeliest token is the text's"],
+  "positions.mean_top_1_accuracy": ["Top-1 accuracy", "of the teacher on the text"],
 };
 
 // A statistic of each group of shards, in the order of the corpus.
@@ -62,13 +62,15 @@ export async function dumpPage(store, { path: [name] }) {
           make("a.button", { href: link("sequences", [name]) }, "Read its sequences"),
           make("a.button.plain", { href: link("search", [], { dump: name }) }, "Search"),
           make("a.button.plain", { href: link("ask", [], { dump: name }) }, "Ask questions"))),
-      make("section.card", {},
+      make("section.card.sides", {},
         make("dl.figures", {},
           figure("sequences", whole(dump.sequences)), figure("positions", whole(dump.positions)),
-          figure("on disk", bytes(dump.bytes)), figure("bytes a position", number(dump.bytes_per_position, 2))),
+          figure("on disk", bytes(dump.bytes)), figure("bytes a position", number(dump.bytes_per_position, 2)),
+          typeof dump["positions.mean_nll"] === "number" ? figure("teacher's loss", `${number(dump["positions.mean_nll"], 3)} nats`) : null,
+          typeof dump["positions.mean_nll"] === "number" ? figure("perplexity", number(Math.exp(dump["positions.mean_nll"]), 2)) : null),
         make("div.gauges", {}, gauges(dump)),
         counted(`The facts of ${name}`, store.dumps)),
-      charts.some(Boolean) ? make("section", {},
+      groups.length > 1 && charts.some(Boolean) ? make("section", {},
         make("h2", {}, "Through the corpus"),
         make("p.quiet", {}, "Means of the shards, in the order of the corpus. ", counted("The pictures of the shards", shards)),
         make("div.charts", {}, charts)) : null,

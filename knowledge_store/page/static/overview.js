@@ -21,7 +21,7 @@ export function gauges(facts) {
   return [
     gauge("coverage", coverage, "the probability of the candidates, on average"),
     typeof coverage === "number" ? gauge("tail", 1 - coverage, "the probability of all tokens that are no candidates, on average") : null,
-    gauge("teacher right", facts["positions.mean_top_1_accuracy"], "how often the likeliest token is the one that stands there"),
+    gauge("top-1 accuracy", facts["positions.mean_top_1_accuracy"], "how often the likeliest token is the one that stands there"),
   ];
 }
 

@@ -22,7 +22,6 @@ function teacher(token, known) {
   if (!own && prediction.probability !== null) {
     lines.push(line(quoted(prediction.token_text), prediction.probability, { marked: true, kind: "tail" }));
   }
-  const draws = rows(known.draws);
   return [
     make("dl.figures.small", {},
       figure("probability", prediction.probability === null ? "not kept" : share(prediction.probability, 2)),
@@ -30,10 +29,16 @@ function teacher(token, known) {
       prediction.teacher_entropy === undefined || prediction.teacher_entropy === null ? null : figure("entropy", `${number(prediction.teacher_entropy, 2)} nats`)),
     make("h3", {}, "What the teacher expected"),
     make("ol.bars.candidates", {}, lines),
-    draws.length ? make("div", {}, make("h3", {}, "Drawn from the others"),
-      make("p.chips", {}, draws.map((drawn) => make("span.chip", {}, quoted(drawn.token_text), drawn.times > 1 ? ` ×${drawn.times}` : "")))) : null,
-    counted("The prediction of this position", known.prediction, known.candidates, known.draws),
+    counted("The prediction of this position", known.prediction, known.candidates),
   ];
+}
+
+function draws(answer) {
+  const drawn = rows(answer);
+  if (!drawn.length) return null;
+  return make("section.student", {}, make("h3", {}, "Drawn from the others"),
+    make("p.chips", {}, drawn.map((draw) => make("span.chip", {}, quoted(draw.token_text), draw.times > 1 ? ` ×${draw.times}` : ""))),
+    counted("The draws of this position", answer));
 }
 
 function figure(name, value) {
@@ -77,7 +82,7 @@ export function positionPanel(close) {
     show: (token, known) => {
       const [prediction] = rows(known.prediction);
       replace(body, head(token), known.prediction ? teacher(token, known) : make("p.quiet", {}, "This dump keeps no predictions."),
-        Object.entries(known.students).map(([name, answer]) => student(name, answer, prediction)));
+        Object.entries(known.students).map(([name, answer]) => student(name, answer, prediction)), draws(known.draws));
       const [first] = rows(known.candidates);
       if (prediction && prediction.probability !== null) {
         say(`Probability ${share(prediction.probability)}${first ? `, likeliest ${visible(first.token_text ?? "")} ${share(first.probability)}` : ""}, others ${share(prediction.tail)}`);

@@ -33,9 +33,9 @@ function valuesOf(measure) {
 }
 
 export async function sequencePage(store, { path: [name, id], parameters }) {
+  if (!Object.hasOwn(store.facts, name)) throw new Error(`This store has no dump ${JSON.stringify(name)}.`);
   const at = /^\d+$/.test(parameters.at || "") ? Number(parameters.at) : null;
-  const step = 1024; // as the server has it
-  const from = at !== null ? Math.floor(at / step) * step : Number(parameters.from || 0);
+  const from = at !== null ? at - (at % store.window) : Number(parameters.from || 0);
   const found = await get("sequence", { dump: name, id, from });
   const [row] = rows(found.sequence);
   const title = `Sequence ${id}`;
@@ -45,7 +45,8 @@ export async function sequencePage(store, { path: [name, id], parameters }) {
     make("h1", {}, `${title}`),
     make("p.quiet", {}, make("bdi", {}, `${visible(row.file)} row ${row.row}`), row.window ? ` · window ${row.window}` : "",
       ` · ${whole(row.length)} tokens · ${whole(row.targets)} targets${row.truncated ? " · cut at the longest length" : ""} `,
-      store.facts[name].columns.map((column) => row[column] === null ? null : make("span.tag", {}, make("bdi", {}, `${visible(column)}: ${visible(String(row[column])).slice(0, 120)}`)))),
+      store.facts[name].columns.map((column) => row[column] === null ? null
+        : make("span.tag", {}, make("bdi", {}, `${visible(column)}: ${visible(String(row[column])).slice(0, 120)}`)))),
     neighbours(name, found));
   if (!found.tokens?.rows.length) {
     return { title, body: [hero, make("p.notice", {}, "This dump keeps no tokens: it holds knowledge of whole sequences alone."), counted(title, found.sequence)] };
@@ -78,10 +79,9 @@ class TokenView {
       const span = make("span.token", { role: "option", id: `token-${place}`, "aria-selected": "false", "data-place": place });
       span.textContent = shownToken(token.token_text);
       if (!token.is_target) span.classList.add("context");
-      if (String(token.token_text ?? "").endsWith("\n")) span.classList.add("line");
       return span;
     });
-    replace(this.list, this.spans.flatMap((span) => span.classList.contains("line") ? [span, make("br")] : [span]));
+    replace(this.list, this.spans);
     this.legend = make("div.legend");
     this.highest = make("div.highest");
     this.panel = positionPanel(() => this.choose(null));
@@ -133,13 +133,13 @@ class TokenView {
     const top = this.tokens.map((token, place) => [values.get(token.position), place]).filter(([value]) => value !== undefined)
       .sort(([one], [other]) => other - one).slice(0, LISTED);
     replace(this.highest, make("h2", {}, `Most ${measure.title.toLowerCase() === "surprise" ? "surprising" : measure.title}`),
-      make("p.chips", {}, top.map(([value, place]) => make("button.chip", { type: "button", onclick: () => this.choose(place, true) },
+      make("p.chips", {}, top.map(([value, place]) => make("button.chip", { type: "button", onclick: () => this.choose(place) },
         quoted(this.tokens[place].token_text), make("span.quiet", {}, ` ${measure.form(value)}`)))));
   }
 
   shown() {
     const place = this.tokens.findIndex((token) => token.position === this.first);
-    if (place >= 0) this.choose(place, true, false);
+    if (place >= 0) this.choose(place, false);
   }
 
   rename() {
@@ -147,7 +147,7 @@ class TokenView {
     nameHere("sequence", [this.name, this.id], { by: this.measure === this.measures[0] ? null : this.measure.name, at, from: at === null ? this.found.start || null : null });
   }
 
-  async choose(place, scroll = false, named = true) {
+  async choose(place, named = true) {
     if (this.chosen !== null) this.spans[this.chosen].setAttribute("aria-selected", "false");
     this.chosen = place;
     if (named) this.rename();
@@ -160,11 +160,10 @@ class TokenView {
     const span = this.spans[place];
     span.setAttribute("aria-selected", "true");
     this.list.setAttribute("aria-activedescendant", span.id);
-    if (scroll) span.scrollIntoView({ block: "center", behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
-    else span.scrollIntoView({ block: "nearest" });
     const mine = ++this.turn;
     const token = this.tokens[place];
-    this.panel.wait(token);
+    this.panel.wait(token); // on a phone it covers what is below: only now is it known where the token can be seen
+    span.scrollIntoView({ block: "nearest" });
     try {
       const known = await get("position", { dump: this.name, id: this.id, position: token.position });
       if (mine === this.turn && this.chosen === place) this.panel.show(token, known);
@@ -189,7 +188,7 @@ class TokenView {
 
 function shownToken(text) {
   if (text === null || text === undefined) return "⟨?⟩";
-  return visible(text) || "∅"; // a token of no text
+  return visible(text).replaceAll("↵", "↵\n") || "∅"; // a token of no text
 }
 
 function spoken(text) {

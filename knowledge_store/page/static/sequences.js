@@ -5,6 +5,7 @@ import { make, quoted, rows, visible, whole } from "./dom.js";
 import { link } from "./places.js";
 
 export async function sequencesPage(store, { path: [name], parameters }) {
+  if (!Object.hasOwn(store.facts, name)) throw new Error(`This store has no dump ${JSON.stringify(name)}.`);
   const found = await get("sequences", { dump: name, page: parameters.page || "1" });
   const beginnings = new Map(rows(found.beginnings).map((row) => [row.sequence_id, row.beginning]));
   const at = (page) => link("sequences", [name], { page: page === 1 ? null : page });
