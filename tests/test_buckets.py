@@ -194,6 +194,9 @@ def test_other_mistakes_are_named(s3, monkeypatch):
             doing(f"s3://other/store?endpoint={s3.endpoint}")
     with pytest.raises(StoreError, match=r"no connection at http://127\.0\.0\.1:9: is the address right"):
         KnowledgeStore.open("s3://bucket/store?endpoint=http://127.0.0.1:9")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(StoreError, match="cannot use az://bucket/store: set AZURE_STORAGE_ACCOUNT_NAME and"):
+        KnowledgeStore.open("az://bucket/store")
 
 
 def test_a_service_that_is_busy_or_breaks_off_is_asked_again(s3):
