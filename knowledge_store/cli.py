@@ -341,7 +341,8 @@ def serve(config: ServeConfig) -> None:
     from knowledge_store.serving.service import serve as serve_stores
 
     def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")  # in one piece: calls end in threads of their own
+        sys.stderr.flush()
 
     def ready(sentence: str) -> None:
         print(sentence, flush=True)
