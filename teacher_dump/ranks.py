@@ -17,7 +17,7 @@ BOTH = "give --rank and --world-size"
 TORCHRUN = ("RANK", "WORLD_SIZE")
 SLURM_TASK = ("SLURM_PROCID", "SLURM_NTASKS")
 SLURM_STEP_TASKS = "SLURM_STEP_NUM_TASKS"
-# The steps that Slurm makes of a batch script and of the shell that salloc opens: one process, numbered as the first of the tasks.
+# The steps that Slurm makes of a batch script and of the shell that salloc opens: one process, numbered as the first task.
 SLURM_NO_STEPS = {"4294967291", "4294967290"}
 SLURM_ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
 KUBERNETES = "JOB_COMPLETION_INDEX"
