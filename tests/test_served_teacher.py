@@ -148,6 +148,10 @@ FAULTS = {
     ),
     "a sum above one": (_entries(_likely), r"probabilities that sum to more than 1\.001 at position \d+ of sequence \d+"),
     "too few": (_entries(lambda entry: entry.pop(list(entry)[-1])), "fewer log-probabilities than the 5 that it was asked for"),
+    "a token that is none": (
+        _entries(lambda entry: entry.update({"408": max(entry.values(), key=lambda values: values["logprob"])})),
+        "gives a token beyond its vocabulary, which has 408 by its config.json, at",
+    ),
     "no number": (
         _entries(lambda entry: next(iter(entry.values())).update(logprob="x")),
         "log-probabilities that cannot be read",
@@ -313,6 +317,16 @@ def _exchange(entry):
     """The two likeliest tokens change places."""
     first, second = sorted(entry.values(), key=lambda values: -values["logprob"])[:2]
     first["logprob"], second["logprob"] = second["logprob"], first["logprob"]
+
+
+def test_a_server_that_takes_longer_sequences_now_is_no_other_teacher(tmp_path, corpus, served_store):
+    store = shutil.copytree(served_store, tmp_path / "store")
+    (store / "served/commits/00001.json").unlink()
+    with RecordedServer() as server:
+        server.replies["/v1/models"][1]["data"][0]["max_model_len"] = 512
+        assert dump(configuration(corpus, store, server.url)).shards == 1
+    assert KnowledgeStore.open(store).manifest("served").teacher["max_positions"] == 255
+    assert files_of(store) == files_of(served_store)
 
 
 def test_numeric_noise_in_the_answers_to_fixed_prompts_makes_no_other_teacher(tmp_path, corpus, served_store):

@@ -202,7 +202,10 @@ class HttpTeacher:
         return token_texts(self.tokenizer, self.vocabulary_size)
 
     def recognise(self, kept: Mapping[str, Any]) -> None:
-        """Take over the fingerprint of a teacher that a manifest describes, if it says the same up to numeric noise."""
+        """Take over the fingerprint of a teacher that a manifest describes, if it says the same up to numeric noise. How much
+        the server takes at once is no part of what it is: that it is enough was seen when it was opened."""
+        if kept.get("engine") == SERVER and "max_positions" in kept:
+            self.description["max_positions"] = kept["max_positions"]
         if isinstance(prompts := kept.get("fingerprint"), list) and same_fingerprint(prompts, self.fingerprint_answers):
             self.description["fingerprint"] = prompts
 
