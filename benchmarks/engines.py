@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measurement import keep
 from benchmarks.studies.unbiasedness import DRAWS, FALSE_ALARM, SELECTIONS, chi_square, drawn, limit
@@ -46,13 +46,17 @@ def make_teacher(folder: Path, source: str | None, gguf_file: str | None, text: 
     if source is not None and gguf_file is None:
         return source
     if source is not None:
-        AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32).save_pretrained(folder)
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf_file, dtype=torch.float32)
+        # A model that knows it came from GGUF is not saved.
+        plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source, gguf_file=gguf_file), dtype=torch.float32)
+        plain.load_state_dict(loaded.state_dict())
+        plain.save_pretrained(folder)
         AutoTokenizer.from_pretrained(source, gguf_file=gguf_file).save_pretrained(folder)
         return str(folder)
     tokenizer = make_tokenizer([text])
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, **shape)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.2, **shape)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -155,7 +159,8 @@ def main() -> None:
         folder = Path(scratch)
         source = make_teacher(folder / "teacher", arguments.teacher, arguments.gguf_file, arguments.text.read_text())
         name = arguments.gguf_file or (Path(arguments.teacher).name if arguments.teacher else "a Llama of 2 layers")
-        keep("engines", {"teacher": name, **measure(source, arguments.text, arguments.positions, folder / "store")})
+        figures = {"teacher": name, **measure(source, arguments.text, arguments.positions, folder / "store")}
+        keep(f"engines-{figures['vocabulary_size']}", figures)
 
 
 def measure(source: str, text: Path, positions: int, store: Path) -> dict[str, Any]:

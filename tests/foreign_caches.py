@@ -1,6 +1,7 @@
 """Caches of predictions as other programs write them, each with the same known answers, right or shifted by one.
 
-They are written from the layouts' descriptions (teacher_dump/IMPORTS.md), without those programs.
+They are written from the layouts' descriptions (teacher_dump/IMPORTS.md), without those programs; what axolotl and vLLM wrote
+themselves lies in `axolotl_prepared.jsonl` and `vllm_server`.
 """
 
 from __future__ import annotations

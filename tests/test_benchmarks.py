@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import launchers
 from benchmarks.calibrators import isotonic, platt
 from benchmarks.studies import trust
 
@@ -34,6 +36,15 @@ def test_each_shows_its_help(module, monkeypatch, capsys):
         importlib.import_module(module).main()
     assert ended.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+def test_recipes_are_short_and_were_run_as_they_stand():
+    kept = json.loads((ROOT / "benchmarks/results/launchers.json").read_text())["figures"]
+    assert {name: figures["recipe"] for name, figures in kept.items()} == {
+        name: text.splitlines() for name, text in launchers.recipes().items()
+    }
+    assert kept.keys() == launchers.RUNS.keys() and all(len(figures["recipe"]) <= 15 for figures in kept.values())
+    assert all(figures["equal_to_one_worker"] for figures in kept.values())
 
 
 def judged(generator: np.random.Generator, sizes: dict[str, int], skill: float, certainty: float) -> dict[str, list[float]]:

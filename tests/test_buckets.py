@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import bucket_servers
+import numpy as np
 import pytest
+import s3_server as s3_server_module
 from s3_server import S3Server, s3_server
 from stores import commit, contents, make_manifest, random_sequences, words, write_store
 from test_storage import everything
@@ -268,6 +273,106 @@ def test_damage_is_found_and_repaired_by_copying(s3, tmp_path):
     assert copy(tmp_path / "folder", address_in(s3), repair=True).existing == 3
 
 
+# Requests
+
+
+def test_opening_takes_few_requests(s3, monkeypatch):
+    monkeypatch.setattr(s3_server_module, "PAGE", 2)
+    shards = 5
+    write_store(address_in(s3), shards=shards)
+    KnowledgeStore.open(address_in(s3))
+    s3.forget()
+    opened = KnowledgeStore.open(address_in(s3))
+    assert opened.info()[0].shards == shards
+    pages = -(-shards // s3_server_module.PAGE)
+    assert s3.requests.total() <= 5 + pages and s3.requests["GET"] == 2  # store.json and the manifest
+
+
+def large_knowledge(seed: int, length: int, k: int = 5, vocabulary: int = 5000) -> dict[str, np.ndarray]:
+    """One sequence of candidates whose probabilities fall off, made in a moment."""
+    random = np.random.default_rng(seed)
+    ids = random.integers(0, vocabulary - k, (length, 1)) + np.arange(k)
+    logprobs = np.log(0.9 * random.dirichlet(np.full(k, 0.5), length) + 1e-4)
+    logprobs = -np.sort(-logprobs, axis=1)
+    is_target = np.arange(length) > 0
+    return {
+        "token_id": ids[:, 0].astype(np.uint32), "is_target": is_target, "has_knowledge": is_target,
+        "token_logprob": logprobs[:, 0].astype(np.float32), "candidate_ids": ids.astype(np.uint32),
+        "candidate_logprobs": logprobs.astype(np.float32),
+        "tail_logprob": np.log1p(-np.exp(logprobs).sum(axis=1)).astype(np.float32),
+    }  # fmt: skip
+
+
+def test_a_pass_takes_few_requests_and_each_byte_once(s3, tmp_path):
+    """And they are on the way before they are asked for, in another order, with the same answers."""
+    manifest = make_manifest(vocabulary=5000, k=5, plan={"max_length": 2048}, shards=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("knowledge_store.format.parquet.COMPRESSION_LEVEL", 3)
+        writer = DumpWriter.open(address_in(s3), manifest, tokens_table(words(5000), words(5000)))
+        for shard in range(2):
+            commit(writer, shard, [large_knowledge(100 * shard + number, 2000) for number in range(40)])
+    files = {key: len(data) for key, data in s3.objects.items() if "/positions/" in key or "/sequences/" in key}
+    copy(address_in(s3), tmp_path / "local")
+    groups = len(KnowledgeStore.open(address_in(s3)).batches(order="blocks").readers[0].row_groups) - 1
+    assert groups > len(files) / 2
+    for plan in ({"shuffle": False}, {"order": "blocks", "window": 2}):
+        opened = KnowledgeStore.open(address_in(s3), cache_size=0)
+        s3.forget()
+        read = [batch["candidate_ids"].tobytes() for batch in opened.batches(batch_size=4, **plan)]
+        assert s3.requests.total() <= 2 * len(files) + groups
+        assert s3.sent <= 1.2 * sum(files.values())
+        local = KnowledgeStore.open(tmp_path / "local", cache_size=0)
+        assert read == [batch["candidate_ids"].tobytes() for batch in local.batches(batch_size=4, **plan)]
+    opened = KnowledgeStore.open(address_in(s3), cache_size=0)
+    s3.forget()
+    assert opened.sql("SELECT count(*) AS n FROM positions WHERE tail_logprob < 0").to_pylist() == [{"n": 80 * 1999}]
+    assert s3.sent <= 0.25 * sum(files.values())
+
+
+# Real servers
+
+
+def started(server: Any, what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A server in a context; the test is skipped where its program is not installed."""
+    if not (bucket_servers.AZURITE if what == "azurite-blob" else bucket_servers.program(what)):
+        pytest.skip(f"{what} is not installed (see tests/bucket_servers.py)")
+
+    @contextmanager
+    def running():
+        with server(folder / "server") as service:
+            for name, value in service.environment.items():
+                monkeypatch.setenv(name, value)
+            yield service
+
+    return running()
+
+
+@pytest.mark.parametrize(
+    ("server", "what"),
+    [(bucket_servers.seaweedfs, "weed"), (bucket_servers.azurite, "azurite-blob"), (bucket_servers.moto, "moto_server")],
+)
+def test_a_real_server_holds_a_store(server, what, tmp_path, monkeypatch):
+    if server is bucket_servers.moto:  # which takes conditions one after the other only
+        monkeypatch.setattr(bucket_module, "RACERS", 1)
+    with started(server, what, tmp_path, monkeypatch) as service:
+        address = service.store("some/store")
+        write_store(address, shards=3)
+        opened = KnowledgeStore.open(address)
+        assert everything(opened) == everything(KnowledgeStore.open(write_store(tmp_path / "other", shards=3)))
+        assert opened.sql("SELECT count(*) AS n FROM shards", isolated=True).to_pylist() == [{"n": 3}]
+        copy(tmp_path / "other", service.store("copied"))
+        assert verify(address).sound and verify(service.store("copied")).sound
+        opened.remove("small")
+        assert KnowledgeStore.open(address).dumps == ()  # SeaweedFS lists empty folders for a while
+
+
+def test_a_real_server_that_does_not_heed_conditions_is_refused(tmp_path, monkeypatch):
+    with started(bucket_servers.rclone, "rclone", tmp_path, monkeypatch) as service:
+        with pytest.raises(StoreError, match=r"does not heed `If-None-Match: \*`"):
+            write_store(service.store("store"))
+        assert open_storage(service.store("store")).files("") == []
+
+
 # Commands
 
 
@@ -293,3 +398,21 @@ def test_commands_take_addresses_and_an_endpoint(s3, tmp_path):
     assert code == 2 and "--endpoint is for stores in buckets" in err
     code, out, _ = run("view", "s3://bucket/some/store", "small", *endpoint)
     assert code == 0 and "read_parquet(['s3://bucket/some/store/small/" in out
+
+
+# Training
+
+
+def test_worker_processes_of_a_loader_read_a_bucket(s3):
+    """A forked one would wait for ever: it is told, and others are started as the data set says."""
+    torch = pytest.importorskip("torch")
+    from student_train.training.dataset import DistillationDataset
+
+    dataset = DistillationDataset(KnowledgeStore.open(write_store(address_in(s3), shards=3), cache_size=0), batch_size=2)
+    expected = [batch["sequence_id"].tolist() for batch in dataset]
+    assert dataset.start_method == "forkserver"
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=dataset.start_method)
+    assert [batch["sequence_id"].tolist() for batch in loader] == expected
+    forked = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
+    with pytest.raises(InputError, match="forked"):
+        list(forked)

@@ -20,11 +20,11 @@ from row_files import JSON_WRITERS, write_arrow
 
 from knowledge_store.errors import InputError
 from teacher_dump.configuration import DumpConfig
-from teacher_dump.corpus import json_list
+from teacher_dump.corpus import json_list, pieces
 from teacher_dump.corpus import text as text_files
 from teacher_dump.corpus.documents import check_files, file_names, problem_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
-from teacher_dump.corpus.scan import column_value, scan
+from teacher_dump.corpus.scan import Scanner, column_value, scan
 from teacher_dump.corpus.text import cut_text
 from teacher_dump.corpus.tokenisation import TokenSequence
 from teacher_dump.dumping.plan import ShardReader
@@ -132,7 +132,7 @@ def test_a_row_that_cannot_be_used_says_why_and_keeps_its_number(tmp_path, line,
     assert problem in bad.problem
     assert (bad.number, bad.row) == (1, 2)
     assert (before.text, after.text, after.number) == ("before", "after", 2)
-    found = scan((path,), RefuseBadRows(), 2, 1000)
+    found, _ = scan(Scanner((path,), RefuseBadRows(), 1000), 2)
     assert (found.documents, found.counts.rows, found.counts.rows_left_out) == (3, 3, 1)
     (left,) = found.counts.left_out.values()
     assert (left.rows, left.bad, left.file, left.row) == (1, True, 0, 2)
@@ -339,7 +339,7 @@ def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, sh
     files = tuple(mixed_files[index] for index in order)
     whole = documents(*files, limit=limit)
     assert [document.number for document in whole] == list(range(len(whole)))
-    plan = scan(files, KeepDocuments(), shard_size, limit)
+    plan, _ = scan(Scanner(files, KeepDocuments(), limit), shard_size)
     assert plan.documents == len(whole)
     assert [start.document for start in plan.shards] == list(range(0, len(whole), shard_size))
     assert sum(start.positions for start in plan.shards) == sum(document.characters for document in whole)
@@ -348,22 +348,58 @@ def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, sh
         assert list(found) == whole[start.document : start.document + shard_size + 1]
 
 
+@settings(max_examples=30)
+@given(st.permutations(range(10)), st.integers(1, 20), st.integers(20, 150), st.integers(1, 900))
+def test_pieces_of_any_size_hold_what_the_whole_does(mixed_files, order, shard_size, limit, size):
+    files = tuple(mixed_files[index] for index in order)
+    whole = scan(Scanner(files, RefuseBadRows(), limit), shard_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "MIN_PIECE_BYTES", size)
+        patch.setattr(pieces, "MAX_PIECE_BYTES", size)
+        scanner = Scanner(files, RefuseBadRows(), limit)
+        assert scan(scanner, shard_size) == whole
+        assert sum(map(scanner.bytes, scanner.pieces)) == sum(scanner.sizes)
+        assert size > 100 or len(scanner.pieces) > 12
+
+
+def test_what_is_wrong_in_the_middle_of_a_file_is_told_by_its_line(tmp_path, monkeypatch):
+    for name in ("MIN_PIECE_BYTES", "MAX_PIECE_BYTES"):
+        monkeypatch.setattr(pieces, name, 50)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        lines({"text": "first"}) + b"\n\n" + lines(*[{"text": f"{number} " * 20} for number in range(9)]) + b"[1]\n"
+    )
+
+    class OneUnknownToken(RefuseBadRows):
+        def sequences(self, document):
+            (sequence,) = super().sequences(document)
+            sequence.token_ids[0] = 7 if document.text.startswith("6 ") else 0
+            return [sequence]
+
+    with pytest.raises(InputError, match=r"a\.jsonl, line 10: the teacher's tokenizer gives token 7"):
+        scan(Scanner((path,), OneUnknownToken(), 1000, vocabulary_size=7), 2)
+    found, _ = scan(Scanner((path,), OneUnknownToken(), 1000), 2)
+    assert [(left.row, left.file) for left in found.counts.left_out.values()] == [(13, 0)]
+
+
 def test_progress_through_a_corpus_is_in_bytes_of_its_files_and_ends_at_their_sum(mixed_files):
     passed: list[float] = []
 
     def advance(amount, **figures):
         passed.append(amount)
 
-    scan(mixed_files, KeepDocuments(), 3, 50, advance=advance)
+    scan(Scanner(mixed_files, KeepDocuments(), 50), 3, advance)
     assert min(passed) >= 0 and sum(passed) == sum(path.stat().st_size for path in mixed_files)
     plain = [path for path in mixed_files if path.suffix == ".jsonl"]
     passed.clear()
-    scan((plain[0],), KeepDocuments(), 3, 1000, advance=advance)
+    scan(Scanner((plain[0],), KeepDocuments(), 1000), 3, advance)
     assert max(passed) < plain[0].stat().st_size / 3  # it moves on with each row
 
 
 class KeepDocuments:
     """Stands in for a tokenizer: each document is one sequence, with a token for each character."""
+
+    notes = ()
 
     def sequences(self, document):
         length = document.characters
@@ -390,7 +426,7 @@ class Plan:
 def test_shards_read_in_any_order_hold_what_a_full_reading_holds(mixed_files, shard_size, data):
     config = DumpConfig("teacher", mixed_files, Path("store"), max_length=2, shard_size=shard_size)
     whole = documents(*mixed_files, limit=config.part_characters)
-    found = scan(mixed_files, KeepDocuments(), shard_size, config.part_characters)
+    found, _ = scan(Scanner(mixed_files, KeepDocuments(), config.part_characters), shard_size)
     shards = data.draw(st.lists(st.integers(0, len(found.shards) - 1), max_size=8))
     reader = ShardReader(config, Plan(mixed_files, found), KeepDocuments())
     for shard in shards:
@@ -400,7 +436,7 @@ def test_shards_read_in_any_order_hold_what_a_full_reading_holds(mixed_files, sh
 
 def test_a_corpus_read_in_order_is_opened_once(mixed_files, monkeypatch):
     config = DumpConfig("teacher", mixed_files, Path("store"), max_length=2, shard_size=3)
-    found = scan(mixed_files, KeepDocuments(), 3, config.part_characters)
+    found, _ = scan(Scanner(mixed_files, KeepDocuments(), config.part_characters), 3)
     opened = []
 
     def counted(*arguments):
@@ -433,7 +469,7 @@ def test_column_types_are_merged_over_all_rows(tmp_path):
         {"text": "c", "late": True},
     ]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
-    assert scan((path,), KeepDocuments(), 2, 1000).columns == {
+    assert scan(Scanner((path,), KeepDocuments(), 1000), 2)[0].columns == {
         "whole": "int64",
         "mixed": "double",
         "yes": "bool",

@@ -57,13 +57,21 @@ SUBSTITUTIONS = (
 # Blocks that are not run: document, and reason.
 NOT_RUN = {
     ("README.md", "it installs packages"),
+    ("README.md", "needs vLLM, a server, or files that others made"),
+    ("README.md", "needs a bucket, and serves until it is told to end"),
     ("CONTRIBUTING.md", "minutes, and packages to install"),
     ("benchmarks/RESULTS.md", "minutes to hours, with models and texts of your own"),
+    ("knowledge_store/BUCKETS.md", "it needs a bucket"),
     ("knowledge_store/PAGE.md", "it serves until it is told to end"),
     ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
+    ("knowledge_store/SERVING.md", "it serves until it is told to end"),
     ("student_train/TRAINERS.md", "needs two GPUs"),
     ("teacher_dump/DATA.md", "downloads a data set"),
+    ("teacher_dump/WORKERS.md", "benchmarks/launchers.py runs it"),
+    ("teacher_dump/WORKERS.md", "it needs a cluster"),
     ("teacher_dump/IMPORTS.md", "downloads a data set"),
+    ("teacher_dump/TEACHERS.md", "needs a server of vLLM"),
+    ("teacher_dump/TEACHERS.md", "needs vLLM"),
 }
 
 

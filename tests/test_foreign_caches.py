@@ -405,3 +405,49 @@ def test_candidates_that_were_made_to_sum_to_one(tmp_path, tokenizer_folder, voc
     assert result.exit_code == 0, result.output
     assert "what the teacher left to other tokens is lost" in " ".join(result.output.split())
     assert verify(tmp_path / "store").sound
+
+
+def test_what_axolotl_prepared(tmp_path, tokenizer_folder):
+    """`axolotl_prepared.jsonl` was made by axolotl 0.19.0's own transform, of lists one shorter than the tokens, as vLLM gives
+    them without the first: it fills them up on the left, so that row j is of token j."""
+    file = str(Path(__file__).with_name("axolotl_prepared.jsonl"))
+    cache = make_cache(400, (24, 30), seed=3, k=3)
+    error = error_of(import_files(tmp_path / "store", [file], "axolotl", tokenizer_folder))
+    assert "off by one" in error and "--row-predicts this" in error
+    result = import_files(tmp_path / "store", [file], "axolotl", tokenizer_folder, "--row-predicts", "this")
+    assert result.exit_code == 0, result.output
+    for found, tokens, ids, logprobs in zip(imported(tmp_path / "store"), cache.tokens, cache.ids, cache.logprobs, strict=True):
+        assert np.array_equal(found["input_ids"], tokens) and np.array_equal(found["candidate_ids"][1:], ids[1:])
+        whole = logprobs - np.log(np.exp(logprobs).sum(axis=1, keepdims=True))
+        assert np.abs(found["candidate_logprobs"][1:] - whole[1:]).max() < 1.5 * STEP
+
+
+def test_what_vllm_answered(tmp_path):
+    """The recorded replies of a real server, whose teacher has random weights and is asked again."""
+    from recorded_server import FOLDER, recording, served_model
+    from transformers import AutoTokenizer
+
+    teacher = tmp_path / "teacher"
+    served_model().save_pretrained(teacher)
+    AutoTokenizer.from_pretrained(FOLDER).save_pretrained(teacher)
+    bodies = [
+        body
+        for key, (_, body) in recording().items()
+        if key.startswith("/v1/completions") and key.endswith(" 8") and len(body["choices"][0]["prompt_logprobs"]) > 2
+    ]
+    file = tmp_path / "replies.jsonl"
+    file.write_text("".join(json.dumps(body) + "\n" for body in bodies))
+    more = ("--teacher", str(teacher), "--device", "cpu")
+    result = import_files(tmp_path / "store", [str(file)], "vllm", teacher, *more)
+    assert result.exit_code == 0, result.output
+    assert verify(tmp_path / "store").sound
+    sequences = imported(tmp_path / "store")
+    assert len(sequences) == len(bodies)
+    for found, body in zip(sequences, bodies, strict=True):
+        [choice] = body["choices"]
+        assert found["input_ids"].tolist() == choice["prompt_token_ids"]
+        for place, said in enumerate(choice["prompt_logprobs"][1:], 1):
+            likeliest = sorted((entry["rank"], int(token)) for token, entry in said.items() if entry["rank"] <= 8)
+            assert found["candidate_ids"][place].tolist() == [token for _, token in likeliest]
+            own = said[str(found["input_ids"][place])]["logprob"]
+            assert abs(found["token_logprob"][place] - own) < 1.5 * STEP

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore, verify
 from knowledge_store.errors import InputError, MismatchError
-from knowledge_store.kinds.positions import positions_of
+from knowledge_store.kinds.positions import PositionsParameters, positions_of
 from knowledge_store.kinds.positions.selection import Selection
 from teacher_dump import (
     CalibrateConfig,
@@ -502,3 +502,13 @@ def test_a_remainder_is_kept_above_its_floor_and_above_a_token_of_it():
     )
     tail = candidates_of(answers, Selection("top-k", 2), 400)["tail_logprob"]
     np.testing.assert_allclose(tail, [-13, np.log(1e-4), -13], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more", [{"tail_entropy": True}, {"selection": {"name": "top-k", "k": 5, "draw_weight": 0.1, "draw_seed": 0}}]
+)
+def test_what_is_known_of_a_tail_alone_does_not_go_with_a_remainder(more):
+    record = PositionsParameters(tail="remainder").to_record()
+    assert PositionsParameters.from_record(record).tail == "remainder"
+    with pytest.raises(ValueError, match="its tail is what candidates leave"):
+        PositionsParameters.from_record({**record, **more})

@@ -19,7 +19,19 @@ from conftest import make_tokenizer, story_rows, write_jsonl
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.reporter import Reporter
-from teacher_dump import CheckConfig, DumpConfig, check, dump
+from teacher_dump import (
+    CalibrateConfig,
+    CheckConfig,
+    DumpConfig,
+    EstimateConfig,
+    RunConfig,
+    append,
+    calibrate,
+    check,
+    dump,
+    estimate,
+    repair,
+)
 from teacher_dump.teachers import vllm_engine
 from teacher_dump.teachers.loading import Loading
 from teacher_dump.teachers.local import LocalTeacher
@@ -169,6 +181,27 @@ def test_a_dump_is_resumed_by_the_engine_that_began_it(engine, tmp_path, teacher
     assert begun.items() <= shards(tmp_path / "store", "cut").items()
 
 
+def test_every_command_takes_the_engine(engine, tmp_path, teacher_folder, loaded_teacher):
+    corpus = config(tmp_path, teacher_folder, "first", engine="vllm").corpus
+    options = {"max_length": LONGEST, "engine": "vllm"}
+    found = estimate(EstimateConfig(str(teacher_folder), corpus, **options))
+    assert found.figures == pytest.approx(
+        estimate(EstimateConfig(str(teacher_folder), corpus, max_length=LONGEST), loaded_teacher).figures, abs=1e-4
+    )
+    fit = calibrate(CalibrateConfig(str(teacher_folder), corpus, **options)).calibration
+    other = calibrate(CalibrateConfig(str(teacher_folder), corpus, max_length=LONGEST), loaded_teacher).calibration
+    assert fit.temperature == pytest.approx(other.temperature, rel=1e-3)
+    dump(config(tmp_path, teacher_folder, "first", engine="vllm"))
+    whole = shards(tmp_path / "store", "first")
+    damaged = next(path for path in (tmp_path / "store" / "first").rglob("*.parquet") if "00001" in path.name)
+    damaged.write_bytes(b"PAR1")
+    assert repair(config(tmp_path, teacher_folder, "first")).shards == 1
+    assert shards(tmp_path / "store", "first") == whole
+    more = write_jsonl(tmp_path / "more.jsonl", story_rows(3, start=50))
+    assert append(RunConfig(teacher=str(teacher_folder), corpus=more, store=tmp_path / "store", append="first")).shards == 1
+    assert KnowledgeStore.open(tmp_path / "store").manifest("first-2").teacher["engine"] == "vllm"
+
+
 @pytest.mark.parametrize(
     ("version", "faults", "reason"),
     [
@@ -204,7 +237,7 @@ def test_without_distributions_tails_are_remainders(monkeypatch, tmp_path, teach
     for path in (tmp_path / "store" / "fake").rglob("*00002*.parquet"):
         path.unlink()
     assert dump(config(tmp_path, teacher_folder, "fake")).shards == 1
-    assert shards(tmp_path / "store", "fake").keys() == whole.keys()
+    assert shards(tmp_path / "store", "fake") == whole
 
 
 def test_distributions_that_nobody_can_be_told_to_own_end_the_pass(teacher, engine):

@@ -6,6 +6,8 @@ STORE/
   DUMP/tokens.parquet
   DUMP/TABLE/00017.parquet     TABLE is `sequences` or a kind of knowledge
   DUMP/commits/00017.json
+  .scan-KEY-DUMP/              what workers that begin a dump found in its corpus so far; gone once there is a manifest
+    00017.parquet, 00017.json, 00017.begun
 
 Names are relative to the store, as its storage takes them. What is derived of a store (its index, decoded arrays) lies in the
 user's cache folder, and not in the store.
@@ -29,6 +31,7 @@ COMMITS = "commits"
 SEQUENCES = "sequences"
 
 _DUMP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SCAN_FOLDER = re.compile(r"\.scan-[0-9a-f]{16}-(.+)")
 _COMMIT_NAME = re.compile(r"(\d{5,})\.json")
 
 
@@ -66,6 +69,22 @@ def table_file(dump: str, table: str, shard: int) -> str:
 def commit_file(dump: str, shard: int) -> str:
     """A shard's commit record."""
     return f"{dump}/{COMMITS}/{shard_name(shard)}.json"
+
+
+def scan_folder(dump: str, key: str) -> str:
+    """Where workers that begin a dump share what they find in its corpus; `key` is the SHA-256 of all that it depends on."""
+    return f".scan-{key[:16]}-{dump}"
+
+
+def scanned_dump(folder: str) -> str | None:
+    """The dump that a folder of a store is such a place for, or None when it is none."""
+    match = _SCAN_FOLDER.fullmatch(folder)
+    return match[1] if match else None
+
+
+def scan_file(folder: str, piece: int, suffix: str) -> str:
+    """What was found in one piece of a corpus: `parquet` of its documents, `json` for the rest; `begun` marks it as taken."""
+    return f"{folder}/{shard_name(piece)}.{suffix}"
 
 
 def commit_shard(name: str) -> int | None:

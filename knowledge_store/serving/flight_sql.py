@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import suppress
 from importlib.metadata import version
@@ -27,6 +29,8 @@ from knowledge_store.sql.parameters import check_json
 TYPE_PREFIX = "type.googleapis.com/arrow.flight.protocol.sql."
 CATALOGUE, SCHEMA, TABLE_TYPE = "store", "main", "VIEW"  # what the store's relations are in, and what they are
 TRANSACTION = b"reading"
+CLOSED = 1  # a session is
+SCHEMAS_KEPT = 256  # of statements: who prepares one again does not wait for its columns
 
 _STRING, _BINARY, _INT = pa.string(), pa.binary(), pa.int32()
 _INFO_VALUE = pa.dense_union([
@@ -74,6 +78,8 @@ class FlightSql:
 
     def __init__(self, queries: Queries):
         self._queries = queries
+        self._schemas: OrderedDict[tuple[str, str, int], pa.Schema] = OrderedDict()
+        self._lock = threading.Lock()
 
     def endpoint(self, call: Call, data: bytes) -> flight.FlightEndpoint:
         """Where the answer to a command is: here, for a ticket that says it again."""
@@ -134,6 +140,8 @@ class FlightSql:
             return [_any("ActionBeginTransactionResult", [(1, TRANSACTION)])]
         if what in ("ClosePreparedStatement", "EndTransaction"):
             return []
+        if what == "CloseSession":
+            return [message([(1, CLOSED)])]
         raise InputError(f"a served store has no action {what[:100]!r}")
 
     def bound(self, call: Call, data: bytes, reader: Any) -> bytes:
@@ -154,14 +162,23 @@ class FlightSql:
         return message([(1, _handle(sql, parameters))])
 
     def _statement_schema(self, context: Any, call: Call, store: ServedStore, sql: str, parameters: Any) -> pa.Schema:
+        key = (store.storage.address, sql, store.number)
+        with self._lock:
+            if parameters is None and key in self._schemas:
+                return self._schemas[key]
         plain = sql.strip().rstrip(";")
         limited = re.match(r"[\s(]*(--|/\*|(select|with|from|values)\b)", plain, re.IGNORECASE) is not None
         statement = f"SELECT * FROM ({plain}\n) LIMIT 0" if limited else sql
         parts = self._queries.answer(context, call, store, Question(statement, parameters))
         try:
-            return next(parts)
+            schema: pa.Schema = next(parts)
         finally:
             parts.close()  # type: ignore[attr-defined]
+        with self._lock:
+            self._schemas[key] = schema
+            if len(self._schemas) > SCHEMAS_KEPT:
+                self._schemas.popitem(last=False)
+        return schema
 
     def _tables(self, context: Any, call: Call, store: ServedStore, command: Message) -> pa.Table:
         wanted, types = command.text(3), command.texts(4)

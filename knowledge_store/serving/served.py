@@ -66,6 +66,7 @@ class ServedStore:
         self._lock = threading.Lock()
         self._openings: list[_Opening] = []
         self._looked = 0.0
+        self.number = 0  # another one whenever the store stands otherwise
         self.open()
 
     def open(self) -> Dumps:
@@ -79,6 +80,7 @@ class ServedStore:
                 dumps = open_dumps(self.storage)
                 if not self._openings or not self._openings[0].same(dumps):
                     self._openings = [_Opening(dumps, self._cache_size), *self._openings][:OPENINGS]
+                    self.number += 1
                 self._looked = time.monotonic()
             return self._openings[0].dumps
 

@@ -7,6 +7,7 @@ whichever publishes first wins. A shard is there once its commit record is; unti
 from __future__ import annotations
 
 import datetime
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from knowledge_store.format.layout import (
     check_dump_name,
     commit_file,
     manifest_file,
+    scanned_dump,
     table_file,
     tokens_file,
 )
@@ -55,8 +57,12 @@ def create_store(storage: Storage) -> None:
 
 
 def remove_leftovers(storage: Storage, manifest: Manifest) -> None:
-    """Remove what writers of a dump that died left behind."""
+    """Remove what writers of a dump that died left behind, and what they found in the corpus: the manifest has it."""
     dump = manifest.dump
+    for folder in storage.folders(""):
+        if scanned_dump(folder) == dump:
+            with suppress(StoreError):  # another worker has just removed it
+                storage.remove_folder(folder)
     for prefix in ("", dump, *(f"{dump}/{table}" for table in (SEQUENCES, *manifest.kinds, COMMITS))):
         storage.remove_leftovers(prefix)
 

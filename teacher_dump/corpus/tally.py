@@ -12,6 +12,7 @@ from teacher_dump.corpus.rows import BadRow, stops
 from teacher_dump.corpus.tokenisation import TokenSequence
 
 MAX_REASONS = 50
+MAX_PIECE_REASONS = 1000  # of one piece, so that its first reasons are counted as they are when the whole has fewer
 OTHER_REASONS = "other reasons"
 
 
@@ -20,10 +21,12 @@ class Tally:
 
     Args:
         too_long: what becomes of rows that are too long: cut, skip or refuse.
+        max_reasons: rows left out for further reasons are counted together.
     """
 
-    def __init__(self, too_long: str):
+    def __init__(self, too_long: str, max_reasons: int = MAX_REASONS):
         self._too_long = too_long
+        self._max_reasons = max_reasons
         self._counts: Counter[str] = Counter()
         self._left_out: dict[str, LeftOut] = {}
 
@@ -42,11 +45,20 @@ class Tally:
         """Count a document that is not used."""
         self._counts["rows"] += 1
         bad = stops(problem, self._too_long, skip_bad_rows=False)
-        reason = problem.reason
-        if reason not in self._left_out and len(self._left_out) >= MAX_REASONS:
+        self._add(problem.reason, LeftOut(1, bad, document.file, document.row, str(problem)))
+
+    def add(self, counts: CorpusCounts) -> None:
+        """Add what was counted of the documents that follow, by all their reasons."""
+        for name in ("rows", "sequences", "positions", "targets", "cut", "answers_cut", "dropped_reasoning"):
+            self._counts[name] += getattr(counts, name)
+        for reason, left in counts.left_out.items():
+            self._add(reason, left)
+
+    def _add(self, reason: str, left: LeftOut) -> None:
+        if reason not in self._left_out and len(self._left_out) >= self._max_reasons:
             reason = OTHER_REASONS
-        before = self._left_out.get(reason, LeftOut(0, bad, document.file, document.row, str(problem)))
-        self._left_out[reason] = replace(before, rows=before.rows + 1, bad=before.bad or bad)
+        before = self._left_out.get(reason, replace(left, rows=0))
+        self._left_out[reason] = replace(before, rows=before.rows + left.rows, bad=before.bad or left.bad)
 
     @property
     def rows(self) -> int:

@@ -14,9 +14,10 @@ from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.documents import problem_text
 from teacher_dump.corpus.rows import LongRow
-from teacher_dump.corpus.scan import scan
+from teacher_dump.corpus.scan import Scanner, scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.request import chat_asked, check_length
+from teacher_dump.dumping.shared_scan import Sharing, shared_scan
 from teacher_dump.extraction import kinds_with_context
 from teacher_dump.teachers.files import find_folder, stated_sizes
 from teacher_dump.teachers.opening import check_device
@@ -32,6 +33,7 @@ def inspect_before_loading(
     existing: Manifest | None,
     teacher: Teacher | None,
     chat: ChatOptions,
+    sharing: Sharing | None = None,
     *,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def inspect_before_loading(
         existing: the manifest of a dump that is resumed or repaired, which knows.
         teacher: the one that is loaded already; without one its tokenizer is loaded.
         chat: how conversations are rendered.
+        sharing: with other workers that begin the dump; without it, this one looks through all of the corpus.
         reporter: hears of progress.
 
     Returns:
@@ -49,6 +52,8 @@ def inspect_before_loading(
 
     Raises:
         InputError: the corpus cannot be used, or a row cannot; names it.
+        DamageError: what was found in a part of the corpus is damaged.
+        StoreError: the store cannot be written.
     """
     if existing is not None:
         if existing.counts is not None:
@@ -57,7 +62,7 @@ def inspect_before_loading(
     if teacher is None:
         check_device(config.loading)
     tokenizer = teacher_tokenizer(config, teacher, weights=config.teacher_url is None)
-    return look_through(config, tokenizer, chat, reporter=reporter)
+    return look_through(config, tokenizer, chat, sharing, reporter=reporter)
 
 
 def teacher_tokenizer(config: CorpusOptions, teacher: Teacher | None, weights: bool = True) -> PreTrainedTokenizerBase:
@@ -95,31 +100,50 @@ def corpus_tokenizer(
 
 
 def look_through(
-    config: DumpConfig, tokenizer: PreTrainedTokenizerBase, chat: ChatOptions, *, reporter: Reporter = SILENT
+    config: DumpConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatOptions,
+    sharing: Sharing | None = None,
+    *,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
-    """Read and tokenise every row of a corpus; nothing is written.
+    """Read and tokenise every row of a corpus.
+
+    Args:
+        config: of the dump.
+        tokenizer: of the teacher.
+        chat: how conversations are rendered.
+        sharing: with other workers that begin the dump; nothing is written without it.
+        reporter: hears of progress.
 
     Returns:
         `derived` of the manifest.
 
     Raises:
         InputError: the corpus cannot be used, or a row cannot; names it.
+        DamageError: what was found in a part of the corpus is damaged.
+        StoreError: the store cannot be written.
     """
-    size = sum(path.stat().st_size for path in config.corpus)
-    sequences = corpus_tokenizer(config, tokenizer, chat)
-    with reporter.progress("looking through the corpus", size) as advance:
-        scanned = scan(
-            config.corpus,
-            sequences,
-            config.shard_size,
-            config.part_characters,
-            config.too_long,
-            advance,
-            config.column_names,
-            stated_sizes(config.teacher, config.gguf_file).get("vocabulary_size"),
-        )
+    scanner = Scanner(
+        config.corpus,
+        corpus_tokenizer(config, tokenizer, chat),
+        config.part_characters,
+        config.too_long,
+        config.column_names,
+        stated_sizes(config.teacher, config.gguf_file).get("vocabulary_size"),
+    )
+    if sharing is not None and sharing.pays(len(scanner.pieces)):
+        found = shared_scan(config, scanner, chat, sharing, reporter)
+        if isinstance(found, Manifest):  # another worker has put it together meanwhile
+            if found.counts is not None:
+                check_counts(config, found.counts)
+            return found.derived
+        scanned, notes = found
+    else:
+        with reporter.progress("looking through the corpus", sum(scanner.sizes)) as advance:
+            scanned, notes = scan(scanner, config.shard_size, advance)
     check_counts(config, scanned.counts)
-    for note in sequences.notes:
+    for note in notes:
         reporter.note(note)
     return {
         "documents": scanned.documents,

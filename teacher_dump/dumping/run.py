@@ -17,6 +17,7 @@ from teacher_dump.dumping.mismatch import check_alike, check_same
 from teacher_dump.dumping.preconditions import as_made, check_before_loading, check_request, existing_manifest
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import chat_asked, check_size, fitted
+from teacher_dump.dumping.shared_scan import Sharing
 from teacher_dump.dumping.worker_shards import remaining_shards, shards_of_others, worker_shards
 from teacher_dump.teachers.files import stated_sizes
 
@@ -53,7 +54,8 @@ def dump(
     config = fitted(as_made(config, existing), teacher, existing, reporter=reporter)
     loading = check_before_loading(config, storage, existing, teacher, reporter)
     chat = chat_asked(config, existing or config.like)
-    derived = inspect_before_loading(config, existing, teacher, chat, reporter=reporter)
+    sharing = Sharing(storage, rank, world_size)
+    derived = inspect_before_loading(config, existing, teacher, chat, sharing, reporter=reporter)
     if existing is None:
         sizes = stated_sizes(config.teacher, config.gguf_file) if teacher is None else teacher.description
         check_size(config, sizes, derived)

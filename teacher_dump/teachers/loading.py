@@ -42,6 +42,8 @@ ENGINES = {
         abilities=frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST}),
     ),
     SERVER: Engine(
+        package="httpx2",
+        advice="pip install 'knowledge-store[teacher]'",
         excluded=("gguf_file", "dtype", "device", "device_map", "max_memory", "quantize", "attention"),
         reason="the server has loaded the teacher already, as it was started",
         flag="--teacher-url",
@@ -105,7 +107,8 @@ def check_loading(loading: Loading) -> None:
                 " Leave one of the two out"
             )
     if engine.package and find_spec(engine.package) is None:
-        raise InputError(f"--engine {loading.engine} needs the library {engine.package}, which is not here: {engine.advice}")
+        flag = engine.flag or f"--engine {loading.engine}"
+        raise InputError(f"{flag} needs the library {engine.package}, which is not here: {engine.advice}")
     if loading.device_map != "none" and loading.device != "auto":
         raise InputError("--device is one device and --device-map several: give one of the two")
     if loading.max_memory is not None:

@@ -147,6 +147,10 @@ class PositionsParameters:
             raise ValueError("it says of its tail or of unknown tokens what is not known here")
         rule = Selection.from_record(record["selection"])
         tail, unknown = record.get("tail", TAILS[0]), "unknown_tokens" in record
+        if tail != TAILS[0] and (rule.draw_weight or calibration or record["tail_entropy"]):
+            raise ValueError(
+                "it has draws of a tail, its entropy or a temperature for it, and its tail is what candidates leave"
+            )
         return cls(rule, step, calibration, record["keep_context"], record["tail_entropy"], tail, unknown)
 
 
