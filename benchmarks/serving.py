@@ -13,6 +13,7 @@ killed before the first row, and the time is taken until the query's process is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -53,7 +54,8 @@ def children(pid: int) -> set[int]:
     """The processes that a process has started."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        found.update(map(int, (task / "children").read_text().split()))
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended
+            found.update(map(int, (task / "children").read_text().split()))
     return found
 
 
@@ -196,9 +198,9 @@ def sent_bytes(path: Path) -> float:
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--positions", type=int, default=600_000)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=20, help="of a round")
+    parser.add_argument("--positions", type=int, default=300_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=12, help="of a round")
     parser.add_argument("--times", type=int, default=5, help="that a query's client is killed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:

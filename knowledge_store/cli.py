@@ -253,7 +253,7 @@ def remove(config: RemoveConfig) -> None:
     Example: `knowledge-store remove knowledge/ smollm2-books`
     """
     opened = _open(config.store)
-    name = config.dump if config.dump in opened.closed else opened.dump(config.dump)
+    name = opened.removable(config.dump)
     held = "it cannot be read"
     for summary in opened.info():
         if summary.dump == name:
@@ -341,7 +341,8 @@ def serve(config: ServeConfig) -> None:
     from knowledge_store.serving.service import serve as serve_stores
 
     def log(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")  # in one piece: calls end in threads of their own
+        sys.stderr.flush()
 
     def ready(sentence: str) -> None:
         print(sentence, flush=True)

@@ -70,7 +70,7 @@ def test_a_server_that_is_killed_in_mid_epoch_loses_and_repeats_nothing(tmp_path
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_run_is_the_same_as_from_the_folder(store_folder, student, tmp_path, monkeypatch):
-    """With a worker, which is not forked; the token is the environment's, and in no file of the run."""
+    """With two workers, which are not forked; the token is the environment's, and in no file of the run."""
     options = {
         "student": str(student),
         "dump": "train",
@@ -83,7 +83,7 @@ def test_a_run_is_the_same_as_from_the_folder(store_folder, student, tmp_path, m
     (tmp_path / "store").symlink_to(store_folder)
     with served(tmp_path / "store") as where:
         monkeypatch.setenv(ENVIRONMENT, TOKEN)
-        train(TrainConfig(store=where.address, output=str(tmp_path / "served"), workers=1, **options))
+        train(TrainConfig(store=where.address, output=str(tmp_path / "served"), workers=2, **options))
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("local", "served")]
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
     assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "served").iterdir())
@@ -96,7 +96,4 @@ def test_a_forked_process_says_what_to_do(tmp_path):
         loader = DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
         with pytest.raises(InputError, match="give the loader multiprocessing_context"):
             list(loader)
-        local = list(DistillationDataset(KnowledgeStore.open(tmp_path / "store"), batch_size=4))
-        loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context=dataset.start_method)
-        for one, other in zip(loader, local, strict=True):
-            assert one.keys() == other.keys() and all(torch.equal(one[name], tensor) for name, tensor in other.items())
+        assert dataset.start_method == "forkserver"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import flight
 
-from knowledge_store.serving.limits import Slots, Watch
+from knowledge_store.isolation.child import Child
+from knowledge_store.serving.limits import Slots, Watch, Watched
 from knowledge_store.serving.metrics import Call
 from knowledge_store.serving.served import ServedStore
 from knowledge_store.sql.isolated import isolated_batches, isolated_schemas
@@ -70,9 +72,35 @@ class Queries:
         memory_limit = min(question.memory_limit or self._memory_limit, self._memory_limit)
         timeout = min(question.timeout or self._timeout, self._timeout)
         check_limits(memory_limit, timeout)
+        with (
+            self._process(context) as (watched, begin),
+            isolated_batches(
+                store.storage.address,
+                question.sql,
+                memory_limit,
+                timeout,
+                question.parameters,
+                remark,
+                question.kept,
+                begin=begin,
+            ) as reader,
+        ):
+            yield reader.schema
+            for batch in reader:
+                with watched.waiting():
+                    yield batch
+
+    def schemas(self, context: Any, call: Call, store: ServedStore) -> dict[str, pa.Schema]:
+        """The columns of the relations of a store, by their names (raises as `answer`)."""
+        with self._process(context) as (_, begin):
+            return isolated_schemas(store.storage.address, self._memory_limit, self._timeout, begin)
+
+    @contextmanager
+    def _process(self, context: Any) -> Iterator[tuple[Watched, Callable[[Child], None]]]:
+        """A slot for a process, whose call is watched; the process is said once it has begun (raises as `answer`)."""
         give_back = self._slots.take()
         ended: list[bool] = []
-        children: list[Any] = []
+        children: list[Child] = []
 
         def end() -> None:
             ended.append(True)
@@ -80,7 +108,7 @@ class Queries:
                 child.kill()
             give_back()
 
-        def begin(child: Any) -> None:
+        def begin(child: Child) -> None:
             children.append(child)
             if ended:
                 child.kill()
@@ -88,31 +116,10 @@ class Queries:
         try:
             with self._watch.over(context, end) as watched:
                 try:
-                    with isolated_batches(
-                        store.storage.address,
-                        question.sql,
-                        memory_limit,
-                        timeout,
-                        question.parameters,
-                        remark,
-                        question.kept,
-                        begin=begin,
-                    ) as reader:
-                        yield reader.schema
-                        for batch in reader:
-                            with watched.waiting():
-                                yield batch
+                    yield watched, begin
                 except Exception:
                     if watched.ended:
                         raise flight.FlightCancelledError(f"the query was ended: {watched.ended}") from None
                     raise
-        finally:
-            give_back()
-
-    def schemas(self, context: Any, call: Call, store: ServedStore) -> dict[str, pa.Schema]:
-        """The columns of the relations of a store, by their names (raises as `answer`)."""
-        give_back = self._slots.take()
-        try:
-            return isolated_schemas(store.storage.address, self._memory_limit, self._timeout)
         finally:
             give_back()

@@ -27,7 +27,7 @@ def serve(config: ServeConfig, log: Callable[[str], None], ready: Callable[[str]
 
     Args:
         config: the options.
-        log: gets a line of JSON for each call, and for each time that the tokens are read again.
+        log: gets a line of JSON for each call, and for each time that the tokens are read again; one at a time.
         ready: gets a sentence for each store once it is served.
 
     Raises:
@@ -47,8 +47,11 @@ def serve(config: ServeConfig, log: Callable[[str], None], ready: Callable[[str]
     stores = _stores(config.stores)
     scheme = PLAIN if certificate is None else TLS
 
+    lock = threading.RLock()  # a signal may come while its thread has it
+
     def say(facts: dict[str, Any]) -> None:
-        log(json_line(facts))
+        with lock:
+            log(json_line(facts))
 
     with contextlib.ExitStack() as held:
         server = StoreServer(f"{scheme}://{bracketed(host)}:{port}", stores, tokens, limits, say, certificate)

@@ -301,11 +301,13 @@ def isolated_answer(
     return table
 
 
-def isolated_schemas(store: str, memory_limit: float = MEMORY_LIMIT, timeout: float = TIMEOUT) -> dict[str, pa.Schema]:
+def isolated_schemas(
+    store: str, memory_limit: float, timeout: float, begin: Callable[[Child], None] = lambda child: None
+) -> dict[str, pa.Schema]:
     """The columns of a store's relations, by their names, found in a process of its own (raises as `asked`)."""
     import pyarrow as pa
 
-    with asked(store, "SHOW TABLES", SCHEMAS, memory_limit, timeout, lambda sentence: None) as answer:
+    with asked(store, "SHOW TABLES", SCHEMAS, memory_limit, timeout, lambda sentence: None, begin=begin) as answer:
         schemas: dict[str, str] = json.loads(answer.read() or b"{}")
     return {name: pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(text))) for name, text in schemas.items()}
 

@@ -39,6 +39,7 @@ LOOPS = {
     "disk_errors": 3.0,
     "workers": 2.5,
     "hostile_sql": 2.0,
+    "serving": 2.0,
     "order": 2.0,
     "power_loss": 2.0,
     "buckets": 2.0,
