@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from knowledge_store.errors import InputError
-from knowledge_store.serving.address import is_served
 from knowledge_store.storage.bucket import BucketStorage
 from knowledge_store.storage.bucket_address import SCHEMES, BucketAddress, is_bucket_address
 from knowledge_store.storage.local import LocalStorage
 from knowledge_store.storage.protocol import Entry, Storage, Write, concurrently, contents
+from knowledge_store.storage.served.address import is_served
+from knowledge_store.storage.served.client import ServedStorage
 
 __all__ = [
     "BucketStorage",
@@ -35,14 +36,12 @@ def open_storage(store: StorePlace, token_file: str | Path | None = None) -> Sto
     Args:
         store: a folder, `s3://bucket/prefix` (also gs:// and az://, see `bucket_address`), or `grpc+tls://host:port` where a
             store is served.
-        token_file: of a served store, a file of the token; None takes it from the environment (see `serving.client`).
+        token_file: of a served store, a file of the token; None takes it from the environment (see `served.client`).
 
     Raises:
         InputError: it is an address that no storage serves, or obstore, which serves it, is not installed.
     """
     if is_served(store):
-        from knowledge_store.serving.client import ServedStorage
-
         return ServedStorage(str(store), token_file)
     if isinstance(store, str) and "://" in store:
         return BucketStorage(store)
