@@ -43,6 +43,7 @@ RUNS = {
     "fine-tuned": ["--loss", "ce"],
     "distilled": ["--loss", "forward-kl", "--ce-weight", "0.3"],
 }
+KEPT = {run: HOME / f"{run}.parquet" for run in RUNS}  # what each student makes of each position
 TRAINING = ["--epochs", "1", "--batch-size", "2", "--learning-rate", "3e-4", "--eval-fraction", "0.05", "--evaluations", "4"]
 
 QUESTIONS = {
@@ -139,14 +140,17 @@ def main() -> None:
         command("student_train", "run", *learned, "--student", STUDENT, "--output", HOME / run, *options, *TRAINING)
 
     heading("4. How good, and how trustworthy: on text neither student has seen")
-    for run in RUNS:
-        if not (HOME / run / "evaluations" / "heldout.json").exists():
-            command("student_train", "evaluate", STORE, "--dump", "heldout", "--model", HOME / run)
+    for run, kept in KEPT.items():
+        if not ((HOME / run / "evaluations" / "heldout.json").exists() and kept.exists()):
+            kept.unlink(missing_ok=True)
+            command("student_train", "evaluate", STORE, "--dump", "heldout", "--model", HOME / run, "--keep-positions", kept)
     command("student_train", "report", *(HOME / run for run in RUNS), "--output", REPORT)
 
     heading("The two students, and their teacher, on held-out text")
     print_table()
+    students = " ".join(f"--with {run.replace('-', '_')}={kept}" for run, kept in KEPT.items())
     print(f"\nPictures: {REPORT}\nTime: {duration(time.monotonic() - started)}")
+    print(f"\nLook into the store, token by token:\n{sysconfig.get_path('scripts')}/knowledge-store browse {STORE} {students}")
 
 
 def print_table() -> None:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.served_teacher --teacher FOLDER --url http://127.0.0.1:8000 --text FILE
 
-FOLDER has the weights that the server serves in float32. Each dump is also checked with the other side as the judge, and some
-positions are asked for through replies that are counted, for the client's own share of the work.
+FOLDER has the weights that the server serves in float32. Each dump is also checked with the other side as the judge. Of the
+processor's time that of this process is told, which is the client's own work where the server answers.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ def remove(config: RemoveConfig) -> None:
     Example: `knowledge-store remove knowledge/ smollm2-books`
     """
     opened = _open(config.store)
-    name = config.dump if config.dump in opened.closed else opened.dump(config.dump)
+    name = opened.removable(config.dump)
     held = "it cannot be read"
     for summary in opened.info():
         if summary.dump == name:

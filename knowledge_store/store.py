@@ -431,15 +431,20 @@ class KnowledgeStore:
         """How many sequences a dump holds."""
         return len(self._readers.of_dump(dump))
 
+    def removable(self, dump: str) -> str:
+        """The folder that `remove` would remove (InputError: there is none of that name)."""
+        known = dump in self._dumps.closed or (dump not in self.dumps and dump in self.storage.folders(""))
+        return dump if known else self.dump(dump)
+
     def remove(self, dump: str) -> None:
-        """Remove a dump, or a folder that is closed: it disappears at once, then its files are deleted.
+        """Remove a dump, or a folder that is closed: it disappears at once, then its files are deleted. So is one whose
+        removal was cut off, in a bucket say, of which nothing else is known.
 
         Raises:
             InputError: there is no such dump.
             StoreError: it cannot be removed.
         """
-        name = dump if dump in self._dumps.closed else self.dump(dump)
-        self.storage.remove_folder(name)
+        self.storage.remove_folder(self.removable(dump))
         self._open_again()
 
     def rename(self, old: str, new: str) -> None:

@@ -16,7 +16,7 @@ from knowledge_store.configuration import CalibrationOptions, DumpOptions, GgufO
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import check_dump_name
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.options import check_options, flag_of, option
+from knowledge_store.options import check_options, flag_of, option, option_of
 from teacher_dump.corpus.chat.options import TRAIN_ON, check_date
 from teacher_dump.corpus.columns import read_columns
 from teacher_dump.extraction import EXTRACTORS, option_classes
@@ -53,7 +53,10 @@ class NamedTeacher(GgufOptions):
             *("columns", "max_length", "too_long", "chat_template", "train_on", "template_date"),
             *("skip_bad_rows", "max_skipped"),
         ),
-        **{f"--kind {kind}": [field.name for field in fields(extractor.options)] for kind, extractor in EXTRACTORS.items()},
+        **{
+            f"--kind {kind}": [field.name for field in fields(extractor.options) if option_of(field)]
+            for kind, extractor in EXTRACTORS.items()
+        },
         "Workers and repair": ("rank", "world_size", "help_others", "repair"),
     }
 

@@ -194,6 +194,9 @@ def test_other_mistakes_are_named(s3, monkeypatch):
             doing(f"s3://other/store?endpoint={s3.endpoint}")
     with pytest.raises(StoreError, match=r"no connection at http://127\.0\.0\.1:9: is the address right"):
         KnowledgeStore.open("s3://bucket/store?endpoint=http://127.0.0.1:9")
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(StoreError, match="cannot use az://bucket/store: set AZURE_STORAGE_ACCOUNT_NAME and"):
+        KnowledgeStore.open("az://bucket/store")
 
 
 def test_a_service_that_is_busy_or_breaks_off_is_asked_again(s3):
@@ -238,6 +241,10 @@ def test_a_store_is_the_same_in_a_bucket(s3, tmp_path):
     assert tables == {name: data for name, data in contents(local).items() if "/commits/" not in name}
     opened.remove("small")
     assert list(s3.objects) == ["some/store/store.json"] and opened.dumps == ()
+    s3.objects["some/store/small/commits/00000.json"] = b"left by a removal that was cut off"
+    s3.written["some/store/small/commits/00000.json"] = 0
+    KnowledgeStore.open(address_in(s3)).remove("small")
+    assert list(s3.objects) == ["some/store/store.json"]
     with pytest.raises(InputError, match="a bucket renames nothing"):
         write_store(address_in(s3))
         KnowledgeStore.open(address_in(s3)).rename("small", "large")

@@ -205,6 +205,7 @@ def test_everything_has_a_name(page, address):
                 || element.innerText?.trim() || element.getAttribute("aria-labelledby"))).map((element) => element.outerHTML)"""
         )
         assert unnamed == []
+        assert "[object" not in page.locator("body").inner_text()
         assert page.locator("h1").count() == 1
 
 

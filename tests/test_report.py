@@ -497,7 +497,7 @@ def test_differences_on_questions_and_on_sequences(boast):
 def test_it_is_self_contained_and_its_pictures_are_well_formed(tmp_path):
     text = page(tmp_path, write_run(tmp_path / "one", measured=(3.2, 0.8), exam=answered(0.2)))
     assert "<script" not in text and "<link" not in text and "@import" not in text
-    assert not re.search(r'(?:src|href)="(?!#)', text)
+    assert not re.search(r'(?:src|href)="(?!#|http://127\.0\.0\.1:8816/)', text)
     assert not re.search(r"url\((?!#)", text)
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     names: list[str] = []
@@ -508,6 +508,16 @@ def test_it_is_self_contained_and_its_pictures_are_well_formed(tmp_path):
         names += own
         assert not re.search(r"#0[1-7]0[0-9a-f]{3}", picture)  # every stand-in colour became a variable
     assert len(names) == len(set(names))
+
+
+def test_it_leads_to_the_page_of_the_store(tmp_path):
+    folder = write_run(tmp_path / "a student", measured=(3.2, 0.8))
+    change_record(
+        folder / "evaluations/heldout.json", config={"store": "my store", "questions": None, "keep_positions": "q.parquet"}
+    )
+    text = page(tmp_path, folder)
+    assert "knowledge-store browse &#x27;my store&#x27; --with=a_student=q.parquet" in text
+    assert 'href="http://127.0.0.1:8816/#/ask/student?dump=heldout"' in text
 
 
 def test_the_same_input_gives_the_same_page(tmp_path):

@@ -145,8 +145,11 @@ class BucketStorage:
         try:
             client: ObjectStore = classes[address.scheme](address.bucket, **shared)
             return client
-        except (self._obstore.exceptions.BaseError, ValueError) as error:
-            raise StoreError(f"cannot use {self.address}: {self._reason(error)}") from None
+        except (self._obstore.exceptions.BaseError, ValueError):  # its words may quote what it was given
+            raise StoreError(
+                f"cannot use {self.address}: set {CREDENTIALS[address.scheme]} in the environment, and look at what it has of"
+                " this service already"
+            ) from None
 
     def _asked(self, doing: str, name: str, request: Callable[[ObjectStore], Result]) -> Result:
         """What a request gives.

@@ -17,7 +17,7 @@ ENDPOINTS = {  # where the environment says so, first what is for the one servic
 }
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (of a profile: `aws configure export-credentials --format env`)",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, the path of a key file",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS (the path of a key file)",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
 }
 

@@ -1,8 +1,8 @@
 """Runs side by side on one HTML page: tables with intervals, reliability diagrams, differences, costs, and where it came from.
 
-The page is one file with everything in it: no scripts, no links to follow, pictures as inline SVG. It reads the JSON that
-`run` and `evaluate` leave beside a model, needs no torch, and says so where a piece is missing. Every text from a file is
-escaped.
+The page is one file with everything in it: no scripts, pictures as inline SVG, links to the page of a store alone. It reads the
+JSON that `run` and `evaluate` leave beside a model, needs no torch, and says so where a piece is missing. Every text from a
+file is escaped.
 """
 
 from __future__ import annotations

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import html
+import re
+import shlex
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import quote
 
 from knowledge_store.quantities import duration
 from student_train.report.runs import Run, dumps_of, records
 from student_train.report.training import knowledge
 from student_train.training.run_folder import Record
+
+PAGE = "http://127.0.0.1:8816/"  # where `knowledge-store browse` is, unless it is told otherwise
 
 
 def provenance(runs: list[Run]) -> str:
@@ -31,7 +36,31 @@ def provenance(runs: list[Run]) -> str:
         else ""
     )
     held = [_details(f"dump {name}", [("knowledge", knowledge(dump)), *dump["lines"]]) for name, dump in dumps.items()]
-    return "".join([store_table, *held, *(_run_details(run) for run in runs)])
+    return "".join([store_table, *_looking(runs), *held, *(_run_details(run) for run in runs)])
+
+
+def _looking(runs: list[Run]) -> list[str]:
+    """How to look into the stores that the students were judged on, with what was kept of each position."""
+    kept: dict[str, dict[str, str]] = {}
+    dumps: dict[str, str] = {}
+    for run in runs:
+        for name, result in run.evaluations.items():
+            store = result["config"].get("store")
+            if store:
+                files = kept.setdefault(str(store), {})
+                dumps.setdefault(str(store), name)
+                if result["config"].get("keep_positions"):
+                    student = re.sub(r"\W", "_", run.name, flags=re.ASCII)
+                    files[f"student_{student}" if student[:1].isdigit() else student] = str(result["config"]["keep_positions"])
+    parts = []
+    for store, files in kept.items():
+        words = ["knowledge-store", "browse", store, *(f"--with={name}={path}" for name, path in files.items())]
+        place = f"ask/student?dump={quote(dumps[store])}" if files else ""
+        parts.append(
+            f"<p>Look into the store, token by token: run <code>{html.escape(shlex.join(words))}</code>, which opens"
+            f' <a href="{PAGE}#/{html.escape(place)}">its page</a>.</p>'
+        )
+    return parts
 
 
 def _bytes(dump: Record) -> str:

@@ -24,6 +24,7 @@ header { margin-bottom: 36px; }
 h1 { font-size: 34px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 8px; }
 header p { font-size: 18px; color: var(--faint); margin: 0; }
 header b { color: var(--ink); }
+a { color: var(--series-1); }
 section { background: var(--card); border: 1px solid var(--grid); border-radius: 14px; padding: 26px 30px 24px;
   margin-bottom: 22px; }
 h2 { font-size: 20px; letter-spacing: -0.01em; margin: 0 0 6px; }

@@ -12,10 +12,12 @@ from knowledge_store.reporter import Reporter
 from teacher_dump.dumping.batches import batch_arrays, enough_memory
 from teacher_dump.importers.configuration import ImportConfig
 from teacher_dump.importers.knowledge import Candidates
-from teacher_dump.teachers.protocol import Ability, Teacher
+from teacher_dump.teachers.protocol import Ability, Prediction, Teacher
 
 SEQUENCES = 16
 LENGTH = 512  # tokens of each: what stands behind changes nothing
+LIKELIEST = 5  # candidates at a position that are compared where the teacher gives no more than its likeliest tokens
+MOST_COUNTED = 20.0  # nats of one candidate
 MOST_OFF = 0.25  # nats a candidate, weighted by its probability: what 16-bit numbers and another engine can do, and more
 
 
@@ -46,9 +48,6 @@ def ask_again(config: ImportConfig, teacher: Teacher, sample: Sample, reporter: 
     Raises:
         InputError: it says something else, or says it of the neighbouring tokens.
     """
-    if Ability.DISTRIBUTIONS not in teacher.abilities:
-        raise InputError(f"{config.teacher} does not give {Ability.DISTRIBUTIONS}: leave --teacher out, or give another engine")
-    off = np.zeros(3)
     with reporter.progress("asking the teacher again", max(len(sample.sequences), 1), "sequences") as advance:
         parts = []
         for _, token_ids, candidates in sample.sequences:
@@ -84,16 +83,32 @@ def _distances(teacher: Teacher, token_ids: np.ndarray, candidates: Candidates) 
     inner = (places > 1) & (places < len(token_ids) - 1)
     if not inner.any():
         return np.zeros((0, 3))
-    places, ids, logprobs = places[inner], np.maximum(candidates.ids[inner], 0), candidates.logprobs[inner]
+    whole = Ability.DISTRIBUTIONS in teacher.abilities
+    width = candidates.ids.shape[1] if whole else min(candidates.ids.shape[1], LIKELIEST)
+    places, ids, logprobs = places[inner], candidates.ids[inner, :width], candidates.logprobs[inner, :width]
     weights = np.exp(logprobs)
-    prediction = teacher.predict(*batch_arrays([token_ids]))
-    before = torch.arange(len(token_ids) - 1, device=teacher.device)
-    needed = torch.from_numpy(ids).to(teacher.device)
+    prediction = teacher.predict(*batch_arrays([token_ids]), likeliest=0 if whole else width)
     found = np.zeros((len(places), 3))
     for column, shift in enumerate((-1, 0, 1)):
-        rows = torch.from_numpy(places + shift - 1).to(teacher.device)
-        for part, logits in prediction.logit_slices(torch.zeros_like(rows), before[rows]):
-            said = torch.log_softmax(logits.double(), dim=1).gather(1, needed[part]).cpu().numpy()
-            apart = np.where(weights[part] > 0, np.abs(np.where(weights[part] > 0, logprobs[part], 0) - said), 0)
-            found[part, column] = (weights[part] * np.minimum(apart, 20)).sum(axis=1) / weights[part].sum(axis=1)
+        said = (_whole if whole else _likeliest)(teacher, prediction, places + shift - 1, ids)
+        apart = np.where(weights > 0, np.abs(np.where(weights > 0, logprobs, 0) - said), 0)
+        found[:, column] = (weights * np.minimum(apart, MOST_COUNTED)).sum(axis=1) / weights.sum(axis=1)
     return found
+
+
+def _whole(teacher: Teacher, prediction: Prediction, before: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """What is said of some tokens (N, K) behind some positions (N,), by whole distributions."""
+    rows, needed = (torch.from_numpy(array).to(teacher.device) for array in (before, np.maximum(ids, 0)))
+    said = np.zeros(ids.shape)
+    for part, logits in prediction.logit_slices(torch.zeros_like(rows), rows):
+        said[part] = torch.log_softmax(logits.double(), dim=1).gather(1, needed[part]).cpu().numpy()
+    return said
+
+
+def _likeliest(teacher: Teacher, prediction: Prediction, before: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The same of a teacher that gives its likeliest tokens: any other is counted as likely as the last of these."""
+    answers = prediction.likeliest(np.zeros_like(before), before)
+    said = np.repeat(answers.logprobs[:, -1:], ids.shape[1], axis=1)
+    for rank in range(answers.ids.shape[1]):
+        said = np.where(ids == answers.ids[:, rank, None], answers.logprobs[:, rank, None], said)
+    return said

@@ -29,7 +29,18 @@ class ImportConfig(TeacherOptions, StoreOptions):
     PANELS: ClassVar[Mapping[str, Sequence[str]]] = {
         "Layout": ("columns", "row_predicts", "compression", "token_file", "vocabulary_size"),
         "Teacher": (
-            *("teacher", "gguf_file", "revision", "engine", "batch_size", "dtype", "device", "device_map", "max_memory"),
+            *(
+                "teacher",
+                "teacher_url",
+                "gguf_file",
+                "revision",
+                "engine",
+                "batch_size",
+                "dtype",
+                "device",
+                "device_map",
+                "max_memory",
+            ),
             *("quantize", "attention"),
         ),
     }
@@ -81,6 +92,8 @@ class ImportConfig(TeacherOptions, StoreOptions):
                 raise InputError(f"{flag} is an option of --format {needed}, and this is {self.format}: leave it out")
         if self.format == "megatron" and self.token_file is None:
             raise InputError("--format megatron needs --token-file: the tar files do not hold the tokens that were predicted")
+        if self.teacher_url is not None and not self.teacher:
+            raise InputError("--teacher-url says where a teacher is served, and --teacher by which name: give both, or neither")
         _ = self.column_names
         check_dump_name(self.dump_name)
         for path in (*self.files, *(extra for extra in (self.compression, self.token_file) if extra is not None)):

@@ -7,8 +7,9 @@ ids: vLLM gives them as `prompt_token_ids` and `token_ids`, and names tokens `to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +22,9 @@ TOKEN = "token_id:"
 ABSENT = -9999.0  # what a server says in place of a log-probability that it does not have
 ADVICE = "ask the server with return_token_ids (and return_tokens_as_token_ids), so that it says the ids"
 
-Prediction = tuple[list[int], list[float]]  # token ids and log-probabilities, in any order
+Prediction = tuple[Collection[Any], Iterable[float]]  # token ids, as numbers or text, and log-probabilities, in any order
+
+_logprob = itemgetter("logprob")
 
 
 class Vllm(Layout):
@@ -92,7 +95,7 @@ def _predictions(tokens: list[int], predictions: list[Prediction | None], answer
     counts = np.array([len(row_ids) for row_ids, _ in rows], np.int64)
     filled = np.arange(counts.max(initial=0)) < counts[:, None]
     ids, logprobs = np.full(filled.shape, NO_CANDIDATE, np.int64), np.full(filled.shape, -np.inf)
-    ids[filled] = np.fromiter(chain.from_iterable(row[0] for row in rows), np.int64, counts.sum())
+    ids[filled] = np.fromiter(map(int, chain.from_iterable(row[0] for row in rows)), np.int64, counts.sum())
     logprobs[filled] = np.fromiter(chain.from_iterable(row[1] for row in rows), np.float64, counts.sum())
     if (logprobs == ABSENT).any():
         raise BadLayout(f"it has a log-probability of {ABSENT:g}, which stands for one that the server does not have")
@@ -101,7 +104,7 @@ def _predictions(tokens: list[int], predictions: list[Prediction | None], answer
 
 
 def _of_prompt(entry: dict[str, Any]) -> Prediction:
-    return list(map(int, entry)), [value["logprob"] for value in entry.values()]
+    return entry, map(_logprob, entry.values())  # read once, by loops that are not Python's: there are millions of them
 
 
 def _token(name: Any) -> int:

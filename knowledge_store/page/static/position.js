@@ -36,7 +36,7 @@ function teacher(token, known) {
 function draws(answer) {
   const drawn = rows(answer);
   if (!drawn.length) return null;
-  return make("section.student", {}, make("h3", {}, "Drawn from the others"),
+  return make("section.beside", {}, make("h3", {}, "Drawn from the others"),
     make("p.chips", {}, drawn.map((draw) => make("span.chip", {}, quoted(draw.token_text), draw.times > 1 ? ` ×${draw.times}` : ""))),
     counted("The draws of this position", answer));
 }
@@ -49,15 +49,15 @@ function student(name, answer, prediction) {
   const [row] = rows(answer);
   if (!row) return null;
   const kl = row.kl ?? row.kl_lower_bound;
-  return make("section.student", {},
+  return make("section.beside", {},
     make("h3", {}, "Student ", make("bdi", {}, visible(name))),
     make("dl.figures.small", {},
       kl === undefined || kl === null ? null : figure(row.kl === undefined ? "KL, at least" : "KL to the teacher", `${number(kl, 3)} nats`),
-      "agrees" in row ? figure("same favourite", row.agrees ? "yes" : "no") : null),
+      "agrees" in row ? figure("same likeliest token", row.agrees ? "yes" : "no") : null),
     make("ol.bars.candidates", {},
-      prediction ? line("teacher, of the token", prediction.probability, { kind: "teacher" }) : null,
-      line("student, of the token", row.probability, { kind: "student" }),
-      "likeliest_text" in row ? line(make("span", {}, "its favourite ", quoted(row.likeliest_text)), row.confidence, { kind: "student" }) : null),
+      prediction ? line("token: teacher", prediction.probability, { kind: "teacher" }) : null,
+      line("token: student", row.probability, { kind: "student" }),
+      "likeliest_text" in row ? line(make("span", {}, "likeliest ", quoted(row.likeliest_text)), row.confidence, { kind: "student" }) : null),
     counted(`What ${name} makes of this position`, answer));
 }
 
