@@ -184,7 +184,7 @@ def _shard(
                 candidates = candidates_of(predictions, vocabulary, layout.slack)
                 if not len(candidates.places):
                     continue
-                arrays: Arrays = arrays_of(predictions, candidates, most, vocabulary, layout.slack)
+                arrays: Arrays = arrays_of(predictions, candidates, most, vocabulary)
             except BadLayout as error:
                 raise InputError(f"{config.files[file]}, row {row.number}: {error}") from None
             knowledge.append(arrays)
