@@ -343,6 +343,36 @@ def test_a_stopped_import_is_resumed(tmp_path, tokenizer_folder, vocabulary, mon
     assert "was made differently" in error_of(other)
 
 
+def test_an_imported_dump_is_repaired(tmp_path, tokenizer_folder, vocabulary):
+    """By the command that made it, and only by that one; what is sound stays."""
+    from teacher_dump.cli import app
+
+    store = tmp_path / "store"
+    words = write_vllm(tmp_path, make_cache(vocabulary))
+    more = ("--shard-size", "2", "--name", "cache")
+    assert "no dump 'cache'" in error_of(import_files(store, words, "vllm", tokenizer_folder, *more, "--repair"))
+    assert import_files(store, words, "vllm", tokenizer_folder, *more).exit_code == 0
+    whole = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    for name in ("positions/00001.parquet", "tokens.parquet", "manifest.json"):
+        file = store / "cache" / name
+        data = bytearray(whole[file])
+        data[len(data) // 3] ^= 0xFF
+        file.write_bytes(data)
+        assert verify(store).damage
+        again = ["run", store, "--name", "cache", "--teacher", tokenizer_folder, "--corpus", words[0], "--repair"]
+        if name != "manifest.json":  # which alone knows that it was imported
+            assert "was imported" in error_of(CliRunner().invoke(app, list(map(str, again))))
+        result = import_files(store, words, "vllm", tokenizer_folder, *more, "--repair")
+        assert result.exit_code == 0, result.output
+        assert ("1 of 2 shards repaired" if "/" in name else "0 of 2 shards repaired") in result.output
+        assert verify(store).sound
+        assert {file: file.read_bytes() for file in store.rglob("*") if file.is_file()} == whole
+    other = tmp_path / "more.jsonl"
+    other.write_text('{"text": "more"}\n')
+    result = CliRunner().invoke(app, ["run", str(store), "--append", "cache", "--corpus", str(other)])
+    assert "was imported" in error_of(result)
+
+
 def test_round_trip_through_distillkit(tmp_path, tokenizer_folder, teacher_folder, store_folder):
     """A store written in DistillKit's layout and imported again has the same candidates, and all values within one step."""
     folder = tmp_path / "packed"
