@@ -439,6 +439,14 @@ def test_the_teacher_is_asked_again(asked, tmp_path, teacher_folder, loaded_teac
     n, known, kept = (rows[name][0].as_py() for name in ("n", "known", "kept"))
     assert n - 6 == kept > known > 0
 
+    from knowledge_store.page.questions import Asked, statement
+
+    [dump] = opened.dumps
+    for name in ("surprised", "garbled"):  # tokens that are no candidate count as the tail at least
+        sql = statement(name, Asked(dump, keeps_entropy=False, knows_tokens=False))
+        surprise = opened.sql(sql)["surprise"].to_pylist()
+        assert None not in surprise and surprise == sorted(surprise, reverse=True) and surprise
+
 
 def test_training_on_it(asked, tmp_path, teacher_folder):
     """Losses of candidates and tail learn from it; what needs the log-probability of each token says that it does."""
