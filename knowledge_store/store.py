@@ -17,7 +17,7 @@ from knowledge_store.choice.answers import TIMEOUT as CHOICE_TIMEOUT
 from knowledge_store.choice.sequences import ChosenSequences, check_query, choose_sequences
 from knowledge_store.choice.targets import ChosenTargets, check_condition, choose_targets
 from knowledge_store.errors import InputError
-from knowledge_store.format.layout import SEQUENCES
+from knowledge_store.format.layout import COMMITS, SEQUENCES, TOKENS_FILE
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import sequences_schema
@@ -433,8 +433,14 @@ class KnowledgeStore:
 
     def removable(self, dump: str) -> str:
         """The folder that `remove` would remove (InputError: there is none of that name)."""
-        known = dump in self._dumps.closed or (dump not in self.dumps and dump in self.storage.folders(""))
-        return dump if known else self.dump(dump)
+        return dump if dump in self._dumps.closed or self._is_remnant(dump) else self.dump(dump)
+
+    def _is_remnant(self, dump: str) -> bool:
+        """Whether a folder is what a removal that was cut off left: tables or records, no manifest, and nothing else."""
+        if dump in self.dumps or dump not in self.storage.folders(""):
+            return False
+        found = {*self.storage.folders(dump), *(entry.name for entry in self.storage.files(dump))}
+        return bool(found) and found <= {COMMITS, SEQUENCES, TOKENS_FILE, *KINDS}
 
     def remove(self, dump: str) -> None:
         """Remove a dump, or a folder that is closed: it disappears at once, then its files are deleted. So is one whose

@@ -188,6 +188,6 @@ def _advised(error: KnowledgeStoreError) -> KnowledgeStoreError:
     if not isinstance(error, DamageError):
         return error
     return type(error)(
-        f"{error}: `knowledge-store verify` names all that is damaged, and `teacher-dump run … --repair`, with what made the"
-        " dump, makes it again"
+        f"{error}: `knowledge-store verify` names all that is damaged, and `teacher-dump run … --repair` (or import), with what"
+        " made the dump, makes it again"
     )

@@ -37,12 +37,12 @@ class ServedReader(DumpReader):
         name: of the dump.
     """
 
-    ahead = AHEAD
-
     def __init__(self, dumps: Dumps, name: str):
         super().__init__(dumps, name, 0)
         assert isinstance(dumps.storage, ServedStorage)
         self._storage = dumps.storage
+        # What is read ahead are sequences, and not the row groups of files.
+        self.ahead, self._ahead = AHEAD, None
         self._coming: deque[tuple[tuple[tuple[int, ...], tuple[str, ...]], Future[Batch]]] = deque()
 
     @cached_property

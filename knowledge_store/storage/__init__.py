@@ -5,6 +5,7 @@ Nothing here knows what is in a file.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from knowledge_store.errors import InputError
@@ -45,8 +46,8 @@ def open_storage(store: StorePlace, token_file: str | Path | None = None) -> Sto
         return ServedStorage(str(store), token_file)
     if isinstance(store, str) and "://" in store:
         return BucketStorage(store)
-    if isinstance(store, Path) and store.parts and store.parts[0].removesuffix(":") in SCHEMES and store.parts[0][-1] == ":":
-        raise InputError(f"{store} is a path, which has lost a /: give the address of a bucket as a text")
+    if isinstance(store, str | Path) and re.match(rf"({'|'.join(SCHEMES)}):", str(store), re.IGNORECASE):
+        raise InputError(f"{store} is a path, which has lost a /: give the address of a bucket as a text, s3://BUCKET/PREFIX")
     return LocalStorage(store) if isinstance(store, str | Path) else store
 
 

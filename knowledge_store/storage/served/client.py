@@ -56,7 +56,7 @@ class ServedStorage:
         self._place = parse_address(address)
         self.address = str(self._place)
         self._token_file = None if token_file is None else str(token_file)
-        self._token()
+        self._secret = self._token()
         self._begin()
 
     def _begin(self) -> None:
@@ -67,7 +67,8 @@ class ServedStorage:
         self._block = lru_cache(BLOCKS)(self._read_block)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("_place", "address", "_token_file")}
+        # The token too: a worker may have the environment of a process that began before it was set.
+        return {name: self.__dict__[name] for name in ("_place", "address", "_token_file", "_secret")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -78,11 +79,13 @@ class ServedStorage:
 
     # Calls
 
+    _secret = ""
+
     def _token(self) -> str:
-        """The token, as it stands now: the file may be another one by the time of the next connection."""
+        """The token, as it stands now: the file may be another one by the time of the next call."""
         if self._token_file is not None:
             return read_tokens(self._token_file)[0].secret
-        token = os.environ.get(ENVIRONMENT, "").strip()
+        token = os.environ.get(ENVIRONMENT, "").strip() or self._secret
         if not token:
             raise InputError(
                 f"a served store asks for a token: name its file (--token-file, `token_file=`), or put it into {ENVIRONMENT}"
