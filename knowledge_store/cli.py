@@ -227,7 +227,10 @@ def verify(config: VerifyConfig) -> None:
     if not verification.sound:
         note(f"{len(verification.damage)} damaged, {len(verification.closed)} closed and not checked; sound: {checked}")
     if verification.damage:
-        note("Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair")
+        note(
+            "Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair, or"
+            " teacher-dump import … --repair"
+        )
     if not verification.sound:
         raise typer.Exit(NOT_SOUND)
     output.print(f"Sound: {checked}", markup=False)
