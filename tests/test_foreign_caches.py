@@ -378,8 +378,7 @@ def test_round_trip_through_distillkit(tmp_path, tokenizer_folder, teacher_folde
     folder = tmp_path / "packed"
     opened = KnowledgeStore.open(store_folder)
     assert opened.export_distillkit(folder, "train") == opened.sequence_count("train")
-    size = str(opened.manifest("train").vocabulary_size)
-    more = ("--vocabulary-size", size, "--teacher", str(teacher_folder), "--device", "cpu", "--name", "again")
+    more = ("--teacher", str(teacher_folder), "--device", "cpu", "--name", "again")
     result = import_files(tmp_path / "store", [str(folder / "data_0.parquet")], "distillkit", teacher_folder, *more)
     assert result.exit_code == 0, result.output
     for number, found in enumerate(imported(tmp_path / "store")):
@@ -390,6 +389,23 @@ def test_round_trip_through_distillkit(tmp_path, tokenizer_folder, teacher_folde
             known = kept["has_knowledge"]
             assert np.abs(found[name][known] - kept[name][known]).max() <= STEP + 1e-6
     assert not verify(tmp_path / "store").damage
+    found = KnowledgeStore.open(tmp_path / "store").manifest()
+    assert found.vocabulary_size == opened.manifest("train").vocabulary_size
+
+
+def test_the_vocabulary_is_that_of_the_files(tmp_path, tokenizer_folder, vocabulary):
+    """DistillKit's configuration says it: more than the tokenizer's tokens are padding, fewer are of another tokenizer."""
+    words = write_distillkit(tmp_path, make_cache(vocabulary), vocabulary)
+    configuration = tmp_path / "compression_config.yaml"
+    text = configuration.read_text()
+    for size in (vocabulary + 50, vocabulary - 50):  # as many bits of an id
+        configuration.write_text(text.replace(f"d: {vocabulary}", f"d: {size}"))
+        result = import_files(tmp_path / "store", words, "distillkit", tokenizer_folder)
+        if size > vocabulary:
+            assert result.exit_code == 0, result.output
+            assert KnowledgeStore.open(tmp_path / "store").manifest().vocabulary_size == size
+        else:
+            assert "the teacher's own --tokenizer" in error_of(result)
 
 
 @pytest.fixture(scope="module")
