@@ -28,7 +28,7 @@ from benchmarks.measurement import keep
 
 RANKS = (1, 2, 4)
 HELPERS, SHARDS = 4, 63
-PROCESSES = multiprocessing.get_context("spawn")
+PROCESSES = multiprocessing.get_context("fork")  # which have imported all that they need
 
 
 def config_of(teacher: Path, corpus: Path, store: Path, **options: Any) -> Any:
@@ -174,6 +174,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="workers-") as name:
         folder = Path(name)
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        import teacher_dump.dumping.teacher_pass
+        import teacher_dump.teachers.local  # noqa: F401
+
         scans = measure_scan(options.teacher.resolve(), options.megabytes, folder)
         keep("workers", {"scan": scans, "help_others": measure_helpers(folder)})
 

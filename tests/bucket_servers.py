@@ -51,9 +51,9 @@ class Service:
 
 
 def program(name: str) -> str | None:
-    """Where a program is: beside Python, or on the path."""
+    """Where a program is that was installed beside Python. Others of that name may be of another time: Debian's rclone is."""
     beside = Path(sys.executable).parent / name
-    return str(beside) if beside.exists() else shutil.which(name)
+    return str(beside) if beside.exists() else None
 
 
 def free_ports(count: int, above: int = 0) -> list[int]:
@@ -144,7 +144,7 @@ def rclone(folder: Path) -> Iterator[Service]:
         yield _s3(endpoint)
 
 
-AZURITE = os.environ.get("AZURITE") or program("azurite-blob")
+AZURITE = os.environ.get("AZURITE") or shutil.which("azurite-blob")
 # Known to everybody, and the same in every emulator of Azure.
 AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 

@@ -5,14 +5,16 @@ Nothing here knows what is in a file.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from knowledge_store.errors import InputError
-from knowledge_store.serving.address import is_served
 from knowledge_store.storage.bucket import BucketStorage
 from knowledge_store.storage.bucket_address import SCHEMES, BucketAddress, is_bucket_address
 from knowledge_store.storage.local import LocalStorage
 from knowledge_store.storage.protocol import Entry, Storage, Write, concurrently, contents
+from knowledge_store.storage.served.address import is_served
+from knowledge_store.storage.served.client import ServedStorage
 
 __all__ = [
     "BucketStorage",
@@ -35,19 +37,17 @@ def open_storage(store: StorePlace, token_file: str | Path | None = None) -> Sto
     Args:
         store: a folder, `s3://bucket/prefix` (also gs:// and az://, see `bucket_address`), or `grpc+tls://host:port` where a
             store is served.
-        token_file: of a served store, a file of the token; None takes it from the environment (see `serving.client`).
+        token_file: of a served store, a file of the token; None takes it from the environment (see `served.client`).
 
     Raises:
         InputError: it is an address that no storage serves, or obstore, which serves it, is not installed.
     """
     if is_served(store):
-        from knowledge_store.serving.client import ServedStorage
-
         return ServedStorage(str(store), token_file)
     if isinstance(store, str) and "://" in store:
         return BucketStorage(store)
-    if isinstance(store, Path) and store.parts and store.parts[0].removesuffix(":") in SCHEMES and store.parts[0][-1] == ":":
-        raise InputError(f"{store} is a path, which has lost a /: give the address of a bucket as a text")
+    if isinstance(store, str | Path) and re.match(rf"({'|'.join(SCHEMES)}):", str(store), re.IGNORECASE):
+        raise InputError(f"{store} is a path, which has lost a /: give the address of a bucket as a text, s3://BUCKET/PREFIX")
     return LocalStorage(store) if isinstance(store, str | Path) else store
 
 
