@@ -27,6 +27,9 @@ from typer.testing import CliRunner
 from knowledge_store import KnowledgeStore, verify
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
+from teacher_dump.importers.configuration import ImportConfig
+from teacher_dump.importers.run import import_dump
+from teacher_dump.teachers.protocol import Ability, Likeliest
 
 STEP = 1 / 8
 AS_LONG = (30, 30, 30, 30)  # of Megatron's samples
@@ -462,6 +465,54 @@ def test_the_teacher_is_asked_again(asked, tmp_path, teacher_folder, loaded_teac
         sql = statement(name, Asked(dump, keeps_entropy=False, knows_tokens=False))
         surprise = opened.sql(sql)["surprise"].to_pylist()
         assert None not in surprise and surprise == sorted(surprise, reverse=True) and surprise
+
+
+class LikeliestAlone:
+    """A teacher that gives its likeliest tokens and nothing else, as a server does; also its prediction."""
+
+    abilities = frozenset({Ability.LIKELIEST})
+
+    def __init__(self, teacher, batch=(), count=0):
+        self.teacher, self.batch, self.count = teacher, batch, count
+        for name in ("description", "vocabulary_size", "device"):
+            setattr(self, name, getattr(teacher, name))
+
+    def predict(self, *batch, likeliest: int):
+        return LikeliestAlone(self.teacher, batch, likeliest)
+
+    def likeliest(self, rows: np.ndarray, positions: np.ndarray) -> Likeliest:
+        import torch
+
+        places = torch.from_numpy(rows), torch.from_numpy(positions)
+        found = np.zeros((len(rows), self.teacher.vocabulary_size))
+        for part, logits in self.teacher.predict(*self.batch).logit_slices(*places):
+            found[part] = torch.log_softmax(logits.double(), dim=1).numpy()
+        ids = np.argsort(-found, axis=1, kind="stable")[:, : self.count]
+        tokens = self.batch[0][rows, positions + 1]
+        return Likeliest(ids, np.take_along_axis(found, ids, 1), tokens, found[np.arange(len(rows)), tokens])
+
+
+def test_a_teacher_that_gives_its_likeliest_tokens_alone_is_asked(asked, tmp_path, teacher_folder, loaded_teacher):
+    teacher = LikeliestAlone(loaded_teacher)
+
+    def run(row_predicts: str, file: Path = asked):
+        columns = "ids=tokens,candidates=top,logprobs=scores"
+        config = ImportConfig(
+            store=tmp_path / "store", files=(file,), format="plain", tokenizer=str(teacher_folder), teacher=str(teacher_folder),
+            columns=columns, row_predicts=row_predicts,
+        )  # fmt: skip
+        return import_dump(config, teacher)
+
+    with pytest.raises(InputError, match="off by one: the teacher says of the token behind"):
+        run("this")
+    warmer = pq.read_table(asked).to_pylist()
+    for row in warmer:
+        row["scores"] = (np.array(row["scores"]) * 0.7 - 1).tolist()
+    pq.write_table(pa.Table.from_pylist(warmer), tmp_path / "warmer.parquet")
+    with pytest.raises(InputError, match="says something else than the files"):
+        run("next", tmp_path / "warmer.parquet")
+    assert not (tmp_path / "store").exists()
+    assert run("next").shards == 1
 
 
 def test_training_on_it(asked, tmp_path, teacher_folder):
