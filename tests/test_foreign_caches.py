@@ -215,6 +215,34 @@ def test_files_too_small_to_tell_by_themselves(tmp_path, tokenizer_folder, vocab
         assert result.exit_code == code, result.output
 
 
+def test_a_file_that_is_off_by_one_in_parts_is_refused(tmp_path, tokenizer_folder, vocabulary):
+    """As two caches have it that were written into one file."""
+    cache, other = (make_cache(vocabulary, (40,) * 8, seed=seed) for seed in (0, 1))
+    [right] = write_vllm(tmp_path, cache)
+    lines = Path(right).read_text()
+    [wrong] = write_vllm(tmp_path, shifted(other, 1))
+    file = tmp_path / "both.jsonl"
+    file.write_text(lines + "".join(Path(wrong).read_text().splitlines(keepends=True)[:2]))
+    assert "off by one in 2 of 10 sequences" in error_of(import_files(tmp_path / "s", [str(file)], "vllm", tokenizer_folder))
+
+
+def test_rows_and_files_with_no_targets(tmp_path, tokenizer_folder, vocabulary):
+    """A row with none is left out where nothing stands in it, and of files that have none nothing can be learnt."""
+    [file] = write_nemo(tmp_path, make_cache(vocabulary))
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    for wrong, code in ((rows[:1], 0), (rows, 2)):
+        for row in wrong:
+            row["loss_mask"] = [0] * len(row["loss_mask"])
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = import_files(tmp_path / f"store-{code}", [file], "nemo-aligner", tokenizer_folder)
+        assert result.exit_code == code, result.output
+    cache = make_cache(vocabulary)
+    words = write_rows(tmp_path, cache, rest=lambda rest: [-100] * len(rest))
+    more = ("--columns", "ids=ids,candidates=top,logprobs=scores,targets=rest")
+    error = error_of(import_files(tmp_path / "store", words, "plain", tokenizer_folder, *more))
+    assert "no token that counts for training" in error
+
+
 def write_rows(folder: Path, cache: Cache, **changes) -> list[str]:
     """JSON Lines of plain columns; a change is given each row's list and gives another."""
     rows = []
