@@ -191,6 +191,11 @@ def _judge(found: Scan, config: ImportConfig, layout: Layout, vocabulary: int) -
     """Refuse files that nothing can be made of, or whose predictions stand beside other tokens than they are of."""
     if not found.sequences:
         raise InputError(f"{config.files[0]} and what follows hold no sequence of two tokens with a prediction")
+    if not found.targets:
+        raise InputError(
+            f"{config.files[0]} and what follows have no token that counts for training: look at their labels, or the mask of"
+            " their targets"
+        )
     if config.teacher:  # which is asked, and knows better
         return
     if layout.narrow_ids and vocabulary > WRAPPED > found.highest:
@@ -208,7 +213,7 @@ def _judge(found: Scan, config: ImportConfig, layout: Layout, vocabulary: int) -
         complaint = None if silent or few else alignment.complaint()
         if complaint is not None:
             other = PREDICTS[1 - layout.shift]
-            fits = alignment.farther == (1 if layout.shift == 0 else -1)
+            fits = alignment.is_off and alignment.farther == (1 if layout.shift == 0 else -1)
             advice = f"give --row-predicts {other} if that is how the file has it" if fits else "make the file anew"
             raise InputError(f"{path}: {complaint}; {advice}, or give --teacher, which is then asked for a sample")
 
