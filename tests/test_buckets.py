@@ -214,7 +214,7 @@ def test_other_mistakes_are_named(s3, monkeypatch):
     with pytest.raises(StoreError, match=r"no connection at http://127\.0\.0\.1:9: is the address right"):
         KnowledgeStore.open("s3://bucket/store?endpoint=http://127.0.0.1:9")
     monkeypatch.setenv("HTTP_PROXY", f"http://key:{SECRET}@127.0.0.1:9")
-    with pytest.raises(StoreError, match="no connection at .* Or is it the proxy of HTTP_PROXY") as caught:
+    with pytest.raises(StoreError, match=r"no connection at .* Or is it the proxy of HTTP_PROXY") as caught:
         KnowledgeStore.open(address_in(s3))
     assert SECRET not in str(caught.value)
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
