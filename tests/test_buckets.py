@@ -424,6 +424,11 @@ def test_commands_take_addresses_and_an_endpoint(s3, tmp_path):
     assert (code, out) == (0, "n\n53\n"), err
     code, out, _ = run("verify", "s3://bucket/some/store", *endpoint)
     assert code == 0 and "Sound: 1 dumps, 2 shards" in out
+    flip(s3, "some/store/small/commits/00001.json")
+    for name in ("verify", "info"):
+        code, out, err = run(name, "s3://bucket/some/store", *endpoint)
+        assert code and f"made again by `knowledge-store copy '{address_in(s3)}' FOLDER`" in " ".join(err.split())
+    flip(s3, "some/store/small/commits/00001.json")
     code, out, _ = run("copy", "s3://bucket/some/store", str(tmp_path / "local"), *endpoint)
     assert code == 0 and "Copied small: 2 shards" in out
     code, out, _ = run("copy", str(tmp_path / "local"), "s3://bucket/copied", *endpoint)

@@ -19,7 +19,7 @@ from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import TOKENS_SCHEMA
 from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import check_kinds
-from knowledge_store.storage import Storage
+from knowledge_store.storage import Storage, repairing
 from knowledge_store.storage.served import messages
 from knowledge_store.storage.served.client import ServedStorage
 
@@ -156,7 +156,8 @@ def open_dumps(storage: Storage, *, rebuild_index: bool = False) -> Dumps:
             closed[name] = error
     index, unusable = refresh(storage, list(manifests.values()), rebuild=rebuild_index)
     usable = {name: manifest for name, manifest in manifests.items() if name not in unusable}
-    return Dumps(storage, usable, index, {name: _advised(error) for name, error in sorted({**closed, **unusable}.items())})
+    closed |= unusable
+    return Dumps(storage, usable, index, {name: _advised(error, storage) for name, error in sorted(closed.items())})
 
 
 def _served_dumps(storage: ServedStorage) -> Dumps:
@@ -183,11 +184,10 @@ def _again(error: KnowledgeStoreError) -> KnowledgeStoreError:
     return type(error)(str(error))
 
 
-def _advised(error: KnowledgeStoreError) -> KnowledgeStoreError:
+def _advised(error: KnowledgeStoreError, storage: Storage) -> KnowledgeStoreError:
     """Why a dump is closed, with what to do where it is damaged."""
     if not isinstance(error, DamageError):
         return error
     return type(error)(
-        f"{error}: `knowledge-store verify` names all that is damaged, and `teacher-dump run … --repair` (or import), with what"
-        " made the dump, makes it again"
+        f"{error}: `knowledge-store verify` names all that is damaged, and it is made again by {repairing(storage)}"
     )

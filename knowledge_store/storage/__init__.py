@@ -26,6 +26,7 @@ __all__ = [
     "concurrently",
     "contents",
     "open_storage",
+    "repairing",
 ]
 
 StorePlace = str | Path | Storage  # what a store is opened by: its address or folder, or the storage that holds it
@@ -60,3 +61,14 @@ def at_endpoint(store: StorePlace, endpoint: str) -> StorePlace:
     if isinstance(store, str) and is_bucket_address(store):
         return str(BucketAddress.parse(store).at(endpoint))
     return store
+
+
+def repairing(store: StorePlace) -> str:
+    """What makes damaged shards of a store again, as the end of a sentence; quoted, since ? is a pattern in a shell."""
+    address = store if isinstance(store, str | Path) else store.address
+    if is_bucket_address(str(address)):
+        return (
+            f"`knowledge-store copy '{address}' FOLDER`, `teacher-dump run FOLDER …` with what made the dump, and"
+            f" `knowledge-store copy FOLDER '{address}' --repair`"
+        )
+    return "`teacher-dump run … --repair` (or `import … --repair`), with what made the dump"

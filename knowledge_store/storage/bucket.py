@@ -336,8 +336,8 @@ class BucketStorage:
         """
         raise InputError(
             f"{self.address} is not repaired where it is, since nothing in a bucket is replaced: copy it into a folder"
-            f" (`knowledge-store copy {self.address} FOLDER` leaves damaged shards out), make these again there with the same"
-            f" `teacher-dump run FOLDER …`, and put them back by `knowledge-store copy FOLDER {self.address} --repair`"
+            f" (`knowledge-store copy '{self.address}' FOLDER` leaves damaged shards out), make these again there with the same"
+            f" `teacher-dump run FOLDER …`, and put them back by `knowledge-store copy FOLDER '{self.address}' --repair`"
         )
 
     def make_lasting(self, prefix: str) -> None:

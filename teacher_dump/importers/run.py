@@ -21,9 +21,9 @@ from knowledge_store.storage import open_storage
 from knowledge_store.writing.repair import repair_manifest, repair_shard, repair_store_file, repair_tokens
 from knowledge_store.writing.writer import DumpWriter, Shard
 from teacher_dump.corpus.rows import Start
+from teacher_dump.corpus.sources import corpus_record
 from teacher_dump.dumping.repair import damaged_shards, manifest_to_repair
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.fingerprints import corpus_record
 from teacher_dump.importers.axolotl import Axolotl
 from teacher_dump.importers.configuration import PREDICTS, ImportConfig
 from teacher_dump.importers.distillkit import DistillKit
