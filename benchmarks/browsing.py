@@ -138,7 +138,7 @@ def main() -> None:
     version = subprocess.run([chromium, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     keep(
         "browsing",
-        {"positions": facts.positions, "sequences": facts.sequences, "browser": version, "repeats": options.repeats,
+        {"store": {"positions": facts.positions, "sequences": facts.sequences}, "browser": version, "repeats": options.repeats,
          "load_average": [round(value, 1) for value in load], **figures},
     )  # fmt: skip
 

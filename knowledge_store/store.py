@@ -31,7 +31,6 @@ from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.readers import Readers
 from knowledge_store.reading.speculators import export_speculators
 from knowledge_store.reporter import SILENT, Reporter
-from knowledge_store.serving.client import ServedStorage
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.create_statements import create_statements
 from knowledge_store.sql.export import export
@@ -41,6 +40,7 @@ from knowledge_store.sql.named_files import NamedFiles
 from knowledge_store.sql.parameters import Parameters
 from knowledge_store.sql.query import run_query
 from knowledge_store.storage import Storage, open_storage
+from knowledge_store.storage.served.client import ServedStorage
 from knowledge_store.writing.rename import rename_dump
 
 

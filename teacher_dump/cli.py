@@ -249,7 +249,7 @@ def import_files(config: ImportConfig) -> None:
     end_at_sigterm()
     from teacher_dump.importers.run import import_dump
 
-    _show_report(import_dump(config, reporter=TerminalReporter()), "imported")
+    _show_report(import_dump(config, reporter=TerminalReporter()), "repaired" if config.repair else "imported")
 
 
 @command(app, CheckConfig)

@@ -64,6 +64,31 @@ def corpus_record(files: tuple[Path, ...], *, reporter: Reporter = SILENT) -> li
     ]
 
 
+def file_stamps(files: tuple[Path, ...]) -> list[tuple[int, int]]:
+    """Size and modification time of each file, in bytes and nanoseconds (InputError: one cannot be read)."""
+    stamps = []
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        stamps.append((status.st_size, status.st_mtime_ns))
+    return stamps
+
+
+def check_unchanged(files: tuple[Path, ...], stamps: list[tuple[int, int]]) -> None:
+    """Make sure that no file of a corpus was written since it had the stamps of `file_stamps`.
+
+    Raises:
+        InputError: one was; names it.
+    """
+    for path, before, now in zip(files, stamps, file_stamps(files), strict=True):
+        if before != now:
+            raise InputError(
+                f"{path} was changed while the corpus was looked through: give the command again when nobody writes it any more"
+            )
+
+
 def _hash(path: Path, size: int, reporter: Reporter) -> str:
     if size < SHOW_PROGRESS_BYTES:
         with open(path, "rb") as file:

@@ -152,7 +152,7 @@ def test_answers_are_texts_and_lead_to_sequences(page, address, folder):
     cells = " ".join(page.locator("td.words").all_inner_texts())
     assert SCRIPT in cells and "⟨202E⟩dlrow⟨202C⟩" in cells and "␀␇␛" in cells
     assert page.locator("th", has_text=SCRIPT).count() == 1
-    page.get_by_role("link", name="Read the sequence of row 2").click()
+    page.get_by_role("link", name="Read the sequence of row 2", exact=True).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Sequence {1 << 16}")
     clean(page)
     page.go_back()  # the answer is there again, and nothing runs
@@ -239,7 +239,7 @@ def test_a_question_of_an_address_waits_and_one_of_a_link_runs(page, address):
     page.goto(f"{address}#/")
     page.get_by_role("link", name="Where is the teacher unsure?").click()
     page.wait_for_selector("tbody tr")
-    page.get_by_role("link", name="Read the sequence of row 1").click()
+    page.get_by_role("link", name="Read the sequence of row 1", exact=True).click()
     page.wait_for_selector("aside dl")
     assert re.search(r"#/sequence/small/\d+\?at=\d+$", page.url)
 

@@ -24,6 +24,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import SEQUENCE_COLUMNS, sequence_id, sequences_schema, split_sequence_id
 from knowledge_store.kinds import KINDS
+from knowledge_store.kinds.positions import knows_tokens
 from knowledge_store.page.questions import Asked
 from knowledge_store.sql.excerpt import excerpt
 from knowledge_store.sql.query import Statements, identifier, literal
@@ -289,7 +290,8 @@ ORDER BY times DESC, token_id"""
             raise InputError(f"dump {manifest.dump!r} has no column {column!r}: `sequences` has the columns of the corpus")
         if other and other not in self.students and other not in self.dumps.manifests:
             raise InputError(f"there is no dump and no student's file {other!r}")
-        return Asked(manifest.dump, _keeps_entropy(manifest), column, text, other, self.students.get(other, ()))
+        judged = self.students.get(other, ())
+        return Asked(manifest.dump, _keeps_entropy(manifest), column, text, other, judged, knows_tokens(manifest))
 
 
 def _judgement(student: str, columns: tuple[str, ...], here: str) -> str:

@@ -22,6 +22,8 @@ class Asked:
         keeps_entropy: whether the dump has `teacher_entropy`.
         column: a column of the corpus; text: what is searched for; other: another dump, or a file of a student's positions.
         judged: the columns of the student's file.
+        knows_tokens: whether the dump has the log-probability of each token. Where it has not, that of the tail counts, which
+            is the most it can be: leaving such tokens out would make a text look the less surprising the less is known of it.
     """
 
     dump: str = ""
@@ -30,6 +32,12 @@ class Asked:
     text: str = ""
     other: str = ""
     judged: tuple[str, ...] = ()
+    knows_tokens: bool = True
+
+    @property
+    def surprise(self) -> str:
+        """−ln p of the token (nats)."""
+        return "-token_logprob" if self.knows_tokens else "-coalesce(token_logprob, tail_logprob)"
 
     def of_dump(self, relation: str = "") -> str:
         """The condition that a row is of the dump."""
@@ -72,29 +80,29 @@ LIMIT {LISTED}"""
 
 
 def _surprised(asked: Asked) -> str:
-    return f"""SELECT dump, sequence_id, position, token_text, round(-token_logprob, 2) AS surprise,
+    return f"""SELECT dump, sequence_id, position, token_text, round({asked.surprise}, 2) AS surprise,
        round(exp(candidate_logprobs[1]), 3) AS likeliest
 FROM positions
 WHERE {asked.of_dump()} AND is_target
-ORDER BY token_logprob
+ORDER BY {asked.surprise} DESC
 LIMIT {LISTED}"""
 
 
 def _garbled(asked: Asked) -> str:
     return f"""SELECT dump, min(sequence_id) AS sequence_id, file, row, count(*) AS targets,
-       round(avg(-token_logprob), 3) AS surprise, round(avg(exp(tail_logprob)), 3) AS tail
+       round(avg({asked.surprise}), 3) AS surprise, round(avg(exp(tail_logprob)), 3) AS tail
 FROM positions JOIN sequences USING (dump, sequence_id)
 WHERE {asked.of_dump()} AND is_target
 GROUP BY dump, file, row
 HAVING count(*) >= {FEWEST}
-ORDER BY avg(-token_logprob) DESC
+ORDER BY avg({asked.surprise}) DESC
 LIMIT {LISTED}"""
 
 
 def _by_column(asked: Asked) -> str:
     entropy = "round(avg(teacher_entropy), 3) AS entropy, " if asked.keeps_entropy else ""
     return f"""SELECT {identifier(asked.column)} AS {identifier(asked.column)}, count(*) AS targets,
-       round(avg(-token_logprob), 3) AS surprise, {entropy}round(avg(exp(tail_logprob)), 4) AS tail,
+       round(avg({asked.surprise}), 3) AS surprise, {entropy}round(avg(exp(tail_logprob)), 4) AS tail,
        round(1 - avg(exp(tail_logprob)), 4) AS coverage
 FROM positions JOIN sequences USING (dump, sequence_id)
 WHERE {asked.of_dump()} AND is_target
@@ -105,7 +113,7 @@ LIMIT {DRAWN}"""
 
 def _tails(asked: Asked) -> str:
     return f"""SELECT CAST(least(floor(20 * exp(tail_logprob)), 19) AS INTEGER) / 20 AS tail_from, count(*) AS positions,
-       round(avg(-token_logprob), 3) AS surprise
+       round(avg({asked.surprise}), 3) AS surprise
 FROM positions
 WHERE {asked.of_dump()} AND tail_logprob IS NOT NULL
 GROUP BY ALL
@@ -177,7 +185,8 @@ QUESTIONS: Mapping[str, Question] = {
     "garbled": Question(
         "Which documents look garbled?",
         f"Rows of the corpus with at least {FEWEST} targets, those that surprise the teacher most first: tables, noise, the"
-        " wrong language, mislabelled rows. Surprise is the mean of −ln p of the tokens (nats).",
+        " wrong language, mislabelled rows. Surprise is the mean of −ln p of the tokens (nats);"
+        " where a dump does not know p of a token, that of the tail, so that it is at least so much.",
         ("positions",),
         _garbled,
     ),

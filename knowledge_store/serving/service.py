@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_store.configuration import ServeConfig
 from knowledge_store.errors import InputError
-from knowledge_store.serving.address import PLAIN, TLS, bracketed, is_loopback, is_served, split_host
 from knowledge_store.serving.metrics import MetricsServer, json_line
 from knowledge_store.serving.served import ServedStore
 from knowledge_store.serving.server import Limits, StoreServer
-from knowledge_store.serving.tokens import TokenFile
 from knowledge_store.sql.limits import check_limits
 from knowledge_store.storage import StorePlace
+from knowledge_store.storage.served.address import PLAIN, TLS, bracketed, is_loopback, is_served, split_host
+from knowledge_store.storage.served.tokens import TokenFile
 
 if TYPE_CHECKING:
     from knowledge_store.page.served import PageServer

@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 
 from knowledge_store.errors import InputError
-from knowledge_store.serving.address import is_served
 from knowledge_store.storage.bucket import BucketStorage
 from knowledge_store.storage.bucket_address import SCHEMES, BucketAddress, is_bucket_address
 from knowledge_store.storage.local import LocalStorage
 from knowledge_store.storage.protocol import Entry, Storage, Write, concurrently, contents
+from knowledge_store.storage.served.address import is_served
+from knowledge_store.storage.served.client import ServedStorage
 
 __all__ = [
     "BucketStorage",
@@ -37,14 +38,12 @@ def open_storage(store: StorePlace, token_file: str | Path | None = None) -> Sto
     Args:
         store: a folder, `s3://bucket/prefix` (also gs:// and az://, see `bucket_address`), or `grpc+tls://host:port` where a
             store is served.
-        token_file: of a served store, a file of the token; None takes it from the environment (see `serving.client`).
+        token_file: of a served store, a file of the token; None takes it from the environment (see `served.client`).
 
     Raises:
         InputError: it is an address that no storage serves, or obstore, which serves it, is not installed.
     """
     if is_served(store):
-        from knowledge_store.serving.client import ServedStorage
-
         return ServedStorage(str(store), token_file)
     if isinstance(store, str) and "://" in store:
         return BucketStorage(store)
@@ -69,7 +68,7 @@ def repairing(store: StorePlace) -> str:
     address = store if isinstance(store, str | Path) else store.address
     if is_bucket_address(str(address)):
         return (
-            f"`knowledge-store copy '{address}' FOLDER`, `teacher-dump run FOLDER …` with what made the dump, and"
+            f"`knowledge-store copy '{address}' FOLDER`, `teacher-dump run FOLDER …` (or import) with what made the dump, and"
             f" `knowledge-store copy FOLDER '{address}' --repair`"
         )
-    return "`teacher-dump run … --repair`, with what made the dump"
+    return "`teacher-dump run … --repair` (or import), with what made the dump"

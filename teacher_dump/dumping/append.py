@@ -158,8 +158,11 @@ def _check_teacher(
 
 
 def _next(config: RunConfig, name: str, like: Manifest) -> RunConfig:
-    """The configuration of a dump of that name with the settings of another (InputError: nobody says where the teacher is)."""
+    """The configuration of a dump of that name with the settings of another (InputError: that was imported, or nobody says
+    where the teacher is)."""
     made_by = str(like.teacher["name"])
+    if "import" in like.plan:
+        raise InputError(f"{like.dump} was imported: take other files in by `teacher-dump import` with another --name")
     if not config.teacher and ("/" not in made_by or config.gguf_file):
         raise InputError(
             f"the teacher of {like.dump} is called {made_by!r}, and no dump knows where it is kept: say where with --teacher"

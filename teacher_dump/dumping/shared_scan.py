@@ -209,6 +209,7 @@ class _Pieces:
         self._longest = max(self._longest, time.monotonic() - began)
 
     def _publish(self, piece: int, found: PieceScan) -> None:
+        self._scanner.check_unchanged()  # the folder's name says of what it is
         table = pa.table([pa.array(column) for column in found.documents.T], schema=DOCUMENTS_SCHEMA)
         name = scan_file(self._folder, piece, "parquet")
         documents, _ = publish_table(self._storage, name, DOCUMENTS_SCHEMA, [table], _COLUMNS)

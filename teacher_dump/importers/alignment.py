@@ -7,6 +7,7 @@ is compared position by position, and the mean must be above zero by more than c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,21 +57,41 @@ class Alignment:
         self.hits += [(ids[:, 0] == token_ids[places + shift]).sum() for shift in (-1, 0, 1)]
         self.positions += len(places)
 
+    @classmethod
+    def of_all(cls, parts: Sequence[Alignment]) -> Alignment:
+        """What several files say together."""
+        sums = [sum((getattr(part, name) for part in parts), np.zeros(())) for name in ("hits", "sums", "squares")]
+        return cls(sum(part.positions for part in parts), *sums)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether predictions are surely of a neighbour."""
+        if not self.positions:
+            return False
+        means, errors = self._means
+        shift = int(np.argmin(means))
+        return bool(-means[shift] > SURE * errors[shift] and self.hits[2 * shift] >= self.hits[1])
+
+    @property
+    def _means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the differences (2,), and their standard errors."""
+        means = self.sums / self.positions
+        return means, np.sqrt(np.maximum(self.squares / self.positions - means**2, 0) / self.positions)
+
     def complaint(self) -> str | None:
         """Why a file cannot be taken as it is, in words that end a sentence; None where its predictions stand right."""
         if not self.positions:
             return (
                 "it has no position between two others, from which one could tell whether predictions stand beside their tokens"
             )
-        means = self.sums / self.positions
-        errors = np.sqrt(np.maximum(self.squares / self.positions - means**2, 0) / self.positions)
+        means, errors = self._means
         sure = (means > SURE * errors) & (self.hits[1] >= self.hits[[0, 2]])
         if sure.all():
             return None
         shift = int(np.argmin(means))
         hits = f"the likeliest candidate is that one at {self.hits[2 * shift] / self.positions:.1%} of the positions, and the"
         hits += f" token itself at {self.hits[1] / self.positions:.1%}"
-        if (-means[shift] > SURE * errors[shift]) and self.hits[2 * shift] >= self.hits[1]:
+        if self.is_off:
             return f"its predictions are off by one: they are of the token {('before', 'behind')[shift]} ({hits})"
         return (
             f"{self.positions:,} positions do not tell whether its predictions are of the tokens they stand beside or of those"

@@ -76,6 +76,7 @@ class ImportConfig(TeacherOptions, StoreOptions):
         None, min=1, help="Rows of the teacher's head; without it, as many as the tokenizer knows tokens."
     )
     shard_size: int = option(512, min=1, help="Most rows of the files in a shard.")
+    repair: bool = option(False, help="Repair the dump instead: make damaged shards and files again, and no others.")
 
     def __post_init__(self) -> None:
         files: Any = self.files

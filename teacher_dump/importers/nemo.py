@@ -40,5 +40,5 @@ class NemoAligner(Layout):
                 raise BadLayout(f"row {row.number} has labels that are not its tokens, one further")
             whole = np.concatenate([tokens[:end], labels[end - 1 : end]])
             targets = np.concatenate([[False], mask[:end] > 0])
-            logprobs = logits[:end].astype(np.float64) - total[:end, None]
+            logprobs = (logits[:end].astype(np.float64) - total[:end, None]).astype(np.float32)  # as they were computed
             yield LayoutRow(row.number, row.offset, split(whole, ids[:end], logprobs, self.shift, is_target=targets))

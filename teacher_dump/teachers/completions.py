@@ -229,7 +229,7 @@ class CompletionsClient:
             self._reporter.note(f"Waiting for the server at {self.address}: {failure}")
         seconds = max(self._patience.wait(failures), min(failure.after, self._patience.longest_wait))
         # Not all at the same moment, if many wait.
-        dropped.wait(seconds * random.uniform(0.5, 1.0))
+        dropped.wait(seconds * random.uniform(1.0, 1.5))
 
     def _once(self, method: str, path: str) -> Any:
         """What a server says, asked once: one that is not there is told at once."""
