@@ -22,11 +22,15 @@ from foreign_caches import (
     write_plain,
     write_vllm,
 )
+from processes import Notes
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore, verify
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
+from teacher_dump.importers.configuration import ImportConfig
+from teacher_dump.importers.run import import_dump
+from teacher_dump.teachers.protocol import Ability, Likeliest
 
 STEP = 1 / 8
 AS_LONG = (30, 30, 30, 30)  # of Megatron's samples
@@ -212,6 +216,34 @@ def test_files_too_small_to_tell_by_themselves(tmp_path, tokenizer_folder, vocab
         assert result.exit_code == code, result.output
 
 
+def test_a_file_that_is_off_by_one_in_parts_is_refused(tmp_path, tokenizer_folder, vocabulary):
+    """As two caches have it that were written into one file."""
+    cache, other = (make_cache(vocabulary, (40,) * 8, seed=seed) for seed in (0, 1))
+    [right] = write_vllm(tmp_path, cache)
+    lines = Path(right).read_text()
+    [wrong] = write_vllm(tmp_path, shifted(other, 1))
+    file = tmp_path / "both.jsonl"
+    file.write_text(lines + "".join(Path(wrong).read_text().splitlines(keepends=True)[:2]))
+    assert "off by one in 2 of 10 sequences" in error_of(import_files(tmp_path / "s", [str(file)], "vllm", tokenizer_folder))
+
+
+def test_rows_and_files_with_no_targets(tmp_path, tokenizer_folder, vocabulary):
+    """A row with none is left out where nothing stands in it, and of files that have none nothing can be learnt."""
+    [file] = write_nemo(tmp_path, make_cache(vocabulary))
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    for wrong, code in ((rows[:1], 0), (rows, 2)):
+        for row in wrong:
+            row["loss_mask"] = [0] * len(row["loss_mask"])
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = import_files(tmp_path / f"store-{code}", [file], "nemo-aligner", tokenizer_folder)
+        assert result.exit_code == code, result.output
+    cache = make_cache(vocabulary)
+    words = write_rows(tmp_path, cache, rest=lambda rest: [-100] * len(rest))
+    more = ("--columns", "ids=ids,candidates=top,logprobs=scores,targets=rest")
+    error = error_of(import_files(tmp_path / "store", words, "plain", tokenizer_folder, *more))
+    assert "no token that counts for training" in error
+
+
 def write_rows(folder: Path, cache: Cache, **changes) -> list[str]:
     """JSON Lines of plain columns; a change is given each row's list and gives another."""
     rows = []
@@ -378,8 +410,7 @@ def test_round_trip_through_distillkit(tmp_path, tokenizer_folder, teacher_folde
     folder = tmp_path / "packed"
     opened = KnowledgeStore.open(store_folder)
     assert opened.export_distillkit(folder, "train") == opened.sequence_count("train")
-    size = str(opened.manifest("train").vocabulary_size)
-    more = ("--vocabulary-size", size, "--teacher", str(teacher_folder), "--device", "cpu", "--name", "again")
+    more = ("--teacher", str(teacher_folder), "--device", "cpu", "--name", "again")
     result = import_files(tmp_path / "store", [str(folder / "data_0.parquet")], "distillkit", teacher_folder, *more)
     assert result.exit_code == 0, result.output
     for number, found in enumerate(imported(tmp_path / "store")):
@@ -390,6 +421,23 @@ def test_round_trip_through_distillkit(tmp_path, tokenizer_folder, teacher_folde
             known = kept["has_knowledge"]
             assert np.abs(found[name][known] - kept[name][known]).max() <= STEP + 1e-6
     assert not verify(tmp_path / "store").damage
+    found = KnowledgeStore.open(tmp_path / "store").manifest()
+    assert found.vocabulary_size == opened.manifest("train").vocabulary_size
+
+
+def test_the_vocabulary_is_that_of_the_files(tmp_path, tokenizer_folder, vocabulary):
+    """DistillKit's configuration says it: more than the tokenizer's tokens are padding, fewer are of another tokenizer."""
+    words = write_distillkit(tmp_path, make_cache(vocabulary), vocabulary)
+    configuration = tmp_path / "compression_config.yaml"
+    text = configuration.read_text()
+    for size in (vocabulary + 50, vocabulary - 50):  # as many bits of an id
+        configuration.write_text(text.replace(f"d: {vocabulary}", f"d: {size}"))
+        result = import_files(tmp_path / "store", words, "distillkit", tokenizer_folder)
+        if size > vocabulary:
+            assert result.exit_code == 0, result.output
+            assert KnowledgeStore.open(tmp_path / "store").manifest().vocabulary_size == size
+        else:
+            assert "the teacher's own --tokenizer" in error_of(result)
 
 
 @pytest.fixture(scope="module")
@@ -448,6 +496,54 @@ def test_the_teacher_is_asked_again(asked, tmp_path, teacher_folder, loaded_teac
         assert None not in surprise and surprise == sorted(surprise, reverse=True) and surprise
 
 
+class LikeliestAlone:
+    """A teacher that gives its likeliest tokens and nothing else, as a server does; also its prediction."""
+
+    abilities = frozenset({Ability.LIKELIEST})
+
+    def __init__(self, teacher, batch=(), count=0):
+        self.teacher, self.batch, self.count = teacher, batch, count
+        for name in ("description", "vocabulary_size", "device"):
+            setattr(self, name, getattr(teacher, name))
+
+    def predict(self, *batch, likeliest: int):
+        return LikeliestAlone(self.teacher, batch, likeliest)
+
+    def likeliest(self, rows: np.ndarray, positions: np.ndarray) -> Likeliest:
+        import torch
+
+        places = torch.from_numpy(rows), torch.from_numpy(positions)
+        found = np.zeros((len(rows), self.teacher.vocabulary_size))
+        for part, logits in self.teacher.predict(*self.batch).logit_slices(*places):
+            found[part] = torch.log_softmax(logits.double(), dim=1).numpy()
+        ids = np.argsort(-found, axis=1, kind="stable")[:, : self.count]
+        tokens = self.batch[0][rows, positions + 1]
+        return Likeliest(ids, np.take_along_axis(found, ids, 1), tokens, found[np.arange(len(rows)), tokens])
+
+
+def test_a_teacher_that_gives_its_likeliest_tokens_alone_is_asked(asked, tmp_path, teacher_folder, loaded_teacher):
+    teacher = LikeliestAlone(loaded_teacher)
+
+    def run(row_predicts: str, file: Path = asked):
+        columns = "ids=tokens,candidates=top,logprobs=scores"
+        config = ImportConfig(
+            store=tmp_path / "store", files=(file,), format="plain", tokenizer=str(teacher_folder), teacher=str(teacher_folder),
+            columns=columns, row_predicts=row_predicts,
+        )  # fmt: skip
+        return import_dump(config, teacher)
+
+    with pytest.raises(InputError, match="off by one: the teacher says of the token behind"):
+        run("this")
+    warmer = pq.read_table(asked).to_pylist()
+    for row in warmer:
+        row["scores"] = (np.array(row["scores"]) * 0.7 - 1).tolist()
+    pq.write_table(pa.Table.from_pylist(warmer), tmp_path / "warmer.parquet")
+    with pytest.raises(InputError, match="says something else than the files"):
+        run("next", tmp_path / "warmer.parquet")
+    assert not (tmp_path / "store").exists()
+    assert run("next").shards == 1
+
+
 def test_training_on_it(asked, tmp_path, teacher_folder):
     """Losses of candidates and tail learn from it; what needs the log-probability of each token says that it does."""
     from student_train import TrainConfig, calibrate, train
@@ -458,6 +554,13 @@ def test_training_on_it(asked, tmp_path, teacher_folder):
     output = tmp_path / "student"
     train(TrainConfig(str(store), str(teacher_folder), str(output), steps=1, batch_size=2, eval_fraction=0.0))
     assert list(output.rglob("model.safetensors"))
+    reporter = Notes()
+    chosen = TrainConfig(
+        str(store), str(teacher_folder), str(tmp_path / "chosen"), steps=1, batch_size=2, eval_fraction=0.0,
+        positions_where="token_logprob < -1",
+    )  # fmt: skip
+    train(chosen, reporter=reporter)
+    assert any("token_logprob, which asked does not know" in sentence for sentence in reporter.notes)
     with pytest.raises(InputError, match="does not know it of tokens that are no candidate"):
         calibrate(KnowledgeStore.open(store), method="temperature")
     assert calibrate(KnowledgeStore.open(store), method="first").calibration.before["nll"] > 0

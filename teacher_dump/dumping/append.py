@@ -20,13 +20,12 @@ from knowledge_store.quantities import counted
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, open_storage
 from teacher_dump.configuration import RunConfig
-from teacher_dump.corpus.sources import with_local_corpus
+from teacher_dump.corpus.sources import corpus_record, with_local_corpus
 from teacher_dump.dumping.mismatch import check_alike
 from teacher_dump.dumping.preconditions import as_made, existing_manifest
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.run import dump
 from teacher_dump.dumping.worker_shards import worker_shards
-from teacher_dump.fingerprints import corpus_record
 from teacher_dump.teachers.files import file_hashes, find_folder, model_files
 from teacher_dump.teachers.loading import SERVER
 from teacher_dump.teachers.opening import check_files

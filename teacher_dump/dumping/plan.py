@@ -18,11 +18,12 @@ from teacher_dump.corpus.chat.rendering import Renderer
 from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check_files, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value
+from teacher_dump.corpus.sources import corpus_record
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
 from teacher_dump.dumping.inspection import look_through
 from teacher_dump.dumping.request import chat_asked, check_length, parameters_asked, plan_record
 from teacher_dump.extraction import EXTRACTORS
-from teacher_dump.fingerprints import corpus_record, file_sha256, file_stamps
+from teacher_dump.fingerprints import file_sha256, file_stamps
 from teacher_dump.teachers.protocol import Teacher
 
 

@@ -172,12 +172,24 @@ class DistillKit(Layout):
         super().__init__(config)
         self._found: dict[Path, Compression] = {}
 
+    @property
+    def vocabulary_size(self) -> int | None:
+        """As the configuration of the first file has it, where there is one."""
+        compression = self._compression(self.config.files[0])
+        return None if compression is None else compression.d
+
     def compression(self, path: Path) -> Compression:
         """The configuration of a file's compression (InputError: there is none)."""
+        compression = self._compression(path)
+        if compression is None:
+            raise InputError(f"there is no {BESIDE[0]} beside {path}: name it with --compression")
+        return compression
+
+    def _compression(self, path: Path) -> Compression | None:
         beside = [path.parent / name for name in BESIDE]
         file = self.config.compression or next((place for place in beside if place.is_file()), None)
         if file is None:
-            raise InputError(f"there is no {BESIDE[0]} beside {path}: name it with --compression")
+            return None
         if file not in self._found:
             self._found[file] = Compression.read(file)
         return self._found[file]

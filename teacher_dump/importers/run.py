@@ -21,9 +21,9 @@ from knowledge_store.storage import open_storage
 from knowledge_store.writing.repair import repair_manifest, repair_shard, repair_store_file, repair_tokens
 from knowledge_store.writing.writer import DumpWriter, Shard
 from teacher_dump.corpus.rows import Start
+from teacher_dump.corpus.sources import corpus_record
 from teacher_dump.dumping.repair import damaged_shards, manifest_to_repair
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.fingerprints import corpus_record
 from teacher_dump.importers.axolotl import Axolotl
 from teacher_dump.importers.configuration import PREDICTS, ImportConfig
 from teacher_dump.importers.distillkit import DistillKit
@@ -77,8 +77,9 @@ def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporte
 
         opening.check_files(config)
         teacher = opening.open_teacher(config, config.loading, LONGEST_ASKED, reporter=reporter)
-    known = max(tokenizer.get_vocab().values()) + 1
-    vocabulary = config.vocabulary_size or (known if teacher is None else teacher.vocabulary_size)
+    vocabulary = config.vocabulary_size or (
+        _vocabulary(config, layout, max(tokenizer.get_vocab().values()) + 1) if teacher is None else teacher.vocabulary_size
+    )
     if teacher is not None and vocabulary != teacher.vocabulary_size:
         raise InputError(f"--vocabulary-size is {vocabulary:,}, and the teacher's head has {teacher.vocabulary_size:,} rows")
     found = scan(config, layout, vocabulary, reporter)
@@ -120,6 +121,17 @@ def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporte
         reporter.note(f"Repaired: {storage.locate(tokens_file(manifest.dump))} was damaged, and is written again")
     pending = damaged_shards(writer, range(writer.manifest.shard_count), reporter)
     return _write(config, layout, writer, pending, partial(repair_shard, writer), found, vocabulary, reporter)
+
+
+def _vocabulary(config: ImportConfig, layout: Layout, known: int) -> int:
+    """The vocabulary's size where only the files and the tokenizer, which knows so many tokens, can say it."""
+    size = layout.vocabulary_size
+    if size is not None and size < known:
+        raise InputError(
+            f"the files are of a vocabulary of {size:,}, and {config.tokenizer} knows {known:,} tokens: give the teacher's own"
+            f" --tokenizer, or --vocabulary-size {size} if it is"
+        )
+    return size or known
 
 
 def _unknown_teacher(config: ImportConfig, vocabulary: int) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class Scan:
         starts: of each shard. documents: rows.
         longest: tokens of the longest sequence. least, most: candidates at a position. highest: id among them.
         unknown: whether some token's log-probability is. context: whether some prediction is of a token that is no target.
-        given_tail: whether the files say the tail. whole: positions whose candidates reach one.
+        given_tail: whether the files say the tail. whole: positions whose candidates reach one, and
+            are not all tokens.
     """
 
     starts: list[Start] = field(default_factory=list)
@@ -172,7 +173,8 @@ def _row(found: Scan, config: ImportConfig, layout: Layout, file: int, row: Layo
         found.highest = max(found.highest, int(candidates.ids.max()))
         found.unknown |= bool(np.isnan(candidates.token_logprobs).any())
         found.given_tail &= candidates.tail is not None
-        found.whole += int((np.exp(candidates.logprobs).sum(axis=1) >= WHOLE).sum())
+        reach_one = (np.exp(candidates.logprobs).sum(axis=1) >= WHOLE) & (candidates.counts < vocabulary)
+        found.whole += int(reach_one.sum())
         targets = len(candidates.places)
         if sequence.is_target is not None:
             targets = int(sequence.is_target[candidates.places].sum())
@@ -191,6 +193,11 @@ def _judge(found: Scan, config: ImportConfig, layout: Layout, vocabulary: int) -
     """Refuse files that nothing can be made of, or whose predictions stand beside other tokens than they are of."""
     if not found.sequences:
         raise InputError(f"{config.files[0]} and what follows hold no sequence of two tokens with a prediction")
+    if not found.targets:
+        raise InputError(
+            f"{config.files[0]} and what follows have no token that counts for training: look at their labels, or the mask of"
+            " their targets"
+        )
     if config.teacher:  # which is asked, and knows better
         return
     if layout.narrow_ids and vocabulary > WRAPPED > found.highest:
@@ -208,7 +215,7 @@ def _judge(found: Scan, config: ImportConfig, layout: Layout, vocabulary: int) -
         complaint = None if silent or few else alignment.complaint()
         if complaint is not None:
             other = PREDICTS[1 - layout.shift]
-            fits = alignment.farther == (1 if layout.shift == 0 else -1)
+            fits = alignment.is_off and alignment.farther == (1 if layout.shift == 0 else -1)
             advice = f"give --row-predicts {other} if that is how the file has it" if fits else "make the file anew"
             raise InputError(f"{path}: {complaint}; {advice}, or give --teacher, which is then asked for a sample")
 
