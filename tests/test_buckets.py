@@ -173,6 +173,13 @@ def test_a_bucket_that_lets_writers_replace_each_other_is_refused(s3):
     assert s3.objects == {}
 
 
+def test_a_probe_whose_first_answer_is_lost_is_made_again(s3):
+    lost = iter(["drop after"] * bucket_module.RACERS)
+    s3.fault = lambda method, key: next(lost, None) if method == "PUT" else None
+    open_storage(address_in(s3)).probe()
+    assert s3.objects == {}
+
+
 def test_what_probes_leave_behind_is_removed_after_a_day(s3):
     for name, age in (("old", 2 * 86400), ("new", 60)):
         open_storage(address_in(s3)).create(f".tmp-probe-{name}", lambda file: file.write(b"x"))
