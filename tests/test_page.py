@@ -28,7 +28,7 @@ from starlette.testclient import TestClient
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, QueryError
 from knowledge_store.configuration import ServeConfig
-from knowledge_store.format.sequences import tokens_table
+from knowledge_store.format.sequences import sequence_id, tokens_table
 from knowledge_store.page import answers
 from knowledge_store.page.access import SESSION_SECONDS
 from knowledge_store.page.app import page_app
@@ -266,6 +266,23 @@ def test_a_closed_dump_is_named_and_what_is_committed_meanwhile_is_seen(folder, 
     assert "renamed" in found["closed"] and list(found["facts"]) == ["other"]
 
 
+def test_a_damaged_dump_hides_no_other(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "store")
+    (copy / "small/manifest.json").write_text("{")
+    client = TestClient(page_app(KnowledgeStore.open(copy), hosts=HOSTS), base_url=HOME)
+    found = got(client, "store")
+    assert "damaged" in found["closed"]["small"] and [row[0] for row in found["dumps"]["rows"]] == ["other"]
+    assert got(client, "dump", dump="other") and got(client, "sequence", dump="other", id=0)["tokens"]["rows"]
+    assert "damaged" in client.get("/api/dump", params={"dump": "small"}).json()["error"]
+
+
+def test_files_are_refused_at_the_start(folder, student, tmp_path):
+    (tmp_path / "text").write_text("no Parquet")
+    for files, reason in (({"positions": student}, "has a relation"), ({"pupil": tmp_path / "text"}, "cannot be read")):
+        with pytest.raises(InputError, match=reason):
+            page_app(KnowledgeStore.open(folder), hosts=HOSTS, files=files)
+
+
 def test_pages_of_sequences_are_all_of_them_and_read_no_other_shards(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(answers, "SEQUENCES", 4)
     expected = KnowledgeStore.open(folder).sequences("other")["sequence_id"].to_pylist()
@@ -358,7 +375,7 @@ def asked_of(name: str) -> Asked:
     other = "pupil" if "student" in needs else "small" if "dumps" in needs else ""
     dump = "small" if "student" in needs else "other"
     column = COLUMN if "column" in needs else ""
-    return Asked(dump, False, column, "W1" if "positions" in needs else "<I>", other, ("kl",))
+    return Asked(dump, False, column, "W1" if "positions" in needs else "<I>", other, ("kl", "token_id"))
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
@@ -383,6 +400,44 @@ def test_worst_positions_come_first(folder, student):
         0
     ].as_py()
     assert surprised == sorted(surprised, reverse=True) and surprised[0] == pytest.approx(-least, abs=0.01)
+
+
+def test_a_student_of_another_dump_of_the_name_is_not_shown(folder, student, tmp_path):
+    judged = pq.read_table(student)
+    changed = judged.set_column(3, "token_id", pa.array([token + 1 for token in judged["token_id"].to_pylist()], pa.uint32()))
+    pq.write_table(changed, tmp_path / "old.parquet")
+    store = KnowledgeStore.open(folder)
+    assert not store.sql(statement("student", asked_of("student")), files={"pupil": tmp_path / "old.parquet"}).num_rows
+
+
+def test_two_teachers_are_compared_where_they_read_the_same(tmp_path):
+    one, other = random_sequences(0, 3), random_sequences(1, 3)
+    for arrays, as_read in zip(other[:2], one, strict=False):  # the second teacher read two of these texts, and not the third
+        arrays.update({name: as_read[name] for name in as_read})
+        arrays["tail_logprob"] = as_read["tail_logprob"]
+    for dump, knowledge in (("one", one), ("other", other)):
+        writer = DumpWriter.open(tmp_path, make_manifest(dump, shards=1), tokens_table(words(11), words(11)))
+        commit(writer, 0, knowledge)
+    rows = KnowledgeStore.open(tmp_path).sql(statement("teachers", Asked("one", other="other"))).to_pylist()
+    assert {row["sequence_id"] for row in rows} == {sequence_id(0, 0), sequence_id(1, 0)}
+
+
+def test_what_surprised_is_bounded_where_a_token_is_unknown(tmp_path):
+    knowledge = random_sequences(2, 1, longest=60)
+    while len(knowledge[0]["token_id"]) < 40:
+        knowledge = random_sequences(len(knowledge[0]["token_id"]), 1, longest=60)
+    [arrays] = knowledge
+    true = -arrays["token_logprob"][1:].mean()
+    unknown = (arrays["token_id"][:, None] != arrays["candidate_ids"]).all(axis=1)
+    arrays["token_logprob"] = np.where(unknown, np.nan, arrays["token_logprob"]).astype(np.float32)
+    manifest = make_manifest("small", shards=1)
+    manifest = replace(manifest, kinds={"positions": {**manifest.kinds["positions"], "unknown_tokens": True}})
+    commit(DumpWriter.open(tmp_path, manifest, tokens_table(words(11), words(11))), 0, knowledge)
+    client = TestClient(page_app(KnowledgeStore.open(tmp_path), hosts=HOSTS), base_url=HOME)
+    sql = got(client, "question", name="garbled", dump="small")["sql"]
+    [row] = KnowledgeStore.open(tmp_path).sql(sql).to_pylist()
+    known = -np.nanmean(arrays["token_logprob"][1:])
+    assert row["targets"] == len(unknown) - 1 and known < row["surprise_at_least"] <= true + 0.07  # half a step
 
 
 def test_a_text_is_found_across_tokens_and_quoted(folder):

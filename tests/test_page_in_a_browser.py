@@ -244,6 +244,32 @@ def test_a_question_of_an_address_waits_and_one_of_a_link_runs(page, address):
     assert re.search(r"#/sequence/small/\d+\?at=\d+$", page.url)
 
 
+def test_back_goes_to_where_a_list_was_left(page, address):
+    page.set_viewport_size(PHONE)
+    opened(page, address, "#/ask/unsure")
+    page.get_by_role("button", name="Ask").click()
+    page.locator("tbody tr:nth-child(40) a").scroll_into_view_if_needed()
+    page.locator("tbody tr:nth-child(40) a").click()
+    page.wait_for_selector("aside dl")
+    page.go_back()
+    page.wait_for_selector("tbody tr")
+    page.wait_for_function("() => scrollY > 400")
+
+
+def test_an_answer_goes_when_something_else_is_asked(page, address):
+    opened(page, address, "#/search?in=value")
+    page.get_by_label("Text").fill("script")
+    page.get_by_role("button", name="Search").click()
+    page.wait_for_selector("tbody tr")
+    page.get_by_label("Column", exact=True).select_option(IMAGE)
+    assert page.locator("tbody tr").count() == 0 and page.evaluate("() => document.activeElement.id") == "ask-column"
+
+
+def test_a_place_behind_the_end_of_a_sequence_says_so(page, address):
+    opened(page, address, f"#/sequence/small/{ID}?at=5000")
+    assert "no token 5,000" in page.inner_text("main")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_legible_on_a_phone(page, address, scheme):
     page.set_viewport_size(PHONE)

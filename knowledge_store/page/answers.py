@@ -11,6 +11,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -27,6 +28,7 @@ from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.positions import knows_tokens
 from knowledge_store.page.questions import Asked
 from knowledge_store.sql.excerpt import excerpt
+from knowledge_store.sql.named_files import file_rows
 from knowledge_store.sql.query import Statements, identifier, literal
 
 SEQUENCES = 50  # of a page
@@ -46,6 +48,9 @@ class Page:
     Args:
         dumps: of the store, as they stood when it was opened.
         files: Parquet files beside it, by their names in SQL.
+
+    Raises (on construction):
+        InputError: a file or its name cannot be used.
     """
 
     def __init__(self, dumps: Dumps, files: Mapping[str, str]):
@@ -54,6 +59,8 @@ class Page:
         self._idle: list[tuple[Part | None, Statements]] = []
         self._lock = threading.Lock()
         self._judged = {name: _judged_dump(self.files[name]) for name in self.students}
+        with self._connected(None):
+            pass  # the names of the files are none of the store's own
 
     def ask(self, sql: str, rows: int = POSITIONS, part: Part | None = None) -> Answer:
         """The answer to a statement of the page's own (see `sql.excerpt`), with `sql` and the `seconds` it took.
@@ -75,8 +82,14 @@ class Page:
             place = next((place for place, (of, _) in enumerate(self._idle) if of == part), None)
             statements = None if place is None else self._idle.pop(place)[1]
         if statements is None:
-            statements = Statements(self.dumps if part is None else self.dumps.part(*part), files=self.files)
-        yield statements  # after an error it is not used again
+            # Which dumps are closed is shown beside the list: what the page shows of the others is true without them.
+            dumps = replace(self.dumps, closed={}) if part is None else self.dumps.part(*part)
+            statements = Statements(dumps, files=self.files)
+        try:
+            yield statements
+        except BaseException:
+            statements.close()  # it is not used again
+            raise
         with self._lock:
             self._idle.append((part, statements))
             surplus = [self._idle.pop(0)[1] for _ in range(len(self._idle) - CONNECTIONS)]
@@ -290,8 +303,8 @@ ORDER BY times DESC, token_id"""
             raise InputError(f"dump {manifest.dump!r} has no column {column!r}: `sequences` has the columns of the corpus")
         if other and other not in self.students and other not in self.dumps.manifests:
             raise InputError(f"there is no dump and no student's file {other!r}")
-        judged = self.students.get(other, ())
-        return Asked(manifest.dump, _keeps_entropy(manifest), column, text, other, judged, knows_tokens(manifest))
+        judged, known = self.students.get(other, ()), "positions" not in manifest.kinds or knows_tokens(manifest)
+        return Asked(manifest.dump, _keeps_entropy(manifest), column, text, other, judged, known)
 
 
 def _judgement(student: str, columns: tuple[str, ...], here: str) -> str:
@@ -320,7 +333,7 @@ def _corpus_columns(manifest: Manifest) -> list[str]:
 
 def _judged(path: str) -> tuple[str, ...]:
     """The columns of a file, where it is one of a student's positions."""
-    columns = tuple(pq.read_schema(path).names)
+    columns = tuple(file_rows(path).schema.names)
     return columns if set(JUDGED) <= set(columns) else ()
 
 

@@ -22,8 +22,7 @@ class Asked:
         keeps_entropy: whether the dump has `teacher_entropy`.
         column: a column of the corpus; text: what is searched for; other: another dump, or a file of a student's positions.
         judged: the columns of the student's file.
-        knows_tokens: whether the dump has the log-probability of each token. Where it has not, that of the tail counts, which
-            is the most it can be: leaving such tokens out would make a text look the less surprising the less is known of it.
+        knows_tokens: whether the dump says how likely each token was that stands there; an import may not.
     """
 
     dump: str = ""
@@ -34,14 +33,21 @@ class Asked:
     judged: tuple[str, ...] = ()
     knows_tokens: bool = True
 
-    @property
-    def surprise(self) -> str:
-        """−ln p of the token (nats)."""
-        return "-token_logprob" if self.knows_tokens else "-coalesce(token_logprob, tail_logprob)"
-
     def of_dump(self, relation: str = "") -> str:
         """The condition that a row is of the dump."""
         return f"{relation}dump = {literal(self.dump)}"
+
+    @property
+    def surprise(self) -> str:
+        """How much a token surprised the teacher; where that is not kept, how much at least: it is no candidate."""
+        if self.knows_tokens:
+            return "-token_logprob"
+        return "-coalesce(token_logprob, least(tail_logprob, candidate_logprobs[-1]))"
+
+    @property
+    def surprise_name(self) -> str:
+        """The name of that in an answer."""
+        return "surprise" if self.knows_tokens else "surprise_at_least"
 
     @property
     def divergence(self) -> str:
@@ -67,12 +73,13 @@ class Question:
     picture: tuple[str, ...] = ()
 
 
+# What an answer says stands before where it is: on a narrow screen, the first columns are seen.
 def _unsure(asked: Asked) -> str:
     measure = "teacher_entropy" if asked.keeps_entropy else "exp(tail_logprob)"
     name = "entropy" if asked.keeps_entropy else "tail"
     more = ", round(exp(tail_logprob), 3) AS tail" if asked.keeps_entropy else ""
-    return f"""SELECT dump, sequence_id, position, token_text, round({measure}, 3) AS {name}{more},
-       round(exp(token_logprob), 4) AS probability
+    return f"""SELECT token_text, round({measure}, 3) AS {name}{more}, round(exp(token_logprob), 4) AS probability,
+       dump, sequence_id, position
 FROM positions
 WHERE {asked.of_dump()} AND is_target AND {measure} IS NOT NULL
 ORDER BY {measure} DESC
@@ -80,8 +87,8 @@ LIMIT {LISTED}"""
 
 
 def _surprised(asked: Asked) -> str:
-    return f"""SELECT dump, sequence_id, position, token_text, round({asked.surprise}, 2) AS surprise,
-       round(exp(candidate_logprobs[1]), 3) AS likeliest
+    return f"""SELECT token_text, round({asked.surprise}, 2) AS {asked.surprise_name},
+       round(exp(candidate_logprobs[1]), 3) AS likeliest, dump, sequence_id, position
 FROM positions
 WHERE {asked.of_dump()} AND is_target
 ORDER BY {asked.surprise} DESC
@@ -89,8 +96,8 @@ LIMIT {LISTED}"""
 
 
 def _garbled(asked: Asked) -> str:
-    return f"""SELECT dump, min(sequence_id) AS sequence_id, file, row, count(*) AS targets,
-       round(avg({asked.surprise}), 3) AS surprise, round(avg(exp(tail_logprob)), 3) AS tail
+    return f"""SELECT round(avg({asked.surprise}), 3) AS {asked.surprise_name}, round(avg(exp(tail_logprob)), 3) AS tail,
+       count(*) AS targets, file, row, dump, min(sequence_id) AS sequence_id
 FROM positions JOIN sequences USING (dump, sequence_id)
 WHERE {asked.of_dump()} AND is_target
 GROUP BY dump, file, row
@@ -102,18 +109,18 @@ LIMIT {LISTED}"""
 def _by_column(asked: Asked) -> str:
     entropy = "round(avg(teacher_entropy), 3) AS entropy, " if asked.keeps_entropy else ""
     return f"""SELECT {identifier(asked.column)} AS {identifier(asked.column)}, count(*) AS targets,
-       round(avg({asked.surprise}), 3) AS surprise, {entropy}round(avg(exp(tail_logprob)), 4) AS tail,
+       round(avg({asked.surprise}), 3) AS {asked.surprise_name}, {entropy}round(avg(exp(tail_logprob)), 4) AS tail,
        round(1 - avg(exp(tail_logprob)), 4) AS coverage
 FROM positions JOIN sequences USING (dump, sequence_id)
 WHERE {asked.of_dump()} AND is_target
 GROUP BY ALL
-ORDER BY surprise DESC
+ORDER BY {asked.surprise_name} DESC
 LIMIT {DRAWN}"""
 
 
 def _tails(asked: Asked) -> str:
     return f"""SELECT CAST(least(floor(20 * exp(tail_logprob)), 19) AS INTEGER) / 20 AS tail_from, count(*) AS positions,
-       round(avg({asked.surprise}), 3) AS surprise
+       round(avg({asked.surprise}), 3) AS {asked.surprise_name}
 FROM positions
 WHERE {asked.of_dump()} AND tail_logprob IS NOT NULL
 GROUP BY ALL
@@ -122,7 +129,7 @@ ORDER BY ALL"""
 
 def _text(asked: Asked) -> str:
     found = f"instr(lower(text), lower({literal(asked.text)}))"
-    return f"""SELECT dump, sequence_id, substring(text, greatest({found} - 60, 1), {len(asked.text) + 160}) AS text
+    return f"""SELECT substring(text, greatest({found} - 60, 1), {len(asked.text) + 160}) AS text, dump, sequence_id
 FROM (SELECT dump, sequence_id, string_agg(token_text, '' ORDER BY position) AS text
       FROM positions WHERE {asked.of_dump()} GROUP BY dump, sequence_id)
 WHERE {found} > 0
@@ -132,7 +139,7 @@ LIMIT {LISTED}"""
 
 def _value(asked: Asked) -> str:
     name = identifier(asked.column)
-    return f"""SELECT dump, sequence_id, {name}, file, row, length, targets
+    return f"""SELECT {name}, file, row, length, targets, dump, sequence_id
 FROM sequences
 WHERE {asked.of_dump()} AND contains(lower(CAST({name} AS VARCHAR)), lower({literal(asked.text)}))
 ORDER BY sequence_id
@@ -142,9 +149,11 @@ LIMIT {LISTED}"""
 def _student(asked: Asked) -> str:
     student, kl = identifier(asked.other), f"student.{asked.divergence}"
     agrees = ", student.agrees" if "agrees" in asked.judged else ""
-    return f"""SELECT dump, sequence_id, position, positions.token_text, round({kl}, 3) AS {asked.divergence},
-       round(exp(token_logprob), 4) AS teacher, round(exp(student.logprob), 4) AS student{agrees}
-FROM positions JOIN {student} AS student USING (dump, sequence_id, position)
+    # Another dump may have had the name when the student was judged.
+    token = ", token_id" if "token_id" in asked.judged else ""
+    return f"""SELECT positions.token_text, round({kl}, 3) AS {asked.divergence},
+       round(exp(token_logprob), 4) AS teacher, round(exp(student.logprob), 4) AS student{agrees}, dump, sequence_id, position
+FROM positions JOIN {student} AS student USING (dump, sequence_id, position{token})
 WHERE {asked.of_dump()}
 ORDER BY {kl} DESC
 LIMIT {LISTED}"""
@@ -152,8 +161,8 @@ LIMIT {LISTED}"""
 
 def _student_documents(asked: Asked) -> str:
     student, kl = identifier(asked.other), f"student.{asked.divergence}"
-    return f"""SELECT student.dump, min(student.sequence_id) AS sequence_id, file, row, count(*) AS targets,
-       round(avg({kl}), 3) AS {asked.divergence}, round(avg(-student.logprob), 3) AS student_surprise
+    return f"""SELECT round(avg({kl}), 3) AS {asked.divergence}, round(avg(-student.logprob), 3) AS student_surprise,
+       count(*) AS targets, file, row, student.dump, min(student.sequence_id) AS sequence_id
 FROM {student} AS student JOIN sequences USING (dump, sequence_id)
 WHERE {asked.of_dump("student.")}
 GROUP BY student.dump, file, row
@@ -162,14 +171,16 @@ LIMIT {LISTED}"""
 
 
 def _teachers(asked: Asked) -> str:
-    return f"""SELECT one.dump, one.sequence_id, one.position, one.token_text,
+    return f"""SELECT one.token_text, round(abs(one.token_logprob - other.token_logprob), 3) AS difference,
        round(exp(one.token_logprob), 4) AS {identifier(asked.dump)},
-       round(exp(other.token_logprob), 4) AS {identifier(asked.other)},
-       round(abs(one.token_logprob - other.token_logprob), 3) AS difference
+       round(exp(other.token_logprob), 4) AS {identifier(asked.other)}, one.dump, one.sequence_id, one.position
 FROM positions AS one
      JOIN positions AS other ON other.sequence_id = one.sequence_id AND other.position = one.position
-          AND other.token_id = one.token_id
+     JOIN sequences AS text ON text.dump = one.dump AND text.sequence_id = one.sequence_id
+     JOIN sequences AS same ON same.dump = other.dump AND same.sequence_id = other.sequence_id
+          AND same.token_hash = text.token_hash
 WHERE {asked.of_dump("one.")} AND other.dump = {literal(asked.other)} AND one.is_target
+      AND one.token_logprob IS NOT NULL AND other.token_logprob IS NOT NULL
 ORDER BY abs(one.token_logprob - other.token_logprob) DESC
 LIMIT {LISTED}"""
 
@@ -185,8 +196,8 @@ QUESTIONS: Mapping[str, Question] = {
     "garbled": Question(
         "Which documents look garbled?",
         f"Rows of the corpus with at least {FEWEST} targets, those that surprise the teacher most first: tables, noise, the"
-        " wrong language, mislabelled rows. Surprise is the mean of −ln p of the tokens (nats);"
-        " where a dump does not know p of a token, that of the tail, so that it is at least so much.",
+        " wrong language, mislabelled rows. Surprise is the mean of −ln p of the tokens (nats); where an import has no p of"
+        " some, what it is at least, since the candidates and their tail bound p.",
         ("positions",),
         _garbled,
     ),
@@ -211,18 +222,18 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "teachers": Question(
         "Where do two teachers differ most?",
-        "Targets of two dumps of one corpus by the difference of their log-probabilities of the token (nats), and the"
-        " probability that each gave to it.",
+        "Targets of the sequences that two dumps both have, token for token, by the difference of their log-probabilities of"
+        " the token (nats), and the probability that each gave to it.",
         ("positions", "dumps"),
         _teachers,
     ),
     "column": Question(
         "How do parts of the corpus differ?",
         "Means over the targets of each value of a column of the corpus: surprise and entropy in nats, the probability of the"
-        " tail, and that of the candidates (coverage).",
+        f" tail, and that of the candidates (coverage). Of more values than {DRAWN}, those that surprise most.",
         ("positions", "column"),
         _by_column,
-        ("", "surprise", "entropy", "tail", "coverage"),
+        ("", "surprise", "surprise_at_least", "entropy", "tail", "coverage"),
     ),
     "tails": Question(
         "How much do the candidates leave over?",
@@ -230,7 +241,7 @@ QUESTIONS: Mapping[str, Question] = {
         " teacher there (nats).",
         ("positions",),
         _tails,
-        ("tail_from", "positions", "surprise"),
+        ("tail_from", "positions", "surprise", "surprise_at_least"),
     ),
     "text": Question(
         "Which sequences contain a text?",

@@ -5,6 +5,13 @@ import { link, rename } from "./places.js";
 import { statementArea } from "./statement.js";
 
 const SEARCHES = ["text", "value"];
+// Why an answer has no row, where that is not plain.
+const NONE = {
+  student: "No row: the student's file is of another dump.",
+  "student-documents": "No row: the student's file is of another dump.",
+  teachers: "No row: these two dumps have no sequence of the same tokens.",
+  garbled: "No row: no document has as many targets.",
+};
 
 function select(id, label, values, chosen, onchange) {
   return make("div.field", {}, make("label", { for: id }, label),
@@ -55,7 +62,7 @@ function asking(store, name, parameters, moved, view, path) {
   const outcome = statementArea({
     dumps: Object.keys(store.facts), title: question.title,
     picture: question.picture.length ? [question.picture[0] || asked.column || "", ...question.picture.slice(1)] : [],
-    none: name === "student" || name === "student-documents" ? "No row: the student's file is of another dump." : undefined,
+    none: NONE[name],
   });
   const controls = make("div.row");
   const sqlLink = make("a", { href: "#/sql" }, "Change it in the SQL box");
@@ -67,7 +74,9 @@ function asking(store, name, parameters, moved, view, path) {
     asked.other = others.includes(asked.other) ? asked.other : others[0];
     const again = (field) => (event) => {
       asked[field] = event.target.value;
+      outcome.clear();
       settle();
+      document.getElementById(event.target.id)?.focus();
     };
     const text = make("input", { type: "search", id: "ask-text", value: asked.text, required: true, autocomplete: "off",
       oninput: (event) => { asked.text = event.target.value; } });

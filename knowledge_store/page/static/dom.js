@@ -80,6 +80,12 @@ export function bytes(value) {
   return `${place ? left.toPrecision(3) : left} ${units[place]}`;
 }
 
+// The first of some elements, and the others behind a line that opens them.
+export function folded(elements, first, words) {
+  if (elements.length <= first) return elements;
+  return [elements.slice(0, first), make("details", {}, make("summary", {}, `${whole(elements.length - first)} more ${words}`), elements.slice(first))];
+}
+
 // The rows of an answer as objects.
 export function rows(answer) {
   if (!answer) return [];

@@ -1,12 +1,13 @@
 // One dump: its facts, and pictures of its shards.
 import { get } from "./api.js";
 import { counted } from "./counted.js";
-import { bytes, draw, make, number, rows, whole } from "./dom.js";
+import { bytes, draw, folded, make, number, rows, visible, whole } from "./dom.js";
 import { figure, gauges } from "./overview.js";
 import { link } from "./places.js";
 
 const WIDTH = 320;
 const HEIGHT = 96;
+const COLUMNS = 40; // of the corpus that are shown unasked
 const NAMES = {
   "positions.mean_nll": ["Teacher's loss", "nats a token"],
   "positions.mean_top_k_mass": ["Coverage", "probability of the candidates"],
@@ -77,8 +78,8 @@ export async function dumpPage(store, { path: [name] }) {
       about.columns.length && about.kinds.includes("positions") ? make("section", {},
         make("h2", {}, "By a column of the corpus"),
         make("p.quiet", {}, "Coverage, tail and loss of each of its values. This reads the whole dump."),
-        make("p.chips", {}, about.columns.map((column) =>
-          make("a.chip", { href: link("ask", ["column"], { dump: name, column }) }, make("bdi", {}, column))))) : null,
+        make("p.chips", {}, folded(about.columns.map((column) =>
+          make("a.chip", { href: link("ask", ["column"], { dump: name, column }) }, make("bdi", {}, visible(column)))), COLUMNS, "columns"))) : null,
       make("section", {},
         make("h2", {}, "All facts"),
         make("dl.facts", {}, facts(dump))),

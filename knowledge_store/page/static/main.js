@@ -35,8 +35,24 @@ function mark(view) {
   }
 }
 
+// Where a page was left, its entry in the history keeps: "back" goes there.
+history.scrollRestoration = "manual";
+
+function keepScroll() {
+  history.replaceState({ top: scrollY }, "");
+}
+
+let keeping = 0;
+addEventListener("scroll", () => {
+  clearTimeout(keeping);
+  keeping = setTimeout(keepScroll, 150); // browsers refuse to be told too often
+});
+addEventListener("click", (event) => event.target.closest("a[href^='#']") && keepScroll(), { capture: true });
+
 async function show(moved) {
   const mine = ++turn;
+  const top = history.state?.top ?? 0;
+  clearTimeout(keeping);
   const asked = { ...place(), moved };
   stopRunning();
   mark(asked.view);
@@ -59,7 +75,8 @@ async function show(moved) {
     main.focus({ preventScroll: true });
     say(page.title);
   }
-  page.shown?.();
+  await page.shown?.();
+  if (mine === turn && top && !scrollY) scrollTo(0, top);
 }
 
 function askForToken(sentence = "") {

@@ -1,6 +1,6 @@
 // The dumps of the store.
 import { counted } from "./counted.js";
-import { bytes, make, number, rows, share, whole } from "./dom.js";
+import { bytes, make, number, rows, share, visible, whole } from "./dom.js";
 import { link } from "./places.js";
 
 // A share of one as a line that is filled so far.
@@ -25,13 +25,18 @@ export function gauges(facts) {
   ];
 }
 
+// The last part of a path or of a hub's name; a sentence, as an import has it, stays whole.
+function shortTeacher(name) {
+  return /[, ]/.test(name) ? name : name.replace(/\/+$/, "").split("/").pop();
+}
+
 function card(store, facts) {
   const about = store.facts[facts.dump];
   const loss = facts["positions.mean_nll"];
   return make("article.card.dump", {},
     make("header", {},
       make("h2", {}, make("a", { href: link("dump", [facts.dump]) }, make("bdi", {}, facts.dump))),
-      make("p.quiet", {}, "teacher ", make("bdi", {}, about.teacher.replace(/\/+$/, "").split("/").pop())),
+      make("p.quiet", {}, "teacher ", make("bdi", {}, shortTeacher(about.teacher))),
       facts.complete ? null : make("span.badge", {}, `${whole(facts.shards)} of ${whole(facts.shards_planned)} shards`)),
     make("dl.figures", {},
       figure("sequences", whole(facts.sequences)),
@@ -51,7 +56,7 @@ export function overviewPage(store) {
   const dumps = rows(store.dumps);
   const total = (name) => dumps.reduce((sum, facts) => sum + (facts[name] || 0), 0);
   const closed = Object.entries(store.closed).map(([name, sentence]) =>
-    make("p.notice.bad", {}, make("b", {}, name), " is closed: ", sentence));
+    make("p.notice.bad", {}, make("b", {}, make("bdi", {}, visible(name))), " is closed: ", sentence));
   return {
     title: "Dumps",
     body: [
@@ -63,7 +68,7 @@ export function overviewPage(store) {
           counted("The facts of all dumps", store.dumps)) : null),
       closed,
       dumps.length ? make("div.cards", {}, dumps.map((facts) => card(store, facts)))
-        : make("p.notice", {}, "There is no dump yet: `teacher-dump run` makes one."),
+        : closed.length ? null : make("p.notice", {}, "There is no dump yet: `teacher-dump run` makes one."),
       dumps.length ? questions(store, dumps) : null,
     ],
   };

@@ -22,5 +22,5 @@ function decoded(part) {
 
 // Names another place without going there: nothing is loaded, and "back" goes where it did before.
 export function rename(view, path, parameters) {
-  history.replaceState(null, "", link(view, path, parameters));
+  history.replaceState(history.state, "", link(view, path, parameters));
 }

@@ -1,11 +1,12 @@
 // A sequence as text: each token shaded, and what was expected in its place.
 import { get } from "./api.js";
 import { counted } from "./counted.js";
-import { make, number, quoted, replace, rows, share, visible, whole } from "./dom.js";
+import { folded, make, number, quoted, replace, rows, share, visible, whole } from "./dom.js";
 import { link, rename as nameHere } from "./places.js";
 import { positionPanel } from "./position.js";
 
 const LISTED = 8; // of the tokens with the largest values
+const COLUMNS = 12; // of the corpus that are shown unasked
 
 // How tokens may be shaded: of each, its name, its unit, and the value that has the full shade.
 function measures(found) {
@@ -45,11 +46,16 @@ export async function sequencePage(store, { path: [name, id], parameters }) {
     make("h1", {}, `${title}`),
     make("p.quiet", {}, make("bdi", {}, `${visible(row.file)} row ${row.row}`), row.window ? ` · window ${row.window}` : "",
       ` · ${whole(row.length)} tokens · ${whole(row.targets)} targets${row.truncated ? " · cut at the longest length" : ""} `,
-      store.facts[name].columns.map((column) => row[column] === null ? null
-        : make("span.tag", {}, make("bdi", {}, `${visible(column)}: ${visible(String(row[column])).slice(0, 120)}`)))),
+      folded(store.facts[name].columns.filter((column) => row[column] !== null)
+        .map((column) => make("span.tag", {}, make("bdi", {}, `${visible(column)}: ${visible(String(row[column])).slice(0, 120)}`))), COLUMNS, "columns")),
     neighbours(name, found));
   if (!found.tokens?.rows.length) {
-    return { title, body: [hero, make("p.notice", {}, "This dump keeps no tokens: it holds knowledge of whole sequences alone."), counted(title, found.sequence)] };
+    const kinds = store.facts[name].kinds;
+    const words = found.tokens === null ? [`This dump keeps no tokens. What it keeps of this sequence is there by SQL: `,
+      kinds.map((kind) => [make("a", { href: link("sql", [], { q: `SELECT *\nFROM ${kind}\nWHERE dump = '${name.replaceAll("'", "''")}' AND sequence_id = ${row.sequence_id}` }) }, kind), " "])]
+      : from >= row.length ? `This sequence has ${whole(row.length)} tokens, and no token ${whole(at ?? from)}.`
+        : "Nothing is kept of these tokens.";
+    return { title, body: [hero, make("p.notice", {}, words), counted(title, found.sequence, found.tokens)] };
   }
   const view = new TokenView(name, id, found, parameters.by, at, row.length);
   return { title, body: [hero, view.element], shown: () => view.shown() };

@@ -19,8 +19,9 @@ export function sqlPage(store, { parameters }) {
       run();
     }
   });
-  const relations = ["positions", "candidates", "sequences", "tokens", "shards", "dumps",
-    ...(Object.values(store.facts).some((facts) => facts.kinds.includes("saliency")) ? ["saliency", "rationales"] : []), ...store.files];
+  const kinds = Object.values(store.facts).flatMap((facts) => facts.kinds);
+  const relations = [...new Set(["positions", "candidates", "sequences", "tokens", "shards", "dumps",
+    ...kinds, ...(kinds.includes("saliency") ? ["rationales"] : []), ...store.files])];
   return {
     title: "SQL",
     body: [

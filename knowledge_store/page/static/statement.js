@@ -20,7 +20,7 @@ function progress(message) {
 
 // Where a statement's answer comes. `start(sql)` runs it; `show(sql)` shows what it answered before, if it did.
 export function statementArea({ dumps, title, picture = [], none = "No row: nothing meets this." }) {
-  const area = make("div.outcome", { "aria-busy": "false" });
+  const area = make("div.outcome", { "aria-busy": "false", tabindex: "-1" });
 
   function present(answer) {
     area.setAttribute("aria-busy", "false");
@@ -39,7 +39,10 @@ export function statementArea({ dumps, title, picture = [], none = "No row: noth
     running = control;
     const line = make("p.quiet", {}, "Starting…");
     const gauge = make("progress", { max: "1", "aria-label": "Share of the files that was read" });
-    const stop = make("button.plain", { type: "button", onclick: () => control.abort() }, "Stop");
+    const stop = make("button.plain", { type: "button", onclick: () => {
+      control.abort();
+      area.focus(); // which the button had, that is gone now
+    } }, "Stop");
     area.setAttribute("aria-busy", "true");
     replace(area, make("div.progress", {}, gauge, line, stop));
     say("The statement runs");
@@ -48,8 +51,9 @@ export function statementArea({ dumps, title, picture = [], none = "No row: noth
         if (message.of) gauge.value = message.read / message.of;
         if (message.waiting || message.seconds !== undefined) line.textContent = progress(message);
       }, control.signal);
-      present(answer);
+      if (running === control) present(answer);
     } catch (error) {
+      if (running !== control) return; // another one runs here, or another page is shown
       area.setAttribute("aria-busy", "false");
       if (error.name === "AbortError") {
         replace(area, make("p.notice", {}, "Stopped."));
@@ -72,5 +76,11 @@ export function statementArea({ dumps, title, picture = [], none = "No row: noth
     return Boolean(answer);
   }
 
-  return { area, start, show };
+  // What is asked has changed: an answer to something else would stand below it.
+  function clear() {
+    stopRunning();
+    replace(area);
+  }
+
+  return { area, start, show, clear };
 }
