@@ -235,6 +235,16 @@ def test_where_nothing_is_served(tmp_path, monkeypatch):
         KnowledgeStore.open("grpc://127.0.0.1:9")
 
 
+def test_tls_where_there_is_none(where, monkeypatch):
+    monkeypatch.setattr(client_module, "FIRST_PATIENCE", 0.0)
+    address = where.address.replace("grpc://", "grpc+tls://")
+    with pytest.raises(StoreError, match="it is served without TLS, as grpc://"):
+        KnowledgeStore.open(address, token_file=where.token_file)
+    monkeypatch.setenv(client_module.ROOTS, "nowhere.pem")
+    with pytest.raises(InputError, match=r"nowhere\.pem, which cannot be read"):
+        KnowledgeStore.open(address, token_file=where.token_file)
+
+
 def test_a_server_without_a_cache_says_the_same(folder, local, monkeypatch):
     monkeypatch.setattr(DecodedCache, "read", lambda *place: None)
     with served(folder, cache_size=0) as where, where.open() as remote, warnings.catch_warnings():

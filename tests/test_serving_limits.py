@@ -279,14 +279,17 @@ def test_the_command_serves_over_tls(certificate, tmp_path):
     assert [call["outcome"] for call in calls if call["call"] == "sql"] == ["ok"]
 
 
-def test_what_is_refused_before_anything_is_served(tmp_path):
+def test_what_is_refused_before_anything_is_served(where, certificate, tmp_path):
     folder, tokens = write_store(tmp_path / "store"), tmp_path / "tokens"
     tokens.write_text(TOKEN)
     for options, sentence in (
         ({"bind": "0.0.0.0:0"}, "give --tls-cert and --tls-key, or --insecure"),
         ({"tls_cert": tokens}, "--tls-cert and --tls-key go together"),
         ({"tls_cert": tokens, "tls_key": tokens}, "is no PEM file"),
+        ({"tls_cert": certificate[0], "tls_key": certificate[0]}, "give those that belong together"),
         ({"token_file": tmp_path / "none"}, "cannot be read"),
+        ({"bind": f"127.0.0.1:{where.server.port}"}, "Address already in use"),
+        ({"stores": (str(folder), str(write_store(tmp_path / "a store")))}, "'a store' is no name that stands in an address"),
         ({"bind": "8815"}, "write it as host:port"),
         ({"stores": (str(folder), str(folder))}, "two of the stores are called store"),
         ({"stores": ("grpc://127.0.0.1:1",)}, "is served already"),

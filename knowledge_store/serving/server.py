@@ -7,6 +7,7 @@ among them, is Flight SQL (`flight_sql`).
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ class StoreServer(flight.FlightServerBase):
         options: dict[str, Any] = {"middleware": {CALLER: _Gate(tokens, refused)}}
         if certificate is not None:
             options["tls_certificates"] = [certificate]
+        os.environ.setdefault(*messages.QUIET)
         try:
             super().__init__(location, **options)
         except (flight.FlightError, pa.ArrowException, OSError) as error:

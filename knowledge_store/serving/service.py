@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
+import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from knowledge_store.serving.served import ServedStore
 from knowledge_store.serving.server import Limits, StoreServer
 from knowledge_store.sql.limits import check_limits
 from knowledge_store.storage import StorePlace
-from knowledge_store.storage.served.address import PLAIN, TLS, bracketed, is_loopback, is_served, split_host
+from knowledge_store.storage.served.address import PLAIN, TLS, bracketed, is_loopback, is_served, is_store_name, split_host
 from knowledge_store.storage.served.tokens import TokenFile
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ def serve(config: ServeConfig, log: Callable[[str], None], ready: Callable[[str]
     check_limits(limits.memory_limit, limits.timeout)
     tokens = TokenFile(config.token_file)
     stores = _stores(config.stores)
+    _check_free(host, port, config.bind)
     scheme = PLAIN if certificate is None else TLS
 
     lock = threading.RLock()  # a signal may come while its thread has it
@@ -92,6 +95,15 @@ def _wait(tokens: TokenFile, say: Callable[[dict[str, Any]], None]) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def _check_free(host: str, port: int, bind: str) -> None:
+    """Refuse an address that cannot be listened at (InputError): Flight does not say why."""
+    try:
+        [family, *_] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise InputError(f"--bind {bind} cannot be listened at ({error.strerror or error}): give another") from None
+
+
 def _certificate(config: ServeConfig) -> tuple[bytes, bytes] | None:
     """Chain and key; None where there is to be no TLS (InputError: they cannot be used)."""
     if (config.tls_cert is None) != (config.tls_key is None):
@@ -107,11 +119,19 @@ def _certificate(config: ServeConfig) -> tuple[bytes, bytes] | None:
         if b"-----BEGIN " not in data:
             raise InputError(f"{option} {path} is no PEM file: it has no line that begins with -----BEGIN")
         parts.append(data)
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.tls_cert, config.tls_key, password="")  # one that is encrypted is asked for nothing
+    except (ssl.SSLError, OSError) as error:
+        raise InputError(
+            f"--tls-cert {config.tls_cert} and --tls-key {config.tls_key} are no certificate and its private key, without a"
+            f" passphrase ({getattr(error, 'reason', None) or error}): give those that belong together"
+        ) from None
     return parts[0], parts[1]
 
 
 def _stores(places: tuple[StorePlace, ...]) -> dict[str, ServedStore]:
-    """The stores by the last part of their names (InputError: two have the same)."""
+    """The stores by the last part of their names (InputError: two have the same, or one cannot be in an address)."""
     stores: dict[str, ServedStore] = {}
     for place in places:
         if is_served(place):
@@ -119,6 +139,8 @@ def _stores(places: tuple[StorePlace, ...]) -> dict[str, ServedStore]:
         address = place if isinstance(place, str | Path) else place.address
         whole = str(address).partition("?")[0] if "://" in str(address) else str(Path(address).resolve())
         name = whole.rstrip("/").rpartition("/")[2]
+        if len(places) > 1 and not is_store_name(name):
+            raise InputError(f"{name!r} is no name that stands in an address: rename that store, or serve it by itself")
         if name in stores:
             raise InputError(f"two of the stores are called {name}: clients would not know which is meant; rename one")
         stores[name] = ServedStore(place)

@@ -35,6 +35,11 @@ def is_served(store: object) -> bool:
     return isinstance(store, str) and store.partition("://")[0] in SCHEMES and "://" in store
 
 
+def is_store_name(name: str) -> bool:
+    """Whether a store of that name can be told by its address."""
+    return _STORE.fullmatch(name) is not None
+
+
 def parse_address(text: str) -> Address:
     """The address that a text is.
 
@@ -52,7 +57,7 @@ def parse_address(text: str) -> Address:
         raise InputError("the address of a served store holds no token: give it by a file, or the environment")
     if parts.scheme not in SCHEMES or not host or port is None or parts.query or parts.fragment:
         raise InputError(f"{text!r} is no address of a served store: {example}")
-    if store and not _STORE.fullmatch(store):
+    if store and not is_store_name(store):
         raise InputError(f"{store!r} is no name of a served store: {example}")
     return Address(f"{parts.scheme}://{bracketed(host)}:{port}", store)
 

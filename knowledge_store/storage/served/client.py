@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from knowledge_store.errors import InputError, KnowledgeStoreError, StoreError
 from knowledge_store.storage.protocol import Entry, Write
 from knowledge_store.storage.served import messages
-from knowledge_store.storage.served.address import parse_address
+from knowledge_store.storage.served.address import PLAIN, TLS, parse_address
 from knowledge_store.storage.served.messages import BusyError, library_error, to_bytes
 from knowledge_store.storage.served.tokens import ENVIRONMENT, environment_token, read_tokens
 
@@ -34,6 +34,8 @@ WAITS = (0.1, 5.0)  # seconds between two attempts, the first and the longest
 CALL_SECONDS = 120.0  # of a call that answers with little
 BLOCK = 2**20  # bytes of a file, asked for at once
 BLOCKS = 16  # kept
+
+ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"
 
 Made = TypeVar("Made")
 
@@ -110,6 +112,8 @@ class ServedStorage:
             )
         with self._lock:
             if self._client is None:
+                os.environ.setdefault(*messages.QUIET)
+                _check_roots()
                 self._client = flight.FlightClient(self._place.location)
             return self._client
 
@@ -286,4 +290,16 @@ class Attempts:
         """What to say of a server that does not answer."""
         reason = str(error).partition(". Detail:")[0].partition("gRPC client debug context")[0].strip()
         advice = "is `knowledge-store serve` running there, and the address right?"
+        if "certificate" in reason:
+            advice = f"name a file of the authority's certificate in {ROOTS}, and the host as its certificate does"
+        elif "wrong version number" in reason:
+            advice = f"it is served without TLS, as {PLAIN}://"
+        elif reason.endswith("Socket closed") and self._storage.address.startswith(f"{PLAIN}://"):
+            advice = f"is it served with TLS, as {TLS}://?"
         return StoreError(f"{self._storage.address} does not answer ({reason[:300]}): {advice}")
+
+
+def _check_roots() -> None:
+    path = os.environ.get(ROOTS)
+    if path and not os.access(path, os.R_OK):
+        raise InputError(f"{ROOTS} names {path}, which cannot be read: name a file of certificates, PEM, or leave it out")

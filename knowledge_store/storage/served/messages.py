@@ -21,6 +21,7 @@ OPEN, FILES, FOLDERS, SIZE, READ, ROW_GROUPS = (
 MAX_READ = 4 * 2**20  # bytes of a file, at once
 MAX_SEQUENCES = 2**16  # of a ticket
 BUSY = "busy"
+QUIET = ("GRPC_VERBOSITY", "NONE")  # what gRPC would write to standard error itself, beside the error that it gives
 
 
 class BusyError(KnowledgeStoreError):
