@@ -31,7 +31,7 @@ from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
 from knowledge_store.sql.named_files import parse_named_files
-from knowledge_store.storage import StorePlace
+from knowledge_store.storage import StorePlace, repairing
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import end_at_sigterm, messages, note, output
 from knowledge_store.terminal.progress import TerminalReporter
@@ -227,7 +227,7 @@ def verify(config: VerifyConfig) -> None:
     if not verification.sound:
         note(f"{len(verification.damage)} damaged, {len(verification.closed)} closed and not checked; sound: {checked}")
     if verification.damage:
-        note("Damaged shards are made again by the command that made the dump, with --repair: teacher-dump run … --repair")
+        note(f"Damaged shards are made again by {repairing(config.store)}")
     if not verification.sound:
         raise typer.Exit(NOT_SOUND)
     output.print(f"Sound: {checked}", markup=False)

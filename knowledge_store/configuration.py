@@ -162,7 +162,7 @@ class CopyConfig:
 class ServeConfig:
     """The options of `knowledge-store serve`."""
 
-    stores: tuple[str, ...] = option(
+    stores: tuple[StorePlace, ...] = option(
         argument=True, metavar="STORE…", help="The stores, each known by the last part of its name."
     )
     token_file: Path = option(

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from knowledge_store.errors import InputError
 
+PATH = "<path>"  # metavar of a path that is kept as text
 _KEY = "option"
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # of an address, of which a path keeps one /
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,20 @@ def advice(word: str, known: Iterable[str]) -> str:
 
 
 def check_options(configuration: Any) -> None:
-    """Make sure that the values of a configuration lie within the limits of its fields.
+    """Make sure that the values of a configuration lie within the limits of its fields, and that its paths are no addresses.
 
     Raises:
         InputError: naming the option and its limits.
     """
     for configuration_field in fields(configuration):
         declared, value = option_of(configuration_field), getattr(configuration, configuration_field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            local = declared is not None and (isinstance(path, Path) or (path is not None and declared.metavar == PATH))
+            if local and (scheme := _SCHEME.match(str(path))):
+                raise InputError(
+                    f"{flag_of(configuration_field)} is of this machine, and not at {scheme[1]}://…: only a store may be in a"
+                    " bucket"
+                )
         if declared is not None and not declared.allows(value):
             shown = repr(value) if isinstance(value, str) else value
             raise InputError(f"{flag_of(configuration_field)} is {shown}; it must be {declared.limits}")

@@ -17,7 +17,7 @@ from knowledge_store.choice.answers import TIMEOUT as CHOICE_TIMEOUT
 from knowledge_store.choice.sequences import ChosenSequences, check_query, choose_sequences
 from knowledge_store.choice.targets import ChosenTargets, check_condition, choose_targets
 from knowledge_store.errors import InputError
-from knowledge_store.format.layout import SEQUENCES
+from knowledge_store.format.layout import COMMITS, SEQUENCES, TOKENS_FILE
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import sequences_schema
@@ -31,7 +31,6 @@ from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.readers import Readers
 from knowledge_store.reading.speculators import export_speculators
 from knowledge_store.reporter import SILENT, Reporter
-from knowledge_store.serving.client import ServedStorage
 from knowledge_store.sql.answers import visible
 from knowledge_store.sql.create_statements import create_statements
 from knowledge_store.sql.export import export
@@ -41,6 +40,7 @@ from knowledge_store.sql.named_files import NamedFiles
 from knowledge_store.sql.parameters import Parameters
 from knowledge_store.sql.query import run_query
 from knowledge_store.storage import Storage, open_storage
+from knowledge_store.storage.served.client import ServedStorage
 from knowledge_store.writing.rename import rename_dump
 
 
@@ -433,8 +433,14 @@ class KnowledgeStore:
 
     def removable(self, dump: str) -> str:
         """The folder that `remove` would remove (InputError: there is none of that name)."""
-        known = dump in self._dumps.closed or (dump not in self.dumps and dump in self.storage.folders(""))
-        return dump if known else self.dump(dump)
+        return dump if dump in self._dumps.closed or self._is_remnant(dump) else self.dump(dump)
+
+    def _is_remnant(self, dump: str) -> bool:
+        """Whether a folder is what a removal that was cut off left: tables or records, no manifest, and nothing else."""
+        if dump in self.dumps or dump not in self.storage.folders(""):
+            return False
+        found = {*self.storage.folders(dump), *(entry.name for entry in self.storage.files(dump))}
+        return bool(found) and found <= {COMMITS, SEQUENCES, TOKENS_FILE, *KINDS}
 
     def remove(self, dump: str) -> None:
         """Remove a dump, or a folder that is closed: it disappears at once, then its files are deleted. So is one whose

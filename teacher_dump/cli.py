@@ -120,6 +120,8 @@ def _show_report(report: DumpReport, done: str) -> None:
         f"{report.dump}: {report.shards} of {report.shards_planned} shards {done}{others}{existing};"
         f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
     )
+    if report.shards_missing:
+        note(f"The dump is not complete: {counted(report.shards_missing, 'shard', 'shards')} of other ranks are missing yet")
     for sentence in report.sentences:
         _show_sentence(sentence)
 
@@ -249,7 +251,7 @@ def import_files(config: ImportConfig) -> None:
     end_at_sigterm()
     from teacher_dump.importers.run import import_dump
 
-    _show_report(import_dump(config, reporter=TerminalReporter()), "imported")
+    _show_report(import_dump(config, reporter=TerminalReporter()), "repaired" if config.repair else "imported")
 
 
 @command(app, CheckConfig)

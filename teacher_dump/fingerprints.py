@@ -7,12 +7,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.layout import user_cache
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.corpus.documents import file_names
 
 CHUNK_BYTES = 8 * 2**20
 SHOW_PROGRESS_BYTES = 2 * 2**30
@@ -52,16 +50,29 @@ def file_sha256(path: Path, *, reporter: Reporter = SILENT) -> str:
     return sha256
 
 
-def corpus_record(files: tuple[Path, ...], *, reporter: Reporter = SILENT) -> list[dict[str, Any]]:
-    """What a manifest says of a corpus: name, bytes and SHA-256 of each file, checked by `check_files`.
+def file_stamps(files: tuple[Path, ...]) -> list[tuple[int, int]]:
+    """Size and modification time of each file, in bytes and nanoseconds (InputError: one cannot be read)."""
+    stamps = []
+    for path in files:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}") from None
+        stamps.append((status.st_size, status.st_mtime_ns))
+    return stamps
+
+
+def check_unchanged(files: tuple[Path, ...], stamps: list[tuple[int, int]]) -> None:
+    """Make sure that no file was written since it had the stamps of `file_stamps`.
 
     Raises:
-        InputError: a file cannot be read.
+        InputError: one was; names it.
     """
-    return [
-        {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path, reporter=reporter)}
-        for name, path in zip(file_names(files), files, strict=True)
-    ]
+    for path, before, now in zip(files, stamps, file_stamps(files), strict=True):
+        if before != now:
+            raise InputError(
+                f"{path} was changed while the corpus was looked through: give the command again when nobody writes it any more"
+            )
 
 
 def _hash(path: Path, size: int, reporter: Reporter) -> str:

@@ -16,6 +16,9 @@ BOTH = "give --rank and --world-size"
 
 TORCHRUN = ("RANK", "WORLD_SIZE")
 SLURM_TASK = ("SLURM_PROCID", "SLURM_NTASKS")
+SLURM_STEP_TASKS = "SLURM_STEP_NUM_TASKS"
+# The steps that Slurm makes of a batch script and of the shell that salloc opens: one process, numbered as the first task.
+SLURM_NO_STEPS = {"4294967291", "4294967290"}
 SLURM_ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
 KUBERNETES = "JOB_COMPLETION_INDEX"
 
@@ -105,11 +108,14 @@ def _slurm(environment: Mapping[str, str]) -> Worker | None:
 
 
 def _slurm_task(environment: Mapping[str, str]) -> Worker | None:
-    # A batch script is no step. Slurm numbers it as the first task all the same, of those that its steps will have.
-    outside_steps = "SLURM_JOB_ID" in environment and not {"SLURM_STEP_ID", "SLURM_STEPID"} & environment.keys()
-    if not outside_steps:
-        return _pair(environment, SLURM_TASK)
+    # A batch script is no step, nor is a shell. Slurm numbers it as the first task all the same, of those its steps will have.
+    steps = {environment[name] for name in ("SLURM_STEP_ID", "SLURM_STEPID") if name in environment}
     tasks = _number(environment, "SLURM_NTASKS")
+    if steps - SLURM_NO_STEPS or "SLURM_JOB_ID" not in environment:
+        worker, step_tasks = _pair(environment, SLURM_TASK), _number(environment, SLURM_STEP_TASKS)
+        if worker is not None and step_tasks not in (None, worker.world_size):
+            raise InputError(f"SLURM_NTASKS says {worker.world_size} tasks, and {SLURM_STEP_TASKS} says {step_tasks}: {BOTH}")
+        return worker
     if tasks is not None and tasks > 1:
         raise InputError(
             f"this job has {tasks} tasks (SLURM_NTASKS), and this process is none of them: begin it by srun, or {BOTH}"

@@ -75,8 +75,12 @@ def free_ports(count: int, above: int = 0) -> list[int]:
 @contextmanager
 def _running(command: list[str], log: Path, url: str, make_bucket: str | None = None) -> Iterator[None]:
     """A server, once it answers."""
+    # SeaweedFS asks its clients for the keys that it finds.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     with open(log, "wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=log.parent)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=log.parent, env=environment
+        )
         try:
             until = time.monotonic() + STARTING
             while not (_answers("GET", url) and (make_bucket is None or _answers("PUT", make_bucket, good=True))):

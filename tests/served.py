@@ -13,7 +13,7 @@ import numpy as np
 from knowledge_store import KnowledgeStore
 from knowledge_store.serving.served import ServedStore
 from knowledge_store.serving.server import Limits, StoreServer
-from knowledge_store.serving.tokens import TokenFile
+from knowledge_store.storage.served.tokens import TokenFile
 
 TOKEN = "0123456789abcdef-the-first"
 OTHER_TOKEN = "0123456789abcdef-the-second"

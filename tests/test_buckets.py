@@ -84,7 +84,11 @@ def test_addresses_are_read_and_written(text, parts):
     "text",
     [
         "s3://", "s3:///x", "hf://datasets/x", "s3://b/a//b", "s3://b/../c", "s3://b/a?region=x", "s3://b/a?endpoint=minio:9000",
-        "s3://b/a#c", f"s3://key:{SECRET}@b/a", f"s3://b/a?endpoint=https://key:{SECRET}@host",
+        "s3://b/a#c", "s3://my bucket/a", "s3://b:80/a", "s3://[b/a", "s3:/b/a", f"s3://key:{SECRET}@b/a",
+        f"s3://b/a?endpoint=https://key:{SECRET}@host", f"s3://b/a?endpoint=https%3A//key:{SECRET}@host&x=1",
+        f"az://b/a?sv=1&sig={SECRET}", f"https://b.blob.core.windows.net/a?sig={SECRET}",
+        f"s3://b/a?endpoint=key:{SECRET}@host", f"s3://b/a?endpoint=https://h/?sig={SECRET}",
+        "s3://b/a?endpoint=http://h:99999", "s3://b/a?endpoint=http://[::1", "s3://b/a?endpoint=http://a b",
     ],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_and_secrets_in_it_are_not_repeated(text):
@@ -105,6 +109,21 @@ def test_the_endpoint_of_the_environment_is_used(s3, monkeypatch):
     write_store("s3://bucket/elsewhere")
     assert KnowledgeStore.open("s3://bucket/elsewhere").dumps == ("small",)
     assert "elsewhere/store.json" in s3.objects
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("AWS_ENDPOINT_URL", f"http://key:{SECRET}@127.0.0.1:9", "AWS_ENDPOINT_URL in the environment holds no credentials"),
+        ("AWS_ENDPOINT_URL", "minio:9000", "AWS_ENDPOINT_URL in the environment, 'minio:9000', is no endpoint"),
+        ("AWS_SESSION_TOKEN", f"{SECRET}\n", "AWS_SESSION_TOKEN in the environment has a line end"),
+    ],
+)
+def test_what_the_environment_says_wrongly_is_named_without_its_secrets(s3, monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=words) as caught:
+        KnowledgeStore.open("s3://bucket/a" if name == "AWS_ENDPOINT_URL" else address_in(s3))
+    assert SECRET not in str(caught.value)
 
 
 # The calls
@@ -194,6 +213,10 @@ def test_other_mistakes_are_named(s3, monkeypatch):
             doing(f"s3://other/store?endpoint={s3.endpoint}")
     with pytest.raises(StoreError, match=r"no connection at http://127\.0\.0\.1:9: is the address right"):
         KnowledgeStore.open("s3://bucket/store?endpoint=http://127.0.0.1:9")
+    monkeypatch.setenv("HTTP_PROXY", f"http://key:{SECRET}@127.0.0.1:9")
+    with pytest.raises(StoreError, match=r"no connection at .* Or is it the proxy of HTTP_PROXY") as caught:
+        KnowledgeStore.open(address_in(s3))
+    assert SECRET not in str(caught.value)
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(StoreError, match="cannot use az://bucket/store: set AZURE_STORAGE_ACCOUNT_NAME and"):
         KnowledgeStore.open("az://bucket/store")
@@ -245,6 +268,10 @@ def test_a_store_is_the_same_in_a_bucket(s3, tmp_path):
     s3.written["some/store/small/commits/00000.json"] = 0
     KnowledgeStore.open(address_in(s3)).remove("small")
     assert list(s3.objects) == ["some/store/store.json"]
+    s3.objects["some/store/inner/store.json"] = b"of another store"
+    s3.written["some/store/inner/store.json"] = 0
+    with pytest.raises(InputError, match="no dump 'inner'"):
+        KnowledgeStore.open(address_in(s3)).remove("inner")
     with pytest.raises(InputError, match="a bucket renames nothing"):
         write_store(address_in(s3))
         KnowledgeStore.open(address_in(s3)).rename("small", "large")
@@ -397,12 +424,20 @@ def test_commands_take_addresses_and_an_endpoint(s3, tmp_path):
     assert (code, out) == (0, "n\n53\n"), err
     code, out, _ = run("verify", "s3://bucket/some/store", *endpoint)
     assert code == 0 and "Sound: 1 dumps, 2 shards" in out
+    flip(s3, "some/store/small/commits/00001.json")
+    for name in ("verify", "info"):
+        code, out, err = run(name, "s3://bucket/some/store", *endpoint)
+        assert code and f"made again by `knowledge-store copy '{address_in(s3)}' FOLDER`" in " ".join(err.split())
+    flip(s3, "some/store/small/commits/00001.json")
     code, out, _ = run("copy", "s3://bucket/some/store", str(tmp_path / "local"), *endpoint)
     assert code == 0 and "Copied small: 2 shards" in out
     code, out, _ = run("copy", str(tmp_path / "local"), "s3://bucket/copied", *endpoint)
     assert code == 0 and verify(address_in(s3, "copied")).sound
     code, _, err = run("info", str(tmp_path / "local"), *endpoint)
     assert code == 2 and "--endpoint is for stores in buckets" in err
+    for output in ("s3://bucket/x.parquet", "gs://bucket/x.parquet"):
+        code, _, err = run("export", "s3://bucket/some/store", "small", "--output", output, *endpoint)
+        assert code == 2 and f"--output is of this machine, and not at {output[:5]}" in err
     code, out, _ = run("view", "s3://bucket/some/store", "small", *endpoint)
     assert code == 0 and "read_parquet(['s3://bucket/some/store/small/" in out
 
@@ -423,3 +458,15 @@ def test_worker_processes_of_a_loader_read_a_bucket(s3):
     forked = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
     with pytest.raises(InputError, match="forked"):
         list(forked)
+
+
+# Serving
+
+
+def test_stores_in_buckets_are_served_by_their_last_names(s3):
+    from knowledge_store.serving.service import _stores
+
+    places = [write_store(address_in(s3, prefix)) for prefix in ("some/one", "some/other/")]
+    served = _stores((*places,))
+    assert list(served) == ["one", "other"]
+    assert served["one"].storage.address == address_in(s3, "some/one")

@@ -27,6 +27,9 @@ from typer.testing import CliRunner
 from knowledge_store import KnowledgeStore, verify
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import positions_of
+from teacher_dump.importers.configuration import ImportConfig
+from teacher_dump.importers.run import import_dump
+from teacher_dump.teachers.protocol import Ability, Likeliest
 
 STEP = 1 / 8
 AS_LONG = (30, 30, 30, 30)  # of Megatron's samples
@@ -190,6 +193,111 @@ def test_answers_of_chats_and_completions(tmp_path, tokenizer_folder, vocabulary
     assert "tokens by their text" in error_of(import_files(tmp_path / "other", [str(file)], "vllm", tokenizer_folder))
 
 
+def test_replies_that_say_the_token_alone(tmp_path, tokenizer_folder, replies):
+    """Of prompt_logprobs = 0: the token itself would pass for the likeliest one."""
+    record = json.loads(replies[0])
+    [choice] = record["response"]["body"]["choices"]
+    choice["prompt_logprobs"] = [entry and dict([next(iter(entry.items()))]) for entry in choice["prompt_logprobs"]]
+    file = tmp_path / "replies.jsonl"
+    file.write_text(json.dumps(record))
+    assert "ask the server for more" in error_of(import_files(tmp_path / "store", [str(file)], "vllm", tokenizer_folder))
+
+
+def test_files_too_small_to_tell_by_themselves(tmp_path, tokenizer_folder, vocabulary):
+    """A few positions each: what all files say together counts, also where it is that they are off by one."""
+    for by, code in ((0, 0), (1, 2)):
+        words = []
+        for number in range(12):
+            folder = tmp_path / f"{by}-{number}"
+            folder.mkdir()
+            words += write_vllm(folder, shifted(make_cache(vocabulary, (6,), seed=number), by))
+        result = import_files(tmp_path / f"store-{by}", words, "vllm", tokenizer_folder)
+        assert result.exit_code == code, result.output
+
+
+def test_a_file_that_is_off_by_one_in_parts_is_refused(tmp_path, tokenizer_folder, vocabulary):
+    """As two caches have it that were written into one file."""
+    cache, other = (make_cache(vocabulary, (40,) * 8, seed=seed) for seed in (0, 1))
+    [right] = write_vllm(tmp_path, cache)
+    lines = Path(right).read_text()
+    [wrong] = write_vllm(tmp_path, shifted(other, 1))
+    file = tmp_path / "both.jsonl"
+    file.write_text(lines + "".join(Path(wrong).read_text().splitlines(keepends=True)[:2]))
+    assert "off by one in 2 of 10 sequences" in error_of(import_files(tmp_path / "s", [str(file)], "vllm", tokenizer_folder))
+
+
+def test_rows_and_files_with_no_targets(tmp_path, tokenizer_folder, vocabulary):
+    """A row with none is left out where nothing stands in it, and of files that have none nothing can be learnt."""
+    [file] = write_nemo(tmp_path, make_cache(vocabulary))
+    rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    for wrong, code in ((rows[:1], 0), (rows, 2)):
+        for row in wrong:
+            row["loss_mask"] = [0] * len(row["loss_mask"])
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        result = import_files(tmp_path / f"store-{code}", [file], "nemo-aligner", tokenizer_folder)
+        assert result.exit_code == code, result.output
+    cache = make_cache(vocabulary)
+    words = write_rows(tmp_path, cache, rest=lambda rest: [-100] * len(rest))
+    more = ("--columns", "ids=ids,candidates=top,logprobs=scores,targets=rest")
+    error = error_of(import_files(tmp_path / "store", words, "plain", tokenizer_folder, *more))
+    assert "no token that counts for training" in error
+
+
+def write_rows(folder: Path, cache: Cache, **changes) -> list[str]:
+    """JSON Lines of plain columns; a change is given each row's list and gives another."""
+    rows = []
+    for text in range(len(cache.tokens)):
+        columns = {"ids": cache.tokens, "top": cache.ids, "scores": cache.logprobs, "own": cache.own}
+        row = {name: column[text].tolist() for name, column in columns.items()}
+        row["rest"] = np.log1p(-np.exp(cache.logprobs[text]).sum(axis=1)).tolist()
+        rows.append({name: changes.get(name, list)(column) for name, column in row.items()})
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [str(file)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "columns", "said"),
+    [
+        ({}, "mask=padding", "there is no column 'padding'"),
+        ({"own": lambda own: [*own[:5], 0.7, *own[6:]]}, "token=own", "the probability of the token at token 5 is 2.014"),
+        ({"own": lambda own: [-0.01] * len(own)}, "token=own", "is 0.99, and"),
+        ({"rest": lambda rest: [-0.1] * len(rest)}, "tail=rest", "not to one"),
+    ],
+)
+def test_columns_that_do_not_fit(changes, columns, said, tmp_path, tokenizer_folder, vocabulary):
+    words = write_rows(tmp_path, make_cache(vocabulary), **changes)
+    more = ("--columns", f"ids=ids,candidates=top,logprobs=scores,{columns}")
+    assert said in error_of(import_files(tmp_path / "store", words, "plain", tokenizer_folder, *more))
+    assert not (tmp_path / "store").exists()
+
+
+def test_rows_with_no_predictions_are_left_out(tmp_path, tokenizer_folder, vocabulary):
+    words = write_rows(tmp_path, make_cache(vocabulary))
+    with open(words[0], "a") as file:
+        file.write('{"ids": [5, 6, 7], "top": null, "scores": null}\n')
+    more = ("--columns", "ids=ids,candidates=top,logprobs=scores")
+    result = import_files(tmp_path / "store", words, "plain", tokenizer_folder, *more)
+    assert result.exit_code == 0 and "4 of 5 rows are used" in result.output
+
+
+def test_small_tails_of_float32_are_not_believed(tmp_path, tokenizer_folder, vocabulary):
+    """What a server computed in float32 and wrote as text says nothing of a tail of e^-20."""
+    from knowledge_store.kinds.positions.remainder import MIN_LOG_REMAINDER
+
+    cache = make_cache(vocabulary)
+    for tokens, ids, logprobs in zip(cache.tokens, cache.ids, cache.logprobs, strict=True):
+        ids[:, 0] = tokens
+        ids[:, 1:] = (tokens[:, None] + np.arange(1, K)) % vocabulary
+        logprobs[:, :] = np.float32([-1e-9, -30, -31, -32, -33])
+    words = write_vllm(
+        tmp_path, Cache(cache.tokens, cache.ids, cache.logprobs, [p[:, 0] for p in cache.logprobs], cache.tokens)
+    )
+    assert import_files(tmp_path / "store", words, "vllm", tokenizer_folder).exit_code == 0
+    for found in imported(tmp_path / "store"):
+        assert np.abs(found["tail_logprob"][1:] - MIN_LOG_REMAINDER).max() <= STEP
+
+
 def test_what_is_not_of_its_layout(tmp_path, tokenizer_folder, vocabulary):
     cache = make_cache(vocabulary)
     for folder in ("a", "b", "c", "d"):
@@ -266,13 +374,42 @@ def test_a_stopped_import_is_resumed(tmp_path, tokenizer_folder, vocabulary, mon
     assert "was made differently" in error_of(other)
 
 
+def test_an_imported_dump_is_repaired(tmp_path, tokenizer_folder, vocabulary):
+    """By the command that made it, and only by that one; what is sound stays."""
+    from teacher_dump.cli import app
+
+    store = tmp_path / "store"
+    words = write_vllm(tmp_path, make_cache(vocabulary))
+    more = ("--shard-size", "2", "--name", "cache")
+    assert "no dump 'cache'" in error_of(import_files(store, words, "vllm", tokenizer_folder, *more, "--repair"))
+    assert import_files(store, words, "vllm", tokenizer_folder, *more).exit_code == 0
+    whole = {file: file.read_bytes() for file in store.rglob("*") if file.is_file()}
+    for name in ("positions/00001.parquet", "tokens.parquet", "manifest.json"):
+        file = store / "cache" / name
+        data = bytearray(whole[file])
+        data[len(data) // 3] ^= 0xFF
+        file.write_bytes(data)
+        assert verify(store).damage
+        again = ["run", store, "--name", "cache", "--teacher", tokenizer_folder, "--corpus", words[0], "--repair"]
+        if name != "manifest.json":  # which alone knows that it was imported
+            assert "was imported" in error_of(CliRunner().invoke(app, list(map(str, again))))
+        result = import_files(store, words, "vllm", tokenizer_folder, *more, "--repair")
+        assert result.exit_code == 0, result.output
+        assert ("1 of 2 shards repaired" if "/" in name else "0 of 2 shards repaired") in result.output
+        assert verify(store).sound
+        assert {file: file.read_bytes() for file in store.rglob("*") if file.is_file()} == whole
+    other = tmp_path / "more.jsonl"
+    other.write_text('{"text": "more"}\n')
+    result = CliRunner().invoke(app, ["run", str(store), "--append", "cache", "--corpus", str(other)])
+    assert "was imported" in error_of(result)
+
+
 def test_round_trip_through_distillkit(tmp_path, tokenizer_folder, teacher_folder, store_folder):
     """A store written in DistillKit's layout and imported again has the same candidates, and all values within one step."""
     folder = tmp_path / "packed"
     opened = KnowledgeStore.open(store_folder)
     assert opened.export_distillkit(folder, "train") == opened.sequence_count("train")
-    size = str(opened.manifest("train").vocabulary_size)
-    more = ("--vocabulary-size", size, "--teacher", str(teacher_folder), "--device", "cpu", "--name", "again")
+    more = ("--teacher", str(teacher_folder), "--device", "cpu", "--name", "again")
     result = import_files(tmp_path / "store", [str(folder / "data_0.parquet")], "distillkit", teacher_folder, *more)
     assert result.exit_code == 0, result.output
     for number, found in enumerate(imported(tmp_path / "store")):
@@ -283,6 +420,23 @@ def test_round_trip_through_distillkit(tmp_path, tokenizer_folder, teacher_folde
             known = kept["has_knowledge"]
             assert np.abs(found[name][known] - kept[name][known]).max() <= STEP + 1e-6
     assert not verify(tmp_path / "store").damage
+    found = KnowledgeStore.open(tmp_path / "store").manifest()
+    assert found.vocabulary_size == opened.manifest("train").vocabulary_size
+
+
+def test_the_vocabulary_is_that_of_the_files(tmp_path, tokenizer_folder, vocabulary):
+    """DistillKit's configuration says it: more than the tokenizer's tokens are padding, fewer are of another tokenizer."""
+    words = write_distillkit(tmp_path, make_cache(vocabulary), vocabulary)
+    configuration = tmp_path / "compression_config.yaml"
+    text = configuration.read_text()
+    for size in (vocabulary + 50, vocabulary - 50):  # as many bits of an id
+        configuration.write_text(text.replace(f"d: {vocabulary}", f"d: {size}"))
+        result = import_files(tmp_path / "store", words, "distillkit", tokenizer_folder)
+        if size > vocabulary:
+            assert result.exit_code == 0, result.output
+            assert KnowledgeStore.open(tmp_path / "store").manifest().vocabulary_size == size
+        else:
+            assert "the teacher's own --tokenizer" in error_of(result)
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +486,62 @@ def test_the_teacher_is_asked_again(asked, tmp_path, teacher_folder, loaded_teac
     n, known, kept = (rows[name][0].as_py() for name in ("n", "known", "kept"))
     assert n - 6 == kept > known > 0
 
+    from knowledge_store.page.questions import Asked, statement
+
+    [dump] = opened.dumps
+    for name in ("surprised", "garbled"):  # tokens that are no candidate count as the tail at least
+        sql = statement(name, Asked(dump, keeps_entropy=False, knows_tokens=False))
+        surprise = opened.sql(sql)["surprise"].to_pylist()
+        assert None not in surprise and surprise == sorted(surprise, reverse=True) and surprise
+
+
+class LikeliestAlone:
+    """A teacher that gives its likeliest tokens and nothing else, as a server does; also its prediction."""
+
+    abilities = frozenset({Ability.LIKELIEST})
+
+    def __init__(self, teacher, batch=(), count=0):
+        self.teacher, self.batch, self.count = teacher, batch, count
+        for name in ("description", "vocabulary_size", "device"):
+            setattr(self, name, getattr(teacher, name))
+
+    def predict(self, *batch, likeliest: int):
+        return LikeliestAlone(self.teacher, batch, likeliest)
+
+    def likeliest(self, rows: np.ndarray, positions: np.ndarray) -> Likeliest:
+        import torch
+
+        places = torch.from_numpy(rows), torch.from_numpy(positions)
+        found = np.zeros((len(rows), self.teacher.vocabulary_size))
+        for part, logits in self.teacher.predict(*self.batch).logit_slices(*places):
+            found[part] = torch.log_softmax(logits.double(), dim=1).numpy()
+        ids = np.argsort(-found, axis=1, kind="stable")[:, : self.count]
+        tokens = self.batch[0][rows, positions + 1]
+        return Likeliest(ids, np.take_along_axis(found, ids, 1), tokens, found[np.arange(len(rows)), tokens])
+
+
+def test_a_teacher_that_gives_its_likeliest_tokens_alone_is_asked(asked, tmp_path, teacher_folder, loaded_teacher):
+    teacher = LikeliestAlone(loaded_teacher)
+
+    def run(row_predicts: str, file: Path = asked):
+        columns = "ids=tokens,candidates=top,logprobs=scores"
+        config = ImportConfig(
+            store=tmp_path / "store", files=(file,), format="plain", tokenizer=str(teacher_folder), teacher=str(teacher_folder),
+            columns=columns, row_predicts=row_predicts,
+        )  # fmt: skip
+        return import_dump(config, teacher)
+
+    with pytest.raises(InputError, match="off by one: the teacher says of the token behind"):
+        run("this")
+    warmer = pq.read_table(asked).to_pylist()
+    for row in warmer:
+        row["scores"] = (np.array(row["scores"]) * 0.7 - 1).tolist()
+    pq.write_table(pa.Table.from_pylist(warmer), tmp_path / "warmer.parquet")
+    with pytest.raises(InputError, match="says something else than the files"):
+        run("next", tmp_path / "warmer.parquet")
+    assert not (tmp_path / "store").exists()
+    assert run("next").shards == 1
+
 
 def test_training_on_it(asked, tmp_path, teacher_folder):
     """Losses of candidates and tail learn from it; what needs the log-probability of each token says that it does."""
@@ -345,6 +555,7 @@ def test_training_on_it(asked, tmp_path, teacher_folder):
     assert list(output.rglob("model.safetensors"))
     with pytest.raises(InputError, match="does not know it of tokens that are no candidate"):
         calibrate(KnowledgeStore.open(store), method="temperature")
+    assert calibrate(KnowledgeStore.open(store), method="first").calibration.before["nll"] > 0
 
 
 def test_polynomials_differences_and_the_older_form(tmp_path, tokenizer_folder, vocabulary):

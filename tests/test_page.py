@@ -35,9 +35,9 @@ from knowledge_store.page.app import page_app
 from knowledge_store.page.browse import browse, host_names, listen, parse_address
 from knowledge_store.page.questions import QUESTIONS, Asked, statement
 from knowledge_store.page.served import PageServer
-from knowledge_store.serving.tokens import TokenFile
 from knowledge_store.sql.excerpt import excerpt
 from knowledge_store.sql.isolated import isolated_excerpt
+from knowledge_store.storage.served.tokens import TokenFile
 
 HOME = "http://127.0.0.1:8816"
 HOSTS = ("127.0.0.1:8816", "localhost:8816")

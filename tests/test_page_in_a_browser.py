@@ -152,7 +152,7 @@ def test_answers_are_texts_and_lead_to_sequences(page, address, folder):
     cells = " ".join(page.locator("td.words").all_inner_texts())
     assert SCRIPT in cells and "⟨202E⟩dlrow⟨202C⟩" in cells and "␀␇␛" in cells
     assert page.locator("th", has_text=SCRIPT).count() == 1
-    page.get_by_role("link", name="Read the sequence of row 2").click()
+    page.get_by_role("link", name="Read the sequence of row 2", exact=True).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(f"Sequence {1 << 16}")
     clean(page)
     page.go_back()  # the answer is there again, and nothing runs

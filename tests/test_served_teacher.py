@@ -148,6 +148,10 @@ FAULTS = {
     ),
     "a sum above one": (_entries(_likely), r"probabilities that sum to more than 1\.001 at position \d+ of sequence \d+"),
     "too few": (_entries(lambda entry: entry.pop(list(entry)[-1])), "fewer log-probabilities than the 5 that it was asked for"),
+    "a token that is none": (
+        _entries(lambda entry: entry.update({"408": max(entry.values(), key=lambda values: values["logprob"])})),
+        "gives a token beyond its vocabulary, which has 408 by its config.json, at",
+    ),
     "no number": (
         _entries(lambda entry: next(iter(entry.values())).update(logprob="x")),
         "log-probabilities that cannot be read",
@@ -215,6 +219,27 @@ def test_a_server_that_is_killed_and_started_again_in_the_middle_of_a_shard(tmp_
     assert files_of(tmp_path / "store") == files_of(served_store)
 
 
+def test_another_model_under_the_same_name_ends_the_dump_in_the_middle(tmp_path, corpus, served_store):
+    """What it answered is not kept, and the first one goes on."""
+    with RecordedServer() as server:
+        swap, exchange, shards = _entries(_swap(2.0)), _entries(_exchange), tmp_path / "store/served/commits"
+
+        # As if the server had been started again between two requests, of which none fails.
+        def fault(body):
+            if not list(shards.glob("*")):
+                return body
+            return (swap if len(body["choices"][0]["prompt_token_ids"]) == 65 else exchange)(body)
+
+        server.fault = fault
+        config = configuration(corpus, tmp_path / "store", server.url)
+        with pytest.raises(InputError, match="answers to fixed prompts as another model than at the start"):
+            dump(config)
+        committed = len(list(shards.glob("*")))
+        server.fault = None
+        assert dump(config).shards == 3 - committed > 0
+    assert files_of(tmp_path / "store") == files_of(served_store)
+
+
 def test_a_server_that_fails_for_good_ends_the_dump_and_the_next_run_resumes_it(tmp_path, corpus, served_store, quick):
     with RecordedServer() as server:
         # The first shard has 8 sequences, and the prompts of the fingerprint are asked before.
@@ -238,7 +263,7 @@ def test_the_server_has_as_many_requests_as_are_asked_for_also_between_batches_a
         def fault(body):
             """Answer in order, and none before there are three that are not answered, as long as so many are left."""
             nonlocal arrived, answered
-            if server.requests == 1:
+            if len(body["choices"][0]["prompt_token_ids"]) == 65:  # of the fingerprint
                 return body
             with condition:
                 arrived += 1
@@ -286,6 +311,22 @@ def _swap(nats: float):
         second["logprob"] = first["logprob"] + nats
 
     return change
+
+
+def _exchange(entry):
+    """The two likeliest tokens change places."""
+    first, second = sorted(entry.values(), key=lambda values: -values["logprob"])[:2]
+    first["logprob"], second["logprob"] = second["logprob"], first["logprob"]
+
+
+def test_a_server_that_takes_longer_sequences_now_is_no_other_teacher(tmp_path, corpus, served_store):
+    store = shutil.copytree(served_store, tmp_path / "store")
+    (store / "served/commits/00001.json").unlink()
+    with RecordedServer() as server:
+        server.replies["/v1/models"][1]["data"][0]["max_model_len"] = 512
+        assert dump(configuration(corpus, store, server.url)).shards == 1
+    assert KnowledgeStore.open(store).manifest("served").teacher["max_positions"] == 255
+    assert files_of(store) == files_of(served_store)
 
 
 def test_numeric_noise_in_the_answers_to_fixed_prompts_makes_no_other_teacher(tmp_path, corpus, served_store):

@@ -17,7 +17,7 @@ from torture.heartbeat import wait_until
 from knowledge_store import InputError, KnowledgeStore
 from knowledge_store.configuration import ServeConfig
 from knowledge_store.serving.service import serve
-from knowledge_store.serving.tokens import ENVIRONMENT
+from knowledge_store.storage.served.tokens import ENVIRONMENT
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
 from student_train.training.run import train

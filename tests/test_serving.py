@@ -15,9 +15,9 @@ from torture.heartbeat import wait_until
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, QueryError, StoreError
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reading.cache import DecodedCache
-from knowledge_store.serving import client as client_module
-from knowledge_store.serving.address import parse_address
-from knowledge_store.serving.tokens import ENVIRONMENT, read_tokens
+from knowledge_store.storage.served import client as client_module
+from knowledge_store.storage.served.address import parse_address
+from knowledge_store.storage.served.tokens import ENVIRONMENT, read_tokens
 from knowledge_store.writing.copy import copy as copy_dumps
 
 PLANS = [

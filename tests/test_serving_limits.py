@@ -25,11 +25,12 @@ from torture.hostile_sql import Stand
 
 from knowledge_store import InputError, KnowledgeStore, KnowledgeStoreError
 from knowledge_store.configuration import ServeConfig
-from knowledge_store.serving import limits, messages
+from knowledge_store.serving import limits
 from knowledge_store.serving.flight_sql import TYPE_PREFIX
-from knowledge_store.serving.messages import BusyError, library_error, to_bytes
 from knowledge_store.serving.protobuf import Message, message
 from knowledge_store.serving.service import serve
+from knowledge_store.storage.served import messages
+from knowledge_store.storage.served.messages import BusyError, library_error, to_bytes
 
 ENDLESS = "SELECT sum(hash(range)) AS n FROM range(1000000000000)"  # has no first row
 LONG = "SELECT range AS n, repeat('x', 100) AS words FROM range(1000000000)"  # has many

@@ -16,11 +16,14 @@ from processes import Running
 from stores import contents
 
 from knowledge_store import DamageError, InputError, KnowledgeStore, verify
+from knowledge_store.errors import MismatchError
 from knowledge_store.storage.local import LocalStorage
+from knowledge_store.writing.writer import DumpWriter
 from teacher_dump import DumpConfig, dump
 from teacher_dump.corpus import pieces
 from teacher_dump.corpus.scan import Scanner
 from teacher_dump.dumping import shared_scan
+from teacher_dump.teachers import opening
 from teacher_dump.teachers.local import load_teacher
 
 PIECE_BYTES = 700
@@ -90,7 +93,7 @@ def _work(config: DumpConfig, rank: int, log: Path, dies: bool) -> None:
     for name in ("MIN_PIECE_BYTES", "MAX_PIECE_BYTES"):
         patch.setattr(pieces, name, PIECE_BYTES)
     patch.setattr(shared_scan, "LOOK_EVERY", 0.01)
-    patch.setattr(shared_scan, "PATIENCE", 1.0)
+    patch.setattr(shared_scan, "PATIENCE", 4.0)
     Scanned(log, patch, *((2, lambda: os.kill(os.getpid(), signal.SIGKILL)) if dies else ()))
     dump(config, rank, WORKERS, load_teacher(config.teacher, device="cpu"))
 
@@ -171,6 +174,61 @@ def test_a_damaged_piece_is_named_and_what_to_remove(config, loaded_teacher, tmp
     change(config.store, str(piece.relative_to(config.store)), lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
     with pytest.raises(DamageError, match=r"00001.* remove .*\.scan-[0-9a-f]{16}-d, and the corpus is looked through again"):
         dump(config, teacher=loaded_teacher)
+
+
+def own_copy(config: DumpConfig, folder: Path) -> DumpConfig:
+    """With a corpus that a test may change."""
+    corpus = folder / "corpus.jsonl"
+    corpus.write_bytes(config.corpus[0].read_bytes())
+    return replace(config, corpus=(corpus,))
+
+
+def grow(config: DumpConfig) -> None:
+    with open(config.corpus[0], "a") as file:
+        file.write('{"text": "One more."}\n')
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_corpus_that_grows_while_it_is_looked_through_is_refused(config, loaded_teacher, tmp_path, world_size):
+    config = own_copy(config, tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(InputError, match=r"corpus\.jsonl was changed while"):
+        Scanned(tmp_path / "scanned", patch, 2, lambda: grow(config))
+        dump(config, 0, world_size, teacher=loaded_teacher)
+    assert not (config.store / "d").exists() and len(list(config.store.glob(".scan-*/*.json"))) == 2
+    assert dump(config, teacher=loaded_teacher).counts.rows == len(config.corpus[0].read_bytes().splitlines())
+
+
+def test_a_corpus_that_grows_while_the_teacher_is_opened_is_refused(config, loaded_teacher, tmp_path, monkeypatch):
+    config = own_copy(config, tmp_path)
+
+    def opened(*arguments, **named):
+        grow(config)
+        return loaded_teacher
+
+    monkeypatch.setattr(opening, "open_teacher", opened)
+    with pytest.raises(InputError, match=r"corpus\.jsonl was changed while"):
+        dump(config)
+    assert not (config.store / "d").exists()
+
+
+def test_a_corpus_that_is_changed_under_a_dump_ends_it(config, loaded_teacher, tmp_path, monkeypatch):
+    """Also where it has as many tokens as before. One that was written again as it was is no other."""
+    config = own_copy(config, tmp_path)
+    rows, publish = config.corpus[0].read_bytes(), DumpWriter.commit
+    changes = [rows, rows.replace(b'"source": "a"', b'"source": "c"')]
+
+    def commit(writer, shard):
+        if changes:
+            config.corpus[0].write_bytes(changes.pop(0))
+        return publish(writer, shard)
+
+    monkeypatch.setattr(DumpWriter, "commit", commit)
+    with pytest.raises(MismatchError, match=r"corpus\.jsonl was changed since the dump was begun"):
+        dump(config, teacher=loaded_teacher)
+    assert not changes
+    config.corpus[0].write_bytes(rows)
+    dump(config, teacher=loaded_teacher)
+    assert verify(config.store).damage == []
 
 
 def test_small_corpora_of_one_worker_leave_nothing_behind(config, loaded_teacher, monkeypatch):

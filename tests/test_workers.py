@@ -21,6 +21,8 @@ from teacher_dump.ranks import Worker, local_rank, this_worker
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
 SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}
 BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}  # of a script, which is no step of its job
+# Of the shell that salloc opens on a node of the job.
+SHELL = {**BATCH, "SLURM_STEP_ID": "4294967290", "SLURM_STEPID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
 ARRAY = {
     **BATCH,
     **{f"SLURM_ARRAY_TASK_{name}": value for name, value in (("ID", "14"), ("MIN", "10"), ("MAX", "18"), ("STEP", "2"))},
@@ -37,6 +39,8 @@ FOUND = {
     "srun": (SRUN, None, (2, 4)),
     "srun, by its two variables": ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, None, (1, 2)),
     "a batch script": (BATCH, None, (0, 1)),
+    "an interactive shell": ({**SHELL, "SLURM_NTASKS": "1"}, None, (0, 1)),
+    "srun from an interactive shell": ({**SHELL, **SRUN, "SLURM_STEPID": "0", "SLURM_STEP_NUM_TASKS": "4"}, None, (2, 4)),
     "an array": (ARRAY, None, (2, 5)),
     "an array, by three variables": (
         {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "4"}, None, (3, 4),
@@ -56,7 +60,7 @@ def test_the_environment_says_which_worker_this_is(case):
     environment, world_size, expected = FOUND[case]
     worker = this_worker(None, world_size, environment)
     assert (worker.rank, worker.world_size) == expected
-    assert bool(worker.source) == (case not in ("nothing", "a batch script"))
+    assert bool(worker.source) == (case not in ("nothing", "a batch script", "an interactive shell"))
 
 
 def test_options_stand_above_the_environment():
@@ -69,6 +73,11 @@ REFUSED = {
     "half of srun's": ({"SLURM_PROCID": "1"}, "SLURM_PROCID is in the environment without SLURM_NTASKS"),
     "half of an array's": ({"SLURM_ARRAY_TASK_ID": "1"}, "without SLURM_ARRAY_TASK_COUNT"),
     "a batch script whose tasks are others": ({**BATCH, "SLURM_NTASKS": "4"}, "begin it by srun"),
+    "an interactive shell whose tasks are others": ({**SHELL, "SLURM_NTASKS": "4"}, "begin it by srun"),
+    "a step that was given the count of its job": (
+        {**SRUN, "SLURM_STEP_NUM_TASKS": "2"},
+        "SLURM_NTASKS says 4 tasks, and SLURM_STEP_NUM_TASKS says 2",
+    ),
     "an array with gaps": ({**ARRAY, "SLURM_ARRAY_TASK_MAX": "30"}, "not evenly spaced"),
     "an indexed job of unknown size": (POD, "give --world-size, the `completions` of the job"),
     "no number": ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one' in the environment"),
@@ -126,7 +135,9 @@ def test_a_command_takes_its_rank_from_the_environment(config, monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    assert "Rank 1 of 2, as RANK and WORLD_SIZE say" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "Rank 1 of 2, as RANK and WORLD_SIZE say" in printed
+    assert "The dump is not complete: 3 shards of other ranks are missing yet" in printed
     assert list(commit_records(open_storage(config.store), "d")) == [1, 3, 5]
 
 
@@ -134,7 +145,7 @@ def test_a_worker_that_is_done_helps_the_others(config, loaded_teacher, tmp_path
     whole = dump(replace(config, store=tmp_path / "whole"), teacher=loaded_teacher)
     notes = Notes()
     report = dump(replace(config, help_others=True), 1, 3, teacher=loaded_teacher, reporter=notes)
-    assert report.shards == whole.shards
+    assert report.shards == whole.shards and not report.shards_missing
     assert report.shards_of_others == whole.shards - len(range(1, whole.shards, 3))
     assert any("helps with" in note for note in notes.notes)
     assert contents(config.store) == contents(tmp_path / "whole")

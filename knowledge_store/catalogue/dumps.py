@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from knowledge_store import errors
 from knowledge_store.catalogue.index import Index, refresh
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError, MissingFileError, StoreError
 from knowledge_store.format.integrity import FileRecord, TableFile
@@ -17,8 +19,9 @@ from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import TOKENS_SCHEMA
 from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import check_kinds
-from knowledge_store.serving.client import ServedStorage
-from knowledge_store.storage import Storage
+from knowledge_store.storage import Storage, repairing
+from knowledge_store.storage.served import messages
+from knowledge_store.storage.served.client import ServedStorage
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ def open_dumps(storage: Storage, *, rebuild_index: bool = False) -> Dumps:
         DamageError: its store.json is altered.
     """
     if isinstance(storage, ServedStorage):
-        return storage.open_dumps()
+        return _served_dumps(storage)
     check_store(storage)
     manifests: dict[str, Manifest] = {}
     closed: dict[str, KnowledgeStoreError] = {}
@@ -153,7 +156,27 @@ def open_dumps(storage: Storage, *, rebuild_index: bool = False) -> Dumps:
             closed[name] = error
     index, unusable = refresh(storage, list(manifests.values()), rebuild=rebuild_index)
     usable = {name: manifest for name, manifest in manifests.items() if name not in unusable}
-    return Dumps(storage, usable, index, {name: _advised(error) for name, error in sorted({**closed, **unusable}.items())})
+    closed |= unusable
+    return Dumps(storage, usable, index, {name: _advised(error, storage) for name, error in sorted(closed.items())})
+
+
+def _served_dumps(storage: ServedStorage) -> Dumps:
+    """The dumps of a served store as they stand now.
+
+    Raises:
+        KnowledgeStoreError: what the server said, or it does not answer.
+    """
+    facts, *tables = storage.called(messages.OPEN, {"version": messages.VERSION})
+    said = json.loads(facts)
+    if said.get("version") != messages.VERSION:
+        raise StoreError(
+            f"{storage.address} is served by another version of knowledge-store (it speaks {said.get('version')}, and this one"
+            f" {messages.VERSION}): install the same on both machines"
+        )
+    shards, files = (pa.ipc.open_stream(table).read_all() for table in tables)
+    manifests = {name: read_manifest(storage, name) for name in said["dumps"]}
+    closed = {name: getattr(errors, kind, StoreError)(sentence) for name, (kind, sentence) in said["closed"].items()}
+    return Dumps(storage, manifests, Index(shards, files), closed)
 
 
 def _again(error: KnowledgeStoreError) -> KnowledgeStoreError:
@@ -161,11 +184,10 @@ def _again(error: KnowledgeStoreError) -> KnowledgeStoreError:
     return type(error)(str(error))
 
 
-def _advised(error: KnowledgeStoreError) -> KnowledgeStoreError:
+def _advised(error: KnowledgeStoreError, storage: Storage) -> KnowledgeStoreError:
     """Why a dump is closed, with what to do where it is damaged."""
     if not isinstance(error, DamageError):
         return error
     return type(error)(
-        f"{error}: `knowledge-store verify` names all that is damaged, and `teacher-dump run … --repair`, with what made the"
-        " dump, makes it again"
+        f"{error}: `knowledge-store verify` names all that is damaged, and it is made again by {repairing(storage)}"
     )

@@ -10,9 +10,9 @@ from knowledge_store.configuration import ServeConfig
 from knowledge_store.errors import InputError
 from knowledge_store.page.app import page_app
 from knowledge_store.page.browse import address_of, bound, configuration, host_names
-from knowledge_store.serving.address import is_loopback, split_host
-from knowledge_store.serving.tokens import TokenFile
 from knowledge_store.storage import StorePlace
+from knowledge_store.storage.served.address import is_loopback, split_host
+from knowledge_store.storage.served.tokens import TokenFile
 from knowledge_store.store import KnowledgeStore
 
 

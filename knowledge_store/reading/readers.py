@@ -10,9 +10,9 @@ from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.mixture import Named, check_vocabularies, named_dumps, weights_of
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.reader import MEMORY_BYTES, DumpReader
+from knowledge_store.reading.served import ServedReader
 from knowledge_store.reading.teachers import TeachersReader
-from knowledge_store.serving.client import ServedStorage
-from knowledge_store.serving.reader import ServedReader
+from knowledge_store.storage.served.client import ServedStorage
 
 
 class Readers:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from knowledge_store.serving.messages import BusyError
+from knowledge_store.storage.served.messages import BusyError
 
 INTERVAL = 0.1  # seconds between two looks at a call
 STALLED = 60.0  # seconds after which a client that takes nothing is given up

@@ -15,16 +15,17 @@ import pyarrow as pa
 from pyarrow import flight
 
 from knowledge_store.errors import InputError, KnowledgeStoreError, QueryError
-from knowledge_store.serving import messages
+from knowledge_store.reading.transfer import Encoder, received_bytes
 from knowledge_store.serving.flight_sql import FlightSql
 from knowledge_store.serving.limits import STALLED, Slots, Watch
-from knowledge_store.serving.messages import BusyError, flight_error, from_bytes
 from knowledge_store.serving.metrics import Call, Log, Metrics, resident_bytes
 from knowledge_store.serving.queries import Queries, Question
-from knowledge_store.serving.sequences import Encoder, received_bytes
+from knowledge_store.serving.requests import MAX_REQUEST, from_bytes
 from knowledge_store.serving.served import ServedStore, check_request, row_groups_bytes, table_bytes
-from knowledge_store.serving.tokens import TokenFile
 from knowledge_store.sql.parameters import Parameters
+from knowledge_store.storage.served import messages
+from knowledge_store.storage.served.messages import BusyError, flight_error
+from knowledge_store.storage.served.tokens import TokenFile
 
 CALLER = "caller"
 STREAM_PATIENCE = 20.0  # seconds that one call more than there are slots waits
@@ -150,8 +151,8 @@ class StoreServer(flight.FlightServerBase):
         """Answer what is short."""
         with self._calls(context, action.type) as (call, store):
             body = action.body.to_pybytes() if action.body is not None else b""
-            if len(body) > messages.MAX_REQUEST:
-                raise InputError(f"an action has at most {messages.MAX_REQUEST:,} bytes")
+            if len(body) > MAX_REQUEST:
+                raise InputError(f"an action has at most {MAX_REQUEST:,} bytes")
             results = self._action(context, call, store, action.type, body)
             call.sent += sum(map(len, results))
         return iter([flight.Result(result) for result in results])
@@ -160,8 +161,8 @@ class StoreServer(flight.FlightServerBase):
         """Answer with a stream."""
         data = ticket.ticket
         with self._calls(context, "ticket", ends=False) as (call, store):
-            if len(data) > messages.MAX_REQUEST:
-                raise InputError(f"a ticket has at most {messages.MAX_REQUEST:,} bytes")
+            if len(data) > MAX_REQUEST:
+                raise InputError(f"a ticket has at most {MAX_REQUEST:,} bytes")
             if not data.startswith(b"{"):
                 call.facts["call"] = "flight-sql"
                 return self._stream(call, self._flight_sql.answer(context, call, store, data))
@@ -347,6 +348,6 @@ def _command(descriptor: Any) -> bytes:
     if descriptor.descriptor_type != flight.DescriptorType.CMD:
         raise InputError("a served store knows commands of Flight SQL, and no paths")
     command: bytes = descriptor.command
-    if len(command) > messages.MAX_REQUEST:
-        raise InputError(f"a command has at most {messages.MAX_REQUEST:,} bytes")
+    if len(command) > MAX_REQUEST:
+        raise InputError(f"a command has at most {MAX_REQUEST:,} bytes")
     return command

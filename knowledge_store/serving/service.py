@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_store.configuration import ServeConfig
 from knowledge_store.errors import InputError
-from knowledge_store.serving.address import PLAIN, TLS, bracketed, is_loopback, is_served, split_host
 from knowledge_store.serving.metrics import MetricsServer, json_line
 from knowledge_store.serving.served import ServedStore
 from knowledge_store.serving.server import Limits, StoreServer
-from knowledge_store.serving.tokens import TokenFile
 from knowledge_store.sql.limits import check_limits
+from knowledge_store.storage import StorePlace
+from knowledge_store.storage.served.address import PLAIN, TLS, bracketed, is_loopback, is_served, split_host
+from knowledge_store.storage.served.tokens import TokenFile
 
 if TYPE_CHECKING:
     from knowledge_store.page.served import PageServer
@@ -105,17 +106,18 @@ def _certificate(config: ServeConfig) -> tuple[bytes, bytes] | None:
     return parts[0], parts[1]
 
 
-def _stores(addresses: tuple[str, ...]) -> dict[str, ServedStore]:
+def _stores(places: tuple[StorePlace, ...]) -> dict[str, ServedStore]:
     """The stores by the last part of their names (InputError: two have the same)."""
     stores: dict[str, ServedStore] = {}
-    for address in addresses:
-        if is_served(address):
-            raise InputError(f"{address} is served already: its clients open it there")
-        place = address if "://" in address else str(Path(address).resolve())
-        name = place.rstrip("/").rpartition("/")[2]
+    for place in places:
+        if is_served(place):
+            raise InputError(f"{place} is served already: its clients open it there")
+        address = place if isinstance(place, str | Path) else place.address
+        whole = str(address).partition("?")[0] if "://" in str(address) else str(Path(address).resolve())
+        name = whole.rstrip("/").rpartition("/")[2]
         if name in stores:
             raise InputError(f"two of the stores are called {name}: clients would not know which is meant; rename one")
-        stores[name] = ServedStore(address)
+        stores[name] = ServedStore(place)
     return stores
 
 

@@ -27,8 +27,6 @@ from knowledge_store import errors
 from knowledge_store.format.layout import STORE_FILE
 from knowledge_store.isolation import child as isolation
 from knowledge_store.isolation.child import MAX_MEMORY_LIMIT, MAX_SECONDS, Child, Killed, Report, forbid_files, limit, started
-from knowledge_store.serving.address import is_served
-from knowledge_store.serving.client import ServedStorage
 from knowledge_store.sql.answers import Format, write_answer
 from knowledge_store.sql.excerpt import excerpt
 from knowledge_store.sql.limits import (
@@ -42,7 +40,10 @@ from knowledge_store.sql.limits import (
 from knowledge_store.sql.named_files import NamedFiles, checked_files
 from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
 from knowledge_store.sql.progress import ReadStorage, reported
+from knowledge_store.sql.served import served_batches
 from knowledge_store.storage import Storage, open_storage
+from knowledge_store.storage.served.address import is_served
+from knowledge_store.storage.served.client import ServedStorage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -249,7 +250,7 @@ def answered(
             f"{storage.address} is a served store, and files of this machine are not read there: leave out"
             f" {', '.join(sorted(files))}"
         )
-    with storage.answered(sql, memory_limit, timeout, parameters, remark, kept) as reader:
+    with served_batches(storage, sql, memory_limit, timeout, parameters, remark, kept) as reader:
         yield reader
 
 

@@ -37,6 +37,11 @@ LEFTOVER_AGE = timedelta(days=1)  # of what a probe that was killed left behind
 MAX_PUT = 5 * 2**30  # bytes that one PUT takes, on S3
 AT_ONCE = 32  # requests
 WRITE = "write"
+HEADERS = {  # variables that are sent, or signed
+    "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"),
+}
+PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # variables, of either case, in which obstore looks for one
 CONFLICTS = 8  # times that S3 says "neither this nor that": a removal came between
 SILENCE = 30  # seconds that a connection may say nothing
 READ_ATTEMPTS = 4  # of an answer that breaks off in the middle; obstore tries again what fails before
@@ -73,6 +78,7 @@ class BucketStorage:
     def __init__(self, address: str | BucketAddress, store: ObjectStore | None = None):
         self._address = BucketAddress.parse(address) if isinstance(address, str) else address
         self.address = str(self._address)
+        self._service = self._address.service
         self._given = store
         self._made: dict[bool, ObjectStore] = {}  # by whether the service has answered
         self._answered = False
@@ -89,7 +95,7 @@ class BucketStorage:
     def cache_key(self) -> str:
         """Service, account, bucket and prefix."""
         account = os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", "") if self._address.scheme == "az" else ""
-        return " ".join([self._address.plain, self._address.service or "", account]).strip()
+        return " ".join([self._address.plain, self._service or "", account]).strip()
 
     def locate(self, name: str) -> str:
         """The URL of an object."""
@@ -130,7 +136,10 @@ class BucketStorage:
     def _client(self, retries: dict[str, Any]) -> ObjectStore:
         from obstore import store as stores
 
-        address, service = self._address, self._address.service
+        address, service = self._address, self._service
+        for name in HEADERS.get(address.scheme, ()):
+            if re.search(r"[\x00-\x1f\x7f]", os.environ.get(name, "")):
+                raise InputError(f"{name} in the environment has a line end in it, or what no request can hold: set it anew")
         options: dict[str, Any] = {
             "connect_timeout": timedelta(seconds=5),
             "read_timeout": timedelta(seconds=SILENCE),
@@ -177,12 +186,19 @@ class BucketStorage:
                 self._answered = True  # the address is right, and the service has too much to do
                 return self._asked(doing, name, request)
             raise StoreError(f"cannot {doing} {self.locate(name)}: {self._reason(error)}") from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # obstore gives up so where it was given what it cannot send
+                raise
+            raise StoreError(
+                f"cannot {doing} {self.locate(name)}: obstore cannot make a request of what the environment says; look for"
+                " spaces and line ends in it"
+            ) from None
         self._answered = True
         return result
 
     def _at(self) -> str:
         """Where requests go, for a sentence."""
-        return f" at {self._address.service}" if self._address.service else f" on {SCHEMES[self._address.scheme]}"
+        return f" at {self._service}" if self._service else f" on {SCHEMES[self._address.scheme]}"
 
     def _reason(self, error: Exception) -> str:
         """Why a request failed, in our words: obstore's quote whole requests and answers."""
@@ -202,7 +218,9 @@ class BucketStorage:
         if status:
             return f"the service{self._at()} answers {answer}"
         if "kind: Connect" in text:
-            return f"no connection{self._at()}: is the address right, and the service up?"
+            proxies = [name for name in os.environ if name.lower() in PROXIES and os.environ[name]]
+            way = f" Or is it the proxy of {' and '.join(proxies)}?" if proxies else ""
+            return f"no connection{self._at()}: is the address right, and the service up?{way}"
         if "kind: Timeout" in text or "timed out" in text:
             return f"the connection{self._at()} is too slow or broken: nothing came for {SILENCE} s, time and again"
         if "kind: Body" in text or "body" in text or "kind: Request" in text or "kind: Decode" in text:
@@ -318,8 +336,8 @@ class BucketStorage:
         """
         raise InputError(
             f"{self.address} is not repaired where it is, since nothing in a bucket is replaced: copy it into a folder"
-            f" (`knowledge-store copy {self.address} FOLDER` leaves damaged shards out), make these again there with the same"
-            f" `teacher-dump run FOLDER …`, and put them back by `knowledge-store copy FOLDER {self.address} --repair`"
+            f" (`knowledge-store copy '{self.address}' FOLDER` leaves damaged shards out), make these again there with the same"
+            f" `teacher-dump run FOLDER …`, and put them back by `knowledge-store copy FOLDER '{self.address}' --repair`"
         )
 
     def make_lasting(self, prefix: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from urllib.parse import parse_qs, quote, urlsplit
+from urllib.parse import SplitResult, parse_qs, quote, unquote, urlsplit
 
 from knowledge_store.errors import InputError
 
@@ -45,21 +45,25 @@ class BucketAddress:
         Raises:
             InputError: it is none.
         """
-        parts = urlsplit(text)
-        if "@" in parts.netloc:
+        shown, query = text.partition("?")[::2]  # behind the ? of a signed URL is its signature
+        if re.search(r"//[^/?]*@", unquote(text)):
             raise InputError(
-                f"an address of a bucket holds no credentials: set {CREDENTIALS.get(parts.scheme, 'them')} in the environment"
+                "an address of a bucket holds no credentials: set"
+                f" {CREDENTIALS.get(text.partition(':')[0].lower(), 'them')} in the environment"
             )
-        if parts.scheme not in SCHEMES or not parts.netloc:
-            raise InputError(f"{text} is no address of a store: give a folder, or s3://BUCKET/PREFIX, gs://… or az://…")
+        parts = _split(shown)
+        if parts is None or parts.scheme not in SCHEMES or not parts.netloc:
+            raise InputError(f"{shown} is no address of a store: give a folder, or s3://BUCKET/PREFIX, gs://… or az://…")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", parts.netloc):
+            raise InputError(f"{shown} is no address of a store: the name of a bucket has letters, digits, '.', '_' and '-'")
         prefix = parts.path.strip("/")
         if parts.fragment or re.search(r"(^|/)\.{0,2}(/|$)|[\x00-\x1f%\\]", prefix or "prefix"):
-            raise InputError(f"{text} is no address of a store: what follows the bucket is names with one / between them")
-        query = parse_qs(parts.query, keep_blank_values=True)
-        if query.keys() - {"endpoint"} or len(query.get("endpoint", [])) > 1:
-            raise InputError(f"{text} is no address of a store: after the ? stands endpoint=URL and nothing else")
+            raise InputError(f"{shown} is no address of a store: what follows the bucket is names with one / between them")
+        options = parse_qs(query, keep_blank_values=True)
+        if options.keys() - {"endpoint"} or len(options.get("endpoint", [])) > 1:
+            raise InputError(f"{shown}?… is no address of a store: after the ? stands endpoint=URL and nothing else")
         address = cls(parts.scheme, parts.netloc, prefix)
-        return address.at(query["endpoint"][0]) if query else address
+        return address.at(options["endpoint"][0]) if options else address
 
     def at(self, endpoint: str) -> BucketAddress:
         """The same with this endpoint, unless it has one.
@@ -67,20 +71,17 @@ class BucketAddress:
         Raises:
             InputError: it is no URL of a service.
         """
-        parts = urlsplit(endpoint)
-        if "@" in parts.netloc:
-            raise InputError("an endpoint holds no credentials: set them in the environment")
-        if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
-            raise InputError(
-                f"{endpoint!r} is no endpoint: give the URL of the service, such as https://minio.example.org:9000"
-            )
-        return self if self.endpoint else replace(self, endpoint=endpoint.rstrip("/"))
+        return self if self.endpoint else replace(self, endpoint=_endpoint(endpoint))
 
     @property
     def service(self) -> str | None:
-        """URL of the service, also where the environment says it; None for the provider's own."""
-        named = (os.environ.get(name) for name in ENDPOINTS[self.scheme])
-        return self.endpoint or next((url.rstrip("/") for url in named if url), None)
+        """URL of the service, also where the environment says it; None for the provider's own.
+
+        Raises:
+            InputError: what the environment says is no URL of a service.
+        """
+        named = (name for name in ENDPOINTS[self.scheme] if os.environ.get(name))
+        return self.endpoint or next((_endpoint(os.environ[name], f"{name} in the environment") for name in named), None)
 
     @property
     def plain(self) -> str:
@@ -93,4 +94,25 @@ class BucketAddress:
 
 def is_bucket_address(text: str) -> bool:
     """Whether a text is meant for the address of a bucket."""
-    return text.partition("://")[0] in SCHEMES and "://" in text
+    return text.partition("://")[0].lower() in SCHEMES and "://" in text
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL; None where it is none."""
+    try:
+        parts = urlsplit(url)
+        return parts if parts.port != 0 and not re.search(r"\s", parts.netloc) else None
+    except ValueError:
+        return None
+
+
+def _endpoint(url: str, origin: str = "an endpoint") -> str:
+    """The URL of a service, without "/" at its end (InputError: it is none; says where it comes from)."""
+    if "@" in url:
+        raise InputError(f"{origin} holds no credentials: set them in variables of their own")
+    parts = _split(url)
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        shown = repr(re.sub(r"\?.*", "?…", url, flags=re.DOTALL))
+        subject = shown if origin == "an endpoint" else f"{origin}, {shown},"
+        raise InputError(f"{subject} is no endpoint: give the URL of the service, such as https://minio.example.org:9000")
+    return url.rstrip("/")

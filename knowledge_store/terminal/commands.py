@@ -139,7 +139,7 @@ def command(
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        stores = [name for name, hint in get_type_hints(configuration).items() if Storage in get_args(hint)]
+        stores = [name for name, hint in get_type_hints(configuration).items() if _as_text(hint) != hint]
         parameters = [*_parameters(configuration), *(_file_parameters(configuration) if configuration_file else ())]
         if stores:
             parameters.append(_endpoint_parameter())
@@ -178,8 +178,16 @@ def _endpoint_parameter() -> inspect.Parameter:
 
 def _at_endpoint(stores: dict[str, Any], endpoint: str) -> dict[str, Any]:
     """The addresses of a command's stores, with an endpoint (InputError: none of them is in a bucket)."""
-    found = {name: None if store is None else at_endpoint(store, endpoint) for name, store in stores.items()}
-    if not any(isinstance(store, str) and is_bucket_address(store) for store in found.values()):
+
+    def placed(value: Any) -> Any:
+        """A store, several, or none, there."""
+        if isinstance(value, list | tuple):
+            return [placed(store) for store in value]
+        return None if value is None else at_endpoint(value, endpoint)
+
+    found = {name: placed(value) for name, value in stores.items()}
+    places = [store for value in found.values() for store in (value if isinstance(value, list) else [value])]
+    if not any(isinstance(store, str) and is_bucket_address(store) for store in places):
         raise InputError("--endpoint is for stores in buckets, such as s3://bucket/store: leave it out")
     return found
 
@@ -250,8 +258,10 @@ def _declaration(declared: Option, flag: str, panel: str | None, default: Any) -
 
 
 def _as_text(annotation: Any) -> Any:
-    """What a store is opened by, as the text that it is on a command line."""
+    """What a store, or several, is opened by, as the text that it is on a command line."""
     members = get_args(annotation)
+    if get_origin(annotation) is tuple and Storage in get_args(members[0]):
+        return tuple[str, ...]
     if Storage not in members:
         return annotation
     return str | None if type(None) in members else str

@@ -48,8 +48,8 @@ class Labelled:
     Attributes:
         logprobs: float64 (N, S), the teacher's; −inf where there is no candidate.
         symbol: int64 (N,), the token's: its place among the candidates, or K.
-        share: float64 (N,), log of the token's share of its symbol: 0 for a candidate.
-        token_logprob: float64 (N,). tail_logsumexp: float64 (N,) at the dump's own temperature, or None.
+        share: float64 (N,), log of the token's share of its symbol: 0 for a candidate, NaN where unknown.
+        token_logprob: float64 (N,), NaN where unknown. tail_logsumexp: float64 (N,) at the dump's own temperature, or None.
         sequence: int64 (N,).
     """
 
@@ -255,7 +255,7 @@ def _outcome(labelled: Labelled, logprobs: np.ndarray, token_logprob: np.ndarray
     """Of log-probabilities (N, S) over the symbols, and those of the tokens themselves (N,); Brier over the symbols."""
     probabilities = np.exp(logprobs)
     label = np.take_along_axis(probabilities, labelled.symbol[:, None], axis=1)[:, 0]
-    nll = -token_logprob[token_logprob > -np.inf]
+    nll = -token_logprob[token_logprob != -np.inf]  # an unknown one keeps its place
     confidence = np.minimum(probabilities[:, :-1].max(axis=1), 1)
     return Outcome(nll, confidence, brier_from_sums((probabilities**2).sum(axis=1), label), labelled.correct)
 

@@ -27,6 +27,7 @@ from teacher_dump.corpus.pieces import Piece, PlacedPiece, cut_corpus, place_pie
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tally import MAX_PIECE_REASONS, Tally
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence
+from teacher_dump.fingerprints import check_unchanged, file_stamps
 
 FIGURES_EVERY = 64  # documents
 DOCUMENT_COLUMNS = ("file", "row", "part", "offset", "positions")  # of the first four, see Start; how many tokens it has
@@ -122,9 +123,17 @@ class Scanner:
     vocabulary_size: int | None = None
 
     @cached_property
+    def _stamps(self) -> list[tuple[int, int]]:
+        return file_stamps(self.files)
+
+    @property
     def sizes(self) -> list[int]:
         """Bytes of each file."""
-        return [path.stat().st_size for path in self.files]
+        return [size for size, _ in self._stamps]
+
+    def check_unchanged(self) -> None:
+        """Make sure that no file was written since its size was looked at (InputError: one was)."""
+        check_unchanged(self.files, self._stamps)
 
     @cached_property
     def _begins(self) -> list[int]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.corpus.documents import SUFFIXES, check_files
+from teacher_dump.corpus.documents import SUFFIXES, check_files, file_names
 from teacher_dump.corpus.hub import hub_address, hub_files
+from teacher_dump.fingerprints import file_sha256
 
 
 class NamesCorpus(Protocol):
@@ -53,3 +54,15 @@ def _saved_files(folder: Path) -> list[Path]:
         return [folder / file["filename"] for file in json.loads((folder / "state.json").read_text())["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"{folder} cannot be read as a folder of `datasets` ({error!r})") from None
+
+
+def corpus_record(files: tuple[Path, ...], *, reporter: Reporter = SILENT) -> list[dict[str, Any]]:
+    """What a manifest says of a corpus: name, bytes and SHA-256 of each file, checked by `check_files`.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    return [
+        {"name": name, "bytes": path.stat().st_size, "sha256": file_sha256(path, reporter=reporter)}
+        for name, path in zip(file_names(files), files, strict=True)
+    ]

@@ -20,13 +20,12 @@ from knowledge_store.quantities import counted
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, open_storage
 from teacher_dump.configuration import RunConfig
-from teacher_dump.corpus.sources import with_local_corpus
+from teacher_dump.corpus.sources import corpus_record, with_local_corpus
 from teacher_dump.dumping.mismatch import check_alike
 from teacher_dump.dumping.preconditions import as_made, existing_manifest
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.run import dump
 from teacher_dump.dumping.worker_shards import worker_shards
-from teacher_dump.fingerprints import corpus_record
 from teacher_dump.teachers.files import file_hashes, find_folder, model_files
 from teacher_dump.teachers.loading import SERVER
 from teacher_dump.teachers.opening import check_files
@@ -158,8 +157,11 @@ def _check_teacher(
 
 
 def _next(config: RunConfig, name: str, like: Manifest) -> RunConfig:
-    """The configuration of a dump of that name with the settings of another (InputError: nobody says where the teacher is)."""
+    """The configuration of a dump of that name with the settings of another (InputError: that was imported, or nobody says
+    where the teacher is)."""
     made_by = str(like.teacher["name"])
+    if "import" in like.plan:
+        raise InputError(f"{like.dump} was imported: take other files in by `teacher-dump import` with another --name")
     if not config.teacher and ("/" not in made_by or config.gguf_file):
         raise InputError(
             f"the teacher of {like.dump} is called {made_by!r}, and no dump knows where it is kept: say where with --teacher"

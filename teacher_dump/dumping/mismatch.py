@@ -11,9 +11,9 @@ from knowledge_store.format.manifest import Manifest, in_words
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage
 from teacher_dump.configuration import DumpConfig
+from teacher_dump.corpus.sources import corpus_record
 from teacher_dump.dumping.request import chat_asked, parameters_asked, plan_record
 from teacher_dump.extraction import EXTRACTORS
-from teacher_dump.fingerprints import corpus_record
 
 _NAMES = {
     "plan.max_length": "--max-length",

@@ -18,11 +18,12 @@ from teacher_dump.corpus.chat.rendering import Renderer
 from teacher_dump.corpus.documents import SUFFIXES_READ_THROUGH, Document, check_files, read_documents
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.scan import column_value
+from teacher_dump.corpus.sources import corpus_record
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
 from teacher_dump.dumping.inspection import look_through
 from teacher_dump.dumping.request import chat_asked, check_length, parameters_asked, plan_record
 from teacher_dump.extraction import EXTRACTORS
-from teacher_dump.fingerprints import corpus_record
+from teacher_dump.fingerprints import file_sha256, file_stamps
 from teacher_dump.teachers.protocol import Teacher
 
 
@@ -129,6 +130,7 @@ class ShardReader:
 
     def __init__(self, config: DumpConfig, manifest: Manifest, tokenizer: CorpusTokenizer):
         self._config, self._manifest, self._tokenizer = config, manifest, tokenizer
+        self._stamps = file_stamps(config.corpus)
         self._documents: Iterator[Document] = iter(())
         self._next: Document | None = None
 
@@ -136,7 +138,7 @@ class ShardReader:
         """The sequences of one shard. Rows that cannot be used are left out: `look_through` has seen that they may be.
 
         Raises:
-            MismatchError: it has another number of tokens than when the corpus was looked through.
+            MismatchError: it has another number of tokens than when the corpus was looked through, or a file was changed since.
         """
         derived = self._manifest.derived
         starts = derived["shards"]
@@ -152,6 +154,7 @@ class ShardReader:
             except BadRow as problem:
                 skipped.append(_skipped(names[document.file], document.row, problem))
             self._next = next(self._documents, None)
+        self._check_files(start.file, starts[shard + 1]["file"] if shard + 1 < len(starts) else len(names) - 1)
         shard_input = ShardInput(shard, start.document, end - start.document, sequences, skipped)
         if shard_input.positions != start.positions:
             raise MismatchError(
@@ -159,6 +162,21 @@ class ShardReader:
                 " through: use the versions of transformers and tokenizers that began the dump, or give this one another --name"
             )
         return shard_input
+
+    def _check_files(self, first: int, last: int) -> None:
+        """Make sure that some files were not changed while they were read (MismatchError: one was)."""
+        part = slice(first, last + 1)
+        for number, (path, stamp) in enumerate(
+            zip(self._config.corpus[part], file_stamps(self._config.corpus[part]), strict=True), first
+        ):
+            if stamp == self._stamps[number]:
+                continue
+            if file_sha256(path) != self._manifest.corpus["files"][number]["sha256"]:
+                raise MismatchError(
+                    f"{path} was changed since the dump was begun: put it back and resume, or give a dump of what it is now"
+                    " another --name"
+                )
+            self._stamps[number] = stamp
 
     def _go_to(self, start: Start) -> None:
         document = self._next

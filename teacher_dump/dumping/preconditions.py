@@ -75,6 +75,11 @@ def check_place(config: DumpConfig, storage: Storage, existing: Manifest | None)
         check_store(storage)
     if existing is None:
         return config.loading
+    if "import" in existing.plan:
+        raise MismatchError(
+            f"dump {config.dump_name!r} in {storage.address} was imported: `teacher-dump import`, given what it was made from,"
+            " resumes it, and repairs it with --repair"
+        )
     begun_in = {
         "engine": existing.teacher.get("engine", "transformers"),
         "dtype": existing.teacher.get("dtype", config.dtype),

@@ -59,14 +59,14 @@ def repair(
     storage.replace([])  # refused here, and not after an hour, where nothing is replaced
     config = with_local_corpus(config, reporter=reporter)
     check_request(config, storage, rank, world_size)
-    existing = _manifest_to_repair(storage, config.dump_name, reporter)
+    existing = manifest_to_repair(storage, config.dump_name, reporter)
     config = fitted(as_made(config, existing), teacher, existing, reporter=reporter)
     if repair_store_file(storage):
         reporter.note(f"Repaired: {storage.locate(STORE_FILE)} was damaged, and is written again")
     pending: list[int] = []
     if existing is not None:
         writer = DumpWriter(storage, existing)
-        pending = _damaged(writer, worker_shards(existing, rank, world_size), reporter)
+        pending = damaged_shards(writer, worker_shards(existing, rank, world_size), reporter)
         if not pending and not tokens_damage(writer):
             shards = worker_shards(existing, rank, world_size)
             return DumpReport(existing.dump, 0, len(shards), existing.shard_count)
@@ -99,7 +99,7 @@ def repair(
     shards = worker_shards(writer.manifest, rank, world_size)
     if made_again:
         reporter.note(f"Repaired: {storage.locate(manifest_file(config.dump_name))} was damaged, and is written again")
-        pending = _damaged(writer, shards, reporter)
+        pending = damaged_shards(writer, shards, reporter)
     started = time.monotonic()
     repaired = dump_shards(config, teacher, reader, writer, pending, partial(repair_shard, writer), reporter)
     return DumpReport(
@@ -112,7 +112,7 @@ def repair(
     )
 
 
-def _manifest_to_repair(storage: Storage, dump: str, reporter: Reporter) -> Manifest | None:
+def manifest_to_repair(storage: Storage, dump: str, reporter: Reporter) -> Manifest | None:
     """The manifest of the dump to repair; None where it is damaged itself, and has to be made again first.
 
     Raises:
@@ -141,7 +141,7 @@ def _repair_manifest(storage: Storage, planned: Manifest) -> bool:
         ) from None
 
 
-def _damaged(writer: DumpWriter, shards: range, reporter: Reporter) -> list[int]:
+def damaged_shards(writer: DumpWriter, shards: range, reporter: Reporter) -> list[int]:
     """Those of some shards that are committed and damaged; says what is damaged of each."""
     damaged = []
     with reporter.progress(f"checking {writer.manifest.dump}", len(shards), "shards") as advance:

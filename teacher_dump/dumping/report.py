@@ -14,7 +14,7 @@ class DumpReport:
     Attributes:
         dump: its name.
         shards: committed by this call; shards_planned: in the whole dump; shards_of_others: other ranks' that were committed by
-            this call.
+            this call; shards_missing: that nobody has committed when the call returns.
         shards_existing: of this rank's, those that needed nothing.
         positions, seconds: of this call.
         counts: of the whole corpus, what becomes of its rows; None where a repair found nothing to do.
@@ -30,6 +30,7 @@ class DumpReport:
     counts: CorpusCounts | None = None
     max_length: int = 0
     shards_of_others: int = 0
+    shards_missing: int = 0
 
     @property
     def sentences(self) -> list[Sentence]:

@@ -19,6 +19,7 @@ from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import chat_asked, check_size, fitted
 from teacher_dump.dumping.shared_scan import Sharing
 from teacher_dump.dumping.worker_shards import remaining_shards, shards_of_others, worker_shards
+from teacher_dump.fingerprints import check_unchanged, file_stamps
 from teacher_dump.teachers.files import stated_sizes
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def dump(
     config = fitted(as_made(config, existing), teacher, existing, reporter=reporter)
     loading = check_before_loading(config, storage, existing, teacher, reporter)
     chat = chat_asked(config, existing or config.like)
+    stamps = file_stamps(config.corpus)
     sharing = Sharing(storage, rank, world_size)
     derived = inspect_before_loading(config, existing, teacher, chat, sharing, reporter=reporter)
     if existing is None:
@@ -79,6 +81,7 @@ def dump(
     if existing is not None:
         teacher.recognise(existing.teacher)
     planned = make_manifest(config, teacher, chat, derived, reporter=reporter)
+    check_unchanged(config.corpus, stamps)  # else the hashes are of other rows than the plan
     if existing is not None:
         check_same(storage, existing, planned)
     elif config.like is not None:
@@ -97,6 +100,7 @@ def dump(
         dump=writer.manifest.dump,
         shards=committed.shards,
         shards_of_others=helped.shards,
+        shards_missing=writer.manifest.shard_count - len(writer.committed_shards()),
         shards_existing=len(worker_shards(writer.manifest, rank, world_size)) - len(pending),
         shards_planned=writer.manifest.shard_count,
         positions=committed.positions,

@@ -34,10 +34,10 @@ from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.chat.rendering import Renderer
 from teacher_dump.corpus.pieces import MAX_PIECE_BYTES, MIN_PIECE_BYTES, PIECES
 from teacher_dump.corpus.scan import DOCUMENT_COLUMNS, PieceScan, Scan, Scanner, ScanSum
+from teacher_dump.corpus.sources import corpus_record
 from teacher_dump.corpus.tokenisation import describe_tokenizer
 from teacher_dump.dumping.request import plan_record
 from teacher_dump.extraction import kinds_with_context
-from teacher_dump.fingerprints import corpus_record
 
 PATIENCE = 10.0  # seconds, at least, until a piece that another worker has begun is taken again
 SLOWER = 3  # how much longer than the longest of this worker's pieces that may take
@@ -209,6 +209,7 @@ class _Pieces:
         self._longest = max(self._longest, time.monotonic() - began)
 
     def _publish(self, piece: int, found: PieceScan) -> None:
+        self._scanner.check_unchanged()  # the folder's name says of what it is
         table = pa.table([pa.array(column) for column in found.documents.T], schema=DOCUMENTS_SCHEMA)
         name = scan_file(self._folder, piece, "parquet")
         documents, _ = publish_table(self._storage, name, DOCUMENTS_SCHEMA, [table], _COLUMNS)

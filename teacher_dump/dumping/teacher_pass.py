@@ -72,6 +72,7 @@ def dump_shards(
     total = sum(writer.manifest.derived["shards"][shard]["positions"] for shard in pending)
 
     def publish_knowledge(shard: ShardInput, knowledge: Knowledge) -> CommitRecord:
+        teacher.check_unchanged()  # after all its answers, and before any of them is kept
         return publish(shard_of(writer.manifest, shard, knowledge, made_by))
 
     publisher = ShardPublisher(publish_knowledge)

@@ -181,7 +181,7 @@ def _ask_likeliest(batch: ExtractionBatch, rows: np.ndarray, positions: np.ndarr
     """The same of a teacher that gives the likeliest tokens alone (see `likeliest.candidates_of`)."""
     teacher = batch.prediction.teacher
     answers = batch.prediction.likeliest(rows, positions - 1)
-    if (problem := problem_of(answers)) is not None:
+    if (problem := problem_of(answers, teacher.vocabulary_size)) is not None:
         number, words = problem
         raise InputError(
             f"the teacher {teacher.description['name']!r} {words} at position {positions[number]} of"

@@ -51,8 +51,13 @@ def candidates_of(answers: Likeliest, selection: Selection, vocabulary: int) -> 
     }
 
 
-def problem_of(answers: Likeliest) -> tuple[int, str] | None:
-    """Which of N answers is the first that cannot be used, and why, in words that follow "the teacher"; None where all can."""
+def problem_of(answers: Likeliest, vocabulary: int) -> tuple[int, str] | None:
+    """Which of N answers is the first that cannot be used, and why, in words that follow "the teacher"; None where all can.
+
+    Args:
+        answers: to look at.
+        vocabulary: its size.
+    """
     given = answers.ids >= 0
     among = (answers.ids == answers.token_ids[:, None]).any(axis=1)
     own = np.where(among, -np.inf, answers.token_logprobs)
@@ -60,6 +65,9 @@ def problem_of(answers: Likeliest) -> tuple[int, str] | None:
         total = np.exp(answers.logprobs).sum(axis=1) + np.exp(own)
     problems = {
         f"gives fewer log-probabilities than the {given.shape[1]} that it was asked for": ~given.all(axis=1),
+        f"gives a token beyond its vocabulary, which has {vocabulary:,} by its config.json,": (answers.ids >= vocabulary).any(
+            axis=1
+        ),
         "gives a log-probability that is no number": np.isnan(total),
         "gives −9999, a probability of 0,": (np.isneginf(answers.logprobs) & given).any(axis=1)
         | np.isneginf(answers.token_logprobs),

@@ -73,9 +73,12 @@ class ImportConfig(TeacherOptions, StoreOptions):
         None, metavar="FILE", help="With megatron, a Parquet or JSON Lines file of the samples' token ids, column input_ids."
     )
     vocabulary_size: int | None = option(
-        None, min=1, help="Rows of the teacher's head; without it, as many as the tokenizer knows tokens."
+        None,
+        min=1,
+        help="Rows of the teacher's head; without it, what the files say, or as many as the tokenizer knows tokens.",
     )
     shard_size: int = option(512, min=1, help="Most rows of the files in a shard.")
+    repair: bool = option(False, help="Repair the dump instead: make damaged shards and files again, and no others.")
 
     def __post_init__(self) -> None:
         files: Any = self.files

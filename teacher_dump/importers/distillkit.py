@@ -172,12 +172,24 @@ class DistillKit(Layout):
         super().__init__(config)
         self._found: dict[Path, Compression] = {}
 
+    @property
+    def vocabulary_size(self) -> int | None:
+        """As the configuration of the first file has it, where there is one."""
+        compression = self._compression(self.config.files[0])
+        return None if compression is None else compression.d
+
     def compression(self, path: Path) -> Compression:
         """The configuration of a file's compression (InputError: there is none)."""
+        compression = self._compression(path)
+        if compression is None:
+            raise InputError(f"there is no {BESIDE[0]} beside {path}: name it with --compression")
+        return compression
+
+    def _compression(self, path: Path) -> Compression | None:
         beside = [path.parent / name for name in BESIDE]
         file = self.config.compression or next((place for place in beside if place.is_file()), None)
         if file is None:
-            raise InputError(f"there is no {BESIDE[0]} beside {path}: name it with --compression")
+            return None
         if file not in self._found:
             self._found[file] = Compression.read(file)
         return self._found[file]
@@ -252,7 +264,11 @@ def _floats(octets: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def unpack_logprobs(octets: np.ndarray, compression: Compression) -> np.ndarray:
-    """The log-probabilities that rows of bytes (R, B) stand for, float64 (R, k) (BadLayout: there are too many, or too few)."""
+    """The log-probabilities that rows of bytes (R, B) stand for, (R, k): float64 where all were kept so, else float32.
+
+    Raises:
+        BadLayout: there are too many bytes, or too few.
+    """
     sizes = [compression.exact_k * WIDTHS[compression.exact_dtype], len(compression.terms) * WIDTHS[compression.term_dtype]]
     for one in compression.bins:
         sizes += [WIDTHS[one.scale_dtype], -(-one.count * one.bits // 8)]
@@ -273,7 +289,8 @@ def unpack_logprobs(octets: np.ndarray, compression: Compression) -> np.ndarray:
         rest[:, start : start + one.count] += numbers * _floats(scale, one.scale_dtype)
         start += one.count
     logprobs = np.concatenate([_floats(exact, compression.exact_dtype), rest], axis=1)
-    return np.cumsum(logprobs, axis=1) if compression.delta else logprobs
+    logprobs = np.cumsum(logprobs, axis=1) if compression.delta else logprobs
+    return logprobs if compression.exact_dtype == "float64" and not rest.size else logprobs.astype(np.float32)
 
 
 def older_rows(
@@ -293,4 +310,4 @@ def older_rows(
         if numbers.shape[1] != len(compression.terms):
             raise BadLayout("a prediction has not as many coefficients as its configuration says")
         rest = numbers @ compression.polynomial().T
-    return ids, np.concatenate([exact.astype(np.float64), rest], axis=1)
+    return ids, np.concatenate([exact.astype(np.float64), rest], axis=1).astype(np.float32)

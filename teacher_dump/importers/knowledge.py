@@ -12,6 +12,7 @@ from teacher_dump.importers.layout import NO_LOGPROB, BadLayout, Predictions
 
 NO_MASS = -np.inf
 EXACT_REMAINDER = -32.0  # nats, in place of MIN_LOG_REMAINDER where log-probabilities are float64
+DECIMALS = 7  # that float32 has, and no more than what programs write who round
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,13 @@ def candidates_of(predictions: Predictions, vocabulary: int, slack: float) -> Ca
         slack: by how much probabilities may sum to more than one.
 
     Raises:
-        BadLayout: an id is beyond the vocabulary or stands twice at a position, a log-probability is NaN or above zero, or
-            probabilities sum to more than one; says where.
+        BadLayout: an id is beyond the vocabulary or stands twice at a position, a log-probability is NaN, probabilities sum to
+            more than one, or with the tail not to one, or the token's own is not what the candidates say; says where.
     """
     tokens, places = predictions.token_ids, predictions.places
     _check_ids(tokens, np.arange(len(tokens)), vocabulary, "the token")
     ids, logprobs = predictions.candidate_ids, predictions.candidate_logprobs
-    least = EXACT_REMAINDER if logprobs.dtype == np.float64 else MIN_LOG_REMAINDER
+    least = EXACT_REMAINDER if _doubles(logprobs) else MIN_LOG_REMAINDER
     logprobs = logprobs.astype(np.float64)
     if (unknown := np.isnan(logprobs) & (ids >= 0)).any():
         raise BadLayout(f"the log-probability of a candidate at token {places[unknown.any(axis=1)][0]} is NaN")
@@ -75,17 +76,52 @@ def candidates_of(predictions: Predictions, vocabulary: int, slack: float) -> Ca
     known = np.full(len(ids), np.nan) if predictions.token_logprobs is None else predictions.token_logprobs[places]
     among = ids == tokens[places][:, None]
     found = among.any(axis=1)
-    known = np.where(found, np.where(among, logprobs, 0).sum(axis=1, where=among), known)
+    given = np.where(known > NO_LOGPROB, known, np.nan)
+    known = np.where(found, np.where(among, logprobs, 0).sum(axis=1, where=among), given)
     kept = present.any(axis=1)
+    _check_tokens(given[kept], np.where(found, np.exp(known), -1)[kept], 1 - total[kept], places[kept], slack)
+    tail = None if predictions.tail_logprobs is None else predictions.tail_logprobs[kept].astype(np.float64)
+    if tail is not None and (off := ~(np.abs(total[kept] + np.exp(tail) - 1) <= slack)).any():
+        place = int(np.argmax(off))
+        whole = total[kept][place] + np.exp(tail[place])
+        raise BadLayout(f"candidates and tail at token {places[kept][place]} sum to {whole:.4g}, not to one")
     return Candidates(
         places[kept],
         np.where(present, ids, -1)[kept],
         logprobs[kept],
         present.sum(axis=1)[kept],
         known[kept],
-        None if predictions.tail_logprobs is None else predictions.tail_logprobs[kept],
+        tail,
         least,
     )
+
+
+def _doubles(logprobs: np.ndarray) -> bool:
+    """Whether numbers say more than float32 does: in text, all are read as float64."""
+    numbers = logprobs[np.isfinite(logprobs)]
+    if numbers.dtype != np.float64:
+        return False
+    return bool((numbers != numbers.astype(np.float32)).any() and (numbers != np.round(numbers, DECIMALS)).any())
+
+
+def _check_tokens(given: np.ndarray, among: np.ndarray, left: np.ndarray, places: np.ndarray, slack: float) -> None:
+    """Make sure that the tokens' own log-probabilities (N,), NaN for none, fit the candidates.
+
+    Args:
+        among: the token's probability as a candidate, −1 where it is none.
+        left: what the candidates leave.
+    """
+    probability = np.exp(np.minimum(given, 1))  # above one as above any
+    off = np.where(among >= 0, np.abs(probability - among), probability - left) > slack
+    if off.any():
+        place = int(np.argmax(off))
+        expected = (
+            f"as a candidate it has {among[place]:.4g}" if among[place] >= 0 else f"the candidates leave {left[place]:.4g}"
+        )
+        raise BadLayout(
+            f"the probability of the token at token {places[place]} is {probability[place]:.4g}, and {expected}:"
+            " predictions are off by one (--row-predicts), or its log-probability is at another temperature"
+        )
 
 
 def _check_ids(ids: np.ndarray, places: np.ndarray, vocabulary: int, what: str) -> None:
@@ -99,16 +135,12 @@ def _check_ids(ids: np.ndarray, places: np.ndarray, vocabulary: int, what: str) 
         )
 
 
-def arrays_of(predictions: Predictions, candidates: Candidates, most: int, vocabulary: int, slack: float) -> Arrays:
+def arrays_of(predictions: Predictions, candidates: Candidates, most: int, vocabulary: int) -> Arrays:
     """What the store takes of a sequence of T tokens, see the kind `positions`.
 
     Args:
         most: candidates kept at a position; what is beyond goes to the tail.
         vocabulary: its size.
-        slack: by how much candidates and a given tail may miss one.
-
-    Raises:
-        BadLayout: they miss it by more.
     """
     length = len(predictions.token_ids)
     width = min(most, candidates.logprobs.shape[1])
@@ -120,9 +152,6 @@ def arrays_of(predictions: Predictions, candidates: Candidates, most: int, vocab
         with np.errstate(divide="ignore"):
             tail = np.log(np.exp(candidates.tail) + beyond)
     total = np.exp(logprobs).sum(axis=1) + np.exp(tail)
-    if candidates.tail is not None and (off := ~(np.abs(total - 1) <= slack)).any():
-        place = int(np.argmax(off))
-        raise BadLayout(f"candidates and tail at token {candidates.places[place]} sum to {total[place]:.4g}, not to one")
     logprobs, tail = logprobs - np.log(total)[:, None], tail - np.log(total)
     places = candidates.places
     arrays: Arrays = {

@@ -79,6 +79,11 @@ class Layout(ABC):
         self.config = config
         self.shift = PREDICTS.index(config.row_predicts or self.predicts)
 
+    @property
+    def vocabulary_size(self) -> int | None:
+        """What the files say of it, None where they say nothing."""
+        return None
+
     @abstractmethod
     def rows(self, path: Path, first: int, offset: int) -> Iterator[LayoutRow]:
         """The rows of a file from number `first` on, which begins at `offset`.

@@ -36,9 +36,12 @@ class NemoAligner(Layout):
             if not len(tokens) == len(labels) == len(mask) == len(logits) == len(total):
                 raise BadLayout(f"row {row.number} has lists of several lengths, and one a token belongs there")
             end = int(np.flatnonzero(mask).max(initial=-1)) + 1  # what stands behind the last target is padding, or of no use
-            if (tokens[1:end] != labels[: max(end - 1, 0)]).any():
+            if not end:
+                yield LayoutRow(row.number, row.offset)
+                continue
+            if (tokens[1:end] != labels[: end - 1]).any():
                 raise BadLayout(f"row {row.number} has labels that are not its tokens, one further")
             whole = np.concatenate([tokens[:end], labels[end - 1 : end]])
             targets = np.concatenate([[False], mask[:end] > 0])
-            logprobs = logits[:end].astype(np.float64) - total[:end, None]
+            logprobs = (logits[:end].astype(np.float64) - total[:end, None]).astype(np.float32)  # as they were computed
             yield LayoutRow(row.number, row.offset, split(whole, ids[:end], logprobs, self.shift, is_target=targets))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from teacher_dump.importers.configuration import OPTIONAL, REQUIRED
+from teacher_dump.importers.configuration import REQUIRED
 from teacher_dump.importers.layout import IGNORED, Layout, LayoutRow, split
 from teacher_dump.importers.rows import real_numbers, table_rows, wanted, whole_numbers
 
@@ -17,12 +17,10 @@ class Plain(Layout):
     def rows(self, path: Path, first: int, offset: int) -> Iterator[LayoutRow]:
         """See `Layout`."""
         names = self.config.column_names
-        columns = wanted([names[part] for part in REQUIRED], [names[part] for part in OPTIONAL if part in names])
+        columns = wanted(list(names.values()))
         for row in table_rows(path, first, offset, columns):
             found = {part: row.columns[name] for part, name in names.items() if row.columns.get(name) is not None}
-            lost = next((part for part in REQUIRED if part not in found), None)
-            if lost is not None:
-                found[lost] = []
+            found = {**{part: [] for part in REQUIRED}, **found}
             given: dict[str, Any] = {}
             if "mask" in found:
                 given["mask"] = whole_numbers(found["mask"], names["mask"])

@@ -47,7 +47,7 @@ def table_rows(
         fill: what stands behind the last of a shorter list in a list of lists; of integers −1.
 
     Raises:
-        BadLayout: a row is not made of numbers. InputError: the file cannot be read.
+        BadLayout: a row is not made of numbers, or does not have a column that is wanted. InputError: the file cannot be read.
     """
     name = uncompressed_name(path)
     if name.endswith(LINES):
@@ -213,13 +213,13 @@ def whole_numbers(values: Any, name: str, dimensions: int = 1) -> np.ndarray:
 
 
 def real_numbers(values: Any, name: str, dimensions: int = 1) -> np.ndarray:
-    """Log-probabilities, float32 or float64 (BadLayout: a column holds something else)."""
+    """Log-probabilities, float64 where a column is, else float32 (BadLayout: it holds something else)."""
     array = np.asarray(values)
     if array.size == 0:
         return np.zeros(array.shape if array.ndim == dimensions else (0,) * dimensions, np.float64)
     if array.ndim != dimensions or array.dtype.kind not in "biuf":
         raise BadLayout(f"the column {name!r} holds no {'lists of ' * (dimensions - 1)}log-probabilities")
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float64)
+    return array if array.dtype == np.float64 else array.astype(np.float32)
 
 
 def wanted(required: Sequence[str], optional: Sequence[str] = ()) -> Callable[[Sequence[str]], list[str]]:

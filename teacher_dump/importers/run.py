@@ -5,21 +5,25 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from knowledge_store.errors import InputError, MismatchError
+from knowledge_store.format.layout import STORE_FILE, manifest_file, tokens_file
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import sequence_id, token_hash, tokens_table
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.positions.kind import positions_of
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import open_storage
+from knowledge_store.writing.repair import repair_manifest, repair_shard, repair_store_file, repair_tokens
 from knowledge_store.writing.writer import DumpWriter, Shard
 from teacher_dump.corpus.rows import Start
+from teacher_dump.corpus.sources import corpus_record
+from teacher_dump.dumping.repair import damaged_shards, manifest_to_repair
 from teacher_dump.dumping.report import DumpReport
-from teacher_dump.fingerprints import corpus_record
 from teacher_dump.importers.axolotl import Axolotl
 from teacher_dump.importers.configuration import PREDICTS, ImportConfig
 from teacher_dump.importers.distillkit import DistillKit
@@ -48,7 +52,7 @@ LONGEST_ASKED = 512
 def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporter: Reporter = SILENT) -> DumpReport:
     """Take files of another program into a store, as a dump of the kind `positions`.
 
-    All files are read once before anything is written, and again for what is not committed yet.
+    All files are read once before anything is written, and again for what is not committed yet, or is to be repaired.
 
     Args:
         config: which files, of which layout.
@@ -57,7 +61,7 @@ def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporte
 
     Raises:
         InputError: a file is not of its layout, or its predictions stand beside other tokens than they are of, or something
-            else that is given cannot be used. Nothing is written.
+            else that is given cannot be used, or there is nothing to repair. Nothing is written.
         MismatchError: the dump of that name was made from something else.
         StoreError: the store cannot be written.
         KeyboardInterrupt: Ctrl-C; shards that were committed stay.
@@ -73,8 +77,9 @@ def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporte
 
         opening.check_files(config)
         teacher = opening.open_teacher(config, config.loading, LONGEST_ASKED, reporter=reporter)
-    known = max(tokenizer.get_vocab().values()) + 1
-    vocabulary = config.vocabulary_size or (known if teacher is None else teacher.vocabulary_size)
+    vocabulary = config.vocabulary_size or (
+        _vocabulary(config, layout, max(tokenizer.get_vocab().values()) + 1) if teacher is None else teacher.vocabulary_size
+    )
     if teacher is not None and vocabulary != teacher.vocabulary_size:
         raise InputError(f"--vocabulary-size is {vocabulary:,}, and the teacher's head has {teacher.vocabulary_size:,} rows")
     found = scan(config, layout, vocabulary, reporter)
@@ -84,6 +89,9 @@ def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporte
         ask_again(config, teacher, found.sample, reporter)
     for sentence in notes(found):
         reporter.note(sentence)
+    if config.repair:
+        storage.replace([])  # refused here where nothing is replaced
+        manifest_to_repair(storage, config.dump_name, reporter)
     manifest = Manifest(
         dump=config.dump_name,
         kinds={"positions": found.parameters(layout).to_record()},
@@ -97,8 +105,33 @@ def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporte
         },
         derived=found.derived(),
     )
-    writer = DumpWriter.open(storage, manifest, tokens_table(*token_texts(tokenizer, vocabulary)))
-    return _write(config, layout, writer, found, vocabulary, reporter)
+    tokens = tokens_table(*token_texts(tokenizer, vocabulary))
+    if config.repair:
+        for damaged, name in (
+            (repair_store_file(storage), STORE_FILE),
+            (repair_manifest(storage, manifest), manifest_file(manifest.dump)),
+        ):
+            if damaged:
+                reporter.note(f"Repaired: {storage.locate(name)} was damaged, and is written again")
+    writer = DumpWriter.open(storage, manifest, tokens)
+    if not config.repair:
+        pending = [shard for shard in range(writer.manifest.shard_count) if not writer.committed(shard)]
+        return _write(config, layout, writer, pending, writer.commit, found, vocabulary, reporter)
+    if repair_tokens(writer, tokens):
+        reporter.note(f"Repaired: {storage.locate(tokens_file(manifest.dump))} was damaged, and is written again")
+    pending = damaged_shards(writer, range(writer.manifest.shard_count), reporter)
+    return _write(config, layout, writer, pending, partial(repair_shard, writer), found, vocabulary, reporter)
+
+
+def _vocabulary(config: ImportConfig, layout: Layout, known: int) -> int:
+    """The vocabulary's size where only the files and the tokenizer, which knows so many tokens, can say it."""
+    size = layout.vocabulary_size
+    if size is not None and size < known:
+        raise InputError(
+            f"the files are of a vocabulary of {size:,}, and {config.tokenizer} knows {known:,} tokens: give the teacher's own"
+            f" --tokenizer, or --vocabulary-size {size} if it is"
+        )
+    return size or known
 
 
 def _unknown_teacher(config: ImportConfig, vocabulary: int) -> dict[str, Any]:
@@ -107,11 +140,17 @@ def _unknown_teacher(config: ImportConfig, vocabulary: int) -> dict[str, Any]:
 
 
 def _write(
-    config: ImportConfig, layout: Layout, writer: DumpWriter, found: Scan, vocabulary: int, reporter: Reporter
+    config: ImportConfig,
+    layout: Layout,
+    writer: DumpWriter,
+    pending: list[int],
+    commit: Callable[[Shard], object],
+    found: Scan,
+    vocabulary: int,
+    reporter: Reporter,
 ) -> DumpReport:
-    """Commit what is missing of a dump."""
+    """Make some shards of a dump, and commit each."""
     manifest, started = writer.manifest, time.monotonic()
-    pending = [shard for shard in range(manifest.shard_count) if not writer.committed(shard)]
     made_by = {
         "python": platform.python_version(),
         **{package: version(package) for package in ("knowledge-store", "pyarrow", "numpy")},
@@ -126,7 +165,7 @@ def _write(
         with reporter.progress(f"importing {manifest.dump}", total, "positions") as advance:
             for shard, rows in _shard_rows(config, layout, starts, pending, manifest.derived["documents"]):
                 made = _shard(config, layout, manifest, starts, shard, rows, vocabulary, made_by, found.most_kept(layout))
-                writer.commit(made)
+                commit(made)
                 committed, positions = committed + 1, positions + starts[shard].positions
                 advance(starts[shard].positions)
     except KeyboardInterrupt:
@@ -184,7 +223,7 @@ def _shard(
                 candidates = candidates_of(predictions, vocabulary, layout.slack)
                 if not len(candidates.places):
                     continue
-                arrays: Arrays = arrays_of(predictions, candidates, most, vocabulary, layout.slack)
+                arrays: Arrays = arrays_of(predictions, candidates, most, vocabulary)
             except BadLayout as error:
                 raise InputError(f"{config.files[file]}, row {row.number}: {error}") from None
             knowledge.append(arrays)

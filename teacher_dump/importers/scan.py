@@ -25,6 +25,7 @@ WRAPPED = 2**17  # ids above it have lost their upper bits where 17 were kept
 TOO_SHORT = "fewer than two tokens, or no prediction of one"
 WHOLE = 1 - 1e-5  # candidates whose probabilities sum to so much
 MANY = 0.99  # of the positions
+FEW = 1000  # of a file that does not tell by itself, and is believed where all files together tell
 
 
 @dataclass
@@ -190,6 +191,11 @@ def _judge(found: Scan, config: ImportConfig, layout: Layout, vocabulary: int) -
     """Refuse files that nothing can be made of, or whose predictions stand beside other tokens than they are of."""
     if not found.sequences:
         raise InputError(f"{config.files[0]} and what follows hold no sequence of two tokens with a prediction")
+    if not found.targets:
+        raise InputError(
+            f"{config.files[0]} and what follows have no token that counts for training: look at their labels, or the mask of"
+            " their targets"
+        )
     if config.teacher:  # which is asked, and knows better
         return
     if layout.narrow_ids and vocabulary > WRAPPED > found.highest:
@@ -197,11 +203,17 @@ def _judge(found: Scan, config: ImportConfig, layout: Layout, vocabulary: int) -
             f"no candidate's id reaches {WRAPPED:,}, in a vocabulary of {vocabulary:,}: ids were cut to 17 bits when the files"
             " were written, and nobody can tell which they were; give --teacher where they are as they should be"
         )
+    together = Alignment.of_all(found.alignments)
+    sound = together.complaint() is None
+    if not together.positions:
+        raise InputError(f"{config.files[0]}: {together.complaint()}: give --teacher, which is then asked for a sample")
     for path, alignment in zip(config.files, found.alignments, strict=True):
-        complaint = alignment.complaint() if alignment.positions or len(config.files) == 1 else None
+        silent = not alignment.positions and len(config.files) > 1
+        few = sound and alignment.positions < FEW and not alignment.is_off
+        complaint = None if silent or few else alignment.complaint()
         if complaint is not None:
             other = PREDICTS[1 - layout.shift]
-            fits = alignment.farther == (1 if layout.shift == 0 else -1)
+            fits = alignment.is_off and alignment.farther == (1 if layout.shift == 0 else -1)
             advice = f"give --row-predicts {other} if that is how the file has it" if fits else "make the file anew"
             raise InputError(f"{path}: {complaint}; {advice}, or give --teacher, which is then asked for a sample")
 

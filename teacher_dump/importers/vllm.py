@@ -22,6 +22,8 @@ TOKEN = "token_id:"
 ABSENT = -9999.0  # what a server says in place of a log-probability that it does not have
 ADVICE = "ask the server with return_token_ids (and return_tokens_as_token_ids), so that it says the ids"
 
+MORE = "ask the server for more (prompt_logprobs, logprobs or top_logprobs of 1 and above)"
+
 Prediction = tuple[Collection[Any], Iterable[float]]  # token ids, as numbers or text, and log-probabilities, in any order
 
 _logprob = itemgetter("logprob")
@@ -49,9 +51,9 @@ class Vllm(Layout):
 def _choices(record: dict[str, Any]) -> list[dict[str, Any]]:
     """The choices of a line, each with what the reply around it says of the prompt."""
     if isinstance(record.get("response"), dict):  # a line of a batch's results
-        if record.get("error"):
-            raise BadLayout("it is of a request that failed")
-        record = record["response"].get("body") or record["response"]
+        record = {"error": record.get("error"), **(record["response"].get("body") or record["response"])}
+    if record.get("error") or record.get("object") == "error":
+        raise BadLayout("it is of a request that failed: ask again, or leave the line out")
     around = {name: record[name] for name in ("prompt_token_ids", "prompt_logprobs") if record.get(name) is not None}
     choices = record.get("choices", [record])
     return [{**around, **{name: value for name, value in choice.items() if value is not None}} for choice in choices]
@@ -94,9 +96,9 @@ def _predictions(tokens: list[int], predictions: list[Prediction | None], answer
     rows = [prediction for prediction in predictions[1:] if prediction is not None]
     counts = np.array([len(row_ids) for row_ids, _ in rows], np.int64)
     filled = np.arange(counts.max(initial=0)) < counts[:, None]
-    ids, logprobs = np.full(filled.shape, NO_CANDIDATE, np.int64), np.full(filled.shape, -np.inf)
+    ids, logprobs = np.full(filled.shape, NO_CANDIDATE, np.int64), np.full(filled.shape, -np.inf, np.float32)
     ids[filled] = np.fromiter(map(int, chain.from_iterable(row[0] for row in rows)), np.int64, counts.sum())
-    logprobs[filled] = np.fromiter(chain.from_iterable(row[1] for row in rows), np.float64, counts.sum())
+    logprobs[filled] = np.fromiter(chain.from_iterable(row[1] for row in rows), np.float32, counts.sum())
     if (logprobs == ABSENT).any():
         raise BadLayout(f"it has a log-probability of {ABSENT:g}, which stands for one that the server does not have")
     is_target = None if answer is None else np.arange(len(tokens)) >= answer
@@ -104,6 +106,8 @@ def _predictions(tokens: list[int], predictions: list[Prediction | None], answer
 
 
 def _of_prompt(entry: dict[str, Any]) -> Prediction:
+    if len(entry) == 1 and next(iter(entry.values())).get("rank", 1) != 1:
+        raise BadLayout(f"it has the token alone where others are likelier: {MORE}")
     return entry, map(_logprob, entry.values())  # read once, by loops that are not Python's: there are millions of them
 
 
@@ -119,6 +123,8 @@ def _answer(logprobs: dict[str, Any] | None) -> tuple[list[int], list[Prediction
         return None
     if "content" in logprobs:  # of a chat
         entries = logprobs["content"] or []
+        if entries and not any(entry["top_logprobs"] for entry in entries):
+            raise BadLayout(f"it has the tokens of its answer alone: {MORE}")
         tokens = [_token(entry["token"]) for entry in entries]
         rows: list[Prediction | None] = [
             _with_token(

@@ -24,6 +24,7 @@ from teacher_dump.teachers.protocol import Likeliest
 
 KEY_VARIABLE = "VLLM_API_KEY"  # the one that vLLM's own server takes its key from
 CONNECT_SECONDS, REPLY_SECONDS = 10.0, 600.0  # a reply waits for all that the server was asked before
+FACT_SECONDS = 60.0  # what a server says of itself waits for nothing
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # HTTP statuses of a server that may answer later
 IMPOSSIBLE = -9999.0  # what vLLM writes for −∞, which JSON does not have
 SHOWN = 200  # characters of what a server says
@@ -131,7 +132,6 @@ class CompletionsClient:
         try:
             self._http = httpx2.Client(
                 headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
-                timeout=httpx2.Timeout(REPLY_SECONDS, connect=CONNECT_SECONDS),
                 limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
             )
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, OSError) as error:  # a proxy that the environment names
@@ -229,7 +229,7 @@ class CompletionsClient:
             self._reporter.note(f"Waiting for the server at {self.address}: {failure}")
         seconds = max(self._patience.wait(failures), min(failure.after, self._patience.longest_wait))
         # Not all at the same moment, if many wait.
-        dropped.wait(seconds * random.uniform(0.5, 1.0))
+        dropped.wait(seconds * random.uniform(1.0, 1.5))
 
     def _once(self, method: str, path: str) -> Any:
         """What a server says, asked once: one that is not there is told at once."""
@@ -247,7 +247,8 @@ class CompletionsClient:
             InputError: asking again would be in vain. _Failure: it may not.
         """
         try:
-            response = self._http.request(method, self.address + path, json=request)
+            timeout = httpx2.Timeout(REPLY_SECONDS if request else FACT_SECONDS, connect=CONNECT_SECONDS)
+            response = self._http.request(method, self.address + path, json=request, timeout=timeout)
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise _Failure(self._safe(str(error)) or type(error).__name__) from None
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:

@@ -115,13 +115,15 @@ class HttpTeacher:
         tokenizer: the one of the folder.
         client: of the server.
         connections: requests at once.
-        fingerprint_answers: what it says to the prompts of its fingerprint.
+        fingerprint_prompt: token ids, whose beginnings are the prompts of its fingerprint.
+        fingerprint_answers: what it says to them.
     """
 
     description: dict[str, Any]
     tokenizer: Any
     client: CompletionsClient
     connections: int
+    fingerprint_prompt: list[int]
     fingerprint_answers: Likeliest
     _requests: _Requests = field(default_factory=queue.SimpleQueue, repr=False)
 
@@ -200,9 +202,22 @@ class HttpTeacher:
         return token_texts(self.tokenizer, self.vocabulary_size)
 
     def recognise(self, kept: Mapping[str, Any]) -> None:
-        """Take over the fingerprint of a teacher that a manifest describes, if it says the same up to numeric noise."""
+        """Take over the fingerprint of a teacher that a manifest describes, if it says the same up to numeric noise. How much
+        the server takes at once is no part of what it is: that it is enough was seen when it was opened."""
+        if kept.get("engine") == SERVER and "max_positions" in kept:
+            self.description["max_positions"] = kept["max_positions"]
         if isinstance(prompts := kept.get("fingerprint"), list) and same_fingerprint(prompts, self.fingerprint_answers):
             self.description["fingerprint"] = prompts
+
+    def check_unchanged(self) -> None:
+        """See `protocol.Teacher`: a server may have been started again with another model, under the name of the first."""
+        name, before = self.description["served_name"], self.fingerprint_answers
+        now = self.client.likeliest(name, self.fingerprint_prompt, before.ids.shape[1])
+        if not same_fingerprint(fingerprint(before), now):
+            raise InputError(
+                f"the server at {self.client.address} answers to fixed prompts as another model than at the start, under the"
+                f" same name, {name}: nothing of this shard was kept. Serve the model that the dump was begun with, and resume"
+            )
 
 
 def open_server(
@@ -235,7 +250,8 @@ def open_server(
             f"{folder / 'config.json'} does not say how large the vocabulary is: give the folder of the model served"
         )
 
-    client = CompletionsClient(address, connections, PATIENCE, reporter=reporter)
+    # One more than sequences are asked about at once, for the prompts of the fingerprint.
+    client = CompletionsClient(address, connections + 1, PATIENCE, reporter=reporter)
     try:
         model = client.served_model(teacher)
         _check_length(model, longest, address)
@@ -247,8 +263,8 @@ def open_server(
                 f"the tokenizer of {model.name} at {address} makes other tokens of a text than that of {teacher}: give the"
                 " folder or the hub id of the model that is served"
             )
-        prompts = ids[: min(PROMPTS + 1, model.max_length or PROMPTS + 1)]
-        answers = client.likeliest(model.name, prompts, min(DEPTH, sizes["vocabulary_size"]))
+        prompt = ids[: min(PROMPTS + 1, model.max_length or PROMPTS + 1)]
+        answers = client.likeliest(model.name, prompt, min(DEPTH, sizes["vocabulary_size"]))
     except BaseException:
         client.close()
         raise
@@ -261,7 +277,7 @@ def open_server(
         "vocabulary_size": sizes["vocabulary_size"],
         "max_positions": model.max_length,
     }
-    return HttpTeacher(description, tokenizer, client, connections, answers)
+    return HttpTeacher(description, tokenizer, client, connections, prompt, answers)
 
 
 def _check_length(model: ServedModel, longest: int, address: str) -> None:

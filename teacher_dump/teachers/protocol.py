@@ -232,6 +232,14 @@ class Teacher(Protocol):
         """
         ...
 
+    def check_unchanged(self) -> None:
+        """Make sure that it is still the one that was opened, where somebody else can put another in its place.
+
+        Raises:
+            InputError: it is not, or cannot be asked any more.
+        """
+        ...
+
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
         ...

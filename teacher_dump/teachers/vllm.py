@@ -189,6 +189,9 @@ class VllmTeacher:
     def recognise(self, kept: Mapping[str, Any]) -> None:
         """It is told by its files."""
 
+    def check_unchanged(self) -> None:
+        """See `protocol.Teacher`: nobody puts another in its place."""
+
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id its text and the tokenizer's own name for it (see `tokenizer.token_texts`)."""
         return token_texts(self.tokenizer, self.vocabulary_size)

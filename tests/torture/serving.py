@@ -25,10 +25,10 @@ from served import TOKEN, assert_equal
 from stores import write_store
 
 from knowledge_store import KnowledgeStore, KnowledgeStoreError
-from knowledge_store.serving import messages
 from knowledge_store.serving.flight_sql import TYPE_PREFIX
-from knowledge_store.serving.messages import to_bytes
 from knowledge_store.serving.protobuf import message
+from knowledge_store.storage.served import messages
+from knowledge_store.storage.served.messages import to_bytes
 from torture.heartbeat import beat, wait_until
 
 MEMORY_LIMIT = 256 * 2**20

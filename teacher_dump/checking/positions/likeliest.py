@@ -32,7 +32,7 @@ def compare_likeliest(answers: Likeliest, kept: Arrays, manifest: Manifest) -> A
     Raises:
         InputError: what the teacher says cannot be used.
     """
-    if (problem := problem_of(answers)) is not None:
+    if (problem := problem_of(answers, manifest.vocabulary_size)) is not None:
         raise InputError(f"the teacher {problem[1]}: look at what runs it")
     rule, ids = positions_of(manifest).selection, kept["candidate_ids"]
     present = ids >= 0

@@ -19,9 +19,9 @@ from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.errors import KnowledgeStoreError, StoreError
 from knowledge_store.kinds import Arrays
 from knowledge_store.reading.reader import DumpReader
-from knowledge_store.serving import messages
-from knowledge_store.serving.client import CALL_SECONDS, Attempts, ServedStorage
-from knowledge_store.serving.sequences import Decoder, Received
+from knowledge_store.reading.transfer import Decoder, Received
+from knowledge_store.storage.served import messages
+from knowledge_store.storage.served.client import CALL_SECONDS, Attempts, ServedStorage
 
 AHEAD = 8  # batches
 TICKET = 4  # of these, asked for at once
@@ -37,12 +37,12 @@ class ServedReader(DumpReader):
         name: of the dump.
     """
 
-    ahead = AHEAD
-
     def __init__(self, dumps: Dumps, name: str):
         super().__init__(dumps, name, 0)
         assert isinstance(dumps.storage, ServedStorage)
         self._storage = dumps.storage
+        # What is read ahead are sequences, and not the row groups of files.
+        self.ahead, self._ahead = AHEAD, None
         self._coming: deque[tuple[tuple[tuple[int, ...], tuple[str, ...]], Future[Batch]]] = deque()
 
     @cached_property

@@ -11,26 +11,22 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from knowledge_store import errors
 from knowledge_store.errors import InputError, KnowledgeStoreError, StoreError
-from knowledge_store.serving import messages
-from knowledge_store.serving.address import parse_address
-from knowledge_store.serving.messages import BusyError, library_error, to_bytes
-from knowledge_store.serving.tokens import ENVIRONMENT, read_tokens
-from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
 from knowledge_store.storage.protocol import Entry, Write
+from knowledge_store.storage.served import messages
+from knowledge_store.storage.served.address import parse_address
+from knowledge_store.storage.served.messages import BusyError, library_error, to_bytes
+from knowledge_store.storage.served.tokens import ENVIRONMENT, read_tokens
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from pyarrow import flight
 
-    from knowledge_store.catalogue.dumps import Dumps
 
 FIRST_PATIENCE = 3.0  # seconds in which a server that was never reached has to answer
 PATIENCE = 120.0  # the same of one that is away
@@ -60,7 +56,7 @@ class ServedStorage:
         self._place = parse_address(address)
         self.address = str(self._place)
         self._token_file = None if token_file is None else str(token_file)
-        self._token()
+        self._secret = self._token()
         self._begin()
 
     def _begin(self) -> None:
@@ -71,7 +67,8 @@ class ServedStorage:
         self._block = lru_cache(BLOCKS)(self._read_block)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("_place", "address", "_token_file")}
+        # The token too: a worker may have the environment of a process that began before it was set.
+        return {name: self.__dict__[name] for name in ("_place", "address", "_token_file", "_secret")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -82,11 +79,13 @@ class ServedStorage:
 
     # Calls
 
+    _secret = ""
+
     def _token(self) -> str:
-        """The token, as it stands now: the file may be another one by the time of the next connection."""
+        """The token, as it stands now: the file may be another one by the time of the next call."""
         if self._token_file is not None:
             return read_tokens(self._token_file)[0].secret
-        token = os.environ.get(ENVIRONMENT, "").strip()
+        token = os.environ.get(ENVIRONMENT, "").strip() or self._secret
         if not token:
             raise InputError(
                 f"a served store asks for a token: name its file (--token-file, `token_file=`), or put it into {ENVIRONMENT}"
@@ -144,80 +143,6 @@ class ServedStorage:
             return [result.body.to_pybytes() for result in self.connection().do_action(action, self.options())]
 
         return self.attempts().of(call)
-
-    # What there is
-
-    def open_dumps(self) -> Dumps:
-        """The dumps of the store as they stand now.
-
-        Raises:
-            KnowledgeStoreError: what the server said, or it does not answer.
-        """
-        import pyarrow as pa
-
-        from knowledge_store.catalogue.dumps import Dumps
-        from knowledge_store.catalogue.index import Index
-        from knowledge_store.format.manifest import read_manifest
-
-        facts, *tables = self.called(messages.OPEN, {"version": messages.VERSION})
-        said = json.loads(facts)
-        if said.get("version") != messages.VERSION:
-            raise StoreError(
-                f"{self.address} is served by another version of knowledge-store (it speaks {said.get('version')}, and this one"
-                f" {messages.VERSION}): install the same on both machines"
-            )
-        shards, files = (pa.ipc.open_stream(table).read_all() for table in tables)
-        manifests = {name: read_manifest(self, name) for name in said["dumps"]}
-        closed = {name: getattr(errors, kind, StoreError)(sentence) for name, (kind, sentence) in said["closed"].items()}
-        return Dumps(self, manifests, Index(shards, files), closed)
-
-    @contextmanager
-    def answered(
-        self,
-        sql: str,
-        memory_limit: float,
-        timeout: float,
-        parameters: Parameters | None = None,
-        remark: Callable[[str], None] = lambda sentence: None,
-        kept: bool = False,
-    ) -> Iterator[pa.RecordBatchReader]:
-        """The answer to a statement, batch by batch as it comes (see `sql.isolated.isolated_batches`), within the limits that
-        are given or those of the server where these are less.
-
-        Raises:
-            KnowledgeStoreError: what the server said, or it does not answer.
-        """
-        import pyarrow as pa
-        from pyarrow import flight
-
-        values = plain_parameters(parameters)
-        check_json(values)
-        limits = {"memory_limit": int(memory_limit), "timeout": float(timeout), "kept": kept}
-        ticket = flight.Ticket(to_bytes({"sql": sql, "parameters": values, **limits}))
-        attempts = self.attempts()
-        stream = attempts.of(lambda: _begun(self.connection().do_get(ticket, self.options(None))))
-
-        def batches() -> Iterator[pa.RecordBatch]:
-            try:
-                while True:
-                    try:
-                        chunk = stream.read_chunk()
-                    except StopIteration:
-                        return
-                    if chunk.app_metadata is not None:
-                        for sentence in json.loads(chunk.app_metadata.to_pybytes()):
-                            remark(sentence)
-                    elif chunk.data is not None:
-                        yield chunk.data
-            except pa.ArrowException as error:
-                raise library_error(error) or attempts.lost(error) from None
-
-        rows = batches()
-        try:
-            yield _Rows(stream.schema, rows)
-        finally:
-            rows.close()  # type: ignore[attr-defined]
-            stream.cancel()
 
     # As of `Storage`
 
@@ -291,28 +216,6 @@ class ServedStorage:
 
     def _read_only(self) -> InputError:
         return InputError(f"{self.address} is a served store, which is only read: write to its folder, where it is served")
-
-
-class _Rows:
-    """The batches of an answer: as much of Arrow's RecordBatchReader as is used, with errors as they are."""
-
-    def __init__(self, schema: pa.Schema, rows: Iterator[pa.RecordBatch]):
-        self.schema, self._rows = schema, rows
-
-    def __iter__(self) -> Iterator[pa.RecordBatch]:
-        return self._rows
-
-    def read_all(self) -> pa.Table:
-        """All of them."""
-        import pyarrow as pa
-
-        return pa.Table.from_batches(list(self._rows), self.schema)
-
-
-def _begun(stream: Any) -> Any:
-    """A stream whose columns are known: what the server refuses is refused here."""
-    _ = stream.schema
-    return stream
 
 
 class Attempts:

@@ -1,7 +1,4 @@
-"""What a client asks for, and how a server says no: JSON in tickets and actions, and in what goes with a Flight error.
-
-Requests come from anybody who has a token. What has not the declared shape is refused before anything is looked at.
-"""
+"""What a client asks for, and how a server says no: JSON in tickets and actions, and in what goes with a Flight error."""
 
 from __future__ import annotations
 
@@ -9,8 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from knowledge_store import errors
-from knowledge_store.errors import InputError, KnowledgeStoreError
-from knowledge_store.format.records import check_shape
+from knowledge_store.errors import KnowledgeStoreError
 
 if TYPE_CHECKING:
     from pyarrow import flight
@@ -23,7 +19,6 @@ OPEN, FILES, FOLDERS, SIZE, READ, ROW_GROUPS = (
     f"knowledge-store.{name}" for name in ("open", "files", "folders", "size", "read", "row-groups")
 )
 MAX_READ = 4 * 2**20  # bytes of a file, at once
-MAX_REQUEST = 2**22  # bytes of a ticket or an action
 MAX_SEQUENCES = 2**16  # of a ticket
 BUSY = "busy"
 
@@ -35,22 +30,6 @@ class BusyError(KnowledgeStoreError):
 def to_bytes(request: dict[str, Any]) -> bytes:
     """A request as it is sent."""
     return json.dumps(request, separators=(",", ":")).encode()
-
-
-def from_bytes(data: bytes, shape: dict[str, Any]) -> dict[str, Any]:
-    """A request of a declared shape (see `records.check_shape`).
-
-    Raises:
-        InputError: it is none.
-    """
-    if len(data) > MAX_REQUEST:
-        raise InputError(f"a request has at most {MAX_REQUEST:,} bytes, and this has {len(data):,}")
-    try:
-        request = json.loads(data)
-        check_shape(request, shape)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"this is no request of a knowledge store: {error}") from None
-    return dict(request)
 
 
 def flight_error(error: Exception) -> flight.FlightError:
