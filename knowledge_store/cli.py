@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -347,7 +348,8 @@ def serve(config: ServeConfig) -> None:
     def ready(sentence: str) -> None:
         print(sentence, flush=True)
 
-    serve_stores(config, log, ready)
+    if not serve_stores(config, log, ready):
+        os._exit(0)  # and not wait for a client that takes nothing
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,18 @@ def test_a_write_whose_answer_is_lost_is_not_done_twice(s3, tmp_path):
     assert len(lost) == len(s3.objects) == 9
     assert verify(address_in(s3)).sound
     assert everything(KnowledgeStore.open(address_in(s3))) == everything(KnowledgeStore.open(write_store(tmp_path / "other")))
+
+
+def test_a_slow_line_has_time_for_what_is_sent_and_silence_is_not_believed_at_once(s3, monkeypatch):
+    monkeypatch.setattr(bucket_module, "SILENCE", 1)
+    monkeypatch.setattr(bucket_module, "SLOWEST", 1000)
+    storage = open_storage(address_in(s3))
+    slow = iter((1.5, 1.5, 0.0))
+    s3.fault = lambda method, key: time.sleep(next(slow))
+    assert storage.create("large", lambda file: file.write(bytes(2500)))
+    storage.create("small", lambda file: file.write(b"x"))  # by the first PUT or by the second
+    assert s3.objects["some/store/small"] == b"x"
+    time.sleep(0.7)  # until the first is answered too
 
 
 # Stores

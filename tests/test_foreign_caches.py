@@ -22,6 +22,7 @@ from foreign_caches import (
     write_plain,
     write_vllm,
 )
+from processes import Notes
 from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore, verify
@@ -553,6 +554,13 @@ def test_training_on_it(asked, tmp_path, teacher_folder):
     output = tmp_path / "student"
     train(TrainConfig(str(store), str(teacher_folder), str(output), steps=1, batch_size=2, eval_fraction=0.0))
     assert list(output.rglob("model.safetensors"))
+    reporter = Notes()
+    chosen = TrainConfig(
+        str(store), str(teacher_folder), str(tmp_path / "chosen"), steps=1, batch_size=2, eval_fraction=0.0,
+        positions_where="token_logprob < -1",
+    )  # fmt: skip
+    train(chosen, reporter=reporter)
+    assert any("token_logprob, which asked does not know" in sentence for sentence in reporter.notes)
     with pytest.raises(InputError, match="does not know it of tokens that are no candidate"):
         calibrate(KnowledgeStore.open(store), method="temperature")
     assert calibrate(KnowledgeStore.open(store), method="first").calibration.before["nll"] > 0

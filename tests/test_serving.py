@@ -183,12 +183,16 @@ def test_several_stores_and_what_names_them(tmp_path):
 
 def test_only_who_has_a_token_is_let_in(where, tmp_path, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT, raising=False)
-    with pytest.raises(InputError, match="name its file"):
+    with pytest.raises(InputError, match="put it into the environment variable"):
         KnowledgeStore.open(where.address)
+    for text, sentence in (("tökén-that-is-none-of-all", "ASCII"), ("a b c", "no token"), ("short", "can be guessed")):
+        monkeypatch.setenv(ENVIRONMENT, text)
+        with pytest.raises(InputError, match=f"KNOWLEDGE_STORE_TOKEN .*{sentence}"):
+            KnowledgeStore.open(where.address)
     monkeypatch.setenv(ENVIRONMENT, "0123456789abcdef-of-nobody")
     with pytest.raises(InputError, match="this server does not know the token"):
         KnowledgeStore.open(where.address)
-    monkeypatch.setenv(ENVIRONMENT, OTHER_TOKEN)
+    monkeypatch.setenv(ENVIRONMENT, f"second {OTHER_TOKEN}\r\n")  # as it stands in the file
     before = len(where.calls("open"))
     opened = KnowledgeStore.open(where.address)
     assert opened.dumps == ("one", "other", "two")

@@ -116,6 +116,26 @@ def test_a_client_that_takes_nothing_is_given_up(where, client):
             reader.read_chunk()
 
 
+def test_a_server_that_ends_ends_its_queries(tmp_path):
+    """Also one that has no row yet, instead of waiting until its limit of time."""
+    with served(write_store(tmp_path / "store")) as where, flight.FlightClient(where.address) as client:
+        failed: list[Exception] = []
+
+        def asking() -> None:
+            try:
+                ask(client, ENDLESS).read_all()
+            except flight.FlightError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=asking)
+        thread.start()
+        wait_until(lambda: len(children()) == 1)
+        where.server.close()
+        assert where.server.ended and not children()
+        thread.join()
+        assert "the server is ending" in str(failed[0])
+
+
 def test_hostile_sql_is_as_harmless_from_afar(tmp_path):
     """One of each sort; `tests.torture` has the whole corpus."""
     stand = Stand(tmp_path)
@@ -292,6 +312,9 @@ def test_adbc(where):
         names = {table["table_name"] for table in catalogue["catalog_db_schemas"][0]["db_schema_tables"]}
         assert {"positions", "sequences", "dumps", "tokens"} <= names
         assert connection.adbc_get_table_schema("sequences").equals(local.sql("SELECT * FROM sequences").schema)
+        table = f"{catalogue['catalog_name']}.{catalogue['catalog_db_schemas'][0]['db_schema_name']}.sequences"
+        cursor.execute(f"SELECT count(*) FROM {table}")  # as programs write it that look at what there is
+        assert cursor.fetchall() == [(8,)]
         assert connection.adbc_get_info()["vendor_name"] == "knowledge-store"
         with pytest.raises(dbapi.Error, match="only a SELECT statement is answered"):
             cursor.execute("DROP TABLE positions")

@@ -27,7 +27,7 @@ from knowledge_store.serving.served import ServedStore
 from knowledge_store.sql.parameters import check_json
 
 TYPE_PREFIX = "type.googleapis.com/arrow.flight.protocol.sql."
-CATALOGUE, SCHEMA, TABLE_TYPE = "store", "main", "VIEW"  # what the store's relations are in, and what they are
+CATALOGUE, SCHEMA, TABLE_TYPE = "memory", "main", "VIEW"  # what a statement finds the relations in, and what they are
 TRANSACTION = b"reading"
 CLOSED = 1  # a session is
 SCHEMAS_KEPT = 256  # of statements: who prepares one again does not wait for its columns

@@ -18,6 +18,7 @@ from knowledge_store.storage.served.messages import BusyError
 
 INTERVAL = 0.1  # seconds between two looks at a call
 STALLED = 60.0  # seconds after which a client that takes nothing is given up
+ENDING = "the server is ending"
 
 
 class Slots:
@@ -97,8 +98,12 @@ class Watch:
         threading.Thread(target=self._look, name="watch", daemon=True).start()
 
     def close(self) -> None:
-        """Look no more."""
+        """End all calls, and look no more."""
         self._closed.set()
+        with self._lock:
+            calls = list(self._calls)
+        for call in calls:
+            _end(call, ENDING)
 
     @contextmanager
     def over(self, context: Any, end: Callable[[], None]) -> Iterator[Watched]:
@@ -106,6 +111,8 @@ class Watch:
         call = Watched(context, end)
         with self._lock:
             self._calls.append(call)
+        if self._closed.is_set():
+            _end(call, ENDING)
         try:
             yield call
         finally:
@@ -119,10 +126,8 @@ class Watch:
             with self._lock:
                 calls = list(self._calls)
             for call in calls:
-                reason = self._reason(call)
-                if reason and not call.ended:
-                    call.ended = reason
-                    call.end()
+                if reason := self._reason(call):
+                    _end(call, reason)
 
     def _reason(self, call: Watched) -> str:
         with call.lock:
@@ -132,3 +137,10 @@ class Watch:
                 return "its client has gone"
         since = call.waiting_since
         return "its client took nothing" if since is not None and time.monotonic() - since > self._stalled else ""
+
+
+def _end(call: Watched, reason: str) -> None:
+    """End what is done for a call, if it was not ended before."""
+    if not call.ended:
+        call.ended = reason
+        call.end()

@@ -7,6 +7,7 @@ among them, is Flight SQL (`flight_sql`).
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from knowledge_store.storage.served.tokens import TokenFile
 CALLER = "caller"
 STREAM_PATIENCE = 20.0  # seconds that one call more than there are slots waits
 QUERY_PATIENCE = 2.0
+ENDING_PATIENCE = 5.0
 
 _SEQUENCES_SHAPE = {"sequences": {"dump": str, "snapshot": int, "kinds": [str], "batches": [[int]]}}
 _SQL_SHAPE = {"sql": str, "memory_limit": int, "timeout": float}
@@ -113,6 +115,7 @@ class StoreServer(flight.FlightServerBase):
         certificate: tuple[bytes, bytes] | None = None,
     ):
         self._stores, self._log = stores, log
+        self.ended = False
         self.streams = Slots("streams", limits.streams, STREAM_PATIENCE)
         self.query_slots = Slots("queries", limits.queries, QUERY_PATIENCE)
         self._watch = Watch(limits.stalled)
@@ -141,9 +144,17 @@ class StoreServer(flight.FlightServerBase):
             raise InputError(f"the server cannot listen at {location}: {reason}; give another --bind") from None
 
     def close(self) -> None:
-        """End all calls, and serve no more."""
+        """End all calls, and serve no more.
+
+        A client that takes nothing of its answer is waited for `ENDING_PATIENCE` seconds. With such a one `ended` stays False,
+        and the library keeps a thread that waits for it.
+        """
         self._watch.close()
-        self.shutdown()
+        # Flight waits for every call, however long, and hears no Ctrl-C meanwhile.
+        ending = threading.Thread(target=self.shutdown, name="shutdown", daemon=True)
+        ending.start()
+        ending.join(ENDING_PATIENCE)
+        self.ended = not ending.is_alive()
 
     # What Flight calls, each in a thread of its own
 
@@ -217,10 +228,16 @@ class StoreServer(flight.FlightServerBase):
         if not caller.store and len(self._stores) == 1:
             return call, next(iter(self._stores.values()))
         if caller.store not in self._stores:
-            reason = f"no store named {caller.store!r} is" if caller.store else "several stores are, and none was named:"
+            found = f"no store named {caller.store!r} is" if caller.store else "several stores are"
             call.facts["call"] = "other"
             call.end("refused", "no such store")
-            raise flight_error(InputError(f"{reason} served here: put one of {names} behind the address"))
+            missing = "" if caller.store else ", and none was named"
+            raise flight_error(
+                InputError(
+                    f"{found} served here{missing}: put one of {names} behind the address, or into the header"
+                    f" {messages.STORE_HEADER} of a client by ADBC"
+                )
+            )
         call.facts["store"] = caller.store
         return call, self._stores[caller.store]
 
@@ -259,6 +276,8 @@ class StoreServer(flight.FlightServerBase):
                     encoder = Encoder(reader.manifest, kinds)
                 yield encoder.schema
                 for ordinals in batches:
+                    if watched.ended:
+                        raise flight.FlightCancelledError(f"the sequences are not sent: {watched.ended}")
                     with store.reader(dump, snapshot) as reader:
                         found = [reader.packed(ordinal, tuple(kinds)) for ordinal in ordinals]
                     call.sequences += len(found)

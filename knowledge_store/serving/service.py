@@ -23,13 +23,16 @@ if TYPE_CHECKING:
     from knowledge_store.page.served import PageServer
 
 
-def serve(config: ServeConfig, log: Callable[[str], None], ready: Callable[[str], None]) -> None:
+def serve(config: ServeConfig, log: Callable[[str], None], ready: Callable[[str], None]) -> bool:
     """Serve stores until Ctrl-C. SIGHUP has the tokens read again.
 
     Args:
         config: the options.
         log: gets a line of JSON for each call, and for each time that the tokens are read again; one at a time.
         ready: gets a sentence for each store once it is served.
+
+    Returns:
+        Whether all calls have ended. One whose client takes nothing has not, and a process that ends as others do waits for it.
 
     Raises:
         InputError: an option, a token or a certificate cannot be used.
@@ -68,6 +71,7 @@ def serve(config: ServeConfig, log: Callable[[str], None], ready: Callable[[str]
             ready(f"Serving {store.storage.address} at {scheme}://{bracketed(host)}:{server.port}{path}")
         with contextlib.suppress(KeyboardInterrupt):
             _wait(tokens, say)
+    return server.ended
 
 
 def _wait(tokens: TokenFile, say: Callable[[dict[str, Any]], None]) -> None:

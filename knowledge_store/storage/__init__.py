@@ -68,7 +68,7 @@ def repairing(store: StorePlace) -> str:
     address = store if isinstance(store, str | Path) else store.address
     if is_bucket_address(str(address)):
         return (
-            f"`knowledge-store copy '{address}' FOLDER`, `teacher-dump run FOLDER …` with what made the dump, and"
+            f"`knowledge-store copy '{address}' FOLDER`, `teacher-dump run FOLDER …` (or import) with what made the dump, and"
             f" `knowledge-store copy FOLDER '{address}' --repair`"
         )
-    return "`teacher-dump run … --repair` (or `import … --repair`), with what made the dump"
+    return "`teacher-dump run … --repair` (or import), with what made the dump"

@@ -37,13 +37,16 @@ LEFTOVER_AGE = timedelta(days=1)  # of what a probe that was killed left behind
 MAX_PUT = 5 * 2**30  # bytes that one PUT takes, on S3
 AT_ONCE = 32  # requests
 WRITE = "write"
+SLOW = "too slow or broken"
 HEADERS = {  # variables that are sent, or signed
     "s3": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
     "az": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY"),
 }
 PROXIES = ("http_proxy", "https_proxy", "all_proxy")  # variables, of either case, in which obstore looks for one
 CONFLICTS = 8  # times that S3 says "neither this nor that": a removal came between
-SILENCE = 30  # seconds that a connection may say nothing
+SILENCE = 30  # seconds that a connection may say nothing, which is all the time that something is sent to it
+SLOWEST = 2**16  # bytes a second that are sent at least
+WRITE_ATTEMPTS = 3  # of what nothing is heard of; whoever is told then that the name is taken reads what stands there
 READ_ATTEMPTS = 4  # of an answer that breaks off in the middle; obstore tries again what fails before
 # Until the service has answered once, a wrong address or key is likelier than a bad moment, and its user is waiting.
 FIRST_RETRIES: dict[str, Any] = {"max_retries": 4, "retry_timeout": timedelta(seconds=20)}
@@ -80,7 +83,7 @@ class BucketStorage:
         self.address = str(self._address)
         self._service = self._address.service
         self._given = store
-        self._made: dict[bool, ObjectStore] = {}  # by whether the service has answered
+        self._made: dict[tuple[bool, int], ObjectStore] = {}  # by whether the service has answered, and its silence
         self._answered = False
         try:
             import obstore
@@ -113,8 +116,8 @@ class BucketStorage:
 
     # Requests
 
-    def _store(self) -> ObjectStore:
-        """The client of this process.
+    def _store(self, sent: int = 0) -> ObjectStore:
+        """The client of this process, for a request with so many bytes.
 
         Raises:
             InputError: it was forked from one that has one already.
@@ -129,11 +132,15 @@ class BucketStorage:
         _client_process = os.getpid()
         if self._given is not None:
             return self._given
-        if self._answered not in self._made:
-            self._made[self._answered] = self._client(RETRIES if self._answered else FIRST_RETRIES)
-        return self._made[self._answered]
+        silence = SILENCE
+        while silence * SLOWEST < sent:
+            silence *= 2
+        kind = (self._answered, silence)
+        if kind not in self._made:
+            self._made[kind] = self._client(RETRIES if self._answered else FIRST_RETRIES, silence)
+        return self._made[kind]
 
-    def _client(self, retries: dict[str, Any]) -> ObjectStore:
+    def _client(self, retries: dict[str, Any], silence: int) -> ObjectStore:
         from obstore import store as stores
 
         address, service = self._address, self._service
@@ -142,8 +149,8 @@ class BucketStorage:
                 raise InputError(f"{name} in the environment has a line end in it, or what no request can hold: set it anew")
         options: dict[str, Any] = {
             "connect_timeout": timedelta(seconds=5),
-            "read_timeout": timedelta(seconds=SILENCE),
-            "timeout": timedelta(hours=1),  # of a whole answer, however large: what counts is that it goes on
+            "read_timeout": timedelta(seconds=silence),
+            "timeout": timedelta(days=1),  # of a whole answer, however large: what counts is that it goes on
         }
         if service is not None and service.startswith("http://"):
             options["allow_http"] = True
@@ -160,8 +167,8 @@ class BucketStorage:
                 " this service already"
             ) from None
 
-    def _asked(self, doing: str, name: str, request: Callable[[ObjectStore], Result]) -> Result:
-        """What a request gives.
+    def _asked(self, doing: str, name: str, request: Callable[[ObjectStore], Result], sent: int = 0) -> Result:
+        """What a request with so many bytes gives.
 
         Raises:
             MissingFileError: there is no such object.
@@ -170,7 +177,7 @@ class BucketStorage:
         """
         exceptions = self._obstore.exceptions
         try:
-            result = request(self._store())
+            result = request(self._store(sent))
         except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
             self._answered = True
             if doing == WRITE:
@@ -184,7 +191,7 @@ class BucketStorage:
         except (exceptions.BaseError, ValueError, OSError) as error:
             if not self._answered and re.search(r"status code: (5\d\d|429)", str(error)):
                 self._answered = True  # the address is right, and the service has too much to do
-                return self._asked(doing, name, request)
+                return self._asked(doing, name, request, sent)
             raise StoreError(f"cannot {doing} {self.locate(name)}: {self._reason(error)}") from None
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # obstore gives up so where it was given what it cannot send
@@ -222,7 +229,7 @@ class BucketStorage:
             way = f" Or is it the proxy of {' and '.join(proxies)}?" if proxies else ""
             return f"no connection{self._at()}: is the address right, and the service up?{way}"
         if "kind: Timeout" in text or "timed out" in text:
-            return f"the connection{self._at()} is too slow or broken: nothing came for {SILENCE} s, time and again"
+            return f"the connection{self._at()} is {SLOW}: nothing came for {SILENCE} s or more, time and again"
         if "kind: Body" in text or "body" in text or "kind: Request" in text or "kind: Decode" in text:
             return f"the connection{self._at()} broke off, time and again"
         return f"{type(error).__name__}{self._at()}; its message is left out, since it may hold what is secret"
@@ -287,13 +294,22 @@ class BucketStorage:
 
     def _put(self, name: str, data: bytes | memoryview) -> bool:
         exceptions = self._obstore.exceptions
+        unheard = 0
+
+        def put(store: ObjectStore) -> None:
+            self._obstore.put(store, name, data, mode="create", use_multipart=False)
+
         for _ in range(CONFLICTS):
             try:
-                self._asked(WRITE, name, lambda store: self._obstore.put(store, name, data, mode="create", use_multipart=False))
+                self._asked(WRITE, name, put, sent=len(data))
                 return True
             except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
                 if "ConditionalRequestConflict" not in str(error):
                     return False
+            except StoreError as error:
+                unheard += 1
+                if SLOW not in str(error) or unheard == WRITE_ATTEMPTS:
+                    raise
         raise StoreError(f"cannot write {self.locate(name)}: others remove and write it all the time")
 
     def probe(self) -> None:

@@ -53,7 +53,9 @@ class BucketAddress:
             )
         parts = _split(shown)
         if parts is None or parts.scheme not in SCHEMES or not parts.netloc:
-            raise InputError(f"{shown} is no address of a store: give a folder, or s3://BUCKET/PREFIX, gs://… or az://…")
+            raise InputError(
+                f"{shown} is no address of a store: give a folder, s3://BUCKET/PREFIX (also gs:// and az://), or grpc+tls://HOST:PORT"
+            )
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", parts.netloc):
             raise InputError(f"{shown} is no address of a store: the name of a bucket has letters, digits, '.', '_' and '-'")
         prefix = parts.path.strip("/")

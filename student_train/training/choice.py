@@ -15,6 +15,7 @@ import numpy as np
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError, KnowledgeStoreError, QueryError
+from knowledge_store.kinds.positions import knows_tokens
 from knowledge_store.reading.target_mask import TargetMask
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.training.configuration import TrainConfig
@@ -62,6 +63,18 @@ def check_choice(config: TrainConfig, store: KnowledgeStore, dumps: Sequence[str
             store.check_choice(None, config.positions_where, dumps)
 
 
+def _unknown_tokens(config: TrainConfig, store: KnowledgeStore, dumps: Sequence[str]) -> Iterator[str]:
+    """What a condition on the log-probability of tokens does not meet."""
+    manifests = [store.manifest(dump) for dump in dumps]
+    unknown = [one.dump for one in manifests if "positions" in one.kinds and not knows_tokens(one)]
+    for option, condition in ((WHERE, config.where), (POSITIONS_WHERE, config.positions_where)):
+        if unknown and condition is not None and "token_logprob" in condition.lower():
+            yield (
+                f"Warning: {option} asks for token_logprob, which {unknown[0]} does not know of tokens that are no candidate:"
+                " a comparison with it is not met there. The most that it can be is coalesce(token_logprob, tail_logprob)."
+            )
+
+
 def choose(
     config: TrainConfig,
     store: KnowledgeStore,
@@ -91,7 +104,7 @@ def choose(
     targets: Mapping[str, TargetMask] | None = None
     identity: dict[str, str] = {}
     facts: dict[str, dict[str, int]] = {}
-    lines: list[str] = []
+    lines = [*_unknown_tokens(config, store, dumps)]
     if config.where is not None:
         with _named(WHERE):
             sequences = store.choose_sequences(config.where, dumps, reporter=reporter)

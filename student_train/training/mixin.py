@@ -9,6 +9,7 @@ so that the same sequences give the same gradient however they are cut into batc
 
 from __future__ import annotations
 
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -251,6 +252,8 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
 
     def _loader(self, dataset: DistillationDataset, *, persistent: bool = False) -> DataLoader:
         arguments, workers = self.args, self.args.dataloader_num_workers
+        # Libraries are loaded once, by the process that forks all workers, and not by each worker of each loader.
+        multiprocessing.set_forkserver_preload(["__main__", DistillationDataset.__module__])
         # Accelerate's, which tells the data set its epoch. Made here: `accelerator.prepare` would divide it among processes.
         return DataLoaderShard(
             dataset,

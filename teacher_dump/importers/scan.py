@@ -36,7 +36,8 @@ class Scan:
         starts: of each shard. documents: rows.
         longest: tokens of the longest sequence. least, most: candidates at a position. highest: id among them.
         unknown: whether some token's log-probability is. context: whether some prediction is of a token that is no target.
-        given_tail: whether the files say the tail. whole: positions whose candidates reach one.
+        given_tail: whether the files say the tail. whole: positions whose candidates reach one, and
+            are not all tokens.
     """
 
     starts: list[Start] = field(default_factory=list)
@@ -172,7 +173,8 @@ def _row(found: Scan, config: ImportConfig, layout: Layout, file: int, row: Layo
         found.highest = max(found.highest, int(candidates.ids.max()))
         found.unknown |= bool(np.isnan(candidates.token_logprobs).any())
         found.given_tail &= candidates.tail is not None
-        found.whole += int((np.exp(candidates.logprobs).sum(axis=1) >= WHOLE).sum())
+        reach_one = (np.exp(candidates.logprobs).sum(axis=1) >= WHOLE) & (candidates.counts < vocabulary)
+        found.whole += int(reach_one.sum())
         targets = len(candidates.places)
         if sequence.is_target is not None:
             targets = int(sequence.is_target[candidates.places].sum())

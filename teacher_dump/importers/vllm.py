@@ -7,8 +7,8 @@ ids: vLLM gives them as `prompt_token_ids` and `token_ids`, and names tokens `to
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterator
+from itertools import chain, compress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ ADVICE = "ask the server with return_token_ids (and return_tokens_as_token_ids),
 
 MORE = "ask the server for more (prompt_logprobs, logprobs or top_logprobs of 1 and above)"
 
-Prediction = tuple[Collection[Any], Iterable[float]]  # token ids, as numbers or text, and log-probabilities, in any order
+Prediction = dict[Any, dict[str, Any]]  # by token ids, as numbers or text, in any order, what is said of each: its "logprob"
 
 _logprob = itemgetter("logprob")
 
@@ -70,7 +70,7 @@ def _sequence(choice: dict[str, Any]) -> Predictions | None:
             raise BadLayout(f"it has prompt_logprobs and no prompt_token_ids: {ADVICE}")
         if len(asked) != len(tokens):
             raise BadLayout(f"it has predictions of {len(asked)} tokens, and {len(tokens)} prompt_token_ids")
-        predictions = [None if entry is None else _of_prompt(entry) for entry in asked]
+        predictions = asked
     answer = len(tokens)
     given = _answer(choice.get("logprobs"))
     if given is not None:
@@ -94,21 +94,19 @@ def _sequence(choice: dict[str, Any]) -> Predictions | None:
 def _predictions(tokens: list[int], predictions: list[Prediction | None], answer: int | None) -> Predictions:
     places = [place for place, prediction in enumerate(predictions) if prediction is not None and place]
     rows = [prediction for prediction in predictions[1:] if prediction is not None]
-    counts = np.array([len(row_ids) for row_ids, _ in rows], np.int64)
+    # Each entry is read once, by loops that are not Python's: there are millions of them.
+    counts = np.fromiter(map(len, rows), np.int64, len(rows))
+    if any(next(iter(row.values())).get("rank", 1) != 1 for row in compress(rows, counts == 1)):
+        raise BadLayout(f"it has the token alone where others are likelier: {MORE}")
     filled = np.arange(counts.max(initial=0)) < counts[:, None]
     ids, logprobs = np.full(filled.shape, NO_CANDIDATE, np.int64), np.full(filled.shape, -np.inf, np.float32)
-    ids[filled] = np.fromiter(map(int, chain.from_iterable(row[0] for row in rows)), np.int64, counts.sum())
-    logprobs[filled] = np.fromiter(chain.from_iterable(row[1] for row in rows), np.float32, counts.sum())
+    ids[filled] = np.fromiter(map(int, chain.from_iterable(rows)), np.int64, counts.sum())
+    entries = chain.from_iterable(map(dict.values, rows))
+    logprobs[filled] = np.fromiter(map(_logprob, entries), np.float32, counts.sum())
     if (logprobs == ABSENT).any():
         raise BadLayout(f"it has a log-probability of {ABSENT:g}, which stands for one that the server does not have")
     is_target = None if answer is None else np.arange(len(tokens)) >= answer
     return Predictions(np.array(tokens, np.int64), np.array(places, np.int64), ids, logprobs, is_target)
-
-
-def _of_prompt(entry: dict[str, Any]) -> Prediction:
-    if len(entry) == 1 and next(iter(entry.values())).get("rank", 1) != 1:
-        raise BadLayout(f"it has the token alone where others are likelier: {MORE}")
-    return entry, map(_logprob, entry.values())  # read once, by loops that are not Python's: there are millions of them
 
 
 def _token(name: Any) -> int:
@@ -147,4 +145,6 @@ def _answer(logprobs: dict[str, Any] | None) -> tuple[list[int], list[Prediction
 
 def _with_token(ids: list[int], logprobs: list[float], token: int, logprob: float) -> Prediction:
     """Candidates, and the token that stands there where it is none of them."""
-    return (ids, logprobs) if token in ids else ([token, *ids], [logprob, *logprobs])
+    if token not in ids:
+        ids, logprobs = [token, *ids], [logprob, *logprobs]
+    return {candidate: {"logprob": value} for candidate, value in zip(ids, logprobs, strict=True)}

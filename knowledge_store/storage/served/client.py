@@ -22,7 +22,7 @@ from knowledge_store.storage.protocol import Entry, Write
 from knowledge_store.storage.served import messages
 from knowledge_store.storage.served.address import parse_address
 from knowledge_store.storage.served.messages import BusyError, library_error, to_bytes
-from knowledge_store.storage.served.tokens import ENVIRONMENT, read_tokens
+from knowledge_store.storage.served.tokens import ENVIRONMENT, environment_token, read_tokens
 
 if TYPE_CHECKING:
     from pyarrow import flight
@@ -85,12 +85,15 @@ class ServedStorage:
         """The token, as it stands now: the file may be another one by the time of the next call."""
         if self._token_file is not None:
             return read_tokens(self._token_file)[0].secret
-        token = os.environ.get(ENVIRONMENT, "").strip() or self._secret
-        if not token:
+        text = os.environ.get(ENVIRONMENT, "")
+        if not text.strip():
+            if self._secret:
+                return self._secret
             raise InputError(
-                f"a served store asks for a token: name its file (--token-file, `token_file=`), or put it into {ENVIRONMENT}"
+                f"a served store asks for a token: put it into the environment variable {ENVIRONMENT}, or name its file"
+                " (`student-train run` takes --token-file, Python `token_file=`)"
             )
-        return token
+        return environment_token(text)
 
     def connection(self) -> flight.FlightClient:
         """The connection of this process.

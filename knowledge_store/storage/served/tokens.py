@@ -34,11 +34,18 @@ def read_tokens(path: str | Path) -> list[Token]:
     """
     try:
         with open(path, "rb") as file:
-            text = file.read(MAX_FILE_BYTES).decode("ascii")
+            text = file.read(MAX_FILE_BYTES).decode(errors="replace")
     except OSError as error:
         raise InputError(f"the tokens cannot be read from {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path} holds no tokens: they are of ASCII letters, digits and signs") from None
+    return _tokens(text, str(path))
+
+
+def environment_token(text: str) -> str:
+    """The token of a client, from what its environment variable holds (raises as `read_tokens`)."""
+    return _tokens(text, ENVIRONMENT)[0].secret
+
+
+def _tokens(text: str, path: str) -> list[Token]:
     tokens = []
     for number, line in enumerate(text.splitlines(), 1):
         words = line.split()
@@ -47,6 +54,8 @@ def read_tokens(path: str | Path) -> list[Token]:
         if len(words) > 2:
             raise InputError(f"line {number} of {path} is no token: write a token in it, or a name and a token")
         secret = words[-1]
+        if not (secret.isascii() and secret.isprintable()):  # it could not be sent
+            raise InputError(f"line {number} of {path} is no token: one has ASCII letters, digits and signs")
         if len(secret) < MIN_CHARACTERS:
             raise InputError(
                 f"the token in line {number} of {path} has {len(secret)} characters, and can be guessed: make one of at least"
