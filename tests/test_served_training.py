@@ -21,6 +21,7 @@ from knowledge_store.storage.served.tokens import ENVIRONMENT
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
 from student_train.training.run import train
+from teacher_dump import DumpConfig, dump
 
 KILLED_AFTER = (3, 9)  # batches
 
@@ -87,6 +88,12 @@ def test_a_run_is_the_same_as_from_the_folder(store_folder, student, tmp_path, m
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("local", "served")]
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
     assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "served").iterdir())
+
+
+def test_a_dump_is_refused_before_its_corpus_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, TOKEN)
+    with served(write_store(tmp_path / "store")) as where, pytest.raises(InputError, match="which is only read"):
+        dump(DumpConfig(str(tmp_path / "no teacher"), (tmp_path / "no corpus",), where.address, "new"))
 
 
 def test_a_forked_process_says_what_to_do(tmp_path):

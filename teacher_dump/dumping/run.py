@@ -49,6 +49,7 @@ def dump(
         KeyboardInterrupt: Ctrl-C; shards that had been handed to the writer are committed first.
     """
     storage = open_storage(config.store)
+    storage.probe()  # refused here, and not after an hour, where nothing is written
     config = with_local_corpus(config, reporter=reporter)
     check_request(config, storage, rank, world_size)
     existing = existing_manifest(storage, config.dump_name)

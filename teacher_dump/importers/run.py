@@ -71,6 +71,7 @@ def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporte
 
     layout = LAYOUTS[config.format](config)
     storage = open_storage(config.store)
+    storage.probe()  # refused here, and not after an hour, where nothing is written
     tokenizer = load_tokenizer(config.tokenizer)
     if config.teacher and teacher is None:
         from teacher_dump.teachers import opening
