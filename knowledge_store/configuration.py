@@ -163,7 +163,7 @@ class ServeConfig:
     """The options of `knowledge-store serve`."""
 
     stores: tuple[StorePlace, ...] = option(
-        argument=True, metavar="STORE…", help="The stores, each known by the last part of its name."
+        argument=True, metavar="STORE", help="The stores, each known by the last part of its name."
     )
     token_file: Path = option(
         help="File of the tokens that are let in, one in a line, a name before it if you like; read again on SIGHUP."

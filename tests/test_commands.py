@@ -137,7 +137,10 @@ def test_an_address_that_no_storage_serves_is_refused_by_name(program, words, tm
     arguments = [values.get(word, word).replace("\t", " ") for word in words.split(" ")]
     result = CliRunner().invoke(APPS[program], arguments, prog_name=program)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
-    sentence = "Error: hf://bucket/store is no address of a store: give a folder, or s3://BUCKET/PREFIX, gs://… or az://…\n"
+    sentence = (
+        "Error: hf://bucket/store is no address of a store: give a folder, s3://BUCKET/PREFIX (also gs:// and az://), or"
+        " grpc+tls://HOST:PORT\n"
+    )
     assert result.stderr == sentence
     assert sorted(tmp_path.iterdir()) == before
 

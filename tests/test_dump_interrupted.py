@@ -115,7 +115,7 @@ def test_while_the_pool_of_the_reader_shuts_down(config, loaded_teacher, monkeyp
 def test_while_the_teacher_is_asked_and_a_shard_is_published(config, loaded_teacher, monkeypatch):
     """The teacher works on the third shard while the second one is published: that one is committed, and counted."""
     publishing_second, interrupted = threading.Event(), threading.Event()
-    commit, ask = DumpWriter.commit, teacher_pass._ask
+    commit, take = DumpWriter.commit, teacher_pass._take
 
     def waits(writer, shard):
         if shard.number == 1:
@@ -123,15 +123,15 @@ def test_while_the_teacher_is_asked_and_a_shard_is_published(config, loaded_teac
             interrupted.wait()
         return commit(writer, shard)
 
-    def presses(config, teacher, shard, *more):
+    def presses(config, shard, *more):
         if shard.shard == 2:
             publishing_second.wait()
             interrupted.set()
             press()
-        return ask(config, teacher, shard, *more)
+        return take(config, shard, *more)
 
     monkeypatch.setattr(DumpWriter, "commit", waits)
-    monkeypatch.setattr(teacher_pass, "_ask", presses)
+    monkeypatch.setattr(teacher_pass, "_take", presses)
     check_stopped(config, loaded_teacher, 2)
 
 

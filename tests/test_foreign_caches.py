@@ -491,8 +491,8 @@ def test_the_teacher_is_asked_again(asked, tmp_path, teacher_folder, loaded_teac
 
     [dump] = opened.dumps
     for name in ("surprised", "garbled"):  # tokens that are no candidate count as the tail at least
-        sql = statement(name, Asked(dump, keeps_entropy=False, knows_tokens=False))
-        surprise = opened.sql(sql)["surprise_at_least"].to_pylist()
+        about = Asked(dump, keeps_entropy=False, knows_tokens=False)
+        surprise = opened.sql(statement(name, about))[about.surprise_name].to_pylist()
         assert None not in surprise and surprise == sorted(surprise, reverse=True) and surprise
 
 
