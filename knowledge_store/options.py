@@ -16,6 +16,7 @@ from knowledge_store.errors import InputError
 
 PATH = "<path>"  # metavar of a path that is kept as text
 _KEY = "option"
+HUB = "hf"  # the scheme of its addresses
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # of an address, of which a path keeps one /
 
 
@@ -32,6 +33,7 @@ class Option:
         above, below: the same, where the limit itself is not taken.
         choices: the only values that are taken; empty for any.
         names_dump: its value is the name of a dump of STORE, which a shell completes.
+        of_hub: its paths may be addresses of the hub, hf://….
     """
 
     help: str
@@ -44,6 +46,7 @@ class Option:
     below: float | None = None
     choices: tuple[Any, ...] = ()
     names_dump: bool = False
+    of_hub: bool = False
 
     @property
     def limits(self) -> str:
@@ -83,9 +86,10 @@ def option(
     below: float | None = None,
     choices: tuple[Any, ...] = (),
     names_dump: bool = False,
+    of_hub: bool = False,
 ) -> Any:
     """A field of a configuration that a command takes as an option (see `Option`); without a default it is required."""
-    declared = Option(help, flag, argument, metavar, min, max, above, below, choices, names_dump)
+    declared = Option(help, flag, argument, metavar, min, max, above, below, choices, names_dump, of_hub)
     return field(default=default, metadata={_KEY: declared})
 
 
@@ -116,8 +120,9 @@ def check_options(configuration: Any) -> None:
     for configuration_field in fields(configuration):
         declared, value = option_of(configuration_field), getattr(configuration, configuration_field.name)
         for path in value if isinstance(value, tuple) else (value,):
-            local = declared is not None and (isinstance(path, Path) or (path is not None and declared.metavar == PATH))
-            if local and (scheme := _SCHEME.match(str(path))):
+            if declared is None or not (isinstance(path, Path) or (path is not None and declared.metavar == PATH)):
+                continue
+            if (scheme := _SCHEME.match(str(path))) and not (declared.of_hub and scheme[1] == HUB):
                 raise InputError(
                     f"{flag_of(configuration_field)} is of this machine, and not at {scheme[1]}://…: only a store may be in a"
                     " bucket"

@@ -144,7 +144,8 @@ class CorpusOptions(NamedTeacher):
 
     corpus: tuple[Path, ...] = option(
         help="Files of the corpus, one or more: .jsonl, .json, .parquet, .arrow or .txt; or a data set of the hub,"
-        " hf://datasets/OWNER/NAME."
+        " hf://datasets/OWNER/NAME.",
+        of_hub=True,
     )
     _: KW_ONLY
     columns: str | None = option(

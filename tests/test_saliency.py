@@ -328,7 +328,7 @@ def test_memory_is_bounded_by_smaller_batches(tmp_path, store, options, loaded_t
     asked: list[int] = []
     predict = LocalTeacher.predict
 
-    def counted(teacher, token_ids, mask, gradients=False, layers=()):
+    def counted(teacher, token_ids, mask, gradients=False, layers=(), likeliest=0):
         asked.append(token_ids.size)
         assert gradients
         return predict(teacher, token_ids, mask, gradients=gradients)
