@@ -348,7 +348,7 @@ def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, sh
         assert list(found) == whole[start.document : start.document + shard_size + 1]
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(st.permutations(range(10)), st.integers(1, 20), st.integers(20, 150), st.integers(1, 900))
 def test_pieces_of_any_size_hold_what_the_whole_does(mixed_files, order, shard_size, limit, size):
     files = tuple(mixed_files[index] for index in order)

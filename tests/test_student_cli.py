@@ -211,7 +211,6 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line_too():
     ("package", "arguments"),
     [
         ("student_train", ["run", "STORE", "--student", "nobody/nosuch", "--output", "o", "--dump", "train"]),
-        ("student_train", ["evaluate", "STORE", "--model", "nobody/nosuch", "--dump", "heldout"]),
         ("teacher_dump", ["check", "STORE", "--teacher", "nobody/nosuch", "--dump", "train"]),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_case_that_spins_hangs(tmp_path, code):
 
 @pytest.mark.parametrize("code", SLEEPS.values(), ids=SLEEPS.keys())
 def test_a_case_that_waits_for_ever_hangs(tmp_path, code):
-    ending = Processes(spinning=600, idle=2).run(code, tmp_path / "loop", [], seconds=600)
+    ending = Processes(spinning=600, idle=1).run(code, tmp_path / "loop", [], seconds=600)
     assert ending.hung is not None and ending.result is None and ending.cut_off is None
     assert ending.hung.startswith("it used no processor time for ") and ending.hung.endswith("at 'case 7'")
 
