@@ -243,3 +243,15 @@ class Teacher(Protocol):
     def tokens(self) -> tuple[list[str | None], list[str | None]]:
         """For each token id below the vocabulary size: its text as a person reads it, and the tokenizer's own name for it."""
         ...
+
+
+class WithoutGradients:
+    """What a `Teacher` without the ability GRADIENTS has of them: nothing asks it."""
+
+    def check_gradients(self) -> None:
+        """Never asked for."""
+        raise NotImplementedError
+
+    def gradient_room(self, longest: int) -> int:
+        """Never asked for."""
+        raise NotImplementedError

@@ -23,7 +23,7 @@ from teacher_dump.teachers.files import EXPERTS, file_hashes, find_folder, model
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import with_finite_padding
 from teacher_dump.teachers.probes import check_looks_back
-from teacher_dump.teachers.protocol import DTYPES, Ability, Batching, Likeliest
+from teacher_dump.teachers.protocol import DTYPES, Ability, Batching, Likeliest, WithoutGradients
 from teacher_dump.teachers.tokenizer import load_tokenizer, token_texts
 from teacher_dump.teachers.vllm_engine import VllmEngine, start_engine
 
@@ -121,7 +121,7 @@ def _runs(rows: np.ndarray, positions: np.ndarray) -> list[slice]:
 
 
 @dataclass
-class VllmTeacher:
+class VllmTeacher(WithoutGradients):
     """A teacher that vLLM runs (see `protocol.Teacher`).
 
     Attributes:
@@ -165,14 +165,6 @@ class VllmTeacher:
     def batching(self, longest: int, room: int) -> Batching:
         """Any: vLLM knows no padding, and picks what depends on lengths by the longest it was started for."""
         return Batching()
-
-    def check_gradients(self) -> None:
-        """Never asked for."""
-        raise NotImplementedError
-
-    def gradient_room(self, longest: int) -> int:
-        """Never asked for."""
-        raise NotImplementedError
 
     def predict(
         self,
