@@ -185,9 +185,7 @@ def _nonsense(server: Server, chance: random.Random) -> None:
     with flight.FlightClient(server.address) as client:
         for _ in range(40):
             data = chance.randbytes(chance.choice((0, 3, 50, 5000)))
-            request = {
-                "sequences": {"dump": "small", "snapshot": chance.getrandbits(60), "kinds": ["positions"], "batches": [[1]]}
-            }
+            request = {"sequences": {"dump": "small", "snapshot": chance.getrandbits(60), "kinds": ["positions"]}}
             inner = message([(chance.randrange(1, 7), chance.choice((data, chance.getrandbits(64)))) for _ in range(3)])
             command = message([(1, f"{TYPE_PREFIX}CommandGetDbSchemas".encode()), (2, inner)])
             whole = chance.choice((data, to_bytes(request), command))
@@ -195,11 +193,18 @@ def _nonsense(server: Server, chance: random.Random) -> None:
                 place = chance.randrange(len(whole))
                 whole = whole[:place] + chance.randbytes(chance.randrange(3)) + whole[place + chance.randrange(3) :]
             with contextlib.suppress(flight.FlightError, pa.ArrowException):
-                kind = chance.randrange(3)
+                kind = chance.randrange(4)
+                descriptor = flight.FlightDescriptor.for_command(whole)
                 if kind == 0:
                     client.do_get(flight.Ticket(whole), OPTIONS).read_all()
                 elif kind == 1:
-                    client.get_flight_info(flight.FlightDescriptor.for_command(whole), OPTIONS)
+                    client.get_flight_info(descriptor, OPTIONS)
+                elif kind == 2:
+                    writer, reader = client.do_exchange(descriptor, OPTIONS)
+                    with contextlib.closing(writer):
+                        writer.write_metadata(data)
+                        writer.done_writing()
+                        reader.read_all()
                 else:
                     what = chance.choice((messages.READ, messages.OPEN, messages.FILES, "x"))
                     list(client.do_action(flight.Action(what, whole), OPTIONS))
