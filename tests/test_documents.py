@@ -110,7 +110,11 @@ def run_line(line: str) -> None:
     files = {sign: words[words.index(sign) + 1] for sign in "<>" if sign in words}
     for sign, name in files.items():
         words = [word for word in words if word not in (sign, name)]
-    words = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*.jsonl" in word else [word])]
+    words = [
+        name
+        for word in words
+        for name in (sorted(map(str, Path().glob(word))) if word.endswith(("*.jsonl", "*.parquet")) else [word])
+    ]
     module = words[2] if words[:2] == ["python", "-m"] else PROGRAMS[words[0]]
     arguments = words[3:] if words[0] == "python" else words[1:]
     printed = io.StringIO()

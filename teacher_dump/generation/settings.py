@@ -137,6 +137,7 @@ def settings_record(
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
         "shard_size": config.shard_size,
+        "keep_top_k": config.keep_top_k,
         "prompt_as": "message" if reader.as_message else "text",
         "count": config.count,
         "columns": config.column_names,
