@@ -59,7 +59,7 @@ class ValidationMixin(_Base):
     @property
     def unit_names(self) -> tuple[str, ...]:
         """What is counted of a batch, to divide sums by."""
-        return ("target", "sequence", *self._more)
+        return ("target", "sequence", "group", *self._more)
 
     @property
     def _more(self) -> tuple[str, ...]:
@@ -158,7 +158,7 @@ class ValidationMixin(_Base):
         function = None if self.distillation.whole_batch else self.distillation.function
         sums = []
         if function is None:
-            ones = {"target": 1, "sequence": 1}
+            ones = {"target": 1, "sequence": 1, "group": 1}
             sums.append(step_loss(self.distillation, outputs, batch, ones, options=self.loss_options).unsqueeze(0))
         if whole is not None:
             logits = predicting_logits(whole, batch)

@@ -45,6 +45,10 @@ TOKENS = Shape("token ids", ("input_ids",), ("labels", *MASKS, "attention_mask",
 SHAPES = (TEXT, COMPLETION, MESSAGES, SHAREGPT, ALPACA, TOKENS, CHOSEN, COMPLETIONS, ALPACA_CHOSEN)
 GROUPS = (CHOSEN, COMPLETIONS, ALPACA_CHOSEN)  # whose rows are several answers to one prompt
 
+# What `finish` says of a completion that a model wrote: it ended by itself, or was cut off.
+FINISH = "finish"
+STOPPED, CUT_OFF = "stop", "length"
+
 # Text in these is the row's own; text in any other column that a shape takes is JSON.
 TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output", "system")
 
