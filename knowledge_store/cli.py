@@ -19,12 +19,12 @@ from knowledge_store.configuration import (
     ExportConfig,
     InfoConfig,
     OneDumpOptions,
+    ReindexConfig,
     RemoveConfig,
     RenameConfig,
     SequenceConfig,
     ServeConfig,
     SqlConfig,
-    StoreOptions,
     VerifyConfig,
 )
 from knowledge_store.errors import InputError, LimitError
@@ -235,13 +235,20 @@ def verify(config: VerifyConfig) -> None:
     output.print(f"Sound: {checked}", markup=False)
 
 
-@command(app, StoreOptions)
-def reindex(config: StoreOptions) -> None:
+@command(app, ReindexConfig)
+def reindex(config: ReindexConfig) -> None:
     """Build the index again from the commit records. Never needed: opening a store rebuilds a missing or outdated one.
 
     Example: `knowledge-store reindex knowledge/`
     """
     opened = _open(config.store, rebuild_index=True)
+    if config.bundle:
+        from knowledge_store.writing.bundles import replace_bundles
+
+        for name in opened.dumps:
+            output.print(
+                f"Bundled {replace_bundles(opened.storage, opened.manifest(name)):,} commit records of {name}", markup=False
+            )
     for sentence in opened.closed.values():
         note(f"Closed: {sentence}")
     shards = sum(summary.shards for summary in opened.info())

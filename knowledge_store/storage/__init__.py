@@ -25,6 +25,7 @@ __all__ = [
     "at_endpoint",
     "concurrently",
     "contents",
+    "is_bucket_address",
     "open_storage",
     "repairing",
 ]
