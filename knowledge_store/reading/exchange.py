@@ -24,8 +24,9 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import Arrays
 from knowledge_store.reading.transfer import Decoder, Received
 from knowledge_store.storage.served import messages
-from knowledge_store.storage.served.client import CALL_SECONDS, ServedStorage
+from knowledge_store.storage.served.client import CALL_SECONDS, PATIENCE, Attempts, ServedStorage
 
+QUIET_SECONDS = 10.0  # without anything that comes, after which waiting is told of
 JOIN_SECONDS = 1.0  # that the end of a stream may take
 
 
@@ -95,7 +96,7 @@ class Exchange:
                 asked.parts.clear()
                 self._line.ask(asked.ordinals)
         try:
-            received = self._line.next()
+            received = self._line.next(self._attempts)
         except BaseException:
             self._end()
             raise
@@ -142,16 +143,20 @@ class _Line:
         with contextlib.suppress(pa.ArrowException, OSError):
             self._writer.write_metadata(np.array(ordinals, "<i8").tobytes())
 
-    def next(self) -> Received | None:
-        """What comes next; None where the server has it hang up.
+    def next(self, attempts: Attempts) -> Received | None:
+        """What comes next; None where the server has it hang up. When nothing comes for a while, it is told to `attempts`.
 
         Raises:
             Exception: the line broke (see `Attempts.failed`), or nothing comes.
         """
         try:
-            chunk = self._chunks.get(timeout=CALL_SECONDS)
+            chunk = self._chunks.get(timeout=QUIET_SECONDS)
         except queue.Empty:
-            raise TimeoutError(f"nothing came in {CALL_SECONDS:g} seconds") from None
+            attempts.waiting(f"nothing came for {QUIET_SECONDS:g} s", CALL_SECONDS - QUIET_SECONDS + PATIENCE)
+            try:
+                chunk = self._chunks.get(timeout=CALL_SECONDS - QUIET_SECONDS)
+            except queue.Empty:
+                raise TimeoutError(f"nothing came for {CALL_SECONDS:g} s") from None
         if isinstance(chunk, StopIteration):
             raise OSError("it ended the stream")
         if isinstance(chunk, BaseException):
