@@ -34,6 +34,7 @@ from knowledge_store.reading.reader import DumpReader
 from knowledge_store.reading.teachers import TeachersReader, taken_of_teachers
 
 CHUNKS = 4  # of the order, kept in memory
+STEPS = 64  # whose items are kept: as many as a reader looks ahead
 
 
 class Batches:
@@ -125,6 +126,7 @@ class Batches:
                 epoch=plan.epoch,
             )
         self._chunk = lru_cache(CHUNKS)(lambda number: self.order.items(number * CHUNK, (number + 1) * CHUNK))
+        self._step_items = lru_cache(STEPS)(self._find_step_items)
 
     def at(self, epoch: int, consumed: int = 0) -> Batches:
         """The batches of another epoch, or from another place in it."""
@@ -187,7 +189,7 @@ class Batches:
             found += zip(places[within].tolist(), ordinals[within].tolist(), strict=True)
         return found
 
-    def _step_items(self, step: int) -> list[tuple[int, int]]:
+    def _find_step_items(self, step: int) -> list[tuple[int, int]]:
         """The place and the ordinal of each sequence of this rank's batch number `step`."""
         plan = self._plan
         items = batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)

@@ -32,11 +32,11 @@ JOIN_SECONDS = 1.0  # that the end of a stream may take
 
 @dataclass(eq=False)
 class Asked:
-    """Sequences that were asked for.
+    """Sequences that were asked for at once.
 
     Attributes:
         ordinals: which.
-        parts: what has come of them.
+        parts: what has come of them, in their order.
         wanted: whether they are still to be read.
     """
 
@@ -48,6 +48,15 @@ class Asked:
     def left(self) -> int:
         """How many have not come."""
         return len(self.ordinals) - sum(map(len, self.parts))
+
+    def sequences(self, start: int, stop: int) -> list[tuple[int, dict[str, Arrays]]]:
+        """Some of those that have come (see `Received.sequences`)."""
+        found: list[tuple[int, dict[str, Arrays]]] = []
+        for part in self.parts:
+            if start < len(part) and stop > 0:
+                found += part.sequences(max(start, 0), min(stop, len(part)))
+            start, stop = start - len(part), stop - len(part)
+        return found
 
 
 class Exchange:
@@ -77,15 +86,15 @@ class Exchange:
             self._line.ask(ordinals)
         return asked
 
-    def answer(self, asked: Asked) -> list[tuple[int, dict[str, Arrays]]]:
-        """What was asked for, once it has come (see `Received.sequences`).
+    def answer(self, asked: Asked, start: int, stop: int) -> list[tuple[int, dict[str, Arrays]]]:
+        """Some of what was asked for, once it has come (see `Received.sequences`).
 
         Raises:
             KnowledgeStoreError: what the server said, or it does not answer.
         """
-        while asked.left:
+        while len(asked.ordinals) - asked.left < stop:
             self._attempts.of(self._receive)
-        return [sequence for part in asked.parts for sequence in part.sequences()]
+        return asked.sequences(start, stop)
 
     def _receive(self) -> None:
         """Take what comes next, on a line that is begun where there is none."""
