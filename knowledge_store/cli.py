@@ -52,7 +52,7 @@ def _open(store: StorePlace, **options: Any) -> KnowledgeStore:
     """The store, and with it the libraries that reading it takes: `sql` leaves both to its child."""
     from knowledge_store.store import KnowledgeStore
 
-    return KnowledgeStore.open(store, **options)
+    return KnowledgeStore.open(store, reporter=TerminalReporter(), **options)
 
 
 @command(app, InfoConfig)
