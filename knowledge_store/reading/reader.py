@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.errors import DamageError, InputError
+from knowledge_store.format.integrity import TableFile
 from knowledge_store.format.layout import SEQUENCES
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import OpenTable, open_table, read_row_group, read_table
 from knowledge_store.format.records import json_sha256
-from knowledge_store.format.sequences import sequences_schema
+from knowledge_store.format.sequences import SCORE, WINDOW_BITS, sequences_schema
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.reading.ahead import BATCHES, GROUPS, Key, ReadAhead
@@ -107,6 +108,20 @@ class DumpReader:
             firsts = list(pool.map(lambda place: self._row_groups(kind, place).first, range(len(self._shards))))
         starts = [first[:-1] + start for first, start in zip(firsts, self._first_ordinal, strict=False)]
         return np.concatenate([*starts, [len(self)]]).astype(np.int64)
+
+    @cached_property
+    def scored_documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of a dump of groups: the document of each sequence, int64 (N,), and its score, float64 (N,), NaN for none."""
+
+        def read(file: TableFile) -> tuple[np.ndarray, np.ndarray]:
+            table = read_table(file, ["sequence_id", SCORE])
+            scores = table[SCORE].to_numpy()
+            return table["sequence_id"].to_numpy() >> WINDOW_BITS, scores.astype(np.float64)
+
+        with ThreadPoolExecutor(self._concurrently) as pool:
+            parts = list(pool.map(read, self._sequence_files))
+        documents, scores = zip(*parts, strict=True)
+        return np.concatenate(documents), np.concatenate(scores)
 
     @property
     def shards(self) -> list[int]:
