@@ -28,6 +28,7 @@ from knowledge_store.configuration import (
     VerifyConfig,
 )
 from knowledge_store.errors import InputError, LimitError
+from knowledge_store.isolation.child import leave_out_pandas
 from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
@@ -355,6 +356,7 @@ def serve(config: ServeConfig) -> None:
 def main() -> None:
     """Entry point of the command. SIGTERM ends it as Ctrl-C does: unfinished files are removed."""
     end_at_sigterm()
+    leave_out_pandas()
     app()
 
 

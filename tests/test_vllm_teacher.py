@@ -213,7 +213,7 @@ def test_distributions_that_are_not_known_to_be_right_are_not_used(monkeypatch, 
     fake_vllm.install(monkeypatch, version).faults = fake_vllm.Faults(**faults)
     notes = Notes()
     teacher = load_teacher(str(teacher_folder), Loading(engine="vllm"), LONGEST, reporter=notes)
-    assert teacher.abilities == {Ability.LIKELIEST}
+    assert teacher.abilities == {Ability.LIKELIEST, Ability.TEXT}
     assert any(re.search(reason, text) for text in notes.texts)
 
 

@@ -7,9 +7,11 @@ padding, how many values each row has. What stands where says the layout, which 
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,11 @@ class Layout:
         fields = [[name, dtype.str, stored.str, list(shape)] for name, dtype, stored, shape, _ in self.fields]
         return {"fields": fields, "lists": [[name, lists.width, lists.counts.str] for name, lists in self.lists.items()]}
 
+    @cached_property
+    def text(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.to_record(), separators=(",", ":"))
+
     @classmethod
     def from_record(cls, record: Mapping[str, Any], fillers: Mapping[str, Any]) -> Layout:
         """The layout of plain JSON values.
@@ -97,13 +104,13 @@ class Packed:
     Attributes:
         layout: of the record.
         rows: how many rows each of its arrays has.
-        record: its bytes; arrays that are stored as they are become views of it.
+        record: its bytes; arrays that are stored as they are become views of it, which can be changed where it can.
         checksum: the CRC-32 that the record had when it was made.
     """
 
     layout: Layout
     rows: int
-    record: bytearray
+    record: bytearray | memoryview
     checksum: int
 
     @property
@@ -112,7 +119,7 @@ class Packed:
         return zlib.crc32(self.record) == self.checksum
 
     def arrays(self) -> Arrays:
-        """Its arrays, which may be changed.
+        """Its arrays.
 
         Raises:
             ValueError, TypeError: the record is not as long as its layout says.

@@ -37,6 +37,10 @@ TOKENS = Shape("token ids", ("input_ids",), ("labels", *MASKS, "attention_mask",
 
 SHAPES = (TEXT, COMPLETION, MESSAGES, SHAREGPT, ALPACA, TOKENS)
 
+# What `finish` says of a completion that a model wrote: it ended by itself, or was cut off.
+FINISH = "finish"
+STOPPED, CUT_OFF = "stop", "length"
+
 # Text in these is the row's own; text in any other column that a shape takes is JSON.
 TEXT_COLUMNS = ("text", "prompt", "completion", "instruction", "input", "output", "system")
 

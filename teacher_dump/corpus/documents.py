@@ -47,6 +47,7 @@ class Document:
         token_ids, is_target: of one length; the latter says which tokens count for training.
         columns: the row's other columns.
         template_arguments: `tools` and `chat_template_kwargs` for the chat template.
+        finish: how a completion ended that a model wrote: `stop` or `length`; None of others.
     """
 
     number: int
@@ -63,6 +64,7 @@ class Document:
     is_target: tuple[bool, ...] | None = None
     columns: dict[str, Any] | None = None
     template_arguments: dict[str, Any] | None = None
+    finish: str | None = None
     problem: str | None = None
 
     @property
@@ -133,7 +135,7 @@ def problem_text(files: tuple[Path, ...], file: int, row: int, problem: str) -> 
     return f"{place_text(files, file, row)}: {problem}"
 
 
-def _sound_unicode(value: Any) -> bool:
+def sound_unicode(value: Any) -> bool:
     """Whether all text in a row, also in the columns that only travel along, can be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
@@ -148,7 +150,7 @@ def _row_content(row: Row, columns: Columns) -> Content | str:
         return row.problem
     if not isinstance(row.record, dict):
         return "not an object with columns"
-    if not _sound_unicode(row.record):
+    if not sound_unicode(row.record):
         return "text that is not sound Unicode (half of a surrogate pair)"
     try:
         return read_content(row.record, columns)
@@ -180,7 +182,8 @@ def _row_documents(
         )
 
 
-def _file_rows(path: Path, start: Start) -> Iterator[Row]:
+def file_rows(path: Path, start: Start) -> Iterator[Row]:
+    """The rows of a file that has rows, from `start` on."""
     if path.suffix == ".parquet":
         return parquet_rows(path, start)
     if path.suffix == ".arrow":
@@ -214,7 +217,7 @@ def read_documents(
                     number += 1
                 continue
             first_part = here.part
-            for row in _file_rows(path, here):
+            for row in file_rows(path, here):
                 for document in _row_documents(row, columns, number, file, first_part, part_characters):
                     yield document
                     number += 1

@@ -11,10 +11,13 @@ from typing import Any
 
 from teacher_dump.corpus.columns import (
     COMPLETION,
+    CUT_OFF,
+    FINISH,
     MESSAGES,
     OWN_NAMES,
     SHAPES,
     SHAREGPT,
+    STOPPED,
     TEXT,
     TOKENS,
     Columns,
@@ -55,7 +58,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
         value = record.get(columns.name(part))
         if value is None:
             if part in shape.required:
-                raise ValueError(_missing(part, shape, record, columns))
+                raise ValueError(missing_column(part, shape, record, columns))
         elif isinstance(value, str) and columns.is_json(part):
             try:
                 given[part] = json_value(value)
@@ -65,7 +68,10 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
             given[part] = value
     taken = {columns.name(part) for part in parts}
     others = {name: value for name, value in record.items() if name not in taken}
-    return Content(_fields(shape, given, plain_text, columns), others)
+    finish = others.get(FINISH) if shape is COMPLETION else None
+    if finish not in (STOPPED, CUT_OFF):
+        return Content(_fields(shape, given, plain_text, columns), others)
+    return Content({**_fields(shape, given, plain_text, columns, written=True), "finish": finish}, others)
 
 
 def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
@@ -118,7 +124,7 @@ def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
     )
 
 
-def _missing(part: str, shape: Shape, record: dict[str, Any], columns: Columns) -> str:
+def missing_column(part: str, shape: Shape, record: dict[str, Any], columns: Columns) -> str:
     name = columns.name(part)
     why = "is null" if name in record else "is not there"
     return f"`{name}` {why}, which --columns makes the {part} of {shape.name}" if name != part else f"`{name}` {why}"
@@ -132,14 +138,16 @@ def _own_names(shape: Shape) -> str:
     return ",".join(f"{part}={part}" for part in shape.required)
 
 
-def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Columns) -> dict[str, Any]:
+def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Columns, written: bool = False) -> dict[str, Any]:
+    """The content by a shape; `written`: a model wrote the completion, which may be empty."""
     if shape is TOKENS:
         return token_content(given)
     if shape is TEXT:
         return {"text": _text(given, "text", columns)}
-    arguments = {} if plain_text else {"template_arguments": _template_arguments(given, columns)}
+    arguments = {} if plain_text else {"template_arguments": template_arguments(given, columns)}
     if plain_text:
-        _check_words(given, "completion", columns)
+        if not written:
+            _check_words(given, "completion", columns)
         return {"prompt": given["prompt"], "completion": given["completion"]}
     if shape is COMPLETION:
         if not (is_message_list(given["prompt"]) and is_message_list(given["completion"])):
@@ -150,7 +158,7 @@ def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Colu
         return {"messages": read_messages(given["messages"], columns.name("messages"))} | arguments
     if shape is SHAREGPT:
         messages = read_messages(given["conversations"], columns.name("conversations"))
-        return {"messages": [*_system(given, messages, columns), *messages]} | arguments
+        return {"messages": [*system_turns(given, messages, columns), *messages]} | arguments
     return {"messages": _alpaca_messages(given, columns)} | arguments
 
 
@@ -167,7 +175,7 @@ def _check_words(given: dict[str, Any], part: str, columns: Columns) -> None:
         raise ValueError(f"an answer is empty, so only its end is there to learn: `{columns.name(part)}`")
 
 
-def _system(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
+def system_turns(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
     """A `system` column as the first message; one that is empty is none."""
     system = _text(given, "system", columns)
     if not system:
@@ -188,12 +196,12 @@ def _alpaca_messages(given: dict[str, Any], columns: Columns) -> Turns:
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(words, str) for words in pair)):
             raise ValueError(f"`{columns.name('history')}` must be a list of pairs of strings (entry {number} is none)")
         turns.insert(number - 1, (pair[0], pair[1]))
-    return _system(given, [], columns) + [
+    return system_turns(given, [], columns) + [
         {"role": role, "content": content} for turn in turns for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
 
 
-def _template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, Any]:
+def template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """What goes to the chat template beside the messages."""
     arguments, tools = given.get("chat_template_kwargs", {}), given.get("tools", [])
     if not isinstance(arguments, dict):

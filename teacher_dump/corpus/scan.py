@@ -66,7 +66,8 @@ class PieceScan:
     notes: tuple[str, ...] = ()
 
 
-def _column_type(value: Any) -> str | None:
+def column_type(value: Any) -> str | None:
+    """The type of a corpus's own column that has a value; None of one that has none."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -76,7 +77,8 @@ def _column_type(value: Any) -> str | None:
     return "double" if isinstance(value, float) else "string"
 
 
-def _common_type(one: str | None, other: str | None) -> str | None:
+def common_type(one: str | None, other: str | None) -> str | None:
+    """The type of a column that has values of two types."""
     if one is None or other is None or one == other:
         return one or other
     return "double" if {one, other} == {"int64", "double"} else "string"
@@ -193,7 +195,7 @@ class Scanner:
             documents.extend((document.file, document.row, document.part, document.offset, positions))
             if document.problem is None and document.part == 0:
                 for name, value in (document.columns or {}).items():
-                    columns[name] = _common_type(columns.get(name), _column_type(value))
+                    columns[name] = common_type(columns.get(name), column_type(value))
         advance(total - passed)
         found = np.array(documents, np.int64).reshape(-1, len(DOCUMENT_COLUMNS))
         notes = tuple(self.tokenizer.notes)
@@ -233,7 +235,7 @@ class ScanSum:
         self._lines = piece.lines + (self._lines if piece.unnumbered == piece.ends_in else 0)
         self._tally.add(counts)
         for name, kind in piece.columns.items():
-            self._columns[name] = _common_type(self._columns.get(name), kind)
+            self._columns[name] = common_type(self._columns.get(name), kind)
         self.notes |= dict.fromkeys(piece.notes)
         if not len(documents):
             return

@@ -7,6 +7,8 @@
 * `messages`, and `prompt` + `completion` as messages: what the assistant writes counts, of the completion alone where there is
   one (see `chat`).
 
+A completion that a model wrote and that was cut off (`finish` is `length`) has no end: nothing that would close it is a target.
+
 What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says how much was lost; or
 it is not used, if that is asked for.
 """
@@ -25,7 +27,9 @@ from knowledge_store.format.records import json_sha256
 from knowledge_store.tokenizer import opening_tokens
 from teacher_dump.corpus.chat.options import ChatOptions, today
 from teacher_dump.corpus.chat.template import ChatTemplate
+from teacher_dump.corpus.columns import CUT_OFF
 from teacher_dump.corpus.documents import Document
+from teacher_dump.corpus.messages import Turns, message_texts
 from teacher_dump.corpus.rows import BadRow, EmptyRow, LongRow
 
 if TYPE_CHECKING:
@@ -125,12 +129,15 @@ class CorpusTokenizer:
             return self._windows(document, document.text)
         if document.token_ids is not None:
             return self._answer(document, *self._given_tokens(document))
+        if document.finish is not None and not _has_words(document.completion):
+            return []  # a model ended at once: nothing of it is to be learned, and nothing is wrong with the corpus
+        cut_off = document.finish == CUT_OFF
         if isinstance(document.prompt, str) and isinstance(document.completion, str):
-            return self._answer(document, *self._completion(document.prompt, document.completion))
+            return self._answer(document, *self._completion(document.prompt, document.completion, cut_off))
         messages, completion_from = document.messages or [], 0
         if isinstance(document.prompt, list) and isinstance(document.completion, list):
             messages, completion_from = [*document.prompt, *document.completion], len(document.prompt)
-        conversation = self._chat.tokens(messages, document.template_arguments, completion_from)
+        conversation = self._chat.tokens(messages, document.template_arguments, completion_from, cut_off)
         return self._answer(document, conversation.token_ids, conversation.is_target, conversation.dropped_reasoning)
 
     def _answer(
@@ -211,13 +218,44 @@ class CorpusTokenizer:
                 )
         return np.array(document.token_ids, np.int64), np.array(document.is_target, bool)
 
-    def _completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+    def prompt_tokens(self, prompt: str | Turns, arguments: dict[str, Any] | None = None) -> np.ndarray:
+        """The tokens that a completion of a prompt is predicted from, int64 (T,).
+
+        Args:
+            prompt: text, or messages of which the assistant is asked to answer the last.
+            arguments: for the chat template, as a document has them.
+
+        Raises:
+            BadRow: the prompt cannot be used. InputError: the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str):
+            return np.array([*self._opening, *self._encode(prompt)], np.int64)
+        return np.array(self._encode(self._chat.prompt(prompt, arguments)), np.int64)
+
+    def last_target(self, messages: Turns) -> int | None:
+        """The id of the last token that a conversation teaches, where it is one of those that stand for no text.
+
+        Raises:
+            BadRow: the conversation cannot be used.
+        """
+        conversation = self._chat.tokens(messages)
+        last = int(conversation.token_ids[conversation.is_target][-1])
+        return last if last in self.tokenizer.added_tokens_decoder else None
+
+    def _completion(self, prompt: str, completion: str, cut_off: bool) -> tuple[np.ndarray, np.ndarray]:
         prompt_ids = [*self._opening, *self._encode(prompt)]
-        token_ids = self._close([*self._opening, *self._encode(prompt + completion)])
+        token_ids = [*self._opening, *self._encode(prompt + completion)]
+        if not cut_off:
+            token_ids = self._close(token_ids)
         length = min(len(prompt_ids), len(token_ids))
         differing = np.array(prompt_ids[:length]) != np.array(token_ids[:length])
         prompt_length = int(np.argmax(differing)) if differing.any() else length
         return np.array(token_ids, np.int64), np.arange(len(token_ids)) >= prompt_length
+
+
+def _has_words(completion: str | Turns | None) -> bool:
+    """Whether a completion has more than white space. Only of one that a model wrote: text, or one message of text."""
+    return any(text.strip() for text in ([completion] if isinstance(completion, str) else message_texts(completion or [])))
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
