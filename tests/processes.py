@@ -28,6 +28,7 @@ _server.set_forkserver_preload(
     [
         *("teacher_dump.cli", "teacher_dump.dumping.repair", "teacher_dump.dumping.run", "teacher_dump.dumping.estimate"),
         *("teacher_dump.checking.run", "teacher_dump.checking.positions.verdicts", "student_train.training.run", "kinds"),
+        "teacher_dump.generation.parts",
     ]
 )
 

@@ -73,15 +73,12 @@ class Plan:
         return cls(parts=parts, columns=manifest["columns"], **{name: record[name] for name in names})
 
 
-def written_name(name: str, present: Any) -> str:
-    """The name that a prompt's own column is written under (InputError: there is a column of that name, too)."""
-    if name.lower() not in TAKEN:
-        return name
-    if f"{GIVEN}{name}" in present:
-        raise InputError(
-            f"the prompts have the columns `{name}` and `{GIVEN}{name}`, and the first is written as the second: rename one"
-        )
-    return f"{GIVEN}{name}"
+def written_name(name: str) -> str:
+    """The name that a prompt's own column is written under: no two names become one."""
+    plain = name.lower()
+    while plain.startswith(GIVEN):
+        plain = plain.removeprefix(GIVEN)
+    return f"{GIVEN}{name}" if plain in TAKEN else name
 
 
 def look_through(reader: PromptReader, shard_size: int, skip_bad_rows: bool, *, reporter: Reporter = SILENT) -> Plan:
@@ -129,5 +126,5 @@ def look_through(reader: PromptReader, shard_size: int, skip_bad_rows: bool, *, 
         raise InputError(f"{first}{more}. Repair the prompts, or pass --skip-bad-rows to leave such rows out")
     if not prompts:
         raise InputError(f"there is no prompt that can be used{f': {first}' if first else ''}")
-    own = {written_name(name, columns): kind or "string" for name, kind in columns.items()}
+    own = {written_name(name): kind or "string" for name, kind in columns.items()}
     return Plan(parts, rows, prompts, longest, own, messages, plain_messages, arguments, dict(left_out))

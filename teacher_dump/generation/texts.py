@@ -77,7 +77,7 @@ class TextRows:
         if others:
             row["chat_template_kwargs"] = json.dumps(others, ensure_ascii=False)
         for name, value in (prompt.columns or {}).items():
-            written = written_name(name, ())
+            written = written_name(name)
             row[written] = column_value(value, self.plan.columns[written])
         if text.likeliest is not None:
             assert prompt.token_ids is not None
