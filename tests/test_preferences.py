@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_model
+from processes import Notes
 from stores import DOCUMENTS, MADE_BY, make_manifest, random_sequences, sequence_row, words
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -94,19 +94,6 @@ def settings(folder, student, tmp_path) -> dict:
     }  # fmt: skip
 
 
-class Notes:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.lines.append(sentence)
-
-    def progress(self, *_: object, **__: object):
-        return nullcontext(lambda *_, **__: None)
-
-
 def answers_of(store: KnowledgeStore, dump: str) -> dict[int, tuple[float, float]]:
     """Of each sequence the sum and the mean of what a dump's teacher thinks of its targets."""
     ids = store.sequences(dump)["sequence_id"].to_pylist()
@@ -154,8 +141,8 @@ def test_a_run(settings, loss, options):
         assert record["preferences"]["groups"] == {"train": 7, "eval": 3}
         assert record["sequences"]["train"] + record["sequences"]["eval"] == ROWS
         assert record["dumps"][0]["read"]["sequences"] == 7
-        assert any("all of its 7 groups in an epoch; in the run about 14 groups" in line for line in notes.lines)
-        weights = [line for line in notes.lines if "does not say which weights it is of" in line]
+        assert any("all of its 7 groups in an epoch; in the run about 14 groups" in line for line in notes.notes)
+        weights = [line for line in notes.notes if "does not say which weights it is of" in line]
         assert len(weights) == (loss == "dpo")
     assert len(found[0]) >= 6 and found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
 
@@ -172,7 +159,7 @@ def test_held_out_groups_that_say_nothing_are_not_read(settings, folder):
     options = {"dump": "twins", "loss": "rrhf", "reference": None, "scores": "twins", "eval_fraction": 0.9}
     result = train(TrainConfig(**{**settings, **options}), reporter=notes)
     groups = json.loads((result.output / "run.json").read_text())["preferences"]["groups"]
-    assert groups["eval"] < 9 and any("held out for validation whose scores are equal" in line for line in notes.lines)
+    assert groups["eval"] < 9 and any("held out for validation whose scores are equal" in line for line in notes.notes)
 
 
 @pytest.mark.parametrize(
