@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -122,6 +123,7 @@ class Command(Running):
 
 
 def _run(function: Callable[..., None], arguments: tuple, environment: dict[str, str], out: str, err: str) -> None:
+    gc.freeze()  # what the server had imported
     os.environ.clear()
     os.environ.update(environment)
     for path, descriptor in ((out, 1), (err, 2)):

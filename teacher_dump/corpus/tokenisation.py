@@ -3,20 +3,21 @@
 * `text`: every token counts; an end-of-sequence token closes the text; a long text becomes consecutive windows, each opened
   by the tokens that the tokenizer puts before a text (a beginning-of-sequence token, where it has one).
 * `prompt` + `completion` as text: the completion's tokens count, from where prompt and prompt + completion differ as token ids.
+* `prompt` + several `completions`: a window for each, which is what a row of `prompt` and this one as `completion` becomes.
 * token ids: as they are, with nothing added; the row says which count.
 * `messages`, and `prompt` + `completion` as messages: what the assistant writes counts, of the completion alone where there is
   one (see `chat`).
 
 A completion that a model wrote and that was cut off (`finish` is `length`) has no end: nothing that would close it is a target.
 
-What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says how much was lost; or
-it is not used, if that is asked for.
+An answer of a group is never cut. What else is longer than `max_length` and no plain text is cut at its end, as TRL does, and
+its sequence says how much was lost; or it is not used, if that is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ class TokenSequence:
         token_ids: int64 (L,), L at least 2.
         is_target: bool (L,); never true at position 0, which nothing predicts.
         tokens_cut: how many tokens of the document come after its end; targets_cut: those of them that are targets.
+        score: what it is worth beside the other answers of its group; None where nobody says.
         dropped_reasoning: how many messages' reasoning the chat template left out, as it does in turns before the last.
     """
 
@@ -55,6 +57,7 @@ class TokenSequence:
     tokens_cut: int = 0
     targets_cut: int = 0
     dropped_reasoning: int = 0
+    score: float | None = None
 
     @property
     def truncated(self) -> bool:
@@ -127,6 +130,8 @@ class CorpusTokenizer:
                 return []  # white space alone is as good as no text
             self._check_context(np.ones(1, bool))
             return self._windows(document, document.text)
+        if document.completions is not None:
+            return self._group(document, document.completions)
         if document.token_ids is not None:
             return self._answer(document, *self._given_tokens(document))
         if document.finish is not None and not _has_words(document.completion):
@@ -139,6 +144,32 @@ class CorpusTokenizer:
             messages, completion_from = [*document.prompt, *document.completion], len(document.prompt)
         conversation = self._chat.tokens(messages, document.template_arguments, completion_from, cut_off)
         return self._answer(document, conversation.token_ids, conversation.is_target, conversation.dropped_reasoning)
+
+    def _group(self, document: Document, completions: tuple[str | Turns, ...]) -> list[TokenSequence]:
+        """The sequences of a group, one for each answer."""
+        scores = document.scores or (None,) * len(completions)
+        group: list[TokenSequence] = []
+        for window, (completion, score) in enumerate(zip(completions, scores, strict=True)):
+            which = f"answer {window + 1} of {len(completions)}"
+            try:
+                found = self._sequences(replace(document, completion=completion, completions=None))
+            except LongRow:
+                raise
+            except BadRow as problem:
+                raise BadRow(f"{problem}, in {which}", problem.reason) from problem
+            if not found:
+                raise BadRow(f"an answer of a group has nothing to learn from: {which}")
+            [sequence] = found
+            if sequence.truncated:
+                raise BadRow(
+                    f"an answer of a group would be cut ({which} has {len(sequence.token_ids) + sequence.tokens_cut:,} tokens,"
+                    f" and --max-length is {self.max_length:,}): answers that are cut are not compared; give a larger"
+                    " --max-length, or leave such groups out with --too-long skip"
+                )
+            group.append(replace(sequence, document=document, window=window, score=score))
+        if all(np.array_equal(sequence.token_ids, group[0].token_ids) for sequence in group):
+            raise BadRow("its answers are all the same tokens, so none is better than another")
+        return group
 
     def _answer(
         self, document: Document, token_ids: np.ndarray, is_target: np.ndarray, dropped_reasoning: int = 0
