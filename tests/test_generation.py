@@ -314,6 +314,16 @@ def test_bad_prompts_are_refused_before_a_teacher_is_loaded(options, tmp_path, m
     assert not options["output"].exists()
 
 
+def test_messages_need_a_chat_template(options, loaded_teacher, tmp_path, monkeypatch):
+    options["prompts"] = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "Who?"}]}])
+    monkeypatch.setattr(loaded_teacher.tokenizer, "chat_template", None)
+    with pytest.raises(InputError, match=r"line 1: `messages` has messages, .* name a chat template with --chat-template"):
+        generate(GenerateConfig(**options), teacher=loaded_teacher)
+    with pytest.raises(InputError, match="--prompt-as message needs a chat template, and the teacher's tokenizer has none"):
+        generate(GenerateConfig(prompt_as="message", **options), teacher=loaded_teacher)
+    assert not options["output"].exists()
+
+
 def test_bad_rows_are_left_out_and_counted(options, loaded_teacher, tmp_path):
     options["prompts"] = write_jsonl(tmp_path / "some.jsonl", [{"prompt": "Who?"}, {"prompt": ""}, {"prompt": "What?"}])
     report = generate(GenerateConfig(skip_bad_rows=True, **options), teacher=loaded_teacher)
