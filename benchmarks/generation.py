@@ -1,4 +1,4 @@
-"""How far a text depends on the batch it is written in, how near its log-probability is to a teacher-forced pass, and what it costs.
+"""How far a text depends on the batch it is written in, how right its log-probability is, and what it costs.
 
     python -m benchmarks.generation TEACHER PROMPTS [--rows N] [--samples N] [--max-new-tokens N] [--dtype float32 bfloat16]
 
