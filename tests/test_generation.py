@@ -4,8 +4,7 @@ corpus that is read back as it was written."""
 from __future__ import annotations
 
 import json
-import signal
-from functools import partial
+import math
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, TEXT, make_model, write_jsonl
-from processes import Command, Moment, Notes
+from processes import Notes
+from torture import generation
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import DamageError, InputError, MismatchError
@@ -223,28 +223,10 @@ def test_ranks_share_the_files(written, options, loaded_teacher):
     assert (again.files, again.files_existing, again.texts) == (0, 4, 0)
 
 
-def has_parts(count: int, folder: Path) -> bool:
-    return len(list(folder.glob("part-*"))) >= count
-
-
-def test_killed_and_resumed(written, options, tmp_path):
-    words = [*("generate", "--teacher", options["teacher"], "--prompts", options["prompts"][0], "--output", options["output"])]
-    for name, value in OPTIONS.items():
-        words += [f"--{name.replace('_', '-')}", value]
-
-    for parts in (1, 3):
-        moment = Moment(options["output"], partial(has_parts, parts))
-        assert Command(*words, folder=tmp_path / "out", at=moment).wait().returncode == -signal.SIGKILL
-        assert len(list(options["output"].glob("part-*"))) == parts
-        before = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in options["output"].glob("part-*")}
-    finished = Command(*words, folder=tmp_path / "out").wait()
-    assert finished.returncode == 0, finished.stderr
-    assert "1 of 4 files written, 3 existed; 6 texts" in finished.stderr
-    after = {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in options["output"].glob("part-*")}
-    assert {name: after[name] for name in before} == before
-    assert [row["tokens"] for row in texts(options["output"])] == [row["tokens"] for row in texts(written)]
-    names = sorted(path.name for path in options["output"].iterdir())
-    assert names == ["manifest.json", *(f"part-{number:06d}.parquet" for number in range(4))]
+def test_killed_at_moments_of_chance(memory_folder):
+    counts = generation.run(seed=2, minutes=math.inf, folder=memory_folder, trials=2)
+    assert counts["survived"] == counts["faults"] >= 2
+    assert counts["silent"] == 0
 
 
 def test_texts_that_end_at_once_stop_no_dump(options, loaded_teacher, tmp_path):

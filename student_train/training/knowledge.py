@@ -8,6 +8,7 @@ from pathlib import Path
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.reading.teachers import corpus_change
+from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.table import TEXT, TEXT_COLUMNS, Loss
 from student_train.training.calibration import usable_calibration, with_scale
 from student_train.training.configuration import HiddenStates, TrainConfig, check_config
@@ -130,15 +131,21 @@ def columns_read(manifest: Manifest, config: TrainConfig, loss: Loss) -> dict[st
     return {kind: names if kind == KIND else names & used for kind, names in columns.items()}
 
 
-def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
+def check_run(config: TrainConfig, reporter: Reporter = SILENT) -> tuple[KnowledgeStore, Mixture, Loss]:
     """The store, the dumps and the loss of a run. What can be refused without loading a model is refused here.
+
+    Args:
+        config: the options.
+        reporter: hears when the server of the store is waited for.
 
     Raises:
         InputError: an option is out of range, the student's folder is missing, the calibration cannot be used, the store cannot
             be opened, the output is something else than the folder of this run, or a dump does not hold what the loss needs.
     """
     loss = check_config(config)
-    store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9), token_file=config.token_file)
+    store = KnowledgeStore.open(
+        config.store, cache_size=int(config.cache_size * 1e9), token_file=config.token_file, reporter=reporter
+    )
     mixture = resolve_mixture(config, store, check_folder(Path(config.output)))
     check_mixture(store, mixture, config, loss)
     check_rationale(config, store, mixture)
