@@ -340,11 +340,9 @@ def serve(config: ServeConfig) -> None:
 
     Example: `knowledge-store serve knowledge/ --token-file tokens`
     """
-    import pyarrow as pa
-
+    # Arrow looks at it when it is imported. The system's pool gives back what Arrow's own one keeps, some 25 MiB.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     from knowledge_store.serving.service import serve as serve_stores
-
-    pa.set_memory_pool(pa.system_memory_pool())  # which gives back what Arrow's own one keeps: some 25 MiB
 
     def log(line: str) -> None:
         sys.stderr.write(f"{line}\n")  # in one piece: calls end in threads of their own
