@@ -19,12 +19,12 @@ from knowledge_store.configuration import (
     ExportConfig,
     InfoConfig,
     OneDumpOptions,
+    ReindexConfig,
     RemoveConfig,
     RenameConfig,
     SequenceConfig,
     ServeConfig,
     SqlConfig,
-    StoreOptions,
     VerifyConfig,
 )
 from knowledge_store.errors import InputError, LimitError
@@ -52,7 +52,7 @@ def _open(store: StorePlace, **options: Any) -> KnowledgeStore:
     """The store, and with it the libraries that reading it takes: `sql` leaves both to its child."""
     from knowledge_store.store import KnowledgeStore
 
-    return KnowledgeStore.open(store, **options)
+    return KnowledgeStore.open(store, reporter=TerminalReporter(), **options)
 
 
 @command(app, InfoConfig)
@@ -235,13 +235,20 @@ def verify(config: VerifyConfig) -> None:
     output.print(f"Sound: {checked}", markup=False)
 
 
-@command(app, StoreOptions)
-def reindex(config: StoreOptions) -> None:
+@command(app, ReindexConfig)
+def reindex(config: ReindexConfig) -> None:
     """Build the index again from the commit records. Never needed: opening a store rebuilds a missing or outdated one.
 
     Example: `knowledge-store reindex knowledge/`
     """
     opened = _open(config.store, rebuild_index=True)
+    if config.bundle:
+        from knowledge_store.writing.bundles import replace_bundles
+
+        for name in opened.dumps:
+            output.print(
+                f"Bundled {replace_bundles(opened.storage, opened.manifest(name)):,} commit records of {name}", markup=False
+            )
     for sentence in opened.closed.values():
         note(f"Closed: {sentence}")
     shards = sum(summary.shards for summary in opened.info())

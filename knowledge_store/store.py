@@ -68,6 +68,7 @@ class KnowledgeStore:
         rebuild_index: bool = False,
         cache_size: int = CACHE_SIZE,
         token_file: str | Path | None = None,
+        reporter: Reporter = SILENT,
     ) -> KnowledgeStore:
         """Open a store.
 
@@ -78,6 +79,7 @@ class KnowledgeStore:
                 0 for none.
             token_file: of a store that is served (`grpc+tls://host:port`), a file of the token; None takes the token from the
                 environment variable KNOWLEDGE_STORE_TOKEN.
+            reporter: hears when its server is waited for. It is pickled with the store, for the workers of a loader.
 
         Raises:
             InputError: an address or a token cannot be used.
@@ -87,7 +89,8 @@ class KnowledgeStore:
         A dump that cannot be used (its manifest or a commit record is altered or cannot be read, it has another name than its
         folder, or a kind of knowledge that is not known) is closed, and the others are open; see `closed`.
         """
-        return cls(open_dumps(open_storage(store, token_file), rebuild_index=rebuild_index), cache_size)
+        storage = open_storage(store, token_file, reporter)
+        return cls(open_dumps(storage, rebuild_index=rebuild_index), cache_size)
 
     def __enter__(self) -> KnowledgeStore:
         return self

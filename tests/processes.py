@@ -28,7 +28,8 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         *("teacher_dump.cli", "teacher_dump.dumping.repair", "teacher_dump.dumping.run", "teacher_dump.dumping.estimate"),
-        *("teacher_dump.checking.run", "teacher_dump.checking.positions.verdicts", "student_train.training.run", "kinds"),
+        *("teacher_dump.checking.run", "teacher_dump.checking.positions.verdicts", "teacher_dump.generation.parts"),
+        *("student_train.training.run", "kinds"),
     ]
 )
 

@@ -342,6 +342,31 @@ def test_opening_takes_few_requests(s3, monkeypatch):
     assert s3.requests.total() <= 5 + pages and s3.requests["GET"] == 2  # store.json and the manifest
 
 
+def test_opening_for_the_first_time_takes_few_requests(s3, tmp_path, monkeypatch):
+    """Of a store that a writer finished, or a copy; of another once it was bundled."""
+    shards = 30
+    copy(write_store(tmp_path / "local", shards=shards), address_in(s3))
+    anew = iter(range(9))
+
+    def opening() -> int:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {next(anew)}"))
+        s3.forget()
+        opened, requests = KnowledgeStore.open(address_in(s3)), s3.requests.total()
+        assert opened.info()[0].shards == shards
+        return requests
+
+    assert opening() <= 5
+    [bundle] = [key for key in s3.objects if key.endswith(".gz")]
+    flip(s3, bundle)
+    assert opening() == 5 + shards
+    del s3.objects[bundle]
+    code, out, err = run("reindex", "s3://bucket/some/store", "--bundle", "--endpoint", s3.endpoint)
+    assert (code, out) == (0, "Bundled 30 commit records of small\nIndexed 30 shards of 1 dumps\n"), err
+    assert opening() <= 5
+    code, _, err = run("reindex", str(tmp_path / "local"), "--bundle")
+    assert code == 2 and "--bundle is for stores in buckets" in err
+
+
 def large_knowledge(seed: int, length: int, k: int = 5, vocabulary: int = 5000) -> dict[str, np.ndarray]:
     """One sequence of candidates whose probabilities fall off, made in a moment."""
     random = np.random.default_rng(seed)

@@ -52,6 +52,8 @@ SUBSTITUTIONS = (
     ('SFTConfig("runs/sft"', 'SFTConfig("runs/sft", bf16=False'),  # whose default needs a GPU
     ("'small'", "'train'"),
     ("'large'", "'heldout'"),
+    ("--max-new-tokens 256", "--max-new-tokens 6"),
+    ("finish = 'stop'", "finish <> ''"),  # a teacher with random weights seldom ends a text
 )
 
 # Blocks that are not run: document, and reason.
@@ -71,6 +73,7 @@ NOT_RUN = {
     ("teacher_dump/WORKERS.md", "it needs a cluster"),
     ("teacher_dump/IMPORTS.md", "downloads a data set"),
     ("teacher_dump/TEACHERS.md", "needs a server of vLLM"),
+    ("teacher_dump/TEXTS.md", "needs a tokenizer with a token that begins a text"),
     ("teacher_dump/TEACHERS.md", "needs vLLM"),
 }
 
@@ -138,6 +141,8 @@ def run_block(block: Block) -> None:
     elif block.language == "json":
         for line in text.splitlines():
             json.loads(line)
+    elif block.language == "jinja":  # its first line is a comment with the name of its file
+        Path(re.match(r"\{# (\S+) #\}\n", text)[1]).write_text(text)
     elif block.language == "yaml":
         Path("run.yaml").write_text(text)
         run_line("student-train run --config run.yaml --print-config")
@@ -160,6 +165,9 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     write_jsonl(folder / "heldout.jsonl", story_rows(6, start=30))
     turns = [{"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "The keeper did."}]
     write_jsonl(folder / "chat.jsonl", [{"messages": turns}] * 4)
+    questions = [{"prompt": f"Who lit the {thing}?"} for thing in ("lamp", "fire")]
+    write_jsonl(folder / "questions.jsonl", questions)
+    write_jsonl(folder / "subjects.jsonl", [{"subject": "the sea", "age": 5}, {"subject": "a lamp", "age": 9, "word": "mast"}])
     for name in ("test", "validation"):
         rows = [
             {"question": f"What is {name} {place}?", "options": ["a lamp", "a boat"], "answer": place % 2} for place in range(6)
@@ -189,7 +197,7 @@ def test_every_block_runs(document, prepared, tmp_path, monkeypatch):
 
 def test_blocks_are_marked():
     languages = {block.language for document in DOCUMENTS for block in blocks(document)}
-    assert languages <= {"sh", "python", "sql", "json", "yaml", "text"}
+    assert languages <= {"sh", "python", "sql", "json", "jinja", "yaml", "text"}
     assert {(document, block.reason) for document in DOCUMENTS for block in blocks(document) if block.reason} == NOT_RUN
 
 

@@ -133,16 +133,12 @@ def _checked(name: str) -> str:
     return name
 
 
-def check_request(reader: DumpReader, kinds: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
-    """Refuse kinds and sequences that a dump does not hold (InputError)."""
+def check_kinds(reader: DumpReader, kinds: Sequence[str]) -> None:
+    """Refuse kinds that a dump does not hold (InputError)."""
     if len(set(kinds)) != len(kinds) or not kinds:
         raise InputError("name at least one kind of knowledge, and none twice")
     for kind in kinds:
         check_held(reader.manifest, kind)
-    for group in groups:
-        for ordinal in group:
-            if not 0 <= ordinal < len(reader):
-                raise InputError(f"dump {reader.manifest.dump!r} has no sequence {ordinal}: it has {len(reader)}")
 
 
 def row_groups_bytes(reader: DumpReader) -> bytes:
