@@ -64,6 +64,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "minutes, and packages to install"),
     ("benchmarks/RESULTS.md", "minutes to hours, with models and texts of your own"),
     ("knowledge_store/BUCKETS.md", "it needs a bucket"),
+    ("knowledge_store/BUCKETS.md", "it needs the hub"),
     ("knowledge_store/PAGE.md", "it serves until it is told to end"),
     ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
     ("knowledge_store/SERVING.md", "it serves until it is told to end"),
