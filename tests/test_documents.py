@@ -50,6 +50,7 @@ SUBSTITUTIONS = (
     ("--model copies --gguf-file Q8_0.gguf", "--model student"),
     ("--model copies --gguf-file Q2_K.gguf", "--model student"),
     ('SFTConfig("runs/sft"', 'SFTConfig("runs/sft", bf16=False'),  # whose default needs a GPU
+    ('DPOConfig("runs/dpo"', 'DPOConfig("runs/dpo", bf16=False, use_cpu=True'),
     ("'small'", "'train'"),
     ("'large'", "'heldout'"),
 )
@@ -160,6 +161,8 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     write_jsonl(folder / "heldout.jsonl", story_rows(6, start=30))
     turns = [{"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "The keeper did."}]
     write_jsonl(folder / "chat.jsonl", [{"messages": turns}] * 4)
+    answers = {"completions": [" The keeper did.", " Nobody."], "scores": [1, 0.5]}
+    write_jsonl(folder / "pairs.jsonl", [{"prompt": "Who lit the lamp?", **answers}] * 4)
     for name in ("test", "validation"):
         rows = [
             {"question": f"What is {name} {place}?", "options": ["a lamp", "a boat"], "answer": place % 2} for place in range(6)
