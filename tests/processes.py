@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -27,7 +28,8 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         *("teacher_dump.cli", "teacher_dump.dumping.repair", "teacher_dump.dumping.run", "teacher_dump.dumping.estimate"),
-        *("teacher_dump.checking.run", "teacher_dump.checking.positions.verdicts", "student_train.training.run", "kinds"),
+        *("teacher_dump.checking.run", "teacher_dump.checking.positions.verdicts", "teacher_dump.generation.parts"),
+        *("student_train.training.run", "kinds"),
     ]
 )
 
@@ -121,6 +123,7 @@ class Command(Running):
 
 
 def _run(function: Callable[..., None], arguments: tuple, environment: dict[str, str], out: str, err: str) -> None:
+    gc.freeze()  # what the server had imported
     os.environ.clear()
     os.environ.update(environment)
     for path, descriptor in ((out, 1), (err, 2)):

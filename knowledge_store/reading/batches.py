@@ -35,6 +35,7 @@ from knowledge_store.reading.reader import DumpReader
 from knowledge_store.reading.teachers import TeachersReader, taken_of_teachers
 
 CHUNKS = 4  # of the order, kept in memory
+STEPS = 64  # whose items are kept: as many as a reader looks ahead
 
 
 class Batches:
@@ -139,6 +140,7 @@ class Batches:
                 epoch=plan.epoch,
             )
         self._chunk = lru_cache(CHUNKS)(lambda number: self.order.items(number * CHUNK, (number + 1) * CHUNK))
+        self._step_items = lru_cache(STEPS)(self._find_step_items)
 
     def at(self, epoch: int, consumed: int = 0) -> Batches:
         """The batches of another epoch, or from another place in it."""
@@ -236,7 +238,7 @@ class Batches:
             "score": np.concatenate([*scores, np.full(padding, np.nan)]),
         }
 
-    def _step_items(self, step: int) -> list[tuple[int, int]]:
+    def _find_step_items(self, step: int) -> list[tuple[int, int]]:
         """The place and the ordinal of each item of this rank's batch number `step`."""
         plan = self._plan
         items = batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)

@@ -24,18 +24,19 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import Arrays
 from knowledge_store.reading.transfer import Decoder, Received
 from knowledge_store.storage.served import messages
-from knowledge_store.storage.served.client import CALL_SECONDS, ServedStorage
+from knowledge_store.storage.served.client import CALL_SECONDS, PATIENCE, Attempts, ServedStorage
 
+QUIET_SECONDS = 10.0  # without anything that comes, after which waiting is told of
 JOIN_SECONDS = 1.0  # that the end of a stream may take
 
 
 @dataclass(eq=False)
 class Asked:
-    """Sequences that were asked for.
+    """Sequences that were asked for at once.
 
     Attributes:
         ordinals: which.
-        parts: what has come of them.
+        parts: what has come of them, in their order.
         wanted: whether they are still to be read.
     """
 
@@ -47,6 +48,15 @@ class Asked:
     def left(self) -> int:
         """How many have not come."""
         return len(self.ordinals) - sum(map(len, self.parts))
+
+    def sequences(self, start: int, stop: int) -> list[tuple[int, dict[str, Arrays]]]:
+        """Some of those that have come (see `Received.sequences`)."""
+        found: list[tuple[int, dict[str, Arrays]]] = []
+        for part in self.parts:
+            if start < len(part) and stop > 0:
+                found += part.sequences(max(start, 0), min(stop, len(part)))
+            start, stop = start - len(part), stop - len(part)
+        return found
 
 
 class Exchange:
@@ -76,15 +86,15 @@ class Exchange:
             self._line.ask(ordinals)
         return asked
 
-    def answer(self, asked: Asked) -> list[tuple[int, dict[str, Arrays]]]:
-        """What was asked for, once it has come (see `Received.sequences`).
+    def answer(self, asked: Asked, start: int, stop: int) -> list[tuple[int, dict[str, Arrays]]]:
+        """Some of what was asked for, once it has come (see `Received.sequences`).
 
         Raises:
             KnowledgeStoreError: what the server said, or it does not answer.
         """
-        while asked.left:
+        while len(asked.ordinals) - asked.left < stop:
             self._attempts.of(self._receive)
-        return [sequence for part in asked.parts for sequence in part.sequences()]
+        return asked.sequences(start, stop)
 
     def _receive(self) -> None:
         """Take what comes next, on a line that is begun where there is none."""
@@ -95,7 +105,7 @@ class Exchange:
                 asked.parts.clear()
                 self._line.ask(asked.ordinals)
         try:
-            received = self._line.next()
+            received = self._line.next(self._attempts)
         except BaseException:
             self._end()
             raise
@@ -142,16 +152,20 @@ class _Line:
         with contextlib.suppress(pa.ArrowException, OSError):
             self._writer.write_metadata(np.array(ordinals, "<i8").tobytes())
 
-    def next(self) -> Received | None:
-        """What comes next; None where the server has it hang up.
+    def next(self, attempts: Attempts) -> Received | None:
+        """What comes next; None where the server has it hang up. When nothing comes for a while, it is told to `attempts`.
 
         Raises:
             Exception: the line broke (see `Attempts.failed`), or nothing comes.
         """
         try:
-            chunk = self._chunks.get(timeout=CALL_SECONDS)
+            chunk = self._chunks.get(timeout=QUIET_SECONDS)
         except queue.Empty:
-            raise TimeoutError(f"nothing came in {CALL_SECONDS:g} seconds") from None
+            attempts.waiting(f"nothing came for {QUIET_SECONDS:g} s", CALL_SECONDS - QUIET_SECONDS + PATIENCE)
+            try:
+                chunk = self._chunks.get(timeout=CALL_SECONDS - QUIET_SECONDS)
+            except queue.Empty:
+                raise TimeoutError(f"nothing came for {CALL_SECONDS:g} s") from None
         if isinstance(chunk, StopIteration):
             raise OSError("it ended the stream")
         if isinstance(chunk, BaseException):

@@ -12,17 +12,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate, chain
 
 import numpy as np
 
 from knowledge_store.catalogue.dumps import Dumps
-from knowledge_store.kinds import Arrays
+from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.reading.exchange import Asked, Exchange
 from knowledge_store.reading.reader import DumpReader
 from knowledge_store.storage.served import messages
 from knowledge_store.storage.served.client import ServedStorage
 
 AHEAD = 8  # batches
+AT_ONCE = 4  # of these, asked for in one message
 
 
 class ServedReader(DumpReader):
@@ -41,7 +43,8 @@ class ServedReader(DumpReader):
         self.ahead, self._ahead = AHEAD, None
         self._lock = threading.RLock()
         self._exchange: Exchange | None = None
-        self._coming: deque[Asked] = deque()
+        # The batches that are on the way: their ordinals, and which part they are of what was asked for at once.
+        self._coming: deque[tuple[tuple[int, ...], Asked, int]] = deque()
 
     @cached_property
     def row_groups(self) -> np.ndarray:
@@ -54,8 +57,10 @@ class ServedReader(DumpReader):
         if not kinds:
             return super().sequence(ordinal, kinds)
         with self._stream(kinds) as exchange:
-            [(sequence_id, knowledge)] = exchange.answer(exchange.ask((ordinal,)))
-        return sequence_id, {kind: {name: array.copy() for name, array in arrays.items()} for kind, arrays in knowledge.items()}
+            [(sequence_id, knowledge)] = exchange.answer(exchange.ask((ordinal,)), 0, 1)
+        return sequence_id, {
+            kind: {name: knowledge[kind][name].copy() for name in KINDS[kind].arrays(self.manifest)} for kind in kinds
+        }
 
     def sequences(
         self, ordinals: Sequence[int], kinds: tuple[str, ...], upcoming: Sequence[Sequence[int]] = ()
@@ -63,12 +68,21 @@ class ServedReader(DumpReader):
         if not ordinals or not kinds:
             return super().sequences(ordinals, kinds)
         with self._stream(kinds) as exchange:
-            batches = [tuple(batch) for batch in (ordinals, *upcoming) if batch]
-            if any(asked.ordinals != batch for asked, batch in zip(self._coming, batches, strict=False)):
+            wanted = [tuple(batch) for batch in (ordinals, *upcoming) if batch]
+            if any(standing != batch for (standing, _, _), batch in zip(self._coming, wanted, strict=False)):
                 self._leave()
-            for batch in batches[len(self._coming) :]:
-                self._coming.append(exchange.ask(batch))
-            return exchange.answer(self._coming.popleft())
+            missing = wanted[len(self._coming) :]
+            # As many as may be at once, but for the end, and what is wanted now.
+            if not self._coming or len(missing) >= AT_ONCE or len(wanted) <= AT_ONCE:
+                for first in range(0, len(missing), AT_ONCE):
+                    self._ask(exchange, missing[first : first + AT_ONCE])
+            batch, asked, start = self._coming.popleft()
+            return exchange.answer(asked, start, start + len(batch))
+
+    def _ask(self, exchange: Exchange, batches: Sequence[tuple[int, ...]]) -> None:
+        asked = exchange.ask(tuple(chain.from_iterable(batches)))
+        for start, batch in zip(accumulate(map(len, batches), initial=0), batches, strict=False):
+            self._coming.append((batch, asked, start))
 
     @contextmanager
     def _stream(self, kinds: tuple[str, ...]) -> Iterator[Exchange]:
@@ -86,6 +100,6 @@ class ServedReader(DumpReader):
 
     def _leave(self) -> None:
         """What is on the way comes, and is not read."""
-        for asked in self._coming:
+        for _, asked, _ in self._coming:
             asked.wanted = False
         self._coming.clear()

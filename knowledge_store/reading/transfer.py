@@ -15,7 +15,8 @@ group.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -40,7 +41,6 @@ class _Stream:
 
     Attributes:
         kinds: the same.
-        names: of the arrays of each, in the order in which it declares them.
         fillers: what pads the rows of arrays.
         texts: the columns that are texts, of the kinds that have some.
         schema: of the record batches.
@@ -49,7 +49,6 @@ class _Stream:
     def __init__(self, manifest: Manifest, kinds: Sequence[str]):
         self.kinds = tuple(kinds)
         arrays = {kind: KINDS[kind].arrays(manifest) for kind in kinds}
-        self.names = {kind: tuple(of_kind) for kind, of_kind in arrays.items()}
         self.fillers = {name: filler for of_kind in arrays.values() for name, filler in of_kind.items()}
         self.texts = {
             kind: pa.schema([field.column for field in KINDS[kind].fields(manifest) if field.is_text])
@@ -164,40 +163,37 @@ class Received:
     def __len__(self) -> int:
         return int(self._batch.num_rows)
 
-    def sequences(self) -> list[tuple[int, dict[str, Arrays]]]:
-        """Their ids and, of each kind, their arrays: views of what came, which cannot be changed, where nothing has to be
-        decoded.
+    def sequences(self, start: int, stop: int) -> list[tuple[int, dict[str, Arrays]]]:
+        """The ids of some of them and, of each kind, their arrays: views of what came, which cannot be changed, where nothing
+        has to be decoded.
 
         Raises:
             DamageError: they are not what was sent.
         """
-        columns = iter(self._batch.columns)
+        columns = iter(self._batch.slice(start, stop - start).columns)
         try:
             found: list[tuple[int, dict[str, Arrays]]] = [(number, {}) for number in next(columns).to_pylist()]
             for kind in self._stream.kinds:
-                rows, numbers, checksums = (next(columns).to_pylist() for _ in _NUMBERS)
-                records = _parts(next(columns))
-                texts = next(columns) if kind in self._stream.texts else None
-                for place, (_, knowledge) in enumerate(found):
-                    packed = Packed(self._layouts[numbers[place]], rows[place], records[place], checksums[place])
-                    if not packed.sound:
+                rows, layouts, checksums = (next(columns).to_pylist() for _ in _NUMBERS)
+                records, texts = next(columns), next(columns) if kind in self._stream.texts else None
+                for place, (record, (_, knowledge)) in enumerate(zip(_parts(records), found, strict=True)):
+                    if zlib.crc32(record) != checksums[place]:
                         raise DamageError("a sequence came otherwise than it was sent: its checksum differs")
-                    arrays = packed.arrays()
+                    knowledge[kind] = arrays = self._layouts[layouts[place]].arrays(record, rows[place])
                     if texts is not None:
                         table = pa.ipc.open_stream(texts[place].as_py()).read_all()
                         arrays |= {name: table[name].to_pylist() for name in table.column_names}
-                    knowledge[kind] = {name: arrays[name] for name in self._stream.names[kind]}
         except (KeyError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
             raise _no_sequences(error) from None
         return found
 
 
-def _parts(binary: pa.Array) -> list[memoryview]:
+def _parts(binary: pa.Array) -> Iterator[memoryview]:
     """The values of an array of bytes, where they stand."""
     _, offsets, data = binary.buffers()
     places = np.frombuffer(offsets, np.int64, len(binary) + 1, 8 * binary.offset).tolist()
     whole = memoryview(data if data is not None else b"")
-    return [whole[start:end] for start, end in pairwise(places)]
+    return (whole[start:end] for start, end in pairwise(places))
 
 
 def _no_sequences(error: Exception) -> DamageError:
@@ -206,4 +202,4 @@ def _no_sequences(error: Exception) -> DamageError:
 
 def received_bytes(batch: pa.RecordBatch) -> int:
     """Bytes of what a record batch holds."""
-    return sum(int(column.nbytes) for column in batch.columns)
+    return int(batch.nbytes)

@@ -122,7 +122,7 @@ class Call:
     def __init__(self, log: Log, metrics: Metrics, facts: dict[str, Any]):
         self._log, self._metrics = log, metrics
         self.facts = facts
-        self.bytes = self.sequences = self.batches = 0
+        self.bytes = self.sequences = 0
         self._began = time.monotonic()
         self._ended = False
 
@@ -141,7 +141,7 @@ class Call:
         self._metrics.count(self.facts["call"], outcome, seconds)
         facts = {**self.facts, "outcome": outcome, "seconds": round(seconds, 4), "bytes": self.bytes}
         if self.sequences:
-            facts |= {"sequences": self.sequences, "batches": self.batches}
+            facts["sequences"] = self.sequences
         if reason:
             facts["reason"] = reason
         self._log(facts)

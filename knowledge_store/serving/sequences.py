@@ -77,7 +77,6 @@ class SequenceStreams:
                         call.sent(received_bytes(batch), len(part))
                         if watched.ended:
                             return
-                    call.batches += 1
                     line.rest()
         finally:
             line.close()

@@ -59,6 +59,8 @@ def normalised_logprobs(outputs: Any, batch: Batch) -> Tensor:
 def implicit_rewards(outputs: Any, batch: Batch, *, beta: float = BETA) -> Tensor:
     """β · (ln p(y) − ln p_reference(y)) of each row, (R,): the reward that DPO's student stands for, but for a term of the
     prompt. `batch["reference_logprob"]` (R,) is the reference's."""
+    if "reference_logprob" not in batch:
+        raise ValueError("this batch has no reference_logprob: read it with prepare=preferences(store, dump, reference=…)")
     return beta * (answer_logprobs(outputs, batch) - batch["reference_logprob"])
 
 

@@ -7,7 +7,7 @@ is what the backward pass hands on. The work is that of an ordinary step, nothin
 same to rounding.
 
 Where a loss is no sum over positions, what it asks of each is the log-probability of the token that stands there
-(`target_logprobs`): then the backward pass computes the logits of each slice once more, and head and loss take a third longer.
+(`target_logprobs`): then the backward pass computes the logits of each slice once more.
 
 It happens inside the model's own forward pass, in place of its head, so that whatever wraps the model (mixed precision, data
 parallel, sharded weights) sees the head's weight used where it always is. That is right only for a model that does nothing

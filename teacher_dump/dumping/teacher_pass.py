@@ -7,7 +7,6 @@ teacher works on this one.
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 import time
 from collections import Counter
@@ -77,7 +76,10 @@ def dump_shards(
 
     publisher = ShardPublisher(publish_knowledge)
 
+    looked: dict[int, float] = {}  # when a shard was last looked for
+
     def committed_already(shard: int) -> bool:
+        looked[shard] = time.monotonic()
         return publish == writer.commit and writer.committed(shard)
 
     try:
@@ -90,15 +92,11 @@ def dump_shards(
             shards = _read_ahead(executor, reader, pending, committed_already)
             asked = BatchAsker(config, teacher, parameters, shards).shards()
             for shard, batches in stack.enter_context(closing(asked)):
-                looked = -math.inf
 
                 def look(number: int = shard.shard) -> None:
-                    nonlocal looked
                     publisher.check()
-                    if time.monotonic() - looked >= LOOK_EVERY:
-                        looked = time.monotonic()
-                        if committed_already(number):
-                            raise _Overtaken
+                    if time.monotonic() - looked[number] >= LOOK_EVERY and committed_already(number):
+                        raise _Overtaken
 
                 with suppress(_Overtaken):
                     look()

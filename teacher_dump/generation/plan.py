@@ -17,7 +17,8 @@ from teacher_dump.generation.prompts import PromptReader
 # Columns of a text, beside those of its prompt.
 WRITTEN = (
     *(*COMPLETION.required, "sample", "seed", "logprob", "tokens", FINISH, "exact"),
-    *("teacher", "template_sha256", "prompt_file", "prompt_row", "top_ids", "top_logprobs", "sequence"),
+    *("teacher", "template_sha256", "prompt_file", "prompt_row"),
+    *("sequence", "targets", "token_logprobs", "top_ids", "top_logprobs", "tail_logprobs"),
 )
 # A prompt's own columns of these names would be read as something else where the texts are a corpus.
 TAKEN = {*WRITTEN, *TEMPLATE_COLUMNS, *(part for shape in SHAPES for part in (*shape.required, *shape.optional))}
@@ -73,15 +74,12 @@ class Plan:
         return cls(parts=parts, columns=manifest["columns"], **{name: record[name] for name in names})
 
 
-def written_name(name: str, present: Any) -> str:
-    """The name that a prompt's own column is written under (InputError: there is a column of that name, too)."""
-    if name.lower() not in TAKEN:
-        return name
-    if f"{GIVEN}{name}" in present:
-        raise InputError(
-            f"the prompts have the columns `{name}` and `{GIVEN}{name}`, and the first is written as the second: rename one"
-        )
-    return f"{GIVEN}{name}"
+def written_name(name: str) -> str:
+    """The name that a prompt's own column is written under: no two names become one."""
+    plain = name.lower()
+    while plain.startswith(GIVEN):
+        plain = plain.removeprefix(GIVEN)
+    return f"{GIVEN}{name}" if plain in TAKEN else name
 
 
 def look_through(reader: PromptReader, shard_size: int, skip_bad_rows: bool, *, reporter: Reporter = SILENT) -> Plan:
@@ -129,5 +127,5 @@ def look_through(reader: PromptReader, shard_size: int, skip_bad_rows: bool, *, 
         raise InputError(f"{first}{more}. Repair the prompts, or pass --skip-bad-rows to leave such rows out")
     if not prompts:
         raise InputError(f"there is no prompt that can be used{f': {first}' if first else ''}")
-    own = {written_name(name, columns): kind or "string" for name, kind in columns.items()}
+    own = {written_name(name): kind or "string" for name, kind in columns.items()}
     return Plan(parts, rows, prompts, longest, own, messages, plain_messages, arguments, dict(left_out))
