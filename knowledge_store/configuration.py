@@ -27,7 +27,8 @@ class StoreOptions:
     store: StorePlace = option(
         argument=True,
         metavar="STORE",
-        help="The store: a folder, s3://BUCKET/PREFIX (also gs:// and az://), or grpc+tls://HOST:PORT of one served.",
+        help="The store: a folder, s3://BUCKET/PREFIX (also gs:// and az://), grpc+tls://HOST:PORT of one served, or"
+        " hf://datasets/OWNER/NAME, which can only be read.",
     )
 
 

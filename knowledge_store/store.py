@@ -39,6 +39,7 @@ from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.named_files import NamedFiles
 from knowledge_store.sql.parameters import Parameters
 from knowledge_store.sql.query import run_query
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage import Storage, open_storage
 from knowledge_store.storage.served.client import ServedStorage
 from knowledge_store.writing.rename import rename_dump
@@ -189,7 +190,8 @@ class KnowledgeStore:
                 check_answered(self.storage)
             except InputError as error:
                 raise InputError(f"SQL over {self.address} cannot be isolated: {error}, or ask without `isolated`") from None
-            table = isolated_answer(self.storage, query, memory_limit, timeout, parameters, remarks.append, files)
+            statement = Statement(query, memory_limit, timeout, parameters, files)
+            table = isolated_answer(self.storage, statement, remarks.append)
         else:
             table = run_query(self._dumps, query, memory_limit, timeout, parameters, files)
             remarks = self._dumps.remarks

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def forked_command(
-    package: str, *arguments: object, before: str = "", cwd: Path | None = None
+    package: str, *arguments: object, before: str = "", cwd: Path | None = None, encoding: str = "utf-8"
 ) -> subprocess.CompletedProcess[str]:
     """Run one of the three commands as `conftest.run_command` does.
 
@@ -25,6 +25,7 @@ def forked_command(
         package, arguments: of the command.
         before: statements of Python that come before the command is imported; there is a server for each.
         cwd: the working folder; else that of the server.
+        encoding: of standard output.
     """
     server = _server(package, before)
     assert server.stdin and server.stdout
@@ -35,11 +36,12 @@ def forked_command(
             "environment": {**os.environ, "PYTHONPATH": str(ROOT)},
             "folder": str(cwd or ROOT),
             "outputs": list(map(str, paths)),
+            "encoding": encoding,
         }
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
         code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(request["arguments"], code, *(path.read_text() for path in paths))
+        return subprocess.CompletedProcess(request["arguments"], code, paths[0].read_text(encoding), paths[1].read_text())
 
 
 @functools.cache
@@ -76,6 +78,7 @@ def _serve(package: str, before: str) -> None:
             os.environ.clear()
             os.environ.update(request["environment"])
             sys.argv = request["arguments"]
+            sys.stdout.reconfigure(encoding=request["encoding"])  # as PYTHONIOENCODING has it
             command()
             sys.exit()
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -64,6 +64,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "minutes, and packages to install"),
     ("benchmarks/RESULTS.md", "minutes to hours, with models and texts of your own"),
     ("knowledge_store/BUCKETS.md", "it needs a bucket"),
+    ("knowledge_store/BUCKETS.md", "it needs the hub"),
     ("knowledge_store/PAGE.md", "it serves until it is told to end"),
     ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
     ("knowledge_store/SERVING.md", "it serves until it is told to end"),
@@ -110,7 +111,11 @@ def run_line(line: str) -> None:
     files = {sign: words[words.index(sign) + 1] for sign in "<>" if sign in words}
     for sign, name in files.items():
         words = [word for word in words if word not in (sign, name)]
-    words = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*.jsonl" in word else [word])]
+    words = [
+        name
+        for word in words
+        for name in (sorted(map(str, Path().glob(word))) if word.endswith(("*.jsonl", "*.parquet")) else [word])
+    ]
     module = words[2] if words[:2] == ["python", "-m"] else PROGRAMS[words[0]]
     arguments = words[3:] if words[0] == "python" else words[1:]
     printed = io.StringIO()
