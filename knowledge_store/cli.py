@@ -19,15 +19,16 @@ from knowledge_store.configuration import (
     ExportConfig,
     InfoConfig,
     OneDumpOptions,
+    ReindexConfig,
     RemoveConfig,
     RenameConfig,
     SequenceConfig,
     ServeConfig,
     SqlConfig,
-    StoreOptions,
     VerifyConfig,
 )
 from knowledge_store.errors import InputError, LimitError
+from knowledge_store.isolation.child import leave_out_pandas
 from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
@@ -235,13 +236,20 @@ def verify(config: VerifyConfig) -> None:
     output.print(f"Sound: {checked}", markup=False)
 
 
-@command(app, StoreOptions)
-def reindex(config: StoreOptions) -> None:
+@command(app, ReindexConfig)
+def reindex(config: ReindexConfig) -> None:
     """Build the index again from the commit records. Never needed: opening a store rebuilds a missing or outdated one.
 
     Example: `knowledge-store reindex knowledge/`
     """
     opened = _open(config.store, rebuild_index=True)
+    if config.bundle:
+        from knowledge_store.writing.bundles import replace_bundles
+
+        for name in opened.dumps:
+            output.print(
+                f"Bundled {replace_bundles(opened.storage, opened.manifest(name)):,} commit records of {name}", markup=False
+            )
     for sentence in opened.closed.values():
         note(f"Closed: {sentence}")
     shards = sum(summary.shards for summary in opened.info())
@@ -358,6 +366,7 @@ def serve(config: ServeConfig) -> None:
 def main() -> None:
     """Entry point of the command. SIGTERM ends it as Ctrl-C does: unfinished files are removed."""
     end_at_sigterm()
+    leave_out_pandas()
     app()
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from knowledge_store.errors import InputError
 from knowledge_store.isolation.child import MEMORY_LIMIT as READING_LIMIT
 from knowledge_store.options import option
 from knowledge_store.sql.answers import Format
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
-from knowledge_store.storage import StorePlace
+from knowledge_store.storage import StorePlace, is_bucket_address
 
 EXPORT_FORMATS = ("parquet", "speculators", "distillkit")
 
@@ -26,7 +27,8 @@ class StoreOptions:
     store: StorePlace = option(
         argument=True,
         metavar="STORE",
-        help="The store: a folder, s3://BUCKET/PREFIX (also gs:// and az://), or grpc+tls://HOST:PORT of one served.",
+        help="The store: a folder, s3://BUCKET/PREFIX (also gs:// and az://), grpc+tls://HOST:PORT of one served, or"
+        " hf://datasets/OWNER/NAME, which can only be read.",
     )
 
 
@@ -127,6 +129,21 @@ class VerifyConfig(StoreOptions):
     """The options of `knowledge-store verify`."""
 
     memory_limit: float = option(READING_LIMIT / 2**30, above=0, help="The most memory for reading one shard, in GiB.")
+
+
+@dataclass(frozen=True)
+class ReindexConfig(StoreOptions):
+    """The options of `knowledge-store reindex`."""
+
+    bundle: bool = option(
+        False,
+        help="Also write the commit records that a bucket has now into one object of each dump, by which others open the store"
+        " in few requests. A dump that is complete has it already.",
+    )
+
+    def __post_init__(self) -> None:
+        if self.bundle and not is_bucket_address(str(self.store)):
+            raise InputError("--bundle is for stores in buckets: any other is opened as fast without")
 
 
 @dataclass(frozen=True)

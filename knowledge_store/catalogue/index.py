@@ -3,7 +3,8 @@
 It lies in the cache folder of whoever reads the store, and not in the store: a store may be read-only, or come from somebody
 else, whose index nobody should open. It is built from commit records alone; no shard is opened. A new index is made elsewhere
 and renamed over the old one, and nobody ever opens an index for writing, so readers never meet a lock. It is fresh when it has
-exactly the commit records that stand in the store, by name, size and version; only records that it does not hold yet are read.
+exactly the commit records that stand in the store, by name, size and version; only records that it does not hold yet are read,
+from a bucket many at once where they are bundled (see `bundles`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -22,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from knowledge_store.errors import DamageError, StoreError
-from knowledge_store.format.commits import CommitRecord, commit_records, read_commit_of
-from knowledge_store.format.layout import FORMAT_VERSION, SEQUENCES, user_cache
+from knowledge_store.format.bundles import Bundle, bundles, read_bundle
+from knowledge_store.format.commits import CommitRecord, commit_entries, read_commit_of
+from knowledge_store.format.layout import COMMITS, FORMAT_VERSION, SEQUENCES, user_cache
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import POSITIONS_STATISTIC, TRUNCATED_STATISTIC
 from knowledge_store.storage import Storage, concurrently
@@ -181,13 +183,15 @@ def refresh(
     by_name = {manifest.dump: manifest for manifest in manifests}
     unusable: dict[str, DamageError | StoreError] = {}
     standing: Versions = {}
+    bundled: dict[str, list[Bundle]] = {}
     for dump in by_name:
         try:
-            records = commit_records(storage, dump)
+            entries = storage.files(f"{dump}/{COMMITS}")
         except (DamageError, StoreError) as error:
             unusable[dump] = error
             continue
-        standing |= {(dump, shard): (entry.size, entry.version) for shard, entry in records.items()}
+        standing |= {(dump, shard): (entry.size, entry.version) for shard, entry in commit_entries(entries).items()}
+        bundled[dump] = bundles(dump, entries) if storage.at_once > 1 and not rebuild else []
     known = _load(path) if path is not None and not rebuild else None
     indexed: Versions = {}
     if known is not None:
@@ -198,7 +202,16 @@ def refresh(
         elif indexed == standing:
             return known, unusable
     shard_rows, file_rows = [], []
-    unread = [key for key, version in sorted(standing.items()) if indexed.get(key) != version]
+
+    def add(commit: CommitRecord) -> None:
+        shard_rows.append(_shard_row(commit, standing[commit.dump, commit.shard]))
+        file_rows.extend(_file_rows(commit))
+
+    unread = {key: version for key, version in sorted(standing.items()) if indexed.get(key) != version}
+    for dump, found in bundled.items():
+        for commit in _bundled(storage, by_name[dump], found, unread):
+            add(commit)
+            del unread[dump, commit.shard]
 
     def read(key: tuple[str, int]) -> CommitRecord | DamageError | StoreError | None:
         dump, shard = key
@@ -207,10 +220,9 @@ def refresh(
         except (DamageError, StoreError) as error:
             return unusable.setdefault(dump, error)
 
-    for key, commit in zip(unread, concurrently(storage, read, unread), strict=True):
-        if isinstance(commit, CommitRecord):
-            shard_rows.append(_shard_row(commit, standing[key]))
-            file_rows.extend(_file_rows(commit))
+    for outcome in concurrently(storage, read, unread):
+        if isinstance(outcome, CommitRecord):
+            add(outcome)
     shards = pa.Table.from_pylist(shard_rows, schema=_shards_schema(chain.from_iterable(shard_rows)))
     files = pa.Table.from_pylist(file_rows, schema=FILES)
     keep = {key for key, version in standing.items() if indexed.get(key) == version}
@@ -225,6 +237,18 @@ def refresh(
         usable = pc.field("dump").isin(pa.array(by_name.keys() - unusable.keys(), pa.string()))
         index = Index(index.shards.filter(usable), index.files.filter(usable))
     return index, unusable
+
+
+def _bundled(storage: Storage, manifest: Manifest, found: list[Bundle], unread: Versions) -> Iterator[CommitRecord]:
+    """The commit records of a dump among those still to be read that bundles of it hold as they stand now; those that are not
+    to be had so are read by themselves. What is taken is to be taken out of `unread`."""
+    for bundle in found:
+        if sum(dump == manifest.dump and bundle.first <= shard <= bundle.last for dump, shard in unread) < 2:
+            continue
+        with contextlib.suppress(DamageError, StoreError):  # `verify` names it; the records themselves are there
+            for shard, (size, version, commit) in read_bundle(storage, manifest, bundle).items():
+                if unread.get((manifest.dump, shard)) == (size, version):
+                    yield commit
 
 
 def _of_these_dumps(shards: pa.Table, manifests: dict[str, Manifest]) -> bool:

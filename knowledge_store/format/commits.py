@@ -54,9 +54,13 @@ class CommitRecord:
     skipped: list[dict[str, Any]]
     made_by: dict[str, Any]
 
+    def to_record(self) -> dict[str, Any]:
+        """The record as plain JSON values."""
+        return {"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)}
+
     def to_bytes(self) -> bytes:
         """The record as the bytes of its file."""
-        return seal({"format": FORMAT_NAME, "version": FORMAT_VERSION, **asdict(self)})
+        return seal(self.to_record())
 
 
 def is_statistic(name: str) -> bool:
@@ -82,7 +86,12 @@ def commit_records(storage: Storage, dump: str) -> dict[int, Entry]:
         DamageError: the name of their folder is that of something else.
         StoreError: they cannot be listed.
     """
-    shards = ((commit_shard(entry.name), entry) for entry in storage.files(f"{dump}/{COMMITS}"))
+    return commit_entries(storage.files(f"{dump}/{COMMITS}"))
+
+
+def commit_entries(entries: list[Entry]) -> dict[int, Entry]:
+    """The commit records among the files of a dump's `commits`, by shard."""
+    shards = ((commit_shard(entry.name), entry) for entry in entries)
     return dict(sorted(((shard, entry) for shard, entry in shards if shard is not None), key=lambda pair: pair[0]))
 
 
@@ -94,8 +103,11 @@ def read_commit(storage: Storage, dump: str, shard: int) -> CommitRecord:
         DamageError: it is altered, or not shaped as a commit record.
         StoreError: it is of another format version, or cannot be read.
     """
-    path = storage.locate(commit_file(dump, shard))
-    record = read_record(storage, commit_file(dump, shard))
+    return commit_of(read_record(storage, commit_file(dump, shard)), storage.locate(commit_file(dump, shard)))
+
+
+def commit_of(record: dict[str, Any], path: str) -> CommitRecord:
+    """The commit record that an unsealed object is, which stands in the file at `path` (raises as `read_commit`)."""
     check_version(record, path)
     try:
         check_shape(record, _SHAPE, "a commit record")

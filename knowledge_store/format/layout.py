@@ -6,6 +6,7 @@ STORE/
   DUMP/tokens.parquet
   DUMP/TABLE/00017.parquet     TABLE is `sequences` or a kind of knowledge
   DUMP/commits/00017.json
+  DUMP/commits/00000-00999-KEY.json.gz   many commit records at once, in a bucket (see `bundles`)
   .scan-KEY-DUMP/              what workers that begin a dump found in its corpus so far; gone once there is a manifest
     00017.parquet, 00017.json, 00017.begun
 
@@ -33,6 +34,7 @@ SEQUENCES = "sequences"
 _DUMP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SCAN_FOLDER = re.compile(r"\.scan-[0-9a-f]{16}-(.+)")
 _COMMIT_NAME = re.compile(r"(\d{5,})\.json")
+_BUNDLE_NAME = re.compile(r"(\d{5,15})-(\d{5,15})-[0-9a-f]{16}\.json\.gz")
 
 
 def check_dump_name(name: str) -> str:
@@ -94,6 +96,17 @@ def commit_shard(name: str) -> int | None:
         return None
     shard = int(match[1])
     return shard if shard_name(shard) == match[1] else None
+
+
+def bundle_file(dump: str, first: int, last: int, key: str) -> str:
+    """The commit records of shards from one number to another in one file; `key` is the SHA-256 of what is in it."""
+    return f"{dump}/{COMMITS}/{shard_name(first)}-{shard_name(last)}-{key[:16]}.json.gz"
+
+
+def bundle_shards(name: str) -> tuple[int, int] | None:
+    """The first and the last shard whose records a file in `commits/` bundles, or None when it is no bundle."""
+    match = _BUNDLE_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def user_cache(name: str) -> Path:

@@ -26,7 +26,17 @@ from typing import IO, TYPE_CHECKING, Any, cast
 from knowledge_store import errors
 from knowledge_store.format.layout import STORE_FILE
 from knowledge_store.isolation import child as isolation
-from knowledge_store.isolation.child import MAX_MEMORY_LIMIT, MAX_SECONDS, Child, Killed, Report, forbid_files, limit, started
+from knowledge_store.isolation.child import (
+    MAX_MEMORY_LIMIT,
+    MAX_SECONDS,
+    Child,
+    Killed,
+    Report,
+    forbid_files,
+    limit,
+    load_arrow,
+    started,
+)
 from knowledge_store.sql.answers import Format, write_answer
 from knowledge_store.sql.excerpt import excerpt
 from knowledge_store.sql.limits import broken, check_limits, interrupted, not_opened
@@ -262,6 +272,7 @@ def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> str | 
     from knowledge_store.sql.query import Query, connect
 
     memory_limit, timeout = request["memory_limit"], request["timeout"]
+    load_arrow()
     limit(max(memory_limit, OPENING_MEMORY), max(timeout, OPENING_TIME))
     storage = ReadStorage(open_storage(request["store"]))
     try:

@@ -20,6 +20,7 @@ from knowledge_store.format.store_file import check_store_file, store_contents
 from knowledge_store.kinds import check_kinds
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, concurrently, contents, open_storage
+from knowledge_store.writing.bundles import publish_bundles
 from knowledge_store.writing.verification import shard_damage
 from knowledge_store.writing.writer import check_committed, create_store, remove_leftovers
 
@@ -111,6 +112,8 @@ def copy(
                     elif size >= 0:
                         copied.append(size)
                     advance(1)
+            with suppress(DamageError, StoreError):  # nothing but speed depends on it
+                publish_bundles(target, manifest)
     if damage:
         others = f" ({len(damage)} shards are damaged and left out; all others are copied)" if len(damage) > 1 else ""
         raise DamageError(f"{damage[0]}{others}")

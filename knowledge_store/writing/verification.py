@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.errors import DamageError, NewerVersionError, StoreError
-from knowledge_store.format.commits import CommitRecord, commit_records, read_commit, read_commit_of
+from knowledge_store.format.bundles import bundles, read_bundle
+from knowledge_store.format.commits import CommitRecord, commit_entries, commit_records, read_commit, read_commit_of
 from knowledge_store.format.integrity import FileRecord, TableFile, check_whole
 from knowledge_store.format.layout import (
     COMMITS,
@@ -23,6 +24,7 @@ from knowledge_store.format.layout import (
 )
 from knowledge_store.format.manifest import Manifest, manifest_exists, read_manifest
 from knowledge_store.format.parquet import open_table, read_row_groups
+from knowledge_store.format.records import json_sha256
 from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema, sequences_statistics
 from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import KINDS, check_kinds
@@ -204,7 +206,8 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
     except _UNSOUND as error:
         result.damage.append(f"{tokens.path} is damaged: {error}")
     try:
-        committed = list(commit_records(storage, dump))
+        entries = storage.files(f"{dump}/{COMMITS}")
+        committed = commit_entries(entries)
     except (DamageError, StoreError) as error:
         result.damage.append(str(error))
         return
@@ -212,6 +215,7 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
         f"{storage.locate(f'{dump}/{COMMITS}/{name}')} is a leftover of an unfinished run"
         for name in storage.leftovers(f"{dump}/{COMMITS}")
     ]
+    records: dict[int, str] = {}  # the SHA-256 of each sound one
     for shard in committed:
         advance(0, reading=f"shard {shard} of {dump}")
         try:
@@ -226,7 +230,20 @@ def _check_dump(storage: Storage, dump: str, result: Verification, advance: Adva
             result.shards += 1
             result.positions += int(commit.statistics[POSITIONS_STATISTIC])
             result.bytes += sum(file.bytes for file in commit.files.values())
+            records[shard] = json_sha256(commit.to_record())
         advance(1)
+    for bundle in bundles(dump, entries):
+        try:
+            for shard, (size, version, commit) in read_bundle(storage, manifest, bundle).items():
+                standing = committed.get(shard)
+                same = records.get(shard) in (None, json_sha256(commit.to_record()))
+                if standing is not None and (standing.size, standing.version) == (size, version) and not same:
+                    path = storage.locate(bundle.name)
+                    raise DamageError(f"{path} says another thing of shard {shard} than its commit record")
+        except NewerVersionError:
+            raise
+        except (DamageError, StoreError) as error:
+            result.damage.append(f"{error}; delete that file: nothing but speed depends on it")
     for table in (SEQUENCES, *manifest.kinds):
         for entry in storage.files(f"{dump}/{table}"):
             stem = entry.name.removesuffix(".parquet")

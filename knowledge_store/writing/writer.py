@@ -34,6 +34,7 @@ from knowledge_store.format.store_file import check_store_file, occupied, store_
 from knowledge_store.kinds import KINDS, Kind, check_kinds
 from knowledge_store.kinds.statistics import added, measured, qualified
 from knowledge_store.storage import Storage, contents, open_storage
+from knowledge_store.writing.bundles import publish_bundles
 from knowledge_store.writing.shard import Shard, pack_shard
 
 
@@ -192,7 +193,8 @@ class DumpWriter:
         except DamageError:  # a record that is a link to nothing, say, is to be repaired
             return True
         if shard not in self._lasting:
-            self.committed_shards()
+            self.storage.make_lasting(f"{self.dump}/{COMMITS}")  # as of `committed_shards`
+            self._lasting.add(shard)
         return True
 
     def committed_shards(self) -> set[int]:
@@ -206,6 +208,19 @@ class DumpWriter:
         self.storage.make_lasting(f"{self.dump}/{COMMITS}")  # whoever published one may have died before its name was flushed
         self._lasting = recorded
         return recorded
+
+    def finish(self) -> set[int]:
+        """The shards that are committed when a writer has done its part. Where they are all, and in a bucket, their commit
+        records are bundled, for whoever opens the store.
+
+        Raises:
+            DamageError, StoreError: as of `committed_shards`.
+        """
+        committed = self.committed_shards()
+        if len(committed) == self.manifest.shard_count:
+            with suppress(DamageError, StoreError):  # others open it all the same, by a request for each shard
+                publish_bundles(self.storage, self.manifest)
+        return committed
 
     def commit(self, shard: Shard) -> CommitRecord:
         """Publish a shard's files, then its commit record.

@@ -16,6 +16,7 @@ from student_train.training.hidden import KIND, check_hidden
 from student_train.training.mixture import Mixture, resolve_mixture
 from student_train.training.model_folder import check_model_folder, stated_layers, stated_width
 from student_train.training.positions import check_selection, check_selections
+from student_train.training.preferences import check_preferences
 from student_train.training.rationale import check_rationale
 from student_train.training.relations import check_vectors
 from student_train.training.run_folder import check_folder, check_resume
@@ -33,6 +34,11 @@ def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss:
         InputError: naming the kinds or columns that are missing, or that there are no draws or no candidates.
     """
     name, manifest = config.loss, store.manifest(dump)
+    if loss.unit == "group" and not manifest.has_groups:
+        raise InputError(
+            f"the loss {name} learns from groups of answers, and the dump {dump} has none: dump a corpus with chosen and"
+            " rejected, or with completions, beside its prompts"
+        )
     kinds = manifest.kinds
     missing = [kind for kind in loss.kinds if kind not in kinds]
     if missing:
@@ -143,6 +149,7 @@ def check_run(config: TrainConfig, reporter: Reporter = SILENT) -> tuple[Knowled
     mixture = resolve_mixture(config, store, check_folder(Path(config.output)))
     check_mixture(store, mixture, config, loss)
     check_rationale(config, store, mixture)
+    check_preferences(config, store, mixture, loss)
     if (hidden := config.hidden_states()) is not None:
         layers, width = (stated(config.student, config.gguf_file) for stated in (stated_layers, stated_width))
         check_hidden(store, mixture, hidden, layers=layers, width=width)

@@ -145,6 +145,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         progress = reporter.progress(title, steps - began_at, "steps") if first_process else nullcontext(None)
         with progress as trainer.advance, stop_on_interrupt(trainer, reporter):
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        trainer.callback_handler.train_dataloader = None  # its workers end now: as garbage they take 5 seconds each
     else:
         assert checkpoint is not None  # stopped between its last step and the saving of the model
         _take_up(trainer, checkpoint.folder)

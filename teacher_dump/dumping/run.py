@@ -101,7 +101,7 @@ def dump(
         dump=writer.manifest.dump,
         shards=committed.shards,
         shards_of_others=helped.shards,
-        shards_missing=writer.manifest.shard_count - len(writer.committed_shards()),
+        shards_missing=writer.manifest.shard_count - len(writer.finish()),
         shards_existing=len(worker_shards(writer.manifest, rank, world_size)) - len(pending),
         shards_planned=writer.manifest.shard_count,
         positions=committed.positions,

@@ -7,7 +7,6 @@ teacher works on this one.
 from __future__ import annotations
 
 import datetime
-import math
 import platform
 import time
 from collections import Counter
@@ -19,7 +18,7 @@ from typing import Any
 
 from knowledge_store.format.commits import CommitRecord
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.sequences import sequence_id, stored_columns, token_hash
+from knowledge_store.format.sequences import SCORE, sequence_id, stored_columns, token_hash
 from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
@@ -77,7 +76,10 @@ def dump_shards(
 
     publisher = ShardPublisher(publish_knowledge)
 
+    looked: dict[int, float] = {}  # when a shard was last looked for
+
     def committed_already(shard: int) -> bool:
+        looked[shard] = time.monotonic()
         return publish == writer.commit and writer.committed(shard)
 
     try:
@@ -90,15 +92,11 @@ def dump_shards(
             shards = _read_ahead(executor, reader, pending, committed_already)
             asked = BatchAsker(config, teacher, parameters, shards).shards()
             for shard, batches in stack.enter_context(closing(asked)):
-                looked = -math.inf
 
                 def look(number: int = shard.shard) -> None:
-                    nonlocal looked
                     publisher.check()
-                    if time.monotonic() - looked >= LOOK_EVERY:
-                        looked = time.monotonic()
-                        if committed_already(number):
-                            raise _Overtaken
+                    if time.monotonic() - looked[number] >= LOOK_EVERY and committed_already(number):
+                        raise _Overtaken
 
                 with suppress(_Overtaken):
                     look()
@@ -191,7 +189,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
     """What the writer takes of a shard: its sequences, and for each kind what was taken of each of them."""
     names = [file["name"] for file in manifest.corpus["files"]]
     rows = []
-    stored = stored_columns(manifest.derived["columns"])
+    stored = stored_columns(manifest.derived["columns"], manifest.has_groups)
     for sequence in shard.sequences:
         document = sequence.document
         row_columns = {stored[name]: value for name, value in corpus_columns(manifest, sequence).items()}
@@ -207,6 +205,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
                 "targets": int(sequence.is_target.sum()),
                 "truncated": sequence.truncated,
                 "token_hash": token_hash(sequence.token_ids),
+                **({SCORE: sequence.score} if manifest.has_groups else {}),
                 **row_columns,
             }
         )

@@ -24,6 +24,7 @@ from teacher_dump.corpus.rows import Start
 from teacher_dump.corpus.sources import corpus_record
 from teacher_dump.dumping.repair import damaged_shards, manifest_to_repair
 from teacher_dump.dumping.report import DumpReport
+from teacher_dump.dumping.worker_shards import remaining_shards
 from teacher_dump.importers.axolotl import Axolotl
 from teacher_dump.importers.configuration import PREDICTS, ImportConfig
 from teacher_dump.importers.distillkit import DistillKit
@@ -116,8 +117,10 @@ def import_dump(config: ImportConfig, teacher: Teacher | None = None, *, reporte
                 reporter.note(f"Repaired: {storage.locate(name)} was damaged, and is written again")
     writer = DumpWriter.open(storage, manifest, tokens)
     if not config.repair:
-        pending = [shard for shard in range(writer.manifest.shard_count) if not writer.committed(shard)]
-        return _write(config, layout, writer, pending, writer.commit, found, vocabulary, reporter)
+        pending = remaining_shards(writer, 0, 1)
+        report = _write(config, layout, writer, pending, writer.commit, found, vocabulary, reporter)
+        writer.finish()
+        return report
     if repair_tokens(writer, tokens):
         reporter.note(f"Repaired: {storage.locate(tokens_file(manifest.dump))} was damaged, and is written again")
     pending = damaged_shards(writer, range(writer.manifest.shard_count), reporter)
