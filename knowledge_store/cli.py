@@ -28,10 +28,12 @@ from knowledge_store.configuration import (
     VerifyConfig,
 )
 from knowledge_store.errors import InputError, LimitError
+from knowledge_store.isolation.child import leave_out_pandas
 from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
 from knowledge_store.sql.named_files import parse_named_files
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage import StorePlace, repairing
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import end_at_sigterm, messages, note, output
@@ -51,7 +53,7 @@ def _open(store: StorePlace, **options: Any) -> KnowledgeStore:
     """The store, and with it the libraries that reading it takes: `sql` leaves both to its child."""
     from knowledge_store.store import KnowledgeStore
 
-    return KnowledgeStore.open(store, **options)
+    return KnowledgeStore.open(store, reporter=TerminalReporter(), **options)
 
 
 @command(app, InfoConfig)
@@ -142,9 +144,9 @@ def sql(config: SqlConfig) -> None:
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
     statement = _statement(config.query, config.file)
-    form, memory_limit = config.format, config.memory_limit * 2**30
-    files = parse_named_files(config.files)
-    with asked(str(config.store), statement, form.value, memory_limit, config.timeout, note, files=files) as answer:
+    form, files = config.format, parse_named_files(config.files)
+    limited = Statement(statement, config.memory_limit * 2**30, config.timeout, files=files)
+    with asked(str(config.store), limited, form.value, note) as answer:
         text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
         if form is Format.table and (names := text.readline()):
             output.print(Text(names.rstrip("\n"), style="bold"))
@@ -346,6 +348,8 @@ def serve(config: ServeConfig) -> None:
 
     Example: `knowledge-store serve knowledge/ --token-file tokens`
     """
+    # Arrow looks at it when it is imported. The system's pool gives back what Arrow's own one keeps, some 25 MiB.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     from knowledge_store.serving.service import serve as serve_stores
 
     def log(line: str) -> None:
@@ -362,6 +366,7 @@ def serve(config: ServeConfig) -> None:
 def main() -> None:
     """Entry point of the command. SIGTERM ends it as Ctrl-C does: unfinished files are removed."""
     end_at_sigterm()
+    leave_out_pandas()
     app()
 
 

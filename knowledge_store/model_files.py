@@ -139,9 +139,9 @@ def check_weights(folder: Path) -> None:
         _check_name(folder, str(named).removesuffix(".index.json"), folder / "config.json")
 
 
-def read_configuration(folder: Path) -> dict[str, Any]:
+def read_configuration(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """The configuration of a model's folder, as its file has it (InputError: it is missing, or no JSON object)."""
-    return _read(folder / "config.json")
+    return _read(folder / name)
 
 
 @contextmanager

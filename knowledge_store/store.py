@@ -39,6 +39,7 @@ from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.sql.named_files import NamedFiles
 from knowledge_store.sql.parameters import Parameters
 from knowledge_store.sql.query import run_query
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage import Storage, open_storage
 from knowledge_store.storage.served.client import ServedStorage
 from knowledge_store.writing.rename import rename_dump
@@ -68,6 +69,7 @@ class KnowledgeStore:
         rebuild_index: bool = False,
         cache_size: int = CACHE_SIZE,
         token_file: str | Path | None = None,
+        reporter: Reporter = SILENT,
     ) -> KnowledgeStore:
         """Open a store.
 
@@ -78,6 +80,7 @@ class KnowledgeStore:
                 0 for none.
             token_file: of a store that is served (`grpc+tls://host:port`), a file of the token; None takes the token from the
                 environment variable KNOWLEDGE_STORE_TOKEN.
+            reporter: hears when its server is waited for. It is pickled with the store, for the workers of a loader.
 
         Raises:
             InputError: an address or a token cannot be used.
@@ -87,7 +90,8 @@ class KnowledgeStore:
         A dump that cannot be used (its manifest or a commit record is altered or cannot be read, it has another name than its
         folder, or a kind of knowledge that is not known) is closed, and the others are open; see `closed`.
         """
-        return cls(open_dumps(open_storage(store, token_file), rebuild_index=rebuild_index), cache_size)
+        storage = open_storage(store, token_file, reporter)
+        return cls(open_dumps(storage, rebuild_index=rebuild_index), cache_size)
 
     def __enter__(self) -> KnowledgeStore:
         return self
@@ -186,7 +190,8 @@ class KnowledgeStore:
                 check_answered(self.storage)
             except InputError as error:
                 raise InputError(f"SQL over {self.address} cannot be isolated: {error}, or ask without `isolated`") from None
-            table = isolated_answer(self.storage, query, memory_limit, timeout, parameters, remarks.append, files)
+            statement = Statement(query, memory_limit, timeout, parameters, files)
+            table = isolated_answer(self.storage, statement, remarks.append)
         else:
             table = run_query(self._dumps, query, memory_limit, timeout, parameters, files)
             remarks = self._dumps.remarks

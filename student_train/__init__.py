@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         top_k_renormalised,
         total_variation,
     )
+    from student_train.losses.preference import dpo, pro, rrhf
     from student_train.losses.recalibration import recalibrated
     from student_train.losses.sliced import sliced_loss
     from student_train.losses.table import LOSSES, Loss
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from student_train.training.initialisation import initialise
     from student_train.training.length_groups import LengthGroupSampler
     from student_train.training.mixin import DistillationMixin, DistillationTrainer
+    from student_train.training.preferences import Preferences, preferences
     from student_train.training.run import TrainResult, train
     from student_train.training.split import split_ordinals
     from student_train.training.vocabulary import check_student
@@ -76,6 +78,7 @@ _HOMES = {
         "adaptive_kl conditional_kl cross_entropy first forward_kl jensen_shannon label_smoothing residual_to_gold "
         "reverse_kl skewed_kl skewed_reverse_kl top_k_renormalised total_variation"
     ),
+    "student_train.losses.preference": "dpo pro rrhf",
     "student_train.losses.recalibration": "recalibrated",
     "student_train.losses.sliced": "sliced_loss",
     "student_train.losses.table": "LOSSES Loss",
@@ -89,6 +92,7 @@ _HOMES = {
     "student_train.training.vocabulary": "check_student",
     "student_train.training.initialisation": "initialise",
     "student_train.training.mixin": "DistillationMixin DistillationTrainer",
+    "student_train.training.preferences": "Preferences preferences",
     "student_train.training.run": "TrainResult train",
     "student_train.training.length_groups": "LengthGroupSampler",
     "student_train.training.split": "split_ordinals",
@@ -105,6 +109,7 @@ __all__ = [
     "FullVocabularyCalibration",
     "LengthGroupSampler",
     "Loss",
+    "Preferences",
     "Question",
     "StoreFit",
     "Targets",
@@ -120,6 +125,7 @@ __all__ = [
     "conditional_kl",
     "corpus_row",
     "cross_entropy",
+    "dpo",
     "evaluate",
     "expected_calibration_error",
     "first",
@@ -130,11 +136,14 @@ __all__ = [
     "jensen_shannon",
     "label_smoothing",
     "negative_log_likelihood",
+    "preferences",
+    "pro",
     "read_questions",
     "recalibrated",
     "reliability",
     "residual_to_gold",
     "reverse_kl",
+    "rrhf",
     "select_targets",
     "skewed_kl",
     "skewed_reverse_kl",

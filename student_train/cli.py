@@ -116,7 +116,7 @@ def calibrate(config: CalibrateConfig) -> None:
     from student_train.calibration.fit import calibrate as fit_calibration
 
     check_output(config.output)
-    store = KnowledgeStore.open(config.store)
+    store = KnowledgeStore.open(config.store, reporter=TerminalReporter())
     fit = fit_calibration(store, config.dump, method=config.method, split=config.split, reporter=TerminalReporter())
     write_calibration(config.output, fit.calibration)
     for line in describe(fit):
@@ -176,7 +176,7 @@ def rationales(config: RationalesConfig) -> None:
     from knowledge_store import KnowledgeStore
     from student_train.rationales.overlap import measure_overlap
 
-    store = KnowledgeStore.open(config.store)
+    store = KnowledgeStore.open(config.store, reporter=TerminalReporter())
     overlap = measure_overlap(store, config)
     table = Table(title=f"{overlap.examples:,} examples, {config.rationale_tokens} tokens of each", title_justify="left")
     table.add_column("")

@@ -12,4 +12,4 @@ class BatchOptions:
     """Of a command that runs a model."""
 
     _: KW_ONLY
-    batch_size: int = option(8, min=1, help="Sequences in one forward pass of one process.")
+    batch_size: int = option(8, min=1, help="Sequences, or groups of answers, in one forward pass of one process.")

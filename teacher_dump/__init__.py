@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from teacher_dump.dumping.repair import repair
     from teacher_dump.dumping.report import DumpReport
     from teacher_dump.dumping.run import dump
+    from teacher_dump.generation.configuration import GenerateConfig
+    from teacher_dump.generation.report import GenerateReport
+    from teacher_dump.generation.run import generate
     from teacher_dump.importers.configuration import ImportConfig
     from teacher_dump.importers.run import import_dump
 
@@ -27,6 +30,8 @@ _MODULES = {
     "DumpReport": "teacher_dump.dumping.report",
     "Estimate": "teacher_dump.dumping.estimate",
     "EstimateConfig": "teacher_dump.configuration",
+    "GenerateConfig": "teacher_dump.generation.configuration",
+    "GenerateReport": "teacher_dump.generation.report",
     "Preview": "teacher_dump.dumping.preview",
     "ImportConfig": "teacher_dump.importers.configuration",
     "PreviewConfig": "teacher_dump.configuration",
@@ -37,6 +42,7 @@ _MODULES = {
     "check": "teacher_dump.checking.run",
     "dump": "teacher_dump.dumping.run",
     "estimate": "teacher_dump.dumping.estimate",
+    "generate": "teacher_dump.generation.run",
     "import_dump": "teacher_dump.importers.run",
     "preview": "teacher_dump.dumping.preview",
     "repair": "teacher_dump.dumping.repair",
@@ -50,6 +56,8 @@ __all__ = [
     "DumpReport",
     "Estimate",
     "EstimateConfig",
+    "GenerateConfig",
+    "GenerateReport",
     "ImportConfig",
     "Preview",
     "PreviewConfig",
@@ -60,6 +68,7 @@ __all__ = [
     "check",
     "dump",
     "estimate",
+    "generate",
     "import_dump",
     "preview",
     "repair",

@@ -1,4 +1,4 @@
-"""The command `teacher-dump`: a thin layer over `preview`, `dump`, `repair`, `estimate`, `calibrate` and `check`."""
+"""The command `teacher-dump`: a thin layer over the library, a function for each command."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from teacher_dump.configuration import CalibrateConfig, CheckConfig, EstimateCon
 from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.dumping.report import DumpReport
 from teacher_dump.dumping.request import check_teacher
+from teacher_dump.generation.configuration import GenerateConfig
 from teacher_dump.importers.configuration import ImportConfig
 from teacher_dump.ranks import this_worker
 
@@ -36,8 +37,10 @@ app = application("Run a teacher once over a corpus and keep its knowledge in a 
 class CorpusCommand(Command):
     """A command that takes several files after one `--corpus`, as a shell's glob gives them."""
 
+    files = "--corpus"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        spread = _spread_files(args)
+        spread = _spread_files(args, self.files)
         values, _ = self.parsed(ctx, spread)
         needs_store = any(parameter.name == "store" for parameter in self.params) and not ctx.resilient_parsing
         if needs_store and values.get("store") is None and not values.get("help"):
@@ -60,16 +63,22 @@ class RunCommand(CorpusCommand):
         return values, order
 
 
-def _spread_files(arguments: list[str]) -> list[str]:
+class GenerateCommand(CorpusCommand):
+    """The same, after one `--prompts`."""
+
+    files = "--prompts"
+
+
+def _spread_files(arguments: list[str], option: str) -> list[str]:
     """`--corpus a b c` as `--corpus a --corpus b --corpus c`."""
     spread: list[str] = []
     inside = first = False
     for argument in arguments:
         if argument.startswith("-"):
-            inside = first = argument == "--corpus"
+            inside = first = argument == option
         elif inside:
             if not first:
-                spread.append("--corpus")
+                spread.append(option)
             first = False
         spread.append(argument)
     return spread
@@ -252,6 +261,36 @@ def import_files(config: ImportConfig) -> None:
     from teacher_dump.importers.run import import_dump
 
     _show_report(import_dump(config, reporter=TerminalReporter()), "repaired" if config.repair else "imported")
+
+
+@command(app, GenerateConfig, cls=GenerateCommand)
+def generate(config: GenerateConfig) -> None:
+    """Let a teacher write texts for prompts. They become a folder of Parquet files, which `run` takes as a corpus.
+
+    Example: `teacher-dump generate --teacher HuggingFaceTB/SmolLM2-135M-Instruct --prompts questions.jsonl --output gen/`
+
+    The same command resumes it. A text depends on --seed, its row and its sample, and not on the batch that it is written in.
+    Several workers share the work as they do that of `run`.
+    """
+    _check_packages()
+    end_at_sigterm()
+    worker = this_worker(config.rank, config.world_size, os.environ)
+    if worker.source:
+        note(f"Rank {worker.rank} of {worker.world_size}, as {worker.source} say")
+    from teacher_dump.generation.run import generate as write_texts
+
+    report = write_texts(config, worker.rank, worker.world_size, reporter=TerminalReporter())
+    existing = f", {report.files_existing} existed" if report.files_existing else ""
+    speed = f" at {report.tokens / report.seconds:,.0f} tokens/s" if report.tokens else ""
+    note(
+        f"{report.output}: {report.files} of {counted(report.files_planned, 'file', 'files')} written{existing};"
+        f" {counted(report.texts, 'text', 'texts')}, {counted(report.tokens, 'token', 'tokens')} in"
+        f" {duration(report.seconds)}{speed}"
+    )
+    if report.files_missing:
+        note(f"The folder is not finished: {counted(report.files_missing, 'file', 'files')} of other ranks are missing yet")
+    for sentence in report.sentences:
+        _show_sentence(sentence)
 
 
 @command(app, CheckConfig)

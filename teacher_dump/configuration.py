@@ -139,7 +139,39 @@ class TeacherOptions(NamedTeacher):
 
 
 @dataclass(frozen=True)
-class CorpusOptions(NamedTeacher):
+class RowOptions(NamedTeacher):
+    """How the rows of files are read, and conversations among them rendered."""
+
+    _: KW_ONLY
+    columns: str | None = option(
+        None,
+        metavar="NAME=COLUMN,...",
+        help="Which column holds what, where they are called otherwise: prompt=q,completion=a. It also says what"
+        " counts in rows that could be read in two ways.",
+    )
+    chat_template: Path | None = option(
+        None, metavar="FILE", help="A chat template (Jinja) that stands in for the tokenizer's own; resuming needs no file."
+    )
+    template_date: str | None = option(
+        None,
+        metavar="YYYY-MM-DD",
+        help="The date that a chat template gets when it asks for today's; without it, the day on which the dump was begun.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        read_columns(self.columns)
+        if self.template_date is not None:
+            check_date(self.template_date)
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """What `columns` says: what a row's part is called here → its column's name."""
+        return read_columns(self.columns)
+
+
+@dataclass(frozen=True)
+class CorpusOptions(RowOptions):
     """Which corpus is read, and how it becomes sequences."""
 
     corpus: tuple[Path, ...] = option(
@@ -148,12 +180,6 @@ class CorpusOptions(NamedTeacher):
         of_hub=True,
     )
     _: KW_ONLY
-    columns: str | None = option(
-        None,
-        metavar="NAME=COLUMN,...",
-        help="Which column holds what, where they are called otherwise: prompt=q,completion=a. It also says what"
-        " counts in rows that could be read in two ways.",
-    )
     max_length: int = option(512, min=2, help="Longest sequence, in tokens.")
     too_long: str = option(
         "cut",
@@ -161,18 +187,10 @@ class CorpusOptions(NamedTeacher):
         help="What becomes of prompts with completions, and of conversations, that are longer: cut their end off, skip them, or"
         " refuse the corpus. Plain text is never lost: it continues in another sequence.",
     )
-    chat_template: Path | None = option(
-        None, metavar="FILE", help="A chat template (Jinja) that stands in for the tokenizer's own; resuming needs no file."
-    )
     train_on: str | None = option(
         None,
         choices=TRAIN_ON,
         help="Which messages of the assistant are targets in a conversation: all (without this option), or the last of a row.",
-    )
-    template_date: str | None = option(
-        None,
-        metavar="YYYY-MM-DD",
-        help="The date that a chat template gets when it asks for today's; without it, the day on which the dump was begun.",
     )
 
     def __post_init__(self) -> None:
@@ -182,18 +200,10 @@ class CorpusOptions(NamedTeacher):
         super().__post_init__()
         if not corpus:
             raise InputError("name at least one corpus file")
-        read_columns(self.columns)
-        if self.template_date is not None:
-            check_date(self.template_date)
 
     def with_corpus(self, files: tuple[Path, ...]) -> Self:
         """The same options with the corpus named by its files."""
         return replace(self, corpus=files)
-
-    @property
-    def column_names(self) -> dict[str, str]:
-        """What `columns` says: what a row's part is called here → its column's name."""
-        return read_columns(self.columns)
 
     @property
     def part_characters(self) -> int:
@@ -298,6 +308,22 @@ class DumpConfig(StoreOptions, EstimateConfig):
         return words[:100] or "dump"
 
 
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Which of several workers this is."""
+
+    _: KW_ONLY
+    rank: int | None = option(
+        None,
+        min=0,
+        help="Number of this worker, counted from 0. Without it, as torchrun, Slurm (srun, arrays) or an indexed job of"
+        " Kubernetes says, or else 0.",
+    )
+    world_size: int | None = option(
+        None, min=1, help="How many workers share the work; without it, as torchrun or Slurm says, or else 1."
+    )
+
+
 # What may be said beside `--append`; all else is a setting, which a family of dumps has throughout.
 _NO_SETTINGS = {
     *(
@@ -319,7 +345,7 @@ _NO_SETTINGS = {
 
 
 @dataclass(frozen=True)
-class RunConfig(DumpConfig):
+class RunConfig(WorkerOptions, DumpConfig):
     """The options of `teacher-dump run`: a dump, and which worker of it this is."""
 
     _: KW_ONLY
@@ -332,15 +358,6 @@ class RunConfig(DumpConfig):
         names_dump=True,
         help="Begin or resume the next dump of a family, FAMILY-2, FAMILY-3 and so on, of another corpus and with the"
         " settings of the last one.",
-    )
-    rank: int | None = option(
-        None,
-        min=0,
-        help="Number of this worker, counted from 0. Without it, as torchrun, Slurm (srun, arrays) or an indexed job of"
-        " Kubernetes says, or else 0.",
-    )
-    world_size: int | None = option(
-        None, min=1, help="How many workers share the dump; without it, as torchrun or Slurm says, or else 1."
     )
     repair: bool = option(False, help="Repair the dump instead: make damaged shards and files again, and no others.")
 

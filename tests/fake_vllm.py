@@ -1,7 +1,8 @@
 """A module with as much of vLLM's surface as a teacher uses, over a model of transformers: for where vLLM is not installed.
 
 It works on prompts in the order in which they came, `max_num_batched_tokens` at a time, so that long ones are cut, and hands
-the log-probabilities of each part to `Sampler.gather_logprobs` as vLLM does.
+the log-probabilities of each part to `Sampler.gather_logprobs` as vLLM does. A text is written at once, with a generator of its
+own.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Request:
     token_ids: list[int]
     parameters: Any
     done: int = 0
+    outputs: list[SimpleNamespace] = field(default_factory=list)
     flat: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(token_ids=[], logprobs=[]))
 
 
@@ -71,7 +73,9 @@ class LLMEngine:
         return cls(arguments)
 
     def add_request(self, name: str, prompt: dict[str, list[int]], parameters: SimpleNamespace) -> None:
-        assert parameters.max_tokens == 1 and parameters.flat_logprobs and not parameters.detokenize
+        assert parameters.flat_logprobs and not parameters.detokenize
+        if not hasattr(parameters, "logprobs"):
+            assert parameters.max_tokens == 1
         if len(prompt["prompt_token_ids"]) + 1 > self.arguments.max_model_len:
             raise ValueError("the prompt is too long")
         self.requests.append(Request(name, prompt["prompt_token_ids"], parameters))
@@ -81,6 +85,23 @@ class LLMEngine:
 
     def abort_request(self, names: list[str]) -> None:
         self.requests = [request for request in self.requests if request.name not in names]
+
+    def _written(self, request: Request) -> SimpleNamespace:
+        """A text behind a prompt: its tokens, why it ended, and of each token its log-probability and the likeliest ones'."""
+        asked, ids = request.parameters, list(request.token_ids)
+        generator = torch.Generator().manual_seed(asked.seed)
+        flat, reason = SimpleNamespace(token_ids=[], logprobs=[]), "length"
+        while len(ids) - len(request.token_ids) < asked.max_tokens and reason == "length":
+            logprobs = self.model(torch.tensor([ids])).logits[0, -1].log_softmax(dim=-1, dtype=torch.float32)
+            weights = (logprobs / asked.temperature).softmax(dim=-1) if asked.temperature else None
+            token = logprobs.argmax()[None] if weights is None else weights.multinomial(1, generator=generator)
+            places, values, _ = Sampler.gather_logprobs(logprobs[None], asked.logprobs, token)
+            flat.token_ids += places.flatten().tolist()
+            flat.logprobs += values.flatten().tolist()
+            ids.append(int(token))
+            if ids[-1] in asked.stop_token_ids:
+                reason = "stop"
+        return SimpleNamespace(token_ids=ids[len(request.token_ids) :], finish_reason=reason, logprobs=flat)
 
     @torch.inference_mode()
     def step(self) -> list[SimpleNamespace]:
@@ -96,7 +117,9 @@ class LLMEngine:
                 break
             room -= end - request.done
             targets = tokens[request.done + 1 : end + 1]
-            if len(targets):
+            if hasattr(request.parameters, "logprobs"):
+                request.outputs = [self._written(request)] if end == len(tokens) else []
+            elif len(targets):
                 logits = self.model(tokens[None, :end]).logits[0, request.done : request.done + len(targets)]
                 logprobs = logits.log_softmax(dim=-1, dtype=torch.float32)
                 count = request.parameters.prompt_logprobs
@@ -111,7 +134,10 @@ class LLMEngine:
             if end == len(tokens):
                 finished.append(request)
         self.abort_request([request.name for request in finished])
-        return [SimpleNamespace(request_id=request.name, finished=True, prompt_logprobs=request.flat) for request in finished]
+        return [
+            SimpleNamespace(request_id=request.name, finished=True, prompt_logprobs=request.flat, outputs=request.outputs)
+            for request in finished
+        ]
 
 
 def modules(version: str = "0.32.0") -> dict[str, ModuleType]:

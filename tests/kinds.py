@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from stores import DRAW_WEIGHT, drawn_sequences, knowledge_of, random_sequences, with_draws
 
-from knowledge_store import Field, Kind
+from knowledge_store import KINDS, Field, Kind, KnowledgeStore
 from knowledge_store.format.parquet import TEXT
 from knowledge_store.kinds import Arrays
 from knowledge_store.kinds.field import PLAIN, SPLIT
@@ -396,3 +397,20 @@ CASES = {
     ),
     "preferences": Case(PREFERENCES, "both texts", prefer_the_same, preference_rows),
 }  # fmt: skip
+
+
+def fingerprint(opened: KnowledgeStore) -> str:
+    """A hash of all that batches have."""
+    found = hashlib.sha256()
+    for batch in opened.batches(batch_size=3, seed=4):
+        for name, array in batch.items():
+            found.update(name.encode())
+            found.update(repr(array).encode() if isinstance(array, list) else array.tobytes() + str(array.shape).encode())
+    return found.hexdigest()
+
+
+def print_fingerprint(name: str, store: str) -> None:
+    """Print that of a store of the case `name`."""
+    kind = CASES[name].kind
+    KINDS[kind.name] = kind
+    print(fingerprint(KnowledgeStore.open(store)), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -27,7 +28,8 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         *("teacher_dump.cli", "teacher_dump.dumping.repair", "teacher_dump.dumping.run", "teacher_dump.dumping.estimate"),
-        *("teacher_dump.checking.run", "teacher_dump.checking.positions.verdicts", "student_train.training.run", "stores"),
+        *("teacher_dump.checking.run", "teacher_dump.checking.positions.verdicts", "teacher_dump.generation.parts"),
+        *("student_train.training.run", "kinds"),
     ]
 )
 
@@ -75,14 +77,15 @@ def child_process(command: list[Any], **options: Any) -> Iterator[subprocess.Pop
 
 
 class Running:
-    """A function at work in a process of its own; what it prints goes to files in `folder`."""
+    """A function at work in a process of its own, in the environment of now; what it prints goes to files in `folder`."""
 
     def __init__(self, function: Callable[..., None], *arguments: object, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         number = len(list(folder.glob("*.out")))
         self._out, self._err = folder / f"{number}.out", folder / f"{number}.err"
         self._out.touch()
-        self.process: BaseProcess = _server.Process(target=_run, args=(function, arguments, str(self._out), str(self._err)))
+        task = (function, arguments, dict(os.environ), str(self._out), str(self._err))
+        self.process: BaseProcess = _server.Process(target=_run, args=task)
         self.process.start()
 
     @property
@@ -119,7 +122,10 @@ class Command(Running):
         wait_until(lambda: process.status() == psutil.STATUS_STOPPED, self.process.is_alive)
 
 
-def _run(function: Callable[..., None], arguments: tuple, out: str, err: str) -> None:
+def _run(function: Callable[..., None], arguments: tuple, environment: dict[str, str], out: str, err: str) -> None:
+    gc.freeze()  # what the server had imported
+    os.environ.clear()
+    os.environ.update(environment)
     for path, descriptor in ((out, 1), (err, 2)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -172,3 +173,12 @@ def train_in_three_ways(store_folder: str, student: str, folder: Path, shared: d
     if trainer.is_world_process_zero():
         Path("curves.json").write_text(json.dumps(curves))
     training.leave_processes()
+
+
+def without_a_hub(package: str, arguments: list) -> None:
+    """A command where the hub of models may be asked, and nothing answers."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE, constants.ENDPOINT = False, "http://127.0.0.1:9"
+    sys.argv = [package.replace("_", "-"), *map(str, arguments)]
+    importlib.import_module(f"{package}.cli").main()

@@ -44,6 +44,11 @@ class Served:
         """One of its stores, by the name of several."""
         return KnowledgeStore.open(f"{self.address}/{store}", token_file=self.token_file)
 
+    def counted(self, name: str) -> float:
+        """One of its metrics, with its labels if it has some."""
+        lines = self.server.metrics.text().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(f"knowledge_store_{name} "))
+
     def calls(self, what: str) -> list[dict[str, Any]]:
         """The calls of a sort that have ended."""
         return [facts for facts in self.log if facts["call"] == what]

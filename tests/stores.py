@@ -152,6 +152,27 @@ def write_store(
     return folder
 
 
+def write_group_store(
+    folder: Any, dump: str = "groups", sizes: Any = ((2, 3), (4, 2, 2)), seed: int = 0, **changes: Any
+) -> Any:
+    """A store with a complete dump of groups of random knowledge: `sizes` has of each shard how many answers each of its groups
+    has. Of two answers the first scores 1 and the second 0; of more the scores are unknown. A document of no answer is left
+    out. Returns `folder`."""
+    vocabulary = 11
+    plan = {"max_length": 64, "groups": True}
+    manifest = make_manifest(dump, vocabulary, shards=len(sizes), plan=plan, **changes)
+    writer = DumpWriter.open(folder, manifest, tokens_table(words(vocabulary), words(vocabulary)))
+    for shard, of_shard in enumerate(sizes):
+        windows = [(DOCUMENTS * shard + place, window, size) for place, size in enumerate(of_shard) for window in range(size)]
+        knowledge = random_sequences(seed + shard, len(windows))
+        rows = [
+            {**sequence_row(document, arrays, window), "score": 1.0 - window if size == 2 else None}
+            for (document, window, size), arrays in zip(windows, knowledge, strict=True)
+        ]
+        writer.commit(Shard(shard, DOCUMENTS * shard, DOCUMENTS, rows, {"positions": knowledge}, made_by=MADE_BY))
+    return folder
+
+
 DRAW_WEIGHT = 0.0625  # of what `with_draws` makes up
 
 

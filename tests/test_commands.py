@@ -8,9 +8,9 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import IO
 
 import pytest
+from command_server import forked_command
 from conftest import PATIENCE, ROOT, make_tokenizer, write_jsonl
 from stores import write_store
 from typer.main import get_command
@@ -148,14 +148,6 @@ def test_an_address_that_no_storage_serves_is_refused_by_name(program, words, tm
 PREVIEW = ("preview", "--corpus", "rows.jsonl", "--teacher", "tokenizer", "--max-length", "40")
 
 
-def in_a_terminal(program: str, *words: str, encoding: str, stdout: IO[str] | int) -> subprocess.CompletedProcess[str]:
-    """A program in a process of its own, with standard output in some encoding."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-m", f"{program.replace('-', '_')}.cli", *words]
-    pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
-    return subprocess.run(command, **pipes, env=environment, encoding=encoding, timeout=PATIENCE, check=False)
-
-
 @pytest.fixture
 def rows(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -172,7 +164,8 @@ def rows(tmp_path, monkeypatch) -> Path:
     ],
 )
 def test_signs_that_an_encoding_lacks_are_shown_in_ascii(encoding, words, rows):
-    shown = in_a_terminal("teacher-dump", *PREVIEW, encoding=encoding, stdout=subprocess.PIPE)
+    tokenizers = "from transformers import AutoTokenizer"
+    shown = forked_command("teacher_dump", *PREVIEW, before=tokenizers, cwd=rows.parent, encoding=encoding)
     assert (shown.returncode, shown.stderr) == (0, "")
     for word in words:
         assert word in shown.stdout
@@ -180,13 +173,17 @@ def test_signs_that_an_encoding_lacks_are_shown_in_ascii(encoding, words, rows):
 
 @pytest.mark.parametrize(
     ("program", "words"),
-    [("knowledge-store", ["--version"]), ("student-train", ["run", "--help"]), ("teacher-dump", PREVIEW)],
+    [("knowledge-store", ["info", "store"]), ("student-train", ["run", "--help"]), ("teacher-dump", ["--version"])],
 )
-def test_standard_output_that_cannot_be_written_is_one_line(program, words, rows):
+def test_standard_output_that_cannot_be_written_is_one_line(program, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_store("store")
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
+    command = [sys.executable, "-m", f"{program.replace('-', '_')}.cli", *words]
     with full.open("w") as stdout:
-        refused = in_a_terminal(program, *words, encoding="utf-8", stdout=stdout)
+        pipes, environment = {"stdout": stdout, "stderr": subprocess.PIPE}, {**os.environ, "PYTHONPATH": str(ROOT)}
+        refused = subprocess.run(command, **pipes, env=environment, text=True, timeout=PATIENCE, check=False)
     sentence = "Error: standard output cannot be written: No space left on device\n"
     assert (refused.returncode, refused.stderr) == (2, sentence)

@@ -25,14 +25,14 @@ from teacher_dump import DumpConfig, dump
 from teacher_dump.dumping.publishing import ShardPublisher
 
 
-def test_a_disk_that_refuses_calls_of_chance(memory_folder):
-    skip_for(disk_errors.unavailable(memory_folder))
-    counts = disk_errors.run(seed=1, minutes=math.inf, folder=memory_folder, trials=2)
+def test_a_disk_that_refuses_calls_of_chance(tmp_path):
+    skip_for(disk_errors.unavailable(tmp_path))
+    counts = disk_errors.run(seed=1, minutes=math.inf, folder=tmp_path, trials=2)
     assert counts["calls"] == 2
     assert counts["refused"] > 0
     assert counts["survived"] == counts["faults"]
     assert counts["silent"] == 0
-    skip_for(journal_disk.unavailable(memory_folder))  # of short writes and full disks
+    skip_for(journal_disk.unavailable(tmp_path))  # of short writes and full disks
     assert counts["short_writes"] == counts["full_disks"] == 2
 
 

@@ -52,6 +52,8 @@ SUBSTITUTIONS = (
     ('SFTConfig("runs/sft"', 'SFTConfig("runs/sft", bf16=False'),  # whose default needs a GPU
     ("'small'", "'train'"),
     ("'large'", "'heldout'"),
+    ("--max-new-tokens 256", "--max-new-tokens 6"),
+    ("finish = 'stop'", "finish <> ''"),  # a teacher with random weights seldom ends a text
 )
 
 # Blocks that are not run: document, and reason.
@@ -72,6 +74,7 @@ NOT_RUN = {
     ("teacher_dump/WORKERS.md", "it needs a cluster"),
     ("teacher_dump/IMPORTS.md", "downloads a data set"),
     ("teacher_dump/TEACHERS.md", "needs a server of vLLM"),
+    ("teacher_dump/TEXTS.md", "needs a tokenizer with a token that begins a text"),
     ("teacher_dump/TEACHERS.md", "needs vLLM"),
 }
 
@@ -108,7 +111,11 @@ def run_line(line: str) -> None:
     files = {sign: words[words.index(sign) + 1] for sign in "<>" if sign in words}
     for sign, name in files.items():
         words = [word for word in words if word not in (sign, name)]
-    words = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*.jsonl" in word else [word])]
+    words = [
+        name
+        for word in words
+        for name in (sorted(map(str, Path().glob(word))) if word.endswith(("*.jsonl", "*.parquet")) else [word])
+    ]
     module = words[2] if words[:2] == ["python", "-m"] else PROGRAMS[words[0]]
     arguments = words[3:] if words[0] == "python" else words[1:]
     printed = io.StringIO()
@@ -139,6 +146,8 @@ def run_block(block: Block) -> None:
     elif block.language == "json":
         for line in text.splitlines():
             json.loads(line)
+    elif block.language == "jinja":  # its first line is a comment with the name of its file
+        Path(re.match(r"\{# (\S+) #\}\n", text)[1]).write_text(text)
     elif block.language == "yaml":
         Path("run.yaml").write_text(text)
         run_line("student-train run --config run.yaml --print-config")
@@ -153,7 +162,7 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     # The default --max-length is what documents use; more positions need no more weights.
     configuration = json.loads((folder / "teacher/config.json").read_text())
     (folder / "teacher/config.json").write_text(json.dumps({**configuration, "max_position_embeddings": 512}))
-    shutil.copytree(teacher_folder, folder / "student")
+    shutil.copytree(folder / "teacher", folder / "student")
     rows = story_rows(12)
     (folder / "data").mkdir()
     for name, content in (("train.jsonl", rows), ("data/part-1.jsonl", rows), ("data/part-2.jsonl", story_rows(12, start=40))):
@@ -161,6 +170,14 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     write_jsonl(folder / "heldout.jsonl", story_rows(6, start=30))
     turns = [{"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "The keeper did."}]
     write_jsonl(folder / "chat.jsonl", [{"messages": turns}] * 4)
+    prompts = [f"Who lit lamp {row}?" for row in range(8)]
+    pairs = [{"prompt": prompt, "chosen": " The keeper.", "rejected": " No one at all."} for prompt in prompts]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    answers = [" The keeper did.", " His daughter.", " It was no one."]
+    write_jsonl(folder / "samples.jsonl", [{"prompt": prompt, "completions": answers} for prompt in prompts])
+    questions = [{"prompt": f"Who lit the {thing}?"} for thing in ("lamp", "fire")]
+    write_jsonl(folder / "questions.jsonl", questions)
+    write_jsonl(folder / "subjects.jsonl", [{"subject": "the sea", "age": 5}, {"subject": "a lamp", "age": 9, "word": "mast"}])
     for name in ("test", "validation"):
         rows = [
             {"question": f"What is {name} {place}?", "options": ["a lamp", "a boat"], "answer": place % 2} for place in range(6)
@@ -190,7 +207,7 @@ def test_every_block_runs(document, prepared, tmp_path, monkeypatch):
 
 def test_blocks_are_marked():
     languages = {block.language for document in DOCUMENTS for block in blocks(document)}
-    assert languages <= {"sh", "python", "sql", "json", "yaml", "text"}
+    assert languages <= {"sh", "python", "sql", "json", "jinja", "yaml", "text"}
     assert {(document, block.reason) for document in DOCUMENTS for block in blocks(document) if block.reason} == NOT_RUN
 
 

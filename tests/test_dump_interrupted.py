@@ -78,6 +78,7 @@ def test_while_the_last_shard_is_published_and_waited_for(config, loaded_teacher
         dump(config, teacher=loaded_teacher)
         for path in config.store.glob("d/positions/*.parquet"):
             path.unlink()
+    monkeypatch.setattr(publishing, "LONGEST_WAIT", 0.05)
     waits, wait = threading.Semaphore(0), ShardPublisher._wait
     home, name = (DumpWriter, "commit") if call is dump else (repair_module, "repair_shard")
     publish = getattr(home, name)

@@ -19,7 +19,7 @@ from test_verify import Hearer, flip
 from knowledge_store import InputError, StoreError, verify
 from knowledge_store.errors import LimitError
 from knowledge_store.format.sequences import sequences_schema
-from knowledge_store.isolation.child import Killed, limit, limit_time, started
+from knowledge_store.isolation.child import Killed, limit, limit_time, load_arrow, started
 from knowledge_store.writing.isolated import verify_isolated
 
 GIB = 2**30
@@ -132,3 +132,14 @@ def test_what_a_task_raises_is_raised():
     match = "ZeroDivisionError: nobody thought of it"
     with pytest.raises(Exception, match=match), started("test_isolated_verify:fail", {"memory": False}) as child:
         child.result()
+
+
+def convert(request, answer, report):
+    """A task that has Arrow convert values of Python, for which it looks for pandas."""
+    load_arrow()
+    return {"values": pa.array([1, None]).to_pylist(), "pandas": "pandas" in sys.modules}
+
+
+def test_pandas_is_not_loaded_where_it_is_not_used():
+    with started("test_isolated_verify:convert", {}) as child:
+        assert child.result() == {"values": [1, None], "pandas": False}

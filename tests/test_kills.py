@@ -8,9 +8,9 @@ from conftest import skip_for
 from torture import kills
 
 
-def test_killed_at_calls_of_chance(memory_folder):
-    skip_for(kills.unavailable(memory_folder))
-    counts = kills.run(seed=1, minutes=math.inf, folder=memory_folder, trials=6)
+def test_killed_at_calls_of_chance(tmp_path):
+    skip_for(kills.unavailable(tmp_path))
+    counts = kills.run(seed=1, minutes=math.inf, folder=tmp_path, trials=6)
     assert counts["kills"] > 0
     assert counts["twins"] > 0
     assert counts["repairs_killed"] > 0

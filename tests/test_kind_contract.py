@@ -6,10 +6,6 @@ the declaration says too little.
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import run_command
-from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, explanations
+from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, explanations, fingerprint, print_fingerprint
+from processes import Running
 from served import assert_equal, served
 from stores import assert_close, make_manifest, random_sequences, sequence_row, words
 
@@ -166,28 +163,6 @@ def test_random_access_equals_batches(case, store):
                     assert same(own, decoded[0] if kind.per == "sequence" else decoded)
 
 
-READ = """
-import hashlib, sys
-from kinds import CASES
-from knowledge_store import KINDS, KnowledgeStore
-
-case, folder = CASES[sys.argv[1]], sys.argv[2]
-KINDS[case.kind.name] = case.kind
-import test_kind_contract
-print(test_kind_contract.fingerprint(KnowledgeStore.open(folder)))
-"""
-
-
-def fingerprint(opened: KnowledgeStore) -> str:
-    """A hash of all that batches have."""
-    found = hashlib.sha256()
-    for batch in opened.batches(batch_size=3, seed=4):
-        for name, array in batch.items():
-            found.update(name.encode())
-            found.update(repr(array).encode() if isinstance(array, list) else array.tobytes() + str(array.shape).encode())
-    return found.hexdigest()
-
-
 def test_a_served_store_gives_the_same(case, store):
     """Every sequence and every batch, decoded where it is served and put together here."""
     local = KnowledgeStore.open(store, cache_size=0)
@@ -205,9 +180,7 @@ def test_through_the_cache_in_another_process(case, store, tmp_path, request, mo
     cache = tmp_path / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     assert fingerprint(KnowledgeStore.open(store)) == expected
-    environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}
-    command = [sys.executable, "-c", READ, request.node.callspec.params["case"], str(store)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = Running(print_fingerprint, request.node.callspec.params["case"], str(store), folder=tmp_path / "printed").wait()
     assert (done.returncode, done.stdout.strip()) == (0, expected), done.stderr
     cached = [path for path in (cache / "knowledge-store/decoded").rglob("*") if path.is_file() and path.name != "used"]
     assert bool(cached) == (not case.kind.has_text(manifest_of(case)))

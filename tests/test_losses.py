@@ -369,7 +369,7 @@ def test_shares_of_a_step_add_up_to_the_mean_of_one_batch():
     batch = toy_batch()
     outputs = SimpleNamespace(logits=torch.randn(3, 5, 11))
     counts = units(batch)
-    assert {unit: int(count) for unit, count in counts.items()} == {"target": 6, "sequence": 2}
+    assert {unit: int(count) for unit, count in counts.items()} == {"target": 6, "sequence": 2, "group": 0}
     whole = step_loss(LOSSES["forward-kl"], [outputs], batch, counts, ce_weight=0.3)
     logits, targets = select_targets(outputs.logits, batch)
     expected = 0.7 * forward_kl(logits, targets).mean() + 0.3 * cross_entropy(logits, targets).mean()

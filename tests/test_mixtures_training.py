@@ -166,12 +166,12 @@ def test_dumps_of_the_same_texts_are_named_before_they_are_read(options, mixed):
 
 
 def test_killed_in_the_middle_of_a_mixture_on_any_number_of_ranks(options, tmp_path):
-    """SIGKILL of one of 1, 2 and 4 processes in the second epoch of three dumps, and the same command again."""
+    """SIGKILL of one of 1 and 4 processes in the second epoch of three dumps, and the same command again."""
     options |= {"steps": 7, "save_steps": 2, "dump": ("news-1=0.5", "news-2=0.3", "code=0.2")}
     train(TrainConfig(**options))
     expected = losses(tmp_path / "run")
     assert list(expected) == list(range(1, 8))
-    for world_size in (1, 2, 4):
+    for world_size in (1, 4):
         output = tmp_path / f"run-{world_size}"
         changed = options | {"batch_size": 4 // world_size, "output": str(output)}
         killed = run_ranks(world_size, ranks.train, changed, 5, folder=tmp_path / "said")

@@ -223,6 +223,14 @@ def test_how_it_was_counted_opens_in_the_sql_box(page, address):
     expect(page.locator("table")).to_contain_text("numbers")
 
 
+def test_a_list_that_ends_at_its_limit_says_so(page, address):
+    opened(page, address, "#/sql")
+    for asked, said in (("SELECT 1 LIMIT 1", "1 row, as many as the statement asks for"), ("SELECT 1 LIMIT 2", "1 row")):
+        page.fill("#sql", asked)
+        page.get_by_role("button", name="Run").click()
+        expect(page.locator("figcaption")).to_have_text(re.compile(f"{said}$"))
+
+
 def test_a_statement_is_stopped(page, address):
     opened(page, address, "#/sql")
     page.fill(

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from conftest import make_model, make_tokenizer, write_jsonl
+from processes import run_ranks
 from safetensors.torch import load_file
-from test_student_training import assert_close, command, environment, weights
-from torture.heartbeat import PATIENCE
+from test_student_training import assert_close, command, weights
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
@@ -253,12 +252,8 @@ def test_two_processes_learn_what_one_does(settings, tmp_path):
     settings |= {"dump": "text", "rationale_dump": "sal", "max_grad_norm": 0, "hidden_weight": 0.2}
     train(TrainConfig(**settings, hidden_projector=True))
     pair = settings | {"output": str(tmp_path / "pair"), "batch_size": 2}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launch, "-m", "student_train.cli", "run", *command(pair), "--hidden-projector"],
-        env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = run_ranks(2, ranks.run_command, [*command(pair), "--hidden-projector"], folder=tmp_path / "said")
+    assert [rank.returncode for rank in done] == [0, 0], done
     assert_close(weights(tmp_path / "run"), weights(tmp_path / "pair"))
     assert_close(*(load_file(tmp_path / name / PROJECTOR_FILE) for name in ("run", "pair")))
 

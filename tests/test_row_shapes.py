@@ -231,7 +231,7 @@ def test_text_that_looks_like_json_is_text_unless_it_is_declared_as_json():
         ("prompt=a,completion=a", "prompt and completion would both be the column 'a'"),
         ("prompt=completion", "prompt and completion would both be the column 'completion'"),
         ("messages=a,tools=a", "messages and tools would both be the column 'a'"),
-        ("text=a:json", ":json is for prompt and completion alone"),
+        ("text=a:json", ":json is for prompt, completion, chosen and rejected alone"),
     ],
 )
 def test_columns_that_cannot_be_meant_are_refused_at_once(columns, sentence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torture.heartbeat import wait_until
 
 from knowledge_store import InputError, KnowledgeStore
 from knowledge_store.configuration import ServeConfig
+from knowledge_store.reporter import Reporter
 from knowledge_store.serving.service import serve
 from knowledge_store.storage.served.tokens import ENVIRONMENT
 from student_train.training.configuration import TrainConfig
@@ -24,6 +26,16 @@ from student_train.training.run import train
 from teacher_dump import DumpConfig, dump
 
 KILLED_AFTER = (3, 9)  # batches
+
+
+class Notes(Reporter):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
 
 
 def serve_alone(folder: str, tokens: str, port: int) -> None:
@@ -52,19 +64,23 @@ def test_a_server_that_is_killed_in_mid_epoch_loses_and_repeats_nothing(tmp_path
         servers[-1].process.kill()
         servers[-1].process.join()
 
-    expected = list(KnowledgeStore.open(folder, cache_size=0).batches(batch_size=4, seed=2))
+    expected, reporter = list(KnowledgeStore.open(folder, cache_size=0).batches(batch_size=4, seed=2)), Notes()
     try:
         start()
-        with KnowledgeStore.open(f"grpc://127.0.0.1:{port}", token_file=tokens) as store:
+        with KnowledgeStore.open(f"grpc://127.0.0.1:{port}", token_file=tokens, reporter=reporter) as store:
             found = []
             for batch in store.batches(batch_size=4, seed=2):
                 found.append(batch)
                 if len(found) in KILLED_AFTER:
                     kill()
-                    start()
+                    starting = threading.Thread(target=start)
+                    starting.start()
+            starting.join()
             assert len(found) == len(expected)
             for one, other in zip(found, expected, strict=True):
                 assert_equal(one, other)
+        assert f"Waiting for grpc://127.0.0.1:{port} for up to 2 min 00 s more: it does not answer" in reporter.notes[0]
+        assert f"grpc://127.0.0.1:{port} answers again after" in reporter.notes[1]
     finally:
         kill()
 

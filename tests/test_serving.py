@@ -105,8 +105,35 @@ def test_no_more_than_eight_batches_are_on_the_way(folder):
         batches = iter(remote.batches("one", batch_size=1))
         for _ in range(2):
             next(batches)
-        wait_until(lambda: sum(facts["batches"] for facts in where.calls("sequences")) == 10)
+        wait_until(lambda: where.counted("sequences_sent_total") == 10)
         assert len(list(batches)) == 10
+
+
+def test_a_stream_that_rests_is_ended_and_begun_again(folder, local):
+    """Its client pauses, looks at single sequences meanwhile, and goes on."""
+    with served(folder, stalled=0.05) as where, where.open() as remote:
+        found, expected = remote.batches("one", batch_size=1, seed=2), list(local.batches("one", batch_size=1, seed=2))
+        for step, batch in enumerate(found):
+            assert_equal(batch, expected[step])
+            if step in (1, 4):
+                wait_until(lambda: where.counted("streams_standing") == 0)
+                assert_equal(remote["one", 5], local["one", 5])
+        wait_until(lambda: where.counted("streams_now") == 0)
+    wait_until(lambda: {facts["outcome"] for facts in where.calls("sequences")} == {"ok"})
+
+
+def test_a_server_that_ends_has_its_clients_hang_up(folder):
+    with served(folder) as where, where.open() as remote:
+        next(iter(remote.batches("one", batch_size=1)))
+        where.server.close()
+        assert where.server.ended
+
+
+def test_a_large_batch_comes_in_parts(folder, local, monkeypatch):
+    monkeypatch.setattr("knowledge_store.serving.sequences.PART_BYTES", 2000)
+    with served(folder) as where, where.open() as remote:
+        for one, other in zip(remote.batches("one", batch_size=7), local.batches("one", batch_size=7), strict=True):
+            assert_equal(one, other)
 
 
 def test_sequences_come_in_few_bytes(tmp_path):
@@ -116,7 +143,8 @@ def test_sequences_come_in_few_bytes(tmp_path):
     [size] = {sum(array.nbytes for array in batch.values()) for batch in local.batches(batch_size=60)}
     with served(folder) as where, where.open() as remote:
         list(remote.batches(batch_size=60))
-    assert sum(facts["bytes"] for facts in where.calls("sequences")) < size / 2
+        wait_until(lambda: where.counted("sequences_sent_total") == 60)
+    assert where.counted('sent_bytes_total{call="sequences"}') < size / 2
 
 
 def test_sql(local, remote):
@@ -254,8 +282,6 @@ def test_a_server_without_a_cache_says_the_same(folder, local, monkeypatch):
 
 def test_metrics_count_calls_and_bytes(where, remote):
     remote.sql("SELECT 1")
-    text = where.server.metrics.text()
-    assert 'knowledge_store_calls_total{call="sql",outcome="ok"}' in text
-    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(lines['knowledge_store_sent_bytes_total{call="sql"}']) >= 4
-    assert float(lines["knowledge_store_queries_now"]) == 0
+    assert where.counted('calls_total{call="sql",outcome="ok"}') >= 1
+    assert where.counted('sent_bytes_total{call="sql"}') >= 4
+    assert where.counted("queries_now") == 0

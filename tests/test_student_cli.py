@@ -10,7 +10,10 @@ import sys
 
 import pytest
 import typer
+from command_server import forked_command
 from conftest import ROOT, run_command, write_jsonl
+from processes import Running
+from ranks import without_a_hub
 from typer.testing import CliRunner
 
 import student_train
@@ -58,10 +61,7 @@ def test_every_public_name_is_there():
 
 def without(library: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in a process in which a library cannot be imported."""
-    words = ["student-train", *map(str, arguments)]
-    return python(
-        f"import sys; sys.modules['{library}'] = None; sys.argv = {words}; from student_train.cli import main; main()"
-    )
+    return forked_command("student_train", *arguments, before=f"import sys; sys.modules['{library}'] = None")
 
 
 @pytest.mark.parametrize("library", ["torch", "transformers"])
@@ -214,11 +214,8 @@ def test_a_mistake_in_a_process_of_its_own_is_one_line_too():
         ("teacher_dump", ["check", "STORE", "--teacher", "nobody/nosuch", "--dump", "train"]),
     ],
 )
-def test_a_model_that_is_nowhere_is_one_line_where_the_hub_cannot_be_reached(
-    package, arguments, store_folder, tmp_path, monkeypatch
-):
-    for name, value in {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}.items():
-        monkeypatch.setenv(name, value)
-    done = run_command(package, *(store_folder if word == "STORE" else word for word in arguments), cwd=tmp_path)
+def test_a_model_that_is_nowhere_is_one_line_where_the_hub_cannot_be_reached(package, arguments, store_folder, tmp_path):
+    words = [store_folder if word == "STORE" else word for word in arguments]
+    done = Running(without_a_hub, package, words, folder=tmp_path).wait()
     message = "Error: there is no folder nobody/nosuch, and the hub, which may have a model of that name, cannot be reached\n"
     assert (done.returncode, done.stderr) == (2, message)

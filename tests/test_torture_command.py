@@ -9,13 +9,14 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from processes import child_process
 from torture.heartbeat import Reading, Watch, wait_for, wait_until
-from torture.supervision import WORK, Processes, run_loop
+from torture.supervision import WORK, Ending, Processes, run_loop
 
 CASE = "from torture.heartbeat import beat; import os, signal, threading, time; beat('case 7'); "
 SPINS = {
@@ -31,18 +32,23 @@ SLEEPS = {
 }
 
 
-@pytest.mark.parametrize("code", SPINS.values(), ids=SPINS.keys())
-def test_a_case_that_spins_hangs(tmp_path, code):
-    ending = Processes(spinning=1, idle=600).run(code, tmp_path / "loop", [], seconds=600)
-    assert ending.hung is not None and ending.result is None and ending.cut_off is None
-    assert ending.hung.startswith("it used ") and ending.hung.endswith("s of processor time at 'case 7'")
+def endings(cases: dict[str, str], folder: Path, processes: Processes) -> Iterator[tuple[str, Ending]]:
+    """How each of some pieces of Python ended; they run at once, since most of their time is waiting."""
+    with ThreadPoolExecutor(len(cases)) as pool:
+        runs = {name: pool.submit(processes.run, code, folder / name, [], seconds=600) for name, code in cases.items()}
+        yield from ((name, run.result()) for name, run in runs.items())
 
 
-@pytest.mark.parametrize("code", SLEEPS.values(), ids=SLEEPS.keys())
-def test_a_case_that_waits_for_ever_hangs(tmp_path, code):
-    ending = Processes(spinning=600, idle=1).run(code, tmp_path / "loop", [], seconds=600)
-    assert ending.hung is not None and ending.result is None and ending.cut_off is None
-    assert ending.hung.startswith("it used no processor time for ") and ending.hung.endswith("at 'case 7'")
+def test_a_case_that_spins_hangs(tmp_path):
+    for name, ending in endings(SPINS, tmp_path, Processes(spinning=1, idle=600)):
+        assert ending.hung is not None and ending.result is None and ending.cut_off is None, name
+        assert ending.hung.startswith("it used ") and ending.hung.endswith("s of processor time at 'case 7'"), name
+
+
+def test_a_case_that_waits_for_ever_hangs(tmp_path):
+    for name, ending in endings(SLEEPS, tmp_path, Processes(spinning=600, idle=1)):
+        assert ending.hung is not None and ending.result is None and ending.cut_off is None, name
+        assert ending.hung.startswith("it used no processor time for ") and ending.hung.endswith("at 'case 7'"), name
 
 
 def test_a_loop_that_hangs_is_broken_and_says_where(tmp_path, monkeypatch):
@@ -123,8 +129,13 @@ def test_an_interrupted_torture_leaves_no_process_and_no_file(tmp_path):
     with child_process(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as torture:
-        # Itself, the loop, and what that starts.
-        wait_until(lambda: len(environments(mark)) >= 6, lambda: torture.poll() is None)
+
+        def at_work() -> bool:
+            """Itself, the loop, and what that starts. To look takes time that they need."""
+            time.sleep(0.1)
+            return len(environments(mark)) >= 6
+
+        wait_until(at_work, lambda: torture.poll() is None)
         seen = environments(mark)
         folders = [Path(each["TMPDIR"]).parent.parent for each in seen if each.get("TMPDIR", "").endswith("/workers/tmp")]
         assert folders and all(folder.exists() for folder in folders)

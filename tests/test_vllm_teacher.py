@@ -24,19 +24,21 @@ from teacher_dump import (
     CheckConfig,
     DumpConfig,
     EstimateConfig,
+    GenerateConfig,
     RunConfig,
     append,
     calibrate,
     check,
     dump,
     estimate,
+    generate,
     repair,
 )
 from teacher_dump.teachers import vllm_engine
 from teacher_dump.teachers.loading import Loading
 from teacher_dump.teachers.local import LocalTeacher
 from teacher_dump.teachers.local import load_teacher as load_local
-from teacher_dump.teachers.protocol import Ability
+from teacher_dump.teachers.protocol import Ability, TextRequest, Writing
 from teacher_dump.teachers.vllm import VllmTeacher, load_teacher
 
 LONGEST = 48
@@ -213,7 +215,7 @@ def test_distributions_that_are_not_known_to_be_right_are_not_used(monkeypatch, 
     fake_vllm.install(monkeypatch, version).faults = fake_vllm.Faults(**faults)
     notes = Notes()
     teacher = load_teacher(str(teacher_folder), Loading(engine="vllm"), LONGEST, reporter=notes)
-    assert teacher.abilities == {Ability.LIKELIEST}
+    assert teacher.abilities == {Ability.LIKELIEST, Ability.TEXT}
     assert any(re.search(reason, text) for text in notes.texts)
 
 
@@ -269,6 +271,44 @@ def test_an_engine_that_does_not_start_is_refused_in_one_line(engine, teacher_fo
         load_teacher(str(teacher_folder), Loading(engine="vllm"), LONGEST)
 
 
+# --- texts ------------------------------------------------------------------------------------------------------------------
+
+
+def check_texts(ours: VllmTeacher, theirs: LocalTeacher) -> None:
+    """Make sure that vLLM's texts do not depend on their batch, and are as likely as transformers says of their tokens."""
+    assert ours.stop_tokens == theirs.stop_tokens
+    requests = [TextRequest(np.arange(5 + row, 12 + 2 * row), 2**63 + row) for row in range(6)]
+    writing = Writing(0.8, 12, ours.stop_tokens, likeliest=3)
+    alone = [ours.write([request], writing)[0] for request in requests]
+    together = ours.write(requests, writing)
+    stopping = Writing(0.8, 12, tuple(int(text.token_ids[4]) for text in alone), likeliest=3)
+    for one, other, stopped, request in zip(alone, together, ours.write(requests, stopping), requests, strict=True):
+        assert one.token_ids.tolist() == other.token_ids.tolist()
+        assert one.stopped == (int(one.token_ids[-1]) in ours.stop_tokens)
+        assert stopped.stopped and len(stopped.token_ids) <= 5
+        assert stopped.token_ids.tolist() == one.token_ids[: len(stopped.token_ids)].tolist()
+        ids = np.concatenate([request.prompt, one.token_ids])[None]
+        mask = np.ones(ids.shape, bool)
+        places = torch.arange(len(request.prompt) - 1, ids.shape[1] - 1)
+        logprobs = distributions(theirs, mask, ids, torch.zeros_like(places), places)
+        forced = logprobs.gather(1, torch.from_numpy(one.token_ids)[:, None])[:, 0]
+        assert np.allclose(one.logprobs, forced, atol=1e-3)
+        assert one.likeliest is not None
+        assert np.allclose(one.likeliest.logprobs, logprobs.topk(3, dim=1).values, atol=1e-3)
+    greedy = [teacher.write(requests[:2], Writing(0.0, 6, ours.stop_tokens)) for teacher in (ours, theirs)]
+    assert [text.token_ids.tolist() for text in greedy[0]] == [text.token_ids.tolist() for text in greedy[1]]
+
+
+def test_texts_by_vllm(monkeypatch, teacher_folder, loaded_teacher, tmp_path):
+    fake_vllm.install(monkeypatch)
+    check_texts(load_teacher(str(teacher_folder), Loading(engine="vllm"), LONGEST), loaded_teacher)
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Who lit the lamp?"}])
+    named = {"prompts": prompts, "output": tmp_path / "gen", "max_new_tokens": 5}
+    assert generate(GenerateConfig(str(teacher_folder), engine="vllm", **named)).texts == 1
+    again = generate(GenerateConfig(str(teacher_folder), **named))  # by the engine that began the folder
+    assert (again.files, again.files_existing) == (0, 1)
+
+
 # --- the real engine --------------------------------------------------------------------------------------------------------
 
 
@@ -318,3 +358,8 @@ def test_the_real_engine_gives_no_distribution_it_is_not_known_to_give(real, mon
     assert teacher.engine.check_distributions(probes, 1e-4) is None
     monkeypatch.setattr(vllm_engine, "WITH_DISTRIBUTIONS", ("0.1.",))
     assert "they have been taken from 0.1.x alone" in str(teacher.engine.check_distributions(probes, 1e-4))
+
+
+def test_the_real_engine_writes_texts(real):
+    ours, theirs, _ = real
+    check_texts(ours, theirs)

@@ -37,7 +37,7 @@ _OPTIONAL: dict[str, dict[str, Any]] = {
     "teacher": {"files": {...: str}, "dtype": str, "model_type": str, "parameters": int},
     "tokenizer": {"vocabulary_sha256": str, "size": int, "chat_template_sha256": str},
     "corpus": {"files": [{"name": str, "sha256": str}]},
-    "plan": {"shard_size": int, "part_characters": int, "too_long": str, "chat": {"train_on": str}},
+    "plan": {"shard_size": int, "part_characters": int, "too_long": str, "groups": bool, "chat": {"train_on": str}},
     "derived": {"counts": COUNTS_SHAPE},
 }
 
@@ -58,7 +58,7 @@ class Manifest:
         tokenizer: vocabulary_sha256, size, bos_token_id, eos_token_id, pad_token_id.
         corpus: files, each with its name, bytes and SHA-256.
         plan: max_length, too_long (what becomes of rows that are longer), shard_size, part_characters,
-            chat (how conversations are rendered).
+            chat (how conversations are rendered), groups (True where a document is a group of answers to one prompt).
         derived: documents, counts (what becomes of the corpus's rows, see CorpusCounts), columns (the corpus's own, name to
             type), shards (where each begins, and how many tokens it holds), tokens (the file record of tokens.parquet).
         version: of the format.
@@ -77,6 +77,11 @@ class Manifest:
     def vocabulary_size(self) -> int:
         """How many tokens the teacher's distribution is over (rows of its head)."""
         return int(self.teacher["vocabulary_size"])
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether each document is a group: several answers to one prompt, each a sequence of its own with a score."""
+        return bool(self.plan.get("groups", False))
 
     @property
     def shard_count(self) -> int:

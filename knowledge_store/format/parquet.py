@@ -10,10 +10,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from knowledge_store.errors import DamageError, KnowledgeStoreError
@@ -29,6 +28,9 @@ from knowledge_store.format.integrity import (
 )
 from knowledge_store.format.scan_ahead import FarDataset
 from knowledge_store.storage import Storage
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 COMPRESSION = "zstd"
 # Slow to write (some 90,000 positions a second on one core, on a thread beside the teacher), as fast as any to read. Against
@@ -224,6 +226,8 @@ def dataset(files: list[TableFile], schema: pa.Schema, errors: list[KnowledgeSto
     Args:
         errors: what is wrong with a file is added here too (see `CheckedFile`).
     """
+    import pyarrow.dataset as ds  # here, since it takes longer to import than all the rest where pandas is installed
+
     file_format = ds.ParquetFileFormat(
         default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
     )

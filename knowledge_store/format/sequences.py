@@ -30,6 +30,8 @@ SEQUENCE_COLUMNS: dict[str, pa.DataType] = {
     "token_hash": pa.uint64(),
 }
 
+SCORE = "score"  # the column that a dump of groups has after these
+
 CORPUS_TYPES: dict[str, pa.DataType] = {
     "int64": pa.int64(),
     "double": pa.float64(),
@@ -68,22 +70,23 @@ def token_hash(token_ids: np.ndarray) -> int:
     return int.from_bytes(hashlib.sha256(np.asarray(token_ids, dtype="<u4").tobytes()).digest()[:8], "little")
 
 
-def corpus_column(name: str) -> str:
+def corpus_column(name: str, groups: bool = False) -> str:
     """The name under which a corpus's own column is stored: its own, unless the store uses that name itself. No two names
-    become one: `length` is stored as `corpus_length`, and `corpus_length` as `corpus_corpus_length`."""
+    become one: `length` is stored as `corpus_length`, and `corpus_length` as `corpus_corpus_length`. A dump of groups uses the
+    name `score` itself."""
     plain = name.lower()  # SQL does not tell `Dump` from `dump`
     while plain.startswith("corpus_"):
         plain = plain.removeprefix("corpus_")
-    return f"corpus_{name}" if plain in SEQUENCE_COLUMNS or plain == "dump" else name
+    return f"corpus_{name}" if plain in SEQUENCE_COLUMNS or plain == "dump" or (groups and plain == SCORE) else name
 
 
-def stored_columns(names: Iterable[str]) -> dict[str, str]:
+def stored_columns(names: Iterable[str], groups: bool = False) -> dict[str, str]:
     """Each of a corpus's own columns → the name under which it is stored (see `corpus_column`). SQL does not tell `Source` from
     `source`: of names that differ in case alone, the second in order is stored as `source_2`."""
     stored: dict[str, str] = {}
     taken: set[str] = set()
     for name in sorted(names):
-        plain = unique = corpus_column(name)
+        plain = unique = corpus_column(name, groups)
         number = 1
         while unique.lower() in taken:
             number += 1
@@ -94,7 +97,7 @@ def stored_columns(names: Iterable[str]) -> dict[str, str]:
 
 
 def sequences_schema(manifest: Manifest) -> pa.Schema:
-    """The schema of a dump's `sequences` table: the store's columns, then the corpus's own.
+    """The schema of a dump's `sequences` table: the store's columns, of groups `score` too, then the corpus's own.
 
     Raises:
         StoreError: a column's type is unknown.
@@ -102,9 +105,10 @@ def sequences_schema(manifest: Manifest) -> pa.Schema:
     unknown = sorted(set(manifest.derived["columns"].values()) - CORPUS_TYPES.keys())
     if unknown:
         raise StoreError(f"dump {manifest.dump!r} has columns of unknown type: {', '.join(unknown)}")
-    stored = stored_columns(manifest.derived["columns"])
+    stored = stored_columns(manifest.derived["columns"], manifest.has_groups)
     corpus_columns = {stored[name]: CORPUS_TYPES[kind] for name, kind in manifest.derived["columns"].items()}
-    return pa.schema(list({**SEQUENCE_COLUMNS, **corpus_columns}.items()))
+    score = {SCORE: pa.float64()} if manifest.has_groups else {}
+    return pa.schema(list({**SEQUENCE_COLUMNS, **score, **corpus_columns}.items()))
 
 
 def sequences_table(rows: list[dict[str, Any]], manifest: Manifest) -> pa.Table:

@@ -33,6 +33,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import IO, Any
 
@@ -130,6 +131,15 @@ def started(task: str, request: dict[str, Any]) -> Iterator[Child]:
 # In the child
 
 
+def load_arrow() -> None:
+    """Load Arrow before there is a limit: at its first allocation it takes a gigabyte of address space, most of it never used,
+    and a limit that was there before would count it."""
+    import pyarrow as pa
+    import pyarrow.dataset
+
+    pa.allocate_buffer(1)
+
+
 def limit(memory: int, seconds: float) -> None:
     """From here on this process may take so many bytes more, and so many seconds. Said again, it begins again."""
     memory_in_use = 0
@@ -150,6 +160,18 @@ def limit_time(seconds: float) -> None:
 def forbid_files() -> None:
     """From here on this process can enlarge no file."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+class _PandasLeftOut(MetaPathFinder):
+    def find_spec(self, name: str, path: object, target: object = None) -> None:
+        if name == "pandas":
+            raise ModuleNotFoundError("pandas is left out of this process", name=name)
+
+
+def leave_out_pandas() -> None:
+    """From here on this process has no pandas: nothing here uses it, and pyarrow imports it wherever it is installed, which
+    takes longer than the rest of a short command."""
+    sys.meta_path.insert(0, _PandasLeftOut())
 
 
 class _Outlet(io.RawIOBase):
@@ -186,6 +208,7 @@ def main(parent: int) -> None:
     _be_killed_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    leave_out_pandas()
     reports, answer = os.dup(2), io.BufferedWriter(_Outlet(os.dup(1)), 1 << 16)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):  # what libraries have to say there is no part of the answer

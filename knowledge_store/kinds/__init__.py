@@ -32,6 +32,7 @@ RESERVED: dict[str, dict[str, str | None]] = {
         **dict.fromkeys(("sequence_id", "attention_mask", "labels", "dump", "teacher_weights")),
         **dict.fromkeys(("input_ids", "is_target"), POSITIONS.name),
     },
+    "array of groups": dict.fromkeys(("group", "score")),  # of a dump that has them
     "relation": dict.fromkeys((SEQUENCES, "tokens", "shards", "dumps", COMMITS)),
 }
 
@@ -72,15 +73,18 @@ def check_kinds(manifest: Manifest, address: str) -> None:
         names = [("array", array) for array in (*kind.arrays(manifest), *masks)]
         names += [("relation", relation) for relation in {name: None, **kind.relations}]
         for what, taken in names:
-            _check_free(what, taken, name, owners, where)
+            _check_free(what, taken, name, owners, where, manifest.has_groups)
         for schema in (kind.schema(manifest), kind.stored_schema(manifest)):
             columns: dict[tuple[str, str], tuple[str, str]] = {}
             for column in schema.names[len(KEYS[kind.per]) :]:
                 _check_free("column", column, name, columns, where)
 
 
-def _check_free(what: str, taken: str, kind: str, owners: dict[tuple[str, str], tuple[str, str]], where: str) -> None:
-    """Give a kind a name, unless it is reserved or given (StoreError), in whatever case: SQL tells no two cases apart."""
+def _check_free(
+    what: str, taken: str, kind: str, owners: dict[tuple[str, str], tuple[str, str]], where: str, groups: bool = False
+) -> None:
+    """Give a kind a name, unless it is reserved, also by `groups`, or given (StoreError), in whatever case: SQL tells no two
+    cases apart."""
     article = "an" if what == "array" else "a"
     key = (what, taken.lower())
     if key in owners:
@@ -91,7 +95,8 @@ def _check_free(what: str, taken: str, kind: str, owners: dict[tuple[str, str], 
         raise StoreError(
             f"{where} cannot hold the kinds {owner!r} and {kind!r} together: both have {article} {what} named {names}"
         )
-    if RESERVED[what].get(key[1], kind) != kind:
+    reserved = RESERVED[what] | (RESERVED["array of groups"] if groups and what == "array" else {})
+    if reserved.get(key[1], kind) != kind:
         raise StoreError(
             f"{where} cannot hold the kind {kind!r}: {taken!r} is reserved, and cannot name {article} {what} of this kind;"
             " choose another name"

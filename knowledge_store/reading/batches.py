@@ -15,6 +15,7 @@ from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.reading.blocks import Blocks
 from knowledge_store.reading.collate import SEPARATOR, collate
 from knowledge_store.reading.collate import Sequence as Read
+from knowledge_store.reading.groups import Groups, check_groups
 from knowledge_store.reading.length_groups import LengthGroups, padding_share
 from knowledge_store.reading.mixture import taken
 from knowledge_store.reading.order import (
@@ -34,6 +35,7 @@ from knowledge_store.reading.reader import DumpReader
 from knowledge_store.reading.teachers import TeachersReader, taken_of_teachers
 
 CHUNKS = 4  # of the order, kept in memory
+STEPS = 64  # whose items are kept: as many as a reader looks ahead
 
 
 class Batches:
@@ -49,6 +51,8 @@ class Batches:
                                           a padding row
         attention_mask  (B, T)     bool   where a kind per position is read; padding is on the right
         KIND_mask       (B, I)     bool   which items of a kind per item there are
+        group           (B,)       int64  of groups, the place of the row's among those of the batch; −1 for a padding row
+        score           (B,)       float64  of groups, what the corpus says the answer is worth; NaN where it says nothing
 
     What else is in it, the kinds say (of predictions, `kinds.positions`). Arrays of a kind per position are (B, T, …), per
     sequence (B, …), per item (B, I, …); texts are lists. Of several dumps it has the arrays that all of them have.
@@ -58,12 +62,15 @@ class Batches:
 
         teacher_weights (B, M)     float32  of each teacher; they sum to one
 
+    Of groups, `batch_size` counts groups, and B is what they have together: the answers of a group stand one after the other.
+    A padding row stands for a group then.
+
     Attributes:
         dumps: the names of the dumps.
         readers: of the dumps; of several teachers, one for all.
         weights: of the dumps, where they have some.
-        sequences: how many sequences are read of each dump, as long as none is repeated.
-        shares: how many sequences an epoch has of each dump.
+        sequences: how many sequences, or groups, are read of each dump, as long as none is repeated.
+        shares: how many of them an epoch has of each dump.
         order: what stands in each slot of the epoch, all ranks together.
         taken: what is read of the dumps' kinds.
         lacking: of several teachers, how many sequences are left out because a dump lacks them, by dump: see `TeachersReader`.
@@ -89,6 +96,14 @@ class Batches:
             for reader, ordinals, missing in zip(self.readers, _by_dump(plan.ordinals, self.dumps), left_out, strict=True)
         ]
         self._masks = [(plan.targets or {}).get(dump) for dump in self.dumps]
+        self._groups: list[Groups] = []
+        if plan.groups:
+            check_groups([reader.manifest for reader in self.readers])
+            self._groups = [
+                Groups(reader.manifest.dump, *reader.scored_documents, of_dump)
+                for reader, of_dump in zip(self.readers, self._chosen, strict=True)
+            ]
+            self._chosen = [groups.firsts for groups in self._groups]
         unknown = (plan.targets or {}).keys() - set(self.dumps)
         if unknown:
             raise InputError(f"targets are chosen of {min(unknown)!r}, which is not one of the dumps: {', '.join(self.dumps)}")
@@ -125,6 +140,7 @@ class Batches:
                 epoch=plan.epoch,
             )
         self._chunk = lru_cache(CHUNKS)(lambda number: self.order.items(number * CHUNK, (number + 1) * CHUNK))
+        self._step_items = lru_cache(STEPS)(self._find_step_items)
 
     def at(self, epoch: int, consumed: int = 0) -> Batches:
         """The batches of another epoch, or from another place in it."""
@@ -154,29 +170,48 @@ class Batches:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         plan = self._plan
-        sequences = self._read(self._step_items(step), [self._step_items(later) for later in self._upcoming(step)])
+        items = self._step_items(step)
+        upcoming = [self._members(self._step_items(later)) for later in self._upcoming(step)]
+        sequences = self._read(self._members(items), upcoming)
         template = sequences[0] if sequences else self._read(self._items(0, 1))[0]
-        padding = [None] * (plan.batch_size - len(sequences))
+        padding = [None] * (plan.batch_size - len(items))
         batch = collate([*sequences, *padding], self.taken.kinds, template.knowledge)
         if len(self.dumps) == 1:
             del batch["dump"]
+        if plan.groups:
+            batch |= self._group_arrays(items, len(padding))
         if plan.teachers is not None:
             shares = np.array(list(plan.teachers.values())) / math.fsum(plan.teachers.values())
-            batch["teacher_weights"] = np.tile(shares.astype(np.float32), (plan.batch_size, 1))
+            batch["teacher_weights"] = np.tile(shares.astype(np.float32), (len(batch["sequence_id"]), 1))
         return batch
 
     def padding_share(self, most: int = 2**16) -> float:
         """How much of the batches of this epoch is padding, as a share of their positions. In an epoch of more than `most`
-        sequences, of the batches of the first so many."""
-        return padding_share(self._lengths(*self.order.items(0, most)), self._plan.batch_size)
+        sequences or groups, of the batches of the first so many."""
+        places, ordinals = self.order.items(0, most)
+        lengths, sizes = self._member_lengths(places, ordinals)
+        return padding_share(lengths, self._plan.batch_size, sizes)
 
     def _lengths(self, places: np.ndarray, ordinals: np.ndarray) -> np.ndarray:
-        """How many tokens sequences have, by the places of their dumps and their ordinals there; all int64."""
+        """How many tokens the items of an order have, by the places of their dumps and their ordinals there: of a group, its
+        longest sequence; all int64."""
+        lengths, sizes = self._member_lengths(places, ordinals)
+        longest: np.ndarray = np.maximum.reduceat(lengths, np.cumsum(sizes) - sizes) if len(sizes) else lengths
+        return longest
+
+    def _member_lengths(self, places: np.ndarray, ordinals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many tokens each sequence of some items has, and how many sequences each item; all int64."""
+        sizes = np.ones_like(ordinals)
+        if self._plan.groups:
+            items = zip(places.tolist(), ordinals.tolist(), strict=True)
+            members = [self._groups[place].members(first) for place, first in items]
+            sizes = np.array(list(map(len, members)), np.int64)
+            places, ordinals = np.repeat(places, sizes), np.concatenate([ordinals[:0], *members])
         result = np.empty_like(ordinals)
         for place, reader in enumerate(self.readers):
             where = np.flatnonzero(places == place)
             result[where] = reader.lengths(ordinals[where])
-        return result
+        return result, sizes
 
     def _items(self, start: int, stop: int) -> list[tuple[int, int]]:
         """The place of the dump and the ordinal of each slot of the order, as far as there are any."""
@@ -187,8 +222,24 @@ class Batches:
             found += zip(places[within].tolist(), ordinals[within].tolist(), strict=True)
         return found
 
-    def _step_items(self, step: int) -> list[tuple[int, int]]:
-        """The place and the ordinal of each sequence of this rank's batch number `step`."""
+    def _members(self, items: Sequence[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        """The place and the ordinal of each sequence of some items of the order."""
+        if not self._plan.groups:
+            return items
+        return [(place, ordinal) for place, first in items for ordinal in self._groups[place].members(first).tolist()]
+
+    def _group_arrays(self, items: Sequence[tuple[int, int]], padding: int) -> Arrays:
+        """`group` and `score` of a batch of these groups and so many padding rows."""
+        members = [(place, self._groups[place].members(first)) for place, first in items]
+        groups = [np.full(len(ordinals), group) for group, (_, ordinals) in enumerate(members)]
+        scores = [self._groups[place].scores(ordinals) for place, ordinals in members]
+        return {
+            "group": np.concatenate([*groups, np.full(padding, -1)]).astype(np.int64),
+            "score": np.concatenate([*scores, np.full(padding, np.nan)]),
+        }
+
+    def _find_step_items(self, step: int) -> list[tuple[int, int]]:
+        """The place and the ordinal of each item of this rank's batch number `step`."""
         plan = self._plan
         items = batch_items(step, plan.rank, plan.world_size, plan.batch_size, plan.consumed)
         return self._items(items.start, items.stop)

@@ -86,15 +86,21 @@ def check_length_groups(group_by_length: int, global_batch: int) -> None:
             raise InputError(f"{name} is {size}: give a number of sequences, at least 1")
 
 
-def padding_share(lengths: np.ndarray, batch_size: int) -> float:
+def padding_share(lengths: np.ndarray, batch_size: int, sizes: np.ndarray | None = None) -> float:
     """How much of an epoch's batches is padding, a last, short batch being filled up with rows of it.
 
     Args:
         lengths: of the sequences in the order in which they are read, at least one.
-        batch_size: sequences in a forward pass of one process.
+        batch_size: items of the order in a forward pass of one process.
+        sizes: how many sequences each item has; None where each is one.
 
     Returns:
         a share of the positions of all batches, at least 0 and below 1.
     """
-    longest = np.maximum.reduceat(lengths, np.arange(0, len(lengths), batch_size))
-    return 1 - int(lengths.sum(dtype=np.int64)) / (batch_size * int(longest.sum(dtype=np.int64)))
+    if sizes is None:
+        sizes = np.ones(len(lengths), np.int64)
+    firsts = np.arange(0, len(sizes), batch_size)
+    longest = np.maximum.reduceat(lengths, (np.cumsum(sizes) - sizes)[firsts]).astype(np.int64)
+    rows = np.add.reduceat(sizes, firsts)
+    rows[-1] += -len(sizes) % batch_size
+    return 1 - int(lengths.sum(dtype=np.int64)) / int((rows * longest).sum())

@@ -7,9 +7,11 @@ padding, how many values each row has. What stands where says the layout, which 
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,11 @@ class Layout:
         fields = [[name, dtype.str, stored.str, list(shape)] for name, dtype, stored, shape, _ in self.fields]
         return {"fields": fields, "lists": [[name, lists.width, lists.counts.str] for name, lists in self.lists.items()]}
 
+    @cached_property
+    def text(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.to_record(), separators=(",", ":"))
+
     @classmethod
     def from_record(cls, record: Mapping[str, Any], fillers: Mapping[str, Any]) -> Layout:
         """The layout of plain JSON values.
@@ -89,6 +96,27 @@ class Layout:
         row_bytes = sum(size for name, *_, size in fields if name not in lists)
         return cls(fields, lists, row_bytes + sum(of_array.counts.itemsize for of_array in lists.values()))
 
+    def arrays(self, record: bytearray | memoryview, rows: int) -> Arrays:
+        """The arrays of a record. Those that are stored as they are become views of it.
+
+        Raises:
+            ValueError, TypeError: the record is not as long as that.
+        """
+        counts, entries, at = {}, {}, len(record)
+        for name, lists in reversed(self.lists.items()):
+            at -= rows * lists.counts.itemsize
+            counts[name] = np.ndarray(rows, lists.counts, record, at)
+            entries[name] = int(counts[name].sum())
+        arrays, at = {}, 0
+        for name, dtype, stored, shape, entry_bytes in self.fields:
+            count = entries.get(name, rows)
+            values: np.ndarray = np.ndarray((count, *shape), stored, record, at)
+            arrays[name] = values if dtype == stored else values.astype(dtype)
+            at += count * entry_bytes
+        for name, lists in self.lists.items():
+            arrays[name] = lists.padded(arrays[name], counts[name])
+        return arrays
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -97,7 +125,7 @@ class Packed:
     Attributes:
         layout: of the record.
         rows: how many rows each of its arrays has.
-        record: its bytes; arrays that are stored as they are become views of it.
+        record: its bytes.
         checksum: the CRC-32 that the record had when it was made.
     """
 
@@ -112,26 +140,8 @@ class Packed:
         return zlib.crc32(self.record) == self.checksum
 
     def arrays(self) -> Arrays:
-        """Its arrays, which may be changed.
-
-        Raises:
-            ValueError, TypeError: the record is not as long as its layout says.
-        """
-        layout, record, rows = self.layout, self.record, self.rows
-        counts, entries, at = {}, {}, len(record)
-        for name, lists in reversed(layout.lists.items()):
-            at -= rows * lists.counts.itemsize
-            counts[name] = np.ndarray(rows, lists.counts, record, at)
-            entries[name] = int(counts[name].sum())
-        arrays, at = {}, 0
-        for name, dtype, stored, shape, entry_bytes in layout.fields:
-            count = entries.get(name, rows)
-            values: np.ndarray = np.ndarray((count, *shape), stored, record, at)
-            arrays[name] = values if dtype == stored else values.astype(dtype)
-            at += count * entry_bytes
-        for name, lists in layout.lists.items():
-            arrays[name] = lists.padded(arrays[name], counts[name])
-        return arrays
+        """Its arrays, which may be changed (raises as `Layout.arrays`)."""
+        return self.layout.arrays(self.record, self.rows)
 
 
 class PackedRows:

@@ -21,12 +21,14 @@ class ReadPlan:
     """The batches of one rank over one epoch. `KnowledgeStore.batches` and `DistillationDataset` take its fields as keywords.
 
     Attributes:
-        batch_size: sequences in a batch, for each rank.
+        batch_size: sequences in a batch, for each rank; of `groups`, groups.
         seed, epoch: decide the order, the same for every rank and any number of ranks.
         rank, world_size: step s of rank r takes items [(sW + r)B, (sW + r + 1)B) of the order.
         consumed: items that all ranks together have taken before (see `Batches.state`).
         ordinals: read only these sequences, an int64 array or an `AllBut`, by dump where there are several; None, or a dump
             that is not named, reads all.
+        groups: read the groups of dumps that have them whole: wherever this plan, or an order, counts sequences, it counts
+            groups, and a batch holds all chosen sequences of its groups (see `reading.groups`).
         targets: of which dump which targets count; all of them where a dump is not named.
         shuffle: False reads them in order, dump after dump.
         order: `global` has any sequence after any other; `blocks` shuffles row groups, and sequences within windows of so many
@@ -51,6 +53,7 @@ class ReadPlan:
     world_size: int = 1
     consumed: int = 0
     ordinals: Mapping[str, np.ndarray | AllBut] | np.ndarray | AllBut | None = None
+    groups: bool = False
     targets: Mapping[str, TargetMask] | None = None
     shuffle: bool = True
     order: str = "global"

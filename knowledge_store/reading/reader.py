@@ -20,11 +20,12 @@ import pyarrow.compute as pc
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.errors import DamageError, InputError
+from knowledge_store.format.integrity import TableFile
 from knowledge_store.format.layout import SEQUENCES
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.parquet import OpenTable, open_table, read_row_group, read_table
 from knowledge_store.format.records import json_sha256
-from knowledge_store.format.sequences import sequences_schema
+from knowledge_store.format.sequences import SCORE, WINDOW_BITS, sequences_schema
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.kinds.columns import check_lists, row_counts
 from knowledge_store.reading.ahead import BATCHES, GROUPS, Key, ReadAhead
@@ -107,6 +108,20 @@ class DumpReader:
             firsts = list(pool.map(lambda place: self._row_groups(kind, place).first, range(len(self._shards))))
         starts = [first[:-1] + start for first, start in zip(firsts, self._first_ordinal, strict=False)]
         return np.concatenate([*starts, [len(self)]]).astype(np.int64)
+
+    @cached_property
+    def scored_documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of a dump of groups: the document of each sequence, int64 (N,), and its score, float64 (N,), NaN for none."""
+
+        def read(file: TableFile) -> tuple[np.ndarray, np.ndarray]:
+            table = read_table(file, ["sequence_id", SCORE])
+            scores = table[SCORE].to_numpy()
+            return table["sequence_id"].to_numpy() >> WINDOW_BITS, scores.astype(np.float64)
+
+        with ThreadPoolExecutor(self._concurrently) as pool:
+            parts = list(pool.map(read, self._sequence_files))
+        documents, scores = zip(*parts, strict=True)
+        return np.concatenate(documents), np.concatenate(scores)
 
     @property
     def shards(self) -> list[int]:
@@ -237,7 +252,7 @@ class DumpReader:
         return self._cache.read(self._files[kind][place].record.sha256, group, within - int(groups.first[group]))
 
     def _knowledge(self, kind: str, place: int, within: int) -> Arrays:
-        """The arrays of one kind of one sequence of a shard."""
+        """The arrays of one kind of one sequence of a shard, which may be parts of a row group's."""
         groups = self._row_groups(kind, place)
         group = int(groups.group[within])
         key = (kind, place, group)
@@ -250,7 +265,7 @@ class DumpReader:
                 return cached.arrays()
             arrays = self._decode(kind, place, group)
         start, end = self._first_rows(kind, place)[within : within + 2] - groups.rows[group]
-        return {name: array[start:end].copy() for name, array in arrays.items()}
+        return {name: array[start:end] for name, array in arrays.items()}
 
     def stored(self, ordinal: int, kind: str) -> tuple[pa.Table, int]:
         """A sequence's rows of a kind as they were kept (positions: rounded, not normalised), and its `token_hash`.
@@ -298,18 +313,24 @@ class DumpReader:
             InputError: there is no such sequence.
             DamageError: what was read is not what was published.
         """
-        place, within = self._place(ordinal)
-        ids, _ = self._shard(place)
-        return int(ids[within]), {kind: self._knowledge(kind, place, within) for kind in kinds}
+        [(sequence_id, knowledge)] = self._sequences([ordinal], kinds)
+        return sequence_id, {kind: {name: array.copy() for name, array in arrays.items()} for kind, arrays in knowledge.items()}
+
+    def _sequences(self, ordinals: Sequence[int], kinds: tuple[str, ...]) -> list[tuple[int, dict[str, Arrays]]]:
+        found = []
+        for place, within in map(self._place, ordinals):
+            ids, _ = self._shard(place)
+            found.append((int(ids[within]), {kind: self._knowledge(kind, place, within) for kind in kinds}))
+        return found
 
     def sequences(
         self, ordinals: Sequence[int], kinds: tuple[str, ...], upcoming: Sequence[Sequence[int]] = ()
     ) -> list[tuple[int, dict[str, Arrays]]]:
-        """The sequences of a batch, each as of `sequence`; `upcoming` are those of the batches that are likely to be asked for
-        next, `ahead` at most."""
+        """The sequences of a batch, each as of `sequence`, but their arrays are not to be changed: they may be parts of what is
+        kept in memory. `upcoming` are those of the batches that are likely to be asked for next, `ahead` at most."""
         if self._ahead is not None:
             self._look_ahead(self._ahead, kinds, [ordinals, *upcoming])
-        return [self.sequence(ordinal, kinds) for ordinal in ordinals]
+        return self._sequences(ordinals, kinds)
 
     def packed(self, ordinal: int, kinds: tuple[str, ...]) -> tuple[int, dict[str, Packed | Arrays]]:
         """As `sequence`, but what the cache on disk has stays packed."""

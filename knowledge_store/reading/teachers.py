@@ -128,6 +128,11 @@ class TeachersReader:
         return self._readers[0].lengths(ordinals)
 
     @property
+    def scored_documents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of the first dump (see `DumpReader.scored_documents`)."""
+        return self._readers[0].scored_documents
+
+    @property
     def row_groups(self) -> np.ndarray:
         """Of the first dump (see `DumpReader.row_groups`)."""
         return self._readers[0].row_groups

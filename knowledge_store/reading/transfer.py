@@ -1,20 +1,23 @@
-"""Sequences as they are sent: a record batch for each batch that was asked for, a row for each sequence.
+"""Sequences as they are sent: record batches, a row for each sequence.
 
-Of each kind it has the columns
+Of each kind they have the columns
 
     KIND.rows      int32    how many rows the arrays have
     KIND.layout    int32    which layout, of those that were sent so far in the stream
     KIND.checksum  uint32   CRC-32 of the record
     KIND.record    binary   the arrays in few bytes (see `reading.packed`)
-    KIND.texts     binary   an Arrow stream of the columns that are texts; null where there are none
+    KIND.texts     binary   of a kind that has texts, an Arrow stream of these columns
 
-and beside it, as JSON, the layouts that are new in the stream. They are the same for all sequences of a row group.
+and beside them, as JSON, the layouts that are new in the stream, if there are any. They are the same for all sequences of a row
+group.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,14 +28,39 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS, Arrays
 from knowledge_store.reading.packed import Layout, Packed, pack
 
-_COLUMNS = {"rows": pa.int32(), "layout": pa.int32(), "checksum": pa.uint32(), "record": pa.large_binary()}
-_TEXTS = "texts"
+_NUMBERS = {"rows": pa.int32(), "layout": pa.int32(), "checksum": pa.uint32()}
+_RECORD, _TEXTS = "record", "texts"
 
 
-def stream_schema(kinds: Sequence[str]) -> pa.Schema:
-    """The columns of a stream of some kinds."""
-    of_kinds = [(f"{kind}.{name}", dtype) for kind in kinds for name, dtype in {**_COLUMNS, _TEXTS: pa.large_binary()}.items()]
-    return pa.schema([("sequence_id", pa.int64()), *of_kinds])
+class _Stream:
+    """What both ends know of a stream before it begins.
+
+    Args:
+        manifest: of the dump.
+        kinds: which kinds are sent.
+
+    Attributes:
+        kinds: the same.
+        fillers: what pads the rows of arrays.
+        texts: the columns that are texts, of the kinds that have some.
+        schema: of the record batches.
+    """
+
+    def __init__(self, manifest: Manifest, kinds: Sequence[str]):
+        self.kinds = tuple(kinds)
+        arrays = {kind: KINDS[kind].arrays(manifest) for kind in kinds}
+        self.fillers = {name: filler for of_kind in arrays.values() for name, filler in of_kind.items()}
+        self.texts = {
+            kind: pa.schema([field.column for field in KINDS[kind].fields(manifest) if field.is_text])
+            for kind in kinds
+            if KINDS[kind].has_text(manifest)
+        }
+        columns: list[tuple[str, pa.DataType]] = [("sequence_id", pa.int64())]
+        for kind in kinds:
+            names = [_RECORD, _TEXTS] if kind in self.texts else [_RECORD]
+            columns += [(f"{kind}.{name}", dtype) for name, dtype in _NUMBERS.items()]
+            columns += [(f"{kind}.{name}", pa.large_binary()) for name in names]
+        self.schema = pa.schema(columns)
 
 
 class Encoder:
@@ -44,106 +72,134 @@ class Encoder:
     """
 
     def __init__(self, manifest: Manifest, kinds: Sequence[str]):
-        self.schema = stream_schema(kinds)
-        self._kinds = kinds
-        self._fillers = {name: filler for kind in kinds for name, filler in KINDS[kind].arrays(manifest).items()}
-        self._texts = {
-            kind: pa.schema([field.column for field in KINDS[kind].fields(manifest) if field.is_text])
-            for kind in kinds
-            if KINDS[kind].has_text(manifest)
-        }
+        self._stream = _Stream(manifest, kinds)
         self._layouts: dict[str, int] = {}
 
-    def batch(self, sequences: Sequence[tuple[int, Mapping[str, Packed | Arrays]]]) -> tuple[pa.RecordBatch, bytes]:
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the record batches."""
+        return self._stream.schema
+
+    def batch(self, sequences: Sequence[tuple[int, Mapping[str, Packed | Arrays]]]) -> tuple[pa.RecordBatch, bytes | None]:
         """A record batch of sequences (see `DumpReader.packed`), and the layouts that are new."""
         before = len(self._layouts)
         columns: list[Any] = [pa.array([sequence_id for sequence_id, _ in sequences], pa.int64())]
-        for kind in self._kinds:
-            packed, texts = zip(*(self._packed(kind, knowledge[kind]) for _, knowledge in sequences), strict=True)
-            values = {
-                "rows": [each.rows for each in packed],
-                "layout": [self._number(each.layout) for each in packed],
-                "checksum": [each.checksum for each in packed],
-                "record": [bytes(each.record) for each in packed],
-            }
-            columns += [pa.array(values[name], dtype) for name, dtype in _COLUMNS.items()]
-            columns.append(pa.array(texts, pa.large_binary()))
+        for kind in self._stream.kinds:
+            packed = [self._packed(kind, knowledge[kind]) for _, knowledge in sequences]
+            numbers = zip(*((each.rows, self._number(each.layout), each.checksum) for each in packed), strict=True)
+            columns += [pa.array(values, dtype) for values, dtype in zip(numbers, _NUMBERS.values(), strict=True)]
+            columns.append(_binary([each.record for each in packed]))
+            if kind in self._stream.texts:
+                columns.append(pa.array([self._text(kind, knowledge[kind]) for _, knowledge in sequences], pa.large_binary()))
         new = list(self._layouts)[before:]
-        return pa.RecordBatch.from_arrays(columns, schema=self.schema), f"[{','.join(new)}]".encode()
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema), f"[{','.join(new)}]".encode() if new else None
 
-    def _packed(self, kind: str, known: Packed | Arrays) -> tuple[Packed, bytes | None]:
+    def _packed(self, kind: str, known: Packed | Arrays) -> Packed:
         if isinstance(known, Packed):
-            return known, None
-        if kind not in self._texts:
-            return pack(known, self._fillers), None
-        schema = self._texts[kind]
-        numbers = {name: array for name, array in known.items() if name not in schema.names}
+            return known
+        texts = self._stream.texts.get(kind, pa.schema([])).names
+        numbers = {name: array for name, array in known.items() if name not in texts}
+        if not numbers:
+            return Packed(Layout([], {}, 0), len(next(iter(known.values()))), bytearray(), 0)
+        return pack(numbers, self._stream.fillers)
+
+    def _text(self, kind: str, known: Any) -> bytes:
+        schema = self._stream.texts[kind]
         table = pa.table([pa.array(list(known[field.name]), field.type) for field in schema], schema=schema)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, schema) as writer:
             writer.write_table(table)
-        packed = pack(numbers, self._fillers) if numbers else Packed(Layout([], {}, 0), len(table), bytearray(), 0)
-        return packed, sink.getvalue().to_pybytes()
+        return bytes(sink.getvalue().to_pybytes())
 
     def _number(self, layout: Layout) -> int:
-        return self._layouts.setdefault(json.dumps(layout.to_record(), separators=(",", ":")), len(self._layouts))
+        return self._layouts.setdefault(layout.text, len(self._layouts))
+
+
+def packed_bytes(known: Packed | Arrays) -> int:
+    """About how many bytes are sent of one kind of a sequence."""
+    if isinstance(known, Packed):
+        return len(known.record)
+    return sum(array.nbytes if isinstance(array, np.ndarray) else len(str(array)) for array in known.values())
+
+
+def _binary(records: Sequence[bytes | bytearray | memoryview]) -> pa.Array:
+    """An array of them, copied once."""
+    offsets = np.zeros(len(records) + 1, np.int64)
+    np.cumsum([len(record) for record in records], out=offsets[1:])
+    data = pa.py_buffer(b"".join(records))
+    return pa.Array.from_buffers(pa.large_binary(), len(records), [None, pa.py_buffer(offsets), data])
 
 
 class Decoder:
-    """Reads the record batches of one stream (arguments as of `Encoder`)."""
+    """Reads the record batches of one stream, in their order (arguments as of `Encoder`)."""
 
     def __init__(self, manifest: Manifest, kinds: Sequence[str]):
-        self._kinds = kinds
-        self._manifest = manifest
-        self._fillers = {name: filler for kind in kinds for name, filler in KINDS[kind].arrays(manifest).items()}
+        self._stream = _Stream(manifest, kinds)
         self._layouts: list[Layout] = []
 
-    def batch(self, batch: pa.RecordBatch, layouts: bytes) -> list[tuple[int, dict[str, Received]]]:
-        """The sequences of a record batch, not unpacked yet.
+    def received(self, batch: pa.RecordBatch, layouts: pa.Buffer | None) -> Received:
+        """A record batch that came, and what came beside it.
 
         Raises:
-            DamageError: it is none, or is not what was sent.
+            DamageError: it is none.
         """
-        try:
-            self._layouts += [Layout.from_record(record, self._fillers) for record in json.loads(layouts)]
-            ids = batch["sequence_id"].to_pylist()
-            found: list[tuple[int, dict[str, Received]]] = [(sequence_id, {}) for sequence_id in ids]
-            for kind in self._kinds:
-                rows, numbers, checksums = (batch[f"{kind}.{name}"].to_pylist() for name in ("rows", "layout", "checksum"))
-                records, texts = batch[f"{kind}.record"], batch[f"{kind}.{_TEXTS}"]
-                for place, (_, knowledge) in enumerate(found):
-                    record = bytearray(records[place].as_buffer())
-                    packed = Packed(self._layouts[numbers[place]], rows[place], record, checksums[place])
-                    knowledge[kind] = Received(packed, texts[place].as_py(), kind, self._manifest)
-        except (KeyError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
-            raise DamageError(f"what the server sent are no sequences: {type(error).__name__}: {error}") from None
-        return found
+        if layouts is not None:
+            try:
+                records = json.loads(layouts.to_pybytes())
+                self._layouts += [Layout.from_record(record, self._stream.fillers) for record in records]
+            except (KeyError, TypeError, ValueError) as error:
+                raise _no_sequences(error) from None
+        if batch.schema != self._stream.schema:
+            raise DamageError("what the server sent are no sequences: its columns are others")
+        return Received(self._stream, self._layouts, batch)
 
 
 class Received:
-    """What came of one kind of a sequence."""
+    """Sequences that came, not unpacked yet (arguments as of `Decoder`)."""
 
-    def __init__(self, packed: Packed, texts: bytes | None, kind: str, manifest: Manifest):
-        self._packed, self._texts, self._kind, self._manifest = packed, texts, kind, manifest
+    def __init__(self, stream: _Stream, layouts: Sequence[Layout], batch: pa.RecordBatch):
+        self._stream, self._layouts, self._batch = stream, layouts, batch
 
-    def arrays(self) -> Arrays:
-        """Its arrays, which belong to the caller; in the order in which the kind declares them.
+    def __len__(self) -> int:
+        return int(self._batch.num_rows)
+
+    def sequences(self, start: int, stop: int) -> list[tuple[int, dict[str, Arrays]]]:
+        """The ids of some of them and, of each kind, their arrays: views of what came, which cannot be changed, where nothing
+        has to be decoded.
 
         Raises:
             DamageError: they are not what was sent.
         """
-        if not self._packed.sound:
-            raise DamageError("a sequence came otherwise than it was sent: its checksum differs")
+        columns = iter(self._batch.slice(start, stop - start).columns)
         try:
-            arrays = self._packed.arrays()
-            if self._texts is not None:
-                table = pa.ipc.open_stream(self._texts).read_all()
-                arrays |= {name: table[name].to_pylist() for name in table.column_names}
-            return {name: arrays[name] for name in KINDS[self._kind].arrays(self._manifest)}
-        except (KeyError, TypeError, ValueError, pa.ArrowException) as error:
-            raise DamageError(f"what the server sent is no sequence: {type(error).__name__}: {error}") from None
+            found: list[tuple[int, dict[str, Arrays]]] = [(number, {}) for number in next(columns).to_pylist()]
+            for kind in self._stream.kinds:
+                rows, layouts, checksums = (next(columns).to_pylist() for _ in _NUMBERS)
+                records, texts = next(columns), next(columns) if kind in self._stream.texts else None
+                for place, (record, (_, knowledge)) in enumerate(zip(_parts(records), found, strict=True)):
+                    if zlib.crc32(record) != checksums[place]:
+                        raise DamageError("a sequence came otherwise than it was sent: its checksum differs")
+                    knowledge[kind] = arrays = self._layouts[layouts[place]].arrays(record, rows[place])
+                    if texts is not None:
+                        table = pa.ipc.open_stream(texts[place].as_py()).read_all()
+                        arrays |= {name: table[name].to_pylist() for name in table.column_names}
+        except (KeyError, IndexError, TypeError, ValueError, pa.ArrowException) as error:
+            raise _no_sequences(error) from None
+        return found
+
+
+def _parts(binary: pa.Array) -> Iterator[memoryview]:
+    """The values of an array of bytes, where they stand."""
+    _, offsets, data = binary.buffers()
+    places = np.frombuffer(offsets, np.int64, len(binary) + 1, 8 * binary.offset).tolist()
+    whole = memoryview(data if data is not None else b"")
+    return (whole[start:end] for start, end in pairwise(places))
+
+
+def _no_sequences(error: Exception) -> DamageError:
+    return DamageError(f"what the server sent are no sequences: {type(error).__name__}: {error}")
 
 
 def received_bytes(batch: pa.RecordBatch) -> int:
     """Bytes of what a record batch holds."""
-    return int(np.sum([column.nbytes for column in batch.columns]))
+    return int(batch.nbytes)

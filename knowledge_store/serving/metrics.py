@@ -31,12 +31,16 @@ class Metrics:
         self._bytes: dict[str, int] = defaultdict(int)
         self._sequences = 0
 
-    def count(self, call: str, outcome: str, seconds: float, sent: int, sequences: int) -> None:
-        """Count a call that has ended; `sent` are bytes."""
+    def count(self, call: str, outcome: str, seconds: float) -> None:
+        """Count a call that has ended."""
         with self._lock:
             self._calls[call, outcome] += 1
             self._seconds[call] += seconds
-            self._bytes[call] += sent
+
+    def sent(self, call: str, size: int, sequences: int) -> None:
+        """Count bytes that were sent, and the sequences in them."""
+        with self._lock:
+            self._bytes[call] += size
             self._sequences += sequences
 
     def text(self) -> str:
@@ -118,9 +122,15 @@ class Call:
     def __init__(self, log: Log, metrics: Metrics, facts: dict[str, Any]):
         self._log, self._metrics = log, metrics
         self.facts = facts
-        self.sent = self.sequences = self.batches = 0
+        self.bytes = self.sequences = 0
         self._began = time.monotonic()
         self._ended = False
+
+    def sent(self, size: int, sequences: int = 0) -> None:
+        """So many bytes of it were sent, and sequences in them."""
+        self.bytes += size
+        self.sequences += sequences
+        self._metrics.sent(self.facts["call"], size, sequences)
 
     def end(self, outcome: str, reason: str = "") -> None:
         """It has ended: "ok", "refused", "failed" or "cancelled". Said again, it stays as it was."""
@@ -128,10 +138,10 @@ class Call:
             return
         self._ended = True
         seconds = time.monotonic() - self._began
-        self._metrics.count(self.facts["call"], outcome, seconds, self.sent, self.sequences)
-        facts = {**self.facts, "outcome": outcome, "seconds": round(seconds, 4), "bytes": self.sent}
+        self._metrics.count(self.facts["call"], outcome, seconds)
+        facts = {**self.facts, "outcome": outcome, "seconds": round(seconds, 4), "bytes": self.bytes}
         if self.sequences:
-            facts |= {"sequences": self.sequences, "batches": self.batches}
+            facts["sequences"] = self.sequences
         if reason:
             facts["reason"] = reason
         self._log(facts)

@@ -26,7 +26,7 @@ from knowledge_store.storage import Entry, StorePlace, open_storage
 
 OPENINGS = 4  # of a store, kept
 FRESH = 1.0  # seconds for which a store is not looked at again
-READER_MEMORY = 32 * 2**20  # bytes of decoded row groups of a dump; what the cache on disk has is not kept
+READER_MEMORY = 16 * 2**20  # bytes of decoded row groups of all dumps, beside the last one of each
 
 
 class _Opening:
@@ -34,7 +34,7 @@ class _Opening:
 
     def __init__(self, dumps: Dumps, cache_size: int):
         self.dumps = dumps
-        self.readers = Readers(dumps, cache_size, READER_MEMORY)
+        self.readers = Readers(dumps, cache_size, READER_MEMORY // max(len(dumps.manifests), 1))
         self.lock = threading.Lock()
 
     def same(self, other: Dumps) -> bool:
@@ -133,16 +133,12 @@ def _checked(name: str) -> str:
     return name
 
 
-def check_request(reader: DumpReader, kinds: Sequence[str], groups: Sequence[Sequence[int]]) -> None:
-    """Refuse kinds and sequences that a dump does not hold (InputError)."""
+def check_kinds(reader: DumpReader, kinds: Sequence[str]) -> None:
+    """Refuse kinds that a dump does not hold (InputError)."""
     if len(set(kinds)) != len(kinds) or not kinds:
         raise InputError("name at least one kind of knowledge, and none twice")
     for kind in kinds:
         check_held(reader.manifest, kind)
-    for group in groups:
-        for ordinal in group:
-            if not 0 <= ordinal < len(reader):
-                raise InputError(f"dump {reader.manifest.dump!r} has no sequence {ordinal}: it has {len(reader)}")
 
 
 def row_groups_bytes(reader: DumpReader) -> bytes:

@@ -17,14 +17,16 @@ import pyarrow as pa
 from pyarrow import flight
 
 from knowledge_store.errors import InputError, KnowledgeStoreError, QueryError
-from knowledge_store.reading.transfer import Encoder, received_bytes
+from knowledge_store.reading.transfer import received_bytes
 from knowledge_store.serving.flight_sql import FlightSql
 from knowledge_store.serving.limits import STALLED, Slots, Watch
 from knowledge_store.serving.metrics import Call, Log, Metrics, resident_bytes
-from knowledge_store.serving.queries import Queries, Question
+from knowledge_store.serving.queries import Queries
 from knowledge_store.serving.requests import MAX_REQUEST, from_bytes
-from knowledge_store.serving.served import ServedStore, check_request, row_groups_bytes, table_bytes
+from knowledge_store.serving.sequences import SequenceStreams
+from knowledge_store.serving.served import ServedStore, row_groups_bytes, table_bytes
 from knowledge_store.sql.parameters import Parameters
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage.served import messages
 from knowledge_store.storage.served.messages import BusyError, flight_error
 from knowledge_store.storage.served.tokens import TokenFile
@@ -34,7 +36,6 @@ STREAM_PATIENCE = 20.0  # seconds that one call more than there are slots waits
 QUERY_PATIENCE = 2.0
 ENDING_PATIENCE = 5.0
 
-_SEQUENCES_SHAPE = {"sequences": {"dump": str, "snapshot": int, "kinds": [str], "batches": [[int]]}}
 _SQL_SHAPE = {"sql": str, "memory_limit": int, "timeout": float}
 
 
@@ -120,11 +121,13 @@ class StoreServer(flight.FlightServerBase):
         self.streams = Slots("streams", limits.streams, STREAM_PATIENCE)
         self.query_slots = Slots("queries", limits.queries, QUERY_PATIENCE)
         self._watch = Watch(limits.stalled)
+        self._sequences = SequenceStreams(self.streams, self._watch)
         self._queries = Queries(self.query_slots, self._watch, limits.memory_limit, limits.timeout)
         self._flight_sql = FlightSql(self._queries)
         self.metrics = Metrics(
             {
                 "streams_now": ("Calls for sequences and files that are being answered.", lambda: self.streams.taken),
+                "streams_standing": ("Streams of sequences, most of which rest.", lambda: self._sequences.standing.taken),
                 "queries_now": ("Queries that are being answered.", lambda: self.query_slots.taken),
                 "streams_refused": ("Calls for sequences and files that found no slot, so far.", lambda: self.streams.refused),
                 "queries_refused": ("Queries that found no slot, so far.", lambda: self.query_slots.refused),
@@ -167,7 +170,7 @@ class StoreServer(flight.FlightServerBase):
             if len(body) > MAX_REQUEST:
                 raise InputError(f"an action has at most {MAX_REQUEST:,} bytes")
             results = self._action(context, call, store, action.type, body)
-            call.sent += sum(map(len, results))
+            call.sent(sum(map(len, results)))
         return iter([flight.Result(result) for result in results])
 
     def do_get(self, context: Any, ticket: Any) -> flight.GeneratorStream:
@@ -179,9 +182,6 @@ class StoreServer(flight.FlightServerBase):
             if not data.startswith(b"{"):
                 call.facts["call"] = "flight-sql"
                 return self._stream(call, self._flight_sql.answer(context, call, store, data))
-            if data.startswith(b'{"sequences"'):
-                call.facts["call"] = "sequences"
-                return self._stream(call, self._sequences(context, call, store, data))
             call.facts["call"] = "sql"
             return self._stream(call, self._sql(context, call, store, data))
 
@@ -202,9 +202,9 @@ class StoreServer(flight.FlightServerBase):
             writer.write(pa.py_buffer(self._flight_sql.bound(call, _command(descriptor), reader)))
 
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        """There is none."""
-        with self._calls(context, "exchange"):
-            raise InputError("a served store answers no exchanges")
+        """Send sequences as they are asked for."""
+        with self._calls(context, "sequences") as (call, store):
+            self._sequences.answer(context, call, store, _command(descriptor), reader, writer)
 
     def list_flights(self, context: Any, criteria: Any) -> Iterator[flight.FlightInfo]:
         """There are none: what there is says SQL."""
@@ -253,7 +253,7 @@ class StoreServer(flight.FlightServerBase):
             for number, part in enumerate(parts):
                 if number:
                     batch = part[0] if isinstance(part, tuple) else part
-                    call.sent += received_bytes(batch)
+                    call.sent(received_bytes(batch))
                 yield part
             call.end("ok")
         except GeneratorExit:
@@ -264,40 +264,16 @@ class StoreServer(flight.FlightServerBase):
         finally:
             parts.close()  # type: ignore[attr-defined]
 
-    def _sequences(self, context: Any, call: Call, store: ServedStore, ticket: bytes) -> Iterator[Any]:
-        request = from_bytes(ticket, _SEQUENCES_SHAPE)["sequences"]
-        dump, snapshot, kinds, batches = (request[name] for name in ("dump", "snapshot", "kinds", "batches"))
-        call.facts["dump"] = dump[:100]
-        if sum(map(len, batches)) > messages.MAX_SEQUENCES:
-            raise InputError(f"at most {messages.MAX_SEQUENCES:,} sequences are sent at once")
-        give_back = self.streams.take()
-        try:
-            with self._watch.over(context, give_back) as watched:
-                with store.reader(dump, snapshot) as reader:
-                    check_request(reader, kinds, batches)
-                    encoder = Encoder(reader.manifest, kinds)
-                yield encoder.schema
-                for ordinals in batches:
-                    if watched.ended:
-                        raise flight.FlightCancelledError(f"the sequences are not sent: {watched.ended}")
-                    with store.reader(dump, snapshot) as reader:
-                        found = [reader.packed(ordinal, tuple(kinds)) for ordinal in ordinals]
-                    call.sequences += len(found)
-                    call.batches += 1
-                    with watched.waiting():
-                        yield encoder.batch(found)
-        finally:
-            give_back()
-
     def _sql(self, context: Any, call: Call, store: ServedStore, ticket: bytes) -> Iterator[Any]:
         request = from_bytes(ticket, _SQL_SHAPE)
         parameters: Parameters | None = request.get("parameters")
         if not (parameters is None or isinstance(parameters, (list, dict))):
             raise InputError("the parameters of a statement are a list, or have names")
-        question = Question(request["sql"], parameters, request["memory_limit"], request["timeout"], bool(request.get("kept")))
+        kept = bool(request.get("kept"))
+        statement = Statement(request["sql"], request["memory_limit"], request["timeout"], parameters, kept=kept)
         schema = None
         remarks: list[str] = []
-        for part in self._queries.answer(context, call, store, question, remarks.append):
+        for part in self._queries.answer(context, call, store, statement, remarks.append):
             if schema is None:
                 schema = part
             yield part

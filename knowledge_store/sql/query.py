@@ -16,11 +16,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import duckdb
 import pyarrow as pa
-import pyarrow.dataset as ds
 
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.catalogue.summary import dumps_table, shards_table
@@ -36,6 +35,9 @@ from knowledge_store.quantities import binary_size
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
 from knowledge_store.sql.named_files import NamedFiles, checked_files, file_rows
 from knowledge_store.sql.parameters import Parameters, plain_parameters
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as ds
 
 BATCH_ROWS = 4 * 2048  # DuckDB works on 2048 rows at a time
 LONG_SQL = 4096  # characters; above, DuckDB is not asked for names: that takes the square of their length, and minutes

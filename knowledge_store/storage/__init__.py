@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from knowledge_store.errors import InputError
+from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage.bucket import BucketStorage
 from knowledge_store.storage.bucket_address import SCHEMES, BucketAddress, is_bucket_address
 from knowledge_store.storage.hub import SCHEME as HUB
@@ -35,19 +36,20 @@ __all__ = [
 StorePlace = str | Path | Storage  # what a store is opened by: its address or folder, or the storage that holds it
 
 
-def open_storage(store: StorePlace, token_file: str | Path | None = None) -> Storage:
+def open_storage(store: StorePlace, token_file: str | Path | None = None, reporter: Reporter = SILENT) -> Storage:
     """The storage of a store, from its folder or address; a storage stays as it is.
 
     Args:
         store: a folder, `s3://bucket/prefix` (also gs:// and az://, see `bucket_address`), `hf://datasets/owner/name@revision/path`
             (see `hub`), or `grpc+tls://host:port` where a store is served.
         token_file: of a served store, a file of the token; None takes it from the environment (see `served.client`).
+        reporter: hears when a server is waited for.
 
     Raises:
         InputError: it is an address that no storage serves, or obstore, which serves it, is not installed.
     """
     if is_served(store):
-        return ServedStorage(str(store), token_file)
+        return ServedStorage(str(store), token_file, reporter)
     if isinstance(store, str) and store.startswith(HUB):
         return HubStorage(store)
     if isinstance(store, str) and "://" in store:

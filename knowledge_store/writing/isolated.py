@@ -13,7 +13,16 @@ from dataclasses import asdict
 from typing import IO, Any
 
 from knowledge_store.errors import InputError, LimitError
-from knowledge_store.isolation.child import MAX_MEMORY_LIMIT, MEMORY_LIMIT, Killed, Report, limit, limit_time, started
+from knowledge_store.isolation.child import (
+    MAX_MEMORY_LIMIT,
+    MEMORY_LIMIT,
+    Killed,
+    Report,
+    limit,
+    limit_time,
+    load_arrow,
+    started,
+)
 from knowledge_store.reporter import SILENT, Advance, Reporter
 from knowledge_store.writing.verification import Verification, verify
 
@@ -85,5 +94,6 @@ class _Messenger(Reporter):
 
 def answer(request: dict[str, Any], outlet: IO[bytes], report: Report) -> dict[str, Any]:
     """The child's task: verify one store. Returns the fields of a `Verification`."""
+    load_arrow()
     limit(request["memory_limit"], SHARD_TIME)
     return asdict(verify(request["store"], _Messenger(report)))

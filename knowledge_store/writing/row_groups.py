@@ -21,7 +21,7 @@ def group_sizes(kind: Kind, tables: list[pa.Table], counts: np.ndarray, manifest
     Args:
         kind: the kind.
         tables: the rows of all sequences, in any number of parts; not looked at where the kind says what a row takes.
-        counts: how many rows each sequence has.
+        counts: how many rows each sequence has; of a dump of groups, each group, of which "sequence" is said here.
         manifest: of the dump.
     """
     fixed, ragged = (kind.row_bytes(manifest), {}) if kind.row_bytes else _row_bytes(kind, manifest)

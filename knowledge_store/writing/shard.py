@@ -106,13 +106,22 @@ def _row_groups(kind: Kind, shard: Shard, manifest: Manifest) -> Iterator[tuple[
     # Where the lists of a row group decide how large it is, they are encoded before, many sequences at once.
     tables = [] if kind.row_bytes else [packed(start, end) for start, end in pairwise(_stretches(counts))]
     encoded = pa.concat_tables(tables) if tables else None
-    ends = np.cumsum(group_sizes(kind, tables, counts, manifest))
     first_row = np.concatenate([[0], np.cumsum(counts)])
-    for start, end in pairwise([0, *ends.tolist()]):
+    wholes = _wholes(shard, manifest)
+    sizes = group_sizes(kind, tables, np.diff(first_row[wholes]), manifest)
+    for start, end in pairwise(wholes[np.cumsum([0, *sizes])].tolist()):
         rows = int(first_row[end] - first_row[start])
         if rows:
             stored = packed(start, end) if encoded is None else encoded.slice(first_row[start], rows).combine_chunks()
             yield stored, _measured(kind, stored, manifest)
+
+
+def _wholes(shard: Shard, manifest: Manifest) -> np.ndarray:
+    """The first sequence of what a row group holds whole, a sequence or a group of them, and the end."""
+    if not manifest.has_groups:
+        return np.arange(len(shard.sequences) + 1)
+    documents = np.array([row["document"] for row in shard.sequences], np.int64)
+    return np.append(np.flatnonzero(np.diff(documents, prepend=-1)), len(documents))
 
 
 def _stretches(counts: np.ndarray) -> list[int]:

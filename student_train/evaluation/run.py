@@ -60,7 +60,7 @@ def evaluate(config: EvaluateConfig, *, reporter: Reporter = SILENT) -> dict[str
 
 def _evaluate_dump(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]:
     assert config.store
-    store = KnowledgeStore.open(config.store)
+    store = KnowledgeStore.open(config.store, reporter=reporter)
     dump = store.dump(config.dump)
     tokenizer = load_tokenizer(config.model, config.gguf_file)
     temperature = _given_temperature(config, tokenizer)

@@ -4,6 +4,7 @@
     targets       what the store holds at the positions that count, paired with the student's logits
     divergences   the functions
     step          from an entry to the loss of an optimiser step
+    preference    losses of groups of answers
     sliced        head and loss together, a slice of positions at a time; `head` is what it asks of a model
     recalibration the teacher's targets at a calibration's temperature
 

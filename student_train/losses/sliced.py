@@ -6,6 +6,9 @@ says how it would have them, and that goes at once into the gradients of the hid
 is what the backward pass hands on. The work is that of an ordinary step, nothing is computed twice, and the result is the
 same to rounding.
 
+Where a loss is no sum over positions, what it asks of each is the log-probability of the token that stands there
+(`target_logprobs`): then the backward pass computes the logits of each slice once more.
+
 It happens inside the model's own forward pass, in place of its head, so that whatever wraps the model (mixed precision, data
 parallel, sharded weights) sees the head's weight used where it always is. That is right only for a model that does nothing
 to its logits after the head. Some cap or scale them; those are found out (`has_plain_head`) and take the longer way.
@@ -13,7 +16,7 @@ to its logits after the head. Some cap or scale them; those are found out (`has_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -22,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from student_train.losses.divergences import token_nll
 from student_train.losses.head import has_plain_head, head_at, in_place_of_head, untouched
-from student_train.losses.targets import Batch, Targets, predicting
+from student_train.losses.targets import Batch, Targets, predicting, target_tokens
 from student_train.losses.teachers import Share, weighted_loss
 
 # Of the logits of one slice. Each slice adds to the whole gradient of the head's weight, which must not take long beside its
@@ -82,16 +86,59 @@ def sum_over_slices(model: nn.Module, batch: Batch, prepare: Prepare) -> Tensor:
             any shape, and must not keep the logits, whose memory is used again. Without positions it is called once, with
             none.
     """
+    return _at_head(
+        model,
+        batch,
+        slices=lambda hidden, weight, bias: sliced(hidden, weight, bias, prepare(len(weight))),
+        whole=lambda logits: prepare(logits.shape[-1])(logits, slice(0, len(logits))),
+    )
+
+
+def target_logprobs(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's forward pass and its log-probability of the token at each target, without ever holding all the logits.
+
+    The logits of a slice are computed in the forward pass and again in the backward pass; between the two stay the hidden
+    states at the targets (N, H).
+
+    Args:
+        model, batch: as in `sliced_loss`.
+
+    Returns:
+        (N,) nats in the order of `select_targets`, float32 (float64 for a model in float64), with gradients.
+    """
+    tokens = target_tokens(batch)
+    return _at_head(
+        model,
+        batch,
+        slices=lambda hidden, weight, bias: sliced_logprobs(hidden, weight, bias, tokens),
+        whole=lambda logits: -token_nll(logits, tokens),
+    )
+
+
+def _at_head(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    slices: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    whole: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The model's forward pass, and what is made of its head at the predicting positions.
+
+    Args:
+        model, batch: as in `sliced_loss`.
+        slices: of the hidden states there (N, H), and the head's weight (V, H) and bias, where nothing follows the head.
+        whole: of the logits there (N, V), where the model does something to them.
+    """
     inner = unwrapped(model)
     rows, columns = predicting(batch)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     if not has_plain_head(inner):
         with head_at(inner, rows, columns):
             logits = model(**inputs).logits[0]
-        return prepare(logits.shape[-1])(logits, slice(0, len(logits)))
+        return whole(logits)
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return sliced(hidden[rows, columns], weight, bias, prepare(len(weight)))
+        return slices(hidden[rows, columns], weight, bias)
 
     # A compiled model is compiled up to its head: the loss has other shapes in each step.
     compute = torch.compiler.disable(compute) if _compiled(model) else compute
@@ -114,10 +161,55 @@ def sliced(hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share) ->
         bias: (V,) or None.
         share: as `prepare` of `sum_over_slices` gives it.
     """
-    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (hidden, weight, bias)):
+    if _needs_gradients(hidden, weight, bias):
         return _Sliced.apply(hidden, weight, bias, share)
     with _exact(hidden) as dtype:
         return _total(share(logits, rows) for rows, logits in _slices(hidden.to(dtype), weight.to(dtype), bias))
+
+
+def sliced_logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
+    """The log-probabilities of tokens, int64 (N,), by the logits hidden · weightᵀ + bias, (N,) nats; see `target_logprobs`."""
+    if _needs_gradients(hidden, weight, bias):
+        return _SlicedLogprobs.apply(hidden, weight, bias, tokens)
+    with _exact(hidden) as dtype:
+        return _logprobs(hidden.to(dtype), weight.to(dtype), bias, tokens)
+
+
+def _needs_gradients(*parts: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
+
+
+def _logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
+    return torch.cat([-token_nll(logits, tokens[rows]) for rows, logits in _slices(hidden, weight, bias)])
+
+
+def _gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share, needed: Sequence[bool], dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Σ over slices of a share, and its gradients of hidden, weight and bias, None of what needs none; products in `dtype`."""
+    of_hidden, of_weight, of_bias = (
+        torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) if part is not None and wanted else None
+        for part, wanted in zip((hidden, weight, bias), needed, strict=True)
+    )
+
+    def shares() -> Iterator[Tensor]:
+        inputs, matrix = hidden.to(dtype), weight.to(dtype)
+        for rows, logits in _slices(inputs, matrix, bias):
+            logits = logits.detach().requires_grad_()
+            with torch.enable_grad():
+                value = share(logits, rows)
+            [gradient] = torch.autograd.grad(value, logits)
+            if of_hidden is not None:
+                of_hidden[rows] = gradient @ matrix
+            if of_weight is not None and of_weight.dtype == dtype:
+                of_weight.addmm_(gradient.T, inputs[rows])
+            elif of_weight is not None:
+                of_weight.add_(gradient.T @ inputs[rows])
+            if of_bias is not None:
+                of_bias.add_(gradient.sum(dim=0))
+            yield value.detach()
+
+    return _total(shares()), [of_hidden, of_weight, of_bias]
 
 
 class _Sliced(torch.autograd.Function):
@@ -125,33 +217,8 @@ class _Sliced(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, share: Share) -> Tensor:
-        gradients = [
-            torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32)) if needed else None
-            for part, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-            if part is not None
-        ]
-        of_hidden, of_weight, of_bias = (*gradients, None)[:3]
-
-        def shares(dtype: torch.dtype) -> Iterator[Tensor]:
-            inputs, matrix = hidden.to(dtype), weight.to(dtype)
-            for rows, logits in _slices(inputs, matrix, bias):
-                logits = logits.detach().requires_grad_()
-                with torch.enable_grad():
-                    value = share(logits, rows)
-                [gradient] = torch.autograd.grad(value, logits)
-                if of_hidden is not None:
-                    of_hidden[rows] = gradient @ matrix
-                if of_weight is not None and of_weight.dtype == dtype:
-                    of_weight.addmm_(gradient.T, inputs[rows])
-                elif of_weight is not None:
-                    of_weight.add_(gradient.T @ inputs[rows])
-                if of_bias is not None:
-                    of_bias.add_(gradient.sum(dim=0))
-                yield value.detach()
-
         with _exact(hidden) as dtype:
-            total = _total(shares(dtype))
-        gradients = [gradient for gradient in (of_hidden, of_weight, of_bias) if gradient is not None]
+            total, gradients = _gradients(hidden, weight, bias, share, ctx.needs_input_grad[:3], dtype)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if part is None else part.dtype for part in (hidden, weight, bias)]
         return total
@@ -159,15 +226,38 @@ class _Sliced(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        saved = iter(ctx.saved_tensors)
         # The ordinary case; asking an accelerator would mean waiting for it.
         one = gradient.device.type == "cpu" and gradient.item() == 1
         results: list[Tensor | None] = []
-        for needed, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False):
+        for part, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
             # In place, which autograd notices: a second pass is refused instead of multiplying twice.
-            part = next(saved) if needed else None
             results.append(None if part is None else (part if one else part.mul_(gradient)).to(dtype))
         return (*results, None)
+
+
+class _SlicedLogprobs(torch.autograd.Function):
+    """`sliced_logprobs`, whose backward pass computes the logits of each slice again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor) -> Tensor:
+        with _exact(hidden) as dtype:
+            result = _logprobs(hidden.to(dtype), weight.to(dtype), bias, tokens)
+        ctx.save_for_backward(hidden, weight, bias, tokens)
+        ctx.dtype = dtype
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, tokens = ctx.saved_tensors
+
+        def share(logits: Tensor, rows: slice) -> Tensor:
+            return -(gradient[rows] * token_nll(logits, tokens[rows])).sum()
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            _, gradients = _gradients(hidden, weight, bias, share, ctx.needs_input_grad[:3], ctx.dtype)
+        parts = zip(gradients, (hidden, weight, bias), strict=True)
+        return (*(None if part is None else part.to(of.dtype) for part, of in parts), None)
 
 
 def unwrapped(model: nn.Module) -> Any:

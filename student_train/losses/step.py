@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from student_train.losses.divergences import cross_entropy, token_nll
+from student_train.losses.preference import TargetLogprobs, group_count
 from student_train.losses.rationale import IDS
+from student_train.losses.sliced import target_logprobs
 from student_train.losses.table import TEXT, Loss
 from student_train.losses.targets import Batch, Targets, predicting_logits, target_tokens
 from student_train.losses.teachers import weighted_loss
@@ -23,11 +25,14 @@ def units(batch: Batch) -> dict[str, Tensor]:
     """How many of each unit a batch holds (scalars, int64): what a sum of losses is divided by."""
     sequences = (batch["sequence_id"] >= 0).sum()
     targets = batch["is_target"][:, 1:].sum() if "is_target" in batch else torch.zeros_like(sequences)
-    return {"target": targets, "sequence": sequences}
+    return {"target": targets, "sequence": sequences, "group": group_count(batch)}
 
 
-def run_student(model: nn.Module, loss: Loss, batch: Batch) -> list[Any]:
-    """The student's outputs on each of a loss's inputs, one forward pass for each."""
+def run_student(model: nn.Module, loss: Loss, batch: Batch, *, logits: bool = True) -> list[Any]:
+    """The student's outputs on each of a loss's inputs, one forward pass for each. Those of a loss of groups can do without the
+    logits."""
+    if loss.unit == "group" and not logits:
+        return [TargetLogprobs(target_logprobs(model, batch))]
     states = {"output_hidden_states": True} if loss.hidden_states else {}
     return [model(**model_inputs(batch, name), use_cache=False, **states) for name in loss.inputs]
 
@@ -81,7 +86,7 @@ def step_loss(
         outputs: the student's, one for each of the loss's inputs; that of the text with `.logits` as `select_targets` takes
             them.
         batch: the same sequences, as `DistillationDataset` yields them.
-        counts: number of targets and of sequences in the whole step, over all its batches and ranks.
+        counts: number of targets, sequences and groups in the whole step, over all its batches and ranks.
         ce_weight: in [0, 1]; above 0 only for a loss that runs on the text.
         options: keyword arguments of the loss's function, such as `{"temperature": 2.0}`.
         recalibrate: see `select_targets`; a loss of whole batches is given what the store holds, as it is.

@@ -7,8 +7,10 @@ A loss has one of two shapes:
 * anything else, with `whole_batch=True`: `f(*outputs, batch, **options)`. There is one of the student's outputs for each of
   the entry's `inputs` (`.logits` (B, T, V), `.hidden_states` when the entry says `hidden_states=True`), and `batch` is
   everything that the store gave for these sequences, so a kind of knowledge that adds `batch["vector"]` (B, D) is at hand. It
-  returns one loss per target (`unit="target"`), in the order of `batch["is_target"].nonzero()`, or one per sequence
-  (`unit="sequence"`, shape (B,); rows of padding are left out by the trainer).
+  returns one loss per target (`unit="target"`), in the order of `batch["is_target"].nonzero()`, one per sequence
+  (`unit="sequence"`, shape (B,); rows of padding are left out by the trainer), or one per group of answers (`unit="group"`,
+  shape (G,), in the order of the numbers in `batch["group"]`). A run of the last reads groups, and gives the function, instead
+  of logits, the log-probabilities of the targets, as `preference.TargetLogprobs`.
 
 A new loss is one function and one entry. Training checks that the dump holds what an entry names before it starts.
 """
@@ -41,6 +43,9 @@ class Loss:
         whole_batch: which shape the function has.
         unit: what a whole-batch function returns one loss for.
         hidden_states: whether the student's hidden states are needed.
+        reference: whether a reference's log-probability of each answer is needed, `batch["reference_logprob"]`.
+        rewards: of a loss of groups, what it raises of better answers above that of worse, `f(*outputs, batch, **options)` to
+            (B,).
         draws: arrays of draws from the tail that the function reads where there are any, at temperature 1. A loss that has some
             can use a dump without candidates.
         recalibrated: arrays that it reads besides where the teacher's targets are re-calibrated; none in a loss that they
@@ -53,8 +58,10 @@ class Loss:
     inputs: tuple[str, ...] = TEXT
     options: tuple[str, ...] = ()
     whole_batch: bool = False
-    unit: Literal["target", "sequence"] = "target"
+    unit: Literal["target", "sequence", "group"] = "target"
     hidden_states: bool = False
+    reference: bool = False
+    rewards: Callable[..., Any] | None = None
     draws: tuple[str, ...] = ()
     recalibrated: tuple[str, ...] = ()
 
@@ -63,6 +70,8 @@ class Loss:
             raise ValueError("a loss of each target runs on input_ids alone: give whole_batch=True for other inputs")
         if self.unit == "target" and TEXT[0] not in self.inputs:
             raise ValueError("a loss that does not run on input_ids knows no targets: give unit='sequence'")
+        if self.unit == "group" and (not self.whole_batch or self.inputs != TEXT):
+            raise ValueError("a loss of groups is of whole batches, and runs on input_ids alone")
 
 
 _function = functools.partial(deferred, "student_train.losses.divergences")
@@ -73,6 +82,8 @@ _relations = functools.partial(deferred, "student_train.losses.relations")
 _relation = functools.partial(
     Loss, kinds=("vectors",), columns=("vector",), whole_batch=True, unit="sequence", hidden_states=True
 )
+_preference = functools.partial(deferred, "student_train.losses.preference")
+_of_groups = functools.partial(Loss, whole_batch=True, unit="group")
 
 LOSSES: dict[str, Loss] = {
     "forward-kl": _divergence(_function("forward_kl"), options=("temperature", "tail"), draws=("tail_ids", "draw_weight")),
@@ -90,4 +101,7 @@ LOSSES: dict[str, Loss] = {
     "ce": Loss(_function("cross_entropy")),
     "relational-distance": _relation(_relations("relational_distance")),
     "relational-angle": _relation(_relations("relational_angle")),
+    "dpo": _of_groups(_preference("dpo"), options=("beta",), reference=True, rewards=_preference("implicit_rewards")),
+    "rrhf": _of_groups(_preference("rrhf"), rewards=_preference("normalised_logprobs")),
+    "pro": _of_groups(_preference("pro"), rewards=_preference("normalised_logprobs")),
 }

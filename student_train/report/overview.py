@@ -152,7 +152,8 @@ def _steps(run: Run) -> str:
 
 def _step_size(run: Run) -> str:
     size = run.run.get("identity", {}).get("sequences per step")
-    return f"of {counted(size, 'sequence', 'sequences')}" if size else ""
+    unit = ("group", "groups") if "preferences" in run.run else ("sequence", "sequences")
+    return f"of {counted(size, *unit)}" if size else ""
 
 
 def _tokens(run: Run) -> str:

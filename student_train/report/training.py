@@ -12,6 +12,8 @@ from student_train.training.run_folder import Record
 
 TEXT_CURVE = Curve("eval_nll", "Loss on the text", "nats per token")
 RATIONALE_CURVE = Curve("eval_rationale", "Loss on the rationales", "nats per token")
+ACCURACY_CURVE = Curve("eval_accuracy", "Groups in order", "share whose best answer has a higher reward than the worst")
+MARGIN_CURVE = Curve("eval_margin", "Margin", "reward of the best answer less that of the worst")
 HIDDEN_CURVE = Curve("eval_hidden", "Distance of the hidden states", "as --hidden-loss measures it")
 
 
@@ -63,6 +65,7 @@ def knowledge(dump: Record) -> str:
 def learning(runs: list[Run]) -> str:
     curves = [(index, run, run.history.get("entries", [])) for index, run in enumerate(runs)]
     declared = [*(curve for figures in FIGURES.values() for curve in figures.curves), TEXT_CURVE, RATIONALE_CURVE, HIDDEN_CURVE]
+    declared += [ACCURACY_CURVE, MARGIN_CURVE]
     shown = [curve for curve in declared if any(curve.name in entry for _, _, entries in curves for entry in entries)]
     words = "Measured during training, on documents of the training dumps that were kept out of it."
     if not shown:

@@ -59,6 +59,7 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
     PANELS: ClassVar[Mapping[str, Sequence[str]]] = {
         "What to learn from": ("dump", "teachers", "where", "positions_where", "eval_fraction", "evaluations"),
         "Loss": ("loss", "ce_weight", "temperature", "tail", "calibration", "beta", "skew", "smoothing", "first_c"),
+        "Preferences": ("reference", "scores"),
         "Rationales": ("rationale", "rationale_weight", "rationale_tokens", "rationale_dump"),
         "Hidden states": ("hidden_weight", "hidden_loss", "hidden_layers", "hidden_projector"),
         "Steps": ("epochs", "steps", "batch_size", "gradient_accumulation", "group_by_length", "order", "seed"),
@@ -129,7 +130,25 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
         choices=TAILS,
         help="How forward-kl treats the tail: draws, bucket, or auto, which takes draws where the dump has them.",
     )
-    beta: float = option(0.5, above=0, below=1, help="The teacher's share in the mixture of jensen-shannon, between 0 and 1.")
+    beta: float | None = option(
+        None,
+        above=0,
+        help="Of jensen-shannon the teacher's share in the mixture, between 0 and 1; it is 0.5 unless given. Of dpo how"
+        " strongly the student is held to the reference; it is 0.1 unless given.",
+    )
+    reference: str | None = option(
+        None,
+        names_dump=True,
+        metavar="DUMP",
+        help="Dump of the same corpus by the student that the run begins with: what dpo holds it to.",
+    )
+    scores: str | None = option(
+        None,
+        names_dump=True,
+        metavar="DUMP",
+        help="Dump of the same corpus whose teacher scores the answers of dpo, rrhf and pro, by the mean of its log-probability"
+        " over an answer's tokens. Without it the scores are the corpus's own.",
+    )
     skew: float = option(0.1, above=0, below=1, help="Share mixed into the reference of the skewed losses, between 0 and 1.")
     smoothing: float = option(0.1, min=0, below=1, help="Probability that label-smoothing takes off the likeliest candidate.")
     calibration: str | None = option(
@@ -221,10 +240,12 @@ class TrainConfig(BatchOptions, GgufOptions, StoreOptions):
 
     def loss_options(self) -> dict[str, float | str]:
         """Keyword arguments for the chosen loss."""
-        return {name: getattr(self, _FIELDS[name]) for name in LOSSES[self.loss].options if name in _FIELDS}
+        given = {name: getattr(self, _FIELDS[name]) for name in LOSSES[self.loss].options if name in _FIELDS}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 HIDDEN_OPTIONS = ("hidden_loss", "hidden_layers", "hidden_projector")
+PREFERENCE_OPTIONS = ("reference", "scores")
 RATIONALE_OPTIONS = ("rationale_weight", "rationale_tokens", "rationale_dump")
 
 # Which field holds each keyword argument of a loss.
@@ -251,6 +272,9 @@ def check_config(config: TrainConfig) -> Loss:
     for name, field in _FIELDS.items():
         if name not in loss.options and getattr(config, field) != getattr(TrainConfig, field):
             raise InputError(f"the loss {config.loss} takes no --{field.replace('_', '-')}")
+    if config.loss == "jensen-shannon" and (config.beta or 0) >= 1:
+        raise InputError(f"--beta is {config.beta:g}; of jensen-shannon it must be below 1")
+    _check_groups(config, loss)
     if "lr_scheduler_type" in parse_settings(config.set) and config.schedule != TrainConfig.schedule:
         raise InputError("give --schedule or --set lr_scheduler_type, not both")
     if config.lora_rank is not None:
@@ -287,8 +311,34 @@ def check_config(config: TrainConfig) -> Loss:
     return loss
 
 
-def check_loss(loss: str, ce_weight: float, options: Mapping[str, float | str]) -> tuple[TrainConfig, Loss]:
-    """A loss, its share of cross-entropy and keyword arguments of its function, as a run's options, and its entry in `LOSSES`.
+def _check_groups(config: TrainConfig, loss: Loss) -> None:
+    """Raises InputError where options do not go with a loss of groups, or with a loss of none."""
+    if loss.unit != "group":
+        given = [name for name in PREFERENCE_OPTIONS if getattr(config, name) is not None]
+        if given:
+            names = ", ".join(name for name, entry in LOSSES.items() if entry.unit == "group")
+            raise InputError(f"the loss {config.loss} takes no --{given[0]}: losses of preferences do ({names})")
+        return
+    if not loss.reference and config.reference is not None:
+        raise InputError(f"the loss {config.loss} takes no --reference: it holds the student to none")
+    reasons = {
+        "ce_weight": "which would be of the text of all answers, the worse ones too",
+        "teachers": "since it learns from scores, and not from teachers' distributions: use --dump, and --scores",
+        "positions_where": "since it is of whole answers",
+        "hidden_weight": "since its steps are means over groups",
+    }
+    for name, reason in reasons.items():
+        if getattr(config, name) != getattr(TrainConfig, name):
+            raise InputError(f"the loss {config.loss} takes no --{name.replace('_', '-')}, {reason}")
+    if config.rationale != "none":
+        raise InputError(f"the loss {config.loss} takes no --rationale, since its steps are means over groups")
+
+
+def check_loss(
+    loss: str, ce_weight: float, options: Mapping[str, float | str], **dumps: str | None
+) -> tuple[TrainConfig, Loss]:
+    """A loss, its share of cross-entropy, keyword arguments of its function, and `reference` and `scores`, as a run's options,
+    and its entry in `LOSSES`.
 
     Raises:
         InputError: there is no such loss, it has no such argument, or a value is out of range.
@@ -298,7 +348,7 @@ def check_loss(loss: str, ce_weight: float, options: Mapping[str, float | str]) 
         if name not in known:
             raise InputError(f"the loss {loss} takes no {name!r}: it takes {', '.join(known) or 'no options'}")
     fields = {_FIELDS[name]: value for name, value in options.items() if name in _FIELDS}
-    config = TrainConfig("", "", "", loss=loss, ce_weight=ce_weight, **fields)  # type: ignore[arg-type]
+    config = TrainConfig("", "", "", loss=loss, ce_weight=ce_weight, **fields, **dumps)  # type: ignore[arg-type]
     return config, check_config(config)
 
 

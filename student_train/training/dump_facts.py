@@ -69,28 +69,35 @@ class DumpShare:
     """What a run reads of one of its dumps.
 
     Attributes:
-        sequences: that are trained on.
+        sequences: that are trained on; of a loss of groups, the groups.
         epoch: how many of them an epoch has.
         run: how many of them the whole run has, about.
         tokens: in these, about.
+        unit: what they are, "sequences" or "groups".
     """
 
     sequences: int
     epoch: int
     run: int
     tokens: int
+    unit: str = "sequences"
 
     def __str__(self) -> str:
         if not self.sequences:
-            return "none of its sequences is trained on"
-        epoch = f"{self.epoch:,} sequences in an epoch, {self.epoch / self.sequences:.2f} times its {self.sequences:,}"
+            return f"none of its {self.unit} is trained on"
+        epoch = f"{self.epoch:,} {self.unit} in an epoch, {self.epoch / self.sequences:.2f} times its {self.sequences:,}"
         if self.epoch == self.sequences:
-            epoch = f"all of its {self.sequences:,} sequences in an epoch"
-        return f"{epoch}; in the run about {self.run:,} sequences and {self.tokens:,} tokens"
+            epoch = f"all of its {self.sequences:,} {self.unit} in an epoch"
+        return f"{epoch}; in the run about {self.run:,} {self.unit} and {self.tokens:,} tokens"
 
 
 def dump_shares(
-    store: KnowledgeStore, mixture: Mixture, ordinals: Mapping[str, Any], sequences_per_step: int, steps: int
+    store: KnowledgeStore,
+    mixture: Mixture,
+    ordinals: Mapping[str, Any],
+    sequences_per_step: int,
+    steps: int,
+    groups: Mapping[str, int] | None = None,
 ) -> dict[str, DumpShare]:
     """What a run reads of each dump of its corpus, by its name.
 
@@ -98,12 +105,14 @@ def dump_shares(
         store: an open store.
         mixture: the run's dumps.
         ordinals: of the sequences to train on, by dump.
-        sequences_per_step, steps: of the run.
+        sequences_per_step, steps: of the run; of a loss of groups, groups in a step.
+        groups: how many groups the sequences make up, by dump; None where groups are not what is read.
 
     Raises:
         InputError: a dump with a weight has no sequence to train on, or gets none of an epoch.
     """
-    counts = {dump: len(ordinals[dump]) for dump in mixture.corpus}
+    counts = dict(groups) if groups is not None else {dump: len(ordinals[dump]) for dump in mixture.corpus}
+    unit = "sequences" if groups is None else "groups"
     shares = epoch_shares(counts, None if mixture.teachers else mixture.shares)
     total = sum(counts.values())
     epochs, rest = divmod(steps, math.ceil(total / sequences_per_step))
@@ -112,7 +121,8 @@ def dump_shares(
     for (dump, count), share in zip(counts.items(), shares, strict=True):
         lengths = store.sequences(dump)["length"].to_numpy()[np.asarray(ordinals[dump])]
         of_run = round(read * share / total)
-        result[dump] = DumpShare(count, share, of_run, round(of_run * float(lengths.mean())) if count else 0)
+        tokens = round(of_run * float(lengths.sum()) / count) if count else 0
+        result[dump] = DumpShare(count, share, of_run, tokens, unit)
     return result
 
 

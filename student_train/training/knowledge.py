@@ -8,6 +8,7 @@ from pathlib import Path
 from knowledge_store import KINDS, KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.reading.teachers import corpus_change
+from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.table import TEXT, TEXT_COLUMNS, Loss
 from student_train.training.calibration import usable_calibration, with_scale
 from student_train.training.configuration import HiddenStates, TrainConfig, check_config
@@ -15,6 +16,7 @@ from student_train.training.hidden import KIND, check_hidden
 from student_train.training.mixture import Mixture, resolve_mixture
 from student_train.training.model_folder import check_model_folder, stated_layers, stated_width
 from student_train.training.positions import check_selection, check_selections
+from student_train.training.preferences import check_preferences
 from student_train.training.rationale import check_rationale
 from student_train.training.relations import check_vectors
 from student_train.training.run_folder import check_folder, check_resume
@@ -32,6 +34,11 @@ def check_knowledge(store: KnowledgeStore, dump: str, config: TrainConfig, loss:
         InputError: naming the kinds or columns that are missing, or that there are no draws or no candidates.
     """
     name, manifest = config.loss, store.manifest(dump)
+    if loss.unit == "group" and not manifest.has_groups:
+        raise InputError(
+            f"the loss {name} learns from groups of answers, and the dump {dump} has none: dump a corpus with chosen and"
+            " rejected, or with completions, beside its prompts"
+        )
     kinds = manifest.kinds
     missing = [kind for kind in loss.kinds if kind not in kinds]
     if missing:
@@ -124,18 +131,25 @@ def columns_read(manifest: Manifest, config: TrainConfig, loss: Loss) -> dict[st
     return {kind: names if kind == KIND else names & used for kind, names in columns.items()}
 
 
-def check_run(config: TrainConfig) -> tuple[KnowledgeStore, Mixture, Loss]:
+def check_run(config: TrainConfig, reporter: Reporter = SILENT) -> tuple[KnowledgeStore, Mixture, Loss]:
     """The store, the dumps and the loss of a run. What can be refused without loading a model is refused here.
+
+    Args:
+        config: the options.
+        reporter: hears when the server of the store is waited for.
 
     Raises:
         InputError: an option is out of range, the student's folder is missing, the calibration cannot be used, the store cannot
             be opened, the output is something else than the folder of this run, or a dump does not hold what the loss needs.
     """
     loss = check_config(config)
-    store = KnowledgeStore.open(config.store, cache_size=int(config.cache_size * 1e9), token_file=config.token_file)
+    store = KnowledgeStore.open(
+        config.store, cache_size=int(config.cache_size * 1e9), token_file=config.token_file, reporter=reporter
+    )
     mixture = resolve_mixture(config, store, check_folder(Path(config.output)))
     check_mixture(store, mixture, config, loss)
     check_rationale(config, store, mixture)
+    check_preferences(config, store, mixture, loss)
     if (hidden := config.hidden_states()) is not None:
         layers, width = (stated(config.student, config.gguf_file) for stated in (stated_layers, stated_width))
         check_hidden(store, mixture, hidden, layers=layers, width=width)

@@ -41,9 +41,10 @@ from student_train.training.hidden import check_hidden
 from student_train.training.hidden_states import HiddenStatesMixin
 from student_train.training.knowledge import check_mixture, kinds_read
 from student_train.training.mixture import Mixture
+from student_train.training.preferences import check_preferences, preferences
 from student_train.training.snapshots import DumpSnapshots
 from student_train.training.trainer_arguments import check_arguments
-from student_train.training.validation import ValidationMixin, each_of, of_store
+from student_train.training.validation import OF_GROUPS, ValidationMixin, each_of, of_store
 from student_train.training.vocabulary import check_student
 
 
@@ -75,6 +76,8 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         hidden: how the student is to have the dump's hidden states; None where it is not. A projector becomes a module of the
             model, and is saved in a file of its own (see `hidden_states`).
         loss_options: keyword arguments of the loss, such as `{"temperature": 2.0}`.
+        reference, scores: dumps that a loss of preferences asks about the answers, as of `preferences`; with a train_dataset of
+            your own, its `prepare` has them.
         recalibrate: what to make of the teacher's targets before the loss, such as `recalibrated`.
         named: whatever else the trainer takes.
 
@@ -103,6 +106,8 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         rationale_weight: float | None = None,
         hidden: HiddenStates | None = None,
         loss_options: Mapping[str, float | str] | None = None,
+        reference: str | None = None,
+        scores: str | None = None,
         recalibrate: Callable[[Targets], Targets] | None = None,
         **named: Any,
     ) -> None:
@@ -111,7 +116,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
             store, dump, named_teachers = train_dataset.store, train_dataset.dump, train_dataset.plan.teachers
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
-        config, self.distillation = check_loss(loss, ce_weight, loss_options or {})
+        config, self.distillation = check_loss(loss, ce_weight, loss_options or {}, reference=reference, scores=scores)
         mixture = _mixture(store, dump, named_teachers)
         self.dumps = dumps = mixture.dumps
         for sentence in check_mixture(store, mixture, config, self.distillation):
@@ -126,17 +131,26 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         self.rationale_weight, self.hidden = rationale_weight, hidden
         if hidden is not None:
             check_hidden(store, mixture, hidden, layers=None, width=None)
-        self.figures = ("loss", *(("nll",) if on_text else ()), *kl, *self._more)
+        of_groups = self.distillation.unit == "group"
+        rewarded = OF_GROUPS if self.distillation.rewards is not None else ()
+        self.figures = ("loss", *(("nll",) if on_text else ()), *kl, *rewarded, *self._more)
         self._source: dict[str, Any] = {"store": store, "dump": dump}
+        if train_dataset is None:
+            check_preferences(config, store, mixture, self.distillation)
+            if reference is not None or scores is not None:
+                self._source["prepare"] = preferences(store, dumps[0], reference=reference, scores=scores)
         chosen = {"teachers": teachers, "ordinals": ordinals, "targets": targets, "order": order}
         chosen = {name: value for name, value in chosen.items() if value is not None}
         self._plan: dict[str, Any] = {**chosen, "kinds": kinds_read(manifests[0], self.distillation, hidden)}
+        if of_groups:
+            self._plan["groups"] = True
         from_store = train_dataset is None
         if from_store:
             train_dataset = DistillationDataset(**self._source, **self._plan)
         reads_store = isinstance(train_dataset, DistillationDataset)
         self._group_by_length = group_by_length
-        named_for_store = [*chosen, *(["group_by_length"] if group_by_length is not None else [])]
+        for_store = {"group_by_length": group_by_length, "reference": reference, "scores": scores}
+        named_for_store = [*chosen, *(name for name, value in for_store.items() if value is not None)]
         if named_for_store and not from_store:
             names = ", ".join(named_for_store)
             raise InputError(f"{names} goes with the dump's own sequences, and train_dataset is other ones: leave one out")
@@ -147,6 +161,13 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         if data_collator is None:
             data_collator = DistillationCollator(store, dumps[0], kinds=self._plan["kinds"])
         rows = [part for part in each_of(train_dataset) + each_of(eval_dataset) if not isinstance(part, DistillationDataset)]
+        if of_groups:
+            parts = each_of(train_dataset) + each_of(eval_dataset)
+            if rows or not all(part.plan.groups for part in parts):
+                raise InputError(
+                    f"the loss {loss} reads groups of answers: leave train_dataset out, or give it and eval_dataset as"
+                    " DistillationDataset(store, …, groups=True, prepare=preferences(…))"
+                )
         if rows and len(dumps) > 1:
             raise InputError("rows of your own are looked for in one dump: name one")
 
@@ -316,7 +337,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         outputs = None
         with self.keeping_states(model, inputs) as states:
             if self.distillation.whole_batch or return_outputs:
-                outputs = run_student(model, self.distillation, inputs)
+                outputs = run_student(model, self.distillation, inputs, logits=return_outputs)
                 loss = step_loss(self.distillation, outputs, inputs, counts, recalibrate=self.recalibrate, **options)
             else:
                 function = per_target(self.distillation, **options)

@@ -6,13 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pyarrow as pa
+
 from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import POSITIONS, knows_tokens, positions_of
 from student_train.losses.table import Loss
 from student_train.training.configuration import TrainConfig
 
-SCAN_SECONDS = 3600.0  # for one column of the whole dump
+SCAN_SECONDS = 3600.0  # for a few columns of the whole dump
+SCAN_MEMORY = 4 * 2**30  # bytes, for a few numbers of each of its sequences
 
 
 def check_selection(manifest: Manifest, config: TrainConfig, loss: Loss) -> None:
@@ -40,6 +43,42 @@ def check_selections(manifests: Sequence[Manifest], config: TrainConfig, loss: L
         return []
     none = " and ".join(without)
     return [f"Draws are taken only where all dumps keep some: the tail is a bucket, since there are none in {none}."]
+
+
+def check_tokens_known(manifest: Manifest, option: str) -> None:
+    """Refuse a dump that does not say how likely its teacher found each target.
+
+    Raises:
+        InputError: naming the option that names the dump.
+    """
+    if not knows_tokens(manifest):
+        raise InputError(
+            f"{option}: the dump {manifest.dump} does not know the teacher's log-probability of each token (it is an import, or"
+            " has no positions): name a dump that the teacher itself was asked for"
+        )
+
+
+def answer_logprobs(store: KnowledgeStore, dump: str) -> pa.Table:
+    """Of each sequence of a dump that has targets: `sequence_id`; `logprob`, which is the teacher's log-probability summed over
+    the targets (double, nats); and `targets`, how many these are.
+
+    Raises:
+        InputError: of some targets the log-probability is not known.
+    """
+    table = store.sql(
+        "SELECT sequence_id, sum(CAST(token_logprob AS DOUBLE)) AS logprob, count(*) AS targets,"
+        " count(token_logprob) AS known FROM positions WHERE dump = $dump AND is_target GROUP BY sequence_id",
+        {"dump": dump},
+        timeout=SCAN_SECONDS,
+        memory_limit=SCAN_MEMORY,
+    )
+    known, targets = (table[name].to_numpy() for name in ("known", "targets"))
+    if unknown := int((known < targets).sum()):
+        raise InputError(
+            f"the dump {dump} does not know the teacher's log-probability of all targets in {unknown:,} of its {len(table):,}"
+            " sequences: dump the corpus again"
+        )
+    return table.select(["sequence_id", "logprob", "targets"])
 
 
 def used_tokens(store: KnowledgeStore, dump: str, token_ids: set[int]) -> set[int]:

@@ -31,6 +31,7 @@ from student_train.training.knowledge import check_run
 from student_train.training.mixture import newer_dumps
 from student_train.training.model_folder import model_sha256
 from student_train.training.models import first_line, hold_in_bfloat16, load_model, load_tokenizer, quieten
+from student_train.training.ranks import rank_and_world_size
 from student_train.training.run_data import RunData, run_data
 from student_train.training.run_folder import (
     RUN_FILE,
@@ -91,7 +92,8 @@ def train(config: TrainConfig, *, reporter: Reporter = SILENT) -> TrainResult:
 def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainResult:
     """As `train`; `held` gets the lock of the output folder."""
     quieten()
-    store, mixture, loss = check_run(config)
+    rank, _ = rank_and_world_size()
+    store, mixture, loss = check_run(config, reporter if rank == 0 else SILENT)
     config, recalibrate, calibration_sha256 = configured(config, store.manifest(mixture.dumps[0]), loss)
     arguments = training_arguments(config)
     first_process = arguments.process_index == 0
@@ -143,6 +145,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         progress = reporter.progress(title, steps - began_at, "steps") if first_process else nullcontext(None)
         with progress as trainer.advance, stop_on_interrupt(trainer, reporter):
             trainer.train(resume_from_checkpoint=str(checkpoint.folder) if checkpoint else None)
+        trainer.callback_handler.train_dataloader = None  # its workers end now: as garbage they take 5 seconds each
     else:
         assert checkpoint is not None  # stopped between its last step and the saving of the model
         _take_up(trainer, checkpoint.folder)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 from transformers import TrainingArguments
 
 from knowledge_store import KnowledgeStore
+from knowledge_store.kinds import Arrays
 from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.table import TEXT, Loss
 from student_train.rationales.second_input import SecondInput
@@ -21,6 +22,7 @@ from student_train.training.dataset import DistillationDataset
 from student_train.training.dump_facts import DumpShare, describe_dump, dump_shares, reading_lines
 from student_train.training.knowledge import check_mixture, columns_read, kinds_read
 from student_train.training.mixture import Mixture
+from student_train.training.preferences import RunPreferences, preferences_for_run
 from student_train.training.rationale import RunRationales, choose_for_run, joined_dumps
 from student_train.training.split import split_dumps
 
@@ -39,6 +41,7 @@ class RunData:
         held_out: the ordinals that are read for validation, by dump, ascending int64.
         lacking: of dumps that are joined, how many sequences each lacks, which are left out.
         rationales: of the sequences, for a second task; None without one.
+        preferences: between the sequences of a group; None for a loss of no groups.
         rank, world_size: which process it is, of how many.
     """
 
@@ -50,6 +53,7 @@ class RunData:
     held_out: Mapping[str, np.ndarray]
     lacking: Mapping[str, int]
     rationales: RunRationales | None
+    preferences: RunPreferences | None
     rank: int
     world_size: int
 
@@ -61,13 +65,14 @@ class RunData:
 
     @property
     def sequences_per_step(self) -> int:
-        """Of an optimiser step, over all processes."""
+        """Of an optimiser step, over all processes; of a loss of groups, how many groups it has."""
         return self.config.batch_size * self.config.gradient_accumulation * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimiser steps; the last may be short."""
-        return math.ceil(self.sequences["train"] / self.sequences_per_step)
+        items = self.sequences["train"] if self._groups is None else sum(self._groups.values())
+        return math.ceil(items / self.sequences_per_step)
 
     @property
     def steps(self) -> int:
@@ -77,7 +82,12 @@ class RunData:
     @cached_property
     def shares(self) -> dict[str, DumpShare]:
         """What is read of each dump (InputError: nothing, of one with a weight)."""
-        return dump_shares(self.store, self.mixture, self.choice.ordinals, self.sequences_per_step, self.steps)
+        return dump_shares(self.store, self.mixture, self.choice.ordinals, self.sequences_per_step, self.steps, self._groups)
+
+    @property
+    def _groups(self) -> Mapping[str, int] | None:
+        """How many groups are trained on, by dump; None for a loss of no groups."""
+        return None if self.preferences is None else self.preferences.groups["train"]
 
     def training(self, marker: Sequence[int] = ()) -> DistillationDataset:
         """The sequences to train on, in the run's order; `marker` are the tokens that mark a second task."""
@@ -91,7 +101,7 @@ class RunData:
             targets=self.choice.targets,
             group_by_length=grouped,
             global_batch=self.sequences_per_step if grouped else None,
-            prepare=self.second_input(self.mixture.corpus, marker),
+            prepare=self._prepare(self.mixture.corpus, marker),
             **self._plan,
         )
 
@@ -100,8 +110,12 @@ class RunData:
         held_out = {dump: ordinals for dump, ordinals in self.held_out.items() if len(ordinals)}
         if not held_out:
             return None
-        prepare = self.second_input(tuple(held_out), marker)
+        prepare = self._prepare(tuple(held_out), marker)
         return DistillationDataset(self.store, list(held_out), ordinals=held_out, shuffle=False, prepare=prepare, **self._plan)
+
+    def _prepare(self, dumps: Sequence[str], marker: Sequence[int]) -> Callable[[Arrays], Arrays] | None:
+        """What is made of the batches of some dumps."""
+        return self.second_input(dumps, marker) if self.preferences is None else self.preferences.prepare
 
     def second_input(self, dumps: Sequence[str], marker: Sequence[int]) -> SecondInput | None:
         """What adds the second task to batches of some dumps; None without one."""
@@ -113,7 +127,8 @@ class RunData:
     def _plan(self) -> dict[str, Any]:
         kinds = kinds_read(self.store.manifest(self.mixture.dumps[0]), self.loss, self.config.hidden_states())
         division = {"batch_size": self.config.batch_size, "rank": self.rank, "world_size": self.world_size}
-        return {"kinds": kinds, **division, **self.mixture.plan}
+        groups = {} if self.preferences is None else {"groups": True}
+        return {"kinds": kinds, **division, **groups, **self.mixture.plan}
 
     def facts(self) -> dict[str, Any]:
         """What the run writes of it, for the report."""
@@ -131,6 +146,7 @@ class RunData:
             "several_teachers": self.mixture.teachers,
             "choice": self.choice.facts,
             **({"rationale": self.rationales.facts} if self.rationales else {}),
+            **({"preferences": self.preferences.facts} if self.preferences else {}),
             "sequences": self.sequences,
             "world_size": self.world_size,
         }
@@ -145,6 +161,7 @@ class RunData:
         ]
         lines = [*check_mixture(self.store, self.mixture, self.config, self.loss), *missing, *self.choice.lines]
         lines += self.rationales.lines if self.rationales else ()
+        lines += self.preferences.lines if self.preferences else ()
         lines += reading_lines(self.mixture, self.shares, self.steps, self.steps_per_epoch)
         if TEXT[0] in self.loss.inputs:
             share = self.training().padding_share()
@@ -184,4 +201,8 @@ def run_data(
     choice = choose_once(rank, world_size, lambda: choose(config, store, mixture.corpus, train, reporter=reporter))
     parts = (choice.ordinals, held_out)
     rationales = choose_once(rank, world_size, lambda: choose_for_run(config, store, mixture.corpus, parts))
-    return RunData(config, store, mixture, loss, choice, held_out, lacking, rationales, rank, world_size)
+    preferences = choose_once(
+        rank, world_size, lambda: preferences_for_run(config, store, mixture, loss, choice.ordinals, held_out)
+    )
+    held_out = held_out if preferences is None else dict(preferences.held_out)
+    return RunData(config, store, mixture, loss, choice, held_out, lacking, rationales, preferences, rank, world_size)

@@ -56,6 +56,7 @@ def run_identity(
 ) -> dict[str, Any]:
     """What makes a run this run: two runs that differ in none of it end with the same weights."""
     facts = {name: value for name, value in asdict(config).items() if name not in _FREE | _DERIVED}
+    dumps = (*mixture.dumps, *(dump for dump in (config.reference, config.scores) if dump is not None))
     return {
         **facts,
         "set": settings_identity(config.set),
@@ -64,7 +65,7 @@ def run_identity(
         "number of steps": steps,
         "sequences per step": sequences_per_step,
         **mixture.identity,
-        **{f"{name} of the dump {dump}": fact for dump in mixture.dumps for name, fact in _contents(store, dump).items()},
+        **{f"{name} of the dump {dump}": fact for dump in dumps for name, fact in _contents(store, dump).items()},
     }
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from student_train.losses.divergences import forward_kl, token_nll
 from student_train.losses.full_kl import full_kl
 from student_train.losses.hidden import kept_positions, state_distances
+from student_train.losses.preference import TargetLogprobs, margins
 from student_train.losses.rationale import rationale_count, rationale_nll
 from student_train.losses.sliced import Prepare, sum_over_slices
 from student_train.losses.step import run_student, step_loss, units
@@ -27,6 +28,9 @@ DIVERGENCES: dict[str, Callable[[Tensor, Targets], Tensor]] = {
     "kl": lambda logits, targets: full_kl(logits, targets).estimate,
     "kl_lower_bound": partial(forward_kl, tail="bucket"),
 }
+
+# Of a loss of groups, means over them.
+OF_GROUPS = ("accuracy", "margin")
 
 # What the mixin's methods call is a trainer's: to a type checker it is one, and in truth it stands before one.
 if TYPE_CHECKING:
@@ -44,7 +48,9 @@ class ValidationMixin(_Base):
     nats. The last two are the same for any loss; they are left out for one that does not run on the text, and the bound for a
     dump without candidates. Where batches have rationales, `eval_rationale` is the negative log-likelihood of their tokens, a
     mean over these. Where hidden states are learnt, `eval_hidden` is how far the student's
-    are from the teacher's, a mean over the positions that have some.
+    are from the teacher's, a mean over the positions that have some. Of a loss of groups, `eval_loss` is a mean over these,
+    and so are `eval_accuracy`, the share of groups whose best answer has a higher reward than their worst, and `eval_margin`,
+    by how much; rewards are what the loss raises (see `Loss.rewards`).
 
     Attributes:
         figures: the names of these that there are, without `eval_`.
@@ -59,7 +65,7 @@ class ValidationMixin(_Base):
     @property
     def unit_names(self) -> tuple[str, ...]:
         """What is counted of a batch, to divide sums by."""
-        return ("target", "sequence", *self._more)
+        return ("target", "sequence", "group", *self._more)
 
     @property
     def _more(self) -> tuple[str, ...]:
@@ -127,7 +133,7 @@ class ValidationMixin(_Base):
         sums = self.accelerator.reduce(self._sums.float().to(device), reduction="sum")
         counts = self.accelerator.reduce(torch.tensor(list(self._units.values()), device=device), reduction="sum")
         divisors = dict(zip(self._units, counts.clamp(min=1), strict=True))
-        units_of = {"loss": self.distillation.unit, **{name: name for name in self._more}}
+        units_of = {"loss": self.distillation.unit, **dict.fromkeys(OF_GROUPS, "group"), **{name: name for name in self._more}}
         means = {name: value / divisors[units_of.get(name, "target")] for name, value in zip(self.figures, sums, strict=True)}
         if self.ce_weight:  # apart until here, since it may be of other units
             means["loss"] = (1 - self.ce_weight) * means["loss"] + self.ce_weight * means["nll"]
@@ -150,6 +156,8 @@ class ValidationMixin(_Base):
         return sums, logits
 
     def _measured_on_text(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool) -> tuple[Tensor, Any]:
+        if self.distillation.unit == "group":
+            return self._measured_of_groups(model, batch, keep_logits=keep_logits)
         if not (self.distillation.whole_batch or keep_logits):
             return sum_over_slices(model, batch, self._shares(batch, self.distillation.function)), None
         outputs = run_student(model, self.distillation, batch)
@@ -158,15 +166,34 @@ class ValidationMixin(_Base):
         function = None if self.distillation.whole_batch else self.distillation.function
         sums = []
         if function is None:
-            ones = {"target": 1, "sequence": 1}
+            ones = {"target": 1, "sequence": 1, "group": 1}
             sums.append(step_loss(self.distillation, outputs, batch, ones, options=self.loss_options).unsqueeze(0))
         if whole is not None:
             logits = predicting_logits(whole, batch)
             sums.append(self._shares(batch, function)(logits.shape[-1])(logits, slice(0, len(logits))))
         return torch.cat(sums), kept
 
-    def _shares(self, batch: Batch, function: Callable[..., Tensor] | None) -> Prepare:
-        """What a slice of logits adds to the figures of the text; without a function, to all but the first, the loss."""
+    def _measured_of_groups(self, model: torch.nn.Module, batch: Batch, *, keep_logits: bool) -> tuple[Tensor, Any]:
+        """As `_measured_on_text`, of a loss of groups, from the tokens' log-probabilities."""
+        found: list[Tensor] = []
+        prepare, kept = self._shares(batch, None, found), None
+        if keep_logits:
+            [outputs] = run_student(model, self.distillation, batch)
+            kept, logits = outputs.logits, predicting_logits(outputs.logits, batch)
+            sums = prepare(logits.shape[-1])(logits, slice(0, len(logits)))
+        else:
+            sums = sum_over_slices(model, batch, prepare)
+        logprobs = TargetLogprobs(torch.cat(found))
+        losses = self.distillation.function(logprobs, batch, **self.loss_options)
+        of_groups = []
+        if self.distillation.rewards is not None:
+            apart = margins(self.distillation.rewards(logprobs, batch, **self.loss_options), batch)
+            of_groups = [(apart > 0).sum(), apart.sum()]
+        return torch.stack([part.to(sums.dtype) for part in (losses.sum(), *sums, *of_groups)]), kept
+
+    def _shares(self, batch: Batch, function: Callable[..., Tensor] | None, logprobs: list[Tensor] | None = None) -> Prepare:
+        """What a slice of logits adds to the figures of the text; without a function, to all but the first, the loss. The list
+        gets the log-probabilities of each slice's tokens."""
         tokens = target_tokens(batch)
 
         def prepare(vocabulary_size: int) -> Share:
@@ -178,7 +205,10 @@ class ValidationMixin(_Base):
 
             def share(logits: Tensor, rows: slice) -> Tensor:
                 sums = [learned(logits, rows).sum()] if learned else []
-                sums.append(token_nll(logits, tokens[rows]).sum())
+                nll = token_nll(logits, tokens[rows])
+                sums.append(nll.sum())
+                if logprobs is not None:
+                    logprobs.append(-nll)
                 if known:
                     sums.append(known(logits, rows).sum())
                 return torch.stack(sums)

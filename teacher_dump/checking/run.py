@@ -65,7 +65,7 @@ def check(config: CheckConfig, teacher: Teacher | None = None, *, reporter: Repo
         InputError: something given cannot be used, or the dump holds no kind that can be checked.
         StoreError, DamageError: there is no such store, or a manifest or commit record is altered.
     """
-    store = KnowledgeStore.open(config.store, cache_size=0)
+    store = KnowledgeStore.open(config.store, cache_size=0, reporter=reporter)
     manifest = store.manifest(config.dump)
     kinds = [kind for kind in manifest.kinds if kind in CHECKERS]
     if not kinds:

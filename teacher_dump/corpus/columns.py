@@ -32,13 +32,27 @@ COMPLETION = Shape("prompt and completion", ("prompt", "completion"), TEMPLATE_C
 MESSAGES = Shape("messages", ("messages",), TEMPLATE_COLUMNS)
 SHAREGPT = Shape("ShareGPT", ("conversations",), ("system", *TEMPLATE_COLUMNS))
 ALPACA = Shape("Alpaca", ("instruction", "output"), ("input", "system", "history", *TEMPLATE_COLUMNS))
+CHOSEN = Shape("chosen and rejected", ("chosen", "rejected"), ("prompt", *TEMPLATE_COLUMNS))
+COMPLETIONS = Shape("prompt and completions", ("prompt", "completions"), ("scores", *TEMPLATE_COLUMNS))
+ALPACA_CHOSEN = Shape(
+    "Alpaca with chosen and rejected",
+    ("instruction", "chosen", "rejected"),
+    ("input", "system", "history", *TEMPLATE_COLUMNS),
+)
 MASKS = ("assistant_masks", "completion_mask", "loss_mask")
 TOKENS = Shape("token ids", ("input_ids",), ("labels", *MASKS, "attention_mask", "position_ids"))
 
-SHAPES = (TEXT, COMPLETION, MESSAGES, SHAREGPT, ALPACA, TOKENS)
+SHAPES = (TEXT, COMPLETION, MESSAGES, SHAREGPT, ALPACA, TOKENS, CHOSEN, COMPLETIONS, ALPACA_CHOSEN)
+GROUPS = (CHOSEN, COMPLETIONS, ALPACA_CHOSEN)  # whose rows are several answers to one prompt
+
+# What `finish` says of a completion that a model wrote: it ended by itself, or was cut off.
+FINISH = "finish"
+STOPPED, CUT_OFF = "stop", "length"
 
 # Text in these is the row's own; text in any other column that a shape takes is JSON.
-TEXT_COLUMNS = ("text", "prompt", "completion", "instruction", "input", "output", "system")
+TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output", "system")
+
+TEXT_OR_MESSAGES = ("prompt", "completion", "chosen", "rejected")  # of these, JSON where `--columns` says so
 
 
 @dataclass(frozen=True)
@@ -61,21 +75,35 @@ class Columns:
         return [part for part in shape.optional if part in self.names or part not in taken]
 
     def shapes(self, present: Set[str]) -> list[Shape]:
-        """The shapes whose required columns are all among those that are present."""
-        return [shape for shape, required in self._required if required <= present]
+        """The shapes that the names allow whose required columns are all among those that are present; of two, one of which
+        asks for all that the other does and more, the first."""
+        found = [(shape, required) for shape, required in self._required if required <= present]
+        if len(found) < 2:
+            return [shape for shape, _ in found]
+        return [shape for shape, required in found if not any(required < other for _, other in found)]
 
     @cached_property
     def _required(self) -> list[tuple[Shape, frozenset[str]]]:
-        return [(shape, frozenset(map(self.name, shape.required))) for shape in SHAPES]
+        return [(shape, frozenset(map(self.name, shape.required))) for shape in self.candidates]
 
     def is_json(self, part: str) -> bool:
         """Whether text in a column is JSON."""
         return part not in TEXT_COLUMNS or self.names.get(part, "").endswith(JSON_MARK)
 
     @cached_property
+    def deciding(self) -> list[str]:
+        """The named parts that some shape is read by."""
+        return [part for part in self.names if any(part in shape.required for shape in SHAPES)]
+
+    @cached_property
+    def candidates(self) -> tuple[Shape, ...]:
+        """The shapes that the names allow: those that take all of `deciding`."""
+        return tuple(shape for shape in SHAPES if set(self.deciding) <= {*shape.required, *shape.optional})
+
+    @cached_property
     def shape(self) -> Shape | None:
         """The shape that the names decide, if any."""
-        return next((shape for shape in SHAPES if any(part in self.names for part in shape.required)), None)
+        return self.candidates[0] if len(self.candidates) == 1 else None
 
 
 OWN_NAMES = Columns({})
@@ -97,17 +125,29 @@ def read_columns(text: str | None) -> dict[str, str]:
             raise InputError(f"--columns {text}: there is no {part!r}; it names {', '.join(parts)}")
         if part in names:
             raise InputError(f"--columns {text}: {part} is there twice")
-        if name.endswith(JSON_MARK) and part not in ("prompt", "completion"):
-            raise InputError(f"--columns {text}: {JSON_MARK} is for prompt and completion alone")
+        if name.endswith(JSON_MARK) and part not in TEXT_OR_MESSAGES:
+            raise InputError(
+                f"--columns {text}: {JSON_MARK} is for {', '.join(TEXT_OR_MESSAGES[:-1])} and {TEXT_OR_MESSAGES[-1]} alone"
+            )
         names[part] = name
-    decided = [shape for shape in SHAPES if any(part in names for part in shape.required)]
-    if len(decided) > 1:
-        raise InputError(f"--columns {text}: a row is {decided[0].name} or {decided[1].name}, not both")
     columns = Columns(names)
+    if not columns.candidates:
+        one, other = _apart(columns.deciding)
+        raise InputError(f"--columns {text}: a row is {one.name} or {other.name}, not both")
     parts_of: dict[str, list[str]] = {}
-    for part in dict.fromkeys([*names, *(decided[0].required if decided else ())]):
+    for part in dict.fromkeys([*names, *(columns.candidates[0].required if columns.deciding else ())]):
         parts_of.setdefault(columns.name(part), []).append(part)
     for name, same in parts_of.items():
         if len(same) > 1:
             raise InputError(f"--columns {text}: {' and '.join(same)} would both be the column {name!r}: name one for each")
     return names
+
+
+def _apart(deciding: list[str]) -> tuple[Shape, Shape]:
+    """Two shapes that no row has together, of parts that no shape takes all of."""
+    takes = [[shape for shape in SHAPES if part in (*shape.required, *shape.optional)] for part in deciding]
+    for place, shapes in enumerate(takes):
+        for others in takes[:place]:
+            if not set(shapes) & set(others):
+                return others[0], shapes[0]
+    return takes[0][0], takes[-1][-1]

@@ -36,17 +36,20 @@ SUFFIXES_READ_THROUGH = (".gz", ".zst", ".parquet", ".arrow")  # to get to the m
 
 @dataclass(frozen=True)
 class Document:
-    """One document. Either `problem` says why it cannot be used, or one of text, prompt + completion, messages, token ids is
-    there.
+    """One document. Either `problem` says why it cannot be used, or one of text, prompt + completion, prompt + completions,
+    messages, token ids is there.
 
     Attributes:
         number: in the corpus, counted from 0.
         file, row, part, offset: where it stands (see Start).
         last_part: whether the row's text ends here.
         messages: as the row has them, each with a `role`.
+        completions: of a group, its answers, at least 2; each as `completion` has it.
+        scores: what each of these is worth; None where nobody says.
         token_ids, is_target: of one length; the latter says which tokens count for training.
         columns: the row's other columns.
         template_arguments: `tools` and `chat_template_kwargs` for the chat template.
+        finish: how a completion ended that a model wrote: `stop` or `length`; None of others.
     """
 
     number: int
@@ -58,11 +61,14 @@ class Document:
     text: str | None = None
     prompt: str | Turns | None = None
     completion: str | Turns | None = None
+    completions: tuple[str | Turns, ...] | None = None
+    scores: tuple[float | None, ...] | None = None
     messages: Turns | None = None
     token_ids: tuple[int, ...] | None = None
     is_target: tuple[bool, ...] | None = None
     columns: dict[str, Any] | None = None
     template_arguments: dict[str, Any] | None = None
+    finish: str | None = None
     problem: str | None = None
 
     @property
@@ -73,8 +79,13 @@ class Document:
     @property
     def characters(self) -> int:
         """Roughly how much text there is."""
-        contents = (self.text, self.prompt, self.completion, self.messages, self.token_ids)
+        contents = (self.text, self.prompt, self.completion, self.completions, self.messages, self.token_ids)
         return sum(len(str(content)) for content in contents if content is not None)
+
+    @property
+    def is_group(self) -> bool:
+        """Whether it is several answers to one prompt."""
+        return self.completions is not None
 
 
 def check_files(files: tuple[Path, ...]) -> None:
@@ -133,7 +144,7 @@ def problem_text(files: tuple[Path, ...], file: int, row: int, problem: str) -> 
     return f"{place_text(files, file, row)}: {problem}"
 
 
-def _sound_unicode(value: Any) -> bool:
+def sound_unicode(value: Any) -> bool:
     """Whether all text in a row, also in the columns that only travel along, can be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
@@ -148,7 +159,7 @@ def _row_content(row: Row, columns: Columns) -> Content | str:
         return row.problem
     if not isinstance(row.record, dict):
         return "not an object with columns"
-    if not _sound_unicode(row.record):
+    if not sound_unicode(row.record):
         return "text that is not sound Unicode (half of a surrogate pair)"
     try:
         return read_content(row.record, columns)
@@ -180,7 +191,8 @@ def _row_documents(
         )
 
 
-def _file_rows(path: Path, start: Start) -> Iterator[Row]:
+def file_rows(path: Path, start: Start) -> Iterator[Row]:
+    """The rows of a file that has rows, from `start` on."""
     if path.suffix == ".parquet":
         return parquet_rows(path, start)
     if path.suffix == ".arrow":
@@ -214,10 +226,23 @@ def read_documents(
                     number += 1
                 continue
             first_part = here.part
-            for row in _file_rows(path, here):
+            for row in file_rows(path, here):
                 for document in _row_documents(row, columns, number, file, first_part, part_characters):
                     yield document
                     number += 1
                 first_part = 0
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def has_groups(files: tuple[Path, ...], part_characters: int, column_names: Mapping[str, str] | None = None) -> bool:
+    """Whether the rows of a corpus are groups of answers: the first of those that can be read decides.
+
+    Args:
+        files, part_characters, column_names: as of `read_documents`.
+
+    Raises:
+        InputError: a file cannot be read as what its name says.
+    """
+    documents = read_documents(files, Start(0, 0, 1, 0, 0), part_characters, column_names)
+    return next((document.is_group for document in documents if document.problem is None), False)

@@ -9,12 +9,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from teacher_dump.corpus.answers import (
+    SCORES,
+    check_prompt_beside,
+    chosen_fields,
+    completions_fields,
+    is_plain_text,
+    scored,
+)
 from teacher_dump.corpus.columns import (
+    ALPACA_CHOSEN,
+    CHOSEN,
     COMPLETION,
+    COMPLETIONS,
+    CUT_OFF,
+    FINISH,
     MESSAGES,
     OWN_NAMES,
     SHAPES,
     SHAREGPT,
+    STOPPED,
+    TEMPLATE_COLUMNS,
     TEXT,
     TOKENS,
     Columns,
@@ -30,7 +45,8 @@ class Content:
     """The content of a row.
 
     Attributes:
-        fields: those of a Document: text; prompt and completion; messages; token_ids and is_target; template_arguments.
+        fields: those of a Document: text; prompt and completion; prompt, completions and scores; messages; token_ids and
+            is_target; template_arguments.
         columns: the row's other columns.
     """
 
@@ -46,16 +62,16 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     """
     shape = columns.shape or _shape_by_presence(record, columns)
     # A prompt and completion in plain text are final: no template sees them, and `tools` beside them is a column as any other.
-    plain_text = shape is COMPLETION and not any(
-        columns.is_json(part) or not isinstance(record.get(columns.name(part)), str) for part in shape.required
-    )
-    parts = shape.required if plain_text else (*shape.required, *columns.optional(shape))
+    plain_text = is_plain_text(shape, record, columns)
+    parts = (*shape.required, *(part for part in columns.optional(shape) if not plain_text or part not in TEMPLATE_COLUMNS))
+    if shape is CHOSEN and not plain_text and isinstance(record.get(columns.name("prompt")), str):
+        parts = _without_repeated_prompt(parts, record, columns)
     given: dict[str, Any] = {}
     for part in parts:
         value = record.get(columns.name(part))
         if value is None:
             if part in shape.required:
-                raise ValueError(_missing(part, shape, record, columns))
+                raise ValueError(missing_column(part, shape, record, columns))
         elif isinstance(value, str) and columns.is_json(part):
             try:
                 given[part] = json_value(value)
@@ -65,16 +81,32 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
             given[part] = value
     taken = {columns.name(part) for part in parts}
     others = {name: value for name, value in record.items() if name not in taken}
-    return Content(_fields(shape, given, plain_text, columns), others)
+    finish = others.get(FINISH) if shape is COMPLETION else None
+    if finish not in (STOPPED, CUT_OFF):
+        return Content(_fields(shape, given, plain_text, columns), others)
+    return Content({**_fields(shape, given, plain_text, columns, written=True), "finish": finish}, others)
+
+
+def _without_repeated_prompt(parts: tuple[str, ...], record: dict[str, Any], columns: Columns) -> tuple[str, ...]:
+    """The parts of a row of two conversations without a `prompt` of text beside them, which is no part of them."""
+    if columns.is_json("prompt"):
+        return parts
+    if "chosen" not in columns.names:  # else `--columns` says that these are what counts
+        names = [columns.name(part) for part in ("prompt", "chosen")]
+        check_prompt_beside(record[names[0]], record[names[1]], *names)
+    return tuple(part for part in parts if part != "prompt")
 
 
 def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
     names = {name for name, value in record.items() if value is not None}
     shapes = columns.shapes(names)
     if len(shapes) > 1:
-        ways = " or ".join(f"--columns {_own_names(shape)}" for shape in shapes[:2])
+        ways = " or ".join(f"--columns {_own_names(shape, columns)}" for shape in shapes[:2])
         raise ValueError(f"it fits two shapes, {shapes[0].name} and {shapes[1].name}: say which counts with {ways}")
-    halves = [part for part in COMPLETION.required if part in names and COMPLETION not in shapes]
+    taken = {part for shape in shapes for part in (*shape.required, *shape.optional)}
+    halves = [part for part in COMPLETION.required if part in names and part not in taken]
+    if not shapes and columns.deciding:
+        return columns.candidates[0]  # of which it is told what is missing
     if not shapes:
         raise ValueError(_no_shape(record, halves))
     if halves:
@@ -95,30 +127,33 @@ def _check_half(record: dict[str, Any], halves: list[str], shape: Shape) -> None
             return
         raise ValueError(
             f"`prompt` is the text of none of its `{shape.required[0]}`: if these are what counts, say so with"
-            f" --columns {_own_names(shape)}"
+            f" --columns {_own_names(shape, OWN_NAMES)}"
         )
     other = "completion" if halves == ["prompt"] else "prompt"
     raise ValueError(
         f"both {_quoted(shape.required)} and `{halves[0]}` without `{other}`: say what counts with"
-        f" --columns {_own_names(shape)}"
+        f" --columns {_own_names(shape, OWN_NAMES)}"
     )
 
 
 def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
+    if sum(record.get(part) is not None for part in CHOSEN.required) == 1:
+        return "`chosen` and `rejected` must both be given"
     if halves:
         return "`prompt` and `completion` must both be given, both strings or both lists of messages"
-    if nulls := [part for shape in SHAPES for part in shape.required if part in record and record[part] is None]:
+    parts = dict.fromkeys(part for shape in SHAPES for part in shape.required)
+    if nulls := [part for part in parts if part in record and record[part] is None]:
         return f"{_quoted(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
     names = sorted(record)[:6]
     columns = f" (it has {_quoted(names)}{' and more' if len(record) > len(names) else ''})" if names else ""
     return (
         f"none of the columns that a row is read by{columns}: `text`, `prompt` and `completion`, `messages`, `conversations`,"
-        " `instruction` and `output`, or `input_ids`. Columns of other names are read with --columns, as in"
-        " --columns prompt=question,completion=answer"
+        " `instruction` and `output`, `input_ids`, `chosen` and `rejected`, or `prompt` and `completions`. Columns of other"
+        " names are read with --columns, as in --columns prompt=question,completion=answer"
     )
 
 
-def _missing(part: str, shape: Shape, record: dict[str, Any], columns: Columns) -> str:
+def missing_column(part: str, shape: Shape, record: dict[str, Any], columns: Columns) -> str:
     name = columns.name(part)
     why = "is null" if name in record else "is not there"
     return f"`{name}` {why}, which --columns makes the {part} of {shape.name}" if name != part else f"`{name}` {why}"
@@ -128,18 +163,22 @@ def _quoted(names: tuple[str, ...] | list[str]) -> str:
     return " and ".join(f"`{name}`" for name in names)
 
 
-def _own_names(shape: Shape) -> str:
-    return ",".join(f"{part}={part}" for part in shape.required)
+def _own_names(shape: Shape, columns: Columns) -> str:
+    return ",".join(f"{part}={columns.name(part)}" for part in shape.required)
 
 
-def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Columns) -> dict[str, Any]:
+def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Columns, written: bool = False) -> dict[str, Any]:
+    """The content by a shape; `written`: a model wrote the completion, which may be empty."""
     if shape is TOKENS:
         return token_content(given)
     if shape is TEXT:
         return {"text": _text(given, "text", columns)}
-    arguments = {} if plain_text else {"template_arguments": _template_arguments(given, columns)}
+    arguments = {} if plain_text else {"template_arguments": template_arguments(given, columns)}
+    if shape in (CHOSEN, COMPLETIONS):
+        return (chosen_fields if shape is CHOSEN else completions_fields)(given, columns) | arguments
     if plain_text:
-        _check_words(given, "completion", columns)
+        if not written:
+            _check_words(given, "completion", columns)
         return {"prompt": given["prompt"], "completion": given["completion"]}
     if shape is COMPLETION:
         if not (is_message_list(given["prompt"]) and is_message_list(given["completion"])):
@@ -150,8 +189,15 @@ def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Colu
         return {"messages": read_messages(given["messages"], columns.name("messages"))} | arguments
     if shape is SHAREGPT:
         messages = read_messages(given["conversations"], columns.name("conversations"))
-        return {"messages": [*_system(given, messages, columns), *messages]} | arguments
-    return {"messages": _alpaca_messages(given, columns)} | arguments
+        return {"messages": [*system_turns(given, messages, columns), *messages]} | arguments
+    prompt, answers = _alpaca_prompt(given, columns), [part for part in shape.required if part != "instruction"]
+    for part in answers:
+        _check_words(given, part, columns)
+    turns = [{"role": "assistant", "content": given[part]} for part in answers]
+    if shape is ALPACA_CHOSEN:
+        scores = scored([[turn] for turn in turns], SCORES, [columns.name(part) for part in answers])
+        return {"prompt": prompt, **scores} | arguments
+    return {"messages": [*prompt, *turns]} | arguments
 
 
 def _text(given: dict[str, Any], part: str, columns: Columns) -> str:
@@ -167,7 +213,7 @@ def _check_words(given: dict[str, Any], part: str, columns: Columns) -> None:
         raise ValueError(f"an answer is empty, so only its end is there to learn: `{columns.name(part)}`")
 
 
-def _system(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
+def system_turns(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
     """A `system` column as the first message; one that is empty is none."""
     system = _text(given, "system", columns)
     if not system:
@@ -179,21 +225,24 @@ def _system(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
     return [{"role": "system", "content": system}]
 
 
-def _alpaca_messages(given: dict[str, Any], columns: Columns) -> Turns:
-    _check_words(given, "output", columns)
-    instruction, words, output = (_text(given, part, columns) for part in ("instruction", "input", "output"))
-    turns = [(instruction + "\n" + words if instruction and words else instruction or words, output)]
+def _alpaca_prompt(given: dict[str, Any], columns: Columns) -> Turns:
+    """The messages before the answer."""
+    instruction, words = (_text(given, part, columns) for part in ("instruction", "input"))
+    question = instruction + "\n" + words if instruction and words else instruction or words
+    turns: list[tuple[str, str]] = []
     history = given.get("history", [])
     for number, pair in enumerate(history if isinstance(history, list) else [None], 1):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(words, str) for words in pair)):
             raise ValueError(f"`{columns.name('history')}` must be a list of pairs of strings (entry {number} is none)")
-        turns.insert(number - 1, (pair[0], pair[1]))
-    return _system(given, [], columns) + [
-        {"role": role, "content": content} for turn in turns for role, content in zip(("user", "assistant"), turn, strict=True)
+        turns.append((pair[0], pair[1]))
+    return [
+        *system_turns(given, [], columns),
+        *({"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)),
+        {"role": "user", "content": question},
     ]
 
 
-def _template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, Any]:
+def template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """What goes to the chat template beside the messages."""
     arguments, tools = given.get("chat_template_kwargs", {}), given.get("tools", [])
     if not isinstance(arguments, dict):

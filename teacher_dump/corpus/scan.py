@@ -22,7 +22,7 @@ import numpy as np
 from knowledge_store.errors import InputError
 from knowledge_store.format.corpus_counts import CorpusCounts
 from knowledge_store.reporter import Advance
-from teacher_dump.corpus.documents import place_text, read_documents
+from teacher_dump.corpus.documents import Document, place_text, read_documents
 from teacher_dump.corpus.pieces import Piece, PlacedPiece, cut_corpus, place_piece
 from teacher_dump.corpus.rows import BadRow, Start
 from teacher_dump.corpus.tally import MAX_PIECE_REASONS, Tally
@@ -66,7 +66,8 @@ class PieceScan:
     notes: tuple[str, ...] = ()
 
 
-def _column_type(value: Any) -> str | None:
+def column_type(value: Any) -> str | None:
+    """The type of a corpus's own column that has a value; None of one that has none."""
     if value is None:
         return None
     if isinstance(value, bool):
@@ -76,7 +77,8 @@ def _column_type(value: Any) -> str | None:
     return "double" if isinstance(value, float) else "string"
 
 
-def _common_type(one: str | None, other: str | None) -> str | None:
+def common_type(one: str | None, other: str | None) -> str | None:
+    """The type of a column that has values of two types."""
     if one is None or other is None or one == other:
         return one or other
     return "double" if {one, other} == {"int64", "double"} else "string"
@@ -94,12 +96,25 @@ def column_value(value: Any, column_type: str) -> Any:
 def _check_tokens(sequences: list[TokenSequence], vocabulary_size: int, piece: PlacedPiece) -> None:
     for sequence in sequences:
         if (largest := sequence.token_ids.max()) >= vocabulary_size:
-            document = sequence.document
-            shift = piece.lines_before - 1 if document.file == piece.unnumbered else 0
             raise InputError(
-                f"{place_text(piece.files, document.file, document.row + shift)}: the teacher's tokenizer gives token"
-                f" {largest}, and its config.json has a vocabulary of {vocabulary_size:,}: they do not belong together"
+                f"{_row_place(sequence.document, piece)}: the teacher's tokenizer gives token {largest}, and its config.json"
+                f" has a vocabulary of {vocabulary_size:,}: they do not belong together"
             )
+
+
+def _row_place(document: Document, piece: PlacedPiece) -> str:
+    """Where a document of a piece stands, as people read it."""
+    shift = piece.lines_before - 1 if document.file == piece.unnumbered else 0
+    return place_text(piece.files, document.file, document.row + shift)
+
+
+def _other_sort(document: Document, piece: PlacedPiece) -> str:
+    """That a row is a group of answers in a corpus of none, or the other way round."""
+    here, before = ("has several answers to compare", "have not") if document.is_group else ("has not", "have several answers")
+    return (
+        f"{_row_place(document, piece)}: it {here}, and the rows before it {before}: a corpus has such groups in all of its"
+        " rows or in none; put them into a corpus of their own"
+    )
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,7 @@ class Scanner:
         too_long: what becomes of rows that are too long: cut, skip or refuse.
         column_names: what `--columns` says.
         vocabulary_size: how many tokens the teacher's model knows, where that is known without it.
+        groups: whether its rows are groups of answers (see `has_groups`).
     """
 
     files: tuple[Path, ...]
@@ -121,6 +137,7 @@ class Scanner:
     too_long: str = "cut"
     column_names: Mapping[str, str] | None = None
     vocabulary_size: int | None = None
+    groups: bool = False
 
     @cached_property
     def _stamps(self) -> list[tuple[int, int]]:
@@ -159,8 +176,8 @@ class Scanner:
                 Parquet pass as a whole, or nearly so. Beside them, how fast it goes.
 
         Raises:
-            InputError: a file cannot be read as what its name says, or the tokenizer cannot be used for the corpus: it gives
-                tokens that the model does not know.
+            InputError: a file cannot be read as what its name says, the tokenizer cannot be used for the corpus (it gives
+                tokens that the model does not know), or some rows are groups of answers and others are not.
         """
         placed = place_piece(self.files, piece)
         documents = array("q")
@@ -172,6 +189,8 @@ class Scanner:
         for document in read_documents(placed.files, placed.start, self.part_characters, self.column_names):
             if not placed.holds(document):
                 break
+            if document.is_group != self.groups and document.problem is None:
+                raise InputError(_other_sort(document, placed))
             place = self._begins[document.file] + min(document.offset, self.sizes[document.file]) - before
             figures = {}
             if (document.number + 1) % FIGURES_EVERY == 0:
@@ -193,7 +212,7 @@ class Scanner:
             documents.extend((document.file, document.row, document.part, document.offset, positions))
             if document.problem is None and document.part == 0:
                 for name, value in (document.columns or {}).items():
-                    columns[name] = _common_type(columns.get(name), _column_type(value))
+                    columns[name] = common_type(columns.get(name), column_type(value))
         advance(total - passed)
         found = np.array(documents, np.int64).reshape(-1, len(DOCUMENT_COLUMNS))
         notes = tuple(self.tokenizer.notes)
@@ -233,7 +252,7 @@ class ScanSum:
         self._lines = piece.lines + (self._lines if piece.unnumbered == piece.ends_in else 0)
         self._tally.add(counts)
         for name, kind in piece.columns.items():
-            self._columns[name] = _common_type(self._columns.get(name), kind)
+            self._columns[name] = common_type(self._columns.get(name), kind)
         self.notes |= dict.fromkeys(piece.notes)
         if not len(documents):
             return

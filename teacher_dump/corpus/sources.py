@@ -1,4 +1,5 @@
-"""What people name as a corpus, as the files that are read: files, data sets of the hub, folders of `datasets`."""
+"""What people name as a corpus, as the files that are read: files, data sets of the hub, folders of `datasets` and of generated
+texts."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any, Protocol, Self, TypeVar
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.corpus.documents import SUFFIXES, check_files, file_names
+from teacher_dump.corpus.generated import check_finished, generated_files, is_generated
 from teacher_dump.corpus.hub import hub_address, hub_files
 from teacher_dump.fingerprints import file_sha256
 
@@ -39,9 +41,12 @@ def with_local_corpus(config: Configuration, *, reporter: Reporter = SILENT) -> 
             files += hub_files(address, SUFFIXES, reporter)
         elif (named / "state.json").is_file() or (named / "dataset_dict.json").is_file():
             files += _saved_files(named)
+        elif is_generated(named):
+            files += generated_files(named)
         else:
             files.append(named)
     check_files(tuple(files))
+    check_finished(files)
     return config if tuple(files) == config.corpus else config.with_corpus(tuple(files))
 
 

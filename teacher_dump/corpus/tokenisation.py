@@ -3,18 +3,21 @@
 * `text`: every token counts; an end-of-sequence token closes the text; a long text becomes consecutive windows, each opened
   by the tokens that the tokenizer puts before a text (a beginning-of-sequence token, where it has one).
 * `prompt` + `completion` as text: the completion's tokens count, from where prompt and prompt + completion differ as token ids.
+* `prompt` + several `completions`: a window for each, which is what a row of `prompt` and this one as `completion` becomes.
 * token ids: as they are, with nothing added; the row says which count.
 * `messages`, and `prompt` + `completion` as messages: what the assistant writes counts, of the completion alone where there is
   one (see `chat`).
 
-What is longer than `max_length` and no plain text is cut at its end, as TRL does, and its sequence says how much was lost; or
-it is not used, if that is asked for.
+A completion that a model wrote and that was cut off (`finish` is `length`) has no end: nothing that would close it is a target.
+
+An answer of a group is never cut. What else is longer than `max_length` and no plain text is cut at its end, as TRL does, and
+its sequence says how much was lost; or it is not used, if that is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +28,9 @@ from knowledge_store.format.records import json_sha256
 from knowledge_store.tokenizer import opening_tokens
 from teacher_dump.corpus.chat.options import ChatOptions, today
 from teacher_dump.corpus.chat.template import ChatTemplate
+from teacher_dump.corpus.columns import CUT_OFF
 from teacher_dump.corpus.documents import Document
+from teacher_dump.corpus.messages import Turns, message_texts
 from teacher_dump.corpus.rows import BadRow, EmptyRow, LongRow
 
 if TYPE_CHECKING:
@@ -41,6 +46,7 @@ class TokenSequence:
         token_ids: int64 (L,), L at least 2.
         is_target: bool (L,); never true at position 0, which nothing predicts.
         tokens_cut: how many tokens of the document come after its end; targets_cut: those of them that are targets.
+        score: what it is worth beside the other answers of its group; None where nobody says.
         dropped_reasoning: how many messages' reasoning the chat template left out, as it does in turns before the last.
     """
 
@@ -51,6 +57,7 @@ class TokenSequence:
     tokens_cut: int = 0
     targets_cut: int = 0
     dropped_reasoning: int = 0
+    score: float | None = None
 
     @property
     def truncated(self) -> bool:
@@ -123,15 +130,46 @@ class CorpusTokenizer:
                 return []  # white space alone is as good as no text
             self._check_context(np.ones(1, bool))
             return self._windows(document, document.text)
+        if document.completions is not None:
+            return self._group(document, document.completions)
         if document.token_ids is not None:
             return self._answer(document, *self._given_tokens(document))
+        if document.finish is not None and not _has_words(document.completion):
+            return []  # a model ended at once: nothing of it is to be learned, and nothing is wrong with the corpus
+        cut_off = document.finish == CUT_OFF
         if isinstance(document.prompt, str) and isinstance(document.completion, str):
-            return self._answer(document, *self._completion(document.prompt, document.completion))
+            return self._answer(document, *self._completion(document.prompt, document.completion, cut_off))
         messages, completion_from = document.messages or [], 0
         if isinstance(document.prompt, list) and isinstance(document.completion, list):
             messages, completion_from = [*document.prompt, *document.completion], len(document.prompt)
-        conversation = self._chat.tokens(messages, document.template_arguments, completion_from)
+        conversation = self._chat.tokens(messages, document.template_arguments, completion_from, cut_off)
         return self._answer(document, conversation.token_ids, conversation.is_target, conversation.dropped_reasoning)
+
+    def _group(self, document: Document, completions: tuple[str | Turns, ...]) -> list[TokenSequence]:
+        """The sequences of a group, one for each answer."""
+        scores = document.scores or (None,) * len(completions)
+        group: list[TokenSequence] = []
+        for window, (completion, score) in enumerate(zip(completions, scores, strict=True)):
+            which = f"answer {window + 1} of {len(completions)}"
+            try:
+                found = self._sequences(replace(document, completion=completion, completions=None))
+            except LongRow:
+                raise
+            except BadRow as problem:
+                raise BadRow(f"{problem}, in {which}", problem.reason) from problem
+            if not found:
+                raise BadRow(f"an answer of a group has nothing to learn from: {which}")
+            [sequence] = found
+            if sequence.truncated:
+                raise BadRow(
+                    f"an answer of a group would be cut ({which} has {len(sequence.token_ids) + sequence.tokens_cut:,} tokens,"
+                    f" and --max-length is {self.max_length:,}): answers that are cut are not compared; give a larger"
+                    " --max-length, or leave such groups out with --too-long skip"
+                )
+            group.append(replace(sequence, document=document, window=window, score=score))
+        if all(np.array_equal(sequence.token_ids, group[0].token_ids) for sequence in group):
+            raise BadRow("its answers are all the same tokens, so none is better than another")
+        return group
 
     def _answer(
         self, document: Document, token_ids: np.ndarray, is_target: np.ndarray, dropped_reasoning: int = 0
@@ -211,13 +249,44 @@ class CorpusTokenizer:
                 )
         return np.array(document.token_ids, np.int64), np.array(document.is_target, bool)
 
-    def _completion(self, prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+    def prompt_tokens(self, prompt: str | Turns, arguments: dict[str, Any] | None = None) -> np.ndarray:
+        """The tokens that a completion of a prompt is predicted from, int64 (T,).
+
+        Args:
+            prompt: text, or messages of which the assistant is asked to answer the last.
+            arguments: for the chat template, as a document has them.
+
+        Raises:
+            BadRow: the prompt cannot be used. InputError: the tokenizer has no chat template.
+        """
+        if isinstance(prompt, str):
+            return np.array([*self._opening, *self._encode(prompt)], np.int64)
+        return np.array(self._encode(self._chat.prompt(prompt, arguments)), np.int64)
+
+    def last_target(self, messages: Turns) -> int | None:
+        """The id of the last token that a conversation teaches, where it is one of those that stand for no text.
+
+        Raises:
+            BadRow: the conversation cannot be used.
+        """
+        conversation = self._chat.tokens(messages)
+        last = int(conversation.token_ids[conversation.is_target][-1])
+        return last if last in self.tokenizer.added_tokens_decoder else None
+
+    def _completion(self, prompt: str, completion: str, cut_off: bool) -> tuple[np.ndarray, np.ndarray]:
         prompt_ids = [*self._opening, *self._encode(prompt)]
-        token_ids = self._close([*self._opening, *self._encode(prompt + completion)])
+        token_ids = [*self._opening, *self._encode(prompt + completion)]
+        if not cut_off:
+            token_ids = self._close(token_ids)
         length = min(len(prompt_ids), len(token_ids))
         differing = np.array(prompt_ids[:length]) != np.array(token_ids[:length])
         prompt_length = int(np.argmax(differing)) if differing.any() else length
         return np.array(token_ids, np.int64), np.arange(len(token_ids)) >= prompt_length
+
+
+def _has_words(completion: str | Turns | None) -> bool:
+    """Whether a completion has more than white space. Only of one that a model wrote: text, or one message of text."""
+    return any(text.strip() for text in ([completion] if isinstance(completion, str) else message_texts(completion or [])))
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -155,5 +155,5 @@ def enough_memory(options: TeacherOptions, sequences: Sequence[np.ndarray]) -> I
         longest = max(len(token_ids) for token_ids in sequences)
         raise InputError(
             f"the teacher ran out of memory on {len(sequences)} sequences of up to {longest} tokens:"
-            f" give a smaller --batch-size (now {options.batch_size}); what is committed stays, and the same dump resumes"
+            f" give a smaller --batch-size (now {options.batch_size}); what is committed stays, and the same command resumes"
         ) from None

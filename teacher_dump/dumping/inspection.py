@@ -16,7 +16,7 @@ from teacher_dump.corpus.documents import problem_text
 from teacher_dump.corpus.rows import LongRow
 from teacher_dump.corpus.scan import Scanner, scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.dumping.request import chat_asked, check_length
+from teacher_dump.dumping.request import chat_asked, check_length, corpus_groups
 from teacher_dump.dumping.shared_scan import Sharing, shared_scan
 from teacher_dump.extraction import kinds_with_context
 from teacher_dump.teachers.files import find_folder, stated_sizes
@@ -131,6 +131,7 @@ def look_through(
         config.too_long,
         config.column_names,
         stated_sizes(config.teacher, config.gguf_file).get("vocabulary_size"),
+        bool(corpus_groups(config)),
     )
     if sharing is not None and sharing.pays(len(scanner.pieces)):
         found = shared_scan(config, scanner, chat, sharing, reporter)

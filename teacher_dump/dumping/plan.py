@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from knowledge_store.errors import MismatchError
+from knowledge_store.errors import InputError, MismatchError
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import Parameters
@@ -21,7 +21,7 @@ from teacher_dump.corpus.scan import column_value
 from teacher_dump.corpus.sources import corpus_record
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, TokenSequence, describe_tokenizer
 from teacher_dump.dumping.inspection import look_through
-from teacher_dump.dumping.request import chat_asked, check_length, parameters_asked, plan_record
+from teacher_dump.dumping.request import chat_asked, check_length, corpus_groups, parameters_asked, plan_record
 from teacher_dump.extraction import EXTRACTORS
 from teacher_dump.fingerprints import file_sha256, file_stamps
 from teacher_dump.teachers.protocol import Teacher
@@ -52,13 +52,21 @@ def identity_manifest(
         InputError: the corpus cannot be used, or an option does not fit the teacher.
     """
     dated = config.template_date is not None or Renderer(teacher.tokenizer, chat).asks_for_date()
+    files = corpus_files(config, config.corpus, teacher, reporter)
+    groups = corpus_groups(config)
+    if config.like is not None and config.like.has_groups != bool(groups):
+        has, other = ("are groups of answers", "are not") if groups else ("are no groups of answers", "are")
+        raise InputError(
+            f"the rows of {config.corpus[0]} {has}, and those of the dump {config.like.dump} {other}: give it a --name of its"
+            " own instead of --append"
+        )
     return Manifest(
         dump=dump,
         kinds={name: _parameters(name, config, teacher).to_record() for name in config.kinds},
         teacher=teacher.description,
         tokenizer=describe_tokenizer(teacher.tokenizer),
-        corpus={"files": corpus_files(config, config.corpus, teacher, reporter), "columns": config.column_names},
-        plan=plan_record(config, chat.record(dated)),
+        corpus={"files": files, "columns": config.column_names},
+        plan={**plan_record(config, chat.record(dated)), **groups},
         derived={},
     )
 

@@ -12,6 +12,8 @@ from knowledge_store.format.commits import CommitRecord
 from knowledge_store.kinds import Arrays
 from teacher_dump.dumping.plan import ShardInput
 
+LONGEST_WAIT = 1.0  # seconds, after which a change is seen that was taken when Ctrl-C fell
+
 Knowledge = dict[str, list[Arrays]]  # for each kind, the arrays of each sequence of a shard, in order
 
 
@@ -108,4 +110,4 @@ class ShardPublisher:
 
     def _wait(self) -> None:
         with suppress(Empty):
-            self._changes.get(timeout=1.0)  # a change that was taken when Ctrl-C fell is seen after this time
+            self._changes.get(timeout=LONGEST_WAIT)

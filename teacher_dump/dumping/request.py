@@ -15,6 +15,7 @@ from knowledge_store.quantities import byte_size
 from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
 from teacher_dump.corpus.chat.options import ChatOptions
+from teacher_dump.corpus.documents import has_groups
 from teacher_dump.extraction import EXTRACTORS, check_abilities
 from teacher_dump.teachers.files import stated_sizes
 from teacher_dump.teachers.loading import ENGINES
@@ -95,8 +96,18 @@ def chat_asked(config: CorpusOptions, existing: Manifest | None = None) -> ChatO
     return ChatOptions.asked(config.chat_template, config.train_on, config.template_date, kept)
 
 
+def corpus_groups(config: CorpusOptions) -> dict[str, Any]:
+    """What `plan` of the manifest says of a corpus whose rows are groups of answers; nothing of another.
+
+    Raises:
+        InputError: a file cannot be read as what its name says.
+    """
+    found = has_groups(config.corpus, config.part_characters, config.column_names)
+    return {"groups": True} if found else {}
+
+
 def plan_record(config: EstimateConfig, chat: dict[str, Any]) -> dict[str, Any]:
-    """`plan` of the manifest: how documents become sequences and shards; `chat` is how conversations do."""
+    """`plan` of the manifest, but for `groups`: how documents become sequences and shards; `chat` is how conversations do."""
     return {
         "max_length": config.max_length,
         "too_long": config.too_long,

@@ -116,7 +116,7 @@ def _key(config: DumpConfig, scanner: Scanner, chat: ChatOptions, reporter: Repo
             "format": FORMAT_VERSION,
             "corpus": corpus_record(config.corpus, reporter=reporter),
             "columns": config.column_names,
-            "plan": plan_record(config, chat.record(dated)),
+            "plan": {**plan_record(config, chat.record(dated)), **({"groups": True} if scanner.groups else {})},
             "tokenizer": describe_tokenizer(tokenizer),
             "tokenizer_backend": None if backend is None else json_sha256(backend.to_str()),
             "vocabulary_size": scanner.vocabulary_size,

@@ -18,7 +18,7 @@ from typing import Any
 
 from knowledge_store.format.commits import CommitRecord
 from knowledge_store.format.manifest import Manifest
-from knowledge_store.format.sequences import sequence_id, stored_columns, token_hash
+from knowledge_store.format.sequences import SCORE, sequence_id, stored_columns, token_hash
 from knowledge_store.kinds.kind import Parameters
 from knowledge_store.reporter import Advance, Reporter
 from knowledge_store.writing.writer import DumpWriter, Shard
@@ -189,7 +189,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
     """What the writer takes of a shard: its sequences, and for each kind what was taken of each of them."""
     names = [file["name"] for file in manifest.corpus["files"]]
     rows = []
-    stored = stored_columns(manifest.derived["columns"])
+    stored = stored_columns(manifest.derived["columns"], manifest.has_groups)
     for sequence in shard.sequences:
         document = sequence.document
         row_columns = {stored[name]: value for name, value in corpus_columns(manifest, sequence).items()}
@@ -205,6 +205,7 @@ def shard_of(manifest: Manifest, shard: ShardInput, knowledge: Knowledge, made_b
                 "targets": int(sequence.is_target.sum()),
                 "truncated": sequence.truncated,
                 "token_hash": token_hash(sequence.token_ids),
+                **({SCORE: sequence.score} if manifest.has_groups else {}),
                 **row_columns,
             }
         )

@@ -70,6 +70,19 @@ def stated_sizes(teacher: str, gguf_file: str | None = None) -> dict[str, int]:
     return {size: value for size, value in sizes.items() if isinstance(value, int)}
 
 
+def configured_ends(folder: Path) -> int | list[int] | None:
+    """The tokens that end a text, as a teacher's folder states them: in the configuration of its generation, or else its own.
+
+    Raises:
+        InputError: one of the two is no JSON object.
+    """
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file() and (ends := read_configuration(folder, name).get("eos_token_id")) is not None:
+            found: int | list[int] = ends
+            return found
+    return None
+
+
 def find_folder(teacher: str, gguf_file: str | None = None, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder that holds a teacher; a hub id is downloaded into the hub's cache (safetensors, or the one GGUF file).
 

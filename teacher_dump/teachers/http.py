@@ -23,7 +23,7 @@ from teacher_dump.teachers.completions import CompletionsClient, Patience, Serve
 from teacher_dump.teachers.files import find_folder, stated_sizes
 from teacher_dump.teachers.fingerprint import DEPTH, PROMPTS, TEXT, fingerprint, same_fingerprint
 from teacher_dump.teachers.loading import SERVER
-from teacher_dump.teachers.protocol import Ability, Batching, Likeliest, WithoutGradients
+from teacher_dump.teachers.protocol import Ability, Batching, Likeliest, WithoutGradients, WithoutTexts
 from teacher_dump.teachers.tokenizer import load_tokenizer, token_texts
 
 BATCHES_AHEAD = 2
@@ -106,7 +106,7 @@ class HttpPrediction:
 
 
 @dataclass
-class HttpTeacher(WithoutGradients):
+class HttpTeacher(WithoutGradients, WithoutTexts):
     """A teacher behind a server (see `protocol.Teacher`).
 
     Attributes:

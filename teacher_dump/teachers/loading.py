@@ -39,7 +39,7 @@ ENGINES = {
         advice="pip install 'knowledge-store[vllm]' in an environment of its own, or leave --engine out",
         excluded=("gguf_file", "device", "device_map", "max_memory", "quantize", "attention"),
         reason="vLLM reads safetensors, quantised ones too, and finds devices and attention itself",
-        abilities=frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST}),
+        abilities=frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST, Ability.TEXT}),
     ),
     SERVER: Engine(
         package="httpx2",

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,8 +40,9 @@ from teacher_dump.teachers.files import EXPERTS, file_hashes, find_folder, model
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
-from teacher_dump.teachers.protocol import DTYPES, Ability, Batching
-from teacher_dump.teachers.tokenizer import token_texts
+from teacher_dump.teachers.protocol import DTYPES, Ability, Batching, TextRequest, Writing, WrittenText
+from teacher_dump.teachers.tokenizer import stop_tokens, token_texts
+from teacher_dump.teachers.writing import write_texts
 
 UNKNOWN = 2**31  # as how many layers there are: none has that number
 
@@ -87,6 +89,8 @@ class LocalTeacher:
     def abilities(self) -> frozenset[Ability]:
         """What it can give: gradients only where it can be given embeddings instead of tokens."""
         more = {Ability.HIDDEN_STATES}
+        if self.model is not None and self.model.can_generate():
+            more.add(Ability.TEXT)
         if self.model is not None and "inputs_embeds" in signature(self._runner.forward).parameters:
             more.add(Ability.GRADIENTS)
         return frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST} | more)
@@ -201,6 +205,20 @@ class LocalTeacher:
                 " choose another layer, or leave this kind of knowledge out"
             )
         return states[layer].detach()
+
+    @cached_property
+    def nameless_tokens(self) -> np.ndarray:
+        """The ids below the vocabulary size that the tokenizer does not have, int64 (n,)."""
+        return np.setdiff1d(np.arange(self.vocabulary_size), list(self.tokenizer.get_vocab().values()))
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end its texts."""
+        return stop_tokens(self.model.generation_config.eos_token_id, self.tokenizer)
+
+    def write(self, requests: Sequence[TextRequest], writing: Writing) -> list[WrittenText]:
+        """Write some texts as one batch (see `writing.write_texts`)."""
+        return write_texts(self, requests, writing)
 
     def recognise(self, kept: Mapping[str, Any]) -> None:
         """It is told by its files."""

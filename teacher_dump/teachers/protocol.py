@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, Protocol
@@ -45,6 +45,55 @@ class Likeliest:
     def part(self, which: slice | np.ndarray) -> Likeliest:
         """Some of the N positions."""
         return Likeliest(self.ids[which], self.logprobs[which], self.token_ids[which], self.token_logprobs[which])
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A text that a teacher is to write.
+
+    Attributes:
+        prompt: int64 (T,), T at least 1: what it goes on from.
+        key: of its random generator, 64 bits: what is drawn for it is a function of the key and of how many tokens it has.
+    """
+
+    prompt: np.ndarray
+    key: int
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a teacher writes texts.
+
+    Attributes:
+        temperature: by which log-probabilities are divided before a token is drawn; with 0 the likeliest is taken.
+        max_new_tokens: after which a text is cut off.
+        stop_tokens: ids of the tokens that end a text.
+        likeliest: how many of the likeliest tokens to keep at each token that is written.
+    """
+
+    temperature: float
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...]
+    likeliest: int = 0
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """What a teacher wrote.
+
+    Attributes:
+        token_ids: int64 (N,), N at least 1; the last is one that ends a text, where it was not cut off.
+        stopped: whether it ended by itself.
+        logprobs: of each of its tokens at temperature 1, nats, float64 (N,).
+        likeliest: of each of its tokens, with as many of the likeliest as were asked for; None where none were.
+        tails: the log-probability of all others together, nats, float64 (N,); None where it is only what those leave of one.
+    """
+
+    token_ids: np.ndarray
+    stopped: bool
+    logprobs: np.ndarray
+    likeliest: Likeliest | None = None
+    tails: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +193,8 @@ class Teacher(Protocol):
         abilities: what it can give.
         vocabulary_size: how many tokens its distribution is over.
         impossible_tokens: those among them that it never gives, int64 (n,): rows that pad its head.
+        stop_tokens: ids of the tokens that end its texts, as its configuration and its tokenizer have them; with the ability
+            TEXT.
         ahead: how many sequences it may have been asked for before the first of them is read: more than one batch where
             answers come from elsewhere, and 0 where a prediction takes memory here.
         has_experts: whether it is known to be a mixture of experts, which rounding sends some tokens to others of.
@@ -172,6 +223,9 @@ class Teacher(Protocol):
 
     @property
     def has_experts(self) -> bool: ...
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]: ...
 
     @property
     def ahead(self) -> int: ...
@@ -224,6 +278,16 @@ class Teacher(Protocol):
         """
         ...
 
+    def write(self, requests: Sequence[TextRequest], writing: Writing) -> list[WrittenText]:
+        """Write some texts as one batch, with the ability TEXT. What is written for a request depends, but for rounding, on the
+        request alone.
+
+        Raises:
+            InputError: its log-probabilities are not finite.
+            MemoryError: the batch is too large for the device.
+        """
+        ...
+
     def recognise(self, kept: Mapping[str, Any]) -> None:
         """Describe itself as it is described already, where it is told by what it answers, and may be the same up to noise.
 
@@ -253,5 +317,15 @@ class WithoutGradients:
         raise NotImplementedError
 
     def gradient_room(self, longest: int) -> int:
+        """Never asked for."""
+        raise NotImplementedError
+
+
+class WithoutTexts:
+    """What a `Teacher` without the ability TEXT has of it: nothing asks it."""
+
+    stop_tokens: tuple[int, ...] = ()
+
+    def write(self, requests: Sequence[TextRequest], writing: Writing) -> list[WrittenText]:
         """Never asked for."""
         raise NotImplementedError

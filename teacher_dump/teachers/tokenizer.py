@@ -44,3 +44,9 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[list[str
     for token, text in zip(known, pairs, strict=True):
         texts[token] = text.removeprefix(before)
     return texts, names
+
+
+def stop_tokens(configured: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of the tokens that end a text: those of a model's configuration, and the tokenizer's own."""
+    ids = configured if isinstance(configured, list) else [configured]
+    return tuple(sorted({token for token in (*ids, tokenizer.eos_token_id) if token is not None}))

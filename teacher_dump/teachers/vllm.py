@@ -6,7 +6,7 @@ not, which is said when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,14 +19,24 @@ import torch
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import read_configuration
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.teachers.files import EXPERTS, file_hashes, find_folder, model_files, stated_sizes
+from teacher_dump.teachers.files import EXPERTS, configured_ends, file_hashes, find_folder, model_files, stated_sizes
 from teacher_dump.teachers.loading import Loading, check_loading
 from teacher_dump.teachers.prediction import with_finite_padding
 from teacher_dump.teachers.probes import check_looks_back
-from teacher_dump.teachers.protocol import DTYPES, Ability, Batching, Likeliest, WithoutGradients
-from teacher_dump.teachers.tokenizer import load_tokenizer, token_texts
+from teacher_dump.teachers.protocol import (
+    DTYPES,
+    Ability,
+    Batching,
+    Likeliest,
+    TextRequest,
+    WithoutGradients,
+    Writing,
+    WrittenText,
+)
+from teacher_dump.teachers.tokenizer import load_tokenizer, stop_tokens, token_texts
 from teacher_dump.teachers.vllm_engine import VllmEngine, start_engine
 
+ROOM = 64  # sequences that vLLM works on at once, at least
 PROBES, PROBE_TOKENS = 2, 16  # texts whose distributions are asked for both ways at the start, and their length
 TOLERANCE = {"float32": 1e-4}  # nats that the two may be apart, of the same batch
 SHORT_TOLERANCE = 0.05  # in a dtype of 16 bits
@@ -129,6 +139,7 @@ class VllmTeacher(WithoutGradients):
         tokenizer: its own.
         description: what goes into the manifest about it, its files' hashes and the engine included.
         abilities: what it can give.
+        stop_tokens: ids of the tokens that end its texts.
         has_experts: whether its configuration names several experts.
         impossible_tokens: int64 (n,), those whose log-probabilities are always −inf.
     """
@@ -137,6 +148,7 @@ class VllmTeacher(WithoutGradients):
     tokenizer: Any
     description: dict[str, Any]
     abilities: frozenset[Ability]
+    stop_tokens: tuple[int, ...]
     has_experts: bool
     impossible_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
@@ -178,6 +190,10 @@ class VllmTeacher(WithoutGradients):
         sequences = [row[mask] for row, mask in zip(token_ids, attention_mask, strict=True)]
         return VllmPrediction(self, sequences, attention_mask.argmax(axis=1), likeliest)
 
+    def write(self, requests: Sequence[TextRequest], writing: Writing) -> list[WrittenText]:
+        """Write some texts as one batch (see `protocol.Teacher`)."""
+        return self.engine.write(requests, writing)
+
     def recognise(self, kept: Mapping[str, Any]) -> None:
         """It is told by its files."""
 
@@ -189,7 +205,7 @@ class VllmTeacher(WithoutGradients):
         return token_texts(self.tokenizer, self.vocabulary_size)
 
 
-def load_teacher(teacher: str, loading: Loading, longest: int, *, room: int = 64, reporter: Reporter = SILENT) -> VllmTeacher:
+def load_teacher(teacher: str, loading: Loading, longest: int, *, room: int = ROOM, reporter: Reporter = SILENT) -> VllmTeacher:
     """Start vLLM on a teacher, and hash its files.
 
     Args:
@@ -231,13 +247,15 @@ def load_teacher(teacher: str, loading: Loading, longest: int, *, room: int = 64
         "files": file_hashes(folder, files, reporter=reporter),
     }
     has_experts = any((text.get(name) or 0) > 1 for name in EXPERTS)
+    ends = stop_tokens(configured_ends(folder), tokenizer)
     generator = np.random.default_rng(0)
     probes = [generator.integers(0, sizes["vocabulary_size"], min(PROBE_TOKENS, longest)) for _ in range(PROBES)]
     reason = engine.check_distributions(probes, TOLERANCE.get(dtype, SHORT_TOLERANCE))
     if reason is not None:
         reporter.note(f"vLLM's whole distributions are not used: {reason}. Its likeliest tokens are")
-        return VllmTeacher(engine, tokenizer, description, frozenset({Ability.LIKELIEST}), has_experts)
-    loaded = VllmTeacher(engine, tokenizer, description, frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST}), has_experts)
+        return VllmTeacher(engine, tokenizer, description, frozenset({Ability.LIKELIEST, Ability.TEXT}), ends, has_experts)
+    abilities = frozenset({Ability.DISTRIBUTIONS, Ability.LIKELIEST, Ability.TEXT})
+    loaded = VllmTeacher(engine, tokenizer, description, abilities, ends, has_experts)
     never = torch.ones(loaded.vocabulary_size, dtype=torch.bool)
     for _, _, logprobs in engine.distributions(probes):
         never &= logprobs.isneginf().all(dim=0).cpu()

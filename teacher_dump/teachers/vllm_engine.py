@@ -24,7 +24,7 @@ import torch
 
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import silence
-from teacher_dump.teachers.protocol import Likeliest
+from teacher_dump.teachers.protocol import Likeliest, TextRequest, Writing, WrittenText
 
 # Versions that whole distributions have been taken from, by their beginnings.
 WITH_DISTRIBUTIONS = ("0.32.",)
@@ -78,7 +78,7 @@ class VllmEngine:
             EngineFailure: it does not answer about every token.
         """
         answers: dict[int, Likeliest] = {}
-        with closing(self._steps(prompts, count)) as steps:
+        with closing(self._steps(prompts, [self._asking(count)] * len(prompts))) as steps:
             for number, output in itertools.chain.from_iterable(steps):
                 answers[number] = _likeliest(output.prompt_logprobs, prompts[number], count)
         return [answers[number] for number in range(len(prompts))]
@@ -102,7 +102,8 @@ class VllmEngine:
         done = [0] * len(prompts)
         said: list[list[torch.Tensor]] = [[] for _ in prompts]
         open_prompts = [number for number, prompt in enumerate(prompts) if len(prompt) > 1]
-        with closing(self._steps(prompts, 0, lambda: _standing_in(keep))) as steps:
+        asked = [self._asking(0)] * len(prompts)
+        with closing(self._steps(prompts, asked, lambda: _standing_in(keep))) as steps:
             for finished in steps:
                 parts: list[Part] = []
                 for logprobs, tokens, own in kept:
@@ -122,22 +123,53 @@ class VllmEngine:
         if open_prompts:
             raise EngineFailure(_UNKNOWN)
 
+    def write(self, requests: Sequence[TextRequest], writing: Writing) -> list[WrittenText]:
+        """Write texts, each with a generator of its own.
+
+        Raises:
+            EngineFailure: it leaves some unanswered, or does not say of each token how likely it is.
+        """
+        wanted = [
+            self.sampling(
+                temperature=writing.temperature,
+                seed=request.key >> 1,  # it takes 63 bits
+                max_tokens=writing.max_new_tokens,
+                stop_token_ids=list(writing.stop_tokens),
+                ignore_eos=True,  # it is among these
+                logprobs=writing.likeliest,
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        texts: dict[int, WrittenText] = {}
+        with closing(self._steps([request.prompt for request in requests], wanted)) as steps:
+            for number, output in itertools.chain.from_iterable(steps):
+                [text] = output.outputs
+                ids = np.array(text.token_ids, np.int64)
+                answers = _likeliest(text.logprobs, np.concatenate([[-1], ids]), writing.likeliest)
+                kept = answers if writing.likeliest else None
+                texts[number] = WrittenText(ids, text.finish_reason == "stop", answers.token_logprobs, kept)
+        return [texts[number] for number in range(len(requests))]
+
+    def _asking(self, count: int) -> Any:
+        """Parameters of what is asked about a prompt: so many of the likeliest tokens at each of its own."""
+        return self.sampling(max_tokens=1, temperature=0.0, prompt_logprobs=count, flat_logprobs=True, detokenize=False)
+
     def _steps(
-        self, prompts: Sequence[np.ndarray], count: int, within: Callable[[], Any] = nullcontext
+        self, prompts: Sequence[np.ndarray], parameters: Sequence[Any], within: Callable[[], Any] = nullcontext
     ) -> Generator[list[tuple[int, Any]], None, None]:
         """Ask about prompts, and give for each step of the engine which of them it finished, with what it says of them.
 
         Args:
-            prompts: token ids.
-            count: of the likeliest tokens.
+            prompts: token ids. parameters: of each.
             within: makes a context of each step.
         """
-        parameters = self.sampling(max_tokens=1, temperature=0.0, prompt_logprobs=count, flat_logprobs=True, detokenize=False)
         names = {str(next(self.numbers)): number for number in range(len(prompts))}
         waiting = dict(names)
         try:
             for name, number in names.items():
-                self.engine.add_request(name, {"prompt_token_ids": prompts[number].tolist()}, parameters)
+                self.engine.add_request(name, {"prompt_token_ids": prompts[number].tolist()}, parameters[number])
             while self.engine.has_unfinished_requests():
                 # To compile how ranks are counted, which nobody asks for here, takes a minute.
                 with within(), torch.compiler.set_stance("force_eager"):

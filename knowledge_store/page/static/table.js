@@ -34,7 +34,9 @@ export function table(answer, dumps, caption) {
     make("tr", {},
       linked && make("td.go", {}, targets[place] && make("a", { href: targets[place], "aria-label": `Read the sequence of row ${place + 1}` }, "Read")),
       row.map((value, column) => cell(value, answer.columns[column]))));
-  const size = `${answer.rows.length.toLocaleString("en")} ${answer.rows.length === 1 ? "row" : "rows"}${answer.more ? ", and there are more" : ""}`;
+  const limited = answer.rows.length === Number(/\bLIMIT\s+(\d+)\s*;?\s*$/i.exec(answer.sql)?.[1]);
+  const more = answer.more ? ", and there are more" : limited ? ", as many as the statement asks for" : "";
+  const size = `${answer.rows.length.toLocaleString("en")} ${answer.rows.length === 1 ? "row" : "rows"}${more}`;
   say(size);
   return make("figure.answer", {},
     make("figcaption.quiet", {}, caption ? `${caption}: ${size}` : size),

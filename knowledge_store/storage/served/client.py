@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from knowledge_store.errors import InputError, KnowledgeStoreError, StoreError
+from knowledge_store.quantities import duration
+from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage.protocol import Entry, Write
 from knowledge_store.storage.served import messages
 from knowledge_store.storage.served.address import PLAIN, TLS, parse_address
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 FIRST_PATIENCE = 3.0  # seconds in which a server that was never reached has to answer
 PATIENCE = 120.0  # the same of one that is away
 WAITS = (0.1, 5.0)  # seconds between two attempts, the first and the longest
+SAID_SECONDS = 30.0  # between two times that waiting is told of
 CALL_SECONDS = 120.0  # of a call that answers with little
 BLOCK = 2**20  # bytes of a file, asked for at once
 BLOCKS = 16  # kept
@@ -46,6 +49,7 @@ class ServedStorage:
     Args:
         address: where it is served.
         token_file: a file of the token; None takes the token from the environment variable KNOWLEDGE_STORE_TOKEN.
+        reporter: hears when the server is waited for.
 
     Raises (on construction):
         InputError: the address or the token cannot be used.
@@ -54,11 +58,12 @@ class ServedStorage:
     forkable = False  # the library's threads are not in a forked process, which waits for them for ever
     at_once = 8
 
-    def __init__(self, address: str, token_file: str | Path | None = None):
+    def __init__(self, address: str, token_file: str | Path | None = None, reporter: Reporter = SILENT):
         self._place = parse_address(address)
         self.address = str(self._place)
         self._token_file = None if token_file is None else str(token_file)
         self._secret = self._token()
+        self.reporter = reporter
         self._begin()
 
     def _begin(self) -> None:
@@ -70,7 +75,7 @@ class ServedStorage:
 
     def __getstate__(self) -> dict[str, Any]:
         # The token too: a worker may have the environment of a process that began before it was set.
-        return {name: self.__dict__[name] for name in ("_place", "address", "_token_file", "_secret")}
+        return {name: self.__dict__[name] for name in ("_place", "address", "_token_file", "_secret", "reporter")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -236,6 +241,7 @@ class Attempts:
         self._storage = storage
         self._wait = WAITS[0]
         self._since: float | None = None
+        self._waited_since = self._said = 0.0  # 0 where nothing was told
 
     def of(self, call: Callable[[], Made]) -> Made:
         """What a call gives, in the attempt in which it does.
@@ -258,6 +264,19 @@ class Attempts:
         """The server answered."""
         self._storage._reached = True
         self._wait, self._since = WAITS[0], None
+        if self._said:
+            waited = duration(time.monotonic() - self._waited_since)
+            self._storage.reporter.note(f"{self._storage.address} answers again after {waited}: reading goes on.")
+            self._said = 0.0
+
+    def waiting(self, why: str, left: float) -> None:
+        """Tell that the server is waited for, and so many seconds more; not more often than every `SAID_SECONDS`."""
+        now = time.monotonic()
+        if not self._said:
+            self._waited_since = now
+        if not self._said or now - self._said >= SAID_SECONDS:
+            self._said = now
+            self._storage.reporter.note(f"Waiting for {self._storage.address} for up to {duration(left)} more: {why}.")
 
     def failed(self, error: Exception) -> None:
         """Wait for the next attempt.
@@ -281,6 +300,8 @@ class Attempts:
         patience = PATIENCE if self._storage._reached or said else FIRST_PATIENCE
         if now - self._since > patience:
             raise (said or self.lost(error)) from None
+        if patience == PATIENCE:
+            self.waiting(str(said) if said else f"it does not answer ({_reason(error)})", patience - (now - self._since))
         time.sleep(self._wait)
         self._wait = min(2 * self._wait, WAITS[1])
         if said is None:
@@ -288,7 +309,7 @@ class Attempts:
 
     def lost(self, error: Exception) -> StoreError:
         """What to say of a server that does not answer."""
-        reason = str(error).partition(". Detail:")[0].partition("gRPC client debug context")[0].strip()
+        reason = _reason(error)
         advice = "is `knowledge-store serve` running there, and the address right?"
         if "certificate" in reason:
             advice = f"name a file of the authority's certificate in {ROOTS}, and the host as its certificate does"
@@ -296,7 +317,12 @@ class Attempts:
             advice = f"it is served without TLS, as {PLAIN}://"
         elif reason.endswith("Socket closed") and self._storage.address.startswith(f"{PLAIN}://"):
             advice = f"is it served with TLS, as {TLS}://?"
-        return StoreError(f"{self._storage.address} does not answer ({reason[:300]}): {advice}")
+        return StoreError(f"{self._storage.address} does not answer ({reason}): {advice}")
+
+
+def _reason(error: Exception) -> str:
+    """What the library says of a call that failed, without what it says of itself."""
+    return str(error).partition(". Detail:")[0].partition("gRPC client debug context")[0].strip(" .")[:300]
 
 
 def _check_roots() -> None:

@@ -19,7 +19,8 @@ OPEN, FILES, FOLDERS, SIZE, READ, ROW_GROUPS = (
     f"knowledge-store.{name}" for name in ("open", "files", "folders", "size", "read", "row-groups")
 )
 MAX_READ = 4 * 2**20  # bytes of a file, at once
-MAX_SEQUENCES = 2**16  # of a ticket
+MAX_SEQUENCES = 2**16  # asked for at once
+HANG_UP = b"hang up"  # of a stream of sequences: it is to be begun again when more are wanted
 BUSY = "busy"
 QUIET = ("GRPC_VERBOSITY", "NONE")  # what gRPC would write to standard error itself, beside the error that it gives
 

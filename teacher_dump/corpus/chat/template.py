@@ -59,8 +59,34 @@ class ChatTemplate:
         """What a person should know of the ends of the turns so far."""
         return list(self._turns.notes.values())
 
+    def prompt(self, records: list[dict[str, Any]], arguments: dict[str, Any] | None = None) -> str:
+        """Messages as text, behind which the assistant is asked for an answer.
+
+        Args:
+            records: the messages. arguments: as of `tokens`.
+
+        Raises:
+            BadRow: they cannot be used, or some of their words would be lost; names message and field.
+            InputError: there is no template.
+        """
+        row = self._row(messages_of(records), arguments)
+        form = self._rendered(row).form
+        return self._renderer.render(row.messages, form, row.tools, row.arguments, prompt=True)
+
+    def _row(self, messages: list[Message], arguments: dict[str, Any] | None) -> ChatRow:
+        """What a row gives its template (BadRow: it gives too much; InputError: there is no template)."""
+        arguments = dict(arguments or {})
+        tools = arguments.pop("tools", None) or None
+        check_arguments(arguments)
+        template = self._renderer.template(tools)
+        return ChatRow(messages, tools, arguments, template, think_tags(template))
+
     def tokens(
-        self, records: list[dict[str, Any]], arguments: dict[str, Any] | None = None, completion_from: int = 0
+        self,
+        records: list[dict[str, Any]],
+        arguments: dict[str, Any] | None = None,
+        completion_from: int = 0,
+        cut_off: bool = False,
     ) -> Conversation:
         """A conversation's tokens and targets.
 
@@ -68,6 +94,7 @@ class ChatTemplate:
             records: its messages, as the row has them.
             arguments: `chat_template_kwargs`, and `tools` among them.
             completion_from: index of the first message that may be a target.
+            cut_off: whether the last of them goes on: what closes its turn is no target.
 
         Raises:
             BadRow: it cannot be used, or some of its words would be lost; names message and field.
@@ -78,19 +105,16 @@ class ChatTemplate:
                 "the corpus has conversations, and the teacher's tokenizer (a slow one) cannot tell where in a text its tokens"
                 " stand: give rows with `prompt` and `completion` as strings"
             )
-        arguments = dict(arguments or {})
-        tools = arguments.pop("tools", None) or None
-        check_arguments(arguments)
         messages = messages_of(records)
+        row = self._row(messages, arguments)
         targets = self._targets(messages, completion_from)
-        template = self._renderer.template(tools)
-        rendered = self._rendered(ChatRow(messages, tools, arguments, template, think_tags(template)))
+        rendered = self._rendered(row)
         rendering = rendered.marked.text
         encoded = self._tokenizer(rendering, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         text = Text.of(rendering, encoded["input_ids"], encoded["offset_mapping"], self._special)
         is_target = np.zeros(len(text.token_ids), bool)
         for index in targets:
-            turn = self._turns.of(rendered, text, index)
+            turn = self._turns.of(rendered, text, index, closed=not cut_off or index != targets[-1])
             if (is_target & turn).any():
                 raise BadRow(
                     "the chat template writes two answers into one another, so that nobody can tell which tokens are whose:"

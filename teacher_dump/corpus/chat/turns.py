@@ -98,13 +98,14 @@ class Turns:
         self._named = np.array(sorted(named), np.int64)
         self.notes: dict[str, str] = {}
 
-    def of(self, rendered: Rendered, text: Text, index: int) -> np.ndarray:
+    def of(self, rendered: Rendered, text: Text, index: int, closed: bool = True) -> np.ndarray:
         """Which tokens are the turn of one assistant message, bool (L,).
 
         Args:
             rendered: the conversation.
             text: its tokens.
             index: of the message.
+            closed: whether what closes it is of the turn.
 
         Raises:
             BadRow: a token holds text of another message too, or nobody can tell where a turn begins or ends.
@@ -128,6 +129,9 @@ class Turns:
                     f" message {index + 1}; name another template with --chat-template"
                 )
             self._check_border(rendered, text, index, end, closing)
+            if not closed and number + 1 == len(runs):
+                targets |= inner
+                continue
             closing_tokens = self._closing(rendered, text, end, closing, self._next_turn(rendered, run))
             if number + 1 == len(runs):
                 self._note_end(rendered, text, index, end, closing_tokens)
