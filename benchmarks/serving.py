@@ -3,11 +3,12 @@ query ends after its client.
 
     python -m benchmarks.serving
 
-The store is `scale.many_positions`: realistic columns. Server and clients are processes on this machine, over its loopback, the
-decoded cache warm. One client reads some batches from the folder and as many from the server, in turn, again and again in one
-process, so that what else the machine does meets both; processor time is the client's own and, of the server, what its process
-took meanwhile. Four clients read an epoch each at the same time, from the server and then from the folder. A query's client is
-killed before the first row, and the time is taken until the query's process is gone.
+The store is `scale.many_positions`: realistic columns. Server and clients are processes on this machine, over its loopback. A
+first epoch fills the decoded caches, of the server and of who reads the folder. Then one client reads an epoch from the folder
+and the same from the server, in turn, one epoch after the other in one process, so that what else the machine does meets both;
+processor time is the client's own and, of the server, what its process took meanwhile. Four clients read as many epochs at the
+same time, from the server and then from the folder. A query's client is killed before the first row, and the time is taken
+until the query's process is gone.
 """
 
 from __future__ import annotations
@@ -64,21 +65,19 @@ def opened(address: str, tokens: str) -> KnowledgeStore:
     return KnowledgeStore.open(address, token_file=tokens)
 
 
-def in_turns(server: int, stores: dict[str, KnowledgeStore], rounds: int, steps: int) -> dict[str, Any]:
-    """One client, which reads some batches from each in turn."""
+def in_turns(server: int, stores: dict[str, KnowledgeStore], epochs: int) -> dict[str, Any]:
+    """One client, which reads the same epochs from each in turn."""
     readers = {name: store.batches(batch_size=BATCH, seed=1) for name, store in stores.items()}
     for batches in readers.values():  # connections, footers
-        for step in range(3):
-            batches[step]
+        batches[0]
     times: dict[str, list[float]] = {name: [] for name in stores}
     processor = dict.fromkeys(stores, 0.0)
     of_server, positions = 0.0, dict.fromkeys(stores, 0)
-    for number in range(rounds):
-        first = 3 + number * steps
-        for name in list(stores)[:: 1 if number % 2 else -1]:
+    for epoch in range(epochs):
+        for name in list(stores)[:: 1 if epoch % 2 else -1]:
             began, began_processor, began_server = time.perf_counter(), time.process_time(), processor_seconds(server)
-            for step in range(first, first + steps):
-                positions[name] += int(readers[name][step]["attention_mask"].sum())
+            for batch in readers[name].at(epoch):
+                positions[name] += int(batch["attention_mask"].sum())
             times[name].append(time.perf_counter() - began)
             processor[name] += time.process_time() - began_processor
             of_server += (processor_seconds(server) - began_server) * (name == "served")
@@ -93,27 +92,27 @@ def in_turns(server: int, stores: dict[str, KnowledgeStore], rounds: int, steps:
     each["served"]["server_processor_us_per_position"] = round(1e6 * of_server / positions["served"], 3)
     return {
         **each,
-        "share_of_local_speed": {"median": round(statistics.median(ratios), 3), "rounds": sorted(round(r, 3) for r in ratios)},
+        "share_of_local_speed": {"median": round(statistics.median(ratios), 3), "epochs": sorted(round(r, 3) for r in ratios)},
         "share_of_local_speed_by_processor_time_of_the_client": round(processor["folder"] / processor["served"], 3),
     }
 
 
-def read_epoch(address: str, tokens: str, seed: int, steps: int, found: Any) -> None:
+def read_epochs(address: str, tokens: str, seed: int, epochs: int, found: Any) -> None:
     """A client of several."""
     with opened(address, tokens) as store:
         batches = store.batches(batch_size=BATCH, seed=seed)
         batches[0]
         found.put(("ready", 0, 0.0))
         began = time.perf_counter()
-        positions = sum(int(batches[step]["attention_mask"].sum()) for step in range(1, min(steps, len(batches))))
+        positions = sum(int(batch["attention_mask"].sum()) for epoch in range(epochs) for batch in batches.at(epoch))
         found.put(("done", positions, time.perf_counter() - began))
 
 
-def several(address: str, tokens: str, steps: int) -> dict[str, Any]:
+def several(address: str, tokens: str, epochs: int) -> dict[str, Any]:
     """So many clients at the same time; positions each second of all together, by the slowest."""
     start = multiprocessing.get_context("spawn")
     found = start.Queue()
-    clients = [start.Process(target=read_epoch, args=(address, tokens, seed, steps, found)) for seed in range(CLIENTS)]
+    clients = [start.Process(target=read_epochs, args=(address, tokens, seed, epochs, found)) for seed in range(CLIENTS)]
     for client in clients:
         client.start()
     said = [found.get(timeout=400) for _ in range(2 * CLIENTS)]
@@ -149,7 +148,7 @@ def endings(server: int, address: str, tokens: str, times: int) -> list[float]:
     return sorted(found)
 
 
-def measure(work: Path, positions: int, rounds: int, steps: int, times: int) -> dict[str, Any]:
+def measure(work: Path, positions: int, epochs: int, times: int) -> dict[str, Any]:
     """All of it, in a folder."""
     folder, tokens = work / "store", work / "tokens"
     os.environ["XDG_CACHE_HOME"] = str(work / "cache")
@@ -159,19 +158,23 @@ def measure(work: Path, positions: int, rounds: int, steps: int, times: int) -> 
     for _ in local.batches(batch_size=BATCH):  # fills the decoded cache
         pass
     local = opened(str(folder), str(tokens))  # which has nothing of it in memory
+    environment = {**os.environ, "XDG_CACHE_HOME": str(work / "cache of the server")}
     command = [sys.executable, "-m", "knowledge_store.cli", "serve", folder, "--token-file", tokens, "--bind", "127.0.0.1:0"]
     with (
         open(work / "log", "w") as log,
-        subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=log, text=True) as process,
+        subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=log, text=True, env=environment) as process,
     ):
         try:
             assert process.stdout is not None
             address = process.stdout.readline().split()[-1]
             with opened(address, str(tokens)) as served:
                 memory = {"server_mib_at_rest": memory_mib(process.pid, "VmRSS")}
-                one = in_turns(process.pid, {"folder": local, "served": served}, rounds, steps)
-            epoch = rounds * steps
-            together = {"served": several(address, str(tokens), epoch), "folder": several(str(folder), str(tokens), epoch)}
+                for _ in served.batches(batch_size=BATCH):  # fills its cache
+                    pass
+                one = in_turns(process.pid, {"folder": local, "served": served}, epochs)
+            together = {
+                where: several(place, str(tokens), epochs) for where, place in (("served", address), ("folder", str(folder)))
+            }
             memory["server_mib_at_most"] = memory_mib(process.pid, "VmHWM")
             ended = endings(process.pid, address, str(tokens), times)
         finally:
@@ -199,13 +202,12 @@ def sent_bytes(path: Path) -> float:
 def main() -> None:
     """Measure, print and keep."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--positions", type=int, default=300_000)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=12, help="of a round")
+    parser.add_argument("--positions", type=int, default=2_000_000)
+    parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--times", type=int, default=5, help="that a query's client is killed")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        figures = measure(Path(work), arguments.positions, arguments.rounds, arguments.steps, arguments.times)
+        figures = measure(Path(work), arguments.positions, arguments.epochs, arguments.times)
     keep("serving", figures)
 
 

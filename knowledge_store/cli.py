@@ -33,6 +33,7 @@ from knowledge_store.quantities import amount, byte_size
 from knowledge_store.sql.answers import Format, aligned, visible
 from knowledge_store.sql.isolated import asked
 from knowledge_store.sql.named_files import parse_named_files
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage import StorePlace, repairing
 from knowledge_store.terminal.commands import Command, application, command
 from knowledge_store.terminal.console import end_at_sigterm, messages, note, output
@@ -105,6 +106,8 @@ def _print_summary(summary: DumpSummary) -> None:
         ("sequences", f"{summary.sequences:,} of at most {summary.max_length} tokens"),
         ("positions", amount(summary.positions)),
     ]
+    if summary.groups is not None:
+        lines.insert(2, ("groups", f"{summary.groups:,}, with an answer for each sequence"))
     for label, sentence in zip(("corpus", "", ""), _rows(summary), strict=False):
         lines.append((label, sentence))
     if summary.chat:
@@ -143,9 +146,9 @@ def sql(config: SqlConfig) -> None:
     Example: `knowledge-store sql knowledge/ "SELECT token_text, avg(tail_logprob) FROM positions GROUP BY 1 ORDER BY 2"`
     """
     statement = _statement(config.query, config.file)
-    form, memory_limit = config.format, config.memory_limit * 2**30
-    files = parse_named_files(config.files)
-    with asked(str(config.store), statement, form.value, memory_limit, config.timeout, note, files=files) as answer:
+    form, files = config.format, parse_named_files(config.files)
+    limited = Statement(statement, config.memory_limit * 2**30, config.timeout, files=files)
+    with asked(str(config.store), limited, form.value, note) as answer:
         text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
         if form is Format.table and (names := text.readline()):
             output.print(Text(names.rstrip("\n"), style="bold"))
@@ -180,7 +183,7 @@ def view(config: OneDumpOptions) -> None:
 
 @command(app, ExportConfig)
 def export(config: ExportConfig) -> None:
-    """Write a dump's knowledge for other programs: a Parquet file of plain columns, or files that draft models learn from.
+    """Write a dump's knowledge for other programs: a Parquet file of plain columns, or what other trainers learn from.
 
     Example: `knowledge-store export knowledge/ smollm2-books --output books.parquet --where "is_target"`
     """
@@ -189,6 +192,12 @@ def export(config: ExportConfig) -> None:
     if config.format == "distillkit":
         sequences = _open(config.store, cache_size=0).export_distillkit(config.output, config.dump, TerminalReporter())
         output.print(f"{config.output}: {sequences:,} sequences, and compression_config.yaml", markup=False)
+        return
+    if config.format == "dpo":
+        exported = _open(config.store, cache_size=0).export_dpo(config.output, config.dump, TerminalReporter())
+        output.print(f"{config.output}: {exported.pairs:,} pairs", markup=False)
+        for reason, count in exported.left_out.most_common():
+            note(f"{count:,} {'group' if count == 1 else 'groups'} left out: {reason}")
         return
     if config.format == "speculators":
         from knowledge_store.reading.speculators import draft_layers
@@ -347,6 +356,8 @@ def serve(config: ServeConfig) -> None:
 
     Example: `knowledge-store serve knowledge/ --token-file tokens`
     """
+    # Arrow looks at it when it is imported. The system's pool gives back what Arrow's own one keeps, some 25 MiB.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     from knowledge_store.serving.service import serve as serve_stores
 
     def log(line: str) -> None:

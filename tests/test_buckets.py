@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from knowledge_store import DamageError, DumpWriter, InputError, KnowledgeStore, StoreError, verify
 from knowledge_store.cli import app
 from knowledge_store.errors import MissingFileError
+from knowledge_store.format import scan_ahead
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.storage import BucketStorage, open_storage
 from knowledge_store.storage import bucket as bucket_module
@@ -405,7 +406,29 @@ def test_a_pass_takes_few_requests_and_each_byte_once(s3, tmp_path):
     opened = KnowledgeStore.open(address_in(s3), cache_size=0)
     s3.forget()
     assert opened.sql("SELECT count(*) AS n FROM positions WHERE tail_logprob < 0").to_pylist() == [{"n": 80 * 1999}]
-    assert s3.sent <= 0.25 * sum(files.values())
+    assert s3.sent <= 0.25 * sum(files.values()) and s3.requests.total() <= 2 * len(files) + groups
+    s3.forget()
+    question = "SELECT count(*) AS n, sum(token_id) AS ids FROM positions WHERE sequence_id < 131072"
+    assert opened.sql(question).to_pylist() == local.sql(question).to_pylist()
+    assert s3.requests.total() <= 2 * len(files) + 1  # what statistics exclude is not read
+
+
+def test_a_scan_reads_each_block_once_whatever_comes_first(s3, tmp_path, monkeypatch):
+    """Also where what is on the way is cut small, and little of it at once."""
+    monkeypatch.setattr(scan_ahead, "UNIT_BYTES", 2 * 16384)
+    monkeypatch.setattr(scan_ahead, "UNITS", 2)
+    monkeypatch.setattr("knowledge_store.format.parquet.COMPRESSION_LEVEL", 3)
+    manifest = make_manifest(vocabulary=5000, k=5, plan={"max_length": 2048}, shards=3)
+    writer = DumpWriter.open(tmp_path / "local", manifest, tokens_table(words(5000), words(5000)))
+    for shard in range(3):
+        commit(writer, shard, [large_knowledge(100 * shard + number, 2000) for number in range(20)])
+    copy(tmp_path / "local", address_in(s3))
+    opened, local = KnowledgeStore.open(address_in(s3)), KnowledgeStore.open(tmp_path / "local")
+    for columns in ("token_id, tail_logprob", "*", "candidate_ids", "is_target, token_logprob"):
+        s3.forget()
+        question = f"SELECT {columns} FROM positions ORDER BY sequence_id, position LIMIT 50000"
+        assert opened.sql(question).equals(local.sql(question))
+        assert s3.sent <= sum(len(data) for data in s3.objects.values())
 
 
 # Real servers

@@ -50,6 +50,7 @@ SUBSTITUTIONS = (
     ("--model copies --gguf-file Q8_0.gguf", "--model student"),
     ("--model copies --gguf-file Q2_K.gguf", "--model student"),
     ('SFTConfig("runs/sft"', 'SFTConfig("runs/sft", bf16=False'),  # whose default needs a GPU
+    ('DPOConfig("runs/dpo"', 'DPOConfig("runs/dpo", bf16=False, use_cpu=True'),
     ("'small'", "'train'"),
     ("'large'", "'heldout'"),
     ("--max-new-tokens 256", "--max-new-tokens 6"),
@@ -64,6 +65,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "minutes, and packages to install"),
     ("benchmarks/RESULTS.md", "minutes to hours, with models and texts of your own"),
     ("knowledge_store/BUCKETS.md", "it needs a bucket"),
+    ("knowledge_store/BUCKETS.md", "it needs the hub"),
     ("knowledge_store/PAGE.md", "it serves until it is told to end"),
     ("knowledge_store/RELIABILITY.md", "20 minutes of faults"),
     ("knowledge_store/SERVING.md", "it serves until it is told to end"),
@@ -110,7 +112,11 @@ def run_line(line: str) -> None:
     files = {sign: words[words.index(sign) + 1] for sign in "<>" if sign in words}
     for sign, name in files.items():
         words = [word for word in words if word not in (sign, name)]
-    words = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*.jsonl" in word else [word])]
+    words = [
+        name
+        for word in words
+        for name in (sorted(map(str, Path().glob(word))) if word.endswith(("*.jsonl", "*.parquet")) else [word])
+    ]
     module = words[2] if words[:2] == ["python", "-m"] else PROGRAMS[words[0]]
     arguments = words[3:] if words[0] == "python" else words[1:]
     printed = io.StringIO()
@@ -157,7 +163,7 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     # The default --max-length is what documents use; more positions need no more weights.
     configuration = json.loads((folder / "teacher/config.json").read_text())
     (folder / "teacher/config.json").write_text(json.dumps({**configuration, "max_position_embeddings": 512}))
-    shutil.copytree(teacher_folder, folder / "student")
+    shutil.copytree(folder / "teacher", folder / "student")
     rows = story_rows(12)
     (folder / "data").mkdir()
     for name, content in (("train.jsonl", rows), ("data/part-1.jsonl", rows), ("data/part-2.jsonl", story_rows(12, start=40))):
@@ -165,6 +171,11 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     write_jsonl(folder / "heldout.jsonl", story_rows(6, start=30))
     turns = [{"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "The keeper did."}]
     write_jsonl(folder / "chat.jsonl", [{"messages": turns}] * 4)
+    prompts = [f"Who lit lamp {row}?" for row in range(8)]
+    pairs = [{"prompt": prompt, "chosen": " The keeper.", "rejected": " No one at all."} for prompt in prompts]
+    write_jsonl(folder / "pairs.jsonl", pairs)
+    answers = [" The keeper did.", " His daughter.", " It was no one."]
+    write_jsonl(folder / "samples.jsonl", [{"prompt": prompt, "completions": answers} for prompt in prompts])
     questions = [{"prompt": f"Who lit the {thing}?"} for thing in ("lamp", "fire")]
     write_jsonl(folder / "questions.jsonl", questions)
     write_jsonl(folder / "subjects.jsonl", [{"subject": "the sea", "age": 5}, {"subject": "a lamp", "age": 9, "word": "mast"}])

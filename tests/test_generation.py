@@ -18,7 +18,7 @@ from torture import generation
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import DamageError, InputError, MismatchError
-from teacher_dump import DumpConfig, GenerateConfig, dump, generate
+from teacher_dump import DumpConfig, GenerateConfig, ImportConfig, dump, generate, import_dump
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Ability, TextRequest, Writing
 from teacher_dump.teachers.writing import random_numbers
@@ -90,6 +90,7 @@ def test_a_text_does_not_depend_on_its_batch(written, options, loaded_teacher):
         assert one["logprob"] == pytest.approx(other["logprob"], abs=1e-3)
         assert {**one, "logprob": 0} == {**other, "logprob": 0}
     assert len({json.dumps(row["completion"]) for row in alone}) == len(alone)
+    assert max(token for row in alone for token in row["tokens"]) < len(loaded_teacher.tokenizer)  # its head is wider
 
 
 def test_another_seed_writes_other_texts(written, options, loaded_teacher):
@@ -154,6 +155,32 @@ def test_a_dump_has_the_very_tokens(options, wordy, tmp_path, prompt_as):
         assert found["ids"] == row["tokens"]  # of one that was cut off, no end follows
         assert (found["finish"], found["topic"]) == (row["finish"], row["topic"])
         assert found["logprob"] == pytest.approx(row["logprob"], abs=0.07 * len(row["tokens"]))  # it has steps of 1/8
+
+
+def test_what_the_teacher_thought_is_imported_without_asking_it_again(options, wordy, tmp_path):
+    teacher, folder = wordy
+    options |= {"teacher": str(folder), "max_new_tokens": 40, "prompt_as": "text", "keep_top_k": 5}
+    generate(GenerateConfig(**options), teacher=teacher)
+    names = "ids=sequence,targets=targets,token=token_logprobs,candidates=top_ids,logprobs=top_logprobs,tail=tail_logprobs"
+    files = tuple(sorted(options["output"].glob("*.parquet")))
+    import_dump(
+        ImportConfig(
+            store=tmp_path / "store", files=files, tokenizer=str(folder), format="plain", columns=names, name="imported"
+        )
+    )
+    dump(DumpConfig(str(folder), (options["output"],), tmp_path / "store", "asked", max_length=96), teacher=teacher)
+    both = "FROM positions JOIN sequences USING (dump, sequence_id)"
+    sql = (
+        "SELECT a.*, b.candidate_ids AS ids, b.candidate_logprobs AS logprobs, b.tail_logprob AS tail"
+        f" FROM ({both}) a JOIN ({both}) b USING (token_hash, position)"
+        " WHERE a.dump = 'imported' AND b.dump = 'asked' AND a.is_target AND b.is_target"
+    )
+    rows = KnowledgeStore.open(tmp_path / "store").sql(sql).to_pylist()
+    assert len(rows) > 200
+    same = [row["candidate_ids"] == row["ids"] for row in rows]
+    assert np.mean(same) > 0.99  # of tokens that are as likely to within rounding, either may be first
+    for row in rows:
+        assert row["tail_logprob"] == pytest.approx(row["tail"], abs=0.126)
 
 
 def test_a_template_makes_prompts(options, loaded_teacher, tmp_path):
@@ -223,8 +250,8 @@ def test_ranks_share_the_files(written, options, loaded_teacher):
     assert (again.files, again.files_existing, again.texts) == (0, 4, 0)
 
 
-def test_killed_at_moments_of_chance(memory_folder):
-    counts = generation.run(seed=2, minutes=math.inf, folder=memory_folder, trials=2)
+def test_killed_at_moments_of_chance(tmp_path):
+    counts = generation.run(seed=2, minutes=math.inf, folder=tmp_path, trials=2)
     assert counts["survived"] == counts["faults"] >= 2
     assert counts["silent"] == 0
 
@@ -284,6 +311,16 @@ def test_bad_prompts_are_refused_before_a_teacher_is_loaded(options, tmp_path, m
         options["template"] = tmp_path / "t.jinja"
     with pytest.raises(InputError, match=reason):
         generate(GenerateConfig(**options | more))
+    assert not options["output"].exists()
+
+
+def test_messages_need_a_chat_template(options, loaded_teacher, tmp_path, monkeypatch):
+    options["prompts"] = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "Who?"}]}])
+    monkeypatch.setattr(loaded_teacher.tokenizer, "chat_template", None)
+    with pytest.raises(InputError, match=r"line 1: `messages` has messages, .* name a chat template with --chat-template"):
+        generate(GenerateConfig(**options), teacher=loaded_teacher)
+    with pytest.raises(InputError, match="--prompt-as message needs a chat template, and the teacher's tokenizer has none"):
+        generate(GenerateConfig(prompt_as="message", **options), teacher=loaded_teacher)
     assert not options["output"].exists()
 
 

@@ -37,6 +37,7 @@ from knowledge_store.page.questions import QUESTIONS, Asked, statement
 from knowledge_store.page.served import PageServer
 from knowledge_store.sql.excerpt import excerpt
 from knowledge_store.sql.isolated import isolated_excerpt
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage.served.tokens import TokenFile
 
 HOME = "http://127.0.0.1:8816"
@@ -489,7 +490,7 @@ def test_a_statement_can_be_stopped_and_tells_how_far_it_is(folder):
 
     endless = "SELECT count(*) FROM positions, range(1000000000) AS one, range(1000000) AS other WHERE one.range % 7 = token_id"
     started = time.monotonic()
-    assert isolated_excerpt(str(folder), endless, stopped, hear, timeout=300) is None
+    assert isolated_excerpt(str(folder), Statement(endless, timeout=300), stopped, hear) is None
     assert heard and time.monotonic() - started < 200
     read, of = heard[0]
     assert 0 <= read <= of
@@ -497,7 +498,7 @@ def test_a_statement_can_be_stopped_and_tells_how_far_it_is(folder):
 
 def test_an_error_is_not_taken_for_a_stop(folder):
     with pytest.raises(QueryError, match="does not exist"):
-        isolated_excerpt(str(folder), "SELECT * FROM nothing", threading.Event(), lambda read, of: None)
+        isolated_excerpt(str(folder), Statement("SELECT * FROM nothing"), threading.Event(), lambda read, of: None)
 
 
 def test_an_excerpt_is_cut_and_is_json():

@@ -22,7 +22,9 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.sequences import tokens_table
 from student_train import DistillationDataset, DistillationTrainer, TrainConfig, preferences, train
 from student_train.cli import app
-from student_train.training.preferences import reference_lines
+from student_train.losses.table import LOSSES
+from student_train.training.mixture import Mixture
+from student_train.training.preferences import preferences_for_run, reference_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,12 +156,17 @@ def test_another_reference_is_another_run(settings):
             train(TrainConfig(**{**settings, "eval_fraction": 0.0, **change}))
 
 
-def test_held_out_groups_that_say_nothing_are_not_read(settings, folder):
-    notes = Notes()
-    options = {"dump": "twins", "loss": "rrhf", "reference": None, "scores": "twins", "eval_fraction": 0.9}
-    result = train(TrainConfig(**{**settings, **options}), reporter=notes)
-    groups = json.loads((result.output / "run.json").read_text())["preferences"]["groups"]
-    assert groups["eval"] < 9 and any("held out for validation whose scores are equal" in line for line in notes.notes)
+def test_held_out_groups_that_say_nothing_are_not_read(settings, store):
+    config = TrainConfig(**{**settings, "dump": "twins", "loss": "rrhf", "reference": None, "scores": "twins"})
+    all_of = np.arange(ROWS)
+    train_on, held_out = {"twins": all_of[SIZES[0] : SIZES[0] + SIZES[1]]}, {"twins": all_of}
+    found = preferences_for_run(config, store, Mixture({"twins": None}), LOSSES["rrhf"], train_on, held_out)
+    assert found is not None and found.groups == {"train": {"twins": 1}, "eval": {"twins": 8}}
+    documents = store.sequences("twins")["document"].to_numpy()
+    assert set(documents[found.held_out["twins"]]) == set(range(10)) - {0, 4}
+    assert found.lines == (
+        "Of twins, 2 groups held out for validation whose scores are equal or not known can say nothing, and are not read.",
+    )
 
 
 @pytest.mark.parametrize(

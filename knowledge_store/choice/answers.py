@@ -15,6 +15,7 @@ from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.sql.isolated import answered as answered_apart
 from knowledge_store.sql.isolated import check_answered
+from knowledge_store.sql.statement import Statement
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,7 +81,7 @@ def answered(
     except InputError as error:
         raise InputError(f"nothing can be chosen of {address} by SQL: {error}; give `ordinals`") from None
     try:
-        with answered_apart(dumps.storage, query, memory_limit, timeout, remark=remark) as reader:
+        with answered_apart(dumps.storage, Statement(query, memory_limit, timeout), remark) as reader:
             yield reader
     except QueryLimitError as error:
         raise QueryLimitError(

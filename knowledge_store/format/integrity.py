@@ -25,7 +25,7 @@ MAGIC = b"PAR1"
 BLOCK_BYTES = 16 * 1024
 DIGEST_BYTES = 8
 DIGESTS_KEY = b"knowledge-store.blocks"  # in the footer's key-value metadata
-FOOTER_BYTES = 32 * 1024  # read at once from the end of a file, and what its digests take; most footers take less
+FOOTER_BYTES = 64 * 1024  # read at once from a file's end, and what its digests take: Arrow reads as much before a scan
 MAX_FILE_BYTES = 2**48
 MAX_READ = 4 * 2**20  # bytes at once of a file that is read whole
 
@@ -175,7 +175,7 @@ def read_footer(storage: Storage, name: str, size: int) -> bytes:
 
 def _read_end(storage: Storage, name: str, size: int) -> tuple[bytes, int]:
     """The bytes at a Parquet file's end, and how many of them are the footer (raises as `read_footer`)."""
-    start = max(size - FOOTER_BYTES - size // BLOCK_BYTES * 2 * DIGEST_BYTES, 0)
+    start = max(size - FOOTER_BYTES - size // BLOCK_BYTES * 2 * DIGEST_BYTES, 0) // BLOCK_BYTES * BLOCK_BYTES
     end = storage.read(name, start, size + 1)
     if len(end) != size - start:
         actual_size = storage.size(name)
@@ -307,12 +307,21 @@ class CheckedFile:
 
     def _read(self, start: int, end: int) -> bytes:
         """Bytes before the footer, not checked, from memory as far as they came with it."""
-        known = self.size - len(self._footer) - len(self._before)
+        known = self.unknown
         if start >= known:
             return self._before[start - known : end - known]
         if end <= known:
-            return self.file.storage.read(self.file.name, start, end)
-        return self.file.storage.read(self.file.name, start, known) + self._before[: end - known]
+            return self._stored(start, end)
+        return self._stored(start, known) + self._before[: end - known]
+
+    def _stored(self, start: int, end: int) -> bytes:
+        """Bytes of the file as it is stored."""
+        return self.file.storage.read(self.file.name, start, end)
+
+    @property
+    def unknown(self) -> int:
+        """Where the bytes begin that came with the footer."""
+        return self.size - len(self._footer) - len(self._before)
 
     def read(self, count: int = -1) -> memoryview:
         """The next `count` bytes, fewer at the end of the file.

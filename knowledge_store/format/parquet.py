@@ -26,6 +26,7 @@ from knowledge_store.format.integrity import (
     describe,
     unreadable,
 )
+from knowledge_store.format.scan_ahead import FarDataset
 from knowledge_store.storage import Storage
 
 if TYPE_CHECKING:
@@ -230,5 +231,7 @@ def dataset(files: list[TableFile], schema: pa.Schema, errors: list[KnowledgeSto
     file_format = ds.ParquetFileFormat(
         default_fragment_scan_options=ds.ParquetFragmentScanOptions(pre_buffer=True, page_checksum_verification=True)
     )
+    if any(file.storage.at_once > 1 for file in files):
+        return FarDataset(files, schema, file_format, errors)
     fragments = [file_format.make_fragment(pa.PythonFile(CheckedFile(file, errors), mode="r")) for file in files]
     return ds.FileSystemDataset(fragments, schema, file_format)

@@ -23,6 +23,7 @@ from knowledge_store.page.questions import QUESTIONS, statement
 from knowledge_store.sql.isolated import isolated_excerpt
 from knowledge_store.sql.limits import MEMORY_LIMIT
 from knowledge_store.sql.named_files import NamedFiles, checked_files
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage import Storage
 from knowledge_store.store import KnowledgeStore
 
@@ -196,7 +197,8 @@ class _Server:
             stopped.set()
 
     def _isolated(self, sql: str, stopped: threading.Event, hear: Callable[[int, int], None]) -> dict[str, Any] | None:
-        return isolated_excerpt(self._storage.address, sql, stopped, hear, *self._limits, self._files)
+        statement = Statement(sql, *self._limits, files=self._files)
+        return isolated_excerpt(self._storage.address, statement, stopped, hear)
 
 
 def _line(message: dict[str, Any]) -> bytes:

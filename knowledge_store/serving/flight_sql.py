@@ -8,6 +8,7 @@ the statement itself with its parameters, and a transaction is a word, since not
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from collections import OrderedDict
@@ -22,9 +23,10 @@ from pyarrow import flight
 from knowledge_store.errors import InputError, QueryError
 from knowledge_store.serving.metrics import Call
 from knowledge_store.serving.protobuf import Message, Value, message
-from knowledge_store.serving.queries import Queries, Question
+from knowledge_store.serving.queries import Queries
 from knowledge_store.serving.served import ServedStore
 from knowledge_store.sql.parameters import check_json
+from knowledge_store.sql.statement import Statement
 
 TYPE_PREFIX = "type.googleapis.com/arrow.flight.protocol.sql."
 CATALOGUE, SCHEMA, TABLE_TYPE = "memory", "main", "VIEW"  # what a statement finds the relations in, and what they are
@@ -115,7 +117,7 @@ class FlightSql:
         call.facts["command"] = name
         if name == TICKET:
             sql, parameters = _statement(command.bytes(1) or b"")
-            yield from self._queries.answer(context, call, store, Question(sql, parameters))
+            yield from self._queries.answer(context, call, store, _unlimited(sql, parameters))
             return
         if name == "CommandGetTables":
             table = self._tables(context, call, store, command)
@@ -169,7 +171,7 @@ class FlightSql:
         plain = sql.strip().rstrip(";")
         limited = re.match(r"[\s(]*(--|/\*|(select|with|from|values)\b)", plain, re.IGNORECASE) is not None
         statement = f"SELECT * FROM ({plain}\n) LIMIT 0" if limited else sql
-        parts = self._queries.answer(context, call, store, Question(statement, parameters))
+        parts = self._queries.answer(context, call, store, _unlimited(statement, parameters))
         try:
             schema: pa.Schema = next(parts)
         finally:
@@ -271,6 +273,11 @@ def _statement(handle: bytes) -> tuple[str, list[Any] | None]:
     if not isinstance(sql, str) or not (parameters is None or isinstance(parameters, list)):
         raise InputError("this is no statement that this server prepared")
     return sql, parameters
+
+
+def _unlimited(sql: str, parameters: list[Any] | None) -> Statement:
+    """A statement whose limits are those of the server: a client by Flight SQL says none."""
+    return Statement(sql, math.inf, math.inf, parameters)
 
 
 def _values(column: pa.Array) -> list[Any]:

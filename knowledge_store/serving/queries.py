@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -16,27 +16,9 @@ from knowledge_store.serving.metrics import Call
 from knowledge_store.serving.served import ServedStore
 from knowledge_store.sql.isolated import isolated_batches, isolated_schemas
 from knowledge_store.sql.limits import check_limits
-from knowledge_store.sql.parameters import Parameters
+from knowledge_store.sql.statement import Statement
 
 SHOWN_SQL = 300  # characters of a statement in the log
-
-
-@dataclass(frozen=True)
-class Question:
-    """A statement and its limits: fewer than the server's, where it says so.
-
-    Attributes:
-        sql: the statement, from anybody.
-        parameters: of it.
-        memory_limit, timeout: bytes and seconds; None for the server's.
-        kept: whether the client keeps the answer in memory, which the memory limit then holds for too.
-    """
-
-    sql: str
-    parameters: Parameters | None = None
-    memory_limit: int | None = None
-    timeout: float | None = None
-    kept: bool = False
 
 
 class Queries:
@@ -58,32 +40,23 @@ class Queries:
         context: Any,
         call: Call,
         store: ServedStore,
-        question: Question,
+        statement: Statement,
         remark: Callable[[str], None] = lambda sentence: None,
     ) -> Iterator[Any]:
-        """The columns of an answer (a schema), and then its batches. The process ends with this iterator, and within a second
-        of its client's end.
+        """The columns of an answer (a schema), and then its batches, within the statement's limits or the server's, where those
+        are less. The process ends with this iterator, and within a second of its client's end.
 
         Raises:
             BusyError: as many are answered as may be.
             KnowledgeStoreError: as of `isolated_batches`.
         """
-        call.facts["sql"] = question.sql[:SHOWN_SQL]
-        memory_limit = min(question.memory_limit or self._memory_limit, self._memory_limit)
-        timeout = min(question.timeout or self._timeout, self._timeout)
-        check_limits(memory_limit, timeout)
+        call.facts["sql"] = statement.sql[:SHOWN_SQL]
+        memory_limit = min(statement.memory_limit, self._memory_limit)
+        limited = replace(statement, memory_limit=memory_limit, timeout=min(statement.timeout, self._timeout))
+        check_limits(limited.memory_limit, limited.timeout)
         with (
             self._process(context) as (watched, begin),
-            isolated_batches(
-                store.storage.address,
-                question.sql,
-                memory_limit,
-                timeout,
-                question.parameters,
-                remark,
-                question.kept,
-                begin=begin,
-            ) as reader,
+            isolated_batches(store.storage.address, limited, remark, begin) as reader,
         ):
             yield reader.schema
             for batch in reader:

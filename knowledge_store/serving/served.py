@@ -26,7 +26,7 @@ from knowledge_store.storage import Entry, StorePlace, open_storage
 
 OPENINGS = 4  # of a store, kept
 FRESH = 1.0  # seconds for which a store is not looked at again
-READER_MEMORY = 32 * 2**20  # bytes of decoded row groups of a dump; what the cache on disk has is not kept
+READER_MEMORY = 16 * 2**20  # bytes of decoded row groups of all dumps, beside the last one of each
 
 
 class _Opening:
@@ -34,7 +34,7 @@ class _Opening:
 
     def __init__(self, dumps: Dumps, cache_size: int):
         self.dumps = dumps
-        self.readers = Readers(dumps, cache_size, READER_MEMORY)
+        self.readers = Readers(dumps, cache_size, READER_MEMORY // max(len(dumps.manifests), 1))
         self.lock = threading.Lock()
 
     def same(self, other: Dumps) -> bool:

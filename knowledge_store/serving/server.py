@@ -21,11 +21,12 @@ from knowledge_store.reading.transfer import received_bytes
 from knowledge_store.serving.flight_sql import FlightSql
 from knowledge_store.serving.limits import STALLED, Slots, Watch
 from knowledge_store.serving.metrics import Call, Log, Metrics, resident_bytes
-from knowledge_store.serving.queries import Queries, Question
+from knowledge_store.serving.queries import Queries
 from knowledge_store.serving.requests import MAX_REQUEST, from_bytes
 from knowledge_store.serving.sequences import SequenceStreams
 from knowledge_store.serving.served import ServedStore, row_groups_bytes, table_bytes
 from knowledge_store.sql.parameters import Parameters
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage.served import messages
 from knowledge_store.storage.served.messages import BusyError, flight_error
 from knowledge_store.storage.served.tokens import TokenFile
@@ -268,10 +269,11 @@ class StoreServer(flight.FlightServerBase):
         parameters: Parameters | None = request.get("parameters")
         if not (parameters is None or isinstance(parameters, (list, dict))):
             raise InputError("the parameters of a statement are a list, or have names")
-        question = Question(request["sql"], parameters, request["memory_limit"], request["timeout"], bool(request.get("kept")))
+        kept = bool(request.get("kept"))
+        statement = Statement(request["sql"], request["memory_limit"], request["timeout"], parameters, kept=kept)
         schema = None
         remarks: list[str] = []
-        for part in self._queries.answer(context, call, store, question, remarks.append):
+        for part in self._queries.answer(context, call, store, statement, remarks.append):
             if schema is None:
                 schema = part
             yield part

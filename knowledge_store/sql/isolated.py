@@ -19,8 +19,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import takewhile
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from knowledge_store import errors
@@ -39,18 +39,12 @@ from knowledge_store.isolation.child import (
 )
 from knowledge_store.sql.answers import Format, write_answer
 from knowledge_store.sql.excerpt import excerpt
-from knowledge_store.sql.limits import (
-    MEMORY_LIMIT,
-    TIMEOUT,
-    broken,
-    check_limits,
-    interrupted,
-    not_opened,
-)
-from knowledge_store.sql.named_files import NamedFiles, checked_files
-from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
+from knowledge_store.sql.limits import broken, check_limits, interrupted, not_opened
+from knowledge_store.sql.named_files import checked_files
+from knowledge_store.sql.parameters import check_json, plain_parameters
 from knowledge_store.sql.progress import ReadStorage, reported
 from knowledge_store.sql.served import served_batches
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage import Storage, open_storage
 from knowledge_store.storage.served.address import is_served
 from knowledge_store.storage.served.client import ServedStorage
@@ -58,6 +52,7 @@ from knowledge_store.storage.served.client import ServedStorage
 if TYPE_CHECKING:
     import pyarrow as pa
 
+ANSWER = "knowledge_store.sql.isolated:answer"  # the child's task
 ARROW, SCHEMAS = "arrow", "schemas"
 EXCERPT = "excerpt"  # the JSON of `sql.excerpt`, with progress
 DUCKDB_SHARE = 0.8
@@ -67,31 +62,23 @@ OPENED = "opened"
 STOPPED_WITHIN = 0.1  # seconds
 
 
+Remark = Callable[[str], None]
+Begin = Callable[[Child], None]
+
+
+def silent(what: object) -> None:
+    """Hears, and does nothing."""
+
+
 @contextmanager
-def asked(
-    store: str | Path,
-    sql: str,
-    form: str,
-    memory_limit: float,
-    timeout: float,
-    remark: Callable[[str], None],
-    parameters: Parameters | None = None,
-    kept: bool = True,
-    files: NamedFiles | None = None,
-    begin: Callable[[Child], None] = lambda child: None,
-) -> Iterator[IO[bytes]]:
+def asked(store: str, statement: Statement, form: str, remark: Remark = silent, begin: Begin = silent) -> Iterator[IO[bytes]]:
     """Ask a store in a process of its own, which ends with this context, and with the thread that entered it.
 
     Args:
         store: its address.
-        sql: one SELECT statement, from anybody.
+        statement: what is asked, and its limits.
         form: ARROW (an Arrow stream), SCHEMAS (as of `isolated_schemas`), or a Format.
-        memory_limit: in bytes, for all that the query needs, its answer and its text included.
-        timeout: in seconds.
         remark: called with what a person should know of the answer.
-        parameters: of the statement (see `query.Query`): numbers, texts, truth values, None, and lists and dicts of them.
-        kept: whether the caller keeps the answer in memory, which the memory limit then holds for too.
-        files: Parquet files that the statement may read as relations, by their names.
         begin: gets the process when it begins.
 
     Yields:
@@ -101,25 +88,31 @@ def asked(
         InputError: a limit, a parameter or a file cannot be used.
         KnowledgeStoreError: as `KnowledgeStore.open` and `KnowledgeStore.sql`, when all there is of the answer was read.
     """
-    check_limits(memory_limit, timeout)
-    if is_served(str(store)):
-        with _asked_server(str(store), sql, Format(form), memory_limit, timeout, remark, parameters, files) as text:
+    check_limits(statement.memory_limit, statement.timeout)
+    if is_served(store):
+        with _asked_server(store, statement, Format(form), remark) as text:
             yield text
         return
-    values = plain_parameters(parameters)
-    check_json(values)
-    limits = {"memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS)}
-    request = {"store": str(store), "sql": sql, "form": form, "parameters": values, "kept": kept, **limits}
-    request["files"] = checked_files(files)
-    with started("knowledge_store.sql.isolated:answer", request) as child:
+    with started(ANSWER, _request(store, statement, form)) as child:
         begin(child)
         yield child.answer
-        sentence = _result(child, memory_limit, timeout)
+        sentence = _result(child, statement)
         if sentence:
             remark(sentence)
 
 
-def _result(child: Child, memory_limit: float, timeout: float, hear: Report = lambda report: None) -> Any:
+def _request(store: str, statement: Statement, form: str) -> dict[str, Any]:
+    """What the child is told (InputError: a parameter or a file cannot be used)."""
+    values = plain_parameters(statement.parameters)
+    check_json(values)
+    return {
+        "store": store, "sql": statement.sql, "form": form, "parameters": values, "kept": statement.kept,
+        "memory_limit": int(min(statement.memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(statement.timeout, MAX_SECONDS),
+        "files": checked_files(statement.files),
+    }  # fmt: skip
+
+
+def _result(child: Child, statement: Statement, hear: Report = silent) -> Any:
     states: set[str] = set()
 
     def note(report: dict[str, Any]) -> None:
@@ -130,27 +123,20 @@ def _result(child: Child, memory_limit: float, timeout: float, hear: Report = la
         return child.result(note)
     except Killed as killed:
         if OPENED not in states:
-            raise not_opened(
-                max(timeout, OPENING_TIME), max(memory_limit, OPENING_MEMORY), f"the process ended by {killed}"
-            ) from None
+            time, memory = max(statement.timeout, OPENING_TIME), max(statement.memory_limit, OPENING_MEMORY)
+            raise not_opened(time, memory, f"the process ended by {killed}") from None
         if killed.signal == signal.SIGALRM:
-            raise interrupted(timeout) from None
-        raise broken(str(killed), memory_limit) from None
+            raise interrupted(statement.timeout) from None
+        raise broken(str(killed), statement.memory_limit) from None
 
 
 def isolated_excerpt(
-    store: str,
-    sql: str,
-    stopped: threading.Event,
-    hear: Callable[[int, int], None],
-    memory_limit: float = MEMORY_LIMIT,
-    timeout: float = TIMEOUT,
-    files: NamedFiles | None = None,
+    store: str, statement: Statement, stopped: threading.Event, hear: Callable[[int, int], None]
 ) -> dict[str, Any] | None:
     """The beginning of an answer (see `sql.excerpt`), from a process of its own.
 
     Args:
-        store, sql, memory_limit, timeout, files: as of `asked`.
+        store, statement: as of `asked`.
         stopped: set by another thread, it ends the process.
         hear: called now and then with how many bytes of the tables that are read have been passed, and of how many.
 
@@ -160,15 +146,11 @@ def isolated_excerpt(
     Raises:
         as `asked`.
     """
-    check_limits(memory_limit, timeout)
+    check_limits(statement.memory_limit, statement.timeout)
     if is_served(store):
-        return _served_excerpt(store, sql, stopped, memory_limit, timeout, files)
-    request = {
-        "store": store, "sql": sql, "form": EXCERPT, "parameters": None, "kept": False, "files": checked_files(files),
-        "memory_limit": int(min(memory_limit, MAX_MEMORY_LIMIT)), "timeout": min(timeout, MAX_SECONDS),
-    }  # fmt: skip
+        return _served_excerpt(store, statement, stopped)
     done = threading.Event()
-    with started("knowledge_store.sql.isolated:answer", request) as child:
+    with started(ANSWER, _request(store, statement, EXCERPT)) as child:
 
         def stop_when_told() -> None:
             while not done.is_set():
@@ -181,7 +163,7 @@ def isolated_excerpt(
         reading = threading.Thread(target=lambda: parts.append(child.answer.read()), daemon=True)
         reading.start()
         try:
-            remark = _result(child, memory_limit, timeout, lambda report: _hear_progress(report, hear))
+            remark = _result(child, statement, lambda report: _hear_progress(report, hear))
         except errors.KnowledgeStoreError:
             if stopped.is_set():
                 return None
@@ -192,12 +174,10 @@ def isolated_excerpt(
     return None if stopped.is_set() else {**json.loads(parts[0]), "remark": remark}
 
 
-def _served_excerpt(
-    store: str, sql: str, stopped: threading.Event, memory_limit: float, timeout: float, files: NamedFiles | None
-) -> dict[str, Any] | None:
+def _served_excerpt(store: str, statement: Statement, stopped: threading.Event) -> dict[str, Any] | None:
     """As `isolated_excerpt`, of a served store, which does not say how far it is."""
     remarks: list[str] = []
-    with answered(open_storage(store), sql, memory_limit, timeout, remark=remarks.append, files=files) as reader:
+    with answered(open_storage(store), statement, remarks.append) as reader:
         found = excerpt(reader.schema, takewhile(lambda batch: not stopped.is_set(), reader))
     return None if stopped.is_set() else {**found, "remark": "; ".join(remarks)}
 
@@ -209,15 +189,7 @@ def _hear_progress(report: dict[str, Any], hear: Callable[[int, int], None]) -> 
 
 @contextmanager
 def isolated_batches(
-    store: str,
-    sql: str,
-    memory_limit: float = MEMORY_LIMIT,
-    timeout: float = TIMEOUT,
-    parameters: Parameters | None = None,
-    remark: Callable[[str], None] = lambda sentence: None,
-    kept: bool = False,
-    files: NamedFiles | None = None,
-    begin: Callable[[Child], None] = lambda child: None,
+    store: str, statement: Statement, remark: Remark = silent, begin: Begin = silent
 ) -> Iterator[pa.RecordBatchReader]:
     """The answer to a statement, batch by batch as it comes, from a process of its own (see `asked`).
 
@@ -228,7 +200,7 @@ def isolated_batches(
     complete = False
     # Where the stream ends too soon, how the child ended says why.
     with (
-        asked(store, sql, ARROW, memory_limit, timeout, remark, parameters, kept, files, begin) as answer,
+        asked(store, statement, ARROW, remark, begin) as answer,
         suppress(pa.ArrowInvalid, OSError),
         pa.ipc.open_stream(answer) as reader,
     ):
@@ -239,48 +211,27 @@ def isolated_batches(
 
 
 @contextmanager
-def answered(
-    storage: Storage,
-    sql: str,
-    memory_limit: float = MEMORY_LIMIT,
-    timeout: float = TIMEOUT,
-    parameters: Parameters | None = None,
-    remark: Callable[[str], None] = lambda sentence: None,
-    kept: bool = False,
-    files: NamedFiles | None = None,
-) -> Iterator[pa.RecordBatchReader]:
+def answered(storage: Storage, statement: Statement, remark: Remark = silent) -> Iterator[pa.RecordBatchReader]:
     """As `isolated_batches`, of a storage; one that is served is asked where it is served, within the limits there."""
     if not isinstance(storage, ServedStorage):
-        with isolated_batches(storage.address, sql, memory_limit, timeout, parameters, remark, kept, files) as reader:
+        with isolated_batches(storage.address, statement, remark) as reader:
             yield reader
         return
-    check_limits(memory_limit, timeout)
-    if files:
+    check_limits(statement.memory_limit, statement.timeout)
+    if statement.files:
         raise errors.InputError(
             f"{storage.address} is a served store, and files of this machine are not read there: leave out"
-            f" {', '.join(sorted(files))}"
+            f" {', '.join(sorted(statement.files))}"
         )
-    with served_batches(storage, sql, memory_limit, timeout, parameters, remark, kept) as reader:
+    with served_batches(storage, statement, remark) as reader:
         yield reader
 
 
 @contextmanager
-def _asked_server(
-    address: str,
-    sql: str,
-    form: Format,
-    memory_limit: float,
-    timeout: float,
-    remark: Callable[[str], None],
-    parameters: Parameters | None,
-    files: NamedFiles | None,
-) -> Iterator[IO[bytes]]:
+def _asked_server(address: str, statement: Statement, form: Format, remark: Remark) -> Iterator[IO[bytes]]:
     """As `asked`, of a served store: the answer is put into words here."""
     remarks: list[str] = []
-    with (
-        tempfile.TemporaryFile() as kept,
-        answered(open_storage(address), sql, memory_limit, timeout, parameters, remarks.append, files=files) as reader,
-    ):
+    with tempfile.TemporaryFile() as kept, answered(open_storage(address), statement, remarks.append) as reader:
         text = io.TextIOWrapper(kept, encoding="utf-8", newline="")
         written = write_answer(reader.schema, iter(reader), form, text)
         text.flush()
@@ -297,28 +248,18 @@ def check_answered(storage: Storage) -> None:
         storage.external_address(STORE_FILE)
 
 
-def isolated_answer(
-    storage: Storage,
-    sql: str,
-    memory_limit: int = MEMORY_LIMIT,
-    timeout: float = TIMEOUT,
-    parameters: Parameters | None = None,
-    remark: Callable[[str], None] = lambda sentence: None,
-    files: NamedFiles | None = None,
-) -> pa.Table:
+def isolated_answer(storage: Storage, statement: Statement, remark: Remark = silent) -> pa.Table:
     """`run_query` in a process of its own, which opens the store again (see `asked`)."""
-    with answered(storage, sql, memory_limit, timeout, parameters, remark, kept=True, files=files) as reader:
+    with answered(storage, replace(statement, kept=True), remark) as reader:
         table: pa.Table = reader.read_all()
     return table
 
 
-def isolated_schemas(
-    store: str, memory_limit: float, timeout: float, begin: Callable[[Child], None] = lambda child: None
-) -> dict[str, pa.Schema]:
+def isolated_schemas(store: str, memory_limit: float, timeout: float, begin: Begin = silent) -> dict[str, pa.Schema]:
     """The columns of a store's relations, by their names, found in a process of its own (raises as `asked`)."""
     import pyarrow as pa
 
-    with asked(store, "SHOW TABLES", SCHEMAS, memory_limit, timeout, lambda sentence: None, begin=begin) as answer:
+    with asked(store, Statement("SHOW TABLES", memory_limit, timeout), SCHEMAS, begin=begin) as answer:
         schemas: dict[str, str] = json.loads(answer.read() or b"{}")
     return {name: pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(text))) for name, text in schemas.items()}
 

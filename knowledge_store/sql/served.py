@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from knowledge_store.sql.parameters import Parameters, check_json, plain_parameters
+from knowledge_store.sql.parameters import check_json, plain_parameters
+from knowledge_store.sql.statement import Statement
 from knowledge_store.storage.served.client import ServedStorage
 from knowledge_store.storage.served.messages import library_error, to_bytes
 
@@ -17,13 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def served_batches(
-    storage: ServedStorage,
-    sql: str,
-    memory_limit: float,
-    timeout: float,
-    parameters: Parameters | None = None,
-    remark: Callable[[str], None] = lambda sentence: None,
-    kept: bool = False,
+    storage: ServedStorage, statement: Statement, remark: Callable[[str], None]
 ) -> Iterator[pa.RecordBatchReader]:
     """The answer to a statement, batch by batch as it comes (see `sql.isolated.isolated_batches`), within the limits that
     are given or those of the server where these are less.
@@ -34,10 +29,10 @@ def served_batches(
     import pyarrow as pa
     from pyarrow import flight
 
-    values = plain_parameters(parameters)
+    values = plain_parameters(statement.parameters)
     check_json(values)
-    limits = {"memory_limit": int(memory_limit), "timeout": float(timeout), "kept": kept}
-    ticket = flight.Ticket(to_bytes({"sql": sql, "parameters": values, **limits}))
+    limits = {"memory_limit": int(statement.memory_limit), "timeout": float(statement.timeout), "kept": statement.kept}
+    ticket = flight.Ticket(to_bytes({"sql": statement.sql, "parameters": values, **limits}))
     attempts = storage.attempts()
     stream = attempts.of(lambda: _begun(storage.connection().do_get(ticket, storage.options(None))))
 

@@ -12,6 +12,8 @@ from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage.bucket import BucketStorage
 from knowledge_store.storage.bucket_address import SCHEMES, BucketAddress, is_bucket_address
+from knowledge_store.storage.hub import SCHEME as HUB
+from knowledge_store.storage.hub import HubStorage
 from knowledge_store.storage.local import LocalStorage
 from knowledge_store.storage.protocol import Entry, Storage, Write, concurrently, contents
 from knowledge_store.storage.served.address import is_served
@@ -38,8 +40,8 @@ def open_storage(store: StorePlace, token_file: str | Path | None = None, report
     """The storage of a store, from its folder or address; a storage stays as it is.
 
     Args:
-        store: a folder, `s3://bucket/prefix` (also gs:// and az://, see `bucket_address`), or `grpc+tls://host:port` where a
-            store is served.
+        store: a folder, `s3://bucket/prefix` (also gs:// and az://, see `bucket_address`), `hf://datasets/owner/name@revision/path`
+            (see `hub`), or `grpc+tls://host:port` where a store is served.
         token_file: of a served store, a file of the token; None takes it from the environment (see `served.client`).
         reporter: hears when a server is waited for.
 
@@ -48,6 +50,8 @@ def open_storage(store: StorePlace, token_file: str | Path | None = None, report
     """
     if is_served(store):
         return ServedStorage(str(store), token_file, reporter)
+    if isinstance(store, str) and store.startswith(HUB):
+        return HubStorage(store)
     if isinstance(store, str) and "://" in store:
         return BucketStorage(store)
     if isinstance(store, str | Path) and re.match(rf"({'|'.join(SCHEMES)}):", str(store), re.IGNORECASE):

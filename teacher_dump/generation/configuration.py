@@ -53,6 +53,12 @@ class GenerateConfig(WorkerOptions, RowOptions, TeacherOptions):
     )
     max_new_tokens: int = option(256, min=1, help="Longest text, in tokens; one that is longer is cut off there.")
     seed: int = option(0, min=0, max=2**63 - 1, help="Of the draws: another seed writes other texts.")
+    keep_top_k: int | None = option(
+        None,
+        min=1,
+        help="Keep so many of the likeliest tokens at each token that is written, so that `teacher-dump import` makes a dump of"
+        " the texts without the teacher. It changes no text.",
+    )
     batch_size: int = option(16, min=1, help="Texts that are written at once. Smaller takes less memory.")
     shard_size: int = option(64, min=1, help="Prompts in a file of the folder, which is what is lost when a worker is killed.")
     skip_bad_rows: bool = option(False, help="Leave out rows that cannot be used, and count them, instead of stopping.")

@@ -100,11 +100,13 @@ class Writer:
             "template_sha256": None if template is None else template["sha256"],
         }
         names = [file["name"] for file in settings["prompts"]]
-        return TextRows(self.teacher.tokenizer, self.reader.tokenizer, self._plan, same, names, self._writing.likeliest)
+        kept = self.config.keep_top_k is not None
+        return TextRows(self.teacher.tokenizer, self.reader.tokenizer, self._plan, same, names, kept)
 
     @cached_property
     def _writing(self) -> Writing:
-        return Writing(self.config.temperature, self.config.max_new_tokens, tuple(self.manifest["stop_tokens"]))
+        kept = min(self.config.keep_top_k or 0, self.teacher.vocabulary_size)
+        return Writing(self.config.temperature, self.config.max_new_tokens, tuple(self.manifest["stop_tokens"]), kept)
 
     def _texts_of(self, number: int) -> int:
         """How many texts a file has, where all of its prompts can be used."""

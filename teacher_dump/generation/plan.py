@@ -17,7 +17,8 @@ from teacher_dump.generation.prompts import PromptReader
 # Columns of a text, beside those of its prompt.
 WRITTEN = (
     *(*COMPLETION.required, "sample", "seed", "logprob", "tokens", FINISH, "exact"),
-    *("teacher", "template_sha256", "prompt_file", "prompt_row", "top_ids", "top_logprobs", "sequence"),
+    *("teacher", "template_sha256", "prompt_file", "prompt_row"),
+    *("sequence", "targets", "token_logprobs", "top_ids", "top_logprobs", "tail_logprobs"),
 )
 # A prompt's own columns of these names would be read as something else where the texts are a corpus.
 TAKEN = {*WRITTEN, *TEMPLATE_COLUMNS, *(part for shape in SHAPES for part in (*shape.required, *shape.optional))}

@@ -12,7 +12,7 @@ from knowledge_store.storage.local import LocalStorage
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.columns import Columns
 from teacher_dump.corpus.documents import file_names
-from teacher_dump.corpus.generated import read_manifest
+from teacher_dump.corpus.generated import MANIFEST, read_manifest
 from teacher_dump.corpus.rows import BadRow
 from teacher_dump.corpus.tokenisation import CorpusTokenizer, describe_tokenizer
 from teacher_dump.fingerprints import file_sha256
@@ -45,6 +45,8 @@ def existing_manifest(folder: Path) -> dict[str, Any] | None:
     except MissingFileError:
         storage = LocalStorage(folder)
         found = [*storage.folders(""), *(entry.name for entry in storage.files(""))] if folder.exists() else []
+        if MANIFEST in found:  # another worker has just begun
+            return read_manifest(folder)
         if found:
             raise InputError(
                 f"{folder} has other files than texts of teacher-dump generate ({found[0]}): name a new or an empty folder for"
@@ -137,6 +139,7 @@ def settings_record(
         "max_new_tokens": config.max_new_tokens,
         "seed": config.seed,
         "shard_size": config.shard_size,
+        "keep_top_k": config.keep_top_k,
         "prompt_as": "message" if reader.as_message else "text",
         "count": config.count,
         "columns": config.column_names,

@@ -28,6 +28,16 @@ CONTEXT = 32  # tokens before a text that it is decoded with: some tokenizers dr
 REPLACEMENT = "\ufffd"  # stands for half of a character
 MANIFEST_KEY = b"teacher_dump.generation"  # of a file's metadata: the SHA-256 of the manifest it belongs to
 
+# What is kept beside a text for `teacher-dump import`: a value for each token of prompt and text.
+KNOWLEDGE = {
+    "sequence": pa.list_(pa.int32()),
+    "targets": pa.list_(pa.int8()),
+    "token_logprobs": pa.list_(pa.float64()),
+    "top_ids": pa.list_(pa.list_(pa.int32())),
+    "top_logprobs": pa.list_(pa.list_(pa.float64())),
+    "tail_logprobs": pa.list_(pa.float64()),
+}
+
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
 
@@ -40,7 +50,7 @@ class TextRows:
         plan: of the prompts.
         same: columns that all rows have alike: seed, teacher, template_sha256.
         file_names: of the prompts, as they are called.
-        likeliest: how many of the likeliest tokens are kept at each token of a text.
+        with_likeliest: whether the likeliest tokens are kept at each token of a text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -48,7 +58,7 @@ class TextRows:
     plan: Plan
     same: dict[str, Any]
     file_names: list[str]
-    likeliest: int
+    with_likeliest: bool
 
     def row(self, prompt: Prompt, sample: int, text: WrittenText) -> dict[str, Any]:
         """The row of a text."""
@@ -81,10 +91,7 @@ class TextRows:
             row[written] = column_value(value, self.plan.columns[written])
         if text.likeliest is not None:
             assert prompt.token_ids is not None
-            empty: list[list[Any]] = [[]] * len(prompt.token_ids)
-            row["sequence"] = [*prompt.token_ids.tolist(), *row["tokens"]]
-            row["top_ids"] = [*empty, *text.likeliest.ids.tolist()]
-            row["top_logprobs"] = [*empty, *text.likeliest.logprobs.tolist()]
+            row |= _knowledge(prompt.token_ids, text)
         return row
 
     def _words(self, prompt: Prompt, text: WrittenText) -> str:
@@ -144,14 +151,27 @@ class TextRows:
         }
         if plan.arguments:
             fields |= {"tools": pa.string(), "chat_template_kwargs": pa.string()}
-        if self.likeliest:
-            fields |= {
-                "sequence": pa.list_(pa.int32()),
-                "top_ids": pa.list_(pa.list_(pa.int32())),
-                "top_logprobs": pa.list_(pa.list_(pa.float64())),
-            }
+        if self.with_likeliest:
+            fields |= KNOWLEDGE
         fields |= {name: CORPUS_TYPES[kind] for name, kind in plan.columns.items()}
         return pa.schema(list(fields.items()))
+
+
+def _knowledge(prompt: np.ndarray, text: WrittenText) -> dict[str, Any]:
+    """What a teacher thought at each token of a text, one value for each token of prompt and text; nothing at the prompt's."""
+    assert text.likeliest is not None
+    blank = [np.nan] * len(prompt)
+    none: list[list[Any]] = [[]] * len(prompt)
+    # Beneath float32's rounding of one, what others leave of it is not known to be anything.
+    remainders = np.log(np.maximum(1 - np.exp(text.likeliest.logprobs).sum(axis=1), np.finfo(np.float32).eps))
+    return {
+        "sequence": [*prompt.tolist(), *text.token_ids.tolist()],
+        "targets": [*[0] * len(prompt), *[1] * len(text.token_ids)],
+        "token_logprobs": [*blank, *text.logprobs.tolist()],
+        "top_ids": [*none, *text.likeliest.ids.tolist()],
+        "top_logprobs": [*none, *text.likeliest.logprobs.tolist()],
+        "tail_logprobs": [*blank, *(remainders if text.tails is None else text.tails).tolist()],
+    }
 
 
 def _column(values: list[Any], kind: pa.DataType) -> pa.Array:

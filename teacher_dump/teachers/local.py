@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,6 +205,11 @@ class LocalTeacher:
                 " choose another layer, or leave this kind of knowledge out"
             )
         return states[layer].detach()
+
+    @cached_property
+    def nameless_tokens(self) -> np.ndarray:
+        """The ids below the vocabulary size that the tokenizer does not have, int64 (n,)."""
+        return np.setdiff1d(np.arange(self.vocabulary_size), list(self.tokenizer.get_vocab().values()))
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:

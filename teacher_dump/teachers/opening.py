@@ -62,7 +62,8 @@ def open_teacher(config: NamedTeacher, loading: Loading, longest: int, *, report
     if loading.engine == "vllm":
         from teacher_dump.teachers import vllm
 
-        return vllm.load_teacher(config.teacher, loading, longest, reporter=reporter)
+        room = max(vllm.ROOM, getattr(config, "batch_size", 0))
+        return vllm.load_teacher(config.teacher, loading, longest, room=room, reporter=reporter)
 
     from teacher_dump.teachers import local
 

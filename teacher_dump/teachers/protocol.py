@@ -86,12 +86,14 @@ class WrittenText:
         stopped: whether it ended by itself.
         logprobs: of each of its tokens at temperature 1, nats, float64 (N,).
         likeliest: of each of its tokens, with as many of the likeliest as were asked for; None where none were.
+        tails: the log-probability of all others together, nats, float64 (N,); None where it is only what those leave of one.
     """
 
     token_ids: np.ndarray
     stopped: bool
     logprobs: np.ndarray
     likeliest: Likeliest | None = None
+    tails: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from teacher_dump.teachers.protocol import (
 from teacher_dump.teachers.tokenizer import load_tokenizer, stop_tokens, token_texts
 from teacher_dump.teachers.vllm_engine import VllmEngine, start_engine
 
+ROOM = 64  # sequences that vLLM works on at once, at least
 PROBES, PROBE_TOKENS = 2, 16  # texts whose distributions are asked for both ways at the start, and their length
 TOLERANCE = {"float32": 1e-4}  # nats that the two may be apart, of the same batch
 SHORT_TOLERANCE = 0.05  # in a dtype of 16 bits
@@ -204,7 +205,7 @@ class VllmTeacher(WithoutGradients):
         return token_texts(self.tokenizer, self.vocabulary_size)
 
 
-def load_teacher(teacher: str, loading: Loading, longest: int, *, room: int = 64, reporter: Reporter = SILENT) -> VllmTeacher:
+def load_teacher(teacher: str, loading: Loading, longest: int, *, room: int = ROOM, reporter: Reporter = SILENT) -> VllmTeacher:
     """Start vLLM on a teacher, and hash its files.
 
     Args:

@@ -50,15 +50,18 @@ def _shifted(values: torch.Tensor, by: int) -> torch.Tensor:
 class _Drawing(LogitsProcessor):
     """Draws the tokens of B texts, and keeps what each step says of those that it drew."""
 
-    def __init__(self, keys: torch.Tensor, writing: Writing, impossible_tokens: np.ndarray):
-        self._keys, self._writing, self._impossible = keys, writing, impossible_tokens
+    def __init__(self, keys: torch.Tensor, writing: Writing, teacher: LocalTeacher):
+        self._keys, self._writing, self._impossible = keys, writing, teacher.impossible_tokens
+        self._nameless = torch.from_numpy(teacher.nameless_tokens).to(keys.device)
         self.drawn: list[torch.Tensor] = []  # int64 (B,) a step
         self.logprobs: list[torch.Tensor] = []  # float32 (B,) a step
-        self.likeliest: list[tuple[torch.Tensor, torch.Tensor]] = []  # logprobs float32 and ids int64, (B, k) each, a step
+        # A step: logprobs float32 (B, k), their ids int64 (B, k), and the log-probability of the others, float32 (B,).
+        self.likeliest: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         logits = with_finite_padding(scores.float(), self._impossible)
         logprobs = logits.log_softmax(dim=-1)
+        logits[:, self._nameless] = -torch.inf  # there is no text for them
         if self._writing.temperature:
             uniform = random_numbers(self._keys, len(self.drawn), logits.shape[1])
             # −log E, with E = −log(1 − u), is a Gumbel variable.
@@ -68,7 +71,7 @@ class _Drawing(LogitsProcessor):
         self.logprobs.append(logprobs.gather(1, chosen[:, None])[:, 0])
         if self._writing.likeliest:
             values, ids = logprobs.topk(self._writing.likeliest, dim=-1)
-            self.likeliest.append((values, ids))
+            self.likeliest.append((values, ids, logprobs.scatter(1, ids, -torch.inf).logsumexp(dim=-1)))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
 
@@ -85,7 +88,7 @@ def write_texts(teacher: LocalTeacher, requests: Sequence[TextRequest], writing:
         padded[row, longest - len(request.prompt) :] = request.prompt
         mask[row, longest - len(request.prompt) :] = 1
     keys = torch.from_numpy(np.array([request.key for request in requests], np.uint64).view(np.int64)).to(teacher.device)
-    drawing = _Drawing(keys, writing, teacher.impossible_tokens)
+    drawing = _Drawing(keys, writing, teacher)
     given = teacher.model.generation_config
     # What a model says of how it likes to be sampled, such as a penalty for repetitions, would be taken beside that.
     teacher.model.generation_config = GenerationConfig()
@@ -122,7 +125,6 @@ def write_texts(teacher: LocalTeacher, requests: Sequence[TextRequest], writing:
 
 def _with_likeliest(text: WrittenText, row: int, drawing: _Drawing) -> WrittenText:
     steps = drawing.likeliest[: len(text.token_ids)]
-    logprobs = torch.stack([values[row] for values, _ in steps]).double().cpu().numpy()
-    ids = torch.stack([places[row] for _, places in steps]).cpu().numpy()
-    likeliest = Likeliest(ids, logprobs, text.token_ids, text.logprobs)
-    return WrittenText(text.token_ids, text.stopped, text.logprobs, likeliest)
+    logprobs, ids, tails = (torch.stack([step[part][row] for step in steps]).cpu().numpy() for part in range(3))
+    likeliest = Likeliest(ids, logprobs.astype(np.float64), text.token_ids, text.logprobs)
+    return WrittenText(text.token_ids, text.stopped, text.logprobs, likeliest, tails.astype(np.float64))

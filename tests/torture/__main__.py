@@ -41,9 +41,9 @@ LOOPS = {
     "hostile_sql": 2.0,
     "serving": 2.0,
     "order": 2.0,
-    "generation": 2.0,
     "power_loss": 2.0,
     "buckets": 2.0,
+    "generation": 2.0,
 }
 AT_ONCE = 2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -15,12 +15,14 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from bucket_servers import program, seaweedfs
 from processes import Running
 from stores import commit
 
 from knowledge_store import DumpWriter, KnowledgeStore, KnowledgeStoreError, verify
+from knowledge_store.catalogue import index
 from knowledge_store.format.commits import read_commit
 from knowledge_store.format.layout import table_file
 from knowledge_store.storage import Storage, open_storage
@@ -51,6 +53,7 @@ def work(address: str, order: list[int], shards: int, machine: int) -> None:
         for shard in order:
             if not writer.committed(shard):
                 commit(writer, shard, knowledge(shard, machine))
+        writer.finish()
         print("done")
     except KnowledgeStoreError as error:
         print(f"{type(error).__name__}: {error}")
@@ -96,6 +99,9 @@ def check(storage: Storage, address: str, folder: Path, shards: int) -> int:
             assert data in [one[name] for one in alone], f"{name} is what no machine makes"
             files += 1
     assert storage.read("d/tokens.parquet") == alone[0]["d/tokens.parquet"]
+    assert _bundles(storage), "nobody bundled the records"
+    with patch.object(index, "index_path", lambda storage: None):  # as a machine that has never seen it, from the bundle
+        assert check_snapshot(KnowledgeStore.open(address)) == set(range(shards))
     assert check_snapshot(KnowledgeStore.open(address)) == set(range(shards))
     return files
 
@@ -106,6 +112,18 @@ def everything(store: KnowledgeStore) -> list[Any]:
     rows = store.sql("SELECT * EXCLUDE (token_text) FROM positions ORDER BY sequence_id, position")
     facts = store.sql("SELECT * EXCLUDE (committed_at) FROM shards ORDER BY shard")
     return [batches, rows, facts, store.tokens("d"), store.sequences("d")]
+
+
+def _bundles(storage: Storage) -> list[str]:
+    return [f"d/commits/{entry.name}" for entry in storage.files("d/commits") if entry.name.endswith(".gz")]
+
+
+def _opened(address: str, way: int) -> KnowledgeStore:
+    """The store by the index, by each commit record, or as on a machine that has never seen it."""
+    if way < 2:
+        return KnowledgeStore.open(address, cache_size=0, rebuild_index=way == 1)
+    with patch.object(index, "index_path", lambda storage: None):
+        return KnowledgeStore.open(address, cache_size=0)
 
 
 def turn_bits(chance: random.Random, address: str, bits: int) -> Counter[str]:
@@ -124,7 +142,7 @@ def turn_bits(chance: random.Random, address: str, bits: int) -> Counter[str]:
         endpoint=storage._address.service,
         client_options={"allow_http": True},
     )
-    names = ["store.json", "d/manifest.json", "d/tokens.parquet"]
+    names = ["store.json", "d/manifest.json", "d/tokens.parquet", *3 * _bundles(storage)]
     for folder in ("commits", *TABLES):
         names += [f"d/{folder}/{entry.name}" for entry in storage.files(f"d/{folder}")]
     sound = everything(KnowledgeStore.open(address, cache_size=0))
@@ -138,7 +156,7 @@ def turn_bits(chance: random.Random, address: str, bits: int) -> Counter[str]:
         opened = KnowledgeStore.open(address, cache_size=0) if chance.random() < 0.5 else None
         obstore.put(raw, name, bytes(data), use_multipart=False)
         try:
-            answer = everything(opened or KnowledgeStore.open(address, cache_size=0, rebuild_index=chance.random() < 0.3))
+            answer = everything(opened or _opened(address, chance.randrange(3)))
             assert answer == sound, f"bit {place} of {name} was turned, and nobody was told"
             counts["bits that changed nothing that was read"] += 1
         except KnowledgeStoreError:
@@ -147,6 +165,7 @@ def turn_bits(chance: random.Random, address: str, bits: int) -> Counter[str]:
             data[place // 8] ^= 1 << place % 8
             obstore.put(raw, name, bytes(data), use_multipart=False)
         counts["bits"] += 1
+        counts["bits of bundles"] += name.endswith(".gz")
     assert verify(address).sound
     return counts
 

@@ -21,7 +21,7 @@ from torture.heartbeat import beat
 
 ROWS, SHARD_SIZE, SAMPLES = 11, 3, 2
 WORLDS = (1, 2, 3)
-LOOKS = 40  # a worker touches its folder about as often
+LOOKS = 16  # a worker touches its folder about as often, or more often where it writes more of the files
 KILLS = 6  # of a round, at most
 
 

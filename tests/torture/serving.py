@@ -116,7 +116,7 @@ def run(seed: int, minutes: float, folder: Path, faults: int | None = None) -> d
         hostile, asked = _hostile(chance), set()
         end = time.monotonic() + 60 * minutes
         while sum(counts.values()) < faults if faults is not None else time.monotonic() < end:
-            what = chance.choices(("sql", "nonsense", "clients", "kills"), (6, 3, 1, 1))[0]
+            what = chance.choices(("sql", "nonsense", "clients", "kills"), (12, 3, 1, 1))[0]
             beat(f"seed {seed}, fault {sum(counts.values()) + 1}: {what}")
             if what == "sql":
                 attempt = next(hostile)
