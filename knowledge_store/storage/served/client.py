@@ -11,8 +11,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from knowledge_store.errors import InputError, KnowledgeStoreError, StoreError
 from knowledge_store.quantities import duration
 from knowledge_store.reporter import SILENT, Reporter
-from knowledge_store.storage.protocol import Entry, Write
+from knowledge_store.storage.protocol import Entry
 from knowledge_store.storage.served import messages
 from knowledge_store.storage.served.address import PLAIN, TLS, parse_address
 from knowledge_store.storage.served.messages import BusyError, library_error, to_bytes
@@ -199,35 +198,12 @@ class ServedStorage:
     def leftovers(self, prefix: str) -> list[str]:
         return []
 
-    def probe(self) -> None:
-        raise self._read_only()
+    def _refused(self, *what: Any) -> Any:
+        """What would write (InputError)."""
+        raise InputError(f"{self.address} is a served store, which is only read: write to its folder, where it is served")
 
-    def create(self, name: str, write: Write) -> bool:
-        raise self._read_only()
-
-    def replace(self, files: Sequence[tuple[str, Write]]) -> None:
-        raise self._read_only()
-
-    def make_lasting(self, prefix: str) -> None:
-        raise self._read_only()
-
-    def remove(self, name: str) -> None:
-        raise self._read_only()
-
-    def remove_folder(self, prefix: str) -> None:
-        raise self._read_only()
-
-    def rename_folder(self, old: str, new: str) -> None:
-        raise self._read_only()
-
-    def exclusive_lock(self, prefix: str) -> AbstractContextManager[None]:
-        raise self._read_only()
-
-    def remove_leftovers(self, prefix: str) -> None:
-        raise self._read_only()
-
-    def _read_only(self) -> InputError:
-        return InputError(f"{self.address} is a served store, which is only read: write to its folder, where it is served")
+    probe = create = replace = make_lasting = remove = remove_folder = rename_folder = _refused
+    exclusive_lock = remove_leftovers = _refused
 
 
 class Attempts:
