@@ -174,7 +174,8 @@ def measure(positions: int, repeats: int, delay: float, work: Path) -> dict[str,
         found.setdefault("copied", {"seconds": round(time.perf_counter() - began, 3), "requests": dict(there.requests)})
         groups = len(KnowledgeStore.open(there, cache_size=0).batches(DUMP, order="blocks").readers[0].row_groups) - 1
         disk = (open_storage(local), open_storage(local_small), 0.0)
-        places = {"disk": disk, "bucket": (there, there_small, 0.0), "delayed": (there, there_small, delay)}
+        places = {"disk": disk, "bucket": (there, there_small, 0.0)}
+        places |= {"delayed": (there, there_small, delay)} if delay else {}
         for number in range(repeats):
             for name, (storage, small, wait) in places.items():
                 if any((one["repeat"], one["place"]) == (number, name) for one in found["runs"]):
@@ -210,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, default=14_000_000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--delay", type=float, default=20.0, help="milliseconds before each request")
+    parser.add_argument("--delay", type=float, default=20.0, help="milliseconds before each request; 0: not measured")
     parser.add_argument("--work", type=Path, help="a folder to work in, which is left there")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

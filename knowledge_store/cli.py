@@ -106,6 +106,8 @@ def _print_summary(summary: DumpSummary) -> None:
         ("sequences", f"{summary.sequences:,} of at most {summary.max_length} tokens"),
         ("positions", amount(summary.positions)),
     ]
+    if summary.groups is not None:
+        lines.insert(2, ("groups", f"{summary.groups:,}, with an answer for each sequence"))
     for label, sentence in zip(("corpus", "", ""), _rows(summary), strict=False):
         lines.append((label, sentence))
     if summary.chat:
@@ -181,7 +183,7 @@ def view(config: OneDumpOptions) -> None:
 
 @command(app, ExportConfig)
 def export(config: ExportConfig) -> None:
-    """Write a dump's knowledge for other programs: a Parquet file of plain columns, or files that draft models learn from.
+    """Write a dump's knowledge for other programs: a Parquet file of plain columns, or what other trainers learn from.
 
     Example: `knowledge-store export knowledge/ smollm2-books --output books.parquet --where "is_target"`
     """
@@ -190,6 +192,12 @@ def export(config: ExportConfig) -> None:
     if config.format == "distillkit":
         sequences = _open(config.store, cache_size=0).export_distillkit(config.output, config.dump, TerminalReporter())
         output.print(f"{config.output}: {sequences:,} sequences, and compression_config.yaml", markup=False)
+        return
+    if config.format == "dpo":
+        exported = _open(config.store, cache_size=0).export_dpo(config.output, config.dump, TerminalReporter())
+        output.print(f"{config.output}: {exported.pairs:,} pairs", markup=False)
+        for reason, count in exported.left_out.most_common():
+            note(f"{count:,} {'group' if count == 1 else 'groups'} left out: {reason}")
         return
     if config.format == "speculators":
         from knowledge_store.reading.speculators import draft_layers

@@ -15,7 +15,7 @@ from knowledge_store.sql.answers import Format
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT
 from knowledge_store.storage import StorePlace, is_bucket_address
 
-EXPORT_FORMATS = ("parquet", "speculators", "distillkit")
+EXPORT_FORMATS = ("parquet", "speculators", "distillkit", "dpo")
 
 # --- shared by the three programs -------------------------------------------------------------------------------------------
 
@@ -118,7 +118,8 @@ class ExportConfig(OneDumpOptions):
         EXPORT_FORMATS[0],
         choices=EXPORT_FORMATS,
         help="parquet: the rows of a kind as a Parquet file. speculators: hidden states as a folder that the trainer of draft"
-        " models of that name reads, a file for each sequence. distillkit: candidates as a folder that DistillKit trains from.",
+        " models of that name reads, a file for each sequence. distillkit: candidates as a folder that DistillKit trains from."
+        " dpo: groups of answers as a Parquet file of pairs with the teacher's log-probabilities, for TRL's DPOTrainer.",
     )
     where: str | None = option(None, help="A condition in SQL: only rows that meet it are written.")
     kind: str | None = option(None, help="Which kind of knowledge, when the dump has several.")

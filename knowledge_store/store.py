@@ -23,10 +23,14 @@ from knowledge_store.format.parquet import read_table
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS, Arrays, item_mask
 from knowledge_store.kinds.kind import check_held
+from knowledge_store.kinds.positions import POSITIONS, positions_of
 from knowledge_store.reading.batches import Batches
 from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.distillkit import export_distillkit
+from knowledge_store.reading.dpo import ExportedPairs, export_dpo
+from knowledge_store.reading.groups import Groups, check_groups
 from knowledge_store.reading.mixture import Named
+from knowledge_store.reading.ordinals import AllBut
 from knowledge_store.reading.plan import ReadPlan
 from knowledge_store.reading.readers import Readers
 from knowledge_store.reading.speculators import export_speculators
@@ -335,6 +339,25 @@ class KnowledgeStore:
         return export_distillkit(
             manifest, self.sequence_count(name), lambda ordinal: self[name, ordinal], Path(output), reporter=reporter
         )
+
+    def export_dpo(self, output: str | Path, dump: str | None = None, reporter: Reporter = SILENT) -> ExportedPairs:
+        """Write the groups of a dump of the starting student as pairs that TRL's DPOTrainer learns from; see `reading.dpo`.
+
+        Raises:
+            InputError: no such dump, it has no groups or no positions, no group can be written, or the file exists already or
+                cannot be written.
+            DamageError: a file of the store is not what was published.
+        """
+        reader = self._readers.of_dump(dump)
+        check_groups([reader.manifest])
+        positions_of(reader.manifest)
+        groups = Groups(reader.manifest.dump, *reader.scored_documents, AllBut(len(reader)))
+
+        def read(ordinal: int) -> tuple[int, Arrays]:
+            number, knowledge = reader.sequence(ordinal, (POSITIONS.name,))
+            return number, knowledge[POSITIONS.name]
+
+        return export_dpo(groups, read, Path(output), reporter=reporter)
 
     def batches(self, dump: Named = None, batch_size: int = ReadPlan.batch_size, **plan: Any) -> Batches:
         """The batches of one rank over one epoch (see `Batches` for what is in one).

@@ -129,6 +129,9 @@ def frozen_heap() -> None:
     """Garbage is looked for among what is new: each training asks for it, and all that was imported is a million objects."""
     gc.collect()
     gc.freeze()
+    if loading := sys.modules.get("torch.utils.data"):
+        # What workers of a loader that became garbage may take to end, which nothing tells them to.
+        loading._utils.MP_STATUS_CHECK_INTERVAL = 0.2
 
 
 atexit.register(gc.unfreeze)  # libraries that count what they leak count it at the end

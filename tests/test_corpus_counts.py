@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from conftest import TEXT, run_command, write_jsonl
+from command_server import forked_command
+from conftest import TEXT, write_jsonl
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.format.corpus_counts import CorpusCounts, LeftOut
@@ -59,10 +60,10 @@ def test_workers_that_start_alone_count_the_same(config, tmp_path, loaded_teache
 
 def test_info_tells_the_counts(config, loaded_teacher):
     dump(config, teacher=loaded_teacher)
-    shown = run_command("knowledge_store", "info", config.store)
+    shown = forked_command("knowledge_store", "info", config.store)
     assert "12 of 24 rows are used, 12 left out (50%): 3 no message has the role `assistant`" in shown.stdout
     assert "6 rows are cut at 36 tokens (50%); 3 answers lose the end" in shown.stdout
-    (record,) = json.loads(run_command("knowledge_store", "info", config.store, "--json").stdout)
+    (record,) = json.loads(forked_command("knowledge_store", "info", config.store, "--json").stdout)
     assert record["counts"]["rows"] == 24 and record["counts"]["left_out"]["nothing to learn from"]["row"] == 6
 
 

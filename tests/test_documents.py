@@ -50,6 +50,7 @@ SUBSTITUTIONS = (
     ("--model copies --gguf-file Q8_0.gguf", "--model student"),
     ("--model copies --gguf-file Q2_K.gguf", "--model student"),
     ('SFTConfig("runs/sft"', 'SFTConfig("runs/sft", bf16=False'),  # whose default needs a GPU
+    ('DPOConfig("runs/dpo"', 'DPOConfig("runs/dpo", bf16=False, use_cpu=True'),
     ("'small'", "'train'"),
     ("'large'", "'heldout'"),
     ("--max-new-tokens 256", "--max-new-tokens 6"),

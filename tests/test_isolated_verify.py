@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import run_command
+from command_server import forked_command
 from stores import commit_of, make_manifest, rewrite, write_store
 from test_verify import Hearer, flip
 
@@ -47,7 +47,7 @@ def test_it_finds_what_verify_finds(store):
 
 def test_any_number_can_be_the_limit(store):
     for limit_given, code, text in (("inf", 0, "Sound"), ("nan", 2, "--memory-limit is nan; it must be above 0")):
-        ended = run_command("knowledge_store", "verify", store, "--memory-limit", limit_given)
+        ended = forked_command("knowledge_store", "verify", store, "--memory-limit", limit_given)
         assert ended.returncode == code, ended.stderr
         assert text in ended.stdout + ended.stderr and "Traceback" not in ended.stderr
 
@@ -92,7 +92,7 @@ def test_a_bomb_ends_within_its_limits_and_is_not_called_damage(store):
     sentence, peak = done.stdout.splitlines()
     assert "not verified within its limits" in sentence
     assert int(peak) < GIB
-    answer = run_command("knowledge_store", "verify", store, "--memory-limit", "0.125")
+    answer = forked_command("knowledge_store", "verify", store, "--memory-limit", "0.125")
     assert answer.returncode == 1 and answer.stdout == ""
     assert "to read shard 1 of small" in answer.stderr
     assert "Damage" not in answer.stderr and "Traceback" not in answer.stderr

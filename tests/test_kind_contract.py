@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_command
+from command_server import forked_command
 from kinds import CASES, COMPLETIONS, HIDDEN, PREFERENCES, STATES, Case, explanations, fingerprint, print_fingerprint
 from processes import Running
 from served import assert_equal, served
@@ -532,6 +532,6 @@ def test_who_does_not_know_a_kind_refuses_it(tmp_path, monkeypatch):
     assert (found.damage, found.dumps, found.sound) == ([], 0, False)
     [sentence] = found.closed
     assert "which this knowledge-store does not know" in sentence
-    answer = run_command("knowledge_store", "verify", tmp_path / "store")
+    answer = forked_command("knowledge_store", "verify", tmp_path / "store")
     assert answer.returncode == 1 and "Damage" not in answer.stderr and "--repair" not in answer.stderr
     assert f"Closed: {sentence}\n" in answer.stderr and "0 damaged, 1 closed and not checked" in answer.stderr

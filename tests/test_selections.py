@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import run_command, story_rows, write_jsonl
+from command_server import forked_command
+from conftest import story_rows, write_jsonl
 from processes import Command
 from stores import (
     commit,
@@ -124,7 +125,7 @@ def test_the_columns(store):
     assert summaries["above"].statistics["positions.mean_nll"] == pytest.approx(
         summaries["plain"].statistics["positions.mean_nll"], abs=1e-3
     )
-    answer = run_command("knowledge_store", "info", store)
+    answer = forked_command("knowledge_store", "info", store)
     assert answer.returncode == 0
     assert "threshold 0.1 + draws of weight 0.1, seed 5" in answer.stdout
 
@@ -159,7 +160,7 @@ def test_another_selection_is_another_dump(store, tmp_path, corpus, loaded_teach
 def test_a_sequence_as_a_person_reads_it(store, name):
     opened = KnowledgeStore.open(store)
     sequence = opened[name, 0]
-    answer = run_command("knowledge_store", "sequence", store, sequence["sequence_id"], "--dump", name)
+    answer = forked_command("knowledge_store", "sequence", store, sequence["sequence_id"], "--dump", name)
     assert answer.returncode == 0
     lines = answer.stdout.splitlines()[1:]
     for position in np.flatnonzero(sequence["has_knowledge"]):

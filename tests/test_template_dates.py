@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers.utils.chat_template_utils as transformers_templates
+from command_server import forked_command
 from conftest import CHAT_TEMPLATE, run_command, write_jsonl
 from stores import read_whole
 from test_conversations import ANSWER, ASK, chat, shown
@@ -81,7 +82,7 @@ def test_workers_of_two_days_make_the_same_shards(tmp_path, monkeypatch, teacher
     assert plan["chat"]["date"] == "2026-02-27" and plan["chat"]["train_on"] == "all"
     positions = KnowledgeStore.open(others.store).sql("SELECT DISTINCT document FROM sequences").num_rows
     assert positions == 6
-    shown_text = run_command("knowledge_store", "info", others.store).stdout
+    shown_text = forked_command("knowledge_store", "info", others.store).stdout
     sha256 = plan["chat"]["template_sha256"][:12]
     expected = f"conversations           train on all, a chat template of its own (SHA-256 {sha256}…), template date 2026-02-27"
     assert expected in shown_text

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import run_command
+from command_server import forked_command
 from memory_storage import PLACES, MemoryFile, MemoryStorage, Place, copied, file_in, names_in, new_place, storage_of
 from stores import apart, make_manifest, random_sequences, sequence_row, words, write_store
 
@@ -97,7 +97,7 @@ def test_a_newer_version_is_no_damage(store, name):
         verify(store)
     if isinstance(store, MemoryStorage):  # which no other process sees
         return
-    answer = run_command("knowledge_store", "verify", store)
+    answer = forked_command("knowledge_store", "verify", store)
     assert answer.returncode == 2
     assert refusal in answer.stderr and "--repair" not in answer.stderr
 
@@ -160,13 +160,13 @@ def test_two_shards_files_swapped(store, table):
 
 
 def test_the_command_names_the_file_and_exits_with_1(folder):
-    answer = run_command("knowledge_store", "verify", folder)
+    answer = forked_command("knowledge_store", "verify", folder)
     found = verify(folder)
     sound = f"Sound: 1 dumps, 2 shards, {found.positions} positions, {found.bytes / 1000:.1f} kB\n"
     assert (answer.returncode, answer.stdout) == (0, sound)
     path = folder / "small/positions/00001.parquet"
     flip(path, 40)
-    answer = run_command("knowledge_store", "verify", folder)
+    answer = forked_command("knowledge_store", "verify", folder)
     assert answer.returncode == 1
     assert f"Damage: {path} is damaged: its contents are not those that were published\n" in answer.stderr
     assert "Traceback" not in answer.stderr
@@ -200,7 +200,7 @@ def test_commits_that_are_no_folder_beside_no_manifest(folder, what):
     (folder / "foo").mkdir()
     take_the_place_of_commits(folder / "foo", what)
     assert verify(folder).damage == [f"{folder / 'foo/commits'} is damaged: it is not a folder"]
-    ended = run_command("knowledge_store", "verify", folder)
+    ended = forked_command("knowledge_store", "verify", folder)
     assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
     assert len(KnowledgeStore.open(folder)) == 8
 

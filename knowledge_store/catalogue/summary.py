@@ -30,6 +30,7 @@ class DumpSummary:
         counts: what becomes of the rows of the whole corpus, committed or not; None where the manifest does not say.
         chat: what the plan says of conversations: train_on, and where it has them the date and the template's SHA-256.
         sequences: committed; positions: all their tokens.
+        groups: of which the sequences are the answers; None where they are no groups.
         bytes: everything of the dump but its vocabulary (tokens.parquet), commit records included.
         column_bytes: compressed bytes of each column, as "table.column".
         statistics: of each kind over all its rows, as "KIND.NAME"; None where no shard has one.
@@ -52,6 +53,7 @@ class DumpSummary:
     counts: CorpusCounts | None
     chat: dict[str, Any]
     sequences: int
+    groups: int | None
     positions: int
     bytes: int
     tokens_bytes: int
@@ -136,6 +138,8 @@ def summarise(dumps: Dumps, manifest: Manifest) -> DumpSummary:
         counts=manifest.counts,
         chat={name: value for name, value in manifest.plan.get("chat", {}).items() if name != "template"},
         sequences=_sum(shards["sequences"]),
+        # A document is a row of the corpus then, and one that was not skipped is a group.
+        groups=_sum(shards["documents"]) - _sum(shards["skipped_rows"]) if manifest.has_groups else None,
         positions=_sum(shards["positions"]),
         bytes=size,
         tokens_bytes=manifest.derived["tokens"]["bytes"],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from knowledge_store.errors import DamageError, NewerVersionError, StoreError
 from knowledge_store.format.bundles import bundles, read_bundle
@@ -25,7 +26,13 @@ from knowledge_store.format.layout import (
 from knowledge_store.format.manifest import Manifest, manifest_exists, read_manifest
 from knowledge_store.format.parquet import open_table, read_row_groups
 from knowledge_store.format.records import json_sha256
-from knowledge_store.format.sequences import POSITIONS_STATISTIC, TOKENS_SCHEMA, sequences_schema, sequences_statistics
+from knowledge_store.format.sequences import (
+    POSITIONS_STATISTIC,
+    SCORE,
+    TOKENS_SCHEMA,
+    sequences_schema,
+    sequences_statistics,
+)
 from knowledge_store.format.store_file import check_store
 from knowledge_store.kinds import KINDS, check_kinds
 from knowledge_store.kinds.columns import check_lists, row_counts
@@ -156,6 +163,8 @@ def _check_contents(
     longest = max(sequences["length"].to_pylist(), default=0)
     if longest > manifest.plan["max_length"]:
         raise DamageError(f"{files[SEQUENCES].path} has a sequence of {longest:,} tokens")
+    if manifest.has_groups:
+        _check_groups(sequences, files[SEQUENCES].path)
     statistics: dict[str, float] = sequences_statistics(sequences)
     for name in manifest.kinds:
         kind = KINDS[name]
@@ -183,6 +192,17 @@ def _check_contents(
     if statistics.keys() != recorded.keys() or any(abs(statistics[name] - recorded[name]) > 1e-6 for name in recorded):
         path = files[SEQUENCES].storage.locate(commit_file(manifest.dump, commit.shard))
         raise DamageError(f"{path} states other statistics than its shard has")
+
+
+def _check_groups(sequences: pa.Table, path: str) -> None:
+    """Each group of a shard has at least two answers, none of them cut, and scores that are numbers (DamageError)."""
+    _, counts = np.unique(sequences["document"].to_numpy(), return_counts=True)
+    if (counts < 2).any():
+        raise DamageError(f"{path} has a group of one answer")
+    if pc.any(sequences["truncated"]).as_py():
+        raise DamageError(f"{path} has an answer of a group that is cut")
+    if pc.any(pc.invert(pc.is_finite(sequences[SCORE]))).as_py():
+        raise DamageError(f"{path} has a score that is not finite")
 
 
 def _check_dump(storage: Storage, dump: str, result: Verification, advance: Advance) -> None:

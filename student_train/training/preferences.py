@@ -101,8 +101,9 @@ def _asked(store: KnowledgeStore, dump: str, ids: np.ndarray) -> tuple[np.ndarra
     table = answer_logprobs(store, dump)
     asked = table["sequence_id"].to_numpy()
     order = np.argsort(asked)
-    places = order[np.minimum(np.searchsorted(asked, ids, sorter=order), len(asked) - 1)]
-    if (asked[places] != ids).any():
+    found = np.searchsorted(asked, ids, sorter=order)
+    places = order[np.minimum(found, len(asked) - 1)] if len(asked) else found
+    if not len(asked) or (asked[places] != ids).any():
         raise InputError(f"the dump {dump} has an answer without a target: leave it out with --where")
     return table["logprob"].to_numpy()[places], table["targets"].to_numpy()[places]
 
