@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import write_jsonl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from row_files import JSON_WRITERS, write_arrow
 
@@ -349,7 +349,8 @@ def test_every_shard_begins_where_a_full_reading_meets_it(mixed_files, order, sh
 
 
 @settings(max_examples=12)
-@given(st.permutations(range(10)), st.integers(1, 20), st.integers(20, 150), st.integers(1, 900))
+@given(st.permutations(range(10)), st.integers(1, 20), st.integers(20, 150), st.integers(40, 900))
+@example(range(10), 3, 60, 5)  # thousands of pieces
 def test_pieces_of_any_size_hold_what_the_whole_does(mixed_files, order, shard_size, limit, size):
     files = tuple(mixed_files[index] for index in order)
     whole = scan(Scanner(files, RefuseBadRows(), limit), shard_size)

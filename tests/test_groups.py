@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import assert_equal, served
-from stores import write_group_store, write_store
+from stores import make_manifest, write_group_store, write_store
 
-from knowledge_store import InputError, KnowledgeStore
-from knowledge_store.format.sequences import split_sequence_id
+from knowledge_store import KINDS, Field, InputError, Kind, KnowledgeStore, StoreError, verify
+from knowledge_store.format.sequences import sequences_schema, split_sequence_id
+from knowledge_store.kinds import check_kinds
 
 SIZES = {
     "groups": ((2, 3, 2, 5), (4, 0, 2), (2, 2, 3, 2, 0, 6)),
@@ -219,3 +221,24 @@ def test_row_groups_hold_whole_groups(store):
     documents = store.sequences("groups")["document"].to_numpy()
     firsts = store._readers.of_dump("groups").row_groups
     assert len(firsts) > 8 and all(documents[first] != documents[first - 1] for first in firsts[1:-1])
+
+
+def test_a_group_of_one_answer_and_scores_without_a_number_are_damage(tmp_path):
+    assert verify(write_group_store(tmp_path / "sound")).sound
+    [damage] = verify(write_group_store(tmp_path / "one", sizes=((1, 2),))).damage
+    assert "sequences/00000.parquet has a group of one answer" in damage
+
+
+def test_a_corpus_keeps_a_score_of_its_own():
+    plan = {"max_length": 64, "groups": True}
+    own = {"score": "int64", "Score": "string", "corpus_score": "bool"}
+    names = sequences_schema(make_manifest(columns=own, plan=plan)).names[10:]
+    assert sorted(names) == ["corpus_Score", "corpus_corpus_score", "corpus_score_2", "score"] and names[0] == "score"
+    assert sequences_schema(make_manifest(columns={"score": "int64"})).names[10:] == ["score"]
+
+
+def test_a_kind_may_not_have_the_arrays_of_groups(monkeypatch, tmp_path):
+    monkeypatch.setitem(KINDS, "marks", Kind("marks", "sequence", lambda manifest: (Field("score", pa.float32()),)))
+    check_kinds(make_manifest(kinds=("positions", "marks")), "store")
+    with pytest.raises(StoreError, match="'score' is reserved"):
+        check_kinds(make_manifest(kinds=("positions", "marks"), plan={"max_length": 64, "groups": True}), "store")

@@ -16,7 +16,8 @@ from stores import contents
 from typer.testing import CliRunner
 
 from knowledge_store import InputError, KnowledgeStore, verify
-from teacher_dump import DumpConfig, dump
+from teacher_dump import CheckConfig, DumpConfig, RunConfig, append, check, dump
+from teacher_dump.checking.agreement import AGREES
 from teacher_dump.cli import app
 from teacher_dump.configuration import EstimateConfig, PreviewConfig
 from teacher_dump.corpus import pieces
@@ -299,3 +300,18 @@ def test_bad_groups_stop_a_dump_before_its_teacher_is_loaded(tmp_path, teacher_f
         assert re.search(reason, errors[0]) and not (tmp_path / "s" / "pairs").exists()
     rows = list(read_documents((corpus,), Start(0, 0, 1, 0, 0), 100))
     assert all(row.is_group for row in rows) and has_groups((corpus,), 100)
+
+
+def test_a_family_of_dumps_has_groups_in_all_or_none(tmp_path, corpus, teacher_folder, loaded_teacher):
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "The lighthouse keeper counted the ships."}])
+    config = DumpConfig(str(teacher_folder), (texts,), tmp_path / "s", "news", max_length=64)
+    dump(config, teacher=loaded_teacher)
+    more = RunConfig(corpus=(corpus,), store=tmp_path / "s", teacher=str(teacher_folder), append="news", skip_bad_rows=True)
+    with pytest.raises(InputError, match=r"pairs\.jsonl are groups of answers, and those of the dump news are not"):
+        append(more, teacher=loaded_teacher)
+    assert KnowledgeStore.open(tmp_path / "s").dumps == ("news",)
+
+
+def test_a_teacher_agrees_with_its_dump_of_groups(dumped, corpus, loaded_teacher):
+    found = check(CheckConfig(dumped, "loaded"), loaded_teacher)["positions"]
+    assert found.verdict == AGREES
