@@ -23,6 +23,7 @@ from knowledge_store.cli import app
 from knowledge_store.errors import MissingFileError
 from knowledge_store.format import scan_ahead
 from knowledge_store.format.sequences import tokens_table
+from knowledge_store.format.store_file import occupied
 from knowledge_store.storage import BucketStorage, open_storage
 from knowledge_store.storage import bucket as bucket_module
 from knowledge_store.storage.bucket_address import BucketAddress
@@ -154,6 +155,18 @@ def test_objects_are_published_once_and_read_in_parts(s3):
     with pytest.raises(DamageError):
         storage.create("a/two", lambda file: file.write(b"half") and (_ for _ in ()).throw(DamageError("nothing good")))
     assert "some/store/a/two" not in s3.objects
+
+
+def test_a_folder_that_was_made_in_a_console_is_an_empty_place(s3):
+    """It is an empty object with a slash at its end; SeaweedFS lists such a one where a probe was."""
+    for folder in ("some/store/", "some/store/small/", "some/store/small/commits/"):
+        s3.objects[folder], s3.written[folder] = b"", time.time()
+    storage = open_storage(address_in(s3))
+    assert storage.files("") == storage.files("small/commits") == [] and storage.folders("") == ["small"]
+    del s3.objects["some/store/small/"], s3.objects["some/store/small/commits/"]
+    assert not occupied(storage)
+    write_store(address_in(s3))
+    assert KnowledgeStore.open(address_in(s3)).dumps == ("small",) and verify(address_in(s3)).sound
 
 
 def test_a_store_of_obstore_may_be_given(tmp_path):

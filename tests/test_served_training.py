@@ -25,7 +25,9 @@ from student_train.training.dataset import DistillationDataset
 from student_train.training.run import train
 from teacher_dump import DumpConfig, dump
 
-KILLED_AFTER = (3, 9)  # batches
+# Batches. Eight are on the way: what was asked for before a server is killed has been read after nine more, and the next line
+# begun, of which as much is still to come when that one's server is killed.
+KILLED_AFTER = (3, 14)
 
 
 class Notes(Reporter):
@@ -64,14 +66,15 @@ def test_a_server_that_is_killed_in_mid_epoch_loses_and_repeats_nothing(tmp_path
         servers[-1].process.kill()
         servers[-1].process.join()
 
-    expected, reporter = list(KnowledgeStore.open(folder, cache_size=0).batches(batch_size=4, seed=2)), Notes()
+    expected, reporter = list(KnowledgeStore.open(folder, cache_size=0).batches(batch_size=2, seed=2)), Notes()
+    assert len(expected) > KILLED_AFTER[-1] + 9
     starting = threading.Thread(target=start)
     try:
         starting.start()
         starting.join()
         with KnowledgeStore.open(f"grpc://127.0.0.1:{port}", token_file=tokens, reporter=reporter) as store:
             found = []
-            for batch in store.batches(batch_size=4, seed=2):
+            for batch in store.batches(batch_size=2, seed=2):
                 found.append(batch)
                 if len(found) in KILLED_AFTER:
                     starting.join()
@@ -81,8 +84,10 @@ def test_a_server_that_is_killed_in_mid_epoch_loses_and_repeats_nothing(tmp_path
             assert len(found) == len(expected)
             for one, other in zip(found, expected, strict=True):
                 assert_equal(one, other)
-        assert f"Waiting for grpc://127.0.0.1:{port} for up to 2 min 00 s more: it does not answer" in reporter.notes[0]
-        assert f"grpc://127.0.0.1:{port} answers again after" in reporter.notes[1]
+        waiting = f"Waiting for grpc://127.0.0.1:{port} for up to 2 min 00 s more: it does not answer"
+        again = f"grpc://127.0.0.1:{port} answers again after"
+        assert reporter.notes[0].startswith(waiting)
+        assert sum(note.startswith(again) for note in reporter.notes) == len(KILLED_AFTER)  # both were noticed
     finally:
         starting.join()
         kill()

@@ -11,8 +11,10 @@ import pytest
 from served import OTHER_TOKEN, TOKEN, assert_equal, served
 from stores import commit, make_manifest, random_sequences, words, write_store
 from torture.heartbeat import wait_until
+from typer.testing import CliRunner
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore, QueryError, StoreError
+from knowledge_store.cli import app
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reading.cache import DecodedCache
 from knowledge_store.storage.served import client as client_module
@@ -240,6 +242,19 @@ def test_only_who_has_a_token_is_let_in(where, tmp_path, monkeypatch):
         where.tokens.read_again()
     secrets = [token.secret for token in read_tokens(where.token_file)]
     assert not any(secret in str(where.log) + repr(opened) for secret in secrets)
+
+
+def test_commands_take_a_token_file(where, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "")  # and as it was after this test
+    tokens = ("--token-file", str(where.token_file))
+    asked = CliRunner().invoke(app, ["info", where.address, *tokens])
+    assert asked.exit_code == 0 and "complete" in asked.output
+    for words_of, sentence in (
+        (["info", where.address, "--token-file", str(tmp_path / "none")], "the tokens cannot be read from"),
+        (["info", str(folder), *tokens], "--token-file is for stores that are served"),
+    ):
+        asked = CliRunner().invoke(app, words_of)
+        assert asked.exit_code == 2 and sentence in " ".join(asked.output.split())
 
 
 def test_copies_and_pickles_open_connections_of_their_own(local, remote):

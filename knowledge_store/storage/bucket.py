@@ -270,9 +270,13 @@ class BucketStorage:
     def _listed(self, prefix: str) -> Any:
         return self._asked("list", prefix, lambda store: self._obstore.list_with_delimiter(store, prefix or None))
 
+    def _objects(self, prefix: str) -> list[Any]:
+        # A console that makes a folder, and SeaweedFS where one was, list an empty object of the prefix itself.
+        return [item for item in self._listed(prefix)["objects"] if item["path"].strip("/") != prefix]
+
     def files(self, prefix: str) -> list[Entry]:
         """The objects directly under `prefix/`, by name (StoreError)."""
-        entries = [Entry(_last(item["path"]), item["size"], _version(item)) for item in self._listed(prefix)["objects"]]
+        entries = [Entry(_last(item["path"]), item["size"], _version(item)) for item in self._objects(prefix)]
         return sorted((entry for entry in entries if not entry.name.startswith(HIDDEN)), key=lambda entry: entry.name)
 
     def folders(self, prefix: str) -> list[str]:
@@ -346,7 +350,7 @@ class BucketStorage:
 
     def _remove_old_probes(self) -> None:
         """Those whose writers were killed, by the service's clock."""
-        objects = self._listed("")["objects"]
+        objects = self._objects("")
         now = max((item["last_modified"] for item in objects), default=None)
         for item in objects:
             if _last(item["path"]).startswith(HIDDEN) and now - item["last_modified"] > LEFTOVER_AGE:

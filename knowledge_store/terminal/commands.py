@@ -1,13 +1,15 @@
 """Commands made from configurations: each option is a field of a frozen dataclass (see `knowledge_store.options`).
 
-All three commands have the same habits: STORE is the first argument, `--endpoint` where it is in a bucket, `--version`, tab
-completion, errors of one line with exit code 2, and an option that takes one value is refused when it is given twice.
+All three commands have the same habits: STORE is the first argument, `--endpoint` where it is in a bucket, `--token-file` where
+it is served, `--version`, tab completion, errors of one line with exit code 2, and an option that takes one value is refused
+when it is given twice.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -23,10 +25,12 @@ from knowledge_store.errors import InputError, KnowledgeStoreError
 from knowledge_store.options import Option, check_options, flag_of, option_of
 from knowledge_store.storage import Storage, at_endpoint
 from knowledge_store.storage.bucket_address import is_bucket_address
+from knowledge_store.storage.served.address import TLS, is_served
+from knowledge_store.storage.served.tokens import ENVIRONMENT, read_tokens
 from knowledge_store.terminal.configuration_file import file_text, option_values
 from knowledge_store.terminal.console import BAD_INPUT, command_errors, note, output, output_errors, show_in_any_encoding
 
-ENDPOINT = "endpoint"
+ENDPOINT, TOKEN_FILE = "endpoint", "token_file"
 _UsageError: Any = typer.BadParameter.__bases__[0]  # of the command-line library that typer brings with it
 
 
@@ -143,10 +147,15 @@ def command(
         parameters = [*_parameters(configuration), *(_file_parameters(configuration) if configuration_file else ())]
         if stores:
             parameters.append(_endpoint_parameter())
+        token_for_all = bool(stores) and TOKEN_FILE not in (parameter.name for parameter in parameters)
+        if token_for_all:
+            parameters.append(_token_parameter())
 
         @functools.wraps(function)
         def run(*, config: Path | None = None, print_config: bool = False, endpoint: str | None = None, **values: Any) -> None:
             with command_errors():
+                if token_for_all and (token_file := values.pop(TOKEN_FILE)) is not None:
+                    _take_token([values[name] for name in stores], token_file)
                 if endpoint is not None:
                     values |= _at_endpoint({name: values[name] for name in stores}, endpoint)
                 lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
@@ -190,6 +199,25 @@ def _at_endpoint(stores: dict[str, Any], endpoint: str) -> dict[str, Any]:
     if not any(isinstance(store, str) and is_bucket_address(store) for store in places):
         raise InputError("--endpoint is for stores in buckets, such as s3://bucket/store: leave it out")
     return found
+
+
+def _token_parameter() -> inspect.Parameter:
+    """The option of every command that has a store: where the token of a served one is."""
+    declared = typer.Option(
+        "--token-file",
+        metavar="<path>",
+        help=f"Of a store that is served ({TLS}://): file of the token. {ENVIRONMENT} in the environment has the token itself.",
+    )
+    annotation = Annotated[Path | None, declared]
+    return inspect.Parameter(TOKEN_FILE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _take_token(stores: list[Any], token_file: Path) -> None:
+    """Put the token of a file where this process and those that it starts look for one (InputError: it is for none of the
+    stores, or cannot be read)."""
+    if not any(map(is_served, stores)):
+        raise InputError(f"--token-file is for stores that are served, such as {TLS}://host:8815: leave it out")
+    os.environ[ENVIRONMENT] = read_tokens(token_file)[0].secret
 
 
 def _parameters(configuration: type) -> list[inspect.Parameter]:

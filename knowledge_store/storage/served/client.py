@@ -97,7 +97,7 @@ class ServedStorage:
                 return self._secret
             raise InputError(
                 f"a served store asks for a token: put it into the environment variable {ENVIRONMENT}, or name its file"
-                " (`student-train run` takes --token-file, Python `token_file=`)"
+                " (commands take --token-file, Python `token_file=`)"
             )
         return environment_token(text)
 
