@@ -133,12 +133,12 @@ def test_an_address_that_no_storage_serves_is_refused_by_name(program, words, tm
     monkeypatch.chdir(tmp_path)
     write_store("store")
     before = sorted(tmp_path.iterdir())
-    values = {"ADDRESS": "hf://bucket/store", "STORE": "store"}
+    values = {"ADDRESS": "ftp://bucket/store", "STORE": "store"}
     arguments = [values.get(word, word).replace("\t", " ") for word in words.split(" ")]
     result = CliRunner().invoke(APPS[program], arguments, prog_name=program)
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
     sentence = (
-        "Error: hf://bucket/store is no address of a store: give a folder, s3://BUCKET/PREFIX (also gs:// and az://), or"
+        "Error: ftp://bucket/store is no address of a store: give a folder, s3://BUCKET/PREFIX (also gs:// and az://), or"
         " grpc+tls://HOST:PORT\n"
     )
     assert result.stderr == sentence

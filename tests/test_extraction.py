@@ -176,6 +176,7 @@ def test_what_a_teacher_cannot_give_is_refused_by_name():
 def test_what_a_teacher_cannot_give_is_refused_before_anything_is_read_or_made(monkeypatch, tmp_path, loaded_teacher):
     asked = replace(EXTRACTORS["positions"], needs=frozenset({Ability.DISTRIBUTIONS, Ability.TEXT}))
     monkeypatch.setitem(EXTRACTORS, "positions", asked)
+    monkeypatch.setattr(type(loaded_teacher), "abilities", frozenset({Ability.DISTRIBUTIONS}))
     corpus = write_jsonl(tmp_path / "c.jsonl", story_rows(3))
     config = DumpConfig("tiny", (corpus,), tmp_path / "s", max_length=40)
     for call in (dump, estimate):

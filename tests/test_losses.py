@@ -423,7 +423,7 @@ def config(**changes) -> TrainConfig:
         ({"tail": "nonsense"}, "--tail is 'nonsense'; it must be auto, draws or bucket"),
         ({"tail": "bucket", "loss": "reverse-kl"}, "the loss reverse-kl takes no --tail"),
         ({"tail": "draws", "temperature": 2.0}, "--tail draws works at --temperature 1 only"),
-        ({"loss": "jensen-shannon", "beta": 1.0}, "--beta is 1.0; it must be above 0 and below 1"),
+        ({"loss": "jensen-shannon", "beta": 1.0}, "--beta is 1; of jensen-shannon it must be below 1"),
         ({"loss": "skewed-kl", "skew": 0.0}, "--skew is 0.0; it must be above 0 and below 1"),
         ({"loss": "label-smoothing", "smoothing": 1.0}, "--smoothing is 1.0; it must be at least 0 and below 1"),
         ({"beta": 0.4}, "the loss forward-kl takes no --beta"),

@@ -12,7 +12,7 @@ from typing import Any
 from knowledge_store.errors import DamageError, InputError, MissingFileError
 from knowledge_store.format.records import check_shape, read_record
 from knowledge_store.quantities import counted
-from knowledge_store.storage.local import LocalStorage
+from knowledge_store.storage import open_storage
 
 MANIFEST = "manifest.json"
 CONTENTS = "generated texts"
@@ -32,7 +32,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         MissingFileError: there is none. InputError: the folder is of something else.
     """
-    storage = LocalStorage(folder)
+    storage = open_storage(folder)
     try:
         record = read_record(storage, MANIFEST)
         if record.get("contents") != CONTENTS:
@@ -60,7 +60,7 @@ def is_generated(folder: Path) -> bool:
 
 def missing_parts(folder: Path, manifest: dict[str, Any]) -> list[int]:
     """The numbers of the files that are not there yet."""
-    present = {entry.name for entry in LocalStorage(folder).files("")}
+    present = {entry.name for entry in open_storage(folder).files("")}
     return [number for number in range(len(manifest["prompts"]["parts"])) if part_name(number) not in present]
 
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from knowledge_store.errors import DamageError
 from knowledge_store.format.records import json_sha256
 from knowledge_store.reporter import Reporter
-from knowledge_store.storage.local import LocalStorage
+from knowledge_store.storage import Storage
 from teacher_dump.corpus.generated import missing_parts, part_name
 from teacher_dump.dumping.batches import enough_memory, find_batching
 from teacher_dump.generation.configuration import GenerateConfig
@@ -51,7 +51,7 @@ class Writer:
     manifest: dict[str, Any]
     reader: PromptReader
     teacher: Teacher
-    storage: LocalStorage
+    storage: Storage
 
     def write(self, rank: int, world_size: int, reporter: Reporter) -> GenerateReport:
         """Write what is missing of a rank's files (see `run.generate`)."""

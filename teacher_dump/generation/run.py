@@ -13,7 +13,7 @@ import numpy as np
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import seal
 from knowledge_store.reporter import SILENT, Reporter
-from knowledge_store.storage.local import LocalStorage
+from knowledge_store.storage import open_storage
 from knowledge_store.storage.protocol import contents
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.chat.rendering import Renderer
@@ -88,7 +88,7 @@ def generate(
     teacher.write([TextRequest(np.zeros(1, np.int64), 0)], Writing(0.0, 1, ()))
     check_unchanged(config.corpus, stamps)  # else the hashes are of other rows than the plan
     asked = {"teacher": teacher.description, "stop_tokens": sorted({*teacher.stop_tokens, *turn_end(reader)})}
-    storage = LocalStorage(config.output)
+    storage = open_storage(config.output)
     if existing is None:
         record = {"contents": CONTENTS, "version": VERSION, "settings": settings, **asked}
         storage.create(MANIFEST, contents(seal({**record, "prompts": plan.to_record(), "columns": plan.columns})))

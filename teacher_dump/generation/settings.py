@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from knowledge_store.errors import InputError, MismatchError, MissingFileError
 from knowledge_store.reporter import Reporter
-from knowledge_store.storage.local import LocalStorage
+from knowledge_store.storage import open_storage
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.columns import Columns
 from teacher_dump.corpus.documents import file_names
@@ -43,7 +43,7 @@ def existing_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         return read_manifest(folder)
     except MissingFileError:
-        storage = LocalStorage(folder)
+        storage = open_storage(folder)
         found = [*storage.folders(""), *(entry.name for entry in storage.files(""))] if folder.exists() else []
         if MANIFEST in found:  # another worker has just begun
             return read_manifest(folder)
