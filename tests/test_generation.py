@@ -225,6 +225,27 @@ def test_a_template_makes_prompts(options, loaded_teacher, tmp_path):
         generate(GenerateConfig(template=template, **{**options, "samples": 1}), teacher=loaded_teacher)
 
 
+def test_lists_and_objects_are_that_again_where_texts_are_prompts(options, loaded_teacher, tmp_path):
+    rows = [
+        {"prompt": "Who?", "options": ["sea", "ü"], "meta": {"a": [1, None]}},
+        {"prompt": "Why?", "options": None, "meta": "b"},
+    ]
+    options |= {"samples": 1, "prompts": write_jsonl(tmp_path / "first.jsonl", rows), "output": tmp_path / "first"}
+    generate(GenerateConfig(**options), teacher=loaded_teacher)
+    template = tmp_path / "again.jinja"
+    template.write_text(
+        "{% if options is defined %}{{ options | join(' or ') }} {{ meta.a[0] }}{% else %}{{ meta }}{% endif %}"
+    )
+    options |= {"prompts": tmp_path / "first", "output": tmp_path / "second", "template": template}
+    generate(GenerateConfig(**options), teacher=loaded_teacher)
+    second = texts(tmp_path / "second")
+    assert [row["prompt"][0]["content"] for row in second] == ["sea or ü 1", "b"]
+    config = DumpConfig(store=tmp_path / "store", teacher=options["teacher"], corpus=(tmp_path / "first",), max_length=64)
+    dump(config, teacher=loaded_teacher)
+    sequences = KnowledgeStore.open(tmp_path / "store").sql("SELECT options, meta FROM sequences").to_pylist()
+    assert sequences == [{"options": '["sea", "ü"]', "meta": '{"a": [1, null]}'}, {"options": None, "meta": "b"}]
+
+
 def test_messages_and_their_tools_travel_along(options, loaded_teacher, tmp_path):
     turns = [
         {"role": "user", "content": "Who lit it?"},

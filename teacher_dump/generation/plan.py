@@ -23,6 +23,7 @@ WRITTEN = (
 # A prompt's own columns of these names would be read as something else where the texts are a corpus.
 TAKEN = {*WRITTEN, *TEMPLATE_COLUMNS, *(part for shape in SHAPES for part in (*shape.required, *shape.optional))}
 GIVEN = "given_"  # stands before these
+NESTED = "json"  # the type of a column that has lists or objects, which a template finds again where the texts are its prompts
 PLAIN_MESSAGE = {"role", "content"}
 
 
@@ -120,7 +121,8 @@ def look_through(reader: PromptReader, shard_size: int, skip_bad_rows: bool, *, 
                     message.keys() == PLAIN_MESSAGE and isinstance(message["content"], str) for message in prompt.content
                 )
             for name, value in prompt.columns.items():
-                columns[name] = common_type(columns.get(name), column_type(value))
+                kind = NESTED if isinstance(value, list | dict) else column_type(value)
+                columns[name] = NESTED if NESTED in (kind, columns.get(name)) else common_type(columns.get(name), kind)
     if left_out and not skip_bad_rows:
         others = left_out.total() - 1
         more = f" ({counted(others, 'more row', 'more rows')} cannot be used)" if others else ""

@@ -17,7 +17,7 @@ from teacher_dump.corpus.messages import Turns
 from teacher_dump.corpus.rows import BadRow
 from teacher_dump.corpus.scan import column_value
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
-from teacher_dump.generation.plan import Plan, written_name
+from teacher_dump.generation.plan import NESTED, Plan, written_name
 from teacher_dump.generation.prompts import Prompt
 from teacher_dump.teachers.protocol import WrittenText
 
@@ -88,7 +88,9 @@ class TextRows:
             row["chat_template_kwargs"] = json.dumps(others, ensure_ascii=False)
         for name, value in (prompt.columns or {}).items():
             written = written_name(name)
-            row[written] = column_value(value, self.plan.columns[written])
+            kind = self.plan.columns[written]
+            nested = kind == NESTED and value is not None
+            row[written] = json.dumps(value, ensure_ascii=False, default=str) if nested else column_value(value, kind)
         if text.likeliest is not None:
             assert prompt.token_ids is not None
             row |= _knowledge(prompt.token_ids, text)
@@ -153,7 +155,7 @@ class TextRows:
             fields |= {"tools": pa.string(), "chat_template_kwargs": pa.string()}
         if self.with_likeliest:
             fields |= KNOWLEDGE
-        fields |= {name: CORPUS_TYPES[kind] for name, kind in plan.columns.items()}
+        fields |= {name: pa.json_() if kind == NESTED else CORPUS_TYPES[kind] for name, kind in plan.columns.items()}
         return pa.schema(list(fields.items()))
 
 
