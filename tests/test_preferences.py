@@ -286,6 +286,16 @@ def test_estimate_and_preview_take_groups(corpus, loaded_teacher, tokenizer):
     assert [len(row.sequences) for row in shown.rows] == [2, 2, 2, 2, 3, 2, 0]
 
 
+def test_a_preview_shows_all_answers_with_their_scores(tmp_path, teacher_folder):
+    corpus = write_jsonl(tmp_path / "c.jsonl", PAIRS[4:])
+    line = ["preview", "--teacher", str(teacher_folder), "--corpus", str(corpus), "--max-length", "64"]
+    shown = CliRunner().invoke(app, line).stdout
+    assert "in 3 answers" in shown and "in 2 answers" in shown
+    labels = [text for text in shown.splitlines() if text.startswith("answer ")]
+    numbers = ["answer 1, score 0.5:", "answer 2, score -1:", "answer 3, score 2:"]
+    assert labels == [*numbers, "answer 1, no score:", "answer 2, no score:"]
+
+
 @pytest.mark.parametrize(
     ("rows", "where"),
     [
