@@ -147,7 +147,7 @@ def sql(config: SqlConfig) -> None:
     """
     statement = _statement(config.query, config.file)
     form, files = config.format, parse_named_files(config.files)
-    limited = Statement(statement, config.memory_limit * 2**30, config.timeout, files=files)
+    limited = Statement(statement, config.memory_limit * 2**30, config.timeout, files=files, kept=True)
     with asked(str(config.store), limited, form.value, note) as answer:
         text = io.TextIOWrapper(answer, encoding="utf-8", newline="")
         if form is Format.table and (names := text.readline()):

@@ -180,4 +180,4 @@ def _make_container(endpoint: str) -> None:
     request.add_header("x-ms-version", "2021-08-06")
     request.add_header("Authorization", f"SharedKey devstoreaccount1:{signature}")
     request.add_header("Content-Type", "")
-    urllib.request.urlopen(request, timeout=10).close()
+    urllib.request.urlopen(request, timeout=60).close()

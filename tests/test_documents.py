@@ -62,6 +62,7 @@ NOT_RUN = {
     ("README.md", "it installs packages"),
     ("README.md", "needs vLLM, a server, or files that others made"),
     ("README.md", "needs a bucket, and serves until it is told to end"),
+    ("README.md", "names a model of the hub; TEXTS.md asks tiny ones the same"),
     ("CONTRIBUTING.md", "minutes, and packages to install"),
     ("benchmarks/RESULTS.md", "minutes to hours, with models and texts of your own"),
     ("knowledge_store/BUCKETS.md", "it needs a bucket"),

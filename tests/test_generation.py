@@ -21,7 +21,7 @@ from knowledge_store.errors import DamageError, InputError, MismatchError
 from teacher_dump import DumpConfig, GenerateConfig, ImportConfig, dump, generate, import_dump
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Ability, TextRequest, Writing
-from teacher_dump.teachers.writing import random_numbers
+from teacher_dump.teachers.writing import random_numbers, writes_padded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,6 +108,34 @@ def test_draws_are_of_the_teachers_distribution(loaded_teacher):
     for token in expected.argsort()[-5:]:
         share, error = (drawn == token).mean(), (expected[token] * (1 - expected[token]) / len(drawn)) ** 0.5
         assert abs(share - expected[token]) < 4 * error
+
+
+def test_a_model_that_knows_no_padding_writes_without(loaded_teacher, teacher_folder, tmp_path):
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    size = len(loaded_teacher.tokenizer)
+    RwkvForCausalLM(RwkvConfig(vocab_size=size, context_length=64, initializer_range=0.4, **shape)).save_pretrained(tmp_path)
+    loaded_teacher.tokenizer.save_pretrained(tmp_path)
+    requests = [TextRequest(np.arange(5, 8 + 4 * (row % 3)), row) for row in range(5)]
+    writing = Writing(0.8, 6, ())
+    for teacher, padded in ((load_teacher(str(tmp_path), device="cpu"), False), (loaded_teacher, True)):
+        assert writes_padded(teacher) == padded
+        together = teacher.write(requests, writing)
+        for request, text in zip(requests, together, strict=True):
+            assert text.token_ids.tolist() == teacher.write([request], writing)[0].token_ids.tolist()
+
+
+def test_a_model_that_cannot_write_is_refused_before_anything_is_written(options, teacher_folder, monkeypatch):
+    def fail(*arguments, **named):
+        raise ValueError("no cache for these layers\nand more")
+
+    teacher = load_teacher(str(teacher_folder), device="cpu")
+    monkeypatch.setattr(teacher.model, "generate", fail)
+    with pytest.raises(InputError, match=r"tiny cannot write texts by transformers' generate: no cache for these layers$"):
+        generate(GenerateConfig(**options), teacher=teacher)
+    assert not options["output"].exists()
 
 
 def test_random_numbers_are_those_of_splitmix64():

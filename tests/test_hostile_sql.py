@@ -25,6 +25,7 @@ from knowledge_store import DamageError, InputError, KnowledgeStore, QueryError,
 from knowledge_store.isolation.child import Killed
 from knowledge_store.sql.isolated import _result
 from knowledge_store.sql.query import QUERY_THREAD, Query
+from knowledge_store.sql.statement import Statement
 
 MIB = 2**20
 AMPLE = 1000.0  # seconds, where a limit of time is not what is tested
@@ -185,12 +186,13 @@ def test_opening_a_store_has_limits_of_its_own(stand):
         child.stdin.flush()
         report = child.stderr.read().decode()
     assert (child.returncode, report) == (-signal.SIGALRM, "")
+    statement = Statement("SELECT 1", memory_limit=2**28, timeout=0.1)
     with pytest.raises(StoreError, match=r"could not be opened within 300 s and 4 GiB \(the process ended by SIGALRM\)"):
-        _result(Ended(signal.SIGALRM), 2**28, 0.1)
+        _result(Ended(signal.SIGALRM), statement)
     with pytest.raises(QueryError, match="interrupted"):
-        _result(Ended(signal.SIGALRM, {"state": "opened"}), 2**28, 0.1)
+        _result(Ended(signal.SIGALRM, {"state": "opened"}), statement)
     with pytest.raises(QueryError, match="SIGABRT"):
-        _result(Ended(signal.SIGABRT, {"state": "opened"}), 2**28, 0.1)
+        _result(Ended(signal.SIGABRT, {"state": "opened"}), statement)
 
 
 class Ended:

@@ -551,8 +551,14 @@ def test_browse_serves_until_it_is_told_to_end(folder):
 
 def test_the_browser_is_opened_where_there_is_one(folder, monkeypatch):
     opened: list[str] = []
+    before = set(threading.enumerate())
+
+    def wait_for_the_browser(server, sockets) -> None:
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+
     monkeypatch.setattr("knowledge_store.page.browse.webbrowser.open", opened.append)
-    monkeypatch.setattr("knowledge_store.page.browse.uvicorn.Server.run", lambda server, sockets: time.sleep(0.05))
+    monkeypatch.setattr("knowledge_store.page.browse.uvicorn.Server.run", wait_for_the_browser)
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
     monkeypatch.setenv("DISPLAY", ":0")
     store = KnowledgeStore.open(folder)

@@ -65,23 +65,26 @@ def test_a_server_that_is_killed_in_mid_epoch_loses_and_repeats_nothing(tmp_path
         servers[-1].process.join()
 
     expected, reporter = list(KnowledgeStore.open(folder, cache_size=0).batches(batch_size=4, seed=2)), Notes()
+    starting = threading.Thread(target=start)
     try:
-        start()
+        starting.start()
+        starting.join()
         with KnowledgeStore.open(f"grpc://127.0.0.1:{port}", token_file=tokens, reporter=reporter) as store:
             found = []
             for batch in store.batches(batch_size=4, seed=2):
                 found.append(batch)
                 if len(found) in KILLED_AFTER:
+                    starting.join()
                     kill()
                     starting = threading.Thread(target=start)
                     starting.start()
-            starting.join()
             assert len(found) == len(expected)
             for one, other in zip(found, expected, strict=True):
                 assert_equal(one, other)
         assert f"Waiting for grpc://127.0.0.1:{port} for up to 2 min 00 s more: it does not answer" in reporter.notes[0]
         assert f"grpc://127.0.0.1:{port} answers again after" in reporter.notes[1]
     finally:
+        starting.join()
         kill()
 
 

@@ -91,6 +91,9 @@ class DumpReader:
         self._concurrently = dumps.storage.at_once if far else FOOTERS
         self._ahead = ReadAhead(self._find_sequences, self._read_stored) if far else None
         self.ahead = BATCHES if far else 0
+        self._looked: dict[
+            tuple[tuple[str, ...], tuple[int, ...]], list[Key]
+        ] = {}  # of batches that come: what is to be read for them
 
     def __len__(self) -> int:
         return self._first_ordinal[-1]
@@ -208,22 +211,32 @@ class DumpReader:
 
     def _look_ahead(self, ahead: ReadAhead, kinds: tuple[str, ...], batches: Sequence[Sequence[int]]) -> None:
         """Have the row groups on the way that some batches need, the first of which is waited for."""
-        wanted: dict[Key, None] = {}
-        for place in {self._place(ordinal)[0] for ordinals in batches for ordinal in ordinals}:
+        window = [(kinds, tuple(ordinals)) for ordinals in batches]
+        self._looked = {batch: self._looked[batch] for batch in window if batch in self._looked}
+        new = [batch for batch in window if batch not in self._looked]
+        for place in {self._place(ordinal)[0] for _, ordinals in new for ordinal in ordinals}:
             ahead.found(place)
-        for number, ordinals in enumerate(batches):
-            for place, within in map(self._place, ordinals):
-                if not ahead.found(place, wait=number == 0):
-                    continue
-                for kind in kinds:
-                    group = int(self._row_groups(kind, place).group[within])
-                    key, sha256 = (kind, place, group), self._files[kind][place].record.sha256
-                    if key not in wanted and key not in self._decoded and not self._cache.holds(sha256, group):
-                        wanted[key] = None
-                if len(wanted) >= GROUPS:
-                    ahead.begin(wanted)
-                    return
-        ahead.begin(wanted)
+        wanted: dict[Key, None] = {}
+        for batch in window:
+            if batch not in self._looked and (missing := self._missing(ahead, *batch, wait=batch == window[0])) is not None:
+                self._looked[batch] = missing
+            wanted |= {key: None for key in self._looked.get(batch, ()) if key not in self._decoded and not self._holds(key)}
+            if len(wanted) >= GROUPS:
+                break
+        ahead.begin(list(wanted)[:GROUPS])
+
+    def _missing(self, ahead: ReadAhead, kinds: tuple[str, ...], ordinals: tuple[int, ...], wait: bool) -> list[Key] | None:
+        """The row groups of a batch that the cache on disk does not hold; None while it is not known which they are."""
+        places = list(map(self._place, ordinals))
+        if not all(ahead.found(place, wait=wait) for place in dict.fromkeys(place for place, _ in places)):
+            return None
+        groups = ((kind, place, int(self._row_groups(kind, place).group[within])) for place, within in places for kind in kinds)
+        return [key for key in dict.fromkeys(groups) if not self._holds(key)]
+
+    def _holds(self, key: Key) -> bool:
+        """Whether the cache on disk seems to hold a row group."""
+        kind, place, group = key
+        return self._cache.holds(self._files[kind][place].record.sha256, group)
 
     def _decode(self, kind: str, place: int, group: int) -> Arrays:
         """A row group's arrays, kept in memory and on disk."""

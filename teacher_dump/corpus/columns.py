@@ -77,10 +77,10 @@ class Columns:
     def shapes(self, present: Set[str]) -> list[Shape]:
         """The shapes that the names allow whose required columns are all among those that are present; of two, one of which
         asks for all that the other does and more, the first."""
-        found = [(shape, required) for shape, required in self._required if required <= present]
+        found = [shape for shape, required in self._required if required <= present]
         if len(found) < 2:
-            return [shape for shape, _ in found]
-        return [shape for shape, required in found if not any(required < other for _, other in found)]
+            return found
+        return [shape for shape in found if not any({*shape.required} < {*other.required} for other in found)]
 
     @cached_property
     def _required(self) -> list[tuple[Shape, frozenset[str]]]:

@@ -65,7 +65,9 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     shape = columns.shape or _shape_by_presence(record, columns)
     # A prompt and completion in plain text are final: no template sees them, and `tools` beside them is a column as any other.
     plain_text = is_plain_text(shape, record, columns)
-    parts = (*shape.required, *(part for part in columns.optional(shape) if not plain_text or part not in TEMPLATE_COLUMNS))
+    parts = (*shape.required, *columns.optional(shape))
+    if plain_text:
+        parts = tuple(part for part in parts if part not in TEMPLATE_COLUMNS)
     if shape is CHOSEN and not plain_text and isinstance(record.get(columns.name("prompt")), str):
         parts = _without_repeated_prompt(parts, record, columns)
     given: dict[str, Any] = {}
@@ -107,8 +109,9 @@ def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
     if len(shapes) > 1:
         ways = " or ".join(f"--columns {_own_names(shape, columns)}" for shape in shapes[:2])
         raise ValueError(f"it fits two shapes, {shapes[0].name} and {shapes[1].name}: say which counts with {ways}")
-    taken = {part for shape in shapes for part in (*shape.required, *shape.optional)}
-    halves = [part for part in COMPLETION.required if part in names and part not in taken]
+    halves = [part for part in COMPLETION.required if part in names]
+    if halves and shapes:
+        halves = [part for part in halves if part not in (*shapes[0].required, *shapes[0].optional)]
     if not shapes and columns.deciding:
         return columns.candidates[0]  # of which it is told what is missing
     if not shapes:

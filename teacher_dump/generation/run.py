@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import seal
 from knowledge_store.reporter import SILENT, Reporter
@@ -32,7 +34,7 @@ from teacher_dump.generation.settings import (
     turn_end,
 )
 from teacher_dump.generation.template import PromptTemplate
-from teacher_dump.teachers.protocol import Ability
+from teacher_dump.teachers.protocol import Ability, TextRequest, Writing
 
 if TYPE_CHECKING:
     from teacher_dump.teachers.protocol import Teacher
@@ -82,6 +84,8 @@ def generate(
     teacher = teacher or open_teacher(config, config.loading, longest, reporter=reporter)
     if Ability.TEXT not in teacher.abilities:
         raise InputError(f"the teacher {teacher.description['name']!r} does not write texts: use another one")
+    # One that cannot is refused here, before anything is written.
+    teacher.write([TextRequest(np.zeros(1, np.int64), 0)], Writing(0.0, 1, ()))
     check_unchanged(config.corpus, stamps)  # else the hashes are of other rows than the plan
     asked = {"teacher": teacher.description, "stop_tokens": sorted({*teacher.stop_tokens, *turn_end(reader)})}
     storage = LocalStorage(config.output)

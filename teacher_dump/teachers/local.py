@@ -42,7 +42,7 @@ from teacher_dump.teachers.prediction import SLICE_LOGITS, LocalPrediction
 from teacher_dump.teachers.probes import check_gradients, check_looks_back, find_batching, gradient_bytes, impossible_tokens
 from teacher_dump.teachers.protocol import DTYPES, Ability, Batching, TextRequest, Writing, WrittenText
 from teacher_dump.teachers.tokenizer import stop_tokens, token_texts
-from teacher_dump.teachers.writing import write_texts
+from teacher_dump.teachers.writing import write_texts, writes_padded
 
 UNKNOWN = 2**31  # as how many layers there are: none has that number
 
@@ -216,9 +216,15 @@ class LocalTeacher:
         """The tokens that end its texts."""
         return stop_tokens(self.model.generation_config.eos_token_id, self.tokenizer)
 
+    @cached_property
+    def _writes_padded(self) -> bool:
+        return writes_padded(self)
+
     def write(self, requests: Sequence[TextRequest], writing: Writing) -> list[WrittenText]:
-        """Write some texts as one batch (see `writing.write_texts`)."""
-        return write_texts(self, requests, writing)
+        """Write some texts as one batch, or each by itself where padding changes them (see `writing.write_texts`)."""
+        if self._writes_padded:
+            return write_texts(self, requests, writing)
+        return [text for request in requests for text in write_texts(self, [request], writing)]
 
     def recognise(self, kept: Mapping[str, Any]) -> None:
         """It is told by its files."""

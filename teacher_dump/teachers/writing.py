@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): its n-th number is a mix of
 # key + n · GAMMA, so that any of them can be had without those before it. As signed numbers, which wrap around.
 GAMMA, FIRST, SECOND = (number - 2**64 for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+PROBE_LENGTHS = (5, 11)  # tokens
+TOLERANCE, SHORT_TOLERANCE = 1e-4, 0.05  # nats that padding may move a log-probability, in float32 and in 16 bits
 STEP = 2**24  # numbers of a step, more than any vocabulary has tokens
 
 
@@ -121,6 +123,26 @@ def write_texts(teacher: LocalTeacher, requests: Sequence[TextRequest], writing:
             )
         texts.append(WrittenText(token_ids[row, :length], bool(stopped[row]), logprobs[row, :length]))
     return texts if not writing.likeliest else [_with_likeliest(text, row, drawing) for row, text in enumerate(texts)]
+
+
+def writes_padded(teacher: LocalTeacher) -> bool:
+    """Whether a text is the same where its prompt is padded on the left: some models without attention know no padding.
+
+    Raises:
+        InputError: it cannot write at all.
+    """
+    count = min(teacher.vocabulary_size, 2**15)
+    probes = [TextRequest(np.arange(length) * 7919 % count, 0) for length in PROBE_LENGTHS]
+    writing = Writing(0.0, 2, ())
+    try:
+        together = write_texts(teacher, probes, writing)
+        alone = [write_texts(teacher, [probe], writing)[0] for probe in probes]
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError, AssertionError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{teacher.description['name']} cannot write texts by transformers' generate: {lines[0]}") from None
+    tolerance = TOLERANCE if teacher.description["dtype"] == "float32" else SHORT_TOLERANCE
+    pairs = zip(together, alone, strict=True)
+    return all(np.abs(one.logprobs - other.logprobs).max() <= tolerance for one, other in pairs)
 
 
 def _with_likeliest(text: WrittenText, row: int, drawing: _Drawing) -> WrittenText:
