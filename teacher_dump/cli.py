@@ -184,9 +184,14 @@ def _show_row(row: PreviewRow) -> None:
     targets = sum(sequence.targets for sequence in row.sequences)
     amounts = f"{counted(tokens, 'token', 'tokens')}, {counted(targets, 'target', 'targets')}"
     several = f", in {len(row.sequences)} sequences of which this is the first" if len(row.sequences) > 1 else ""
+    if row.is_group:
+        several = f", in {len(row.sequences)} answers"
     dropped = f", reasoning of {counted(row.dropped_reasoning, 'message', 'messages')} left out by the template"
     output.print(Text(visible(f"{place}: {amounts}{several}{dropped if row.dropped_reasoning else ''}"), "bold"))
-    for sequence in row.sequences[:1]:
+    for number, sequence in enumerate(row.sequences if row.is_group else row.sequences[:1], 1):
+        if row.is_group:
+            score = "no score" if sequence.score is None else f"score {sequence.score:g}"
+            output.print(f"answer {number}, {score}:", markup=False)
         output.print(shown_tokens((token.text, token.is_target, token.is_special) for token in sequence.tokens))
         if sequence.tokens_cut:
             lost = f"{counted(sequence.targets_cut, 'target', 'targets')} among them" if sequence.targets_cut else "no target"

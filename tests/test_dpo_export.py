@@ -34,7 +34,7 @@ CHATS = [
     {"prompt": QUESTION[1:], "chosen": said("As far as somebody looks for it."), "rejected": said("Not far at all.")},
 ]
 OTHERS = [
-    {"prompt": "When a storm", "completions": [" came", " went by", " no"], "scores": [0.5, 3, -1]},
+    {"prompt": "When a storm", "completions": [" came", " went by", " on", " no"], "scores": [0.5, 3, -1, -1]},
     {"prompt": "When a storm", "completions": [" came", " went by"]},
     {"prompt": QUESTION, "chosen": [*said("Far."), *QUESTION[1:], *said("Far.")], "rejected": said("Near.")},
     {"prompt": "counted the sh", "chosen": "ips", "rejected": " and slept"},
@@ -101,6 +101,7 @@ def test_log_probabilities_are_the_teachers(store, pairs, loaded_teacher):
 
 
 def test_of_many_answers_the_best_stands_against_the_worst(pairs, loaded_teacher):
+    """As in the loss: of equals the first is the best, and the last the worst."""
     row = pairs[4]
     assert loaded_teacher.tokenizer.decode(row["chosen_ids"]) == " went by<|end|>"
     assert loaded_teacher.tokenizer.decode(row["rejected_ids"]) == " no<|end|>"

@@ -144,6 +144,13 @@ def test_names_of_columns(tokenizer):
     }
     assert document(binarized, "messages=messages").messages == binarized["messages"]
 
+    [one, other] = said("Far."), said("Near.")
+    single = {"conversations": [{"from": "human", "value": "How far?"}], "chosen": {"from": "gpt", "value": "Far."}}
+    found = document({**single, "rejected": other}, "prompt=conversations,chosen=chosen,rejected=rejected")
+    assert found.prompt == [QUESTION] and found.completions == ([one], [other])
+    found = document({"prompt": [QUESTION], "completions": [one, [other]], "finish": ["stop", "stop"]})
+    assert found.completions == ([one], [other]) and found.columns == {"finish": ["stop", "stop"]}
+
     as_json = {"chosen": json.dumps([QUESTION, said("Far.")]), "rejected": json.dumps([QUESTION, said("Near.")])}
     found = group(tokenizer, as_json, "chosen=chosen:json,rejected=rejected:json")
     assert_answers(found, tokenizer, [QUESTION], [[said("Far.")], [said("Near.")]], [1.0, 0.0])
@@ -163,6 +170,15 @@ BAD = {
     "other scores": ({"prompt": "p", "completions": ["a", "b"], "scores": [1]}, r"another number of entries .*\(1 for 2\)"),
     "no number": ({"prompt": "p", "completions": ["a", "b"], "scores": [1, "2"]}, "no finite number: entry 2 is '2'"),
     "no finite score": ({"prompt": "p", "completions": ["a", "b"], "scores": [float("nan"), 1]}, "no finite number: entry 1"),
+    "a score that no double holds": (
+        {"prompt": "p", "completions": ["a", "b"], "scores": [1, 10**400]},
+        "no finite number: entry 2 is 10{20,40}$",
+    ),
+    "an answer that its model did not end": (
+        {"prompt": "p", "completions": ["a", "b"], "finish": ["stop", "length"]},
+        "answer 2 of a group was cut off where it was written",
+    ),
+    "one of a pair": ({"prompt": "p", "chosen": "a", "rejected": "b", "finish": "length"}, "an answer of a group was cut off"),
     "scores no list": ({"prompt": "p", "completions": ["a", "b"], "scores": 3}, "`scores` is not a list"),
     "equal scores": ({"prompt": "p", "completions": ["a", "b"], "scores": [1, 1.0]}, "all its `scores` are equal"),
     "one text": ({"prompt": "p", "chosen": "a", "rejected": "a"}, "its answers are all the same"),
@@ -270,11 +286,24 @@ def test_estimate_and_preview_take_groups(corpus, loaded_teacher, tokenizer):
     assert [len(row.sequences) for row in shown.rows] == [2, 2, 2, 2, 3, 2, 0]
 
 
+def test_a_preview_shows_all_answers_with_their_scores(tmp_path, teacher_folder):
+    corpus = write_jsonl(tmp_path / "c.jsonl", PAIRS[4:])
+    line = ["preview", "--teacher", str(teacher_folder), "--corpus", str(corpus), "--max-length", "64"]
+    shown = CliRunner().invoke(app, line).stdout
+    assert "in 3 answers" in shown and "in 2 answers" in shown
+    labels = [text for text in shown.splitlines() if text.startswith("answer ")]
+    numbers = ["answer 1, score 0.5:", "answer 2, score -1:", "answer 3, score 2:"]
+    assert labels == [*numbers, "answer 1, no score:", "answer 2, no score:"]
+
+
 @pytest.mark.parametrize(
     ("rows", "where"),
     [
-        ([*PAIRS, {"text": "The lighthouse keeper"}], "line 7: it has not"),
-        ([{"text": "The lighthouse keeper"}, {"title": 1}, *PAIRS], "line 3: it has several answers"),
+        ([*PAIRS, {"text": "The lighthouse keeper"}], "line 7: it has one text or answer, and the rows before it have several"),
+        (
+            [{"text": "The lighthouse keeper"}, {"title": 1}, *PAIRS],
+            "line 3: it has several answers to compare",
+        ),
     ],
 )
 def test_a_corpus_has_groups_in_all_of_its_rows_or_in_none(tmp_path, loaded_teacher, rows, where, monkeypatch):

@@ -4,7 +4,7 @@
       prompt_ids              list<int64>, the tokens before the answers
       chosen_ids              list<int64>, those of the answer with the highest score, of equals the first: from where they
                               begin to count for training to the last that does
-      rejected_ids            the same of the answer with the lowest score
+      rejected_ids            the same of the answer with the lowest score, of equals the last
       ref_chosen_logps        double, in nats: the sum of `token_logprob` over the tokens of `chosen_ids`
       ref_rejected_logps      the same over those of `rejected_ids`
       chosen_sequence_id, rejected_sequence_id   int64, the sequences in the dump
@@ -119,9 +119,8 @@ def _pair(members: np.ndarray, scores: np.ndarray, read: Callable[[int], tuple[i
         raise _Unfit(NO_SCORE)
     if scores.max() == scores.min():
         raise _Unfit(EQUAL)
-    (chosen_id, chosen), (rejected_id, rejected) = (
-        read(int(members[place])) for place in (np.argmax(scores), np.argmin(scores))
-    )
+    last_lowest = len(scores) - 1 - np.argmin(scores[::-1])
+    (chosen_id, chosen), (rejected_id, rejected) = (read(int(members[place])) for place in (np.argmax(scores), last_lowest))
     (prompt, *of_chosen), (other_prompt, *of_rejected) = _parts(chosen), _parts(rejected)
     if not np.array_equal(prompt, other_prompt):
         raise _Unfit(APART)

@@ -10,7 +10,7 @@ import math
 from typing import Any
 
 from knowledge_store.format.sequences import WINDOW_BITS
-from teacher_dump.corpus.columns import CHOSEN, COMPLETION, COMPLETIONS, Columns, Shape
+from teacher_dump.corpus.columns import CHOSEN, COMPLETION, COMPLETIONS, CUT_OFF, FINISH, Columns, Shape
 from teacher_dump.corpus.messages import Turns, is_message_list, message_texts, read_messages
 
 # What is plain text where these are.
@@ -33,13 +33,14 @@ def chosen_fields(given: dict[str, Any], columns: Columns) -> dict[str, Any]:
         ValueError: it cannot be used; names the column.
     """
     names = [columns.name(part) for part in CHOSEN.required]
-    answers = [given[part] for part in CHOSEN.required]
+    answers = [_as_list(given[part]) for part in CHOSEN.required]
     prompt = given.get("prompt")
     if all(isinstance(answer, str) for answer in answers):
         if not isinstance(prompt, str):
             raise ValueError(
                 f"`{names[0]}` and `{names[1]}` are texts, and nothing says where their prompt ends: put it into a column"
-                f" `{columns.name('prompt')}`, as text, or give lists of messages"
+                f" `{columns.name('prompt')}`, as text, name the column that has it (--columns prompt=question), or give lists"
+                " of messages"
             )
         return {"prompt": prompt, **scored(answers, SCORES, names)}
     if not all(map(is_message_list, answers)) or not (prompt is None or is_message_list(prompt)):
@@ -67,6 +68,7 @@ def completions_fields(given: dict[str, Any], columns: Columns) -> dict[str, Any
     name, prompt_name = columns.name("completions"), columns.name("prompt")
     if not isinstance(answers, list):
         raise ValueError(f"`{name}` is not a list")
+    answers = [_as_list(answer) for answer in answers]
     names = [f"`{name}`: answer {number}" for number in range(1, len(answers) + 1)]
     scores = _scores(given.get("scores"), len(answers), columns.name("scores"))
     if isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers):
@@ -95,6 +97,28 @@ def scored(answers: list[Any], scores: tuple[float | None, ...], names: list[str
     if all(answer == answers[0] for answer in answers):
         raise ValueError("its answers are all the same, so none is better than another")
     return {"completions": tuple(answers), "scores": scores}
+
+
+def check_finished(finish: Any) -> None:
+    """Make sure that no answer of a group was cut off as a model wrote it: its end would be none, and is not to be compared.
+
+    Args:
+        finish: what the row says of it, or of each answer in a list.
+
+    Raises:
+        ValueError: one was.
+    """
+    if CUT_OFF in (ways := finish if isinstance(finish, list) else [finish]):
+        which = f"answer {ways.index(CUT_OFF) + 1}" if isinstance(finish, list) else "an answer"
+        raise ValueError(
+            f"{which} of a group was cut off where it was written (`{FINISH}` is `{CUT_OFF}`): answers that are cut are not"
+            " compared; leave it out of the group"
+        )
+
+
+def _as_list(answer: Any) -> Any:
+    """An answer that is one message as a list of it."""
+    return [answer] if isinstance(answer, dict) and ("role" in answer or "from" in answer) else answer
 
 
 def _empty(name: str) -> str:
@@ -132,6 +156,14 @@ def check_prompt_beside(prompt: str, chosen: Any, prompt_name: str, chosen_name:
         )
 
 
+def _is_finite(score: float) -> bool:
+    """Whether a number is one as a double, too."""
+    try:
+        return math.isfinite(score)
+    except OverflowError:  # an integer of more digits than a double can have
+        return False
+
+
 def _scores(value: Any, count: int, name: str) -> tuple[float | None, ...]:
     """What the answers of a row are worth; without a column of scores, nothing is said of any."""
     if value is None:
@@ -141,8 +173,8 @@ def _scores(value: Any, count: int, name: str) -> tuple[float | None, ...]:
     if len(value) != count:
         raise ValueError(f"`{name}` has another number of entries than there are answers ({len(value)} for {count})")
     for number, score in enumerate(value, 1):
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise ValueError(f"`{name}` has an entry that is no finite number: entry {number} is {score!r}")
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not _is_finite(score):
+            raise ValueError(f"`{name}` has an entry that is no finite number: entry {number} is {repr(score)[:30]}")
     scores = tuple(map(float, value))
     if count > 1 and len(set(scores)) == 1:
         raise ValueError(f"all its `{name}` are equal, so no answer is better than another")

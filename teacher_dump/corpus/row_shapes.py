@@ -11,6 +11,7 @@ from typing import Any
 
 from teacher_dump.corpus.answers import (
     SCORES,
+    check_finished,
     check_prompt_beside,
     chosen_fields,
     completions_fields,
@@ -24,6 +25,7 @@ from teacher_dump.corpus.columns import (
     COMPLETIONS,
     CUT_OFF,
     FINISH,
+    GROUPS,
     MESSAGES,
     OWN_NAMES,
     SHAPES,
@@ -83,6 +85,8 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
             given[part] = value
     taken = {columns.name(part) for part in parts}
     others = {name: value for name, value in record.items() if name not in taken}
+    if shape in GROUPS:
+        check_finished(others.get(FINISH))
     finish = others.get(FINISH) if shape is COMPLETION else None
     if finish not in (STOPPED, CUT_OFF):
         return Content(_fields(shape, given, plain_text, columns), others)

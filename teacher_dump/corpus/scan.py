@@ -110,10 +110,11 @@ def _row_place(document: Document, piece: PlacedPiece) -> str:
 
 def _other_sort(document: Document, piece: PlacedPiece) -> str:
     """That a row is a group of answers in a corpus of none, or the other way round."""
-    here, before = ("has several answers to compare", "have not") if document.is_group else ("has not", "have several answers")
+    group, other = "several answers to compare", "one text or answer"
+    here, before = (group, other) if document.is_group else (other, group)
     return (
-        f"{_row_place(document, piece)}: it {here}, and the rows before it {before}: a corpus has such groups in all of its"
-        " rows or in none; put them into a corpus of their own"
+        f"{_row_place(document, piece)}: it has {here}, and the rows before it have {before}: a corpus has groups of answers in"
+        " all of its rows or in none; put them into a corpus of their own"
     )
 
 

@@ -46,11 +46,13 @@ class PreviewToken:
 
 @dataclass(frozen=True)
 class PreviewSequence:
-    """A sequence: its tokens, and how many tokens and targets of the row are cut off behind them."""
+    """A sequence: its tokens, how many tokens and targets of the row are cut off behind them, and what it is worth beside the
+    other answers of a group (None where nobody says)."""
 
     tokens: tuple[PreviewToken, ...]
     tokens_cut: int
     targets_cut: int
+    score: float | None = None
 
     @property
     def targets(self) -> int:
@@ -66,6 +68,7 @@ class PreviewRow:
         place: its file and number, as people read them.
         part: of a text that is too long for one document, counted from 0.
         sequences: what becomes of it.
+        is_group: whether these are several answers to one prompt.
         dropped_reasoning: messages of which the chat template leaves the reasoning out.
         problem: why it cannot be used; None where it can.
         stops: whether it would stop a dump whatever becomes of bad rows: it is too long, and such rows are refused.
@@ -77,6 +80,7 @@ class PreviewRow:
     dropped_reasoning: int = 0
     problem: str | None = None
     stops: bool = False
+    is_group: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
         tally.use(document, sequences)
         shown = tuple(_sequence(tokenizer, sequence) for sequence in sequences)
         dropped = sum(sequence.dropped_reasoning for sequence in sequences)
-        rows.append(PreviewRow(place, document.part, shown, dropped))
+        rows.append(PreviewRow(place, document.part, shown, dropped, is_group=document.is_group))
     for note in cutter.notes:
         reporter.note(note)
     return Preview(rows, tally.counts)
@@ -132,7 +136,7 @@ def _sequence(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> Pr
         PreviewToken(token, text, is_target, token in special)
         for token, text, is_target in zip(sequence.token_ids.tolist(), texts, sequence.is_target.tolist(), strict=True)
     )
-    return PreviewSequence(tuple(tokens), sequence.tokens_cut, sequence.targets_cut)
+    return PreviewSequence(tuple(tokens), sequence.tokens_cut, sequence.targets_cut, sequence.score)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: np.ndarray) -> Iterator[str]:
