@@ -319,7 +319,7 @@ def test_texts_that_end_at_once_stop_no_dump(options, loaded_teacher, tmp_path):
     ]
     config = DumpConfig(options["teacher"], (write_jsonl(tmp_path / "t.jsonl", rows),), tmp_path / "store", "t", max_length=32)
     report = dump(config, teacher=loaded_teacher)
-    assert (report.counts.rows_used, report.counts.rows_left_out) == (3, 2)
+    assert (report.counts.rows_used, report.counts.rows_left_out, report.counts.unfinished) == (3, 2, 1)
     sql = (
         "SELECT row, bool_or(token_id = 0 AND is_target) AS ended FROM positions JOIN sequences USING (sequence_id) GROUP BY 1"
     )

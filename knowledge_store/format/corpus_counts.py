@@ -18,6 +18,7 @@ COUNTS_SHAPE = {
     "cut": int,
     "answers_cut": int,
     "dropped_reasoning": int,
+    "unfinished": int,
     "left_out": {...: {"rows": int, "bad": bool, "file": int, "row": int, "problem": str}},
 }
 
@@ -57,6 +58,7 @@ class CorpusCounts:
         cut: rows whose end was cut off at the maximum length.
         answers_cut: those of them that lost targets with it.
         dropped_reasoning: messages of which the chat template leaves the reasoning out.
+        unfinished: rows whose completion says that it was cut off where it was written, so that no end is learned behind it.
         left_out: the rows that are not used, by reason.
     """
 
@@ -67,6 +69,7 @@ class CorpusCounts:
     cut: int = 0
     answers_cut: int = 0
     dropped_reasoning: int = 0
+    unfinished: int = 0
     left_out: Mapping[str, LeftOut] = field(default_factory=dict)
 
     @property
@@ -113,6 +116,9 @@ class CorpusCounts:
         if self.dropped_reasoning:
             messages = counted(self.dropped_reasoning, "message", "messages")
             sentences.append(Sentence(f"the chat template leaves the reasoning of {messages} out"))
+        if self.unfinished:
+            completions = counted(self.unfinished, "completion was", "completions were")
+            sentences.append(Sentence(f"{completions} cut off when written (`finish` is `length`): no end is learned there"))
         return sentences
 
     def _rows(self, unused: str) -> Sentence:

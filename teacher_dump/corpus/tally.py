@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from knowledge_store.format.corpus_counts import CorpusCounts, LeftOut
+from teacher_dump.corpus.columns import CUT_OFF
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.rows import BadRow, stops
 from teacher_dump.corpus.tokenisation import TokenSequence
@@ -34,6 +35,7 @@ class Tally:
         """Count a document that is used."""
         self._counts["rows"] += document.part == 0
         self._counts["sequences"] += len(sequences)
+        self._counts["unfinished"] += document.finish == CUT_OFF
         for sequence in sequences:
             self._counts["positions"] += len(sequence.token_ids)
             self._counts["targets"] += int(sequence.is_target.sum())
@@ -49,7 +51,7 @@ class Tally:
 
     def add(self, counts: CorpusCounts) -> None:
         """Add what was counted of the documents that follow, by all their reasons."""
-        for name in ("rows", "sequences", "positions", "targets", "cut", "answers_cut", "dropped_reasoning"):
+        for name in ("rows", "sequences", "positions", "targets", "cut", "answers_cut", "dropped_reasoning", "unfinished"):
             self._counts[name] += getattr(counts, name)
         for reason, left in counts.left_out.items():
             self._add(reason, left)
