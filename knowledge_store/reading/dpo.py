@@ -15,7 +15,6 @@ that text made of tokens becomes the same tokens again, and log-probabilities of
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.kinds import Arrays
 from knowledge_store.reading.groups import Groups
 from knowledge_store.reporter import SILENT, Reporter
+from knowledge_store.storage.new_file import new_file
 
 ROWS = 1024  # of a row group
 IDS = pa.list_(pa.int64())
@@ -73,43 +73,30 @@ def export_dpo(
         InputError: no group can be written, or the file exists already or cannot be written.
         DamageError: a file of the store is not what was published.
     """
-    if output.exists():
-        raise InputError(f"{output} exists already: name another file, or remove it")
-    if not output.parent.is_dir():
-        raise InputError(f"there is no folder {output.parent}: make it, or name another file")
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     left_out: Counter[str] = Counter()
     rows: list[dict[str, object]] = []
     pairs = 0
-    try:
-        with (
-            pq.ParquetWriter(unfinished, SCHEMA, compression="zstd") as writer,
-            reporter.progress("exporting pairs", len(groups.firsts), "groups") as advance,
-        ):
-            for first in groups.firsts[np.arange(len(groups.firsts))].tolist():
-                members = groups.members(first)
-                try:
-                    rows.append(_pair(members, groups.scores(members), read))
-                    pairs += 1
-                except _Unfit as problem:
-                    left_out[str(problem)] += 1
-                if len(rows) == ROWS:
-                    writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-                    rows = []
-                advance(1)
-            if rows:
+    with (
+        new_file(output) as unfinished,
+        pq.ParquetWriter(unfinished, SCHEMA, compression="zstd") as writer,
+        reporter.progress("exporting pairs", len(groups.firsts), "groups") as advance,
+    ):
+        for first in groups.firsts[np.arange(len(groups.firsts))].tolist():
+            members = groups.members(first)
+            try:
+                rows.append(_pair(members, groups.scores(members), read))
+                pairs += 1
+            except _Unfit as problem:
+                left_out[str(problem)] += 1
+            if len(rows) == ROWS:
                 writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                rows = []
+            advance(1)
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
         if not pairs:
             reasons = "; ".join(f"of {count:,} {reason}" for reason, count in left_out.most_common())
             raise InputError(f"there is no group to write ({reasons or 'the dump has none yet'})")
-        try:
-            os.link(unfinished, output)
-        except FileExistsError:
-            raise InputError(f"{output} exists already: name another file, or remove it") from None
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
     return ExportedPairs(pairs, left_out)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from knowledge_store.catalogue.dumps import Dumps
-from knowledge_store.errors import InputError
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.limits import MEMORY_LIMIT
 from knowledge_store.sql.query import Query, connect, identifier
+from knowledge_store.storage.new_file import new_file
 
 COMPRESSION = "zstd"
 
@@ -42,28 +41,18 @@ def export(
         QueryError: the condition is refused, or DuckDB cannot run it.
         DamageError: a file of the store is not what was published.
     """
-    if output.exists():
-        raise InputError(f"{output} exists already: name another file, or remove it")
-    if not output.parent.is_dir():
-        raise InputError(f"there is no folder {output.parent}: make it, or name another file")
     condition = f" WHERE ({where}\n)" if where else ""
     sql = f"SELECT * FROM {identifier(kind)}{condition}"
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     count = 0
-    try:
-        with connect(MEMORY_LIMIT) as connection, reporter.progress(f"exporting {kind}", rows, "rows") as advance:
-            schema, batches = Query(connection, dumps, sql, memory_limit=None).answer()
-            with pq.ParquetWriter(unfinished, schema, compression=COMPRESSION) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-                    count += len(batch)
-                    advance(len(batch))
-        try:
-            os.link(unfinished, output)
-        except FileExistsError:
-            raise InputError(f"{output} exists already: name another file, or remove it") from None
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error.strerror or error}") from None
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        new_file(output) as unfinished,
+        connect(MEMORY_LIMIT) as connection,
+        reporter.progress(f"exporting {kind}", rows, "rows") as advance,
+    ):
+        schema, batches = Query(connection, dumps, sql, memory_limit=None).answer()
+        with pq.ParquetWriter(unfinished, schema, compression=COMPRESSION) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                count += len(batch)
+                advance(len(batch))
     return count
