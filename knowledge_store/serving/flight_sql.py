@@ -13,7 +13,6 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -135,8 +134,11 @@ class FlightSql:
         if what == "CreatePreparedStatement" and name == "ActionCreatePreparedStatementRequest":
             sql = request.text(1) or ""
             schema = b""
-            with suppress(QueryError):  # with parameters, it has columns only when it is run
+            try:
                 schema = _schema_bytes(self._statement_schema(context, call, store, sql, None))
+            except QueryError:
+                if not re.search(r"[?$]", sql):  # with parameters, it has columns only when it is run
+                    raise
             return [_any("ActionCreatePreparedStatementResult", [(1, _handle(sql)), (2, schema), (3, b"")])]
         if what == "BeginTransaction":
             return [_any("ActionBeginTransactionResult", [(1, TRANSACTION)])]
