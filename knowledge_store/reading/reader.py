@@ -91,9 +91,8 @@ class DumpReader:
         self._concurrently = dumps.storage.at_once if far else FOOTERS
         self._ahead = ReadAhead(self._find_sequences, self._read_stored) if far else None
         self.ahead = BATCHES if far else 0
-        self._looked: dict[
-            tuple[tuple[str, ...], tuple[int, ...]], list[Key]
-        ] = {}  # of batches that come: what is to be read for them
+        # Of batches that come, by their kinds and ordinals: what is to be read for them.
+        self._looked: dict[tuple[tuple[str, ...], tuple[int, ...]], list[Key]] = {}
 
     def __len__(self) -> int:
         return self._first_ordinal[-1]

@@ -76,7 +76,7 @@ def completions_fields(given: dict[str, Any], columns: Columns) -> dict[str, Any
     if not is_message_list(prompt) or not all(isinstance(answer, list) for answer in answers):
         raise ValueError(f"`{prompt_name}` and all of `{name}` must be texts, or lists of messages")
     if not all(answers):
-        raise ValueError(_empty(names[answers.index([])]))
+        raise ValueError(empty_answer(names[answers.index([])]))
     conversations = [read_messages(answer, f"{name}[{place}]") for place, answer in enumerate(answers)]
     return {"prompt": read_messages(prompt, prompt_name), **scored(conversations, scores, names)}
 
@@ -93,7 +93,7 @@ def scored(answers: list[Any], scores: tuple[float | None, ...], names: list[str
         raise ValueError(f"more than {1 << WINDOW_BITS:,} answers to one prompt (it has {len(answers):,})")
     for answer, name in zip(answers, names, strict=True):
         if not (answer.strip() if isinstance(answer, str) else answer):
-            raise ValueError(_empty(name))
+            raise ValueError(empty_answer(name))
     if all(answer == answers[0] for answer in answers):
         raise ValueError("its answers are all the same, so none is better than another")
     return {"completions": tuple(answers), "scores": scores}
@@ -121,7 +121,8 @@ def _as_list(answer: Any) -> Any:
     return [answer] if isinstance(answer, dict) and ("role" in answer or "from" in answer) else answer
 
 
-def _empty(name: str) -> str:
+def empty_answer(name: str) -> str:
+    """Why an answer without words cannot be used, by its column, or by its place in one in quotes already."""
     return f"an answer is empty, so only its end is there to learn: {name if '`' in name else f'`{name}`'}"
 
 
@@ -133,7 +134,7 @@ def _common_beginning(conversations: list[Turns], names: list[str], columns: Col
     if same == len(one) == len(other):
         raise ValueError("its answers are all the same, so none is better than another")
     if same == length:
-        raise ValueError(_empty(names[0] if len(one) == length else names[1]))
+        raise ValueError(empty_answer(names[0] if len(one) == length else names[1]))
     if not same:
         raise ValueError(
             f"`{names[0]}` and `{names[1]}` begin with different messages, so that neither says what the prompt is: put it into"

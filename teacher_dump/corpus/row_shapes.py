@@ -15,6 +15,7 @@ from teacher_dump.corpus.answers import (
     check_prompt_beside,
     chosen_fields,
     completions_fields,
+    empty_answer,
     is_plain_text,
     scored,
 )
@@ -217,7 +218,7 @@ def _text(given: dict[str, Any], part: str, columns: Columns) -> str:
 def _check_words(given: dict[str, Any], part: str, columns: Columns) -> None:
     """Make sure that there is something to learn: without words, the only target would be the token that ends the sequence."""
     if not _text(given, part, columns).strip():
-        raise ValueError(f"an answer is empty, so only its end is there to learn: `{columns.name(part)}`")
+        raise ValueError(empty_answer(f"`{columns.name(part)}`"))
 
 
 def system_turns(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:

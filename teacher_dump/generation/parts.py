@@ -56,9 +56,9 @@ class Writer:
     def write(self, rank: int, world_size: int, reporter: Reporter) -> GenerateReport:
         """Write what is missing of a rank's files (see `run.generate`)."""
         self.storage.remove_leftovers("")
-        self._check_parts()
         share = range(rank, len(self._plan.parts), world_size)
         missing = set(missing_parts(self.config.output, self.manifest))
+        self._check_parts(missing)
         wanted = [number for number in share if number in missing]
         longest = self._plan.longest + self.config.max_new_tokens
         alone = bool(wanted) and find_batching(self.config, self.teacher, longest, reporter).rule != "any"
@@ -113,9 +113,8 @@ class Writer:
         size = self.config.shard_size
         return min(size, self._plan.rows - number * size) * self.config.samples
 
-    def _check_parts(self) -> None:
+    def _check_parts(self, missing: set[int]) -> None:
         """Make sure that the files that are there are of this folder (DamageError: one is not)."""
-        missing = set(missing_parts(self.config.output, self.manifest))
         for number in range(len(self._plan.parts)):
             path = self.config.output / part_name(number)
             if number in missing:
