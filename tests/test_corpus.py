@@ -228,7 +228,7 @@ def test_invalid_utf8_in_a_text_file_names_the_byte(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", None, "no corpus file"),
+        ("a.jsonl", None, "there is no file"),
         ("a.jsonl", b"", "is empty"),
         ("a.csv", b"x", "not of a known kind"),
     ],

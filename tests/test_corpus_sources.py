@@ -228,5 +228,5 @@ def test_local_files_stay_as_they_are(tmp_path):
     JSON_WRITERS[".jsonl"](tmp_path / "a.jsonl", [{"text": "x"}])
     config = DumpConfig("teacher", tmp_path / "a.jsonl", "store")
     assert with_local_corpus(config) is config
-    with pytest.raises(InputError, match="there is no corpus file"):
+    with pytest.raises(InputError, match="there is no file"):
         with_local_corpus(replace(config, corpus=(tmp_path / "b.jsonl",)))

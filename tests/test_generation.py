@@ -363,6 +363,13 @@ def test_bad_prompts_are_refused_before_a_teacher_is_loaded(options, tmp_path, m
     assert not options["output"].exists()
 
 
+def test_a_bad_line_of_prompts_is_called_a_line(options, tmp_path):
+    options["prompts"] = tmp_path / "prompts.txt"
+    options["prompts"].write_bytes(b"Who?\n\n\xff\n")
+    with pytest.raises(InputError, match=r"prompts\.txt, line 3: text that is not UTF-8"):
+        generate(GenerateConfig(**options))
+
+
 def test_messages_need_a_chat_template(options, loaded_teacher, tmp_path, monkeypatch):
     options["prompts"] = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "Who?"}]}])
     monkeypatch.setattr(loaded_teacher.tokenizer, "chat_template", None)

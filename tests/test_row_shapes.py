@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,16 @@ def test_columns_that_a_shape_does_not_take_are_kept():
     assert content({"text": "x", "tools": "hammer", "system": "y"}).columns == {"tools": "hammer", "system": "y"}
     assert content({"prompt": "x", "completion": "y", "tools": "hammer"}).columns == {"tools": "hammer"}
     assert content({"prompt": TURNS[:1], "completion": TURNS[1:], "tools": TOOLS}).columns == {}
+
+
+@pytest.mark.parametrize("row", [{"prompt": "x", "completion": "y"}, {"prompt": TURNS[:1], "completion": TURNS[1:]}])
+def test_a_rejected_answer_of_kto_is_not_learnt_unnoticed(row):
+    for label in (True, None, 0, "false"):
+        assert content({**row, "label": label}) == Content(content(row).fields, {"label": label})
+    sentence = problem({**row, "label": False})
+    assert "`label` is false" in sentence and "--skip-bad-rows" in sentence
+    named = re.search(r"--columns (\S+)", sentence)[1]
+    assert content({**row, "label": False}, named) == Content(content(row).fields, {"label": False})
 
 
 ALTERNATIVES: dict[str, dict[str, Any]] = {

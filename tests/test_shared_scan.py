@@ -156,7 +156,7 @@ def test_a_refused_corpus_is_not_looked_through_twice(config, loaded_teacher, tm
 
 def test_a_worker_that_waits_takes_the_plan_of_who_was_quicker(config, alone, loaded_teacher, monkeypatch):
     """All pieces were begun by somebody who is slow; meanwhile a third worker has made the whole dump."""
-    monkeypatch.setattr(shared_scan, "PATIENCE", 60.0)
+    monkeypatch.setattr(shared_scan, "PATIENCE", PATIENCE)
     create, quicker = LocalStorage.create, []
     monkeypatch.setattr(
         LocalStorage, "create", lambda storage, name, write: not name.endswith(".begun") and create(storage, name, write)

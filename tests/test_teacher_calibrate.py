@@ -228,7 +228,7 @@ def test_bad_input_is_refused(words, tmp_path):
     corpus = write_jsonl(tmp_path / "c.jsonl", [{"text": "w1"}, {"text": ""}])
     for changes, message in (
         ({"limit": 0}, "--limit is 0"),
-        ({"corpus": (tmp_path / "none.jsonl",)}, "there is no corpus file"),
+        ({"corpus": (tmp_path / "none.jsonl",)}, "there is no file"),
         ({"corpus": (corpus,)}, "no target to fit"),
         ({"max_length": 300}, "--max-length 300 is above the 256 positions"),
     ):

@@ -159,7 +159,7 @@ def test_an_option_that_cannot_be_used(command, tmp_path, options, message):
 
 
 def test_a_corpus_file_that_is_not_there(command, tmp_path):
-    refused(command("--corpus", tmp_path / "none.jsonl"), "there is no corpus file", "none.jsonl")
+    refused(command("--corpus", tmp_path / "none.jsonl"), "there is no file", "none.jsonl")
     refused(command("--corpus", tmp_path), "is a folder")
     assert not (tmp_path / "store").exists()
 

@@ -103,11 +103,11 @@ def check_files(files: tuple[Path, ...]) -> None:
             raise InputError(f"{same}: its rows would count twice; name it once")
         known[place] = path
         if not path.exists():
-            raise InputError(f"there is no corpus file {path}")
+            raise InputError(f"there is no file {path}")
         if not path.is_file():
-            raise InputError(f"{path} is a folder: name the corpus files in it")
+            raise InputError(f"{path} is a folder: name the files in it")
         if not path.name.endswith(SUFFIXES):
-            raise InputError(f"{path} is not of a known kind: a corpus file ends in {', '.join(SUFFIXES)}")
+            raise InputError(f"{path} is not of a known kind: the name of a file ends in {', '.join(SUFFIXES)}")
         if path.stat().st_size == 0:
             raise InputError(f"{path} is empty")
         if path.suffix == ".zst":

@@ -97,6 +97,9 @@ class PromptReader:
         """What is wrong with a prompt, with its place, as people read it."""
         if not self.files:
             return f"{COUNTED} {prompt.number}: {prompt.problem}"
+        path = self.files[prompt.start.file]
+        if path.suffix == ".txt":  # each line of which is a prompt, where a corpus has one text
+            return f"{path}, line {prompt.start.row}: {prompt.problem}"
         return problem_text(self.files, prompt.start.file, prompt.start.row, str(prompt.problem))
 
     def _rows(self, path: Path, start: Start) -> Iterator[Row]:
