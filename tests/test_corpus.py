@@ -230,7 +230,7 @@ def test_invalid_utf8_in_a_text_file_names_the_byte(tmp_path):
     [
         ("a.jsonl", None, "there is no file"),
         ("a.jsonl", b"", "is empty"),
-        ("a.csv", b"x", "not of a known kind"),
+        ("a.bz2", b"x", "not of a known kind"),
     ],
 )
 def test_files_are_checked_before_anything_is_read(tmp_path, name, content, message):
@@ -240,6 +240,15 @@ def test_files_are_checked_before_anything_is_read(tmp_path, name, content, mess
         check_files((tmp_path / name,))
     with pytest.raises(InputError, match="is a folder"):
         check_files((tmp_path,))
+
+
+def test_a_csv_file_is_refused_with_the_script_that_makes_one_that_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text('text,topic\n"One, two.",light\nThree.,dark\n')
+    with pytest.raises(InputError) as refused:
+        check_files((tmp_path / "a.csv",))
+    exec(str(refused.value).split('python -c "')[1].removesuffix('"'))
+    (first, second) = documents(tmp_path / "a.parquet")
+    assert (first.text, first.columns, second.text) == ("One, two.", {"topic": "light"}, "Three.")
 
 
 def test_files_of_one_name_are_told_apart_by_their_folder():
