@@ -1,8 +1,7 @@
 """A store in a folder: a reader sees all of a file or nothing, and nothing published is ever replaced.
 
-A file is written under a temporary name, flushed to the disk, and then *linked* to its name: `link` fails when the
-name is taken, where a rename would replace what stands there. The folder is flushed last, so that the name survives a
-power cut. A writer that finds the name taken leaves what is there alone.
+A file is written under a temporary name, flushed to the disk, and then given its name, unless that is taken (see `naming`). The
+folder is flushed last, so that the name survives a power cut. A writer that finds the name taken leaves what is there alone.
 
 A process that is killed leaves its temporary file behind. Its writer holds an `flock` on it for as long as it lives, so
 anyone can tell a file in use from a leftover, on any machine that shares the file system, with no clock and no
@@ -24,19 +23,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError, MissingFileError, StoreError
+from knowledge_store.storage.naming import TEMPORARY_PREFIX, fsync_folder, give_name, lock_file
 from knowledge_store.storage.protocol import Entry, Write
 
-TEMPORARY_PREFIX = ".tmp-"
 OPEN_FILES = 64
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -74,7 +64,7 @@ def _open_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
         path = folder / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:12]}"
         file = open(path, "xb")  # noqa: SIM115 — the caller closes it
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock_file(file)
             if os.fstat(file.fileno()).st_nlink:  # else somebody tidied it away before it was locked
                 return path, file
         except OSError:
@@ -107,11 +97,7 @@ def publish(path: Path, write: Write) -> bool:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-                try:
-                    os.link(temporary, path)
-                    published = True
-                except FileExistsError:
-                    published = False
+                published = give_name(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         fsync_folder(path.parent)
@@ -369,7 +355,7 @@ class LocalStorage:
         self._lasting.add(folder)
 
     def probe(self) -> None:
-        """Where files cannot be linked, `create` says so itself."""
+        """A file system that cannot give a free name to a file says so itself, in `create`."""
 
     def create(self, name: str, write: Write) -> bool:
         """Publish a file unless its name is taken; its folder is made (StoreError: the disk is full or otherwise refuses)."""

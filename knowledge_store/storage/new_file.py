@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from knowledge_store.errors import InputError
+from knowledge_store.storage.naming import give_name
 
 
 @contextmanager
@@ -27,10 +28,8 @@ def new_file(output: Path) -> Iterator[Path]:
     unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
-        try:
-            os.link(unfinished, output)
-        except FileExistsError:
-            raise InputError(f"{output} exists already: name another file, or remove it") from None
+        if not give_name(unfinished, output):
+            raise InputError(f"{output} exists already: name another file, or remove it")
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror or error}") from None
     finally:

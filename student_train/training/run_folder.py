@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import check_weights
-from knowledge_store.storage.local import TEMPORARY_PREFIX
+from knowledge_store.storage.naming import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
 from student_train.training.mixture import Mixture
 from student_train.training.model_folder import ADAPTER_WEIGHTS

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import Reporter
-from knowledge_store.storage.local import TEMPORARY_PREFIX
+from knowledge_store.storage.naming import TEMPORARY_PREFIX
 
 LOCK_FILE = f"{TEMPORARY_PREFIX}lock"
 

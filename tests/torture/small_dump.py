@@ -14,7 +14,7 @@ from knowledge_store import DumpWriter, KnowledgeStore, verify
 from knowledge_store.format import parquet
 from knowledge_store.format.layout import COMMITS, SEQUENCES, commit_shard, table_file
 from knowledge_store.format.sequences import WINDOW_BITS, tokens_table
-from knowledge_store.storage.local import TEMPORARY_PREFIX
+from knowledge_store.storage.naming import TEMPORARY_PREFIX
 from knowledge_store.terminal.console import command_errors
 from knowledge_store.writing.repair import damaged_files
 
