@@ -30,7 +30,7 @@ from benchmarks.scale import DUMP, spread, write_shards
 from knowledge_store import KnowledgeStore
 from knowledge_store.catalogue import index
 from knowledge_store.format.bundles import bundles
-from knowledge_store.format.layout import COMMITS, STORE_FILE, commit_file, manifest_file, tokens_file
+from knowledge_store.format.layout import COMMITS, NOWHERE, STORE_FILE, commit_file, manifest_file, tokens_file
 from knowledge_store.format.manifest import read_manifest
 from knowledge_store.storage import concurrently, contents, open_storage
 from knowledge_store.writing.bundles import publish_bundles
@@ -67,7 +67,7 @@ def opened(there: Counted, shards: int, with_index: bool, with_bundle: bool) -> 
     there.requests.clear()
     there.bytes = 0
     with (
-        patch.object(index, "index_path", index.index_path if with_index else lambda storage: None),
+        patch.object(index, "index_path", index.index_path if with_index else lambda storage: NOWHERE),
         patch.object(index, "bundles", bundles if with_bundle else lambda dump, entries: []),
     ):
         began, cpu = time.perf_counter(), time.process_time()

@@ -36,6 +36,7 @@ from benchmarks.measurement import keep
 from benchmarks.scale import DUMP, many_positions, spread
 from knowledge_store import KnowledgeStore
 from knowledge_store.catalogue import index
+from knowledge_store.format.layout import NOWHERE
 from knowledge_store.storage import BucketStorage, Storage, open_storage
 from knowledge_store.writing import row_groups
 from knowledge_store.writing.copy import copy
@@ -116,7 +117,7 @@ def run(storage: Storage, small: Storage, cache: Path) -> tuple[dict[str, dict[s
             figures[name] |= {"requests": dict(place.requests), "bytes": place.bytes}
         return result
 
-    with patch.object(index, "index_path", lambda storage: None):
+    with patch.object(index, "index_path", lambda storage: NOWHERE):
         timed("first open", lambda: KnowledgeStore.open(storage, cache_size=0))
     KnowledgeStore.open(storage, cache_size=0)
     for name, task in TASKS.items():

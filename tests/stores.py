@@ -289,9 +289,7 @@ def rewrite(path: Path, table: pa.Table) -> FileRecord:
 
 def index_of(store: Any) -> Path:
     """The file of a store's index."""
-    path = index_path(open_storage(store))
-    assert path is not None
-    return path
+    return index_path(open_storage(store))
 
 
 def read_whole(path: Path) -> pa.Table:

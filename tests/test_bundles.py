@@ -14,7 +14,7 @@ from knowledge_store.catalogue import index as index_module
 from knowledge_store.catalogue.dumps import Dumps, open_dumps
 from knowledge_store.format import bundles as bundles_module
 from knowledge_store.format.commits import CommitRecord, commit_records
-from knowledge_store.format.layout import commit_file, manifest_file
+from knowledge_store.format.layout import NOWHERE, commit_file, manifest_file
 from knowledge_store.format.manifest import read_manifest
 from knowledge_store.storage import open_storage
 from knowledge_store.writing.bundles import publish_bundles, replace_bundles
@@ -33,7 +33,7 @@ def storage() -> MemoryStorage:
 def opened_anew(storage: MemoryStorage) -> Dumps:
     """The store as a machine opens it that has never seen it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "index_path", lambda storage: None)
+        patch.setattr(index_module, "index_path", lambda storage: NOWHERE)
         return open_dumps(storage)
 
 

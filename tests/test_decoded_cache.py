@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -22,8 +23,10 @@ from stores import commit, make_manifest, random_sequences, words, write_store
 from torture.heartbeat import PATIENCE
 
 from knowledge_store import DumpWriter, KnowledgeStore
+from knowledge_store.format.layout import NOWHERE, user_cache
 from knowledge_store.format.sequences import tokens_table
 from knowledge_store.reading.cache import DecodedCache
+from teacher_dump.fingerprints import file_sha256
 
 
 @pytest.fixture
@@ -306,16 +309,17 @@ def test_lists_are_kept_without_their_padding_and_come_back_with_it(cache, width
     assert path.stat().st_size < 200 * (4 + 2 * (2 + 5)) + 1000
 
 
-def test_whoever_has_no_home_reads_without_a_cache(tmp_path, monkeypatch):
+def test_whoever_has_no_home_goes_without_a_cache(tmp_path, monkeypatch):
     """Ordinary in containers: no HOME, and a user that no file of users knows."""
     folder = write_store(tmp_path / "store")
-
-    def no_home(name: str) -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr("knowledge_store.reading.cache.user_cache", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda user: {}[user])
+    assert user_cache("index").is_relative_to(NOWHERE)
     assert_same(epoch(folder), epoch(folder, cache_size=0))
-    assert not (tmp_path / "cache").exists()
+    assert len(KnowledgeStore.open(folder, rebuild_index=True).info()) == 1
+    assert file_sha256(folder / "store.json") == hashlib.sha256((folder / "store.json").read_bytes()).hexdigest()
+    assert not (tmp_path / "cache").exists() and NOWHERE.parent.is_char_device()
 
 
 def test_a_header_of_another_program_is_not_read(cache, tmp_path):

@@ -86,12 +86,9 @@ class Index:
     files: pa.Table
 
 
-def index_path(storage: Storage) -> Path | None:
-    """Where the index of a store is kept, or None where whoever runs this has no home."""
-    try:
-        return user_cache("index") / f"{hashlib.sha256(storage.cache_key.encode()).hexdigest()[:32]}.duckdb"
-    except RuntimeError:
-        return None
+def index_path(storage: Storage) -> Path:
+    """Where the index of a store is kept."""
+    return user_cache("index") / f"{hashlib.sha256(storage.cache_key.encode()).hexdigest()[:32]}.duckdb"
 
 
 def _shards_schema(names: Iterable[str]) -> pa.Schema:
@@ -192,7 +189,7 @@ def refresh(
             continue
         standing |= {(dump, shard): (entry.size, entry.version) for shard, entry in commit_entries(entries).items()}
         bundled[dump] = bundles(dump, entries) if storage.at_once > 1 and not rebuild else []
-    known = _load(path) if path is not None and not rebuild else None
+    known = None if rebuild else _load(path)
     indexed: Versions = {}
     if known is not None:
         columns = (known.shards[name].to_pylist() for name in ("dump", "shard", "record_bytes", "record_version"))
@@ -230,7 +227,7 @@ def refresh(
         shards = pa.concat_tables([_keep(known.shards, keep), shards], promote_options="default")
         files = pa.concat_tables([_keep(known.files, keep), files])
     index = Index(shards.sort_by(ORDER), files.sort_by([*ORDER, ("table", "ascending")]))
-    if path is not None and (known is None or shard_rows or len(keep) < len(indexed)):
+    if known is None or shard_rows or len(keep) < len(indexed):
         with contextlib.suppress(duckdb.Error, OSError, StoreError):  # a cache that cannot be written costs time, nothing else
             _save(index, path)
     if unusable:  # what can be used of them is saved, so that it is not read again

@@ -109,7 +109,14 @@ def bundle_shards(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
+NOWHERE = Path(os.devnull, "nowhere")  # nothing is there, nor can anything be made, in what is no folder
+
+
 def user_cache(name: str) -> Path:
-    """The folder for one sort of thing that may be lost at any time, in the cache of whoever runs this."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache")).expanduser()
+    """The folder for one sort of thing that may be lost at any time, in the cache of whoever runs this; somewhere in NOWHERE
+    where there is no home, as is ordinary in containers."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        base = NOWHERE
     return base / "knowledge-store" / name

@@ -149,10 +149,7 @@ class DecodedCache:
     """
 
     def __init__(self, manifest: Manifest, size: int):
-        try:
-            self.root = user_cache("decoded")
-        except RuntimeError:  # whoever runs this has no home
-            self.root, size = Path(os.devnull), 0
+        self.root = user_cache("decoded")
         self.folder = self.root / hashlib.sha256(manifest.to_bytes() + _decoders(manifest)).hexdigest()[:32]
         self._size = size
         self.fillers = {name: filler for kind in manifest.kinds for name, filler in KINDS[kind].arrays(manifest).items()}

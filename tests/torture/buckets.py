@@ -24,7 +24,7 @@ from stores import commit
 from knowledge_store import DumpWriter, KnowledgeStore, KnowledgeStoreError, verify
 from knowledge_store.catalogue import index
 from knowledge_store.format.commits import read_commit
-from knowledge_store.format.layout import table_file
+from knowledge_store.format.layout import NOWHERE, table_file
 from knowledge_store.storage import Storage, open_storage
 from torture.heartbeat import beat
 from torture.workers import MACHINES, check_snapshot, ended, kill, knowledge, plan, undisturbed
@@ -100,7 +100,7 @@ def check(storage: Storage, address: str, folder: Path, shards: int) -> int:
             files += 1
     assert storage.read("d/tokens.parquet") == alone[0]["d/tokens.parquet"]
     assert _bundles(storage), "nobody bundled the records"
-    with patch.object(index, "index_path", lambda storage: None):  # as a machine that has never seen it, from the bundle
+    with patch.object(index, "index_path", lambda storage: NOWHERE):  # as a machine that has never seen it, from the bundle
         assert check_snapshot(KnowledgeStore.open(address)) == set(range(shards))
     assert check_snapshot(KnowledgeStore.open(address)) == set(range(shards))
     return files
@@ -122,7 +122,7 @@ def _opened(address: str, way: int) -> KnowledgeStore:
     """The store by the index, by each commit record, or as on a machine that has never seen it."""
     if way < 2:
         return KnowledgeStore.open(address, cache_size=0, rebuild_index=way == 1)
-    with patch.object(index, "index_path", lambda storage: None):
+    with patch.object(index, "index_path", lambda storage: NOWHERE):
         return KnowledgeStore.open(address, cache_size=0)
 
 
