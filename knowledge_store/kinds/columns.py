@@ -195,7 +195,7 @@ def _flat(rows: Any, field: Field) -> pa.Array:
     if len({row.dtype if isinstance(row, np.ndarray) else None for row in rows}) == 1 and isinstance(rows[0], np.ndarray):
         return _values(np.concatenate([np.asarray(row) for row in rows]), field)
     # Of several types: numpy would make floats of integers, or of rows without a value.
-    return pa.array(np.concatenate([np.empty(0, _dtype(field)), *(_numbers(row, field) for row in rows)]), field.type)
+    return pa.array(np.concatenate([np.empty(0, field.dtype), *(_numbers(row, field) for row in rows)]), field.type)
 
 
 def _values(values: Any, field: Field) -> pa.Array:
@@ -217,7 +217,7 @@ def _numbers(values: Any, field: Field) -> np.ndarray:
     """
     if getattr(values, "ndim", 1) != 1:
         raise ValueError(f"its values are an array of {values.ndim} dimensions")
-    dtype = _dtype(field)
+    dtype = field.dtype
     if not isinstance(values, np.ndarray) or values.dtype == object:
         values = _from_list(list(values), dtype.kind)
     accepted = {"b": "b", "i": "iuf", "u": "iuf", "f": "iuf"}[dtype.kind]
@@ -260,10 +260,6 @@ def _rounded(values: np.ndarray, dtype: np.dtype, infinite: bool) -> np.ndarray:
     return rounded
 
 
-def _dtype(field: Field) -> np.dtype:
-    return np.dtype(field.type.to_pandas_dtype())
-
-
 def decode_columns(table: pa.Table, fields: Sequence[Field]) -> Arrays:
     """The reverse of `encode_columns`: arrays with one entry a row, ragged rows padded to the longest of the table; text as
     lists.
@@ -283,7 +279,7 @@ def _decoded(column: pa.ChunkedArray, field: Field) -> Any:
             raise ValueError(f"{field.name} does not have {field.shape} values in each row")
     if field.is_text:
         return column.to_pylist()
-    dtype = _dtype(field)
+    dtype = field.dtype
     if isinstance(field.shape, int):
         rows: np.ndarray = np.full((len(column), field.shape), field.padding, dtype)
         rows[column.is_valid().to_numpy()] = pc.list_flatten(column).to_numpy().reshape(-1, field.shape)

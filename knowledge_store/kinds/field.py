@@ -55,13 +55,19 @@ class Field:
             raise InputError(f"the field {self.name!r} is declared {self.shape} values wide: declare at least 1")
         if pa.types.is_integer(self.type) or pa.types.is_boolean(self.type):
             try:
-                holds = bool(np.full(1, self.padding, self.type.to_pandas_dtype())[0] == self.padding)
+                holds = bool(np.full(1, self.padding, self.dtype)[0] == self.padding)
             except (OverflowError, TypeError, ValueError):
                 holds = False
             if not holds:
                 raise InputError(
                     f"the field {self.name!r} is declared as {self.type}, which does not hold its padding {self.padding!r}"
                 )
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """That of an array of its values."""
+        # Not `to_pandas_dtype`, for which Arrow 18 needs pandas.
+        return pa.array([], self.type).to_numpy(zero_copy_only=False).dtype
 
     @property
     def is_text(self) -> bool:
