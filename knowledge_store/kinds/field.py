@@ -66,7 +66,7 @@ class Field:
     @property
     def dtype(self) -> np.dtype[Any]:
         """That of an array of its values."""
-        # Not `to_pandas_dtype`, for which Arrow 18 needs pandas.
+        # Not `to_pandas_dtype`, for which most versions of Arrow need pandas.
         return pa.array([], self.type).to_numpy(zero_copy_only=False).dtype
 
     @property
