@@ -254,7 +254,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes.errorbar(value, -place, xerr=[[value - low], [high - value]], fmt="o", color="#33658a", capsize=2)
     axes.axvline(0, color="#888888", linewidth=0.8)
     axes.set_yticks([-place for place in range(len(rows))], [f"{row['data']}, {row['student']}: {row['way']}" for row in rows])
-    axes.set_xlabel("points of accuracy over labels alone, with 95% intervals over questions")
+    axes.set_xlabel("points of accuracy over labels alone (95% intervals)")
     chart.savefig(path, metadata={"Date": None})
     plt.close(chart)
 
