@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shlex
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -242,13 +243,17 @@ def test_files_are_checked_before_anything_is_read(tmp_path, name, content, mess
         check_files((tmp_path,))
 
 
-def test_a_csv_file_is_refused_with_the_script_that_makes_one_that_is_read(tmp_path):
-    (tmp_path / "a.csv").write_text('text,topic\n"One, two.",light\nThree.,dark\n')
+@pytest.mark.parametrize("name", ["a.csv", "it's.CSV", '$(exit 3) "b".csv'])
+def test_a_csv_file_is_refused_with_the_script_that_makes_one_that_is_read(tmp_path, name):
+    (tmp_path / name).write_text('text,topic\n"One, two.",light\n42,007\n')
     with pytest.raises(InputError) as refused:
-        check_files((tmp_path / "a.csv",))
-    exec(str(refused.value).split('python -c "')[1].removesuffix('"'))
-    (first, second) = documents(tmp_path / "a.parquet")
-    assert (first.text, first.columns, second.text) == ("One, two.", {"topic": "light"}, "Three.")
+        check_files((tmp_path / name,))
+    python, option, script = shlex.split(str(refused.value).split("of it with ")[1])
+    assert (python, option) == ("python", "-c")
+    exec(script)
+    (first, second) = documents(tmp_path / f"{name}.parquet")
+    assert (first.text, first.columns, second.text) == ("One, two.", {"topic": "light"}, "42")
+    assert second.columns == {"topic": "007"}
 
 
 def test_files_of_one_name_are_told_apart_by_their_folder():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from stores import write_store
 
 from knowledge_store import InputError, StoreError, verify
 from knowledge_store.storage import contents, naming
-from knowledge_store.storage.local import publish, remove_leftovers
+from knowledge_store.storage.local import LocalStorage, publish, remove_leftovers
 from knowledge_store.storage.new_file import new_file
 
 NAMES, WRITERS = 60, 8
@@ -76,6 +77,79 @@ def test_a_lock_whose_holder_was_killed_is_taken_and_tidied_away(monkeypatch, tm
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     (tmp_path / naming.NAMES_LOCK).touch()
     assert remove_leftovers(tmp_path) == 1
+
+
+class Paused:
+    """The thread of one name stops where it has found a name free, until it is let go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.there, self.go_on, lexists = threading.Event(), threading.Event(), os.path.lexists
+
+        def found(path) -> bool:
+            taken = lexists(path)
+            if threading.current_thread().name == "paused":
+                self.there.set()
+                self.go_on.wait()
+            return taken
+
+        monkeypatch.setattr(naming.os.path, "lexists", found)
+
+
+def test_the_lock_of_another_is_no_leftover(monkeypatch, tmp_path):
+    """Who tidies up has opened a lock that is removed and made again before it is locked."""
+    refuse(monkeypatch, "os.link", errno.EPERM)
+    paused, flock, opened, removed = Paused(monkeypatch), fcntl.flock, threading.Event(), threading.Event()
+
+    def late(file, operation: int) -> None:
+        if threading.current_thread().name == "tidy":
+            opened.set()
+            removed.wait()
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    (tmp_path / naming.NAMES_LOCK).touch()
+    found: dict[str, object] = {}
+    tidy = threading.Thread(target=lambda: found.update(tidied=remove_leftovers(tmp_path)), name="tidy")
+    tidy.start()
+    opened.wait()
+    assert publish(tmp_path / "another", contents(b""))  # takes the lock that was opened, and removes it
+    first = threading.Thread(target=lambda: found.update(first=publish(tmp_path / "file", contents(b"first"))), name="paused")
+    first.start()
+    paused.there.wait()
+    removed.set()
+    tidy.join()
+    second = threading.Thread(target=lambda: found.update(second=publish(tmp_path / "file", contents(b"second"))))
+    second.start()
+    paused.go_on.set()
+    first.join()
+    second.join()
+    assert found == {"tidied": 0, "first": True, "second": False} and (tmp_path / "file").read_bytes() == b"first"
+
+
+def test_a_file_that_is_put_in_place_is_not_replaced_by_a_late_publisher(monkeypatch, tmp_path):
+    refuse(monkeypatch, "os.link", errno.EPERM)
+    paused = Paused(monkeypatch)
+    publisher = threading.Thread(target=publish, args=(tmp_path / "file", contents(b"published")), name="paused")
+    publisher.start()
+    paused.there.wait()
+    repair = threading.Thread(target=LocalStorage(tmp_path).replace, args=([("file", contents(b"repaired"))],))
+    repair.start()
+    paused.go_on.set()
+    publisher.join()
+    repair.join()
+    assert (tmp_path / "file").read_bytes() == b"repaired" and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
+def test_a_forked_child_does_not_hold_the_lock(tmp_path):
+    """It has the file open as this process has."""
+    with naming.names_locked(tmp_path):
+        lock = os.path.realpath(tmp_path / naming.NAMES_LOCK)
+        (held,) = (int(each.name) for each in Path("/proc/self/fd").iterdir() if os.path.realpath(each) == lock)
+        copy = os.dup(held)
+    with open(f"/proc/self/fd/{copy}", "rb") as again:
+        fcntl.flock(again, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(copy)
 
 
 def test_a_store_is_the_same_without_hard_links(monkeypatch, tmp_path):

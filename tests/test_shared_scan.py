@@ -107,7 +107,10 @@ def test_workers_at_once_look_through_a_corpus_once(config, alone, loaded_teache
     assert killed.returncode == -signal.SIGKILL, killed
     workers = [Running(_work, config, rank, log, False, folder=tmp_path / "out") for rank in range(WORKERS)]
     count = len(pieces.cut_corpus(config.corpus, [file.stat().st_size for file in config.corpus]))
-    wait_until(lambda: len(list(config.store.glob(".scan-*/*.json"))) == count - 1)
+    wait_until(
+        lambda: len(list(config.store.glob(".scan-*/*.json"))) == count - 1,
+        lambda: all(worker.process.is_alive() for worker in workers),
+    )
     with pytest.MonkeyPatch.context() as patch:
         Scanned(log, patch)
         dump(config, 0, WORKERS, loaded_teacher)

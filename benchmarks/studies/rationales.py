@@ -63,7 +63,10 @@ WAYS: dict[str, tuple[str, ...]] = {
     "distillation": ("--loss", "forward-kl"),
     "distillation + saliency": ("--loss", "forward-kl", "--rationale", "saliency"),
 }
-BASELINE = "label only"
+# What each way is compared with; None stands for the others.
+LABELS = "label only"
+BASELINES: dict[str | None, tuple[str, ...]] = {None: (LABELS,), "distillation + saliency": (LABELS, "distillation")}
+OVER = f"over {LABELS}"
 STUDENTS = {"whole": LEARNING_RATE, "layer-dropped": 3e-4}  # learning rates: where layers are missing there is more to learn
 SEEDS = (0, 1, 2)
 WEIGHT, TOKENS = 0.2, 5
@@ -212,21 +215,26 @@ def tabulate(finished: dict[str, Any], seeds: tuple[int, ...] = SEEDS) -> list[d
 
                 row = {"student": student, "data": data, "way": way, "seeds": done[way]}
                 row |= {name: interval(values) for name, values in of(way, done[way]).items()}
-                both = [seed for seed in done[way] if seed in done[BASELINE]]
-                if way != BASELINE and both:
-                    gain = of(way, both)["accuracy"] - of(BASELINE, both)["accuracy"]
-                    row["gain"] = interval(gain)
+                for baseline in BASELINES.get(way, BASELINES[None]):
+                    both = [seed for seed in done[way] if seed in done[baseline]]
+                    if way != baseline and both:
+                        one, other = of(way, both), of(baseline, both)
+                        row[f"over {baseline}"] = {name: interval(one[name] - other[name]) for name in one}
                 table.append(row)
     return table
 
 
 def print_table(record: dict[str, Any]) -> None:
     """The table and the overlaps in Markdown."""
-    print("| student | data | way | seeds | accuracy | ECE | NLL | Δ accuracy |\n|" + " --- |" * 8)
+    print("| student | data | way | seeds | accuracy | ECE | NLL |\n|" + " --- |" * 7)
     for row in record["table"]:
         shown = [figure_cell(row[name], scale) for name, scale in (("accuracy", 100), ("ece", 100), ("nll", 1))]
-        shown.append(figure_cell(row["gain"], 100) if "gain" in row else "")
         print(f"| {row['student']} | {row['data']} | {row['way']} | {len(row['seeds'])} | {' | '.join(shown)} |")
+    print("\n| student | data | way | | Δ accuracy | Δ ECE | Δ NLL |\n|" + " --- |" * 7)
+    for row in record["table"]:
+        for title in (title for title in row if title.startswith("over ")):
+            shown = [figure_cell(row[title][name], scale) for name, scale in (("accuracy", 100), ("ece", 100), ("nll", 1))]
+            print(f"| {row['student']} | {row['data']} | {row['way']} | {title} | {' | '.join(shown)} |")
     print(f"\nNot run: {len(record['not_run'])} of {len(record['not_run']) + len(record['cells'])} cells.")
     print("\n| data | the teacher is right | chance | rationales hold the answer | random | claimed |\n|" + " --- |" * 6)
     for data, each in record["teachers"].items():
@@ -245,12 +253,12 @@ def draw(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams.update({"svg.hashsalt": "rationales", "font.size": 9})
-    rows = [row for row in record["table"] if "gain" in row]
+    rows = [row for row in record["table"] if OVER in row]
     if not rows:
         return
     chart, axes = plt.subplots(figsize=(7.5, 0.9 + 0.24 * len(rows)), layout="constrained")
     for place, row in enumerate(rows):
-        value, low, high = (100 * each for each in row["gain"])
+        value, low, high = (100 * each for each in row[OVER]["accuracy"])
         axes.errorbar(value, -place, xerr=[[value - low], [high - value]], fmt="o", color="#33658a", capsize=2)
     axes.axvline(0, color="#888888", linewidth=0.8)
     axes.set_yticks([-place for place in range(len(rows))], [f"{row['data']}, {row['student']}: {row['way']}" for row in rows])

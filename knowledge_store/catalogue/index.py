@@ -135,9 +135,9 @@ def _file_rows(commit: CommitRecord) -> list[dict[str, object]]:
 
 def _load(path: Path) -> Index | None:
     """The index in a file, or None when this version can use nothing there."""
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         with duckdb.connect(str(path), read_only=True) as connection:
             if connection.sql("SELECT value FROM about").fetchall() != [(INDEX_SCHEMA,)]:
                 return None

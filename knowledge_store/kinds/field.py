@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -63,7 +64,7 @@ class Field:
                     f"the field {self.name!r} is declared as {self.type}, which does not hold its padding {self.padding!r}"
                 )
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
         """That of an array of its values."""
         # Not `to_pandas_dtype`, for which most versions of Arrow need pandas.

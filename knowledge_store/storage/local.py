@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from knowledge_store.errors import DamageError, InputError, KnowledgeStoreError, MissingFileError, StoreError
-from knowledge_store.storage.naming import TEMPORARY_PREFIX, fsync_folder, give_name, lock_file
+from knowledge_store.storage.naming import NAMES_LOCK, TEMPORARY_PREFIX, fsync_folder, give_name, is_at, lock_file, names_locked
 from knowledge_store.storage.protocol import Entry, Write
 
 OPEN_FILES = 64
@@ -65,7 +65,7 @@ def _open_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
         file = open(path, "xb")  # noqa: SIM115 — the caller closes it
         try:
             lock_file(file)
-            if os.fstat(file.fileno()).st_nlink:  # else somebody tidied it away before it was locked
+            if is_at(path, file):  # else somebody tidied it away before it was locked
                 return path, file
         except OSError:
             path.unlink(missing_ok=True)
@@ -138,7 +138,8 @@ def put_in_place(temporary: Path, path: Path) -> None:
         StoreError: the folder cannot be written.
     """
     try:
-        temporary.replace(path)
+        with names_locked(path.parent):  # without hard links, a publisher that found the name free would replace it
+            temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}") from error
@@ -195,6 +196,8 @@ def remove_leftovers(folder: Path) -> int:
                 continue
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not is_at(path, file):  # another process has the file that is there now
+                    continue
                 path.unlink(missing_ok=True)
             removed += 1
         except OSError:  # in use, gone already, or somebody else's to remove
@@ -405,9 +408,10 @@ class LocalStorage:
             os.close(descriptor)
 
     def leftovers(self, prefix: str) -> list[str]:
-        """Names of temporary files and folders in a folder, sorted."""
+        """Names of temporary files and folders in a folder, sorted; a lock is none of them."""
         with suppress(OSError):
-            return sorted(path.name for path in (self.root / prefix).glob(f"{TEMPORARY_PREFIX}*"))
+            names = (path.name for path in (self.root / prefix).glob(f"{TEMPORARY_PREFIX}*"))
+            return sorted(name for name in names if name != NAMES_LOCK)
         return []
 
     def remove_leftovers(self, prefix: str) -> None:

@@ -43,7 +43,7 @@ def give_name(temporary: Path, path: Path) -> bool:
             raise
     else:
         return True
-    with _names_locked(path.parent):
+    with names_locked(path.parent):
         if os.path.lexists(path):
             return False
         temporary.rename(path)
@@ -51,24 +51,30 @@ def give_name(temporary: Path, path: Path) -> bool:
 
 
 @contextmanager
-def _names_locked(folder: Path) -> Iterator[None]:
-    """Hold the lock on the names of a folder, whose file is removed afterwards."""
+def names_locked(folder: Path) -> Iterator[None]:
+    """Hold the lock on the names of a folder, whose file is removed afterwards.
+
+    Raises:
+        OSError: the disk refuses, or has no locks.
+    """
     lock = folder / NAMES_LOCK
     while True:
-        with open(lock, "ab") as file:
+        # It is only read, since another user may have made it.
+        with open(lock, "rb", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as file:
             if not lock_file(file):
                 raise OSError(errno.ENOTSUP, "its file system has neither hard links nor locks (flock)", str(folder))
-            if not _is(lock, file):
+            if not is_at(path=lock, file=file):
                 continue  # whoever held it has removed it
             try:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
+                fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have it open for as long as it lives
             return
 
 
-def _is(path: Path, file: BinaryIO) -> bool:
-    """Whether a path is that of an open file."""
+def is_at(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still has its name: what was locked may have been removed, and made again, before."""
     with suppress(FileNotFoundError):
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     return False

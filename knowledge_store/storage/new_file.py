@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ def new_file(output: Path) -> Iterator[Path]:
         raise InputError(f"{output} exists already: name another file, or remove it")
     if not output.parent.is_dir():
         raise InputError(f"there is no folder {output.parent}: make it, or name another file")
-    unfinished = output.with_name(f".{output.name}.{os.getpid()}.unfinished")
+    unfinished = output.with_name(f".{output.name}.{uuid.uuid4().hex[:12]}.unfinished")
     try:
         yield unfinished
         if not give_name(unfinished, output):

@@ -8,6 +8,7 @@ numbers do not depend on what is skipped. Nothing is held but the document at ha
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -31,7 +32,7 @@ SUFFIXES = (
     *(".json", ".json.gz", ".json.zst"),
     *(".parquet", ".arrow", ".txt"),
 )
-TABLES_OF_TEXT = (".csv", ".tsv")  # whose quotes, separators and types are for DuckDB to find out
+TABLES_OF_TEXT = (".csv", ".tsv", ".csv.gz", ".tsv.gz")  # whose quotes and separators are for DuckDB to find out
 SUFFIXES_READ_THROUGH = (".gz", ".zst", ".parquet", ".arrow")  # to get to the middle of these is to read what comes before
 
 
@@ -107,9 +108,9 @@ def check_files(files: tuple[Path, ...]) -> None:
             raise InputError(f"there is no file {path}")
         if not path.is_file():
             raise InputError(f"{path} is a folder: name the files in it")
-        if path.suffix in TABLES_OF_TEXT:
-            script = f"import duckdb; duckdb.read_csv('{path}').write_parquet('{path.with_suffix('.parquet')}')"
-            raise InputError(f'{path} is not of a known kind: make a Parquet file of it with python -c "{script}"')
+        if path.name.lower().endswith(TABLES_OF_TEXT):
+            script = f"import duckdb; duckdb.read_csv({str(path)!r}, all_varchar=True).write_parquet({f'{path}.parquet'!r})"
+            raise InputError(f"{path} is not of a known kind: make a Parquet file of it with python -c {shlex.quote(script)}")
         if not path.name.endswith(SUFFIXES):
             raise InputError(f"{path} is not of a known kind: the name of a file ends in {', '.join(SUFFIXES)}")
         if path.stat().st_size == 0:

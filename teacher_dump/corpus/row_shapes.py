@@ -42,10 +42,11 @@ from teacher_dump.corpus.json_text import json_value
 from teacher_dump.corpus.messages import Turns, is_message_list, message_texts, read_messages
 from teacher_dump.corpus.token_rows import token_content
 
-# Of a row of `prompt`, `completion` and `label`, which TRL's KTOTrainer reads.
+# Of a row of `prompt`, `completion` and `label`, as TRL's KTOTrainer reads them. Where a model wrote the completion, `label` was a
+# column of its prompt.
 REJECTED = (
     "`label` is false, as of a completion that was rejected, and a student would learn to write it: --skip-bad-rows leaves such"
-    " rows out, and --columns prompt=prompt,completion=completion reads all"
+    " rows out; to read them, give the column another name"
 )
 
 
@@ -94,9 +95,9 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     others = {name: value for name, value in record.items() if name not in taken}
     if shape in GROUPS:
         check_finished(others.get(FINISH))
-    if shape is COMPLETION and others.get("label") is False and "completion" not in columns.names:
-        raise ValueError(REJECTED)
     finish = others.get(FINISH) if shape is COMPLETION else None
+    if shape is COMPLETION and finish is None and str(others.get("label")).lower() == "false":
+        raise ValueError(REJECTED)
     if finish not in (STOPPED, CUT_OFF):
         return Content(_fields(shape, given, plain_text, columns), others)
     return Content({**_fields(shape, given, plain_text, columns, written=True), "finish": finish}, others)
