@@ -42,8 +42,8 @@ from teacher_dump.corpus.json_text import json_value
 from teacher_dump.corpus.messages import Turns, is_message_list, message_texts, read_messages
 from teacher_dump.corpus.token_rows import token_content
 
-# Of a row of `prompt`, `completion` and `label`, as TRL's KTOTrainer reads them. Where a model wrote the completion, `label` was a
-# column of its prompt.
+# Of a row of `prompt`, `completion` and `label`, as TRL's KTOTrainer reads them. Where a model wrote the completion, `label` is
+# one of its prompt's columns.
 REJECTED = (
     "`label` is false, as of a completion that was rejected, and a student would learn to write it: --skip-bad-rows leaves such"
     " rows out; to read them, give the column another name"
