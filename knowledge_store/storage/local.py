@@ -65,7 +65,7 @@ def _open_temporary(folder: Path, name: str) -> tuple[Path, BinaryIO]:
         file = open(path, "xb")  # noqa: SIM115 — the caller closes it
         try:
             lock_file(file)
-            if is_at(path, file):  # else somebody tidied it away before it was locked
+            if is_at(path, file.fileno()):  # else somebody tidied it away before it was locked
                 return path, file
         except OSError:
             path.unlink(missing_ok=True)
@@ -196,7 +196,7 @@ def remove_leftovers(folder: Path) -> int:
                 continue
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not is_at(path, file):  # another process has the file that is there now
+                if not is_at(path, file.fileno()):  # another process has the file that is there now
                     continue
                 path.unlink(missing_ok=True)
             removed += 1

@@ -63,7 +63,7 @@ def names_locked(folder: Path) -> Iterator[None]:
         with open(lock, "rb", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as file:
             if not lock_file(file):
                 raise OSError(errno.ENOTSUP, "its file system has neither hard links nor locks (flock)", str(folder))
-            if not is_at(path=lock, file=file):
+            if not is_at(lock, file.fileno()):
                 continue  # whoever held it has removed it
             try:
                 yield
@@ -73,10 +73,10 @@ def names_locked(folder: Path) -> Iterator[None]:
             return
 
 
-def is_at(path: Path, file: BinaryIO) -> bool:
+def is_at(path: Path, descriptor: int) -> bool:
     """Whether an open file still has its name: what was locked may have been removed, and made again, before."""
     with suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
     return False
 
 

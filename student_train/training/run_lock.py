@@ -15,7 +15,7 @@ from pathlib import Path
 
 from knowledge_store.errors import InputError
 from knowledge_store.reporter import Reporter
-from knowledge_store.storage.naming import TEMPORARY_PREFIX
+from knowledge_store.storage.naming import TEMPORARY_PREFIX, is_at
 
 LOCK_FILE = f"{TEMPORARY_PREFIX}lock"
 
@@ -78,7 +78,7 @@ def locked(output: Path, reporter: Reporter) -> Iterator[None]:
     finally:
         with suppress(OSError):
             # Unless the folder was removed meanwhile, and made again for another run.
-            if (output / LOCK_FILE).stat().st_ino == os.fstat(descriptor).st_ino:
+            if is_at(output / LOCK_FILE, descriptor):
                 (output / LOCK_FILE).unlink()
                 if made:
                     output.rmdir()  # nothing was written: a run that was refused leaves no folder
