@@ -12,10 +12,11 @@ import pytest
 from stores import contents as files_of
 from stores import write_store
 
-from knowledge_store import InputError, StoreError, verify
+from knowledge_store import InputError, KnowledgeStore, StoreError, verify
 from knowledge_store.storage import contents, naming
 from knowledge_store.storage.local import LocalStorage, publish, remove_leftovers
 from knowledge_store.storage.new_file import new_file
+from knowledge_store.writing.rename import rename_dump
 
 NAMES, WRITERS = 60, 8
 
@@ -179,6 +180,8 @@ def test_without_locks_hard_links_are_enough(monkeypatch, tmp_path, code):
     assert verify(store).damage == [] and not list(store.rglob(".tmp-*"))
     (tmp_path / ".tmp-file-0123456789ab").write_bytes(b"half")
     assert remove_leftovers(tmp_path) == 0  # nobody can tell whether its writer lives
+    rename_dump(LocalStorage(store), "small", "other")
+    assert [dump.dump for dump in KnowledgeStore.open(store).info()] == ["other"]
     refuse(monkeypatch, "os.link", errno.EPERM)
     with pytest.raises(StoreError, match=r"cannot write .*file: its file system has neither hard links nor locks \(flock\)"):
         publish(tmp_path / "file", contents(b"first"))

@@ -43,7 +43,9 @@ def give_name(temporary: Path, path: Path) -> bool:
             raise
     else:
         return True
-    with names_locked(path.parent):
+    with names_locked(path.parent) as locked:
+        if not locked:
+            raise OSError(errno.ENOTSUP, "its file system has neither hard links nor locks (flock)", str(path.parent))
         if os.path.lexists(path):
             return False
         temporary.rename(path)
@@ -51,25 +53,28 @@ def give_name(temporary: Path, path: Path) -> bool:
 
 
 @contextmanager
-def names_locked(folder: Path) -> Iterator[None]:
+def names_locked(folder: Path) -> Iterator[bool]:
     """Hold the lock on the names of a folder, whose file is removed afterwards.
 
+    Yields:
+        False where the file system has no locks.
+
     Raises:
-        OSError: the disk refuses, or has no locks.
+        OSError: the disk refuses.
     """
     lock = folder / NAMES_LOCK
     while True:
         # It is only read, since another user may have made it.
         with open(lock, "rb", opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o666)) as file:
-            if not lock_file(file):
-                raise OSError(errno.ENOTSUP, "its file system has neither hard links nor locks (flock)", str(folder))
-            if not is_at(lock, file.fileno()):
+            locked = lock_file(file)
+            if locked and not is_at(lock, file.fileno()):
                 continue  # whoever held it has removed it
             try:
-                yield
+                yield locked
             finally:
                 lock.unlink(missing_ok=True)
-                fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have it open for as long as it lives
+                if locked:
+                    fcntl.flock(file, fcntl.LOCK_UN)  # a forked child may have it open for as long as it lives
             return
 
 
