@@ -183,11 +183,12 @@ def overlaps(arguments: argparse.Namespace, data: str, chance: float) -> dict[st
 # ---- the table
 
 
-def figures(seeds: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Accuracy, ECE and NLL in RESAMPLES bootstrap samples of the questions, the means over seeds: (1 + RESAMPLES,), the figure
-    itself first. All cells of a data set have the same samples, so that two can be subtracted."""
+def figures(seeds: list[dict[str, Any]], data: str) -> dict[str, np.ndarray]:
+    """Accuracy, ECE and NLL in RESAMPLES bootstrap samples of a data set's questions, the means over seeds: (1 + RESAMPLES,),
+    the figure itself first. All cells of a data set have the same samples, so that two can be subtracted."""
     size = len(seeds[0]["correct"])
-    times = np.vstack([np.ones(size), np.random.default_rng(0).multinomial(size, np.full(size, 1 / size), RESAMPLES)])
+    samples = np.random.default_rng(SETS.index(data)).multinomial(size, np.full(size, 1 / size), RESAMPLES)
+    times = np.vstack([np.ones(size), samples])
     found: dict[str, list[np.ndarray]] = {"accuracy": [], "ece": [], "nll": []}
     for each in seeds:
         correct, confidence, nll = (np.array(each[name], np.float64) for name in ("correct", "confidence", "nll"))
@@ -200,25 +201,34 @@ def figures(seeds: list[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 
 def tabulate(finished: dict[str, Any], seeds: tuple[int, ...] = SEEDS) -> list[dict[str, Any]]:
-    """A row for each student, data set and way with a finished cell; the difference to the baseline is over the seeds that both
-    have."""
+    """A row for each student, data set and way with a finished cell, and for the mean of the data sets of which all ways have
+    run with the same seeds; the difference to a baseline is over the seeds that both have."""
     table = []
     for student in STUDENTS:
-        for data in SETS:
-            done = {way: [seed for seed in seeds if Cell(student, data, seed, way).name in finished] for way in WAYS}
+
+        def seeds_of(data: str, way: str, student: str = student) -> tuple[int, ...]:
+            return tuple(seed for seed in seeds if Cell(student, data, seed, way).name in finished)
+
+        first = seeds_of(SETS[0], LABELS)
+        whole = tuple(data for data in SETS if first and all(seeds_of(data, way) == first for way in WAYS))
+        for group in (*((data,) for data in SETS), *([whole] if len(whole) > 1 else [])):
+
+            def mean_of(
+                way: str, chosen: tuple[int, ...], student: str = student, group: tuple[str, ...] = group
+            ) -> dict[str, np.ndarray]:
+                each = [figures([finished[Cell(student, data, seed, way).name] for seed in chosen], data) for data in group]
+                return {name: np.mean([one[name] for one in each], axis=0) for name in each[0]}
+
             for way in WAYS:
-                if not done[way]:
+                done = seeds_of(group[0], way)
+                if not done:
                     continue
-
-                def of(name: str, chosen: list[int], place: tuple[str, str] = (student, data)) -> dict[str, np.ndarray]:
-                    return figures([finished[Cell(*place, seed, name).name] for seed in chosen])
-
-                row = {"student": student, "data": data, "way": way, "seeds": done[way]}
-                row |= {name: interval(values) for name, values in of(way, done[way]).items()}
+                row: dict[str, Any] = {"student": student, "data": " and ".join(group), "way": way, "seeds": list(done)}
+                row |= {name: interval(values) for name, values in mean_of(way, done).items()}
                 for baseline in BASELINES.get(way, BASELINES[None]):
-                    both = [seed for seed in done[way] if seed in done[baseline]]
+                    both = tuple(seed for seed in done if seed in seeds_of(group[0], baseline))
                     if way != baseline and both:
-                        one, other = of(way, both), of(baseline, both)
+                        one, other = mean_of(way, both), mean_of(baseline, both)
                         row[f"over {baseline}"] = {name: interval(one[name] - other[name]) for name in one}
                 table.append(row)
     return table
@@ -311,7 +321,7 @@ def main() -> None:
             chance = float(np.mean([1 / len(question.options) for question in questions[data]["judge"][: arguments.judge]]))
             answers = {"tuned": judge(arguments, arguments.work / "teacher", (), data)}
             answers["untuned"] = judge(arguments, arguments.teacher, gguf(arguments), data)
-            accuracies = {name: interval(figures([each])["accuracy"]) for name, each in answers.items()}
+            accuracies = {name: interval(figures([each], data)["accuracy"]) for name, each in answers.items()}
             record["teachers"][data] = {
                 "accuracy": accuracies["tuned"], "untuned": accuracies["untuned"], "chance": round(chance, 4),
                 "overlap": overlaps(arguments, data, chance),
