@@ -252,10 +252,14 @@ def test_messages_and_their_tools_travel_along(options, loaded_teacher, tmp_path
         {"role": "assistant", "content": "He."},
         {"role": "user", "content": "Who?"},
     ]
-    rows = [{"messages": turns, "id": 7}, {"messages": turns[:1], "id": 8}]
-    options["prompts"] = write_jsonl(tmp_path / "chat.jsonl", rows)
+    rows = [{"messages": turns, "id": 7, "tools": ""}, {"messages": turns[:1], "id": 8}]
+    brief = {"system": "Be brief.", "id": 9}
+    asked = [*rows, {"messages": turns, **brief}, {"prompt": "Who?", **brief}]
+    options["prompts"] = write_jsonl(tmp_path / "chat.jsonl", asked)
     generate(GenerateConfig(**{**options, "samples": 1}), teacher=loaded_teacher)
-    assert [(row["prompt"], row["id"]) for row in texts(options["output"])] == [(turns, 7), (turns[:1], 8)]
+    system = {"role": "system", "content": "Be brief."}
+    expected = [(turns, 7), (turns[:1], 8), ([system, *turns], 9), ([system, turns[-1]], 9)]
+    assert [(row["prompt"], row["id"]) for row in texts(options["output"])] == expected
     odd = [{**row, "messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}]} for row in rows]
     template = tmp_path / "parts.jinja"  # a template that takes content in parts, as those of models that see images do
     template.write_text(
@@ -345,6 +349,7 @@ def bad(name: str, rows: list, more: dict | None = None, template: str = "") -> 
         bad("line 1: `messages` ends with a turn of another than a user .*role 'assistant'",
             [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]),
         bad(r"line 1: none of the columns that a prompt is read by \(it has `question`\)", [{"question": "a"}]),
+        bad("line 1: `images` is part of the conversation, .* --columns prompt=prompt", [{"prompt": "a", "images": ["a.png"]}]),
         bad("line 1: it has both `prompt` and `messages`", [{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}]),
         bad("--max-new-tokens 256 leaves no room for a prompt: the teacher knows 256", [{"prompt": "a"}],
             {"max_new_tokens": 256}),

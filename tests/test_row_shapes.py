@@ -94,6 +94,16 @@ def test_tools_that_are_none_are_named(tools, sentence):
     assert sentence in problem({"messages": TURNS, "tools": tools})
 
 
+@pytest.mark.parametrize("nothing", ["", " ", "null", None])
+def test_no_tools_and_no_history_may_be_blank_text(nothing):
+    found = content({"messages": TURNS, "tools": nothing, "chat_template_kwargs": nothing})
+    assert found.fields == {"messages": TURNS, "template_arguments": {}}
+    row = {"instruction": "Name it.", "output": "A lighthouse.", "history": nothing}
+    assert len(messages(row)) == 2
+    assert content({"input_ids": [1, 2], "labels": None}).fields["is_target"] == (True, True)
+    assert "`labels` is text that is not JSON" in problem({"input_ids": [1, 2], "labels": ""})
+
+
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [json.dumps(TOOLS[0])]])
 def test_tools_may_be_json_text_as_a_whole_or_each(tools):
     found = content({"messages": TURNS, "tools": tools, "chat_template_kwargs": '{"mood": null}'})
@@ -157,6 +167,38 @@ def test_a_prompt_that_repeats_a_message_stays_a_column_and_another_is_refused()
     assert "both `text` and `prompt` without `completion`" in problem({"text": "x", "prompt": "y"})
 
 
+def test_a_system_column_is_the_first_message_of_every_conversation():
+    system, brief = {"role": "system", "content": "Be brief."}, {"system": "Be brief."}
+    others = [{"role": "assistant", "content": "Near."}]
+    assert messages({"messages": TURNS, **brief}) == [system, *TURNS]
+    assert messages({"messages": [system, *TURNS], **brief}) == [system, *TURNS]
+    assert messages({"messages": TURNS, "persona": "Be brief."}, "messages=messages,system=persona") == [system, *TURNS]
+    for row in (
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": others},
+        {"chosen": TURNS, "rejected": [USER, *others]},
+        {"prompt": TURNS[:1], "completions": [TURNS[1:], others]},
+    ):
+        assert content({**row, **brief}).fields["prompt"] == [system, USER]
+        assert content({**row, **brief}).columns == {}
+    assert "say different things: keep one" in problem({"messages": [system, *TURNS], "system": "Be long."})
+    assert content({"prompt": "x", "completion": "y", **brief}).columns == brief  # text is final
+
+
+def test_what_the_teacher_would_have_to_see_is_not_lost_unnoticed():
+    for name in ("images", "functions"):
+        for row, columns in (
+            ({"messages": TURNS}, "messages=messages"),
+            ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt=prompt,completion=completion"),
+        ):
+            sentence = problem({**row, name: ["x"]})
+            assert sentence.startswith(f"`{name}` is part of the conversation") and f"--columns {columns}" in sentence
+            assert content({**row, name: ["x"]}, columns).columns == {name: ["x"]}
+            assert content({**row, name: []}).columns == {name: []}
+    assert content({"messages": TURNS, "functions": TOOLS}, "tools=functions").fields["template_arguments"] == {"tools": TOOLS}
+    assert content({"text": "A light.", "image": "light.jpg"}).columns == {"image": "light.jpg"}
+
+
 def test_columns_that_a_shape_does_not_take_are_kept():
     assert content({"text": "x", "tools": "hammer", "system": "y"}).columns == {"tools": "hammer", "system": "y"}
     assert content({"prompt": "x", "completion": "y", "tools": "hammer"}).columns == {"tools": "hammer"}
@@ -174,6 +216,13 @@ def test_a_rejected_answer_of_kto_is_not_learnt_unnoticed(row):
         assert "`label` is false" in problem({**renamed, "label": label}, "completion=response")
         written = {"label": label, "finish": "stop"}  # of a prompt, about which a model wrote
         assert content({**row, **written}).columns == written
+
+
+def test_steps_of_one_answer_are_no_answers_to_compare():
+    row = {"prompt": "How far?", "completions": ["It is there.", "So it is far."]}
+    sentence = problem({**row, "labels": [True, False]})
+    assert "`labels` says which of its `completions` are right" in sentence and "as a `completion`" in sentence
+    assert content({**row, "labels": "x"}).columns == {"labels": "x"}
 
 
 ALTERNATIVES: dict[str, dict[str, Any]] = {
@@ -238,7 +287,7 @@ def test_text_that_looks_like_json_is_text_unless_it_is_declared_as_json():
     [
         ("prompt", "'prompt' is not of the form NAME=COLUMN"),
         ("prompt=", "is not of the form NAME=COLUMN"),
-        ("question=prompt", "there is no 'question'; it names text, prompt, completion, tools"),
+        ("question=prompt", "there is no 'question'; it names text, prompt, completion, system, tools"),
         ("prompt=a,prompt=b", "prompt is there twice"),
         ("prompt=a,messages=b", "a row is prompt and completion or messages, not both"),
         ("prompt=a,completion=a", "prompt and completion would both be the column 'a'"),
@@ -278,7 +327,7 @@ def test_columns_are_part_of_a_dump_and_taken_from_it(tmp_path, loaded_teacher):
         ({"input_ids": "[3, 4, 5]", "loss_mask": [False, True, True]}, [3, 4, 5], [0, 1, 1]),
         ({"input_ids": [9, 3, 4, 9], "attention_mask": [0, 1, 1, 0], "labels": [-100, -100, 4, -100]}, [3, 4], [0, 1]),
         ({"input_ids": [9, 9], "attention_mask": [0, 0]}, [], []),
-        ({"input_ids": [3, 4], "position_ids": [0, 1]}, [3, 4], [1, 1]),
+        ({"input_ids": [3, 4], "position_ids": [0, 1], "seq_lengths": [2]}, [3, 4], [1, 1]),
     ],
 )
 def test_token_ids_are_taken_as_they_are(row, ids, targets):
@@ -302,6 +351,7 @@ def test_token_ids_are_taken_as_they_are(row, ids, targets):
             "`attention_mask` is 0 between tokens that are seen (at token 2)",
         ),
         ({"input_ids": [3, 4, 5], "position_ids": [0, 1, 0]}, "`position_ids` do not count from 0"),
+        ({"input_ids": [3, 4, 5], "seq_lengths": [2, 1]}, "`seq_lengths` says that several texts are packed in one row"),
     ],
 )
 def test_token_ids_that_cannot_be_meant_name_column_and_token(row, sentence):

@@ -26,21 +26,20 @@ class Shape:
 
 
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+CHAT_COLUMNS = ("system", *TEMPLATE_COLUMNS)  # what belongs to a conversation beside its messages
 
 TEXT = Shape("text", ("text",))
-COMPLETION = Shape("prompt and completion", ("prompt", "completion"), TEMPLATE_COLUMNS)
-MESSAGES = Shape("messages", ("messages",), TEMPLATE_COLUMNS)
-SHAREGPT = Shape("ShareGPT", ("conversations",), ("system", *TEMPLATE_COLUMNS))
-ALPACA = Shape("Alpaca", ("instruction", "output"), ("input", "system", "history", *TEMPLATE_COLUMNS))
-CHOSEN = Shape("chosen and rejected", ("chosen", "rejected"), ("prompt", *TEMPLATE_COLUMNS))
-COMPLETIONS = Shape("prompt and completions", ("prompt", "completions"), ("scores", *TEMPLATE_COLUMNS))
+COMPLETION = Shape("prompt and completion", ("prompt", "completion"), CHAT_COLUMNS)
+MESSAGES = Shape("messages", ("messages",), CHAT_COLUMNS)
+SHAREGPT = Shape("ShareGPT", ("conversations",), CHAT_COLUMNS)
+ALPACA = Shape("Alpaca", ("instruction", "output"), ("input", "history", *CHAT_COLUMNS))
+CHOSEN = Shape("chosen and rejected", ("chosen", "rejected"), ("prompt", *CHAT_COLUMNS))
+COMPLETIONS = Shape("prompt and completions", ("prompt", "completions"), ("scores", *CHAT_COLUMNS))
 ALPACA_CHOSEN = Shape(
-    "Alpaca with chosen and rejected",
-    ("instruction", "chosen", "rejected"),
-    ("input", "system", "history", *TEMPLATE_COLUMNS),
+    "Alpaca with chosen and rejected", ("instruction", "chosen", "rejected"), ("input", "history", *CHAT_COLUMNS)
 )
 MASKS = ("assistant_masks", "completion_mask", "loss_mask")
-TOKENS = Shape("token ids", ("input_ids",), ("labels", *MASKS, "attention_mask", "position_ids"))
+TOKENS = Shape("token ids", ("input_ids",), ("labels", *MASKS, "attention_mask", "position_ids", "seq_lengths"))
 
 SHAPES = (TEXT, COMPLETION, MESSAGES, SHAREGPT, ALPACA, TOKENS, CHOSEN, COMPLETIONS, ALPACA_CHOSEN)
 GROUPS = (CHOSEN, COMPLETIONS, ALPACA_CHOSEN)  # whose rows are several answers to one prompt
@@ -48,6 +47,9 @@ GROUPS = (CHOSEN, COMPLETIONS, ALPACA_CHOSEN)  # whose rows are several answers 
 # What `finish` says of a completion that a model wrote: it ended by itself, or was cut off.
 FINISH = "finish"
 STOPPED, CUT_OFF = "stop", "length"
+
+# Text of these that is blank or `null` says that there is none, as published data sets write it.
+MAY_BE_BLANK = (*TEMPLATE_COLUMNS, "history")
 
 # Text in these is the row's own; text in any other column that a shape takes is JSON.
 TEXT_COLUMNS = ("text", "prompt", "completion", "chosen", "rejected", "instruction", "input", "output", "system")

@@ -21,18 +21,19 @@ from teacher_dump.corpus.answers import (
 )
 from teacher_dump.corpus.columns import (
     ALPACA_CHOSEN,
+    CHAT_COLUMNS,
     CHOSEN,
     COMPLETION,
     COMPLETIONS,
     CUT_OFF,
     FINISH,
     GROUPS,
+    MAY_BE_BLANK,
     MESSAGES,
     OWN_NAMES,
     SHAPES,
     SHAREGPT,
     STOPPED,
-    TEMPLATE_COLUMNS,
     TEXT,
     TOKENS,
     Columns,
@@ -48,6 +49,19 @@ REJECTED = (
     "`label` is false, as of a completion that was rejected, and a student would learn to write it: --skip-bad-rows leaves such"
     " rows out; to read them, give the column another name"
 )
+
+
+# Of a row of `prompt`, `completions` and `labels`, as TRL's PRMTrainer reads them.
+STEPS = (
+    "`labels` says which of its `{}` are right, as of the steps of one answer, and several answers to one prompt were to be"
+    " compared: put the steps together as a `completion`, or give the labels' column another name"
+)
+
+# Columns of what a conversation is about and no template is given, and what to do instead of losing it.
+UNSEEN = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "no teacher sees it here"),
+    "functions": "the old form of `tools` is given to no template: name it with --columns tools=functions",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     plain_text = is_plain_text(shape, record, columns)
     parts = (*shape.required, *columns.optional(shape))
     if plain_text:
-        parts = tuple(part for part in parts if part not in TEMPLATE_COLUMNS)
+        parts = tuple(part for part in parts if part not in CHAT_COLUMNS)
     if shape is CHOSEN and not plain_text and isinstance(record.get(columns.name("prompt")), str):
         parts = _without_repeated_prompt(parts, record, columns)
     given: dict[str, Any] = {}
@@ -85,22 +99,34 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
             if part in shape.required:
                 raise ValueError(missing_column(part, shape, record, columns))
         elif isinstance(value, str) and columns.is_json(part):
-            try:
-                given[part] = json_value(value)
-            except ValueError as error:
-                raise ValueError(f"`{columns.name(part)}` is text that is {error}") from None
+            read = column_value(value, part, columns)
+            if read is not None or part not in MAY_BE_BLANK:
+                given[part] = read
         else:
             given[part] = value
     taken = {columns.name(part) for part in parts}
     others = {name: value for name, value in record.items() if name not in taken}
     if shape in GROUPS:
         check_finished(others.get(FINISH))
+    labels = others.get("labels")
+    if shape is COMPLETIONS and isinstance(labels, list) and all(isinstance(label, bool) for label in labels):
+        raise ValueError(STEPS.format(columns.name("completions")))
     finish = others.get(FINISH) if shape is COMPLETION else None
     if shape is COMPLETION and finish is None and str(others.get("label")).lower() == "false":
         raise ValueError(REJECTED)
     if finish not in (STOPPED, CUT_OFF):
         return Content(_fields(shape, given, plain_text, columns), others)
     return Content({**_fields(shape, given, plain_text, columns, written=True), "finish": finish}, others)
+
+
+def column_value(text: str, part: str, columns: Columns) -> Any:
+    """The value that JSON text in a column stands for (ValueError: it is no JSON)."""
+    if part in MAY_BE_BLANK and not text.strip():
+        return None
+    try:
+        return json_value(text)
+    except ValueError as error:
+        raise ValueError(f"`{columns.name(part)}` is text that is {error}") from None
 
 
 def _without_repeated_prompt(parts: tuple[str, ...], record: dict[str, Any], columns: Columns) -> tuple[str, ...]:
@@ -128,6 +154,8 @@ def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
         raise ValueError(_no_shape(record, halves))
     if halves:
         _check_half(record, halves, shapes[0])
+    if shapes[0] not in (TEXT, TOKENS) and not columns.deciding:
+        check_seen(record, columns, _own_names(shapes[0], columns))
     return shapes[0]
 
 
@@ -153,11 +181,33 @@ def _check_half(record: dict[str, Any], halves: list[str], shape: Shape) -> None
     )
 
 
+def check_seen(record: dict[str, Any], columns: Columns, way_out: str) -> None:
+    """Make sure that nothing stands beside a conversation that its teacher would have to see, and does not.
+
+    Args:
+        record: the row.
+        columns: its own names for columns.
+        way_out: what `--columns` says where the words alone count.
+
+    Raises:
+        ValueError: something does; names its column.
+    """
+    for name, why in UNSEEN.items():
+        value = record.get(name)
+        if value not in (None, "", [], {}) and name not in map(columns.name, columns.names):
+            raise ValueError(
+                f"`{name}` is part of the conversation, and {why}; where the words alone count, say --columns {way_out}"
+            )
+
+
 def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
     if sum(record.get(part) is not None for part in CHOSEN.required) == 1:
         return "`chosen` and `rejected` must both be given"
     if halves:
-        return "`prompt` and `completion` must both be given, both strings or both lists of messages"
+        return (
+            "`prompt` and `completion` must both be given, both strings or both lists of messages. Columns of other names are"
+            " read with --columns, as in --columns prompt=prompt,completion=response"
+        )
     parts = dict.fromkeys(part for shape in SHAPES for part in shape.required)
     if nulls := [part for part in parts if part in record and record[part] is None]:
         return f"{_quoted(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
@@ -192,7 +242,8 @@ def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Colu
         return {"text": _text(given, "text", columns)}
     arguments = {} if plain_text else {"template_arguments": template_arguments(given, columns)}
     if shape in (CHOSEN, COMPLETIONS):
-        return (chosen_fields if shape is CHOSEN else completions_fields)(given, columns) | arguments
+        group = (chosen_fields if shape is CHOSEN else completions_fields)(given, columns)
+        return (group if plain_text else _with_system(group, "prompt", given, columns)) | arguments
     if plain_text:
         if not written:
             _check_words(given, "completion", columns)
@@ -201,12 +252,12 @@ def _fields(shape: Shape, given: dict[str, Any], plain_text: bool, columns: Colu
         if not (is_message_list(given["prompt"]) and is_message_list(given["completion"])):
             names = _quoted([columns.name(part) for part in COMPLETION.required])
             raise ValueError(f"{names} must both be given, both strings or both lists of messages")
-        return {part: read_messages(given[part], columns.name(part)) for part in COMPLETION.required} | arguments
-    if shape is MESSAGES:
-        return {"messages": read_messages(given["messages"], columns.name("messages"))} | arguments
-    if shape is SHAREGPT:
-        messages = read_messages(given["conversations"], columns.name("conversations"))
-        return {"messages": [*system_turns(given, messages, columns), *messages]} | arguments
+        messages = {part: read_messages(given[part], columns.name(part)) for part in COMPLETION.required}
+        return _with_system(messages, "prompt", given, columns) | arguments
+    if shape in (MESSAGES, SHAREGPT):
+        [part] = shape.required
+        messages = {"messages": read_messages(given[part], columns.name(part))}
+        return _with_system(messages, "messages", given, columns) | arguments
     prompt, answers = _alpaca_prompt(given, columns), [part for part in shape.required if part != "instruction"]
     for part in answers:
         _check_words(given, part, columns)
@@ -230,6 +281,13 @@ def _check_words(given: dict[str, Any], part: str, columns: Columns) -> None:
         raise ValueError(empty_answer(f"`{columns.name(part)}`"))
 
 
+def _with_system(fields: dict[str, Any], field: str, given: dict[str, Any], columns: Columns) -> dict[str, Any]:
+    """The fields of messages, the first of which a `system` column may be."""
+    if not isinstance(fields[field], list):
+        return fields
+    return {**fields, field: [*system_turns(given, fields[field], columns), *fields[field]]}
+
+
 def system_turns(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
     """A `system` column as the first message; one that is empty is none."""
     system = _text(given, "system", columns)
@@ -238,7 +296,10 @@ def system_turns(given: dict[str, Any], messages: Turns, columns: Columns) -> Tu
     if messages and messages[0].get("role") == "system":
         if messages[0].get("content") == system:
             return []
-        raise ValueError(f"`{columns.name('system')}` and a first message of the role `system` say different things")
+        raise ValueError(
+            f"`{columns.name('system')}` and a first message of the role `system` say different things: keep one of them, or"
+            " give the column another name"
+        )
     return [{"role": "system", "content": system}]
 
 

@@ -16,7 +16,8 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
     `attention_mask` is 0 at an end, is left out.
 
     Args:
-        given: input_ids; if there, labels, masks, attention_mask, position_ids: lists of one length.
+        given: input_ids; if there, labels, masks, attention_mask, position_ids: lists of one length; and seq_lengths, as TRL's
+            packing says how long each of a row's texts is.
 
     Raises:
         ValueError: naming the column and the token, counted from 1.
@@ -52,6 +53,10 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 "`position_ids` do not count from 0: several texts packed in one row would see each other; give each a row"
             )
+    if len(_numbers(given, "seq_lengths", None) if "seq_lengths" in given else ()) > 1:
+        raise ValueError(
+            "`seq_lengths` says that several texts are packed in one row, which would see each other; give each a row"
+        )
     for number, token in enumerate(token_ids[begin:end], begin + 1):
         if token < 0:
             raise ValueError(f"`input_ids` has a negative number ({token} at token {number})")

@@ -12,9 +12,8 @@ import numpy as np
 from knowledge_store.errors import InputError
 from teacher_dump.corpus.columns import COMPLETION, MESSAGES, SHAREGPT, TEMPLATE_COLUMNS, Columns
 from teacher_dump.corpus.documents import file_rows, problem_text, sound_unicode
-from teacher_dump.corpus.json_text import json_value
 from teacher_dump.corpus.messages import Turns, read_messages
-from teacher_dump.corpus.row_shapes import system_turns, template_arguments
+from teacher_dump.corpus.row_shapes import check_seen, column_value, system_turns, template_arguments
 from teacher_dump.corpus.rows import BadRow, Row, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.generation.template import PromptTemplate
@@ -148,34 +147,37 @@ class PromptReader:
         value = record.get(name)
         if value is None:
             raise ValueError(f"`{name}` {'is null' if name in record else 'is not there'}")
+        if not self.columns.deciding:
+            check_seen(record, self.columns, f"{part}={name}")
         if isinstance(value, str) and self.columns.is_json(part):
-            try:
-                value = json_value(value)
-            except ValueError as error:
-                raise ValueError(f"`{name}` is text that is {error}") from None
+            value = column_value(value, part, self.columns)
+        system = self.columns.name("system")
+        given = {"system": record[system]} if record.get(system) is not None else {}
         if isinstance(value, str):
             if not value.strip():
                 raise BadRow(f"the prompt is empty: `{name}`")
-            return self._as_asked(value), {}, {key: other for key, other in record.items() if key != name}
+            asked = self._as_asked(value)
+            if not isinstance(asked, str):
+                asked = [*system_turns(given, asked, self.columns), *asked]
+            return asked, {}, {key: other for key, other in record.items() if key != name}
         if not self.as_message:
             raise BadRow(
                 f"`{name}` has messages, and prompts are gone on with as plain text here: name a chat template with"
                 " --chat-template and leave --prompt-as out, or make text of them with --template"
             )
         messages = read_messages(value, name)
-        if part == SHAREGPT.required[0] and isinstance(record.get("system"), str):
-            messages = [*system_turns({"system": record["system"]}, messages, self.columns), *messages]
+        messages = [*system_turns(given, messages, self.columns), *messages]
         last = str(messages[-1]["role"])
         if last not in ASKING:
             raise BadRow(
                 f"`{name}` ends with a turn of another than a user (message {len(messages)} is of the role {last!r}), so that"
                 " there is nothing to answer: leave the last turn out, or make a prompt with --template"
             )
-        given = {}
         for argument in TEMPLATE_COLUMNS:
             found = record.get(self.columns.name(argument))
+            found = column_value(found, argument, self.columns) if isinstance(found, str) else found
             if found is not None:
-                given[argument] = json_value(found) if isinstance(found, str) else found
+                given[argument] = found
         taken = {name, *(self.columns.name(argument) for argument in TEMPLATE_COLUMNS)}
         others = {key: other for key, other in record.items() if key not in taken}
         return messages, template_arguments(given, self.columns), others
