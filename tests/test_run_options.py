@@ -295,6 +295,8 @@ def test_an_adapter_that_cannot_be_made_or_loaded_is_refused(adapted, settings, 
         assert refusal(lambda: train(run)) == "--lora-rank needs peft: pip install 'knowledge-store[lora]'"
         assert "needs peft: pip install" in refusal(lambda: load_model(str(adapted)))
     assert "--lora-rank needs a student in safetensors" in refusal(lambda: train(replace(run, gguf_file="m.gguf")))
+    chained = refusal(lambda: train(replace(run, student=str(adapted))))
+    assert "is an adapter itself" in chained and f"student-train init --from {adapted} --keep-layers 0 --output" in chained
     assert not any(tmp_path.iterdir())
     folder = tmp_path / "adapter"
     shutil.copytree(adapted, folder)

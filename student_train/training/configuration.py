@@ -13,7 +13,7 @@ from knowledge_store.reading.cache import CACHE_SIZE
 from knowledge_store.reading.plan import ORDERS
 from student_train.configuration import BatchOptions
 from student_train.losses.table import LOSSES, TAILS, Loss
-from student_train.training.model_folder import check_peft
+from student_train.training.model_folder import check_adaptable, check_peft
 from student_train.training.settings import parse_settings
 
 HIDDEN_LOSSES = ("mse", "cosine")
@@ -281,6 +281,7 @@ def check_config(config: TrainConfig) -> Loss:
         check_peft("--lora-rank")
         if config.gguf_file:
             raise InputError("--lora-rank needs a student in safetensors files, which an adapter can name as its base")
+        check_adaptable(config.student)
     if config.rationale == "none":
         given = [name for name in RATIONALE_OPTIONS if getattr(config, name) != getattr(TrainConfig, name)]
         if given:

@@ -38,6 +38,20 @@ def check_peft(wanted_by: str) -> None:
         raise InputError(f"{wanted_by} needs peft: pip install 'knowledge-store[lora]'")
 
 
+def check_adaptable(student: str) -> None:
+    """Refuse a student that is an adapter itself (InputError): what is trained would name that as its base, and no adapter of
+    an adapter is loaded."""
+    folder = Path(student)
+    if not (folder / ADAPTER).is_file() or (base := adapter_base(folder)) is None:
+        return
+    layers = stated_layers(base, None)
+    numbers = ",".join(map(str, range(layers))) if layers is not None else "0,1,…"
+    raise InputError(
+        f"--lora-rank: {student} is an adapter itself, and no adapter of an adapter could be loaded: write both as one model"
+        f" with `student-train init --from {student} --keep-layers {numbers} --output FOLDER`, and name that as the --student"
+    )
+
+
 def adapter_base(folder: Path) -> str | None:
     """The folder or hub id of the model that an adapter in a folder belongs to; None where the folder is no adapter's.
 
