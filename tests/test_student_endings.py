@@ -12,6 +12,7 @@ from processes import Notes
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from knowledge_store import KnowledgeStore
+from student_train.training.chat_template import note_template
 from student_train.training.configuration import TrainConfig
 from student_train.training.endings import ending_tokens
 from student_train.training.run import train
@@ -126,11 +127,22 @@ def test_keep_eos_leaves_the_settings_and_warns(store, models, tmp_path):
 
 def test_a_chat_template_keeps_the_token_that_it_writes(store, models, tmp_path):
     """Turns of such a student still end with its own token: both stop it, and its tokenizer stays as it is."""
-    trained(store, models / "other-chat", tmp_path / "run", "chat")
+    *_, note = trained(store, models / "other-chat", tmp_path / "run", "chat")
+    assert "conversations of chat were written by a chat template, and the student's tokenizer has another" in note
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
     end, stop = tokenizer.convert_tokens_to_ids(["<|end|>", STOP])
     assert tokenizer.eos_token == STOP
     assert GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id == [end, stop]
+
+
+def test_a_student_without_the_chat_template_of_its_conversations_is_told(store, models):
+    tokenizer, reporter = AutoTokenizer.from_pretrained(models / "teacher"), Notes()
+    note_template(tokenizer, store, ["chat", "text", "open"], reporter=reporter)
+    assert reporter.notes == []
+    tokenizer.chat_template = None
+    note_template(tokenizer, store, ["chat", "text", "open"], reporter=reporter)
+    [note] = reporter.notes  # texts and token ids without context were written by none
+    assert "the conversations of chat were written by a chat template, and the student's tokenizer has none" in note
 
 
 def test_nothing_is_said_or_changed_where_both_agree(store, models, tmp_path):

@@ -156,6 +156,19 @@ def test_a_completion_is_opened_and_closed_as_a_text_is(opened):
     assert words_of(opened, sequence) == [" burns<|end|>"]
 
 
+@pytest.mark.parametrize("content", [{"text": "{}The lamp"}, {"prompt": "{}The", "completion": " lamp"}])
+def test_a_text_that_begins_as_the_tokenizer_opens_it_is_told(opened, tokenizer, content):
+    def notes(tokenizer, opening: str) -> list[str]:
+        cutter = CorpusTokenizer(tokenizer, 64)
+        (sequence,) = cutter.sequences(document(**{part: text.format(opening) for part, text in content.items()}))
+        assert ids_of(sequence)[:2].count(tokenizer.convert_tokens_to_ids("<|user|>")) == (tokenizer is opened) + bool(opening)
+        return cutter.notes
+
+    assert notes(opened, "") == notes(tokenizer, "<|user|>") == []
+    [note] = notes(opened, "<|user|>")
+    assert note.startswith("some texts begin with <|user|>, which the tokenizer puts before every text")
+
+
 def test_a_conversation_as_prompt_and_completion(tokenizer):
     prompt = [{"role": "user", "content": "How far?"}]
     completion = [{"role": "assistant", "content": "As far as somebody looks."}]

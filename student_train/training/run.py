@@ -23,6 +23,7 @@ from student_train.rationales.second_input import MARKER
 from student_train.training.adapters import add_adapter
 from student_train.training.arguments import schedule, training_arguments
 from student_train.training.calibration import configured
+from student_train.training.chat_template import note_template
 from student_train.training.configuration import TrainConfig
 from student_train.training.context import check_context, context_length, continues
 from student_train.training.endings import stop_at_ending
@@ -176,6 +177,7 @@ def _checked_student(data: RunData, tokenizer: PreTrainedTokenizerBase, reporter
         for dump in corpus:
             check_context(store, dump, student, reporter=reporter)
     stop_at_ending(student, tokenizer, store, corpus, keep_eos=config.keep_eos, reporter=reporter)
+    note_template(tokenizer, store, corpus, reporter=reporter)
     return student
 
 

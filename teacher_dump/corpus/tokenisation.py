@@ -16,7 +16,6 @@ its sequence says how much was lost; or it is not used, if that is asked for.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ import numpy as np
 
 from knowledge_store.errors import InputError
 from knowledge_store.format.records import json_sha256
-from knowledge_store.tokenizer import opening_tokens
+from knowledge_store.tokenizer import opening_tokens, template_sha256
 from teacher_dump.corpus.chat.options import ChatOptions, today
 from teacher_dump.corpus.chat.template import ChatTemplate
 from teacher_dump.corpus.columns import CUT_OFF
@@ -92,14 +91,22 @@ class CorpusTokenizer:
         self.cut = cut
         self._with_context = with_context
         self._opening = opening_tokens(tokenizer)
+        self._opened_twice = False
         self._chat = ChatTemplate(tokenizer, chat or ChatOptions(today()))
         if max_length < len(self._opening) + 2:
             raise InputError(f"--max-length {max_length} leaves no room: give at least {len(self._opening) + 2}")
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know of the conversations so far, a sentence each."""
-        return self._chat.notes
+        """What a person should know of the documents so far, a sentence each."""
+        if not self._opened_twice:
+            return self._chat.notes
+        token = self.tokenizer.convert_ids_to_tokens(self._opening[-1])
+        return [
+            *self._chat.notes,
+            f"some texts begin with {token}, which the tokenizer puts before every text, so that it stands there twice: take it"
+            " out of the corpus, unless the teacher is to see that",
+        ]
 
     @cached_property
     def _vocabulary(self) -> frozenset[int]:
@@ -217,6 +224,11 @@ class CorpusTokenizer:
         follows = token_ids[: len(line_end)] == line_end
         return token_ids[len(line_end) :] if follows and len(token_ids) > len(line_end) else self._encode(text)
 
+    def _opened(self, token_ids: list[int]) -> list[int]:
+        """A text's tokens with those that the tokenizer puts before it."""
+        self._opened_twice |= bool(self._opening) and token_ids[:1] == self._opening[-1:]
+        return [*self._opening, *token_ids]
+
     def _close(self, token_ids: list[int]) -> list[int]:
         end = self.tokenizer.eos_token_id
         return token_ids if end is None or token_ids[-1:] == [end] else [*token_ids, end]
@@ -232,7 +244,7 @@ class CorpusTokenizer:
         if len(self._opening) + len(token_ids) - starts[-1] < 2 < room and len(starts) > 1:
             starts[-1] -= 1  # one token alone has nothing to be predicted from: it takes the one before it along
         ends = [*starts[1:], len(token_ids)]
-        windows = [[*self._opening, *token_ids[start:end]] for start, end in zip(starts, ends, strict=True)]
+        windows = [self._opened(token_ids[start:end]) for start, end in zip(starts, ends, strict=True)]
         return [
             self._sequence(document, window, np.array(ids, np.int64), np.ones(len(ids), bool))
             for window, ids in enumerate(windows)
@@ -275,7 +287,7 @@ class CorpusTokenizer:
 
     def _completion(self, prompt: str, completion: str, cut_off: bool) -> tuple[np.ndarray, np.ndarray]:
         prompt_ids = [*self._opening, *self._encode(prompt)]
-        token_ids = [*self._opening, *self._encode(prompt + completion)]
+        token_ids = self._opened(self._encode(prompt + completion))
         if not cut_off:
             token_ids = self._close(token_ids)
         length = min(len(prompt_ids), len(token_ids))
@@ -292,13 +304,11 @@ def _has_words(completion: str | Turns | None) -> bool:
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What goes into the manifest about a tokenizer: the hash of its vocabulary (token → id), its size and special ids."""
     vocabulary = tokenizer.get_vocab()
-    templates = tokenizer.chat_template or ""
-    named = isinstance(templates, dict)
     return {
         "vocabulary_sha256": json_sha256(vocabulary),
         "size": len(vocabulary),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "chat_template_sha256": json_sha256(templates) if named else hashlib.sha256(templates.encode()).hexdigest(),
+        "chat_template_sha256": template_sha256(tokenizer.chat_template),
     }

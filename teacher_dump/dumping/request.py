@@ -125,7 +125,9 @@ def check_length(config: CorpusOptions, teacher: Mapping[str, Any]) -> None:
     """
     positions = teacher.get("max_positions")
     if positions is not None and config.max_length > positions:
-        raise InputError(f"--max-length {config.max_length} is above the {positions} positions the teacher knows")
+        raise InputError(
+            f"--max-length {config.max_length} is above the {positions} positions the teacher knows: give {positions} or less"
+        )
 
 
 def check_size(config: DumpConfig, teacher: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
