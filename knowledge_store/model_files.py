@@ -164,7 +164,10 @@ def panics_as_errors() -> Iterator[None]:
 
 def _check_adapter(folder: Path) -> None:
     if (folder / ADAPTER).is_file():
-        raise InputError(f"{folder} is an adapter to a model that lies elsewhere: merge the two, and save that model")
+        raise InputError(
+            f"{folder} is an adapter to a model that lies elsewhere: merge the two, and save that model, as `student-train init"
+            f" --from {folder}` does with all layers in --keep-layers"
+        )
 
 
 def _check_name(folder: Path, name: Any, where: Path) -> None:

@@ -195,6 +195,8 @@ def test_what_the_teacher_would_have_to_see_is_not_lost_unnoticed():
             assert sentence.startswith(f"`{name}` is part of the conversation") and f"--columns {columns}" in sentence
             assert content({**row, name: ["x"]}, columns).columns == {name: ["x"]}
             assert content({**row, name: []}).columns == {name: []}
+    written = {"prompt": "x", "completion": "y", "finish": "stop", "images": ["x"]}
+    assert content(written).columns == {"finish": "stop", "images": ["x"]}
     assert content({"messages": TURNS, "functions": TOOLS}, "tools=functions").fields["template_arguments"] == {"tools": TOOLS}
     assert content({"text": "A light.", "image": "light.jpg"}).columns == {"image": "light.jpg"}
 

@@ -304,7 +304,7 @@ def test_an_adapter_that_cannot_be_made_or_loaded_is_refused(adapted, settings, 
     for change, message in (
         ({"peft_type": "IA3"}, "is an adapter of another kind than LoRA"),
         ({"base_model_name_or_path": None}, "does not name the model that the adapter belongs to"),
-        ({"base_model_name_or_path": "/absent"}, "there is no folder /absent"),
+        ({"base_model_name_or_path": "/absent"}, "adapter_config.json cannot be used: there is no folder /absent"),
         ({"base_model_name_or_path": str(folder)}, "which is an adapter itself"),
         ({"r": 2}, "cannot be used: "),
         ({"target_modules": ["k_proj"]}, "cannot be used: "),

@@ -27,7 +27,10 @@ def check_model_folder(model: str, gguf_file: str | None) -> None:
     if gguf_file:
         check_gguf(folder, gguf_file)
     elif (base := adapter_base(folder)) is not None:
-        check_model_folder(base, None)
+        try:
+            check_model_folder(base, None)
+        except InputError as error:
+            raise InputError(f"the base_model_name_or_path of {folder / ADAPTER} cannot be used: {error}") from None
     elif not (folder / "config.json").is_file():
         raise InputError(f"{model} is not a model folder: it has no config.json")
 

@@ -154,7 +154,8 @@ def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
         raise ValueError(_no_shape(record, halves))
     if halves:
         _check_half(record, halves, shapes[0])
-    if shapes[0] not in (TEXT, TOKENS) and not columns.deciding:
+    written = record.get(FINISH) in (STOPPED, CUT_OFF)  # by a model, which saw the prompt as it is
+    if shapes[0] not in (TEXT, TOKENS) and not columns.deciding and not written:
         check_seen(record, columns, _own_names(shapes[0], columns))
     return shapes[0]
 
