@@ -182,7 +182,12 @@ def test_a_system_column_is_the_first_message_of_every_conversation():
         assert content({**row, **brief}).fields["prompt"] == [system, USER]
         assert content({**row, **brief}).columns == {}
     assert "say different things: keep one" in problem({"messages": [system, *TURNS], "system": "Be long."})
-    assert content({"prompt": "x", "completion": "y", **brief}).columns == brief  # text is final
+    plain = {"prompt": "x", "completion": "y", **brief}  # text is final
+    assert "no teacher would see it" in (sentence := problem(plain)) and "prompt=prompt,completion=completion" in sentence
+    assert content(plain, "prompt=prompt,completion=completion").columns == brief
+    assert content({**plain, "system": " "}).columns == {"system": " "}
+    assert content({**plain, "finish": "stop"}).columns == {**brief, "finish": "stop"}  # what a model wrote saw its prompt
+    assert "no teacher would see it" in problem({"prompt": "x", "chosen": "y", "rejected": "z", **brief})
 
 
 def test_what_the_teacher_would_have_to_see_is_not_lost_unnoticed():

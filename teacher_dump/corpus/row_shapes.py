@@ -89,6 +89,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     plain_text = is_plain_text(shape, record, columns)
     parts = (*shape.required, *columns.optional(shape))
     if plain_text:
+        _check_system(shape, record, columns)
         parts = tuple(part for part in parts if part not in CHAT_COLUMNS)
     if shape is CHOSEN and not plain_text and isinstance(record.get(columns.name("prompt")), str):
         parts = _without_repeated_prompt(parts, record, columns)
@@ -117,6 +118,17 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     if finish not in (STOPPED, CUT_OFF):
         return Content(_fields(shape, given, plain_text, columns), others)
     return Content({**_fields(shape, given, plain_text, columns, written=True), "finish": finish}, others)
+
+
+def _check_system(shape: Shape, record: dict[str, Any], columns: Columns) -> None:
+    """Make sure that no words of a `system` column are lost beside a prompt of plain text."""
+    system = record.get("system")
+    if columns.deciding or record.get(FINISH) in (STOPPED, CUT_OFF) or not isinstance(system, str) or not system.strip():
+        return
+    raise ValueError(
+        "`system` stands beside a prompt of plain text, which is final, so that no teacher would see it: write the row as"
+        f" `messages`, or, where the rest alone counts, say --columns {_own_names(shape, columns)}"
+    )
 
 
 def column_value(text: str, part: str, columns: Columns) -> Any:
