@@ -193,6 +193,9 @@ def test_rows_of_ones_own_are_the_dumps(store, student, tmp_path):
         dump="train",
     )
     assert grouped.train().global_step == 2
+    masked = [{**row, "completion_mask": [0] * len(row["input_ids"])} for row in rows]
+    trainer = DistillationTrainer(load(student), arguments(tmp_path), train_dataset=masked, store=store, dump="train")
+    assert not next(iter(trainer.get_train_dataloader()))["is_target"].any()
     strange = [*rows[:3], {"input_ids": [1, 2, 3]}, rows[4], {"input_ids": [5]}]
     with pytest.raises(InputError, match="2 of 6 rows are not in the dump train; the first is row 3"):
         DistillationTrainer(load(student), arguments(tmp_path), train_dataset=strange, store=store, dump="train")
@@ -212,10 +215,11 @@ def test_the_collator_joins_rows_with_the_store(store):
             {"input_ids": padded[0], "attention_mask": masks[0], "labels": padded[0]},  # padded on the left
             {"input_ids": padded[1], "attention_mask": masks[1], "sequence_id": rows[1]["sequence_id"]},  # on the right
             {"input_ids": torch.tensor(ids[2]), "labels": labels},
+            {"input_ids": ids[0], "completion_mask": [1] * 9 + [0] * (len(ids[0]) - 9)},
             {"sequence_id": rows[1]["sequence_id"]},
         ]
     )
-    assert batch["sequence_id"].tolist() == [rows[place]["sequence_id"] for place in (0, 1, 2, 1)]
+    assert batch["sequence_id"].tolist() == [rows[place]["sequence_id"] for place in (0, 1, 2, 0, 1)]
     for place in range(3):
         length = len(ids[place])
         assert batch["attention_mask"][place].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
@@ -224,6 +228,8 @@ def test_the_collator_joins_rows_with_the_store(store):
     assert batch["is_target"][0, : len(ids[0])].tolist() == stored[0]["is_target"].tolist()
     kept = stored[2]["is_target"] & (labels != -100).numpy()
     assert batch["is_target"][2, : len(kept)].tolist() == kept.tolist() and kept.any()
+    completed = batch["is_target"][3]
+    assert completed[:9].tolist() == stored[0]["is_target"][:9].tolist() and completed[:9].any() and not completed[9:].any()
     assert torch.equal(batch["labels"] != -100, batch["is_target"])
     assert collator.missing([*rows, {"input_ids": [4]}]) == [len(rows)]
     loader = DataLoader(rows, batch_size=4, collate_fn=collator, num_workers=2)
@@ -235,6 +241,7 @@ def test_the_collator_joins_rows_with_the_store(store):
         ([rows[0], {"input_ids": [1, 2]}], "1 of 2 rows of a batch are not in the dump train; the first is row 1, of 2 tokens"),
         ([{"input_ids": ids[0], "sequence_id": rows[1]["sequence_id"]}], "not the tokens that the dump train has under it"),
         ([{"input_ids": ids[0], "labels": [*ids[0][1:], 0]}], "labels are not shifted"),
+        ([{"input_ids": ids[0], "loss_mask": [1, 1]}], "row 0 of a batch has a loss_mask of 2 tokens"),
         ([{"text": "a lamp"}], "neither input_ids nor sequence_id, only text"),
     ):
         with pytest.raises(InputError, match=message):

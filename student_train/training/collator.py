@@ -19,6 +19,8 @@ from student_train.training.dataset import IGNORED, tensors
 
 Row = Mapping[str, Any]
 
+MASKS = ("completion_mask", "assistant_masks", "loss_mask")
+
 
 class DistillationCollator:
     """Makes a batch, as `DistillationDataset` yields it, of rows of tokens that a teacher has seen.
@@ -28,9 +30,11 @@ class DistillationCollator:
 
         attention_mask  (T,)  0 where the row is padded, on either side; the batch is padded on the right
         labels          (T,)  `input_ids`, or −100 where a token is not to be learnt
+        completion_mask, assistant_masks, loss_mask
+                        (T,)  0 where a token is not to be learnt, as TRL and the chat templates of transformers write them
         sequence_id           of the sequence in the dump; without it the sequence is found by the hash of its tokens
 
-    A position counts where it is a target of the dump and the row's label is not −100.
+    A position counts where it is a target of the dump and neither the row's label nor one of its masks takes it away.
 
     Args:
         store: an open store.
@@ -106,6 +110,12 @@ class DistillationCollator:
                 f"row {number} of a batch has the sequence_id {row.get('sequence_id')}, and not the tokens that the dump"
                 f" {self.dump} has under it, {_shown(row)}: leave sequence_id out, and rows are found by their tokens"
             )
+        for name in MASKS:
+            if row.get(name) is None:
+                continue
+            if len(mask := _unpadded(row, name)) != length:
+                raise InputError(f"row {number} of a batch has a {name} of {len(mask)} tokens, and is of {length}")
+            batch["is_target"][number, :length] &= torch.from_numpy(mask == 1)
         if row.get("labels") is None:
             return
         labels = _unpadded(row, "labels")

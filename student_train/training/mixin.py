@@ -33,7 +33,7 @@ from student_train.losses.sliced import sliced_loss
 from student_train.losses.step import per_target, run_student, step_loss
 from student_train.losses.table import TEXT
 from student_train.losses.targets import Batch, Targets
-from student_train.training.collator import DistillationCollator
+from student_train.training.collator import MASKS, DistillationCollator
 from student_train.training.configuration import HiddenStates, check_loss
 from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset
@@ -295,7 +295,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if "sequence_id" not in self._signature_columns:
-            self._signature_columns += ["sequence_id", "attention_mask", "labels"]
+            self._signature_columns += ["sequence_id", "attention_mask", "labels", *MASKS]
 
     def _init_training_state(self, *positional: Any, **named: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*positional, **named)
