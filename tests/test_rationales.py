@@ -145,6 +145,9 @@ def test_masked_tokens_are_none_of_the_answer(store):
         (["x", " cat"], [" dog"], [0, 0]),
         ([" ca", "t"], [" c", "at", "<|end|>"], [1, 1]),  # the sign of its end is none of its words
         (["<|end|>", " a"], ["<|end|>"], [0, 0]),
+        (["首都", "是", "北", "京还是", "上海", "？"], ["北京"], [0, 0, 1, 1, 0, 0]),  # written without spaces
+        (["在", "2008", "年", "12008年"], ["2008", "年"], [0, 1, 1, 0]),
+        (["xa", " a", " a"], ["a a"], [0, 1, 1]),
     ],
 )
 def test_an_answer_is_found_by_its_characters(tokens, answer, expected):
@@ -152,6 +155,13 @@ def test_an_answer_is_found_by_its_characters(tokens, answer, expected):
     context = Context(0, np.arange(len(texts)), np.arange(len(texts)) >= len(tokens))
     places = AnswerPlaces(texts)
     assert places.places(context, places.answers(context)).tolist() == expected
+
+
+def test_parts_of_characters_are_found_where_the_same_tokens_stand():
+    """Each decodes to the same sign, whatever it is a part of."""
+    context = Context(0, np.array([1, 2, 0, 1, 3, 0, 1, 2]), np.arange(8) >= 6)
+    places = AnswerPlaces([" or ", "\ufffd", "\ufffd", "\ufffd"])
+    assert places.places(context, places.answers(context)).tolist() == [True, True, False, False, False, False]
 
 
 # --- the second input ---------------------------------------------------------------------------------------------------

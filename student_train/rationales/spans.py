@@ -2,12 +2,14 @@
 
 That a token's text is part of the answer's text says little: `a` is part of nearly every answer. A token is the answer's here
 where the characters that it stands for are some of those of a place where the whole answer stands, as words of their own, in
-letters small or capital.
+letters small or capital. Scripts whose letters have no capitals are mostly written without spaces between words, or with
+particles that stick to them: there an answer may stand anywhere.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +18,8 @@ from student_train.rationales.contexts import Context
 
 # As special tokens are written, `<|im_end|>` and `</s>`: they end an answer, and are no part of its words.
 _TAG = re.compile(r"\s*<[^<>\s]+>\s*")
+_PART = "\N{REPLACEMENT CHARACTER}"  # what a token that is not whole characters is decoded to
+_WITHOUT_CAPITALS = ("Lo", "Lm")  # categories of letters: Chinese, Japanese, Thai and so on
 
 
 class AnswerPlaces:
@@ -55,9 +59,19 @@ class AnswerPlaces:
         whole = "".join(texts)
         found = np.zeros(len(places), bool)
         for answer in answers:
-            for match in re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", whole, re.IGNORECASE):
-                found |= (starts < match.end()) & (ends > match.start())
+            for match in re.finditer(rf"(?=({re.escape(answer)}))", whole, re.IGNORECASE):
+                start, end = match.span(1)
+                if _are_apart(whole[start - 1 : start], answer[0]) and _are_apart(whole[end : end + 1], answer[-1]):
+                    found |= (starts < end) & (ends > start)
         return found
 
     def _text(self, token: int) -> str:
-        return (self._texts[token] or "") if 0 <= token < len(self._texts) else ""
+        text = (self._texts[token] or "") if 0 <= token < len(self._texts) else ""
+        # A part of a character, which all look alike: equal only where it is the same token.
+        return f"{_PART}{token}{_PART}" if _PART in text else text
+
+
+def _are_apart(outside: str, edge: str) -> bool:
+    """Whether the first or last character of an answer is of another word than the one beside it, which may be none."""
+    spaced = bool(re.match(r"\w", outside)) and unicodedata.category(outside) not in _WITHOUT_CAPITALS
+    return not spaced or unicodedata.category(edge) in _WITHOUT_CAPITALS
