@@ -194,6 +194,15 @@ def test_in_the_library_s_own_trainer(store_folder, narrow, tmp_path):
         DistillationTrainer(make_model(40), compiled, **source, hidden=HiddenStates(0.5))
 
 
+def test_what_the_library_s_own_trainer_refuses(store_folder):
+    for arguments, says in (((1.5,), "weight of hidden states is 1.5"), ((0.5, "cos"), "no loss 'cos' of hidden states")):
+        with pytest.raises(InputError, match=says):
+            HiddenStates(*arguments)
+    store = KnowledgeStore.open(store_folder)
+    with pytest.raises(InputError, match="relational-distance is of hidden states itself"):
+        DistillationTrainer(store=store, dump="states", loss="relational-distance", hidden=HiddenStates(0.5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_best_model_has_its_own_maps(store_folder, narrow, tmp_path, dtype):
     """And an evaluation before the first step leaves the head and the loss together."""

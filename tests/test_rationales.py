@@ -29,6 +29,8 @@ from student_train.rationales.spans import AnswerPlaces
 from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
 from student_train.training.hidden_states import PROJECTOR_FILE
+from student_train.training.mixin import DistillationTrainer
+from student_train.training.rationale import check_trainer
 from student_train.training.run import train
 from teacher_dump import DumpConfig, dump
 
@@ -300,6 +302,21 @@ def test_what_cannot_be_learnt_is_refused_before_a_model_is_loaded(settings, tmp
     with pytest.raises(InputError, match=says):
         train(TrainConfig(**settings | options))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trainer_whose_batches_have_no_rationales(store):
+    """It is told what they need before it begins, and takes those that have some."""
+    rationales = choose_rationales(store, "both", "random", COUNT)
+    have = DistillationDataset(store, "both", prepare=SecondInput((rationales,), (7, 8)))
+    lack = DistillationDataset(store, "both")
+    for weight, datasets, says in (
+        (1.0, (have,), "rationale_weight is 1; it must be at least 0 and below 1"),
+        (0.2, (None,), "belongs to batches with rationales"),
+        (0.2, (have, lack), "belongs to batches with rationales"),
+    ):
+        with pytest.raises(InputError, match=says):
+            DistillationTrainer(None, None, None, *datasets, store=store, dump="both", rationale_weight=weight)
+    check_trainer(0.2, (have, have))
 
 
 def test_a_context_that_the_student_has_no_room_for(store, settings, tmp_path):

@@ -35,12 +35,21 @@ class HiddenStates:
         loss: one of HIDDEN_LOSSES; see `losses.hidden`.
         layers: of the student, one for each of the dump's; None for those of the same numbers.
         projector: whether linear maps from the student's states to the teacher's are learnt.
+
+    Raises (on construction):
+        InputError: the weight is out of range, or there is no such loss.
     """
 
     weight: float
     loss: str = HIDDEN_LOSSES[0]
     layers: tuple[int, ...] | None = None
     projector: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise InputError(f"the weight of hidden states is {self.weight:g}; it must be at least 0 and at most 1")
+        if self.loss not in HIDDEN_LOSSES:
+            raise InputError(f"there is no loss {self.loss!r} of hidden states: choose one of {', '.join(HIDDEN_LOSSES)}")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from student_train.training.hidden_states import HiddenStatesMixin
 from student_train.training.knowledge import check_mixture, kinds_read
 from student_train.training.mixture import Mixture
 from student_train.training.preferences import check_preferences, preferences
+from student_train.training.rationale import check_trainer
 from student_train.training.snapshots import DumpSnapshots
 from student_train.training.trainer_arguments import check_arguments
 from student_train.training.validation import OF_GROUPS, ValidationMixin, each_of, of_store
@@ -117,6 +118,8 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
         config, self.distillation = check_loss(loss, ce_weight, loss_options or {}, reference=reference, scores=scores)
+        if hidden is not None and self.distillation.hidden_states:
+            raise InputError(f"the loss {loss} is of hidden states itself, and does not go with hidden: leave one out")
         mixture = _mixture(store, dump, named_teachers)
         self.dumps = dumps = mixture.dumps
         for sentence in check_mixture(store, mixture, config, self.distillation):
@@ -129,6 +132,8 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         divergences = {"kl": knows_full_kl, "kl_lower_bound": lambda manifest: POSITIONS.name in manifest.kinds}
         kl = [name for name, is_known in divergences.items() if on_text and all(map(is_known, measured))][:1]
         self.rationale_weight, self.hidden = rationale_weight, hidden
+        if rationale_weight is not None:
+            check_trainer(rationale_weight, (train_dataset, *each_of(eval_dataset)))
         if hidden is not None:
             check_hidden(store, mixture, hidden, layers=None, width=None)
         of_groups = self.distillation.unit == "group"

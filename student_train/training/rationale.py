@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -50,6 +50,21 @@ def check_rationale(config: TrainConfig, store: KnowledgeStore, mixture: Mixture
     if config.rationale in ("saliency", "masked"):
         for dump in mixture.corpus:
             check_saliency(store, config.rationale_dump or dump)
+
+
+def check_trainer(weight: float, datasets: Iterable[Any]) -> None:
+    """Refuse a share of a second task that is out of range, or of data sets whose batches have no rationales.
+
+    Raises:
+        InputError: it is; says what batches need.
+    """
+    if not 0 <= weight < 1:
+        raise InputError(f"rationale_weight is {weight:g}; it must be at least 0 and below 1")
+    if any(getattr(dataset, "prepare", None) is None for dataset in datasets):
+        raise InputError(
+            "rationale_weight belongs to batches with rationales: give train_dataset, and eval_dataset if there is one, as"
+            " DistillationDataset(store, …, prepare=SecondInput(…)) with student_train.rationales"
+        )
 
 
 def joined_dumps(config: TrainConfig, mixture: Mixture) -> tuple[str, ...]:
