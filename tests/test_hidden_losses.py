@@ -199,7 +199,7 @@ def test_what_the_library_s_own_trainer_refuses(store_folder):
         with pytest.raises(InputError, match=says):
             HiddenStates(*arguments)
     store = KnowledgeStore.open(store_folder)
-    with pytest.raises(InputError, match="relational-distance is of hidden states itself"):
+    with pytest.raises(InputError, match="relational-distance is of all targets' hidden states"):
         DistillationTrainer(store=store, dump="states", loss="relational-distance", hidden=HiddenStates(0.5))
 
 

@@ -14,6 +14,7 @@ from conftest import story_rows, write_jsonl
 from knowledge_store.errors import InputError
 from student_train import TrainConfig, train
 from student_train.losses.relations import relational_angle, relational_distance
+from student_train.training.configuration import check_config
 from teacher_dump import DumpConfig, dump
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,3 +109,10 @@ def test_a_run(settings, store, loss):
 def test_dumps_that_cannot_serve(settings, store, name, words):
     with pytest.raises(InputError, match=words):
         train(TrainConfig(**{**settings, "store": str(store), "dump": name, "loss": "relational-distance"}))
+
+
+def test_a_part_of_the_targets_cannot_serve():
+    """The teacher's vectors are the means over all of them."""
+    config = TrainConfig("store", "student", "output", loss="relational-angle", positions_where="teacher_entropy > 1")
+    with pytest.raises(InputError, match="does not go with --positions-where"):
+        check_config(config)

@@ -308,6 +308,10 @@ def check_config(config: TrainConfig) -> Loss:
     elif loss.hidden_states or "input_ids" not in loss.inputs:
         raise InputError(f"the loss {config.loss} does not go with --hidden-weight: choose one of the text's tokens")
     config.hidden_states()
+    if loss.hidden_states and config.positions_where is not None:
+        raise InputError(
+            f"the loss {config.loss} compares means over all targets, so it does not go with --positions-where: leave one out"
+        )
     if config.rationale == "random" and config.rationale_dump is not None:
         raise InputError("--rationale random reads no saliency: leave --rationale-dump out")
     if config.rationale != "none" and "input_ids" not in loss.inputs:

@@ -118,8 +118,8 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         if store is None:
             raise InputError("a trainer needs a store to learn from: give store=KnowledgeStore.open(…), and dump=… of several")
         config, self.distillation = check_loss(loss, ce_weight, loss_options or {}, reference=reference, scores=scores)
-        if hidden is not None and self.distillation.hidden_states:
-            raise InputError(f"the loss {loss} is of hidden states itself, and does not go with hidden: leave one out")
+        if self.distillation.hidden_states and (hidden is not None or targets is not None):
+            raise InputError(f"the loss {loss} is of all targets' hidden states, and goes with neither hidden nor targets")
         mixture = _mixture(store, dump, named_teachers)
         self.dumps = dumps = mixture.dumps
         for sentence in check_mixture(store, mixture, config, self.distillation):
