@@ -68,7 +68,7 @@ def choose_rationales(
         count: tokens of a rationale.
         saliency_dump: the dump of the same corpus that holds the saliency; None for `dump` itself.
         seed: of `random`.
-        wanted: ids of the sequences that must have one, ascending; the others are left out. None for all.
+        wanted: ids of the sequences that must have one; the others are not read. None for all.
 
     Raises:
         InputError: there is no saliency, the two dumps are not of one corpus, or a context is shorter than `count`.
@@ -84,8 +84,14 @@ def choose_rationales(
     positions: list[np.ndarray] = []
     short: list[tuple[int, int]] = []
     longest = 0
-    for context in contexts(store, source, shares=of != "random"):
-        if not context.is_target.any() or (wanted is not None and not _holds(wanted, context.sequence_id)):
+    ordinals = None
+    if wanted is not None:
+        ordinals = np.flatnonzero(np.isin(store.sequences(source, ["sequence_id"])["sequence_id"].to_numpy(), wanted))
+    read = (
+        () if ordinals is not None and not len(ordinals) else contexts(store, source, shares=of != "random", ordinals=ordinals)
+    )
+    for context in read:
+        if not context.is_target.any():
             continue
         places = context.places
         longest = max(longest, len(places))
@@ -111,11 +117,6 @@ def choose_rationales(
 def _drawn(context: Context, places: np.ndarray, count: int, seed: int) -> np.ndarray:
     generator = np.random.default_rng((seed % 2**32, int(token_hash(context.token_ids))))
     return np.sort(generator.choice(places, count, replace=False))
-
-
-def _holds(ids: np.ndarray, sequence_id: int) -> bool:
-    place = int(np.searchsorted(ids, sequence_id))
-    return place < len(ids) and bool(ids[place] == sequence_id)
 
 
 def identity_of(rationales: Mapping[str, Rationales]) -> str:
