@@ -108,6 +108,7 @@ def choose_rationales(
         raise InputError(
             f"{len(short):,} of {len(short) + len(ids):,} sequences of the dump {dump} have fewer than {count} tokens of"
             f" context{without}, and sequence {sequence} has {length}: use a lower --rationale-tokens, or leave such ones out"
+            " with --where, and --eval-fraction 0 where they are held out"
         )
     order = np.argsort(np.array(ids, np.int64))
     chosen = np.array(positions, np.int32).reshape(len(ids), count)
