@@ -23,6 +23,7 @@ import typer
 from conftest import story_rows, write_jsonl
 
 from knowledge_store import KnowledgeStore
+from knowledge_store.kinds.positions.selection import DRAW_WEIGHT
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -250,9 +251,9 @@ def test_the_readme_quotes_committed_figures():
 
     text = (ROOT / "README.md").read_text()
     size = figures("results/size.json")["teachers"][0]
-    default = figures("studies/selections.json")["arms"]["top-5, τ = 0.05"]
-    assert f"**{default['bytes']:.1f} bytes**" in text
-    assert f"{size['bytes_per_position']:.1f} bytes without draws, {size['ratio']:,} times smaller" in text
+    default = figures("results/size-default.json")["teachers"][0]
+    assert default["draw_weight"] == DRAW_WEIGHT and f"**{default['bytes_per_position_with_draws']:.1f} bytes**" in text
+    assert f"{size['bytes_per_position']:.1f} bytes without both, {size['ratio']:,} times smaller" in text
     layouts = [value for name, value in size["per_k"]["5"].items() if name != "knowledge-store"]
     assert f"{min(layouts):.1f} to {max(layouts):.1f} bytes" in text
     rows = figures("studies/fidelity.json")["table"]
