@@ -59,12 +59,12 @@ def platt(values: np.ndarray, correct: np.ndarray) -> tuple[float, float]:
 
 
 def isotonic(values: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rising step function of least squares, by pooling adjacent violators: the values, and its heights there."""
-    order = np.argsort(values, kind="stable")
-    pools: list[tuple[float, int]] = []
-    for each in correct[order].astype(float):
-        pools.append((each, 1))
+    """The rising step function of least squares, by pooling adjacent violators: the values, each once, and the heights."""
+    edges, place = np.unique(values, return_inverse=True)
+    pools: list[tuple[float, int, int]] = []  # how many are right, of how many, at how many values
+    for right, count in zip(np.bincount(place, correct), np.bincount(place), strict=True):
+        pools.append((right, count, 1))
         while len(pools) > 1 and pools[-2][0] / pools[-2][1] >= pools[-1][0] / pools[-1][1]:
-            total, count = pools.pop()
-            pools[-1] = (pools[-1][0] + total, pools[-1][1] + count)
-    return values[order], np.repeat([total / count for total, count in pools], [count for _, count in pools])
+            last, before = pools.pop(), pools.pop()
+            pools.append((last[0] + before[0], last[1] + before[1], last[2] + before[2]))
+    return edges, np.repeat([right / count for right, count, _ in pools], [width for _, _, width in pools])

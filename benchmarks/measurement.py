@@ -50,4 +50,7 @@ def keep(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
     text = re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1))
     print(text)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(text + "\n")
+    # At once: a study that is stopped here keeps the hours of cells that it had.
+    unfinished = folder / f".{name}.json.unfinished"
+    unfinished.write_text(text + "\n")
+    unfinished.replace(folder / f"{name}.json")

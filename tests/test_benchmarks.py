@@ -102,12 +102,54 @@ def test_what_is_cut_of_trust_is_what_comes_last():
 @pytest.mark.parametrize(("points", "claimed", "words"), [
     ([3.0, 1.0, 5.0], 2.3, "holds here"),
     ([1.0, 0.5, 1.5], 2.3, "better here too, by less than claimed"),
+    ([2.0, 0.5, 3.5], 2.3, "better here too, maybe by less than claimed"),
     ([0.0, -3.0, 3.0], 2.3, "not shown here"),
     ([0.0, -3.0, 3.0], -10.0, "no sign of it here"),
     ([4.0, 1.0, 7.0], -10.0, "the opposite here"),
 ])  # fmt: skip
 def test_verdicts_on_a_claim(points, claimed, words):
     assert trust.verdict(points, claimed) == words
+
+
+@pytest.mark.parametrize(("part", "value"), [
+    ("origin", {"teacher": "b", "whole": "a"}),
+    ("origin", {"teacher": "a", "healed": "c"}),
+    ("questions", {"arc": {"answers": [1]}}),
+])  # fmt: skip
+def test_cells_of_trust_are_not_mixed_with_those_of_another_teacher_or_of_other_questions(part, value):
+    kept = {"origin": {"teacher": "a", "whole": "a", "healed": "b"}, "questions": {"arc": {"answers": [0]}}}
+    trust.check_progress(kept, {"origin": {"teacher": "a", "whole": "a"}, "questions": kept["questions"]})
+    trust.check_progress({"origin": {}, "questions": {}}, kept)
+    with pytest.raises(SystemExit, match=r"has cells of (another teacher, a|another healed, b|other questions)"):
+        trust.check_progress(kept, {"origin": {}, "questions": kept["questions"], part: value})
+
+
+def test_calibrators_of_trust_are_not_fitted_on_what_its_teacher_was_tuned_on(tmp_path):
+    seen, unseen = (trust.Question(text, ("a", "b"), 0) for text in ("seen é", "unseen"))
+    trust.check_unseen(tmp_path / "teacher", [seen])  # nobody knows
+    trust.write_lines(tmp_path / "tune.jsonl", [trust.corpus_row(seen, "text")])
+    trust.check_unseen(tmp_path / "teacher", [unseen])
+    with pytest.raises(SystemExit, match="was tuned on questions that calibrators would be fitted on"):
+        trust.check_unseen(tmp_path / "teacher", [unseen, seen])
+
+
+def test_intervals_of_trust_know_of_seeds_and_of_the_bias_of_calibration_errors():
+    seeds = np.array([1.0, 2.0, 6.0])[:, None] * np.ones(4001)
+    mean = trust.over_seeds(seeds)
+    assert mean[0] == pytest.approx(3) and mean[1:].mean() == pytest.approx(3, abs=0.1)
+    assert mean[1:].var() == pytest.approx(np.var([1, 2, 6], ddof=1) / 3, rel=0.1)
+    assert trust.over_seeds(seeds[:1]).tolist() == seeds[0].tolist()
+    # Of 300 right and wrong answers as often as their confidence says, whose calibration error is 0.
+    generator = np.random.default_rng(0)
+    found = []
+    for _ in range(10):
+        confidence = generator.random(300)
+        gaps = trust.calibration_gaps(confidence, generator.random(300) < confidence, trust.BINS)
+        times = np.vstack([np.ones(300), generator.multinomial(300, np.full(300, 1 / 300), 40)]) / 300
+        values = trust.gap_error(times @ gaps, np.ones(41))
+        found.append([values[0], trust.unbiased(values)[0]])
+    plain, better = np.mean(found, axis=0)
+    assert plain > 0.04 and abs(better) < 0.85 * plain
 
 
 def test_calibrators_after_training():
@@ -118,3 +160,5 @@ def test_calibrators_after_training():
     assert platt(np.array([-1.0, 1.0]), np.array([False, True]))[0] > 0  # apart, and finite all the same
     edges, heights = isotonic(np.array([3.0, 1.0, 2.0, 4.0]), np.array([False, False, True, True]))
     assert edges.tolist() == [1, 2, 3, 4] and heights.tolist() == [0, 0.5, 0.5, 1]
+    edges, heights = isotonic(np.array([1.0, 2.0, 1.0, 1.0, 2.0]), np.array([True, False, False, False, True]))
+    assert edges.tolist() == [1, 2] and heights.tolist() == pytest.approx([1 / 3, 1 / 2])  # one height for each value

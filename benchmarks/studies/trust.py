@@ -13,13 +13,20 @@ chosen option made to sum to one over the options.
 
 Calibrators. Before the dump, the teacher's temperature; c is FIRST's own. After training: a temperature, Platt's logistic
 function of the confidence's logit, and isotonic regression. All are fitted on 500 more questions of CommonsenseQA that neither
-teacher nor student was trained on. Focal loss is the control that needs no teacher.
+teacher nor student was trained on; those before the dump on all tokens of their answers, of which the later ones are easy.
+Focal loss is the control that needs no teacher.
+
+Intervals are of 95%, by a bootstrap of the questions and, where there are several seeds, of these: n − 1 of n seeds, drawn
+with replacement, vary as their mean does (Rao & Wu 1988). Calibrators are not fitted anew in it. A calibration error of few
+questions comes out too large, the more so the smaller it is, and that of a resample once more: what the bootstrap sees of that
+is taken off. All verdicts are 95% each, with no correction for how many there are.
 
 A cell is one student, seed and method, and trust.json keeps the finished ones: the same command goes on with those that are
-missing there; `--cells` stops after so many. The order is fixed here, before anything has run, so that what is cut is what
-comes last: the methods of CORE on every seed, and of these the first seed first; then the other methods, likewise. Within a
-seed the whole student comes before the healed one. Calibrators after training cost no training and are in each cell. No method
-is left out after its cells have run, and the table says which cells have not.
+missing there, if teacher, students, calibration and questions are still the same; `--cells` stops after so many. The order is
+fixed here, before anything has run, so that what is cut is what comes last: the methods of CORE on every seed, and of these the
+first seed first; then the other methods, likewise. Within a seed the whole student comes before the healed one. Calibrators
+after training cost no training and are in each cell. No method is left out after its cells have run, and the table says which
+cells have not.
 """
 
 from __future__ import annotations
@@ -61,6 +68,7 @@ from benchmarks.questions import (
     write_lines,
 )
 from knowledge_store import KnowledgeStore
+from knowledge_store.calibration.file import read_calibration
 from knowledge_store.terminal.console import note
 from knowledge_store.terminal.progress import TerminalReporter
 from student_train.evaluation.bootstrap import calibration_gaps, gap_error
@@ -73,7 +81,7 @@ from student_train.losses.targets import Targets
 from student_train.training.configuration import TrainConfig
 from student_train.training.model_folder import model_sha256
 from student_train.training.models import load_model, load_tokenizer
-from student_train.training.run import train
+from student_train.training.run import TrainResult, train
 
 RESULT = STUDIES / "trust.json"
 
@@ -100,6 +108,7 @@ BASELINE, CONTROL = ("fine-tuning", "none"), ("fine-tuning", "temperature")
 JUDGED_BY_CLAIM = [name for name in METHODS if "FIRST" in name or "draws" in name]
 STUDENTS = ("whole", "healed")
 SEEDS = (0, 1, 2)
+PROGRESS = ("origin", "questions", "models", "healing", "cells")  # what trust.json keeps of the cells that are finished
 FIT = "held out to fit on"
 GROUPS = {"in domain": SETS[:1], "out of domain": SETS[1:], "all four": SETS}
 # FIRST's, on average over its data sets: in points of accuracy and, as we read it, in points of calibration error.
@@ -186,10 +195,16 @@ def heal(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
         ),
         reporter=TerminalReporter(),
     )  # fmt: skip
+    return output, how_it_went(result)
+
+
+def how_it_went(result: TrainResult) -> dict[str, Any]:
+    """Seconds, steps, and the first and last training loss that was noted, of a run that has to be finished."""
     if not result.finished:
         sys.exit("interrupted: the same command resumes it")
-    losses = [each["loss"] for each in json.loads((output / "history.json").read_text())["entries"] if "loss" in each]
-    return output, {"seconds": round(result.seconds, 1), "steps": result.steps, "losses": [losses[0], losses[-1]]}
+    entries = json.loads((result.output / "history.json").read_text())["entries"]
+    losses = [each["loss"] for each in entries if "loss" in each]
+    return {"seconds": round(result.seconds, 1), "steps": result.steps, "losses": [*losses[:1], *losses[-1:]]}
 
 
 def ask(folder: str, gguf_file: str | None, asked: dict[str, list[Question]]) -> dict[str, list[float]]:
@@ -225,11 +240,10 @@ def train_and_ask(arguments: argparse.Namespace, cell: Cell, healed: Path, asked
         ),
         reporter=TerminalReporter(),
     )  # fmt: skip
-    if not result.finished:
-        sys.exit("interrupted: the same command resumes it")
-    answers = ask(str(output), None, asked)
+    found = {**how_it_went(result), "likelihoods": ask(str(output), None, asked)}
+    marker.unlink()  # first: half a folder is no run to go on with
     shutil.rmtree(output)
-    return {"seconds": round(result.seconds, 1), "likelihoods": answers}
+    return found
 
 
 # ---- figures
@@ -272,6 +286,25 @@ def replicates(likelihoods: dict[str, list[float]], questions: dict[str, Any]) -
     return found
 
 
+def over_seeds(values: np.ndarray) -> np.ndarray:
+    """The mean over seeds of (S, 1 + RESAMPLES), where each resample of the questions has S − 1 of the seeds, drawn with
+    replacement: the same for all that have as many seeds, so that two of them can be subtracted."""
+    count, size = values.shape
+    weights = np.full((size, count), 1 / count)
+    if count > 1:
+        generator = np.random.default_rng(count)
+        weights[1:] = generator.multinomial(count - 1, np.full(count, 1 / count), size - 1) / (count - 1)
+    mean: np.ndarray = (weights.T * values).sum(axis=0)
+    return mean
+
+
+def unbiased(values: np.ndarray) -> np.ndarray:
+    """A calibration error, or a difference of two, (1 + RESAMPLES,), without the bias that its resamples show: each of them is
+    reflected about the figure (the basic bootstrap interval), and the figure is their mean (Efron & Tibshirani 1993)."""
+    reflected = 2 * values[0] - values[1:]
+    return np.concatenate([[reflected.mean()], reflected])
+
+
 def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each student, method and calibrator with a finished cell: means over its seeds, and the differences to both
     baselines over the seeds that both have. Models that learnt nothing here, such as the teacher, come first."""
@@ -287,7 +320,7 @@ def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
         def mean(method: str, calibrator: str, seeds: list[int], place: str = student) -> dict[str, dict[str, np.ndarray]]:
             each = [by_cell[Cell(place, seed, method).name][calibrator] for seed in seeds]
             return {
-                group: {metric: np.mean([one[group][metric] for one in each], axis=0) for metric in each[0][group]}
+                group: {metric: over_seeds(np.array([one[group][metric] for one in each])) for metric in each[0][group]}
                 for group in GROUPS
             }
 
@@ -309,14 +342,19 @@ def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
                             {
                                 group: {metric: one[group][metric] - other[group][metric] for metric in CLAIMS}
                                 for group in GROUPS
-                            }
+                            },
+                            least=-np.inf,
                         )
                 table.append(row)
     return table
 
 
-def _intervals(groups: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, list[float]]]:
-    return {group: {metric: interval(values) for metric, values in each.items()} for group, each in groups.items()}
+def _intervals(groups: dict[str, dict[str, np.ndarray]], least: float = 0) -> dict[str, dict[str, list[float]]]:
+    found = {}
+    for group, metrics in groups.items():
+        figures = {name: unbiased(values) if name == "ece" else values for name, values in metrics.items()}
+        found[group] = {name: interval(values.clip(min=least)) for name, values in figures.items()}
+    return found
 
 
 def verdict(difference: list[float], claimed: float) -> str:
@@ -325,8 +363,10 @@ def verdict(difference: list[float], claimed: float) -> str:
     figure, low, high = difference
     sign = 1 if claimed > 0 else -1
     figure, least, most = (figure, low, high) if sign > 0 else (-figure, -high, -low)
+    if least > 0 and figure >= abs(claimed):
+        return "holds here"
     if least > 0:
-        return "holds here" if figure >= abs(claimed) else "better here too, by less than claimed"
+        return "better here too, " + ("by less than claimed" if most < abs(claimed) else "maybe by less than claimed")
     if most < 0:
         return "the opposite here"
     return "not shown here" if most >= abs(claimed) else "no sign of it here"
@@ -344,7 +384,8 @@ def claims(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     points = [round(100 * value, 2) for value in row[title][group][metric]]
                     width = round(points[2] - points[1], 2)
                     entry = {"student": row["student"], "method": row["method"], "baseline": title, "where": group}
-                    entry |= {"metric": metric, "points": points, "width": width, "tells": width < 2 * abs(claimed)}
+                    entry |= {"seeds": len(row["seeds"]), "metric": metric, "points": points, "width": width}
+                    entry |= {"tells": width < 2 * abs(claimed)}
                     found.append({**entry, "claimed": claimed, "verdict": verdict(points, claimed)})
     return found
 
@@ -441,13 +482,35 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_progress(kept: dict[str, Any], found: dict[str, Any]) -> None:
+    """Refuse to go on with cells of other questions, or of another teacher, student, calibration or selection."""
+    if kept["questions"] and kept["questions"] != json.loads(json.dumps(found["questions"])):
+        sys.exit(f"{RESULT.name} has cells of other questions: give those, or set BENCHMARK_RESULTS to another folder")
+    for name, value in found["origin"].items():
+        if kept["origin"].get(name, value) != value:
+            sys.exit(
+                f"{RESULT.name} has cells of another {name}, {kept['origin'][name]} instead of {value}: go on with that, or set"
+                " BENCHMARK_RESULTS to another folder"
+            )
+
+
+def check_unseen(teacher: Path, fit: list[Question]) -> None:
+    """Refuse questions to fit on that the teacher was tuned on, where the rows that it was tuned on lie beside it."""
+    rows = teacher.parent / "tune.jsonl"
+    seen = set(map(json.dumps, map(json.loads, rows.read_text().splitlines()))) if rows.exists() else set()
+    if any(json.dumps(corpus_row(question, "text")) in seen for question in fit):
+        sys.exit(
+            f"{teacher} was tuned on questions that calibrators would be fitted on: give the --tune that it was tuned with"
+        )
+
+
 def main() -> None:
     """Run the cells that are missing, in their order."""
     arguments = parse()
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    record: dict[str, Any] = {"settings": settings(arguments), "questions": {}, "models": {}, "healing": {}, "cells": {}}
-    record |= finished_cells(RESULT, record["settings"], ("questions", "models", "healing", "cells"))
+    record: dict[str, Any] = {"settings": settings(arguments), **{name: {} for name in PROGRESS}}
+    record |= finished_cells(RESULT, record["settings"], PROGRESS)
     missing = [cell for cell in cells() if cell.name not in record["cells"]][: arguments.cells]
     if missing:
         questions = read_all(arguments)
@@ -455,18 +518,27 @@ def main() -> None:
         if not arguments.tuned_teacher:
             tune_teacher(arguments, questions)
         asked = asked_questions(arguments, questions)
-        record["questions"] = {
-            data: {"options": [len(each.options) for each in part], "answers": [each.answer for each in part]}
-            for data, part in asked.items()
-        }
+        check_unseen(teacher, asked[FIT])
         prepare(arguments, teacher, questions[SETS[0]]["tune"][: arguments.tune], asked[FIT])
         (kept,) = (each for each in KnowledgeStore.open(work / "store").info() if each.dump == "learnt")
-        origin = {"teacher": model_sha256(str(teacher))[:16], "selection": str(kept.facts["positions.selection"])}
-        healed = work / "healed"
+        models = {"teacher": (str(teacher), None), "whole": (arguments.teacher, arguments.gguf_file)}
         if any(cell.student == "healed" for cell in missing):
             healed, record["healing"] = heal(arguments)
-        models = {"teacher": (str(teacher), None), "whole": (arguments.teacher, arguments.gguf_file)}
-        models |= {"healed": (str(healed), None)} if healed.exists() else {}
+            models["healed"] = (str(healed), None)
+        found = {
+            "questions": {
+                data: {"options": [len(each.options) for each in part], "answers": [each.answer for each in part]}
+                for data, part in asked.items()
+            },
+            "origin": {
+                **{name: " ".join([model_sha256(folder)[:16], file or ""]).strip() for name, (folder, file) in models.items()},
+                "selection": str(kept.facts["positions.selection"]),
+                "temperature": read_calibration(work / "calibration.json").value,
+                "c": read_calibration(work / "first.json").value,
+            },
+        }
+        check_progress(record, found)
+        record |= {"questions": found["questions"], "origin": record["origin"] | found["origin"]}
         for name, place in models.items():
             if name not in record["models"]:
                 record["models"][name] = ask(*place, asked)
@@ -474,7 +546,7 @@ def main() -> None:
         LOSSES["focal"] = Loss(focal)
         for cell in missing:
             note(f"== {cell.name}")
-            record["cells"][cell.name] = {**origin, **train_and_ask(arguments, cell, healed, asked)}
+            record["cells"][cell.name] = train_and_ask(arguments, cell, work / "healed", asked)
             store_record(record)
     store_record(record)
     print_tables(record)
