@@ -465,6 +465,8 @@ def measure(config: DumpConfig, work: Path) -> dict[str, Any]:
         "bytes_per_position": round(dump.per_position, 3),
         "draw_weight": config.draw_weight,
         "bytes_per_position_with_draws": round(drawn.per_position, 3),
+        "bytes_per_position_of_draws": round(drawn.column_bytes["positions.tail_ids"] / dump.positions, 3),
+        "bytes_per_position_of_tail_entropy": round(drawn.column_bytes["positions.tail_entropy"] / dump.positions, 3),
         "vocabulary_bytes": dump.vocabulary_bytes,
         "index_bytes": dump.index_bytes,
         **dict(zip(("mean_kl", "mean_kl_each_by_itself"), kls, strict=True)),

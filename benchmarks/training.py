@@ -8,7 +8,8 @@ first step of each, in which the optimiser makes its state, is not timed.
 
 * `cross-entropy`: transformers' own, `model(…, labels=labels).loss`.
 * `cross-entropy, sliced` and `store, sliced`: head and loss in slices of positions, as `student-train run` computes them.
-  The store gives 5 candidates, their tail and 4 draws from it; its arrays are made up, and take the way of any batch.
+  The store gives 5 candidates, their tail and as many draws as it is large, padded as those of a dump of the default weight
+  are; its arrays are made up, and take the way of any batch.
 * `store, whole logits`: the loop of the README, `forward_kl(*select_targets(logits, batch))`.
 * `whole distribution`: KL to a (positions, vocabulary) array of the teacher's log-probabilities, which lies ready.
 * `online`: the same, and a teacher that computes it at every step.
@@ -37,13 +38,14 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measurement import RESULTS, keep
-from knowledge_store.kinds.positions.selection import Selection
+from knowledge_store.kinds.positions.selection import DRAW_WEIGHT, Selection
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.sliced import Share, sliced_loss, sum_over_slices
 from student_train.losses.targets import Batch, select_targets
 from teacher_dump.extraction.distributions import knowledge_of
 
-CANDIDATES, DRAWS, DRAW_WEIGHT = 5, 4, 0.05
+CANDIDATES = 5
+DRAWS = round(1 / DRAW_WEIGHT)  # the most at a position, and so how wide a batch is
 BASELINE = "cross-entropy"
 POSITIONS = 100_000_000  # of the corpus whose hours are printed
 STUDENTS = (1, 2, 4, 8, 16)
@@ -68,6 +70,8 @@ def make_batch(vocabulary: int, sequences: int, length: int, device: torch.devic
     shape = (sequences, length)
     ids = torch.randint(0, vocabulary, (*shape, CANDIDATES + DRAWS))
     logprobs = torch.log_softmax(torch.randn(*shape, CANDIDATES + 1), dim=-1)
+    counts = (logprobs[..., CANDIDATES].exp() / DRAW_WEIGHT).round()
+    drawn = torch.arange(DRAWS) < counts.unsqueeze(-1)
     tokens = torch.randint(0, vocabulary, shape)
     is_target = torch.ones(shape, dtype=torch.bool)
     is_target[:, 0] = False
@@ -81,7 +85,7 @@ def make_batch(vocabulary: int, sequences: int, length: int, device: torch.devic
         "candidate_ids": ids[..., :CANDIDATES],
         "candidate_logprobs": logprobs[..., :CANDIDATES],
         "tail_logprob": logprobs[..., CANDIDATES],
-        "tail_ids": ids[..., CANDIDATES:],
+        "tail_ids": torch.where(drawn, ids[..., CANDIDATES:], -1),
         "draw_weight": torch.full(shape, DRAW_WEIGHT),
     }
     return {name: column.to(device) for name, column in batch.items()}
