@@ -1,4 +1,4 @@
-"""What every benchmark prints and keeps beside its figures: the command, the hardware, the versions."""
+"""What every benchmark prints and keeps beside its figures: the command, the hardware, the versions, the default of a dump."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from knowledge_store.format.layout import FORMAT_VERSION
+from knowledge_store.kinds.positions.selection import DRAW_WEIGHT
 
 # Living measurements keep their figures in results/, studies beside themselves. BENCHMARK_RESULTS names another folder for
 # both, so that committed figures are replaced only by those who run a benchmark by itself.
@@ -40,12 +43,15 @@ def machine() -> dict[str, Any]:
 def keep(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
     """Print the figures of a benchmark, and write them to FOLDER/NAME.json with the command, the hardware and the versions.
 
-    The folders of paths in the command are left out, since they are those of one machine.
+    Beside them stands what a dump is by default in the code that wrote it: who reads "the default" later sees whether it is still
+    that. The folders of paths in the command are left out, since they are those of one machine.
     """
     module = sys.modules["__main__"].__spec__
     program = f"-m {module.name}" if module else f"benchmarks/{Path(sys.argv[0]).name}"
     words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
-    record = {"command": f"python {' '.join([program, *words])}", "machine": machine(), "figures": figures}
+    default = {"format": FORMAT_VERSION, "draw_weight": DRAW_WEIGHT}
+    command = f"python {' '.join([program, *words])}"
+    record = {"command": command, "machine": machine(), "default_dump": default, "figures": figures}
     # A list of plain values on one line: an interval is read at a glance.
     text = re.sub(r"\[\s+([^][{}\"]*?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", json.dumps(record, indent=1))
     print(text)
