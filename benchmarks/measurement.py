@@ -43,8 +43,8 @@ def machine() -> dict[str, Any]:
 def keep(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> None:
     """Print the figures of a benchmark, and write them to FOLDER/NAME.json with the command, the hardware and the versions.
 
-    Beside them stands what a dump is by default in the code that wrote it: who reads "the default" later sees whether it is still
-    that. The folders of paths in the command are left out, since they are those of one machine.
+    Beside them stands what a dump is by default in the code that wrote it: who reads "the default" later sees whether it still
+    is that. The folders of paths in the command are left out, since they are those of one machine.
     """
     module = sys.modules["__main__"].__spec__
     program = f"-m {module.name}" if module else f"benchmarks/{Path(sys.argv[0]).name}"
