@@ -482,6 +482,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def identity(folder: str, gguf_file: str | None) -> str:
+    """By which a model is known in trust.json."""
+    return " ".join([model_sha256(folder)[:16], gguf_file or ""]).strip()
+
+
 def check_progress(kept: dict[str, Any], found: dict[str, Any]) -> None:
     """Refuse to go on with cells of other questions, or of another teacher, student, calibration or selection."""
     if kept["questions"] and kept["questions"] != json.loads(json.dumps(found["questions"])):
@@ -522,22 +527,24 @@ def main() -> None:
         prepare(arguments, teacher, questions[SETS[0]]["tune"][: arguments.tune], asked[FIT])
         (kept,) = (each for each in KnowledgeStore.open(work / "store").info() if each.dump == "learnt")
         models = {"teacher": (str(teacher), None), "whole": (arguments.teacher, arguments.gguf_file)}
-        if any(cell.student == "healed" for cell in missing):
-            healed, record["healing"] = heal(arguments)
-            models["healed"] = (str(healed), None)
-        found = {
+        found: dict[str, Any] = {
             "questions": {
                 data: {"options": [len(each.options) for each in part], "answers": [each.answer for each in part]}
                 for data, part in asked.items()
             },
             "origin": {
-                **{name: " ".join([model_sha256(folder)[:16], file or ""]).strip() for name, (folder, file) in models.items()},
+                **{name: identity(*place) for name, place in models.items()},
                 "selection": str(kept.facts["positions.selection"]),
                 "temperature": read_calibration(work / "calibration.json").value,
                 "c": read_calibration(work / "first.json").value,
             },
         }
         check_progress(record, found)
+        if any(cell.student == "healed" for cell in missing):
+            healed, record["healing"] = heal(arguments)
+            models["healed"] = (str(healed), None)
+            found["origin"]["healed"] = identity(*models["healed"])
+            check_progress(record, found)
         record |= {"questions": found["questions"], "origin": record["origin"] | found["origin"]}
         for name, place in models.items():
             if name not in record["models"]:
