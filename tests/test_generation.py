@@ -19,6 +19,8 @@ from torture import generation
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import DamageError, InputError, MismatchError
 from teacher_dump import DumpConfig, GenerateConfig, ImportConfig, dump, generate, import_dump
+from teacher_dump.corpus.columns import Columns
+from teacher_dump.generation.prompts import PromptReader
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Ability, TextRequest, Writing
 from teacher_dump.teachers.writing import random_numbers, writes_padded
@@ -244,6 +246,16 @@ def test_lists_and_objects_are_that_again_where_texts_are_prompts(options, loade
     dump(config, teacher=loaded_teacher)
     sequences = KnowledgeStore.open(tmp_path / "store").sql("SELECT options, meta FROM sequences").to_pylist()
     assert sequences == [{"options": '["sea", "ü"]', "meta": '{"a": [1, null]}'}, {"options": None, "meta": "b"}]
+
+
+def test_a_system_column_beside_text_that_is_gone_on_with_is_not_lost_unnoticed():
+    def read(**columns: str) -> tuple:
+        reader = PromptReader((), None, Columns(columns), None, False, None, None, 8, None)
+        return reader._content({"prompt": "Who?", "system": "Be brief."})
+
+    with pytest.raises(ValueError, match=r"`system` stands beside a prompt of plain text.* with system=- in --columns"):
+        read()
+    assert read(system="-") == ("Who?", {}, {"system": "Be brief."})
 
 
 def test_messages_and_their_tools_travel_along(options, loaded_teacher, tmp_path):

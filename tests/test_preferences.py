@@ -114,7 +114,8 @@ def test_each_answer_is_what_prompt_and_completion_make(tokenizer, prompt, answe
 def test_names_of_columns(tokenizer):
     """As in some of the published data sets of preferences."""
     orca = {"system": "Be brief.", "question": "How far?", "chosen": " Far.", "rejected": " Near."}
-    assert_answers(group(tokenizer, orca, "prompt=question"), tokenizer, "How far?", [" Far.", " Near."], [1.0, 0.0])
+    plain = group(tokenizer, orca, "prompt=question,system=-")
+    assert_answers(plain, tokenizer, "How far?", [" Far.", " Near."], [1.0, 0.0])
     turns, replies = [{"role": "system", "content": "Be brief."}, QUESTION], [[said(" Far.")], [said(" Near.")]]
     assert_answers(group(tokenizer, orca, "instruction=question"), tokenizer, turns, replies, [1.0, 0.0])
 

@@ -181,10 +181,19 @@ def test_a_system_column_is_the_first_message_of_every_conversation():
     ):
         assert content({**row, **brief}).fields["prompt"] == [system, USER]
         assert content({**row, **brief}).columns == {}
-    assert "say different things: keep one" in problem({"messages": [system, *TURNS], "system": "Be long."})
+    in_parts = {**system, "content": [{"type": "text", "text": "Be brief."}]}
+    assert messages({"messages": [in_parts, *TURNS], "system": "Be brief.\n"}) == [in_parts, *TURNS]
+    assert messages({"messages": TURNS, "system": " "}) == TURNS
+    other = {"messages": [system, *TURNS], "system": "gpt-4"}
+    assert "say different things: keep one" in problem(other) and "with system=- in" in problem(other)
+    assert content(other, "system=-").columns == {"system": "gpt-4"}
+    assert "is not a string: where it is no message, leave it out with system=-" in problem({"messages": TURNS, "system": 3})
     plain = {"prompt": "x", "completion": "y", **brief}  # text is final
-    assert "no teacher would see it" in (sentence := problem(plain)) and "prompt=prompt,completion=completion" in sentence
-    assert content(plain, "prompt=prompt,completion=completion").columns == brief
+    assert "no teacher would see it" in (sentence := problem(plain)) and "leave it out with system=- in --columns" in sentence
+    assert content(plain, "system=-").columns == content(plain, "prompt=prompt,completion=completion,system=-").columns == brief
+    asked = {"question": "x", "answer": "y", **brief, "persona": "Be brief."}  # other names do not mean that it is known of
+    assert "`system` stands beside" in problem(asked, "prompt=question,completion=answer")
+    assert "`persona` stands beside" in problem(asked, "prompt=question,completion=answer,system=persona")
     assert content({**plain, "system": " "}).columns == {"system": " "}
     assert content({**plain, "finish": "stop"}).columns == {**brief, "finish": "stop"}  # what a model wrote saw its prompt
     assert "no teacher would see it" in problem({"prompt": "x", "chosen": "y", "rejected": "z", **brief})
@@ -199,10 +208,13 @@ def test_what_the_teacher_would_have_to_see_is_not_lost_unnoticed():
             sentence = problem({**row, name: ["x"]})
             assert sentence.startswith(f"`{name}` is part of the conversation") and f"--columns {columns}" in sentence
             assert content({**row, name: ["x"]}, columns).columns == {name: ["x"]}
-            assert content({**row, name: []}).columns == {name: []}
+            for nothing in ([], [None], " ", "[]", "null", {"bytes": None, "path": None}, False):
+                assert content({**row, name: nothing}).columns == {name: nothing}
     written = {"prompt": "x", "completion": "y", "finish": "stop", "images": ["x"]}
     assert content(written).columns == {"finish": "stop", "images": ["x"]}
     assert content({"messages": TURNS, "functions": TOOLS}, "tools=functions").fields["template_arguments"] == {"tools": TOOLS}
+    plain = {"prompt": "x", "completion": "y", "functions": ["x"]}  # as with `tools`, which plain text is not given
+    assert content(plain).columns == {"functions": ["x"]} and "`image` is" in problem({**plain, "image": "light.jpg"})
     assert content({"text": "A light.", "image": "light.jpg"}).columns == {"image": "light.jpg"}
 
 
@@ -229,7 +241,12 @@ def test_steps_of_one_answer_are_no_answers_to_compare():
     row = {"prompt": "How far?", "completions": ["It is there.", "So it is far."]}
     sentence = problem({**row, "labels": [True, False]})
     assert "`labels` says which of its `completions` are right" in sentence and "as a `completion`" in sentence
-    assert content({**row, "labels": "x"}).columns == {"labels": "x"}
+    assert "where they are answers, say --columns completions=completions" in sentence
+    known = {"labels": [True, False]}
+    assert content({**row, **known}, "completions=completions").columns == known
+    assert content({**row, **known, "scores": [1, 0]}).columns == known
+    for other in ("x", []):
+        assert content({**row, "labels": other}).columns == {"labels": other}
 
 
 ALTERNATIVES: dict[str, dict[str, Any]] = {
@@ -335,6 +352,7 @@ def test_columns_are_part_of_a_dump_and_taken_from_it(tmp_path, loaded_teacher):
         ({"input_ids": [9, 3, 4, 9], "attention_mask": [0, 1, 1, 0], "labels": [-100, -100, 4, -100]}, [3, 4], [0, 1]),
         ({"input_ids": [9, 9], "attention_mask": [0, 0]}, [], []),
         ({"input_ids": [3, 4], "position_ids": [0, 1], "seq_lengths": [2]}, [3, 4], [1, 1]),
+        ({"input_ids": [3, 4], "seq_lengths": 2}, [3, 4], [1, 1]),
     ],
 )
 def test_token_ids_are_taken_as_they_are(row, ids, targets):

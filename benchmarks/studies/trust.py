@@ -17,9 +17,11 @@ teacher nor student was trained on; those before the dump on all tokens of their
 Focal loss is the control that needs no teacher.
 
 Intervals are of 95%, by a bootstrap of the questions and, where there are several seeds, of these: n − 1 of n seeds, drawn
-with replacement, vary as their mean does (Rao & Wu 1988). Calibrators are not fitted anew in it. A calibration error of few
-questions comes out too large, the more so the smaller it is, and that of a resample once more: what the bootstrap sees of that
-is taken off. All verdicts are 95% each, with no correction for how many there are.
+with replacement, vary as their mean does (Rao & Wu 1988). Of so few the ends are not those of 95%: if the questions were no
+source of error, an interval would reach from the lowest of three seeds to the highest, and hold their mean three times in four;
+with two, every other time. Calibrators are not fitted anew in it. A calibration error of few questions comes out too large, the
+more so the smaller it is, and that of a resample once more: what the bootstrap sees of that is taken off. All verdicts are 95%
+each, with no correction for how many there are.
 
 A cell is one student, seed and method, and trust.json keeps the finished ones: the same command goes on with those that are
 missing there, if teacher, students, calibration and questions are still the same; `--cells` stops after so many. The order is

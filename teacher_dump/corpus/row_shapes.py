@@ -54,7 +54,7 @@ REJECTED = (
 # Of a row of `prompt`, `completions` and `labels`, as TRL's PRMTrainer reads them.
 STEPS = (
     "`labels` says which of its `{}` are right, as of the steps of one answer, and several answers to one prompt were to be"
-    " compared: put the steps together as a `completion`, or give the labels' column another name"
+    " compared: put the steps together as a `completion`, or, where they are answers, say --columns completions={}"
 )
 
 # Columns of what a conversation is about and no template is given, and what to do instead of losing it.
@@ -89,7 +89,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     plain_text = is_plain_text(shape, record, columns)
     parts = (*shape.required, *columns.optional(shape))
     if plain_text:
-        _check_system(shape, record, columns)
+        check_system(record, columns)
         parts = tuple(part for part in parts if part not in CHAT_COLUMNS)
     if shape is CHOSEN and not plain_text and isinstance(record.get(columns.name("prompt")), str):
         parts = _without_repeated_prompt(parts, record, columns)
@@ -110,8 +110,9 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     if shape in GROUPS:
         check_finished(others.get(FINISH))
     labels = others.get("labels")
-    if shape is COMPLETIONS and isinstance(labels, list) and all(isinstance(label, bool) for label in labels):
-        raise ValueError(STEPS.format(columns.name("completions")))
+    steps = isinstance(labels, list) and bool(labels) and all(isinstance(label, bool) for label in labels)
+    if shape is COMPLETIONS and steps and "scores" not in given and "completions" not in columns.names:
+        raise ValueError(STEPS.format(*["completions"] * 2))
     finish = others.get(FINISH) if shape is COMPLETION else None
     if shape is COMPLETION and finish is None and str(others.get("label")).lower() == "false":
         raise ValueError(REJECTED)
@@ -120,14 +121,14 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     return Content({**_fields(shape, given, plain_text, columns, written=True), "finish": finish}, others)
 
 
-def _check_system(shape: Shape, record: dict[str, Any], columns: Columns) -> None:
-    """Make sure that no words of a `system` column are lost beside a prompt of plain text."""
-    system = record.get("system")
-    if columns.deciding or record.get(FINISH) in (STOPPED, CUT_OFF) or not isinstance(system, str) or not system.strip():
+def check_system(record: dict[str, Any], columns: Columns) -> None:
+    """Make sure that no words of a `system` column are lost beside a prompt of plain text (ValueError: they would be)."""
+    system = record.get(name := columns.name("system"))
+    if record.get(FINISH) in (STOPPED, CUT_OFF) or not isinstance(system, str) or not system.strip():
         return
     raise ValueError(
-        "`system` stands beside a prompt of plain text, which is final, so that no teacher would see it: write the row as"
-        f" `messages`, or, where the rest alone counts, say --columns {_own_names(shape, columns)}"
+        f"`{name}` stands beside a prompt of plain text, which is final, so that no teacher would see it: write the row as"
+        " `messages`, or, where the rest alone counts, leave it out with system=- in --columns"
     )
 
 
@@ -168,7 +169,8 @@ def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
         _check_half(record, halves, shapes[0])
     written = record.get(FINISH) in (STOPPED, CUT_OFF)  # by a model, which saw the prompt as it is
     if shapes[0] not in (TEXT, TOKENS) and not columns.deciding and not written:
-        check_seen(record, columns, _own_names(shapes[0], columns))
+        tools = not is_plain_text(shapes[0], record, columns)
+        check_seen(record, columns, _own_names(shapes[0], columns), tools=tools)
     return shapes[0]
 
 
@@ -194,23 +196,32 @@ def _check_half(record: dict[str, Any], halves: list[str], shape: Shape) -> None
     )
 
 
-def check_seen(record: dict[str, Any], columns: Columns, way_out: str) -> None:
+def check_seen(record: dict[str, Any], columns: Columns, way_out: str, *, tools: bool = True) -> None:
     """Make sure that nothing stands beside a conversation that its teacher would have to see, and does not.
 
     Args:
         record: the row.
         columns: its own names for columns.
         way_out: what `--columns` says where the words alone count.
+        tools: whether a template sees the row, which may be given tools.
 
     Raises:
         ValueError: something does; names its column.
     """
     for name, why in UNSEEN.items():
-        value = record.get(name)
-        if value not in (None, "", [], {}) and name not in map(columns.name, columns.names):
+        if name == "functions" and not tools:
+            continue
+        if not _is_nothing(record.get(name)) and name not in map(columns.name, columns.names):
             raise ValueError(
                 f"`{name}` is part of the conversation, and {why}; where the words alone count, say --columns {way_out}"
             )
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a value is empty, however it is written: as blank or JSON text, or in lists and objects of nothing."""
+    if isinstance(value, (list, dict)):
+        return all(map(_is_nothing, value.values() if isinstance(value, dict) else value))
+    return value.strip() in ("", "null", "[]", "{}") if isinstance(value, str) else not value
 
 
 def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
@@ -303,15 +314,17 @@ def _with_system(fields: dict[str, Any], field: str, given: dict[str, Any], colu
 
 def system_turns(given: dict[str, Any], messages: Turns, columns: Columns) -> Turns:
     """A `system` column as the first message; one that is empty is none."""
-    system = _text(given, "system", columns)
-    if not system:
+    system, name = given.get("system", ""), columns.name("system")
+    if not isinstance(system, str):
+        raise ValueError(f"`{name}` is not a string: where it is no message, leave it out with system=- in --columns")
+    if not system.strip():
         return []
     if messages and messages[0].get("role") == "system":
-        if messages[0].get("content") == system:
+        if message_texts(messages[:1]) == [system.strip()]:
             return []
         raise ValueError(
-            f"`{columns.name('system')}` and a first message of the role `system` say different things: keep one of them, or"
-            " give the column another name"
+            f"`{name}` and a first message of the role `system` say different things: keep one of them, or leave the column out"
+            " with system=- in --columns"
         )
     return [{"role": "system", "content": system}]
 

@@ -53,7 +53,8 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 "`position_ids` do not count from 0: several texts packed in one row would see each other; give each a row"
             )
-    if len(_numbers(given, "seq_lengths", None) if "seq_lengths" in given else ()) > 1:
+    lengths = given.get("seq_lengths")
+    if isinstance(lengths, list) and sum(map(bool, lengths)) > 1:
         raise ValueError(
             "`seq_lengths` says that several texts are packed in one row, which would see each other; give each a row"
         )

@@ -13,7 +13,7 @@ from knowledge_store.errors import InputError
 from teacher_dump.corpus.columns import COMPLETION, MESSAGES, SHAREGPT, TEMPLATE_COLUMNS, Columns
 from teacher_dump.corpus.documents import file_rows, problem_text, sound_unicode
 from teacher_dump.corpus.messages import Turns, read_messages
-from teacher_dump.corpus.row_shapes import check_seen, column_value, system_turns, template_arguments
+from teacher_dump.corpus.row_shapes import check_seen, check_system, column_value, system_turns, template_arguments
 from teacher_dump.corpus.rows import BadRow, Row, Start
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.generation.template import PromptTemplate
@@ -148,7 +148,8 @@ class PromptReader:
         if value is None:
             raise ValueError(f"`{name}` {'is null' if name in record else 'is not there'}")
         if not self.columns.deciding:
-            check_seen(record, self.columns, f"{part}={name}")
+            tools = not isinstance(value, str) or self.columns.is_json(part)
+            check_seen(record, self.columns, f"{part}={name}", tools=tools)
         if isinstance(value, str) and self.columns.is_json(part):
             value = column_value(value, part, self.columns)
         system = self.columns.name("system")
@@ -157,7 +158,9 @@ class PromptReader:
             if not value.strip():
                 raise BadRow(f"the prompt is empty: `{name}`")
             asked = self._as_asked(value)
-            if not isinstance(asked, str):
+            if isinstance(asked, str):
+                check_system(record, self.columns)
+            else:
                 asked = [*system_turns(given, asked, self.columns), *asked]
             return asked, {}, {key: other for key, other in record.items() if key != name}
         if not self.as_message:
