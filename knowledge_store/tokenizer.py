@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any
-
-from knowledge_store.format.records import json_sha256
 
 
 def opening_tokens(tokenizer: Any) -> list[int]:
@@ -21,12 +18,6 @@ def opening_tokens(tokenizer: Any) -> list[int]:
             if whole[start : start + len(plain)] == plain:
                 return list(whole[:start])
     return []
-
-
-def template_sha256(templates: str | dict[str, str] | None) -> str:
-    """SHA-256 of a tokenizer's chat template, of those that it has by name, or of the empty text where it has none."""
-    templates = templates or ""
-    return json_sha256(templates) if isinstance(templates, dict) else hashlib.sha256(templates.encode()).hexdigest()
 
 
 def _texts(tokenizer: Any) -> Iterator[str]:

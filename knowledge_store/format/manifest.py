@@ -7,6 +7,7 @@ many documents, where each shard begins) is kept so that nobody has to read the 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -236,3 +237,9 @@ def manifest_exists(storage: Storage, folder: str) -> bool:
     except DamageError:
         return True
     return True
+
+
+def template_sha256(templates: str | dict[str, str] | None) -> str:
+    """SHA-256 of a tokenizer's chat template, of those that it has by name, or of the empty text where it has none."""
+    templates = templates or ""
+    return json_sha256(templates) if isinstance(templates, dict) else hashlib.sha256(templates.encode()).hexdigest()

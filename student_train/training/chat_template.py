@@ -8,8 +8,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from knowledge_store import KINDS, KnowledgeStore
+from knowledge_store.format.manifest import template_sha256
 from knowledge_store.reporter import SILENT, Reporter
-from knowledge_store.tokenizer import template_sha256
 from student_train.losses.table import TEXT
 
 SAMPLED = 8  # sequences looked at, which lie together

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from knowledge_store.errors import InputError
+from knowledge_store.format.manifest import template_sha256
 from knowledge_store.format.records import json_sha256
-from knowledge_store.tokenizer import opening_tokens, template_sha256
+from knowledge_store.tokenizer import opening_tokens
 from teacher_dump.corpus.chat.options import ChatOptions, today
 from teacher_dump.corpus.chat.template import ChatTemplate
 from teacher_dump.corpus.columns import CUT_OFF
