@@ -87,10 +87,8 @@ def choose_rationales(
     ordinals = None
     if wanted is not None:
         ordinals = np.flatnonzero(np.isin(store.sequences(source, ["sequence_id"])["sequence_id"].to_numpy(), wanted))
-    read = (
-        () if ordinals is not None and not len(ordinals) else contexts(store, source, shares=of != "random", ordinals=ordinals)
-    )
-    for context in read:
+    empty = ordinals is not None and not len(ordinals)
+    for context in () if empty else contexts(store, source, shares=of != "random", ordinals=ordinals):
         if not context.is_target.any():
             continue
         places = context.places

@@ -53,8 +53,9 @@ REJECTED = (
 
 # Of a row of `prompt`, `completions` and `labels`, as TRL's PRMTrainer reads them.
 STEPS = (
-    "`labels` says which of its `{}` are right, as of the steps of one answer, and several answers to one prompt were to be"
-    " compared: put the steps together as a `completion`, or, where they are answers, say --columns completions={}"
+    "`labels` says which of its `completions` are right, as of the steps of one answer, and several answers to one prompt were"
+    " to be compared: put the steps together as a `completion`, or, where they are answers, say --columns"
+    " completions=completions"
 )
 
 # Columns of what a conversation is about and no template is given, and what to do instead of losing it.
@@ -112,7 +113,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     labels = others.get("labels")
     steps = isinstance(labels, list) and bool(labels) and all(isinstance(label, bool) for label in labels)
     if shape is COMPLETIONS and steps and "scores" not in given and "completions" not in columns.names:
-        raise ValueError(STEPS.format(*["completions"] * 2))
+        raise ValueError(STEPS)
     finish = others.get(FINISH) if shape is COMPLETION else None
     if shape is COMPLETION and finish is None and str(others.get("label")).lower() == "false":
         raise ValueError(REJECTED)
@@ -124,12 +125,17 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
 def check_system(record: dict[str, Any], columns: Columns) -> None:
     """Make sure that no words of a `system` column are lost beside a prompt of plain text (ValueError: they would be)."""
     system = record.get(name := columns.name("system"))
-    if record.get(FINISH) in (STOPPED, CUT_OFF) or not isinstance(system, str) or not system.strip():
+    if _is_written(record) or not isinstance(system, str) or not system.strip():
         return
     raise ValueError(
         f"`{name}` stands beside a prompt of plain text, which is final, so that no teacher would see it: write the row as"
         " `messages`, or, where the rest alone counts, leave it out with system=- in --columns"
     )
+
+
+def _is_written(record: dict[str, Any]) -> bool:
+    """Whether a model wrote a row's answer, which saw the prompt as it is."""
+    return record.get(FINISH) in (STOPPED, CUT_OFF)
 
 
 def column_value(text: str, part: str, columns: Columns) -> Any:
@@ -167,8 +173,7 @@ def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
         raise ValueError(_no_shape(record, halves))
     if halves:
         _check_half(record, halves, shapes[0])
-    written = record.get(FINISH) in (STOPPED, CUT_OFF)  # by a model, which saw the prompt as it is
-    if shapes[0] not in (TEXT, TOKENS) and not columns.deciding and not written:
+    if shapes[0] not in (TEXT, TOKENS) and not columns.deciding and not _is_written(record):
         tools = not is_plain_text(shapes[0], record, columns)
         check_seen(record, columns, _own_names(shapes[0], columns), tools=tools)
     return shapes[0]
