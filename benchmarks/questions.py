@@ -1,7 +1,7 @@
 """What the studies on multiple-choice questions share: the question sets, and a teacher that is fine-tuned on them.
 
 Options stand in the prompt, and a question is answered by an option's text. Each set is shuffled once, by its name; studies
-take the first of it, so that the teacher of one is the teacher of another, and what it was tuned on is known.
+take the first of it, so that what a teacher was tuned on is known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ KEPT_LAYERS = "0,1,2,3,4,5,6,7,8,9,10,11,24,25,26,27,28,29"
 BINS, RESAMPLES = 10, 2000
 MAX_LENGTH, BATCH_SIZE = 512, 16
 LEARNING_RATE = 1e-4  # of whole models
-PRECISION = "bf16"
 GROUP = 256  # questions of similar length in a batch, when the teacher is tuned
 
 _INSTRUCTION = re.compile(
@@ -133,11 +132,11 @@ def gguf(arguments: argparse.Namespace) -> tuple[str, ...]:
     return ("--gguf-file", arguments.gguf_file) if arguments.gguf_file else ()
 
 
-def tune_teacher(arguments: argparse.Namespace, questions: dict[str, dict[str, list[Question]]]) -> None:
-    """Fine-tune the teacher on the first training questions of all sets. Only the tokens of their dump are used, so one layer
-    of the model is enough to make it."""
-    work, named = arguments.work, gguf(arguments)
-    rows = [corpus_row(question, "text") for parts in questions.values() for question in parts["tune"][: arguments.tune]]
+def tune_teacher(arguments: argparse.Namespace, work: Path, questions: list[Question], *more: object) -> None:
+    """Fine-tune the teacher on questions, with more options of `student-train run`. Only the tokens of their dump are used, so
+    one layer of the model is enough to make it."""
+    named = gguf(arguments)
+    rows = [corpus_row(question, "text") for question in questions]
     write_lines(work / "tune.jsonl", rows)
     if (work / "teacher" / "config.json").exists():
         return
@@ -151,7 +150,7 @@ def tune_teacher(arguments: argparse.Namespace, questions: dict[str, dict[str, l
     run(
         "student_train", "run", store, "--student", arguments.teacher, *named, "--output", work / "teacher", "--loss", "ce",
         "--epochs", arguments.teacher_epochs, "--batch-size", BATCH_SIZE, "--group-by-length", GROUP,
-        "--learning-rate", LEARNING_RATE, "--precision", PRECISION, "--eval-fraction", 0, "--save-steps", 50,
+        "--learning-rate", LEARNING_RATE, "--eval-fraction", 0, "--save-steps", 50, *more,
     )  # fmt: skip
 
 
@@ -174,7 +173,7 @@ def finished_cells(result: Path, settings: dict[str, Any], names: tuple[str, ...
     if not result.exists():
         return {}
     kept: dict[str, Any] = json.loads(result.read_text())["figures"]
-    if not kept["cells"]:
+    if not kept["cells"] and not kept.get("models"):
         return {}
     if kept["settings"] != json.loads(json.dumps(settings)):
         sys.exit(f"{result.name} has cells of other settings: give those, or set BENCHMARK_RESULTS to another folder")

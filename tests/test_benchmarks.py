@@ -96,7 +96,9 @@ def test_what_is_cut_of_trust_is_what_comes_last():
     order = list(trust.cells())
     core = [cell.method in trust.CORE for cell in order]
     assert core == sorted(core, reverse=True) and len(set(order)) == len(order) == 66
-    assert [cell.seed for cell in order if cell.method == "FIRST" and cell.student == "whole"] == [0, 1, 2]
+    assert [(cell.student, cell.seed) for cell in order if cell.method == "FIRST"] == [
+        (student, seed) for student in ("whole", "healed") for seed in (0, 1, 2)
+    ]
 
 
 @pytest.mark.parametrize(("points", "claimed", "words"), [
@@ -111,26 +113,26 @@ def test_verdicts_on_a_claim(points, claimed, words):
     assert trust.verdict(points, claimed) == words
 
 
-@pytest.mark.parametrize(("part", "value"), [
-    ("origin", {"teacher": "b", "whole": "a"}),
-    ("origin", {"teacher": "a", "healed": "c"}),
-    ("questions", {"arc": {"answers": [1]}}),
-])  # fmt: skip
-def test_cells_of_trust_are_not_mixed_with_those_of_another_teacher_or_of_other_questions(part, value):
-    kept = {"origin": {"teacher": "a", "whole": "a", "healed": "b"}, "questions": {"arc": {"answers": [0]}}}
-    trust.check_progress(kept, {"origin": {"teacher": "a", "whole": "a"}, "questions": kept["questions"]})
-    trust.check_progress({"origin": {}, "questions": {}}, kept)
-    with pytest.raises(SystemExit, match=r"has cells of (another teacher, a|another healed, b|other questions)"):
-        trust.check_progress(kept, {"origin": {}, "questions": kept["questions"], part: value})
+def test_cells_of_trust_are_not_mixed_with_those_of_another_teacher_or_of_other_questions():
+    record = {"origin": {"teacher of seed 0": "a"}, "questions": {}}
+    asked = {"arc": [trust.Question("which", ("a", "b"), 0)]}
+    trust.note_origin(record, {"teacher of seed 0": "a", "teacher of seed 1": "b"})  # a seed has a teacher of its own
+    trust.note_questions(record, asked)
+    trust.note_questions(json.loads(json.dumps(record)), asked)
+    with pytest.raises(SystemExit, match="has cells of another teacher of seed 1, b instead of a"):
+        trust.note_origin(record, {"teacher of seed 1": "a"})
+    with pytest.raises(SystemExit, match="has cells of other questions"):
+        trust.note_questions(record, {"arc": [trust.Question("which", ("a", "b"), 1)]})
 
 
-def test_calibrators_of_trust_are_not_fitted_on_what_its_teacher_was_tuned_on(tmp_path):
-    seen, unseen = (trust.Question(text, ("a", "b"), 0) for text in ("seen é", "unseen"))
-    trust.check_unseen(tmp_path / "teacher", [seen])  # nobody knows
-    trust.write_lines(tmp_path / "tune.jsonl", [trust.corpus_row(seen, "text")])
-    trust.check_unseen(tmp_path / "teacher", [unseen])
-    with pytest.raises(SystemExit, match="was tuned on questions that calibrators would be fitted on"):
-        trust.check_unseen(tmp_path / "teacher", [unseen, seen])
+def test_processes_share_the_cells_of_trust(monkeypatch, tmp_path):
+    monkeypatch.setattr(trust, "store_record", lambda record, work: None)
+    monkeypatch.setattr(trust, "take_finished", lambda record: None)
+    record, found = {"cells": {"done": {}}}, []
+    with trust.locked(tmp_path / "taken.lock", wait=True):
+        for name in ("done", "taken", "free"):
+            trust.share(record, "cells", name, tmp_path, lambda name=name: found.append(name) or {"seconds": 1})
+    assert found == ["free"] and record["cells"]["free"] == {"seconds": 1}
 
 
 def test_intervals_of_trust_know_of_seeds_and_of_the_bias_of_calibration_errors():

@@ -11,6 +11,7 @@ import torch
 import transformers
 from conftest import story_rows, write_jsonl
 from memory_storage import MemoryStorage
+from processes import Notes
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.kinds import KINDS, Field, Kind
@@ -177,6 +178,14 @@ def test_a_half_precision_teachers_own_logits_in_full_precision(tmp_path, teache
     store = KnowledgeStore.open(tmp_path / "s")
     assert check_against_reference(store, teacher, left=False, tolerance=TOLERANCE + 0.1, tie=0.2) > 50
     assert verify(tmp_path / "s").damage == []
+
+
+@pytest.mark.parametrize(("capability", "told"), [("AVX2", True), ("AVX512", False)])
+def test_a_half_precision_teacher_on_a_processor_that_is_slow_in_it(teacher_folder, monkeypatch, capability, told):
+    monkeypatch.setattr("teacher_dump.teachers.local.get_cpu_capability", lambda: capability)
+    reporter = Notes()
+    load_teacher(str(teacher_folder), dtype="bfloat16", device="cpu", reporter=reporter)
+    assert any("PyTorch is fast in bfloat16 only on CPUs with AVX-512" in note for note in reporter.notes) == told
 
 
 # --- wide vocabularies --------------------------------------------------------------------------------------------------

@@ -258,6 +258,16 @@ def test_a_system_column_beside_text_that_is_gone_on_with_is_not_lost_unnoticed(
     assert read(system="-") == ("Who?", {}, {"system": "Be brief."})
 
 
+def test_text_that_becomes_a_message_has_its_tools():
+    reader = PromptReader((), None, Columns({}), None, True, None, None, 8, None)
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    row = {"prompt": "Who?", "tools": json.dumps(tools), "chat_template_kwargs": {"short": True}, "id": 1}
+    message = {"role": "user", "content": "Who?"}
+    assert reader._content(row) == ([message], {"tools": tools, "short": True}, {"id": 1})
+    with pytest.raises(ValueError, match="`functions` is part of the conversation"):
+        reader._content({"prompt": "Who?", "functions": [{"name": "look"}]})
+
+
 def test_messages_and_their_tools_travel_along(options, loaded_teacher, tmp_path):
     turns = [
         {"role": "user", "content": "Who lit it?"},

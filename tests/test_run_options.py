@@ -178,7 +178,9 @@ def test_weights_in_bfloat16(settings, plain, tmp_path, monkeypatch):
     """All of it is bfloat16 but what positions are computed from; the run says what that means, and resumes."""
     reporter = Notes()
     run = settings | {"steps": 3, "precision": "bf16-weights"}
+    monkeypatch.setattr("student_train.training.run.get_cpu_capability", lambda: "AVX2")
     train(TrainConfig(**run), reporter=reporter)
+    assert any("CPUs with AVX-512, which this one lacks" in note for note in reporter.notes)
     assert any("the weights and the optimizer's moments are bfloat16" in note for note in reporter.notes)
     low = weights(tmp_path / "run")
     assert {tensor.dtype for tensor in low.values()} == {torch.bfloat16}

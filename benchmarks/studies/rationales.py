@@ -32,7 +32,6 @@ from benchmarks.questions import (
     BINS,
     LEARNING_RATE,
     MAX_LENGTH,
-    PRECISION,
     RESAMPLES,
     SETS,
     add_arguments,
@@ -70,6 +69,7 @@ OVER = f"over {LABELS}"
 STUDENTS = {"whole": LEARNING_RATE, "layer-dropped": 3e-4}  # learning rates: where layers are missing there is more to learn
 SEEDS = (0, 1, 2)
 WEIGHT, TOKENS = 0.2, 5
+PRECISION = "bf16"
 CLAIMED_OVERLAP = 0.68
 
 
@@ -314,7 +314,8 @@ def main() -> None:
     if missing:
         questions = read_all(arguments)
         write_files(arguments, questions)
-        tune_teacher(arguments, questions)
+        tuned_on = [question for parts in questions.values() for question in parts["tune"][: arguments.tune]]
+        tune_teacher(arguments, arguments.work, tuned_on, "--precision", PRECISION)
     for data in dict.fromkeys(cell.data for cell in missing):
         prepare(arguments, data)
         if data not in record["teachers"]:

@@ -4,12 +4,16 @@ themselves where they are wrong (Shum et al. 2024, arXiv 2408.12168), where the 
     python -m benchmarks.studies.trust --teacher FOLDER --gguf-file FILE --commonsenseqa DIR --openbookqa DIR --arc DIR \
         --text FILE
 
-The teacher is fine-tuned on training questions of all four sets, as in the study of rationales (`--tuned-teacher` takes the one
-made there), and dumped over those of CommonsenseQA. Students learn these by each method, from the one dump: the model that the
-teacher was tuned from, and a copy without its middle layers that was healed by distillation on a text from a store. In domain
-is CommonsenseQA, 1,000 unseen questions; out of domain are 300 of each other set, drawn once: no student was trained on those
-sets, but the teacher was. Options stand in the prompt, answers are the options' texts, and confidence is the likelihood of the
-chosen option made to sum to one over the options.
+The teacher is fine-tuned on training questions of CommonsenseQA, as FIRST's is, and dumped over the first third of them.
+Students learn these by each method, from the one dump: the model that the teacher was tuned from, and a copy without its middle
+layers that was healed by distillation on a text from a store. So a label says of a thousand questions what a teacher says that
+has learnt from three thousand. In domain is CommonsenseQA, 1,000 unseen questions; out of domain are 300 of each other set,
+drawn once, on which nobody was trained. Options stand in the prompt, answers are the options' texts, and confidence is the
+likelihood of the chosen option made to sum to one over the options.
+
+A seed is a block of its own: a teacher that was tuned with it, what it was calibrated to, its dump, and the students that learn
+from that dump. So methods are compared within a block, and the mean over several is of several teachers too, not of several
+students of one. A block is made on one machine, since another would tune another teacher; blocks may be of different ones.
 
 Calibrators. Before the dump, the teacher's temperature; c is FIRST's own. After training: a temperature, Platt's logistic
 function of the confidence's logit, and isotonic regression. All are fitted on 500 more questions of CommonsenseQA that neither
@@ -24,23 +28,28 @@ more so the smaller it is, and that of a resample once more: what the bootstrap 
 each, with no correction for how many there are.
 
 A cell is one student, seed and method, and trust.json keeps the finished ones: the same command goes on with those that are
-missing there, if teacher, students, calibration and questions are still the same; `--cells` stops after so many. The order is
-fixed here, before anything has run, so that what is cut is what comes last: the methods of CORE on every seed, and of these the
-first seed first; then the other methods, likewise. Within a seed the whole student comes before the healed one. Calibrators
-after training cost no training and are in each cell. No method is left out after its cells have run, and the table says which
-cells have not.
+missing there, if questions, and of the seed teacher, students and calibration, are still the same. `--cells` stops after so
+many, `--seeds` names others where the folder of a block is gone, and several processes of one checkout with one `--work` share
+the cells, on a core each with OMP_NUM_THREADS=1. The order is fixed here, before anything has run, so that what is cut is what
+comes last: the methods of CORE on every seed of the whole student, the first seed first, and then of the healed one; then the
+other methods, likewise. (One seed of two students would tell less than several of one: a difference that another seed turns
+round says nothing of a method.) Calibrators after training cost no training and are in each cell. No method is left out after
+its cells have run, and the table says which cells have not.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import io
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +58,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.calibrators import fit_calibrators
-from benchmarks.measurement import STUDIES, keep
+from benchmarks.measurement import STUDIES, keep, machine
 from benchmarks.questions import (
     BATCH_SIZE,
     BINS,
+    GROUP,
     LEARNING_RATE,
     MAX_LENGTH,
-    PRECISION,
     RESAMPLES,
     SETS,
     add_arguments,
@@ -90,6 +99,7 @@ RESULT = STUDIES / "trust.json"
 # Options of `student-train run`. FIRST's losses say nothing of the probability outside the five candidates; cross-entropy does.
 FIRST = {"loss": "first", "calibration": "first.json"}
 DRAWS = {"loss": "forward-kl", "tail": "draws"}
+RATIONALES = {"rationale": "saliency", "dump": "salient"}
 CORE: dict[str, dict[str, Any]] = {
     "fine-tuning": {"loss": "ce"},
     "direct distillation": {"loss": "top-k-renormalised"},
@@ -102,22 +112,31 @@ OTHERS: dict[str, dict[str, Any]] = {
     "FIRST, not re-calibrated": {"loss": "conditional-kl"},
     "teacher at T, bucket": {"loss": "forward-kl", "calibration": "calibration.json"},
     "focal loss": {"loss": "focal"},
-    "fine-tuning + rationales": {"loss": "ce", "rationale": "saliency"},
-    "candidates + draws + rationales": {**DRAWS, "rationale": "saliency"},
+    "fine-tuning + rationales": {"loss": "ce", **RATIONALES},
+    "candidates + draws + rationales": {**DRAWS, **RATIONALES},
 }
 METHODS = {**CORE, **OTHERS}
 BASELINE, CONTROL = ("fine-tuning", "none"), ("fine-tuning", "temperature")
 JUDGED_BY_CLAIM = [name for name in METHODS if "FIRST" in name or "draws" in name]
 STUDENTS = ("whole", "healed")
 SEEDS = (0, 1, 2)
-PROGRESS = ("origin", "questions", "models", "healing", "cells")  # what trust.json keeps of the cells that are finished
+PROGRESS = (
+    "origin",
+    "machines",
+    "questions",
+    "models",
+    "healing",
+    "cells",
+)  # what trust.json keeps of the cells that are finished
 FIT = "held out to fit on"
 GROUPS = {"in domain": SETS[:1], "out of domain": SETS[1:], "all four": SETS}
 # FIRST's, on average over its data sets: in points of accuracy and, as we read it, in points of calibration error.
 CLAIMS = {"accuracy": 2.3, "ece": -10.0}
 LABELS = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL", "brier": "Brier"}
 HEALING = {"learning_rate": 3e-4, "batch_size": 4, "eval_fraction": 0.0}  # sequences of up to 512 tokens
+PRECISION = "auto"  # mixed on a GPU that has bfloat16, float32 elsewhere
 GAMMA = 3.0
+OPTIONS = 64  # in a forward pass, when a model is asked
 
 
 def focal(logits: Tensor, targets: Targets) -> Tensor:
@@ -143,8 +162,8 @@ class Cell:
 def cells() -> Iterator[Cell]:
     """All of them, in the order in which they run."""
     for methods in (CORE, OTHERS):
-        for seed in SEEDS:
-            for student in STUDENTS:
+        for student in STUDENTS:
+            for seed in SEEDS:
                 for method in methods:
                     yield Cell(student, seed, method)
 
@@ -163,41 +182,48 @@ def asked_questions(
     return {**{data: questions[data]["judge"][:size] for data, size in sizes.items()}, FIT: fit}
 
 
-def prepare(arguments: argparse.Namespace, teacher: Path, learnt: list[Question], fit: list[Question]) -> None:
+def dump_teacher(work: Path, name: str, corpus: str, *more: object) -> None:
+    """Dump the teacher of a seed over a corpus, with its temperature beside it."""
+    run(
+        "teacher_dump", "run", work / "store", "--teacher", work / "teacher", "--max-length", MAX_LENGTH, "--corpus",
+        work / corpus, "--name", name, "--calibration", work / "calibration.json", *more,
+    )  # fmt: skip
+
+
+def prepare(work: Path, learnt: list[Question], fit: list[Question]) -> None:
     """Fit the teacher's temperature, dump it over the questions to learn, and fit FIRST's c from a dump of others."""
-    work, store = arguments.work, arguments.work / "store"
-    files = {"learnt": learnt, "fit": fit}
-    for name, questions in files.items():
-        write_lines(work / f"{name}.jsonl", [{**corpus_row(question, "text"), "split": name} for question in questions])
-    asked = ("--teacher", teacher, "--max-length", MAX_LENGTH)
     calibration, first = work / "calibration.json", work / "first.json"
+    for name, questions in (("learnt", learnt), ("fit", fit)):
+        write_lines(work / f"{name}.jsonl", [{**corpus_row(question, "text"), "split": name} for question in questions])
     if not calibration.exists():
-        run("teacher_dump", "calibrate", *asked, "--corpus", work / "fit.jsonl", "--output", calibration)
-    for name, more in (("learnt", ("--kind", "positions", "--kind", "saliency")), ("fit", ())):
         run(
-            "teacher_dump", "run", store, *asked, "--corpus", work / f"{name}.jsonl", "--name", name, *more,
-            "--calibration", calibration,
+            "teacher_dump", "calibrate", "--teacher", work / "teacher", "--max-length", MAX_LENGTH, "--corpus",
+            work / "fit.jsonl", "--output", calibration,
         )  # fmt: skip
+    dump_teacher(work, "learnt", "learnt.jsonl")
+    dump_teacher(work, "fit", "fit.jsonl")
     if not first.exists():
         run(
-            "student_train", "calibrate", store, "--dump", "fit", "--method", "first", "--split", "split=fit", "--output",
-            first,
+            "student_train", "calibrate", work / "store", "--dump", "fit", "--method", "first", "--split", "split=fit",
+            "--output", first,
         )  # fmt: skip
 
 
-def heal(arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """Distil the untuned model on text into its copy without middle layers. The student's folder, and how it went."""
+def heal(arguments: argparse.Namespace, record: dict[str, Any]) -> Path:
+    """Distil the untuned model on text into its copy without middle layers, and note how it went. The student's folder."""
     store, output = arguments.work / "text", arguments.work / "healed"
     whole = ("--teacher", arguments.teacher, *gguf(arguments), "--max-length", MAX_LENGTH)
-    run("teacher_dump", "run", store, *whole, "--corpus", arguments.text, "--name", "text")
-    result = train(
-        TrainConfig(
-            str(store), dump="text", student=str(layer_dropped(arguments)), output=str(output), **DRAWS, **HEALING,
-            epochs=arguments.heal_epochs, precision=PRECISION, save_steps=50,
-        ),
-        reporter=TerminalReporter(),
-    )  # fmt: skip
-    return output, how_it_went(result)
+    with locked(arguments.work / "heal.lock", wait=True):
+        run("teacher_dump", "run", store, *whole, "--corpus", arguments.text, "--name", "text")
+        result = train(
+            TrainConfig(
+                str(store), dump="text", student=str(layer_dropped(arguments)), output=str(output), **DRAWS, **HEALING,
+                epochs=arguments.heal_epochs, precision=PRECISION, save_steps=50,
+            ),
+            reporter=TerminalReporter(),
+        )  # fmt: skip
+    record["healing"] = record["healing"] or how_it_went(result)
+    return output
 
 
 def how_it_went(result: TrainResult) -> dict[str, Any]:
@@ -214,7 +240,7 @@ def ask(folder: str, gguf_file: str | None, asked: dict[str, list[Question]]) ->
     model = load_model(folder, gguf_file).to("cuda" if torch.cuda.is_available() else "cpu")
     together = [question for questions in asked.values() for question in questions]
     tokenised = tokenise(together, load_tokenizer(folder, gguf_file), "text")
-    rows = iter(score(model, tokenised, batch_size=BATCH_SIZE, reporter=TerminalReporter()).sequence)
+    rows = iter(score(model, tokenised, batch_size=OPTIONS, reporter=TerminalReporter()).sequence)
     found = {}
     for data, questions in asked.items():
         values = [next(rows)[: len(question.options)] for question in questions]
@@ -222,28 +248,24 @@ def ask(folder: str, gguf_file: str | None, asked: dict[str, list[Question]]) ->
     return found
 
 
-def train_and_ask(arguments: argparse.Namespace, cell: Cell, healed: Path, asked: dict[str, list[Question]]) -> dict[str, Any]:
-    """Train the student of a cell and ask it."""
-    work, output, marker = arguments.work, arguments.work / "run", arguments.work / "cell.txt"
-    options = dict(METHODS[cell.method])
+def train_and_ask(
+    work: Path, epochs: int, cell: Cell, student: tuple[str, str | None], asked: dict[str, list[Question]]
+) -> dict[str, Any]:
+    """Train the student of a cell, a folder and the GGUF file in it, in the folder of its seed, and ask it."""
+    output, options = work / f"{cell.student}, {cell.method}", dict(METHODS[cell.method])
     if "calibration" in options:
         options["calibration"] = str(work / options["calibration"])
-    if cell.student == "whole":
-        options |= {"student": arguments.teacher, "gguf_file": arguments.gguf_file}
-    else:
-        options |= {"student": str(healed)}
-    if not marker.exists() or marker.read_text() != cell.name:  # of another cell, which was stopped
-        shutil.rmtree(output, ignore_errors=True)
-        marker.write_text(cell.name)
+    if "rationale" in options:
+        dump_teacher(work, options["dump"], "learnt.jsonl", "--kind", "positions", "--kind", "saliency")
     result = train(
         TrainConfig(
-            str(work / "store"), dump="learnt", output=str(output), **options, epochs=arguments.student_epochs, eval_fraction=0,
-            batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, precision=PRECISION, save_steps=50, seed=cell.seed,
+            str(work / "store"), student=student[0], gguf_file=student[1], output=str(output), **{"dump": "learnt", **options},
+            epochs=epochs, eval_fraction=0, batch_size=BATCH_SIZE, group_by_length=GROUP, learning_rate=LEARNING_RATE,
+            precision=PRECISION, save_steps=50, seed=cell.seed,
         ),
         reporter=TerminalReporter(),
     )  # fmt: skip
     found = {**how_it_went(result), "likelihoods": ask(str(output), None, asked)}
-    marker.unlink()  # first: half a folder is no run to go on with
     shutil.rmtree(output)
     return found
 
@@ -457,18 +479,50 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What must be the same of all cells."""
-    names = ("tune", "judge", "judge_out", "fit", "teacher_epochs", "student_epochs", "heal_epochs", "keep_layers")
-    fixed = {"learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "precision": PRECISION, "healing": HEALING}
+    names = ("tune", "learn", "judge", "judge_out", "fit", "teacher_epochs", "student_epochs", "heal_epochs", "keep_layers")
+    fixed = {"learning_rate": LEARNING_RATE, "batch_size": BATCH_SIZE, "group_by_length": GROUP, "precision": PRECISION}
+    fixed["healing"] = HEALING
     return {**{name: getattr(arguments, name) for name in names}, **fixed, "methods": METHODS}
 
 
-def store_record(record: dict[str, Any]) -> None:
-    """Keep what there is so far, and which cells there are not."""
-    record["table"] = tabulate(record)
-    record["claims"] = claims(record["table"])
-    record["not_run"] = [cell.name for cell in cells() if cell.name not in record["cells"]]
-    with contextlib.redirect_stdout(io.StringIO()):
-        keep("trust", record, STUDIES)
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether nobody else has this lock; with `wait`, once that is so."""
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def store_record(record: dict[str, Any], work: Path) -> None:
+    """Keep what there is so far, what other processes found with it, and which cells there are not."""
+    with locked(work / "record.lock", wait=True):
+        take_finished(record)
+        record["table"] = tabulate(record)
+        record["claims"] = claims(record["table"])
+        record["not_run"] = [cell.name for cell in cells() if cell.name not in record["cells"]]
+        with contextlib.redirect_stdout(io.StringIO()):
+            keep("trust", record, STUDIES)
+
+
+def take_finished(record: dict[str, Any]) -> None:
+    """Add what trust.json has to a record."""
+    for name, kept in finished_cells(RESULT, record["settings"], PROGRESS).items():
+        record[name] = kept | record[name]
+
+
+def share(record: dict[str, Any], part: str, name: str, work: Path, find: Callable[[], dict[str, Any]]) -> None:
+    """Find what is missing under this name of a part of the record and keep it, unless another process does or did."""
+    with locked(work / f"{name.replace(' / ', '-')}.lock", wait=False) as mine:
+        if mine:
+            take_finished(record)
+            if name not in record[part]:
+                note(f"== {name}")
+                record[part][name] = find()
+                store_record(record, work)
 
 
 def parse() -> argparse.Namespace:
@@ -476,11 +530,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, ".trust")
     parser.add_argument("--text", required=True, type=Path, help="text to heal the layer-dropped student on")
-    parser.add_argument("--tuned-teacher", type=Path, help="folder of the teacher that the study of rationales tuned")
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=SEEDS, help="whose cells to run")
+    parser.add_argument("--learn", type=int, default=1000, help="of the questions to tune on, those that students learn")
     parser.add_argument("--judge", type=int, default=1000, help="most questions to judge by in domain")
     parser.add_argument("--judge-out", type=int, default=300, help="most questions to judge by of each other set")
     parser.add_argument("--fit", type=int, default=500, help="questions to fit calibrators on")
     parser.add_argument("--heal-epochs", type=int, default=3)
+    parser.set_defaults(teacher_epochs=1)  # new questions teach more than old ones, and it is sure enough of those it knows
     return parser.parse_args()
 
 
@@ -489,26 +545,46 @@ def identity(folder: str, gguf_file: str | None) -> str:
     return " ".join([model_sha256(folder)[:16], gguf_file or ""]).strip()
 
 
-def check_progress(kept: dict[str, Any], found: dict[str, Any]) -> None:
-    """Refuse to go on with cells of other questions, or of another teacher, student, calibration or selection."""
-    if kept["questions"] and kept["questions"] != json.loads(json.dumps(found["questions"])):
+def note_questions(record: dict[str, Any], asked: dict[str, list[Question]]) -> None:
+    """Note what is asked, and refuse to go on with cells of other questions."""
+    found = {
+        data: {"options": [len(each.options) for each in part], "answers": [each.answer for each in part]}
+        for data, part in asked.items()
+    }
+    if record["questions"] not in ({}, found):
         sys.exit(f"{RESULT.name} has cells of other questions: give those, or set BENCHMARK_RESULTS to another folder")
-    for name, value in found["origin"].items():
-        if kept["origin"].get(name, value) != value:
+    record["questions"] = found
+
+
+def note_origin(record: dict[str, Any], found: dict[str, Any]) -> None:
+    """Note of what cells are, and refuse to go on with those of another teacher, student, calibration or selection."""
+    for name, value in found.items():
+        if record["origin"].setdefault(name, value) != value:
             sys.exit(
-                f"{RESULT.name} has cells of another {name}, {kept['origin'][name]} instead of {value}: go on with that, or set"
-                " BENCHMARK_RESULTS to another folder"
+                f"{RESULT.name} has cells of another {name}, {record['origin'][name]} instead of {value}: go on with that, run"
+                " another of the --seeds, or set BENCHMARK_RESULTS to another folder"
             )
 
 
-def check_unseen(teacher: Path, fit: list[Question]) -> None:
-    """Refuse questions to fit on that the teacher was tuned on, where the rows that it was tuned on lie beside it."""
-    rows = teacher.parent / "tune.jsonl"
-    seen = set(map(json.dumps, map(json.loads, rows.read_text().splitlines()))) if rows.exists() else set()
-    if any(json.dumps(corpus_row(question, "text")) in seen for question in fit):
-        sys.exit(
-            f"{teacher} was tuned on questions that calibrators would be fitted on: give the --tune that it was tuned with"
-        )
+def start(
+    arguments: argparse.Namespace, record: dict[str, Any], seed: int, questions: dict[str, dict[str, list[Question]]]
+) -> Path:
+    """Tune the teacher of a seed and dump it, and note in the record of what the cells of that seed are. Its folder."""
+    work, learnt = arguments.work / f"seed-{seed}", questions[SETS[0]]["tune"]
+    work.mkdir(exist_ok=True)
+    with locked(work / "start.lock", wait=True):
+        tune_teacher(arguments, work, learnt[: arguments.tune], "--precision", PRECISION, "--seed", seed)
+        prepare(work, learnt[: arguments.learn], learnt[arguments.tune :][: arguments.fit])
+    (kept,) = (each for each in KnowledgeStore.open(work / "store").info() if each.dump == "learnt")
+    found = {
+        "teacher": identity(str(work / "teacher"), None),
+        "selection": str(kept.facts["positions.selection"]),
+        "temperature": read_calibration(work / "calibration.json").value,
+        "c": read_calibration(work / "first.json").value,
+    }
+    note_origin(record, {f"{name} of seed {seed}": value for name, value in found.items()})
+    record["machines"] = {f"seed {seed}": machine()} | record["machines"]
+    return work
 
 
 def main() -> None:
@@ -517,47 +593,28 @@ def main() -> None:
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"settings": settings(arguments), **{name: {} for name in PROGRESS}}
-    record |= finished_cells(RESULT, record["settings"], PROGRESS)
-    missing = [cell for cell in cells() if cell.name not in record["cells"]][: arguments.cells]
+    take_finished(record)
+    missing = [cell for cell in cells() if cell.name not in record["cells"] and cell.seed in arguments.seeds][: arguments.cells]
     if missing:
-        questions = read_all(arguments)
-        teacher = arguments.tuned_teacher or work / "teacher"
-        if not arguments.tuned_teacher:
-            tune_teacher(arguments, questions)
-        asked = asked_questions(arguments, questions)
-        check_unseen(teacher, asked[FIT])
-        prepare(arguments, teacher, questions[SETS[0]]["tune"][: arguments.tune], asked[FIT])
-        (kept,) = (each for each in KnowledgeStore.open(work / "store").info() if each.dump == "learnt")
-        models = {"teacher": (str(teacher), None), "whole": (arguments.teacher, arguments.gguf_file)}
-        found: dict[str, Any] = {
-            "questions": {
-                data: {"options": [len(each.options) for each in part], "answers": [each.answer for each in part]}
-                for data, part in asked.items()
-            },
-            "origin": {
-                **{name: identity(*place) for name, place in models.items()},
-                "selection": str(kept.facts["positions.selection"]),
-                "temperature": read_calibration(work / "calibration.json").value,
-                "c": read_calibration(work / "first.json").value,
-            },
-        }
-        check_progress(record, found)
-        if any(cell.student == "healed" for cell in missing):
-            healed, record["healing"] = heal(arguments)
-            models["healed"] = (str(healed), None)
-            found["origin"]["healed"] = identity(*models["healed"])
-            check_progress(record, found)
-        record |= {"questions": found["questions"], "origin": record["origin"] | found["origin"]}
-        for name, place in models.items():
-            if name not in record["models"]:
-                record["models"][name] = ask(*place, asked)
-                store_record(record)
         LOSSES["focal"] = Loss(focal)
-        for cell in missing:
-            note(f"== {cell.name}")
-            record["cells"][cell.name] = train_and_ask(arguments, cell, work / "healed", asked)
-            store_record(record)
-    store_record(record)
+        questions = read_all(arguments)
+        asked = asked_questions(arguments, questions)
+        whole = (arguments.teacher, arguments.gguf_file)
+        note_questions(record, asked)
+        note_origin(record, {"whole": identity(*whole)})
+        share(record, "models", "whole", work, partial(ask, *whole, asked))
+    for (seed, student), group in groupby(missing, key=lambda cell: (cell.seed, cell.student)):
+        block = start(arguments, record, seed, questions)
+        share(record, "models", f"teacher / seed {seed}", work, partial(ask, str(block / "teacher"), None, asked))
+        place = whole
+        if student == "healed":
+            place = (str(heal(arguments, record)), None)
+            note_origin(record, {f"healed of seed {seed}": identity(*place)})
+            share(record, "models", f"healed / seed {seed}", work, partial(ask, *place, asked))
+        for cell in group:
+            find = partial(train_and_ask, block, arguments.student_epochs, cell, place, asked)
+            share(record, "cells", cell.name, work, find)
+    store_record(record, work)
     print_tables(record)
     draw(record, STUDIES / "trust.svg")
 

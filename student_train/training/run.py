@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.backends.cpu import get_cpu_capability
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from knowledge_store.errors import InputError
@@ -113,6 +114,11 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     marker = _marker(data, tokenizer, student, first_reporter)
     generation = student.generation_config
     student = _prepared(student, config, first_reporter)
+    if config.precision.startswith("bf16") and arguments.device.type == "cpu" and get_cpu_capability() == "AVX2":
+        first_reporter.note(
+            "Warning: PyTorch is fast in bfloat16 only on CPUs with AVX-512, which this one lacks, and may take many times as"
+            " long as in float32: use --precision fp32"
+        )
 
     _begin_alone(output, [store.snapshot(dump) for dump in mixture.dumps], arguments, reporter, held)
     # What stands there may have changed until now, and does no more.

@@ -148,8 +148,7 @@ class PromptReader:
         if value is None:
             raise ValueError(f"`{name}` {'is null' if name in record else 'is not there'}")
         if not self.columns.deciding:
-            tools = not isinstance(value, str) or self.columns.is_json(part)
-            check_seen(record, self.columns, f"{part}={name}", tools=tools)
+            check_seen(record, self.columns, f"{part}={name}", tools=self.as_message)
         if isinstance(value, str) and self.columns.is_json(part):
             value = column_value(value, part, self.columns)
         system = self.columns.name("system")
@@ -160,15 +159,15 @@ class PromptReader:
             asked = self._as_asked(value)
             if isinstance(asked, str):
                 check_system(record, self.columns)
-            else:
-                asked = [*system_turns(given, asked, self.columns), *asked]
-            return asked, {}, {key: other for key, other in record.items() if key != name}
-        if not self.as_message:
+                return asked, {}, {key: other for key, other in record.items() if key != name}
+            messages = asked
+        elif self.as_message:
+            messages = read_messages(value, name)
+        else:
             raise BadRow(
                 f"`{name}` has messages, and prompts are gone on with as plain text here: name a chat template with"
                 " --chat-template and leave --prompt-as out, or make text of them with --template"
             )
-        messages = read_messages(value, name)
         messages = [*system_turns(given, messages, self.columns), *messages]
         last = str(messages[-1]["role"])
         if last not in ASKING:

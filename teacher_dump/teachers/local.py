@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.backends.cpu import get_cpu_capability
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -378,6 +379,11 @@ def load_teacher(
         model = model.to(where)
     model = model.eval().requires_grad_(False)
     where = _input_device(model, where)
+    if where.type == "cpu" and dtype in ("bfloat16", "float16") and get_cpu_capability() == "AVX2":
+        reporter.note(
+            f"Warning: PyTorch is fast in {dtype} only on CPUs with AVX-512, which this one lacks, and may take many times as"
+            " long as in float32: leave --dtype out"
+        )
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
         raise InputError(f"the model in {folder} has no language-model head")
