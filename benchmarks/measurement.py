@@ -18,14 +18,16 @@ from knowledge_store.kinds.positions.selection import DRAW_WEIGHT
 # both, so that committed figures are replaced only by those who run a benchmark by itself.
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 STUDIES = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "studies")
+VECTORS = {"AVX-512": "avx512f", "AVX2": "avx2", "AVX": "avx"}  # and their flags, the widest first
 PACKAGES = ("torch", "transformers", "tokenizers", "pyarrow", "duckdb", "numpy")
 
 
 def processor() -> str:
-    """The processor's name, as Linux gives it."""
+    """The processor's name, as Linux gives it, and the widest vectors that it computes with: hosts call several alike."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    facts = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    widest = [name for name, flag in VECTORS.items() if flag in facts.get("flags", "").split()]
+    return ", ".join([facts.get("model name", platform.processor()).strip(), *widest[:1]])
 
 
 def machine() -> dict[str, Any]:
