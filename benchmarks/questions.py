@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser, work: str) -> None:
     parser.add_argument("--teacher-epochs", type=int, default=2)
     parser.add_argument("--student-epochs", type=int, default=2)
     parser.add_argument("--keep-layers", default=KEPT_LAYERS, help="of the layer-dropped student")
-    parser.add_argument("--cells", type=int, help="stop after so many more cells")
+    parser.add_argument("--cells", type=int, help="run the first so many of those that are missing")
 
 
 # ---- questions
@@ -138,8 +138,6 @@ def tune_teacher(arguments: argparse.Namespace, work: Path, questions: list[Ques
     named = gguf(arguments)
     rows = [corpus_row(question, "text") for question in questions]
     write_lines(work / "tune.jsonl", rows)
-    if (work / "teacher" / "config.json").exists():
-        return
     store, layer = work / "tuning", work / "one-layer"
     if not layer.exists():
         run("student_train", "init", "--from", arguments.teacher, *named, "--keep-layers", 0, "--output", layer)

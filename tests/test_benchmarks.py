@@ -64,7 +64,7 @@ def test_the_table_of_trust_says_what_its_cells_say(monkeypatch, capsys, tmp_pat
     likelihoods = {"fine-tuning": weak, "FIRST": weak, "candidates + draws": strong}
     record = {
         "questions": {data: {"options": [4] * size, "answers": [0] * size} for data, size in sizes.items()},
-        "models": {"teacher": strong},
+        "models": {"whole": weak, "teacher / seed 0": strong},
         "cells": {trust.Cell("whole", 0, name).name: {"likelihoods": each} for name, each in likelihoods.items()},
     }
     record["table"] = trust.tabulate(record)
@@ -77,6 +77,9 @@ def test_the_table_of_trust_says_what_its_cells_say(monkeypatch, capsys, tmp_pat
     assert rows["whole", "FIRST", "none"]["over fine-tuning"]["all four"] == {"accuracy": [0, 0, 0], "ece": [0, 0, 0]}
     assert better["over fine-tuning"]["all four"]["accuracy"][1] > 0.023
     assert better["of each seed"]["in domain"]["accuracy"] == [better["in domain"]["accuracy"][0]]
+    assert better["over the teacher"]["all four"] == {"accuracy": [0, 0, 0], "ece": [0, 0, 0]}
+    assert better["over the teacher"]["seeds"] == [0] and "over direct distillation" not in better
+    assert "over the teacher" not in rows["whole", trust.AS_IT_IS, "none"]  # which is no student of a seed
     assert rows["whole", "fine-tuning", "temperature"]["all four"]["nll"][0] < plain["all four"]["nll"][0]
     for calibrator in ("temperature", "Platt", "isotonic"):  # a model that is too sure is made less sure, and answers alike
         after = rows["whole", "fine-tuning", calibrator]["all four"]
@@ -87,7 +90,8 @@ def test_the_table_of_trust_says_what_its_cells_say(monkeypatch, capsys, tmp_pat
     assert len(record["not_run"]) == 2 * 3 * len(trust.METHODS) - 3
     trust.print_tables(record)
     shown = capsys.readouterr().out
-    assert f"Not run: {len(record['not_run'])} of 66 cells." in shown and "| whole | FIRST | none | 1 |" in shown
+    assert "Not run, 63 of 66 cells: whole / seed 0 / direct distillation;" in shown
+    assert "| whole | FIRST | none | 0 |" in shown and "| teacher | as it is | none | 0 |" in shown
     trust.draw(record, tmp_path / "trust.svg")
     assert (tmp_path / "trust.svg").exists()
 

@@ -4,16 +4,18 @@ themselves where they are wrong (Shum et al. 2024, arXiv 2408.12168), where the 
     python -m benchmarks.studies.trust --teacher FOLDER --gguf-file FILE --commonsenseqa DIR --openbookqa DIR --arc DIR \
         --text FILE
 
-The teacher is fine-tuned on training questions of CommonsenseQA, as FIRST's is, and dumped over the first third of them.
-Students learn these by each method, from the one dump: the model that the teacher was tuned from, and a copy without its middle
-layers that was healed by distillation on a text from a store. So a label says of a thousand questions what a teacher says that
-has learnt from three thousand. In domain is CommonsenseQA, 1,000 unseen questions; out of domain are 300 of each other set,
-drawn once, on which nobody was trained. Options stand in the prompt, answers are the options' texts, and confidence is the
-likelihood of the chosen option made to sum to one over the options.
+The teacher is fine-tuned on 3,000 training questions of CommonsenseQA, and dumped over the first 1,000 of them, which students
+learn by each method: the model that the teacher was tuned from, and a copy without its middle layers that was healed by
+distillation on a text from a store. So fine-tuning has 1,000 labels, and a distilled student the same questions through a
+teacher that has seen 3,000: a gain over fine-tuning may be of these labels, and one over direct distillation may not. In domain
+is CommonsenseQA, 1,000 unseen questions; out of domain are 300 of each other set, drawn once, on which nobody was trained.
+Options stand in the prompt, answers are the options' texts, and confidence is the likelihood of the chosen option made to sum
+to one over the options.
 
-A seed is a block of its own: a teacher that was tuned with it, what it was calibrated to, its dump, and the students that learn
-from that dump. So methods are compared within a block, and the mean over several is of several teachers too, not of several
-students of one. A block is made on one machine, since another would tune another teacher; blocks may be of different ones.
+A seed is a block of its own: a teacher that was tuned with it, what it was calibrated to, its dump (and another with saliency
+for the methods with rationales), and the students that learn from these. So methods are compared within a block, and the mean
+over several is of several teachers too, not of several students of one. The healed student before it learns is the same in all.
+A block is made on one processor, since another would tune another teacher; blocks may be of different ones.
 
 Calibrators. Before the dump, the teacher's temperature; c is FIRST's own. After training: a temperature, Platt's logistic
 function of the confidence's logit, and isotonic regression. All are fitted on 500 more questions of CommonsenseQA that neither
@@ -27,14 +29,14 @@ with two, every other time. Calibrators are not fitted anew in it. A calibration
 more so the smaller it is, and that of a resample once more: what the bootstrap sees of that is taken off. All verdicts are 95%
 each, with no correction for how many there are.
 
-A cell is one student, seed and method, and trust.json keeps the finished ones: the same command goes on with those that are
-missing there, if questions, and of the seed teacher, students and calibration, are still the same. `--cells` stops after so
-many, `--seeds` names others where the folder of a block is gone, and several processes of one checkout with one `--work` share
-the cells, on a core each with OMP_NUM_THREADS=1. The order is fixed here, before anything has run, so that what is cut is what
-comes last: the methods of CORE on every seed of the whole student, the first seed first, and then of the healed one; then the
-other methods, likewise. (One seed of two students would tell less than several of one: a difference that another seed turns
-round says nothing of a method.) Calibrators after training cost no training and are in each cell. No method is left out after
-its cells have run, and the table says which cells have not.
+A cell is one student, seed and method, and trust.json keeps the finished ones. The same command goes on with those that are
+missing, and refuses where settings, questions or models are others by now. `--cells` runs the first so many, and `--seeds`
+those of other seeds, where the folder of a seed's teacher is gone. Several processes of one checkout with one `--work` share
+the cells, on a core each with OMP_NUM_THREADS=1; while one tunes or heals, those of the same seed wait. The order is fixed
+here, before anything has run, so that what is cut is what comes last: the methods of CORE on every seed of the whole student,
+the first seed first, and then of the healed one; then the other methods, likewise. (One seed of two students would tell less
+than several of one: a difference that another seed turns round says nothing of a method.) Calibrators after training cost no
+training and are in each cell. No method is left out after its cells have run; the last line that is printed names the missing.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.calibrators import fit_calibrators
-from benchmarks.measurement import STUDIES, keep, machine
+from benchmarks.measurement import STUDIES, keep, processor
 from benchmarks.questions import (
     BATCH_SIZE,
     BINS,
@@ -116,18 +118,19 @@ OTHERS: dict[str, dict[str, Any]] = {
     "candidates + draws + rationales": {**DRAWS, **RATIONALES},
 }
 METHODS = {**CORE, **OTHERS}
-BASELINE, CONTROL = ("fine-tuning", "none"), ("fine-tuning", "temperature")
+AS_IT_IS = "as it is"
+# What a row is compared with: a model (None for the row's own student), a method, and a calibrator after training.
+BASELINES: dict[str, tuple[str | None, str, str]] = {
+    "over fine-tuning": (None, "fine-tuning", "none"),
+    "over fine-tuning and a temperature": (None, "fine-tuning", "temperature"),
+    "over direct distillation": (None, "direct distillation", "none"),
+    "over the teacher": ("teacher", AS_IT_IS, "none"),
+}
+CLAIMED = ("over fine-tuning", "over fine-tuning and a temperature")  # what FIRST's claims are held against
 JUDGED_BY_CLAIM = [name for name in METHODS if "FIRST" in name or "draws" in name]
 STUDENTS = ("whole", "healed")
 SEEDS = (0, 1, 2)
-PROGRESS = (
-    "origin",
-    "machines",
-    "questions",
-    "models",
-    "healing",
-    "cells",
-)  # what trust.json keeps of the cells that are finished
+PROGRESS = ("origin", "questions", "models", "healing", "cells")  # what trust.json keeps of the cells that are finished
 FIT = "held out to fit on"
 GROUPS = {"in domain": SETS[:1], "out of domain": SETS[1:], "all four": SETS}
 # FIRST's, on average over its data sets: in points of accuracy and, as we read it, in points of calibration error.
@@ -222,7 +225,7 @@ def heal(arguments: argparse.Namespace, record: dict[str, Any]) -> Path:
             ),
             reporter=TerminalReporter(),
         )  # fmt: skip
-    record["healing"] = record["healing"] or how_it_went(result)
+    record["healing"] = how_it_went(result) | record["healing"]
     return output
 
 
@@ -248,15 +251,21 @@ def ask(folder: str, gguf_file: str | None, asked: dict[str, list[Question]]) ->
     return found
 
 
+def run_folder(work: Path, cell: Cell) -> Path:
+    """Where the student of a cell is trained, in the folder of its seed."""
+    return work / f"{cell.student}, {cell.method}"
+
+
 def train_and_ask(
     work: Path, epochs: int, cell: Cell, student: tuple[str, str | None], asked: dict[str, list[Question]]
 ) -> dict[str, Any]:
     """Train the student of a cell, a folder and the GGUF file in it, in the folder of its seed, and ask it."""
-    output, options = work / f"{cell.student}, {cell.method}", dict(METHODS[cell.method])
+    output, options = run_folder(work, cell), dict(METHODS[cell.method])
     if "calibration" in options:
         options["calibration"] = str(work / options["calibration"])
     if "rationale" in options:
-        dump_teacher(work, options["dump"], "learnt.jsonl", "--kind", "positions", "--kind", "saliency")
+        with locked(work / "start.lock", wait=True):
+            dump_teacher(work, options["dump"], "learnt.jsonl", "--kind", "positions", "--kind", "saliency")
     result = train(
         TrainConfig(
             str(work / "store"), student=student[0], gguf_file=student[1], output=str(output), **{"dump": "learnt", **options},
@@ -265,9 +274,7 @@ def train_and_ask(
         ),
         reporter=TerminalReporter(),
     )  # fmt: skip
-    found = {**how_it_went(result), "likelihoods": ask(str(output), None, asked)}
-    shutil.rmtree(output)
-    return found
+    return {**how_it_went(result), "likelihoods": ask(str(output), None, asked)}
 
 
 # ---- figures
@@ -286,13 +293,15 @@ def replicates(likelihoods: dict[str, list[float]], questions: dict[str, Any]) -
     are always the same, so that two cells can be subtracted."""
     values = {data: unpacked(each, questions[data]["options"]) for data, each in likelihoods.items()}
     answers = {data: np.array(questions[data]["answers"]) for data in values}
+    samples = {}
+    for place, data in enumerate(SETS):
+        size = len(answers[data])
+        times = np.random.default_rng(place).multinomial(size, np.full(size, 1 / size), RESAMPLES)
+        samples[data] = np.vstack([np.ones(size), times]) / size
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
     for name, calibrator in fit_calibrators(values[FIT], answers[FIT]).items():
         sets = {}
-        for place, data in enumerate(SETS):
-            size = len(answers[data])
-            times = np.random.default_rng(place).multinomial(size, np.full(size, 1 / size), RESAMPLES)
-            times = np.vstack([np.ones(size), times]) / size
+        for data, times in samples.items():
             confidence, correct = calibrator.confidence(values[data]), values[data].argmax(axis=1) == answers[data]
             gaps = calibration_gaps(confidence, correct, BINS)
             sets[data] = {
@@ -330,46 +339,47 @@ def unbiased(values: np.ndarray) -> np.ndarray:
 
 
 def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each student, method and calibrator with a finished cell: means over its seeds, and the differences to both
-    baselines over the seeds that both have. Models that learnt nothing here, such as the teacher, come first."""
-    by_cell = {name: replicates(each["likelihoods"], record["questions"]) for name, each in record["cells"].items()}
-    by_model = {name: replicates(each, record["questions"]) for name, each in record["models"].items()}
-    table = []
-    for name, found in by_model.items():
-        for calibrator, groups in found.items():
-            table.append({"student": name, "method": "as it is", "calibrator": calibrator, "seeds": [], **_intervals(groups)})
-    for student in STUDENTS:
-        done = {method: [seed for seed in SEEDS if Cell(student, seed, method).name in by_cell] for method in METHODS}
+    """A row for each student, method and calibrator with a finished cell: means over its seeds, and the differences to the
+    baselines over the seeds that both have. Models as they are, such as the teacher, come first."""
+    found: dict[tuple[str, str], dict[int | None, Any]] = {}
+    for name, likelihoods in record["models"].items():
+        model, _, seed = name.partition(" / seed ")
+        found.setdefault((model, AS_IT_IS), {})[int(seed) if seed else None] = replicates(likelihoods, record["questions"])
+    ran = [cell for cell in cells() if cell.name in record["cells"]]
+    for cell in sorted(ran, key=lambda cell: (STUDENTS.index(cell.student), [*METHODS].index(cell.method), cell.seed)):
+        likelihoods = record["cells"][cell.name]["likelihoods"]
+        found.setdefault((cell.student, cell.method), {})[cell.seed] = replicates(likelihoods, record["questions"])
 
-        def mean(method: str, calibrator: str, seeds: list[int], place: str = student) -> dict[str, dict[str, np.ndarray]]:
-            each = [by_cell[Cell(place, seed, method).name][calibrator] for seed in seeds]
-            return {
-                group: {metric: over_seeds(np.array([one[group][metric] for one in each])) for metric in each[0][group]}
+    def mean(name: tuple[str, str], calibrator: str, seeds: list[int | None]) -> dict[str, dict[str, np.ndarray]]:
+        each = [found[name][seed][calibrator] for seed in seeds]
+        return {
+            group: {metric: over_seeds(np.array([one[group][metric] for one in each])) for metric in each[0][group]}
+            for group in GROUPS
+        }
+
+    table = []
+    for (student, method), of_seeds in found.items():
+        seeds = list(of_seeds)
+        for calibrator in of_seeds[seeds[0]]:
+            row: dict[str, Any] = {"student": student, "method": method, "calibrator": calibrator, "seeds": seeds}
+            row |= _intervals(mean((student, method), calibrator, seeds))
+            row["of each seed"] = {
+                group: {
+                    metric: [round(float(each[calibrator][group][metric][0]), 5) for each in of_seeds.values()]
+                    for metric in CLAIMS
+                }
                 for group in GROUPS
             }
-
-        for method in (name for name in METHODS if done[name]):
-            for calibrator in by_cell[Cell(student, done[method][0], method).name]:
-                groups = mean(method, calibrator, done[method])
-                row = {"student": student, "method": method, "calibrator": calibrator, "seeds": done[method]}
-                row |= _intervals(groups)
-                alone = [by_cell[Cell(student, seed, method).name][calibrator] for seed in done[method]]
-                row["of each seed"] = {
-                    group: {metric: [round(float(each[group][metric][0]), 5) for each in alone] for metric in CLAIMS}
-                    for group in GROUPS
-                }
-                for title, baseline in (("over fine-tuning", BASELINE), ("over its temperature", CONTROL)):
-                    both = [seed for seed in done[method] if seed in done[baseline[0]]]
-                    if both and baseline != (method, calibrator):
-                        one, other = mean(method, calibrator, both), mean(*baseline, both)
-                        row[title] = _intervals(
-                            {
-                                group: {metric: one[group][metric] - other[group][metric] for metric in CLAIMS}
-                                for group in GROUPS
-                            },
-                            least=-np.inf,
-                        )
-                table.append(row)
+            for title, (model, other_method, other_calibrator) in BASELINES.items():
+                other = (model or student, other_method)
+                both = [seed for seed in seeds if seed in found.get(other, {})]
+                if both and (*other, other_calibrator) != (student, method, calibrator):
+                    one, baseline = mean((student, method), calibrator, both), mean(other, other_calibrator, both)
+                    differences = {
+                        group: {metric: one[group][metric] - baseline[group][metric] for metric in CLAIMS} for group in GROUPS
+                    }
+                    row[title] = {"seeds": both, **_intervals(differences, least=-np.inf)}
+            table.append(row)
     return table
 
 
@@ -402,13 +412,13 @@ def claims(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     rows = [row for row in table if row["calibrator"] == "none" and row["method"] in JUDGED_BY_CLAIM]
     for row in rows:
-        for title in ("over fine-tuning", "over its temperature"):
+        for title in CLAIMED:
             for group in GROUPS if title in row else ():
                 for metric, claimed in CLAIMS.items():
                     points = [round(100 * value, 2) for value in row[title][group][metric]]
                     width = round(points[2] - points[1], 2)
                     entry = {"student": row["student"], "method": row["method"], "baseline": title, "where": group}
-                    entry |= {"seeds": len(row["seeds"]), "metric": metric, "points": points, "width": width}
+                    entry |= {"seeds": row[title]["seeds"], "metric": metric, "points": points, "width": width}
                     entry |= {"tells": width < 2 * abs(claimed)}
                     found.append({**entry, "claimed": claimed, "verdict": verdict(points, claimed)})
     return found
@@ -429,10 +439,11 @@ def print_tables(record: dict[str, Any]) -> None:
                 widths = f"{min(each['width'] for each in entries):.1f} to {max(each['width'] for each in entries):.1f}"
                 told = f"{sum(each['tells'] for each in entries)} of {len(entries)}"
                 print(f"| {group} | {LABELS[metric]} | {claimed:+g} | {widths} | {told} |")
-    print("\n| student | method | against | figure | where | Δ, points | claimed | |\n|" + " --- |" * 8)
+    print("\n| student | method | against | seeds | figure | where | Δ, points | claimed | |\n|" + " --- |" * 9)
     for each in record["claims"]:
         points = figure_cell([value / 100 for value in each["points"]], 100, "+")
-        words = [each["student"], each["method"], each["baseline"].removeprefix("over "), LABELS[each["metric"]], each["where"]]
+        words = [each["student"], each["method"], each["baseline"].removeprefix("over "), seed_names(each["seeds"])]
+        words += [LABELS[each["metric"]], each["where"]]
         print(f"| {' | '.join(words)} | {points} | {each['claimed']:+g} | {each['verdict']} |")
     for group in ("in domain", "out of domain"):
         print(f"\n| {group}: student | method | calibrator after | seeds | {' | '.join(LABELS.values())} |\n|" + " --- |" * 8)
@@ -440,9 +451,21 @@ def print_tables(record: dict[str, Any]) -> None:
             shown = [
                 figure_cell(row[group][name], 100 if name in CLAIMS else 1) if name in row[group] else "" for name in LABELS
             ]
-            words = [row["student"], row["method"], row["calibrator"], str(len(row["seeds"]) or "")]
+            words = [row["student"], row["method"], row["calibrator"], seed_names(row["seeds"])]
             print(f"| {' | '.join([*words, *shown])} |")
-    print(f"\nNot run: {len(record['not_run'])} of {len(record['not_run']) + len(record['cells'])} cells.")
+    print("\n| student | method | against | seeds | where | accuracy, Δ points | ECE, Δ points |\n|" + " --- |" * 7)
+    for title, group, row in product(BASELINES, GROUPS, record["table"]):
+        if title not in CLAIMED and title in row and row["calibrator"] == "none":
+            shown = [figure_cell(row[title][group][name], 100, "+") for name in CLAIMS]
+            words = [row["student"], row["method"], title.removeprefix("over "), seed_names(row[title]["seeds"]), group]
+            print(f"| {' | '.join([*words, *shown])} |")
+    total = len(record["not_run"]) + len(record["cells"])
+    print(f"\nNot run, {len(record['not_run'])} of {total} cells: {'; '.join(record['not_run'])}.")
+
+
+def seed_names(seeds: list[int | None]) -> str:
+    """Which seeds a mean is of; empty for a model that is the same for all."""
+    return ", ".join(str(seed) for seed in seeds if seed is not None)
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
@@ -509,9 +532,11 @@ def store_record(record: dict[str, Any], work: Path) -> None:
 
 
 def take_finished(record: dict[str, Any]) -> None:
-    """Add what trust.json has to a record."""
-    for name, kept in finished_cells(RESULT, record["settings"], PROGRESS).items():
-        record[name] = kept | record[name]
+    """Add what trust.json has to a record, which must be of the same models."""
+    kept = finished_cells(RESULT, record["settings"], PROGRESS)
+    note_origin(record, kept.pop("origin", {}))
+    for name, part in kept.items():
+        record[name] = part | record[name]
 
 
 def share(record: dict[str, Any], part: str, name: str, work: Path, find: Callable[[], dict[str, Any]]) -> None:
@@ -571,19 +596,24 @@ def start(
 ) -> Path:
     """Tune the teacher of a seed and dump it, and note in the record of what the cells of that seed are. Its folder."""
     work, learnt = arguments.work / f"seed-{seed}", questions[SETS[0]]["tune"]
+    if not work.exists() and any(name.endswith(f" of seed {seed}") for name in record["origin"]):
+        sys.exit(
+            f"{RESULT.name} has cells of seed {seed}, whose teacher is not in {work}: run another of the --seeds, or take all"
+            f" that names seed {seed} out of {RESULT.name}"
+        )
     work.mkdir(exist_ok=True)
     with locked(work / "start.lock", wait=True):
         tune_teacher(arguments, work, learnt[: arguments.tune], "--precision", PRECISION, "--seed", seed)
         prepare(work, learnt[: arguments.learn], learnt[arguments.tune :][: arguments.fit])
     (kept,) = (each for each in KnowledgeStore.open(work / "store").info() if each.dump == "learnt")
     found = {
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "teacher": identity(str(work / "teacher"), None),
         "selection": str(kept.facts["positions.selection"]),
         "temperature": read_calibration(work / "calibration.json").value,
         "c": read_calibration(work / "first.json").value,
     }
     note_origin(record, {f"{name} of seed {seed}": value for name, value in found.items()})
-    record["machines"] = {f"seed {seed}": machine()} | record["machines"]
     return work
 
 
@@ -593,6 +623,10 @@ def main() -> None:
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     record: dict[str, Any] = {"settings": settings(arguments), **{name: {} for name in PROGRESS}}
+    kept, fixed = work / "settings.json", json.dumps(record["settings"])
+    if kept.exists() and kept.read_text() != fixed:
+        sys.exit(f"{work} has the models of other settings: give another --work")
+    kept.write_text(fixed)
     take_finished(record)
     missing = [cell for cell in cells() if cell.name not in record["cells"] and cell.seed in arguments.seeds][: arguments.cells]
     if missing:
@@ -614,6 +648,8 @@ def main() -> None:
         for cell in group:
             find = partial(train_and_ask, block, arguments.student_epochs, cell, place, asked)
             share(record, "cells", cell.name, work, find)
+            if cell.name in record["cells"]:  # and kept
+                shutil.rmtree(run_folder(block, cell), ignore_errors=True)
     store_record(record, work)
     print_tables(record)
     draw(record, STUDIES / "trust.svg")
