@@ -147,7 +147,7 @@ class RowOptions(NamedTeacher):
         None,
         metavar="NAME=COLUMN,...",
         help="Which column holds what, where they are called otherwise: prompt=q,completion=a. It also says what"
-        " counts in rows that could be read in two ways.",
+        " counts in rows that could be read in two ways, and images=- what does not.",
     )
     chat_template: Path | None = option(
         None, metavar="FILE", help="A chat template (Jinja) that stands in for the tokenizer's own; resuming needs no file."

@@ -202,14 +202,18 @@ def test_a_system_column_is_the_first_message_of_every_conversation():
 def test_what_the_teacher_would_have_to_see_is_not_lost_unnoticed():
     for name in ("images", "functions"):
         for row, columns in (
-            ({"messages": TURNS}, "messages=messages"),
+            ({"messages": TURNS}, None),
+            ({"talk": TURNS}, "messages=talk"),
+            ({"prompt": TURNS[:1], "completion": TURNS[1:]}, None),
             ({"prompt": TURNS[:1], "completion": TURNS[1:]}, "prompt=prompt,completion=completion"),
         ):
-            sentence = problem({**row, name: ["x"]})
-            assert sentence.startswith(f"`{name}` is part of the conversation") and f"--columns {columns}" in sentence
-            assert content({**row, name: ["x"]}, columns).columns == {name: ["x"]}
+            sentence = problem({**row, name: ["x"]}, columns)
+            assert sentence.startswith(f"`{name}` is part of the conversation")
+            assert f"leave it out with {name}=- in --columns" in sentence
+            without = f"{columns},{name}=-" if columns else f"{name}=-,system=-"
+            assert content({**row, name: ["x"]}, without).columns == {name: ["x"]}
             for nothing in ([], [None], " ", "[]", "null", {"bytes": None, "path": None}, False):
-                assert content({**row, name: nothing}).columns == {name: nothing}
+                assert content({**row, name: nothing}, columns).columns == {name: nothing}
     written = {"prompt": "x", "completion": "y", "finish": "stop", "images": ["x"]}
     assert content(written).columns == {"finish": "stop", "images": ["x"]}
     assert content({"messages": TURNS, "functions": TOOLS}, "tools=functions").fields["template_arguments"] == {"tools": TOOLS}
@@ -312,6 +316,7 @@ def test_text_that_looks_like_json_is_text_unless_it_is_declared_as_json():
         ("prompt", "'prompt' is not of the form NAME=COLUMN"),
         ("prompt=", "is not of the form NAME=COLUMN"),
         ("question=prompt", "there is no 'question'; it names text, prompt, completion, system, tools"),
+        ("images=pictures", "no teacher is given images; images=- leaves it out"),
         ("prompt=a,prompt=b", "prompt is there twice"),
         ("prompt=a,messages=b", "a row is prompt and completion or messages, not both"),
         ("prompt=a,completion=a", "prompt and completion would both be the column 'a'"),

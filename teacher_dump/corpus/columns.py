@@ -9,6 +9,7 @@ from functools import cached_property
 from knowledge_store.errors import InputError
 
 JSON_MARK = ":json"
+LEFT_OUT = "-"  # the name of no column
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,12 @@ TOKENS = Shape("token ids", ("input_ids",), ("labels", *MASKS, "attention_mask",
 
 SHAPES = (TEXT, COMPLETION, MESSAGES, SHAREGPT, ALPACA, TOKENS, CHOSEN, COMPLETIONS, ALPACA_CHOSEN)
 GROUPS = (CHOSEN, COMPLETIONS, ALPACA_CHOSEN)  # whose rows are several answers to one prompt
+
+# Columns of what a conversation is about and no template is given, and what to do instead of losing it.
+UNSEEN = {
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "no teacher sees it here"),
+    "functions": "the old form of `tools` is given to no template: name it with --columns tools=functions",
+}
 
 # What `finish` says of a completion that a model wrote: it ended by itself, or was cut off.
 FINISH = "finish"
@@ -119,11 +126,14 @@ def read_columns(text: str | None) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     parts = list(dict.fromkeys(part for shape in SHAPES for part in (*shape.required, *shape.optional)))
+    beside = [part for part in UNSEEN if part not in parts]
     for pair in text.split(",") if text is not None else []:
         part, sign, name = (word.strip() for word in pair.partition("="))
         if not sign or not name.removesuffix(JSON_MARK):
             raise InputError(f"--columns {text}: {pair!r} is not of the form NAME=COLUMN, as in prompt=question")
-        if part not in parts:
+        if part in beside and name != LEFT_OUT:
+            raise InputError(f"--columns {text}: no teacher is given {part}; {part}={LEFT_OUT} leaves it out")
+        if part not in (*parts, *beside):
             raise InputError(f"--columns {text}: there is no {part!r}; it names {', '.join(parts)}")
         if part in names:
             raise InputError(f"--columns {text}: {part} is there twice")
@@ -140,7 +150,7 @@ def read_columns(text: str | None) -> dict[str, str]:
     for part in dict.fromkeys([*names, *(columns.candidates[0].required if columns.deciding else ())]):
         parts_of.setdefault(columns.name(part), []).append(part)
     for name, same in parts_of.items():
-        if len(same) > 1:
+        if len(same) > 1 and name != LEFT_OUT:
             raise InputError(f"--columns {text}: {' and '.join(same)} would both be the column {name!r}: name one for each")
     return names
 

@@ -36,6 +36,7 @@ from teacher_dump.corpus.columns import (
     STOPPED,
     TEXT,
     TOKENS,
+    UNSEEN,
     Columns,
     Shape,
 )
@@ -57,12 +58,6 @@ STEPS = (
     " to be compared: put the steps together as a `completion`, or, where they are answers, say --columns"
     " completions=completions"
 )
-
-# Columns of what a conversation is about and no template is given, and what to do instead of losing it.
-UNSEEN = {
-    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "no teacher sees it here"),
-    "functions": "the old form of `tools` is given to no template: name it with --columns tools=functions",
-}
 
 
 @dataclass(frozen=True)
@@ -88,6 +83,8 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     shape = columns.shape or _shape_by_presence(record, columns)
     # A prompt and completion in plain text are final: no template sees them, and `tools` beside them is a column as any other.
     plain_text = is_plain_text(shape, record, columns)
+    if shape not in (TEXT, TOKENS) and not _is_written(record):
+        check_seen(record, columns, tools=not plain_text)
     parts = (*shape.required, *columns.optional(shape))
     if plain_text:
         check_system(record, columns)
@@ -173,9 +170,6 @@ def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
         raise ValueError(_no_shape(record, halves))
     if halves:
         _check_half(record, halves, shapes[0])
-    if shapes[0] not in (TEXT, TOKENS) and not columns.deciding and not _is_written(record):
-        tools = not is_plain_text(shapes[0], record, columns)
-        check_seen(record, columns, _own_names(shapes[0], columns), tools=tools)
     return shapes[0]
 
 
@@ -201,13 +195,12 @@ def _check_half(record: dict[str, Any], halves: list[str], shape: Shape) -> None
     )
 
 
-def check_seen(record: dict[str, Any], columns: Columns, way_out: str, *, tools: bool = True) -> None:
+def check_seen(record: dict[str, Any], columns: Columns, *, tools: bool) -> None:
     """Make sure that nothing stands beside a conversation that its teacher would have to see, and does not.
 
     Args:
         record: the row.
         columns: its own names for columns.
-        way_out: what `--columns` says where the words alone count.
         tools: whether a template sees the row, which may be given tools.
 
     Raises:
@@ -216,9 +209,10 @@ def check_seen(record: dict[str, Any], columns: Columns, way_out: str, *, tools:
     for name, why in UNSEEN.items():
         if name == "functions" and not tools:
             continue
-        if not _is_nothing(record.get(name)) and name not in map(columns.name, columns.names):
+        if not _is_nothing(record.get(columns.name(name))) and name not in map(columns.name, columns.names):
             raise ValueError(
-                f"`{name}` is part of the conversation, and {why}; where the words alone count, say --columns {way_out}"
+                f"`{name}` is part of the conversation, and {why}; where the words alone count, leave it out with {name}=- in"
+                " --columns"
             )
 
 

@@ -147,8 +147,7 @@ class PromptReader:
         value = record.get(name)
         if value is None:
             raise ValueError(f"`{name}` {'is null' if name in record else 'is not there'}")
-        if not self.columns.deciding:
-            check_seen(record, self.columns, f"{part}={name}", tools=self.as_message)
+        check_seen(record, self.columns, tools=self.as_message)
         if isinstance(value, str) and self.columns.is_json(part):
             value = column_value(value, part, self.columns)
         system = self.columns.name("system")
