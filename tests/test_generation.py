@@ -371,7 +371,7 @@ def bad(name: str, rows: list, more: dict | None = None, template: str = "") -> 
         bad("line 1: `messages` ends with a turn of another than a user .*role 'assistant'",
             [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]),
         bad(r"line 1: none of the columns that a prompt is read by \(it has `question`\)", [{"question": "a"}]),
-        bad("line 1: `images` is part of the conversation, .* --columns prompt=prompt", [{"prompt": "a", "images": ["a.png"]}]),
+        bad("line 1: `images` is part of the conversation, .* images=- in --columns", [{"prompt": "a", "images": ["a.png"]}]),
         bad("line 1: it has both `prompt` and `messages`", [{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}]),
         bad("--max-new-tokens 256 leaves no room for a prompt: the teacher knows 256", [{"prompt": "a"}],
             {"max_new_tokens": 256}),
