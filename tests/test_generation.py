@@ -268,6 +268,13 @@ def test_text_that_becomes_a_message_has_its_tools():
         reader._content({"prompt": "Who?", "functions": [{"name": "look"}]})
 
 
+@pytest.mark.parametrize("columns", [{"prompt": "prompt"}, {"messages": "-"}])
+def test_a_prompt_beside_messages_is_taken_where_it_is_named(columns):
+    reader = PromptReader((), None, Columns(columns), None, False, None, None, 8, None)
+    row = {"prompt": "Who?", "messages": [{"role": "user", "content": "Why?"}]}
+    assert reader._content(row)[0] == "Who?"
+
+
 def test_messages_and_their_tools_travel_along(options, loaded_teacher, tmp_path):
     turns = [
         {"role": "user", "content": "Who lit it?"},

@@ -209,7 +209,7 @@ def test_what_the_teacher_would_have_to_see_is_not_lost_unnoticed():
         ):
             sentence = problem({**row, name: ["x"]}, columns)
             assert sentence.startswith(f"`{name}` is part of the conversation")
-            assert f"leave it out with {name}=- in --columns" in sentence
+            assert f"{name}=- in --columns makes it a column as any other" in sentence
             without = f"{columns},{name}=-" if columns else f"{name}=-,system=-"
             assert content({**row, name: ["x"]}, without).columns == {name: ["x"]}
             for nothing in ([], [None], " ", "[]", "null", {"bytes": None, "path": None}, False):
@@ -220,6 +220,16 @@ def test_what_the_teacher_would_have_to_see_is_not_lost_unnoticed():
     plain = {"prompt": "x", "completion": "y", "functions": ["x"]}  # as with `tools`, which plain text is not given
     assert content(plain).columns == {"functions": ["x"]} and "`image` is" in problem({**plain, "image": "light.jpg"})
     assert content({"text": "A light.", "image": "light.jpg"}).columns == {"image": "light.jpg"}
+
+
+def test_what_is_left_out_decides_what_is_read():
+    row = {"messages": TURNS, "prompt": "x", "chosen": "y", "rejected": "z"}
+    assert "it fits two shapes" in problem(row)
+    assert content(row, "chosen=-,rejected=-,prompt=-").fields["messages"] == TURNS
+    assert content(row, "messages=-").fields["prompt"] == "x"
+    assert "leave it out with tools=-" in problem({"messages": TURNS, "tools": "calculator"})
+    assert "leave it out with tools=-" in problem({"messages": TURNS, "tools": ["calculator"]})
+    assert content({"messages": TURNS, "tools": "calculator"}, "tools=-").columns == {"tools": "calculator"}
 
 
 def test_columns_that_a_shape_does_not_take_are_kept():
@@ -317,6 +327,13 @@ def test_text_that_looks_like_json_is_text_unless_it_is_declared_as_json():
         ("prompt=", "is not of the form NAME=COLUMN"),
         ("question=prompt", "there is no 'question'; it names text, prompt, completion, system, tools"),
         ("images=pictures", "no teacher is given images; images=- leaves it out"),
+        (
+            ",".join(
+                f"{part}=-"
+                for part in ("text", "prompt", "messages", "conversations", "output", "input_ids", "chosen", "completions")
+            ),
+            "leaves out what a row is read by",
+        ),
         ("prompt=a,prompt=b", "prompt is there twice"),
         ("prompt=a,messages=b", "a row is prompt and completion or messages, not both"),
         ("prompt=a,completion=a", "prompt and completion would both be the column 'a'"),

@@ -117,7 +117,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     if config.precision.startswith("bf16") and arguments.device.type == "cpu" and get_cpu_capability() == "AVX2":
         first_reporter.note(
             "Warning: PyTorch is fast in bfloat16 only on CPUs with AVX-512, which this one lacks, and takes several times"
-            " as long as float32: use --precision fp32"
+            " as long as with --precision fp32"
         )
 
     _begin_alone(output, [store.snapshot(dump) for dump in mixture.dumps], arguments, reporter, held)

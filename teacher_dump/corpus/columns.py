@@ -101,13 +101,18 @@ class Columns:
 
     @cached_property
     def deciding(self) -> list[str]:
-        """The named parts that some shape is read by."""
-        return [part for part in self.names if any(part in shape.required for shape in SHAPES)]
+        """The named parts that some shape is read by, but those that are left out."""
+        named = [part for part in self.names if self.name(part) != LEFT_OUT]
+        return [part for part in named if any(part in shape.required for shape in SHAPES)]
 
     @cached_property
     def candidates(self) -> tuple[Shape, ...]:
-        """The shapes that the names allow: those that take all of `deciding`."""
-        return tuple(shape for shape in SHAPES if set(self.deciding) <= {*shape.required, *shape.optional})
+        """The shapes that the names allow: those that take all of `deciding`, and need nothing that is left out."""
+        return tuple(
+            shape
+            for shape in SHAPES
+            if set(self.deciding) <= {*shape.required, *shape.optional} and LEFT_OUT not in map(self.name, shape.required)
+        )
 
     @cached_property
     def shape(self) -> Shape | None:
@@ -134,7 +139,7 @@ def read_columns(text: str | None) -> dict[str, str]:
         if part in beside and name != LEFT_OUT:
             raise InputError(f"--columns {text}: no teacher is given {part}; {part}={LEFT_OUT} leaves it out")
         if part not in (*parts, *beside):
-            raise InputError(f"--columns {text}: there is no {part!r}; it names {', '.join(parts)}")
+            raise InputError(f"--columns {text}: there is no {part!r}; it names {', '.join([*parts, *beside])}")
         if part in names:
             raise InputError(f"--columns {text}: {part} is there twice")
         if name.endswith(JSON_MARK) and part not in TEXT_OR_MESSAGES:
@@ -143,6 +148,8 @@ def read_columns(text: str | None) -> dict[str, str]:
             )
         names[part] = name
     columns = Columns(names)
+    if not columns.candidates and len(columns.deciding) < 2:
+        raise InputError(f"--columns {text} leaves out what a row is read by")
     if not columns.candidates:
         one, other = _apart(columns.deciding)
         raise InputError(f"--columns {text}: a row is {one.name} or {other.name}, not both")

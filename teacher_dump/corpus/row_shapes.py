@@ -28,12 +28,14 @@ from teacher_dump.corpus.columns import (
     CUT_OFF,
     FINISH,
     GROUPS,
+    LEFT_OUT,
     MAY_BE_BLANK,
     MESSAGES,
     OWN_NAMES,
     SHAPES,
     SHAREGPT,
     STOPPED,
+    TEMPLATE_COLUMNS,
     TEXT,
     TOKENS,
     UNSEEN,
@@ -142,7 +144,8 @@ def column_value(text: str, part: str, columns: Columns) -> Any:
     try:
         return json_value(text)
     except ValueError as error:
-        raise ValueError(f"`{columns.name(part)}` is text that is {error}") from None
+        way_out = f"; where it is no {part}, leave it out with {part}=- in --columns" if part in TEMPLATE_COLUMNS else ""
+        raise ValueError(f"`{columns.name(part)}` is text that is {error}{way_out}") from None
 
 
 def _without_repeated_prompt(parts: tuple[str, ...], record: dict[str, Any], columns: Columns) -> tuple[str, ...]:
@@ -161,7 +164,7 @@ def _shape_by_presence(record: dict[str, Any], columns: Columns) -> Shape:
     if len(shapes) > 1:
         ways = " or ".join(f"--columns {_own_names(shape, columns)}" for shape in shapes[:2])
         raise ValueError(f"it fits two shapes, {shapes[0].name} and {shapes[1].name}: say which counts with {ways}")
-    halves = [part for part in COMPLETION.required if part in names]
+    halves = [part for part in COMPLETION.required if part in names and columns.name(part) != LEFT_OUT]
     if halves and shapes:
         halves = [part for part in halves if part not in (*shapes[0].required, *shapes[0].optional)]
     if not shapes and columns.deciding:
@@ -211,8 +214,8 @@ def check_seen(record: dict[str, Any], columns: Columns, *, tools: bool) -> None
             continue
         if not _is_nothing(record.get(columns.name(name))) and name not in map(columns.name, columns.names):
             raise ValueError(
-                f"`{name}` is part of the conversation, and {why}; where the words alone count, leave it out with {name}=- in"
-                " --columns"
+                f"`{name}` is part of the conversation, and {why}; where the words alone count, {name}=- in --columns makes"
+                " it a column as any other"
             )
 
 
@@ -348,6 +351,7 @@ def _alpaca_prompt(given: dict[str, Any], columns: Columns) -> Turns:
 def template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, Any]:
     """What goes to the chat template beside the messages."""
     arguments, tools = given.get("chat_template_kwargs", {}), given.get("tools", [])
+    way_out = "; where it holds none, leave it out with tools=- in --columns"
     if not isinstance(arguments, dict):
         raise ValueError(f"`{columns.name('chat_template_kwargs')}` is not an object")
     if "tools" in arguments:
@@ -355,15 +359,15 @@ def template_arguments(given: dict[str, Any], columns: Columns) -> dict[str, Any
             f"`{columns.name('chat_template_kwargs')}` has `tools`: give them as the row's `{columns.name('tools')}`"
         )
     if not isinstance(tools, list):
-        raise ValueError(f"`{columns.name('tools')}` is not a list")
+        raise ValueError(f"`{columns.name('tools')}` is not a list{way_out}")
     described = []
     for number, tool in enumerate(tools, 1):
         unusable = f"`{columns.name('tools')}` has an entry that cannot be used: tool {number}"
         try:
             tool = json_value(tool) if isinstance(tool, str) else tool
         except ValueError as error:
-            raise ValueError(f"{unusable} is text that is {error}") from None
+            raise ValueError(f"{unusable} is text that is {error}{way_out}") from None
         if not isinstance(tool, dict):
-            raise ValueError(f"{unusable} is not an object")
+            raise ValueError(f"{unusable} is not an object{way_out}")
         described.append(tool)
     return {**arguments, "tools": described} if described else dict(arguments)

@@ -185,6 +185,8 @@ class PromptReader:
 
     def _part(self, record: dict[str, Any]) -> str:
         """Which part of a row the prompt stands in."""
+        if len(said := [part for part in PARTS if part in self.columns.deciding]) == 1:
+            return said[0]
         named = {COMPLETION: "prompt", MESSAGES: "messages", SHAREGPT: "conversations"}
         if self.columns.shape in named:
             return named[self.columns.shape]

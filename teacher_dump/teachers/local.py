@@ -382,7 +382,7 @@ def load_teacher(
     if where.type == "cpu" and dtype in ("bfloat16", "float16") and get_cpu_capability() == "AVX2":
         reporter.note(
             f"Warning: PyTorch is fast in {dtype} only on CPUs with AVX-512, which this one lacks, and takes several times"
-            " as long as float32: leave --dtype out"
+            " as long as with --dtype float32"
         )
     head = model.get_output_embeddings()
     if head is None or not hasattr(head, "weight"):
