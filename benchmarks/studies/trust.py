@@ -492,7 +492,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     after = {"none": "", "temperature": ", temperature after"}
     names = [f"{row['student']}: {row['method']}{after[row['calibrator']]}" for row in rows]
     panels[0].set_yticks([-place for place in range(len(rows))], names)
-    panels[1].legend(fontsize=8)
+    chart.legend(*panels[1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
     chart.savefig(path, metadata={"Date": None})
     plt.close(chart)
 
