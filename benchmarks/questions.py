@@ -187,4 +187,4 @@ def figure_cell(figure: list[float], scale: float, sign: str = "") -> str:
     """A figure with its interval, in a table of Markdown: in percent or points at a scale of 100."""
     form = f"{sign}.1f" if scale == 100 else f"{sign}.3f"
     value, low, high = (format(scale * value, form) for value in figure)
-    return f"{value} [{low}, {high}]"
+    return f"{value} ({low} to {high})".replace("-", "−")

@@ -49,43 +49,35 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby, product
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.calibrators import fit_calibrators
 from benchmarks.measurement import STUDIES, keep, processor
 from benchmarks.questions import (
     BATCH_SIZE,
-    BINS,
     GROUP,
     LEARNING_RATE,
     MAX_LENGTH,
-    RESAMPLES,
     SETS,
     add_arguments,
-    figure_cell,
     finished_cells,
     gguf,
-    interval,
     layer_dropped,
     read_all,
     run,
     tune_teacher,
     write_lines,
 )
+from benchmarks.trust_figures import FIT, GROUPS, STUDENTS, Cell, claims, draw, print_tables, tabulate
 from knowledge_store import KnowledgeStore
 from knowledge_store.calibration.file import read_calibration
 from knowledge_store.terminal.console import note
 from knowledge_store.terminal.progress import TerminalReporter
-from student_train.evaluation.bootstrap import calibration_gaps, gap_error
-from student_train.evaluation.metrics import negative_log_likelihood
 from student_train.evaluation.multiple_choice import score
 from student_train.evaluation.questions import Question, corpus_row, tokenise
 from student_train.losses.divergences import token_nll
@@ -118,24 +110,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "candidates + draws + rationales": {**DRAWS, **RATIONALES},
 }
 METHODS = {**CORE, **OTHERS}
-AS_IT_IS = "as it is"
-# What a row is compared with: a model (None for the row's own student), a method, and a calibrator after training.
-BASELINES: dict[str, tuple[str | None, str, str]] = {
-    "over fine-tuning": (None, "fine-tuning", "none"),
-    "over fine-tuning and a temperature": (None, "fine-tuning", "temperature"),
-    "over direct distillation": (None, "direct distillation", "none"),
-    "over the teacher": ("teacher", AS_IT_IS, "none"),
-}
-CLAIMED = ("over fine-tuning", "over fine-tuning and a temperature")  # what FIRST's claims are held against
-JUDGED_BY_CLAIM = [name for name in METHODS if "FIRST" in name or "draws" in name]
-STUDENTS = ("whole", "healed")
 SEEDS = (0, 1, 2)
 PROGRESS = ("origin", "questions", "models", "healing", "cells")  # what trust.json keeps of the cells that are finished
-FIT = "held out to fit on"
-GROUPS = {"in domain": SETS[:1], "out of domain": SETS[1:], "all four": SETS}
-# FIRST's, on average over its data sets: in points of accuracy and, as we read it, in points of calibration error.
-CLAIMS = {"accuracy": 2.3, "ece": -10.0}
-LABELS = {"accuracy": "accuracy", "ece": "ECE", "nll": "NLL", "brier": "Brier"}
 HEALING = {"learning_rate": 3e-4, "batch_size": 4, "eval_fraction": 0.0}  # sequences of up to 512 tokens
 PRECISION = "auto"  # mixed on a GPU that has bfloat16, float32 elsewhere
 GAMMA = 3.0
@@ -146,20 +122,6 @@ def focal(logits: Tensor, targets: Targets) -> Tensor:
     """Focal loss, −(1 − p)^γ log p of the token, γ = 3 (Mukhoti et al. 2020, arXiv 2002.09437): (N, V) to (N,) nats."""
     nll = token_nll(logits, targets.token_ids)
     return (1 - torch.exp(-nll)).clamp(min=0) ** GAMMA * nll
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One student that is trained and asked."""
-
-    student: str
-    seed: int
-    method: str
-
-    @property
-    def name(self) -> str:
-        """What it is called in the result."""
-        return f"{self.student} / seed {self.seed} / {self.method}"
 
 
 def cells() -> Iterator[Cell]:
@@ -275,226 +237,6 @@ def train_and_ask(
         reporter=TerminalReporter(),
     )  # fmt: skip
     return {**how_it_went(result), "likelihoods": ask(str(output), None, asked)}
-
-
-# ---- figures
-
-
-def unpacked(likelihoods: list[float], options: list[int]) -> np.ndarray:
-    """(N, C) of the options' likelihoods one after another; −inf where a question has fewer."""
-    values = np.full((len(options), max(options)), -np.inf)
-    values[np.arange(max(options)) < np.array(options)[:, None]] = likelihoods
-    return values
-
-
-def replicates(likelihoods: dict[str, list[float]], questions: dict[str, Any]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """By calibrator and group, accuracy, ECE, Brier score of the chosen option's confidence and, where there is a distribution,
-    NLL, in RESAMPLES bootstrap samples of the questions: (1 + RESAMPLES,), the figure itself first. The samples of a data set
-    are always the same, so that two cells can be subtracted."""
-    values = {data: unpacked(each, questions[data]["options"]) for data, each in likelihoods.items()}
-    answers = {data: np.array(questions[data]["answers"]) for data in values}
-    samples = {}
-    for place, data in enumerate(SETS):
-        size = len(answers[data])
-        times = np.random.default_rng(place).multinomial(size, np.full(size, 1 / size), RESAMPLES)
-        samples[data] = np.vstack([np.ones(size), times]) / size
-    found: dict[str, dict[str, dict[str, np.ndarray]]] = {}
-    for name, calibrator in fit_calibrators(values[FIT], answers[FIT]).items():
-        sets = {}
-        for data, times in samples.items():
-            confidence, correct = calibrator.confidence(values[data]), values[data].argmax(axis=1) == answers[data]
-            gaps = calibration_gaps(confidence, correct, BINS)
-            sets[data] = {
-                "accuracy": times @ correct,
-                "ece": gap_error(times @ gaps, np.ones(len(times))),
-                "brier": times @ (confidence - correct) ** 2,
-            }
-            if calibrator.temperature is not None:
-                nll = negative_log_likelihood(values[data], answers[data], calibrator.temperature)
-                sets[data]["nll"] = times @ nll
-        found[name] = {
-            group: {metric: np.mean([sets[data][metric] for data in names], axis=0) for metric in sets[SETS[0]]}
-            for group, names in GROUPS.items()
-        }
-    return found
-
-
-def over_seeds(values: np.ndarray) -> np.ndarray:
-    """The mean over seeds of (S, 1 + RESAMPLES), where each resample of the questions has S − 1 of the seeds, drawn with
-    replacement: the same for all that have as many seeds, so that two of them can be subtracted."""
-    count, size = values.shape
-    weights = np.full((size, count), 1 / count)
-    if count > 1:
-        generator = np.random.default_rng(count)
-        weights[1:] = generator.multinomial(count - 1, np.full(count, 1 / count), size - 1) / (count - 1)
-    mean: np.ndarray = (weights.T * values).sum(axis=0)
-    return mean
-
-
-def unbiased(values: np.ndarray) -> np.ndarray:
-    """A calibration error, or a difference of two, (1 + RESAMPLES,), without the bias that its resamples show: each of them is
-    reflected about the figure (the basic bootstrap interval), and the figure is their mean (Efron & Tibshirani 1993)."""
-    reflected = 2 * values[0] - values[1:]
-    return np.concatenate([[reflected.mean()], reflected])
-
-
-def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A row for each student, method and calibrator with a finished cell: means over its seeds, and the differences to the
-    baselines over the seeds that both have. Models as they are, such as the teacher, come first."""
-    found: dict[tuple[str, str], dict[int | None, Any]] = {}
-    for name, likelihoods in record["models"].items():
-        model, _, seed = name.partition(" / seed ")
-        found.setdefault((model, AS_IT_IS), {})[int(seed) if seed else None] = replicates(likelihoods, record["questions"])
-    ran = [cell for cell in cells() if cell.name in record["cells"]]
-    for cell in sorted(ran, key=lambda cell: (STUDENTS.index(cell.student), [*METHODS].index(cell.method), cell.seed)):
-        likelihoods = record["cells"][cell.name]["likelihoods"]
-        found.setdefault((cell.student, cell.method), {})[cell.seed] = replicates(likelihoods, record["questions"])
-
-    def mean(name: tuple[str, str], calibrator: str, seeds: list[int | None]) -> dict[str, dict[str, np.ndarray]]:
-        each = [found[name][seed][calibrator] for seed in seeds]
-        return {
-            group: {metric: over_seeds(np.array([one[group][metric] for one in each])) for metric in each[0][group]}
-            for group in GROUPS
-        }
-
-    table = []
-    for (student, method), of_seeds in found.items():
-        seeds = list(of_seeds)
-        for calibrator in of_seeds[seeds[0]]:
-            row: dict[str, Any] = {"student": student, "method": method, "calibrator": calibrator, "seeds": seeds}
-            row |= _intervals(mean((student, method), calibrator, seeds))
-            row["of each seed"] = {
-                group: {
-                    metric: [round(float(each[calibrator][group][metric][0]), 5) for each in of_seeds.values()]
-                    for metric in CLAIMS
-                }
-                for group in GROUPS
-            }
-            for title, (model, other_method, other_calibrator) in BASELINES.items():
-                other = (model or student, other_method)
-                both = [seed for seed in seeds if seed in found.get(other, {})]
-                if both and (*other, other_calibrator) != (student, method, calibrator):
-                    one, baseline = mean((student, method), calibrator, both), mean(other, other_calibrator, both)
-                    differences = {
-                        group: {metric: one[group][metric] - baseline[group][metric] for metric in CLAIMS} for group in GROUPS
-                    }
-                    row[title] = {"seeds": both, **_intervals(differences, least=-np.inf)}
-            table.append(row)
-    return table
-
-
-def _intervals(groups: dict[str, dict[str, np.ndarray]], least: float = 0) -> dict[str, dict[str, list[float]]]:
-    found = {}
-    for group, metrics in groups.items():
-        figures = {name: unbiased(values) if name == "ece" else values for name, values in metrics.items()}
-        found[group] = {name: interval(values.clip(min=least)) for name, values in figures.items()}
-    return found
-
-
-def verdict(difference: list[float], claimed: float) -> str:
-    """What a difference in points, with its interval, says of a claim. Where the interval holds 0, "not shown" means that it
-    holds the claimed figure too, and "no sign of it" that it does not."""
-    figure, low, high = difference
-    sign = 1 if claimed > 0 else -1
-    figure, least, most = (figure, low, high) if sign > 0 else (-figure, -high, -low)
-    if least > 0 and figure >= abs(claimed):
-        return "holds here"
-    if least > 0:
-        return "better here too, " + ("by less than claimed" if most < abs(claimed) else "maybe by less than claimed")
-    if most < 0:
-        return "the opposite here"
-    return "not shown here" if most >= abs(claimed) else "no sign of it here"
-
-
-def claims(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """FIRST's claims beside what was found, in points, for its methods and ours without a calibrator after training: how wide
-    the interval is, whether one as wide about the claimed figure would leave 0 out, and the verdict."""
-    found = []
-    rows = [row for row in table if row["calibrator"] == "none" and row["method"] in JUDGED_BY_CLAIM]
-    for row in rows:
-        for title in CLAIMED:
-            for group in GROUPS if title in row else ():
-                for metric, claimed in CLAIMS.items():
-                    points = [round(100 * value, 2) for value in row[title][group][metric]]
-                    width = round(points[2] - points[1], 2)
-                    entry = {"student": row["student"], "method": row["method"], "baseline": title, "where": group}
-                    entry |= {"seeds": row[title]["seeds"], "metric": metric, "points": points, "width": width}
-                    entry |= {"tells": width < 2 * abs(claimed)}
-                    found.append({**entry, "claimed": claimed, "verdict": verdict(points, claimed)})
-    return found
-
-
-# ---- the page
-
-
-def print_tables(record: dict[str, Any]) -> None:
-    """How wide the intervals are, the claims, and all figures, in Markdown."""
-    compared = [each for each in record["claims"] if each["baseline"] == "over fine-tuning"]
-    print("How wide the intervals of differences to fine-tuning are, in points, and whether they can tell what FIRST claims:")
-    print("\n| where | figure | claimed | widths | can tell |\n|" + " --- |" * 5)
-    for group in GROUPS:
-        for metric, claimed in CLAIMS.items():
-            entries = [each for each in compared if (each["where"], each["metric"]) == (group, metric)]
-            if entries:
-                widths = f"{min(each['width'] for each in entries):.1f} to {max(each['width'] for each in entries):.1f}"
-                told = f"{sum(each['tells'] for each in entries)} of {len(entries)}"
-                print(f"| {group} | {LABELS[metric]} | {claimed:+g} | {widths} | {told} |")
-    print("\n| student | method | against | seeds | figure | where | Δ, points | claimed | |\n|" + " --- |" * 9)
-    for each in record["claims"]:
-        points = figure_cell([value / 100 for value in each["points"]], 100, "+")
-        words = [each["student"], each["method"], each["baseline"].removeprefix("over "), seed_names(each["seeds"])]
-        words += [LABELS[each["metric"]], each["where"]]
-        print(f"| {' | '.join(words)} | {points} | {each['claimed']:+g} | {each['verdict']} |")
-    for group in ("in domain", "out of domain"):
-        print(f"\n| {group}: student | method | calibrator after | seeds | {' | '.join(LABELS.values())} |\n|" + " --- |" * 8)
-        for row in record["table"]:
-            shown = [
-                figure_cell(row[group][name], 100 if name in CLAIMS else 1) if name in row[group] else "" for name in LABELS
-            ]
-            words = [row["student"], row["method"], row["calibrator"], seed_names(row["seeds"])]
-            print(f"| {' | '.join([*words, *shown])} |")
-    print("\n| student | method | against | seeds | where | accuracy, Δ points | ECE, Δ points |\n|" + " --- |" * 7)
-    for title, group, row in product(BASELINES, GROUPS, record["table"]):
-        if title not in CLAIMED and title in row and row["calibrator"] == "none":
-            shown = [figure_cell(row[title][group][name], 100, "+") for name in CLAIMS]
-            words = [row["student"], row["method"], title.removeprefix("over "), seed_names(row[title]["seeds"]), group]
-            print(f"| {' | '.join([*words, *shown])} |")
-    total = len(record["not_run"]) + len(record["cells"])
-    print(f"\nNot run, {len(record['not_run'])} of {total} cells: {'; '.join(record['not_run'])}.")
-
-
-def seed_names(seeds: list[int | None]) -> str:
-    """Which seeds a mean is of; empty for a model that is the same for all."""
-    return ", ".join(str(seed) for seed in seeds if seed is not None)
-
-
-def draw(record: dict[str, Any], path: Path) -> None:
-    """What each method gains over fine-tuning in accuracy and in calibration error, in and out of domain."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update({"svg.hashsalt": "trust", "font.size": 9})
-    rows = [row for row in record["table"] if "over fine-tuning" in row and row["calibrator"] in ("none", "temperature")]
-    if not rows:
-        return
-    chart, panels = plt.subplots(1, 2, sharey=True, figsize=(9, 1.2 + 0.26 * len(rows)), layout="constrained")
-    for axes, (metric, claimed) in zip(panels, CLAIMS.items(), strict=True):
-        for group, colour, shift in (("in domain", "#33658a", 0.12), ("out of domain", "#c1440e", -0.12)):
-            for place, row in enumerate(rows):
-                value, low, high = (100 * each for each in row["over fine-tuning"][group][metric])
-                marks = {"fmt": "o", "markersize": 3, "color": colour, "label": "" if place else group}
-                axes.errorbar(value, shift - place, xerr=[[max(value - low, 0)], [max(high - value, 0)]], **marks)
-        axes.axvline(0, color="#888888", linewidth=0.8)
-        axes.axvline(claimed, color="#6a9a3b", linewidth=0.8, linestyle=(0, (4, 3)), label="claimed of FIRST")
-        axes.set_xlabel(f"points of {LABELS[metric]} over fine-tuning")
-    after = {"none": "", "temperature": ", temperature after"}
-    names = [f"{row['student']}: {row['method']}{after[row['calibrator']]}" for row in rows]
-    panels[0].set_yticks([-place for place in range(len(rows))], names)
-    chart.legend(*panels[1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    chart.savefig(path, metadata={"Date": None})
-    plt.close(chart)
 
 
 # ---- all together
