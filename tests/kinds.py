@@ -242,7 +242,7 @@ def lose_a_target(arrays: Arrays) -> None:
 
 
 def nucleus(seed: int, count: int) -> list[Arrays]:
-    """Of top-p 0.5, at most 3 candidates."""
+    """Of top-p 0.5, at most 3 candidates, with draws and the entropy of tails."""
     found = random_sequences(seed, count)
     for arrays in found:
         likely = np.exp(arrays["candidate_logprobs"].astype(np.float64))
@@ -250,7 +250,8 @@ def nucleus(seed: int, count: int) -> list[Arrays]:
         tail = np.exp(arrays["tail_logprob"].astype(np.float64)) + np.where(dropped, likely, 0).sum(axis=1)
         arrays["tail_logprob"] = np.log(tail).astype(np.float32)
         arrays["candidate_logprobs"][dropped] = -np.inf
-    return found
+        arrays["tail_entropy"] = np.minimum(-arrays["tail_logprob"], 1)
+    return [with_draws(arrays) for arrays in found]
 
 
 def above(seed: int, count: int) -> list[Arrays]:
@@ -343,7 +344,7 @@ CASES = {
         POSITIONS,
         TARGETS,
         lose_a_target,
-        parameters={"selection": Selection("top-p", 3, p=0.5).to_record()},
+        parameters={"selection": Selection("top-p", 3, DRAW_WEIGHT, p=0.5).to_record(), "tail_entropy": True},
         sequences=nucleus,
     ),
     "positions, threshold": Case(
