@@ -26,6 +26,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "top-5": {"draw_weight": 0.0},
     **{f"top-5, τ = {weight:g}": {"draw_weight": weight} for weight in TAU},
     **{f"threshold, τ = {weight:g}": {"selection": "threshold", "draw_weight": weight} for weight in TAU},
+    "top-5, τ = 0.1, draw seed 1": {"draw_weight": 0.1, "draw_seed": 1},
 }
 Look = Callable[[Sequence[TokenSequence], LocalPrediction], None]
 

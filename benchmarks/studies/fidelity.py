@@ -4,7 +4,8 @@
 
 A small real teacher (vocabulary 512), a student of three of its five layers, and targets from real dumps, one for each arm; the
 arms of rules that the project had before are drawn from the teacher's distributions as a dump of theirs would have been, the
-same at each pass. `full` asks the teacher at every step for its whole distribution. All arms see the same sequences in the same
+same at each pass. One arm learns from two dumps at once, which differ in the seed of their draws alone; its bytes are of both.
+`full` asks the teacher at every step for its whole distribution. All arms see the same sequences in the same
 order from the same weights, and take the same number of steps. Four experiments:
 
 * `fine-tuned, one pass`: from a student that has learnt the text by cross-entropy; each sequence is seen once.
@@ -32,6 +33,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +70,9 @@ EXPERIMENTS = {
 ORDER = (  # of arms, within an experiment
     "cross-entropy", "full", "top-5, τ = 0.05", "threshold, τ = 0.05", "top-5, 4 tail draws", "random sampling, 22 draws",
     "top-5, τ = 0.1", "threshold, τ = 0.1", "top-5, τ = 0.025", "threshold, τ = 0.025", "top-5, τ = 0.2",
-    "threshold, τ = 0.2", "top-5",
+    "threshold, τ = 0.2", "top-5", "top-5, τ = 0.1, two draw seeds",
 )  # fmt: skip
+TWO = {"top-5, τ = 0.1, two draw seeds": ("top-5, τ = 0.1", "top-5, τ = 0.1, draw seed 1")}
 FORMER = {"top-5, 4 tail draws": 4, "random sampling, 22 draws": 22}
 K = 5
 
@@ -123,16 +126,17 @@ class Laboratory:
             rows, _ = measure(base, local, work / "states", shards=1)
             write_atomically(work / "sizes.json", rows)
         self.sizes = json.loads((work / "sizes.json").read_text())
+        for arm, dumps in TWO.items():
+            self.sizes[arm] = {name: sum(self.sizes[dump][name] for dump in dumps) for name in ("bytes", "ids")}
         self.store = KnowledgeStore.open(work / "store")
         self.judge = Judge(self.teacher, local.tokenizer, held_out, JUDGED)
 
-    def batches(self, arm: str, seed: int, passes: str = "one pass") -> Iterator[dict[str, Tensor]]:
-        """Batches of an arm's dump as the trainer reads them, without end."""
-        number = list(ARMS).index(arm if arm in ARMS else "top-5")
+    def batches(self, arm: str, seed: int, passes: str = "one pass") -> Iterator[tuple[dict[str, Tensor], ...]]:
+        """Batches of the same sequences from each of an arm's dumps as the trainer reads them, without end."""
         ordinals = np.arange(STEPS * BATCH_SIZE // (1 if passes == "one pass" else PASSES))
-        return iter(
-            DistillationDataset(self.store, f"arm-{number}", batch_size=BATCH_SIZE, seed=seed, ordinals=ordinals, endless=True)
-        )
+        read = partial(DistillationDataset, batch_size=BATCH_SIZE, seed=seed, ordinals=ordinals, endless=True)
+        dumps = TWO.get(arm, (arm if arm in ARMS else "top-5",))
+        return zip(*(read(self.store, f"arm-{list(ARMS).index(dump)}") for dump in dumps), strict=True)
 
     def student(self, start: str, seed: int) -> LlamaForCausalLM:
         """A student of three layers, as an experiment starts with it."""
@@ -218,7 +222,8 @@ class Laboratory:
         optimiser = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE[start], weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, cosine(STEPS))
         for _ in range(STEPS):
-            loss = self.loss(arm, model, next(stream))
+            each = [self.loss(arm, model, batch) for batch in next(stream)]
+            loss = torch.stack(each).mean()
             optimiser.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -245,10 +250,10 @@ class Laboratory:
             )
 
         found: dict[str, Any] = {}
-        streams = {arm: self.batches(arm, 0) for arm in ORDER}
+        streams = {arm: self.batches(arm, 0) for arm in ORDER if arm not in TWO}
         for number in range(GRADIENT_BATCHES):
-            for arm in ORDER:
-                batch = next(streams[arm])
+            for arm, stream in streams.items():
+                (batch,) = next(stream)
                 full = gradient(self.loss("full", model, batch))
                 size = full.square().sum()
                 similarity = torch.cosine_similarity(gradient(self.loss(arm, model, batch)), full, dim=0)

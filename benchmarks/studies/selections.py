@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measurement import STUDIES, keep
-from benchmarks.selection_dumps import ARMS, dump_arms, sizes
+from benchmarks.selection_dumps import ARMS, TAU, dump_arms, sizes
 from knowledge_store.format.parquet import COUNTING, TEXT, Columns, write_table
 from knowledge_store.format.sequences import sequence_id
 from knowledge_store.kinds.columns import list_offsets
@@ -176,7 +176,7 @@ def table_bytes(groups: list[pa.Table]) -> int:
 def beside(rows: dict[str, dict[str, Any]], rule: str) -> dict[str, float | None]:
     """What a rule takes or gives between two of its weights, where the baseline's noise or bytes lie. Noise goes with τ, and
     bytes with the number of draws, which goes with 1/τ; None where no two weights enclose it."""
-    arms = {options["draw_weight"]: rows[name] for name, options in ARMS.items() if name.startswith(f"{rule}, τ")}
+    arms = {weight: rows[f"{rule}, τ = {weight:g}"] for weight in TAU}
     weights = np.array(sorted(arms))
     noise, size = (np.array([arms[weight][name] for weight in weights]) for name in ("noise", "bytes"))
     reference = rows[BASELINE]
