@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from processes import Notes, run_ranks
 from ranks import train_sharded
@@ -273,6 +273,29 @@ def test_the_loss_in_slices_is_that_of_whole_logits_with_an_adapter(student, sto
     assert has_plain_head(model) and all("lora" in name for name in trained)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_a_model_that_puts_tokens_before_the_text_is_refused(student, store_folder):
+    """Its logits are of other positions, in slices and as a whole; those with a prefix in the attention's cache are not."""
+    [batch, *_] = DistillationDataset(KnowledgeStore.open(store_folder), "train", batch_size=4)
+
+    def both_ways(kind: type) -> list:
+        adapter = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        model = get_peft_model(load_model(str(student)), adapter).eval()
+        text = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return [
+            lambda: sliced_loss(model, batch, forward_kl),
+            lambda: forward_kl(*select_targets(model(**text).logits, batch)).mean(),
+        ]
+
+    length = batch["input_ids"].shape[1]
+    for kind in (PromptTuningConfig, PromptEncoderConfig):
+        for way in both_ways(kind):
+            message = f"answers at {length + 3} positions where a row of the batch has {length}.* prompt tuning .* train a LoRA"
+            with pytest.raises(InputError, match=message):
+                way()
+    torch.testing.assert_close(*(way() for way in both_ways(PrefixTuningConfig)))
+
+
 def test_an_adapter_on_weights_in_bfloat16_is_float32(settings, tmp_path):
     reporter = Notes()
     words = {"steps": 2, "lora_rank": 2, "precision": "bf16-weights", "set": ("gradient_checkpointing=true",)}
@@ -307,6 +330,7 @@ def test_an_adapter_that_cannot_be_made_or_loaded_is_refused(adapted, settings, 
         ({"peft_type": "IA3"}, "is an adapter of another kind than LoRA"),
         ({"base_model_name_or_path": None}, "does not name the model that the adapter belongs to"),
         ({"base_model_name_or_path": "/absent"}, "adapter_config.json cannot be used: there is no folder /absent"),
+        ({"base_model_name_or_path": "/absent"}, "; write there in which folder the adapter's base model lies now"),
         ({"base_model_name_or_path": str(folder)}, "which is an adapter itself"),
         ({"r": 2}, "cannot be used: "),
         ({"target_modules": ["k_proj"]}, "cannot be used: "),

@@ -91,7 +91,7 @@ def position_figures(
     with torch.no_grad(), reporter.progress("evaluating", positions, "positions") as advance:
         for batch in DataLoader(dataset, batch_size=None):
             batch = {name: value.to(device) for name, value in batch.items()}
-            with head_at(model, *predicting(batch)):
+            with head_at(model, *predicting(batch), batch["input_ids"].shape[1]):
                 outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
             logits, targets = select_targets(outputs.logits, batch)
             rows, columns = predicting(batch)

@@ -104,7 +104,7 @@ def _read_once(model: PreTrainedModel, questions: Sequence[TokenisedQuestion], c
     device = next(model.parameters()).device
     contexts = torch.tensor([questions[index].context for index in chosen], device=device)
     ends = torch.full((len(chosen),), contexts.shape[1] - 1, device=device)
-    with head_at(model, torch.arange(len(chosen), device=device), ends):
+    with head_at(model, torch.arange(len(chosen), device=device), ends, contexts.shape[1]):
         outputs = model(input_ids=contexts, attention_mask=torch.ones_like(contexts), use_cache=True)
     options: dict[tuple[int, int], list[int]] = {}
     parts: list[tuple[int, ...]] = []
@@ -122,7 +122,7 @@ def _read_once(model: PreTrainedModel, questions: Sequence[TokenisedQuestion], c
     read, mask = _padded(parts, device)
     rows, columns = mask.nonzero(as_tuple=True)
     attended = torch.cat([mask.new_ones(len(parts), contexts.shape[1]), mask], dim=1)
-    with head_at(model, rows, columns):
+    with head_at(model, rows, columns, read.shape[1]):
         continued = model(input_ids=read, attention_mask=attended, past_key_values=cache, use_cache=True)
     logits = torch.cat([outputs.logits[0].float(), continued.logits[0].float()])
     return Reading(logits, {index: place for place, index in enumerate(chosen)}, options)
@@ -172,7 +172,7 @@ def _read_anew(model: PreTrainedModel, batch: Sequence[_Prompt]) -> Reading:
             firsts[prompt.question] = place
         for option, size in prompt.options.items():
             options[prompt.question, option] = list(range(place, place + size))
-    with head_at(model, torch.tensor(rows, device=device), torch.tensor(columns, device=device)):
+    with head_at(model, torch.tensor(rows, device=device), torch.tensor(columns, device=device), tokens.shape[1]):
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
     return Reading(logits.float(), firsts, options)
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from student_train.losses.targets import check_length
+
 
 @contextmanager
-def head_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[None]:
+def head_at(model: PreTrainedModel, rows: Tensor, columns: Tensor, length: int) -> Iterator[None]:
     """Within it, the model's head computes the logits of some positions only, and its `.logits` are (1, N, V).
 
     The head is the largest product of a small model, and most positions of a prompt with its answer need none. What a model
@@ -22,9 +24,14 @@ def head_at(model: PreTrainedModel, rows: Tensor, columns: Tensor) -> Iterator[N
     Args:
         model: a causal language model; within a wrapper, the model that is wrapped.
         rows, columns: int64 (N,) each, which positions.
+        length: how many positions a row of the model's input has.
+
+    Raises:
+        InputError: in the forward pass, where the head is given other positions than those (see `targets.check_length`).
     """
 
     def choose(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        check_length(inputs[0].shape[1], length)
         return (inputs[0][rows, columns].unsqueeze(0), *inputs[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(choose)

@@ -64,6 +64,9 @@ def sliced_loss(
 
     Returns:
         A scalar, nats, float32 (float64 for a model in float64); 0 for a batch without targets.
+
+    Raises:
+        InputError: the model puts tokens of its own before the text (see `targets.check_length`).
     """
 
     def prepare(vocabulary: int) -> Share:
@@ -133,7 +136,7 @@ def _at_head(
     rows, columns = predicting(batch)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     if not has_plain_head(inner):
-        with head_at(inner, rows, columns):
+        with head_at(inner, rows, columns, batch["input_ids"].shape[1]):
             logits = model(**inputs).logits[0]
         return whole(logits)
 

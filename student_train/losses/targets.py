@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from knowledge_store.errors import InputError
+
 Batch = Mapping[str, Tensor]
 EMPTY = float("-inf")
 
@@ -57,14 +59,39 @@ def select_targets(
         logits (N, V) at the predicting positions, and their `Targets`, both in row-major order of `is_target`.
         Candidates that the student's head has no row for (a teacher's head padded further) are moved to the tail. Draws
         that it has no row for are left out.
+
+    Raises:
+        InputError: the logits are of other positions than the batch's.
     """
     return predicting_logits(logits, batch), targets_of(batch, logits.shape[-1], recalibrate)
 
 
 def predicting_logits(logits: Tensor, batch: Batch) -> Tensor:
     """The logits (N, V) of `select_targets` alone."""
-    whole = logits.shape[:2] == batch["is_target"].shape
-    return logits[:, :-1][batch["is_target"][:, 1:].bool()] if whole else logits[0]
+    chosen = batch["is_target"][:, 1:].bool()
+    if logits.shape[:2] == batch["is_target"].shape:
+        return logits[:, :-1][chosen]
+    if logits.shape[:2] != (1, int(chosen.sum())):
+        check_length(logits.shape[1], batch["is_target"].shape[1])
+    return logits[0]
+
+
+def check_length(answered: int, length: int) -> None:
+    """Refuse a model that answers at other positions than it was given: targets would be learnt at each other's places.
+
+    Args:
+        answered: at how many positions of a row it has logits, or states for its head.
+        length: how many a row of the batch has.
+
+    Raises:
+        InputError: the two differ.
+    """
+    if answered != length:
+        raise InputError(
+            f"the model answers at {answered} positions where a row of the batch has {length}, so that targets would be learnt"
+            " at the wrong ones: it puts tokens of its own before the text, as prompt tuning and P-tuning do; train a LoRA or"
+            " prefix-tuning adapter instead"
+        )
 
 
 def target_tokens(batch: Batch) -> Tensor:

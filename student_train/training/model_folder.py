@@ -30,7 +30,10 @@ def check_model_folder(model: str, gguf_file: str | None) -> None:
         try:
             check_model_folder(base, None)
         except InputError as error:
-            raise InputError(f"the base_model_name_or_path of {folder / ADAPTER} cannot be used: {error}") from None
+            raise InputError(
+                f"the base_model_name_or_path of {folder / ADAPTER} cannot be used: {error}; write there in which folder the"
+                " adapter's base model lies now, or its hub id"
+            ) from None
     elif not (folder / "config.json").is_file():
         raise InputError(f"{model} is not a model folder: it has no config.json")
 
