@@ -191,7 +191,7 @@ def test_in_the_library_s_own_trainer(store_folder, narrow, tmp_path):
     assert not torch.equal(before, trainer.projector[0].weight)
     with pytest.raises(InputError, match="does not go with torch_compile"):
         compiled = TrainingArguments(tmp_path, max_steps=1, report_to="none", use_cpu=True, torch_compile=True)
-        DistillationTrainer(make_model(40), compiled, **source, hidden=HiddenStates(0.5))
+        DistillationTrainer(model, compiled, **source, hidden=HiddenStates(0.5))
 
 
 def test_what_the_library_s_own_trainer_refuses(store_folder):

@@ -241,6 +241,7 @@ def arguments(folder: Path) -> TrainingArguments:
     )  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Neither the student's vocabulary")  # which lies in no folder
 def test_a_plain_trainer(store, tmp_path):
     """From the dump itself and from a data set of groups it trains alike; what it would not hear is refused."""
     found = []

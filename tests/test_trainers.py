@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer
+from conftest import make_model, make_tokenizer, write_jsonl
 from processes import run_ranks
 from ranks import train_in_three_ways
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
@@ -26,6 +28,8 @@ from student_train import (
     forward_kl,
     select_targets,
 )
+from student_train.training.adapters import add_adapter
+from teacher_dump import DumpConfig, dump
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,6 +59,10 @@ def store(store_folder) -> KnowledgeStore:
 
 def load(student: Path) -> AutoModelForCausalLM:
     return AutoModelForCausalLM.from_pretrained(student)
+
+
+def adapted(model):
+    return add_adapter(model, 2, base=model.config.name_or_path, seed=SEED)
 
 
 def arguments(folder: Path, **changes) -> TrainingArguments:
@@ -96,10 +104,12 @@ class StopAt(TrainerCallback):
 def test_a_trainer_resumes_with_the_sequences_that_come_next(store, student, tmp_path, monkeypatch):
     """Over two epochs, stopped in the middle of the second one; nothing that was read is read again."""
     settings = {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+    read: list[int] = []
 
     def trained(folder: str, resume: bool = False, stop: int = 0, **changes) -> DistillationTrainer:
         given = arguments(tmp_path / folder, **settings | changes)
         trainer = DistillationTrainer(load(student), given, store=store, dump="train", callbacks=[StopAt(stop)])
+        read.clear()  # what it looked at to know the dump
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -109,13 +119,12 @@ def test_a_trainer_resumes_with_the_sequences_that_come_next(store, student, tmp
     stop = steps // 2 + 2
     first = trained("run", stop=stop)
     assert losses(first) == losses(whole)[:stop]
-    read: list[int] = []
     batch_at = Batches.__getitem__
     monkeypatch.setattr(Batches, "__getitem__", lambda self, step: read.append(step) or batch_at(self, step))
     second = trained("run", resume=True, dataloader_num_workers=0)
     assert losses(second) == losses(whole)
     left = range(2 * (stop - steps // 2), -(-store.sequence_count("train") // 3))
-    assert read == [0, *left]  # after a look at what the dump holds
+    assert read == [*left]
     worked = trained("run", resume=True, dataloader_num_workers=1, dataloader_persistent_workers=True)
     assert losses(worked) == losses(whole)
 
@@ -272,6 +281,61 @@ def test_what_does_not_fit_is_refused(store, student, tmp_path, options, setting
 
 
 def test_another_vocabulary_is_refused(store, student, tmp_path):
-    tokenizer = make_tokenizer(extra_words=("zebra",))
-    with pytest.raises(InputError, match="the vocabulary of the student is not that of the dump train"):
-        DistillationTrainer(load(student), arguments(tmp_path), store=store, dump="train", processing_class=tokenizer)
+    """By the tokenizer that is given, or else by the one that lies where the student was loaded from."""
+
+    def make(model, **given) -> DistillationTrainer:
+        return DistillationTrainer(model, arguments(tmp_path / "run", max_steps=1), store=store, dump="train", **given)
+
+    own, other = make_tokenizer(), make_tokenizer(extra_words=("zebra",))
+    message = "the vocabulary of the student is not that of the dump train"
+    for tokenizer in (other, SimpleNamespace(tokenizer=other)):  # a processor has one
+        with pytest.raises(InputError, match=message):
+            make(load(student), processing_class=tokenizer)
+    folder = tmp_path / "other"
+    shutil.copytree(student, folder)  # whose embeddings are padded
+    other.save_pretrained(folder)
+    for adapt in (lambda model: model, adapted):
+        with pytest.raises(InputError, match=r"by the tokenizer in .*other; processing_class=.* token id 4 is '!' in the dump"):
+            make(adapt(load(folder)))
+        assert make(adapt(load(folder)), processing_class=own).train().global_step == 1
+    for broken in (lambda file: file.write_text("{"), Path.unlink):
+        broken(folder / "tokenizer.json")
+        with pytest.warns(
+            UserWarning, match="Neither the student's vocabulary nor .* compared with train: .* processing_class="
+        ):
+            assert make(load(folder)).train().global_step == 1
+    with pytest.raises(InputError, match="the student has embeddings for 250 tokens and the dump train uses ids up to 399"):
+        make(make_model(250, layers=1))
+
+
+def test_a_base_student_of_conversations_stops(store, loaded_teacher, student, tmp_path):
+    """Its settings lack the token that ends a turn, as `student-train run` finds; an adapter is saved with them too."""
+    chats = [{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": f"{n}."}]} for n in range(8)]
+    corpus = write_jsonl(tmp_path / "chat.jsonl", chats)
+    dump(DumpConfig("tiny", (corpus,), tmp_path / "store", "chat", max_length=48), teacher=loaded_teacher)
+    conversations, base = KnowledgeStore.open(tmp_path / "store"), tmp_path / "base"
+    shutil.copytree(student, base)
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token, tokenizer.chat_template = "<|system|>", None
+    tokenizer.save_pretrained(base)
+    end, stop = 0, tokenizer.eos_token_id
+    (base / "chat_template.jinja").unlink()
+    for adapt in (lambda model: model, adapted):
+        model = load(base)
+        model.config.eos_token_id = model.generation_config.eos_token_id = stop
+        output, given = tmp_path / adapt.__name__, {} if adapt is adapted else {"processing_class": tokenizer}
+        with pytest.warns(UserWarning) as warned:
+            trainer = DistillationTrainer(
+                adapt(model), arguments(output, max_steps=1), store=conversations, dump="chat", **given
+            )
+        ending, template = (str(each.message) for each in warned)
+        assert ending == (
+            "The targets of chat end with '<|end|>', and the student's generation settings stop at '<|system|>': the trained"
+            " student's will stop at '<|end|>' and '<|system|>' (set model.generation_config.eos_token_id after this to have"
+            " others)."
+        )
+        assert template.startswith("the conversations of chat were written by a chat template")
+        trainer.train()
+        trainer.save_model()
+        assert GenerationConfig.from_pretrained(output).eos_token_id == [end, stop]
+        tokenizer.eos_token = "<|system|>"

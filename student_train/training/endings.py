@@ -60,6 +60,7 @@ def stop_at_ending(
     dumps: Sequence[str],
     *,
     keep_eos: bool = False,
+    how_to_keep: str = "--keep-eos leaves them",
     reporter: Reporter = SILENT,
 ) -> None:
     """Make a student's settings stop at the tokens that end the targets of dumps, which it learns to end its texts with.
@@ -74,6 +75,7 @@ def stop_at_ending(
         store: an open store.
         dumps: the dumps that it learns from, the one whose ending is to come first first.
         keep_eos: change nothing.
+        how_to_keep: what is told to whoever wants them left.
         reporter: hears what differs, and what becomes of it.
     """
     special = {*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)}
@@ -100,7 +102,7 @@ def stop_at_ending(
     if keep_eos:
         reporter.note(f"Warning: {difference}: with --keep-eos, the trained student will not stop where its texts end.")
         return
-    reporter.note(f"{difference}: the trained student's will stop at {_names(both, tokenizer)} (--keep-eos leaves them).")
+    reporter.note(f"{difference}: the trained student's will stop at {_names(both, tokenizer)} ({how_to_keep}).")
     settings.eos_token_id = both
     student.generation_config = settings
     if len(endings) == 1 and tokenizer.eos_token_id not in endings and not _writes(tokenizer, tokenizer.eos_token):

@@ -13,6 +13,7 @@ import multiprocessing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.kinds.positions import POSITIONS, knows_full_kl
 from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
+from knowledge_store.reporter import SILENT, Reporter
 from student_train.losses.head import has_plain_head
 from student_train.losses.hidden import state_distances
 from student_train.losses.rationale import rationale_nll
@@ -33,20 +35,23 @@ from student_train.losses.sliced import sliced_loss
 from student_train.losses.step import per_target, run_student, step_loss
 from student_train.losses.table import TEXT
 from student_train.losses.targets import Batch, Targets
+from student_train.training.chat_template import note_template
 from student_train.training.collator import MASKS, DistillationCollator
 from student_train.training.configuration import HiddenStates, check_loss
 from student_train.training.context import check_context
 from student_train.training.dataset import DistillationDataset
+from student_train.training.endings import stop_at_ending
 from student_train.training.hidden import check_hidden
 from student_train.training.hidden_states import HiddenStatesMixin
 from student_train.training.knowledge import check_mixture, kinds_read
 from student_train.training.mixture import Mixture
+from student_train.training.models import tokenizer_beside
 from student_train.training.preferences import check_preferences, preferences
 from student_train.training.rationale import check_trainer
 from student_train.training.snapshots import DumpSnapshots
 from student_train.training.trainer_arguments import check_arguments
 from student_train.training.validation import OF_GROUPS, ValidationMixin, each_of, of_store
-from student_train.training.vocabulary import check_student
+from student_train.training.vocabulary import check_embeddings, check_student
 
 
 class DistillationMixin(HiddenStatesMixin, ValidationMixin):
@@ -80,7 +85,11 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         reference, scores: dumps that a loss of preferences asks about the answers, as of `preferences`; with a train_dataset of
             your own, its `prepare` has them.
         recalibrate: what to make of the teacher's targets before the loss, such as `recalibrated`.
-        named: whatever else the trainer takes.
+        named: whatever else the trainer takes. Its `processing_class` should be the student's tokenizer, by which vocabularies
+            are compared; without it that is the one in the folder that the model was loaded from.
+
+    The student's generation settings, and the end-of-sequence token of its tokenizer, become those that end the dump's targets,
+    as `endings.stop_at_ending` has them. A UserWarning says what changes, and what a run would tell of the student.
 
     Raises:
         InputError: the dump does not hold what the loss needs, or is of another vocabulary than the model; rows are not in the
@@ -195,7 +204,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         self._from_store = from_store
         # A step's counts are divided by in `compute_loss`, so the trainer divides by nothing more.
         self.model_accepts_loss_kwargs = True
-        self._check_model(store)
+        self._check_model(store, mixture)
         if hidden is not None:
             self.take_states(store, mixture, hidden)
         for dataset in (self.train_dataset, *(each_of(self.eval_dataset))):
@@ -227,13 +236,31 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
             world_size=arguments.world_size,
         )
 
-    def _check_model(self, store: KnowledgeStore) -> None:
-        """Raises InputError where the model cannot learn from a dump."""
+    def _check_model(self, store: KnowledgeStore, mixture: Mixture) -> None:
+        """Make the model stop where the targets end, and warn of what `student-train run` tells of a student (InputError: it
+        cannot learn from a dump)."""
+        model = self.accelerator.unwrap_model(self.model)
+        reporter = _Warnings() if self.is_world_process_zero() else SILENT
+        tokenizer, name = getattr(self.processing_class, "tokenizer", self.processing_class), "the student"
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = tokenizer_beside(model.config)
+            name = f"the student (by the tokenizer in {model.config.name_or_path}; processing_class=… gives another)"
         for dump in self.dumps:
-            if isinstance(self.processing_class, PreTrainedTokenizerBase):
-                check_student(store, dump, self.model.config, self.processing_class)
+            if tokenizer is not None:
+                check_student(store, dump, model.config, tokenizer, name=name, reporter=reporter)
+            else:
+                check_embeddings(store, dump, model.config)
             if TEXT[0] in self.distillation.inputs:
-                check_context(store, dump, self.accelerator.unwrap_model(self.model))
+                check_context(store, dump, model, reporter=reporter)
+        if tokenizer is None:
+            reporter.note(
+                f"Neither the student's vocabulary nor what it stops at is compared with {' and '.join(self.dumps)}: no"
+                " tokenizer could be read in a local folder that it was loaded from; give the student's as processing_class=…"
+            )
+            return
+        kept = "set model.generation_config.eos_token_id after this to have others"
+        stop_at_ending(model, tokenizer, store, mixture.corpus, how_to_keep=kept, reporter=reporter)
+        note_template(tokenizer, store, mixture.corpus, reporter=reporter)
 
     def _check_rows(self, dataset: Any) -> None:
         """Raises InputError where people's own rows, if they can be counted, are not all in the dump."""
@@ -312,6 +339,13 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         # With DeepSpeed the trainer would make 16 bits of log-probabilities, as of what a model computes with.
         return data.to(self.args.device) if isinstance(data, Tensor) else super()._prepare_input(data)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "peft_config") and model.generation_config is not None:
+            # Which no adapter is saved with; as it is, where `save_pretrained` raises of settings that do not go together.
+            model.generation_config.to_json_file(Path(output_dir or self.args.output_dir) / "generation_config.json")
+
     # A step
 
     def get_batch_samples(
@@ -357,6 +391,13 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs[0]) if outputs and return_outputs else loss
+
+
+class _Warnings(Reporter):
+    """Warns of what it is told."""
+
+    def note(self, sentence: str) -> None:
+        warnings.warn(sentence.removeprefix("Warning: "), stacklevel=2)
 
 
 def _mixture(store: KnowledgeStore, dump: Named, teachers: Mapping[str, float] | None) -> Mixture:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from knowledge_store.errors import InputError
-from knowledge_store.model_files import check_gguf, check_weights, hub_folder, panics_as_errors, silence
+from knowledge_store.model_files import VOCABULARY_FILES, check_gguf, check_weights, hub_folder, panics_as_errors, silence
 from student_train.training.adapters import merged
 from student_train.training.model_folder import adapter_base, check_model_folder
 
@@ -50,6 +50,22 @@ def load_tokenizer(model: str, gguf_file: str | None = None) -> PreTrainedTokeni
     folder = _folder(model, gguf_file)
     if (base := adapter_base(folder)) is not None and not (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(base)
+    return _read_tokenizer(folder, model, gguf_file)
+
+
+def tokenizer_beside(config: PreTrainedConfig) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder that somebody loaded a model from; None where that is no local folder, or has none that can
+    be read. Of a model with an adapter, that of its base."""
+    name = config.name_or_path
+    if not name or not any((Path(name) / file).is_file() for file in VOCABULARY_FILES):
+        return None
+    try:
+        return _read_tokenizer(Path(name), name, None)
+    except InputError:
+        return None
+
+
+def _read_tokenizer(folder: Path, model: str, gguf_file: str | None) -> PreTrainedTokenizerBase:
     try:
         with silence(), panics_as_errors():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_gguf(gguf_file))

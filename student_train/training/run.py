@@ -112,7 +112,6 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     tokenizer = load_tokenizer(config.student, config.gguf_file)
     student = _checked_student(data, tokenizer, first_reporter)
     marker = _marker(data, tokenizer, student, first_reporter)
-    generation = student.generation_config
     student = _prepared(student, config, first_reporter)
     if config.precision.startswith("bf16") and arguments.device.type == "cpu" and get_cpu_capability() == "AVX2":
         first_reporter.note(
@@ -162,8 +161,6 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         trainer.save_model(str(output))
         if first_process:
             tokenizer.save_pretrained(output)
-            if config.lora_rank is not None and generation is not None:
-                generation.save_pretrained(output)  # not saved with an adapter
             (output / "training_args.bin").unlink(missing_ok=True)  # a pickle; run.json says the same
             trainer.write_history(finished=True)
             for folder in output.glob("checkpoint-*"):

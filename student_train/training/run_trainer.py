@@ -32,6 +32,7 @@ from student_train.training.configuration import TrainConfig
 from student_train.training.dataset import DistillationDataset
 from student_train.training.divergence import DivergenceError
 from student_train.training.mixin import DistillationTrainer
+from student_train.training.mixture import Mixture
 from student_train.training.run_folder import HISTORY_FILE, Checkpoint, write_json
 
 
@@ -86,7 +87,7 @@ class RunTrainer(DistillationTrainer):
         )
         self.remove_callback(PrinterCallback)
 
-    def _check_model(self, store: KnowledgeStore) -> None:
+    def _check_model(self, store: KnowledgeStore, mixture: Mixture) -> None:
         """The run has looked at it, with its tokenizer, before anything was written."""
 
     @property

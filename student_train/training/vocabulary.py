@@ -60,16 +60,29 @@ def check_student(
             f"the vocabulary of {name} is not that of the dump {dump}: {_differences(refused, kept, tokens)}."
             " Train a student with the teacher's tokenizer"
         )
-    needed = max(kept, default=-1) + 1
+    check_embeddings(store, dump, config, name=name)
+    if harmless:
+        reporter.note(
+            f"Tokens that no sequence of {dump} holds have other names in {name}: {_differences(harmless, kept, tokens)}"
+        )
+
+
+def check_embeddings(store: KnowledgeStore, dump: str, config: PreTrainedConfig, *, name: str = "the student") -> None:
+    """Refuse a student that has no embeddings for tokens of a dump's vocabulary: what can be told of it without its tokenizer.
+
+    Args:
+        store, dump, config, name: as of `check_student`.
+
+    Raises:
+        InputError: naming both sizes.
+    """
+    table = store.tokens(dump)
+    needed = max(table.filter(table["token"].is_valid())["token_id"].to_pylist(), default=-1) + 1
     vocabulary_size = config.get_text_config().vocab_size
     if vocabulary_size < needed:
         raise InputError(
             f"{name} has embeddings for {vocabulary_size:,} tokens and the dump {dump} uses ids up to {needed - 1:,}:"
             " resize its embeddings, or choose another student"
-        )
-    if harmless:
-        reporter.note(
-            f"Tokens that no sequence of {dump} holds have other names in {name}: {_differences(harmless, kept, tokens)}"
         )
 
 
