@@ -257,6 +257,23 @@ def test_the_collator_joins_rows_with_the_store(store):
             collator(wrong)
 
 
+def test_a_row_of_tokens_with_several_targets_is_refused(loaded_teacher, tmp_path):
+    """A text, the same as a prompt with its answer, and another text twice: its id says which of the first two is meant."""
+    asked = {"prompt": "Who lit the lamp?", "completion": " The keeper did."}
+    rows = [{"text": "".join(asked.values())}, asked, *[{"text": "The keeper did."}] * 2]
+    corpus = write_jsonl(tmp_path / "rows.jsonl", rows)
+    dump(DumpConfig("tiny", (corpus,), tmp_path / "store", "rows", max_length=48), teacher=loaded_teacher)
+    store = KnowledgeStore.open(tmp_path / "store")
+    text, answer, twin, _ = found = rows_of(store, "rows")
+    collator = DistillationCollator(store)
+    assert text["input_ids"] == answer["input_ids"] and collator.missing([{"input_ids": twin["input_ids"]}, *found]) == []
+    batch = collator([text, answer])
+    assert batch["is_target"].sum(dim=1).tolist() == store.sequences("rows")["targets"].to_pylist()[:2]
+    for use in (collator, collator.missing):
+        with pytest.raises(InputError, match=r"several sequences of the dump rows have the tokens of a row, .* give the row"):
+            use([{"input_ids": answer["input_ids"]}])
+
+
 @pytest.mark.parametrize(
     ("options", "settings", "message"),
     [

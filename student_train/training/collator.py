@@ -19,6 +19,7 @@ from student_train.training.dataset import IGNORED, tensors
 
 Row = Mapping[str, Any]
 
+_SEVERAL = -1
 MASKS = ("completion_mask", "assistant_masks", "loss_mask")
 
 
@@ -32,7 +33,8 @@ class DistillationCollator:
         labels          (T,)  `input_ids`, or −100 where a token is not to be learnt
         completion_mask, assistant_masks, loss_mask
                         (T,)  0 where a token is not to be learnt, as TRL and the chat templates of transformers write them
-        sequence_id           of the sequence in the dump; without it the sequence is found by the hash of its tokens
+        sequence_id           of the sequence in the dump; without it the sequence is found by the hash of its tokens, which
+                              must not be those of several sequences with other targets
 
     A position counts where it is a target of the dump and neither the row's label nor one of its masks takes it away.
 
@@ -56,10 +58,16 @@ class DistillationCollator:
 
     @cached_property
     def _index(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Ids and hashes of the sequences, sorted, each with the ordinals that they are of."""
+        """Ids and hashes of the sequences, sorted, each with the ordinals that they are of: `_SEVERAL` for a hash of sequences
+        with other numbers of targets, of which tokens do not say which one is meant."""
         columns = ["sequence_id", "token_hash"]
-        sequences = self.store.sequences(self.dump, columns)
-        return {name: _sorted(sequences[name].to_numpy()) for name in columns}
+        sequences = self.store.sequences(self.dump, [*columns, "targets"])
+        index = {name: _sorted(sequences[name].to_numpy()) for name in columns}
+        hashes, ordinals = index["token_hash"]
+        targets = sequences["targets"].to_numpy()[ordinals]
+        differing = hashes[1:][(hashes[1:] == hashes[:-1]) & (targets[1:] != targets[:-1])]
+        ordinals[np.isin(hashes, differing)] = _SEVERAL
+        return index
 
     def missing(self, rows: Iterable[Row]) -> list[int]:
         """The numbers, counted from 0, of the rows that the dump does not hold."""
@@ -69,7 +77,8 @@ class DistillationCollator:
         """A batch of rows.
 
         Raises:
-            InputError: the dump does not hold some of them, or a row is not what it must be; names the row by its number.
+            InputError: the dump does not hold some of them, or a row is not what it must be; names the row by its number or its
+                tokens.
         """
         if os.getpid() != self._opened:  # a forked worker must not share open files with its parent
             self.store, self._opened = copy.copy(self.store), os.getpid()
@@ -99,7 +108,13 @@ class DistillationCollator:
             raise InputError(
                 f"a row has neither input_ids nor sequence_id, only {', '.join(row) or 'nothing'}: tokenise it first"
             )
-        return _find(self._index["token_hash"], np.uint64(token_hash(_unpadded(row, "input_ids"))))
+        ordinal = _find(self._index["token_hash"], np.uint64(token_hash(_unpadded(row, "input_ids"))))
+        if ordinal == _SEVERAL:
+            raise InputError(
+                f"several sequences of the dump {self.dump} have the tokens of a row, {_shown(row)}, and not the same targets:"
+                " give the row the sequence_id of the one that is meant"
+            )
+        return ordinal
 
     def _apply(self, batch: dict[str, Any], number: int, row: Row) -> None:
         """Check a row's tokens against the batch's, and take away the targets that it does not want."""
