@@ -122,7 +122,10 @@ def left_out(**rows: int) -> dict[str, LeftOut]:
         ),
         (
             CorpusCounts(rows=4, unfinished=2),
-            ["4 of 4 rows are used", "2 completions were cut off when written (`finish` is `length`): no end is learned there"],
+            [
+                "4 of 4 rows are used",
+                "2 rows were cut off when written, as `finish` or `finish_reason` says: no end is learned there",
+            ],
         ),
         (CorpusCounts(), ["0 of 0 rows are used"]),
     ],

@@ -20,6 +20,7 @@ from knowledge_store import KnowledgeStore
 from knowledge_store.errors import DamageError, InputError, MismatchError
 from teacher_dump import DumpConfig, GenerateConfig, ImportConfig, dump, generate, import_dump
 from teacher_dump.corpus.columns import Columns
+from teacher_dump.generation.plan import written_name
 from teacher_dump.generation.prompts import PromptReader
 from teacher_dump.teachers.local import load_teacher
 from teacher_dump.teachers.protocol import Ability, TextRequest, Writing
@@ -336,6 +337,14 @@ def test_killed_at_moments_of_chance(tmp_path):
     counts = generation.run(seed=2, minutes=math.inf, folder=tmp_path, trials=2)
     assert counts["survived"] == counts["faults"] >= 2
     assert counts["silent"] == 0
+
+
+def test_what_a_prompt_says_of_an_end_is_not_taken_for_that_of_its_texts():
+    assert [written_name(name) for name in ("finish", "finish_reason", "topic")] == [
+        "given_finish",
+        "given_finish_reason",
+        "topic",
+    ]
 
 
 def test_texts_that_end_at_once_stop_no_dump(options, loaded_teacher, tmp_path):

@@ -179,6 +179,14 @@ BAD = {
         {"prompt": "p", "completions": ["a", "b"], "finish": ["stop", "length"]},
         "answer 2 of a group was cut off where it was written",
     ),
+    "a filtered answer": (
+        {"prompt": "p", "completions": ["a", "b"], "finish_reason": ["content_filter", "stop"]},
+        "answer 1 of a group was cut off where it was written .`finish_reason` is `content_filter`",
+    ),
+    "one of a pair by its reason": (
+        {"chosen": [QUESTION, said("a")], "rejected": [QUESTION, said("b")], "finish_reason": "length"},
+        "an answer of a group was cut off",
+    ),
     "one of a pair": ({"prompt": "p", "chosen": "a", "rejected": "b", "finish": "length"}, "an answer of a group was cut off"),
     "scores no list": ({"prompt": "p", "completions": ["a", "b"], "scores": 3}, "`scores` is not a list"),
     "equal scores": ({"prompt": "p", "completions": ["a", "b"], "scores": [1, 1.0]}, "all its `scores` are equal"),

@@ -251,6 +251,42 @@ def test_a_rejected_answer_of_kto_is_not_learnt_unnoticed(row):
         assert content({**row, **written}).columns == written
 
 
+ANSWERED: dict[str, dict[str, Any]] = {
+    "text": {"text": "Far."},
+    "completion": {"prompt": "x", "completion": "y"},
+    "messages as a completion": {"prompt": TURNS[:1], "completion": TURNS[1:]},
+    "messages": {"messages": TURNS},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
+    "Alpaca": {"instruction": "x", "output": "y"},
+}
+
+
+@pytest.mark.parametrize("row", ANSWERED.values(), ids=ANSWERED)
+def test_how_an_answer_has_ended_is_read_in_every_shape(row):
+    ends = {"stop": "stop", "tool_calls": "stop", "length": "length", "content_filter": "length", "abort": "length"}
+    for value, meant in ends.items():
+        for said in ({"finish": value}, {"finish_reason": value}, {"finish": None, "finish_reason": value}):
+            assert content({**row, **said}) == Content({**content(row).fields, "finish": meant}, said)
+    for nothing in (None, "early", "Length", 5, ["length"], {"length": 1}):
+        assert content({**row, "finish_reason": nothing}).fields == content(row).fields
+    sentence = problem({**row, "finish": "stop", "finish_reason": "length"})
+    assert sentence == "`finish` and `finish_reason` say different things: keep one of them"
+
+
+def test_how_tokens_have_ended_is_told_by_the_tokens():
+    assert content({"input_ids": [3, 4], "finish_reason": "length"}) == Content(
+        content({"input_ids": [3, 4]}).fields, {"finish_reason": "length"}
+    )
+
+
+def test_a_reason_why_an_answer_has_ended_hides_nothing_that_is_refused_without_it():
+    said = {"finish_reason": "stop"}  # of any model, which need not have been shown the row as `generate` shows it
+    assert "`label` is false" in problem({"prompt": "x", "completion": "y", "label": False, **said})
+    assert "`images` is part of the conversation" in problem({"messages": TURNS, "images": ["x"], **said})
+    assert "`images` is part of the conversation" in problem({"messages": TURNS, "images": ["x"], "finish": "stop"})
+    assert "`system` stands beside" in problem({"prompt": "x", "completion": "y", "system": "z", **said})
+
+
 def test_steps_of_one_answer_are_no_answers_to_compare():
     row = {"prompt": "How far?", "completions": ["It is there.", "So it is far."]}
     sentence = problem({**row, "labels": [True, False]})

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, TEXT, make_tokenizer
+from conftest import CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE, TEXT, make_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -234,6 +234,44 @@ def test_the_assistants_turns_count_with_and_without_marks(template, trim_offset
     (sequence,) = CorpusTokenizer(tokenizer, 128).sequences(document(messages=CONVERSATION))
     assert ids_of(sequence) == tokenizer.apply_chat_template(CONVERSATION, return_dict=True)["input_ids"]
     assert words_of(tokenizer, sequence) == ["Far é🌊.<|end|>", "  As far\n\nas somebody looks. <|end|>"]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED_CHAT_TEMPLATE])
+def test_the_last_turn_that_was_cut_off_has_no_end(template):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    reader, last = CorpusTokenizer(tokenizer, 128), "  As far\n\nas somebody looks. "
+    (whole,) = reader.sequences(document(messages=CONVERSATION, finish="stop"))
+    assert words_of(tokenizer, whole) == ["Far é🌊.<|end|>", f"{last}<|end|>"]
+    for more in ([], [{"role": "user", "content": "Go on."}]):
+        (cut,) = reader.sequences(document(messages=[*CONVERSATION, *more], finish="length"))
+        assert words_of(tokenizer, cut) == ["Far é🌊.<|end|>", last.rstrip()]
+    unweighted = [*CONVERSATION[:-1], {**CONVERSATION[-1], "weight": 0}]  # the turn that was cut off is no target at all
+    (cut,) = reader.sequences(document(messages=unweighted, finish="length"))
+    assert words_of(tokenizer, cut) == ["Far é🌊.<|end|>"]
+
+
+def test_a_text_that_was_cut_off_has_no_end(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": TEXT * 2, "finish_reason": reason} for reason in ("stop", "length")])
+    parts = list(read_documents((path,), Start(0, 0, 1, 0, 0), len(TEXT)))
+    assert [(part.row, part.last_part, part.finish) for part in parts if part.finish] == [
+        (1, True, "stop"),
+        (2, True, "length"),
+    ]
+    whole, cut = ([s for p in parts if p.row == row for s in CorpusTokenizer(tokenizer, 64).sequences(p)] for row in (1, 2))
+    assert [*map(ids_of, cut[:-1])] == [*map(ids_of, whole[:-1])]
+    assert ids_of(whole[-1]) == [*ids_of(cut[-1]), tokenizer.eos_token_id] and cut[-1].is_target[1:].all()
+
+
+def test_a_completion_of_calls_alone_that_says_how_it_has_ended_has_something_to_learn():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "{{ message['content'] }}",
+        "{{ message['content'] }}{% for call in message.tool_calls or [] %}{{ call.function.name }}{% endfor %}",
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "lamp", "arguments": {}}}]}
+    (sequence,) = CorpusTokenizer(tokenizer, 64).sequences(document(prompt=CONVERSATION[:2], completion=[call], finish="stop"))
+    assert words_of(tokenizer, sequence) == ["lamp<|end|>"]
 
 
 def test_a_template_that_leaves_words_out_is_refused_with_their_place():

@@ -58,7 +58,7 @@ class CorpusCounts:
         cut: rows whose end was cut off at the maximum length.
         answers_cut: those of them that lost targets with it.
         dropped_reasoning: messages of which the chat template leaves the reasoning out.
-        unfinished: rows whose completion says that it was cut off where it was written, so that no end is learned behind it.
+        unfinished: rows that say that they were cut off where they were written, so that no end is learned behind them.
         left_out: the rows that are not used, by reason.
     """
 
@@ -117,8 +117,10 @@ class CorpusCounts:
             messages = counted(self.dropped_reasoning, "message", "messages")
             sentences.append(Sentence(f"the chat template leaves the reasoning of {messages} out"))
         if self.unfinished:
-            completions = counted(self.unfinished, "completion was", "completions were")
-            sentences.append(Sentence(f"{completions} cut off when written (`finish` is `length`): no end is learned there"))
+            rows = counted(self.unfinished, "row was", "rows were")
+            sentences.append(
+                Sentence(f"{rows} cut off when written, as `finish` or `finish_reason` says: no end is learned there")
+            )
         return sentences
 
     def _rows(self, unused: str) -> Sentence:

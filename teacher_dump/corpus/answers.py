@@ -10,7 +10,17 @@ import math
 from typing import Any
 
 from knowledge_store.format.sequences import WINDOW_BITS
-from teacher_dump.corpus.columns import CHOSEN, COMPLETION, COMPLETIONS, CUT_OFF, FINISH, Columns, Shape
+from teacher_dump.corpus.columns import (
+    CHOSEN,
+    COMPLETION,
+    COMPLETIONS,
+    CUT_OFF,
+    ENDINGS,
+    FINISH,
+    FINISH_REASON,
+    Columns,
+    Shape,
+)
 from teacher_dump.corpus.messages import Turns, is_message_list, message_texts, read_messages
 
 # What is plain text where these are.
@@ -99,21 +109,36 @@ def scored(answers: list[Any], scores: tuple[float | None, ...], names: list[str
     return {"completions": tuple(answers), "scores": scores}
 
 
-def check_finished(finish: Any) -> None:
+def ending(record: dict[str, Any]) -> str | None:
+    """How what a model wrote in a row has ended, `stop` or `length`; None where the row does not say.
+
+    Raises:
+        ValueError: it says both.
+    """
+    said = {ENDINGS[value] for value in map(record.get, (FINISH, FINISH_REASON)) if isinstance(value, str) and value in ENDINGS}
+    if len(said) > 1:
+        raise ValueError(f"`{FINISH}` and `{FINISH_REASON}` say different things: keep one of them")
+    return next(iter(said), None)
+
+
+def check_finished(record: dict[str, Any]) -> None:
     """Make sure that no answer of a group was cut off as a model wrote it: its end would be none, and is not to be compared.
 
     Args:
-        finish: what the row says of it, or of each answer in a list.
+        record: a row, which may say it in one word or in a list with one for each answer.
 
     Raises:
         ValueError: one was.
     """
-    if CUT_OFF in (ways := finish if isinstance(finish, list) else [finish]):
-        which = f"answer {ways.index(CUT_OFF) + 1}" if isinstance(finish, list) else "an answer"
-        raise ValueError(
-            f"{which} of a group was cut off where it was written (`{FINISH}` is `{CUT_OFF}`): answers that are cut are not"
-            " compared; leave it out of the group"
-        )
+    for name in (FINISH, FINISH_REASON):
+        finish = record.get(name)
+        for number, value in enumerate(finish if isinstance(finish, list) else [finish], 1):
+            if ending({name: value}) == CUT_OFF:
+                which = f"answer {number}" if isinstance(finish, list) else "an answer"
+                raise ValueError(
+                    f"{which} of a group was cut off where it was written (`{name}` is `{value}`): answers that are cut are not"
+                    " compared; leave it out of the group"
+                )
 
 
 def _as_list(answer: Any) -> Any:

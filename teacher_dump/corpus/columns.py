@@ -51,9 +51,15 @@ UNSEEN = {
     "functions": "the old form of `tools` is given to no template: name it with --columns tools=functions",
 }
 
-# What `finish` says of a completion that a model wrote: it ended by itself, or was cut off.
-FINISH = "finish"
+# Columns that say how what a model wrote has ended: by itself, or cut off. The second is that of vLLM and OpenAI's API.
+FINISH, FINISH_REASON = "finish", "finish_reason"
 STOPPED, CUT_OFF = "stop", "length"
+
+# What is said in them; other values mean nothing. A call ends a turn; what a filter, a client or a fault stopped has no end.
+ENDINGS = {
+    **dict.fromkeys((STOPPED, "tool_calls", "function_call"), STOPPED),
+    **dict.fromkeys((CUT_OFF, "content_filter", "abort", "error", "repetition"), CUT_OFF),
+}
 
 # Text of these that is blank or `null` says that there is none, as published data sets write it.
 MAY_BE_BLANK = (*TEMPLATE_COLUMNS, "history")

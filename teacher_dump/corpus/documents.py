@@ -51,7 +51,8 @@ class Document:
         token_ids, is_target: of one length; the latter says which tokens count for training.
         columns: the row's other columns.
         template_arguments: `tools` and `chat_template_kwargs` for the chat template.
-        finish: how a completion ended that a model wrote: `stop` or `length`; None of others.
+        finish: how what a model wrote has ended, `stop` or `length`: a completion, the last turn of the assistant, or a text
+            with this part; None of others.
     """
 
     number: int
@@ -186,13 +187,15 @@ def _row_documents(
         return
     parts = list(cut_text(text, part_characters))
     for part, words in list(enumerate(parts))[first_part:]:
+        last = part + 1 == len(parts)
         yield Document(
             number + part - first_part,
             **place,
             part=part,
             text=words,
             columns=content.columns,
-            last_part=part + 1 == len(parts),
+            last_part=last,
+            finish=content.fields.get("finish") if last else None,
         )
 
 

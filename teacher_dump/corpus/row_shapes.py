@@ -16,6 +16,7 @@ from teacher_dump.corpus.answers import (
     chosen_fields,
     completions_fields,
     empty_answer,
+    ending,
     is_plain_text,
     scored,
 )
@@ -68,7 +69,7 @@ class Content:
 
     Attributes:
         fields: those of a Document: text; prompt and completion; prompt, completions and scores; messages; token_ids and
-            is_target; template_arguments.
+            is_target; template_arguments; finish.
         columns: the row's other columns.
     """
 
@@ -85,7 +86,7 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     shape = columns.shape or _shape_by_presence(record, columns)
     # A prompt and completion in plain text are final: no template sees them, and `tools` beside them is a column as any other.
     plain_text = is_plain_text(shape, record, columns)
-    if shape not in (TEXT, TOKENS) and not _is_written(record):
+    if shape not in (TEXT, TOKENS) and not (shape is COMPLETION and _is_written(record)):
         check_seen(record, columns, tools=not plain_text)
     parts = (*shape.required, *columns.optional(shape))
     if plain_text:
@@ -108,15 +109,15 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     taken = {columns.name(part) for part in parts}
     others = {name: value for name, value in record.items() if name not in taken}
     if shape in GROUPS:
-        check_finished(others.get(FINISH))
+        check_finished(others)
     labels = others.get("labels")
     steps = isinstance(labels, list) and bool(labels) and all(isinstance(label, bool) for label in labels)
     if shape is COMPLETIONS and steps and "scores" not in given and "completions" not in columns.names:
         raise ValueError(STEPS)
-    finish = others.get(FINISH) if shape is COMPLETION else None
-    if shape is COMPLETION and finish is None and str(others.get("label")).lower() == "false":
+    if shape is COMPLETION and not _is_written(others) and str(others.get("label")).lower() == "false":
         raise ValueError(REJECTED)
-    if finish not in (STOPPED, CUT_OFF):
+    finish = None if shape in (TOKENS, *GROUPS) else ending(others)  # tokens are given with their end, or without
+    if finish is None:
         return Content(_fields(shape, given, plain_text, columns), others)
     return Content({**_fields(shape, given, plain_text, columns, written=True), "finish": finish}, others)
 
@@ -133,7 +134,7 @@ def check_system(record: dict[str, Any], columns: Columns) -> None:
 
 
 def _is_written(record: dict[str, Any]) -> bool:
-    """Whether a model wrote a row's answer, which saw the prompt as it is."""
+    """Whether `teacher-dump generate` wrote a row's completion: its model saw the prompt as it is."""
     return record.get(FINISH) in (STOPPED, CUT_OFF)
 
 

@@ -8,7 +8,7 @@
 * `messages`, and `prompt` + `completion` as messages: what the assistant writes counts, of the completion alone where there is
   one (see `chat`).
 
-A completion that a model wrote and that was cut off (`finish` is `length`) has no end: nothing that would close it is a target.
+What a model wrote and what was cut off (`finish` is `length`) has no end: nothing that would close it is a target.
 
 An answer of a group is never cut. What else is longer than `max_length` and no plain text is cut at its end, as TRL does, and
 its sequence says how much was lost; or it is not used, if that is asked for.
@@ -142,7 +142,7 @@ class CorpusTokenizer:
             return self._group(document, document.completions)
         if document.token_ids is not None:
             return self._answer(document, *self._given_tokens(document))
-        if document.finish is not None and not _has_words(document.completion):
+        if document.finish is not None and document.completion is not None and not _has_words(document.completion):
             return []  # a model ended at once: nothing of it is to be learned, and nothing is wrong with the corpus
         cut_off = document.finish == CUT_OFF
         if isinstance(document.prompt, str) and isinstance(document.completion, str):
@@ -238,7 +238,7 @@ class CorpusTokenizer:
         if not text:
             return []
         token_ids = self._encode(text) if document.part == 0 else self._encode_continuation(text)
-        if document.last_part:
+        if document.last_part and document.finish != CUT_OFF:
             token_ids = self._close(token_ids)
         room = self.max_length - len(self._opening)
         starts = list(range(0, len(token_ids), room))
@@ -297,9 +297,12 @@ class CorpusTokenizer:
         return np.array(token_ids, np.int64), np.arange(len(token_ids)) >= prompt_length
 
 
-def _has_words(completion: str | Turns | None) -> bool:
-    """Whether a completion has more than white space. Only of one that a model wrote: text, or one message of text."""
-    return any(text.strip() for text in ([completion] if isinstance(completion, str) else message_texts(completion or [])))
+def _has_words(completion: str | Turns) -> bool:
+    """Whether a completion has more than white space, or messages with more than that, such as calls."""
+    if isinstance(completion, str):
+        return bool(completion.strip())
+    others = (value for message in completion for name, value in message.items() if name not in ("role", "content"))
+    return any(map(str.strip, message_texts(completion))) or any(value is not None for value in others)
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

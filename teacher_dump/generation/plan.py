@@ -9,7 +9,7 @@ from typing import Any
 from knowledge_store.errors import InputError
 from knowledge_store.quantities import counted
 from knowledge_store.reporter import SILENT, Reporter
-from teacher_dump.corpus.columns import COMPLETION, FINISH, SHAPES, TEMPLATE_COLUMNS
+from teacher_dump.corpus.columns import COMPLETION, FINISH, FINISH_REASON, SHAPES, TEMPLATE_COLUMNS
 from teacher_dump.corpus.rows import Start
 from teacher_dump.corpus.scan import column_type, common_type
 from teacher_dump.generation.prompts import PromptReader
@@ -21,7 +21,7 @@ WRITTEN = (
     *("sequence", "targets", "token_logprobs", "top_ids", "top_logprobs", "tail_logprobs"),
 )
 # A prompt's own columns of these names would be read as something else where the texts are a corpus.
-TAKEN = {*WRITTEN, *TEMPLATE_COLUMNS, *(part for shape in SHAPES for part in (*shape.required, *shape.optional))}
+TAKEN = {*WRITTEN, FINISH_REASON, *TEMPLATE_COLUMNS, *(part for shape in SHAPES for part in (*shape.required, *shape.optional))}
 GIVEN = "given_"  # stands before these
 NESTED = "json"  # the type of a column that has lists or objects, which a template finds again where the texts are its prompts
 PLAIN_MESSAGE = {"role", "content"}

@@ -94,7 +94,7 @@ class ChatTemplate:
             records: its messages, as the row has them.
             arguments: `chat_template_kwargs`, and `tools` among them.
             completion_from: index of the first message that may be a target.
-            cut_off: whether the last of them goes on: what closes its turn is no target.
+            cut_off: whether the last of the assistant goes on: what closes its turn is no target.
 
         Raises:
             BadRow: it cannot be used, or some of its words would be lost; names message and field.
@@ -113,8 +113,9 @@ class ChatTemplate:
         encoded = self._tokenizer(rendering, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         text = Text.of(rendering, encoded["input_ids"], encoded["offset_mapping"], self._special)
         is_target = np.zeros(len(text.token_ids), bool)
+        last = max(index for index, message in enumerate(messages) if message.role == "assistant")
         for index in targets:
-            turn = self._turns.of(rendered, text, index, closed=not cut_off or index != targets[-1])
+            turn = self._turns.of(rendered, text, index, closed=not cut_off or index != last)
             if (is_target & turn).any():
                 raise BadRow(
                     "the chat template writes two answers into one another, so that nobody can tell which tokens are whose:"
