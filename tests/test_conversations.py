@@ -151,6 +151,19 @@ def test_a_field_that_cannot_be_used_is_named(fields, said):
         chat().tokens([ASK, {**ANSWER, **fields}])
 
 
+@pytest.mark.parametrize("role", ["model", "gpt", "bot", "Assistant", "ASSISTANT ", "chatgpt", "function_call"])
+def test_the_assistant_by_another_name_is_no_context_unnoticed(role):
+    named = {"role": role, "content": "Near."}
+    for conversation in ([ASK, named], [ASK, ANSWER, ASK, named], [ASK, named, ASK, ANSWER]):
+        where = conversation.index(named) + 1
+        with pytest.raises(BadRow, match=rf"another name of the assistant as its role.*: message {where} \({role}\)") as bad:
+            chat().tokens(conversation)
+        assert "message" not in bad.value.reason.removeprefix("a message") and role not in bad.value.reason
+    assert shown(chat(), [ASK, {**named, "weight": 0}, ASK, ANSWER]).count("⟦") == 1
+    asked = chat().tokens([ASK, named, ASK, ANSWER], completion_from=3)  # what a prompt has is context
+    assert asked.is_target.any()
+
+
 def test_messages_of_no_weight_are_context():
     messages = [ASK, ANSWER, ASK, {"role": "assistant", "content": "Far."}]
     assert shown(chat(), [ASK, {**ANSWER, "weight": 0}, *messages[2:]]).count("⟦") == 1

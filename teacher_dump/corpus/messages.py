@@ -27,6 +27,8 @@ SHAREGPT_ROLES = {
     "tool_response": "tool",
     "tool": "tool",
 }
+# Names that are given to the assistant in place of its role, as which no template knows it.
+OTHER_NAMES = frozenset({"bot", "ai", *(name for name, role in SHAREGPT_ROLES.items() if role == "assistant")})
 _CALLS = ("function_call", "tool_call")
 
 

@@ -16,6 +16,7 @@ from teacher_dump.corpus.chat.rendering import Renderer, TemplateRefusal, check_
 from teacher_dump.corpus.chat.shapes import ChatRow, Shapes
 from teacher_dump.corpus.chat.turns import Text, Turns
 from teacher_dump.corpus.chat.words import LostWords, Rendered, Words
+from teacher_dump.corpus.messages import OTHER_NAMES
 from teacher_dump.corpus.rows import BadRow
 
 if TYPE_CHECKING:
@@ -128,6 +129,13 @@ class ChatTemplate:
 
     def _targets(self, messages: list[Message], completion_from: int) -> list[int]:
         """Indices of the messages to learn."""
+        for index, message in enumerate(messages[completion_from:], completion_from):
+            named = message.role != "assistant" and message.role.strip().lower() in OTHER_NAMES
+            if named and message.target is not False:
+                raise BadRow(
+                    "a message has another name of the assistant as its role, so that its words would be context: message"
+                    f" {index + 1} ({message.role}); give it the role `assistant`, or `weight` 0 where it is context"
+                )
         assistants = [
             index for index, message in enumerate(messages) if message.role == "assistant" and index >= completion_from
         ]
