@@ -321,6 +321,24 @@ def test_a_row_of_two_shapes_is_refused_unless_columns_say_which_counts(shapes, 
     assert content(row, columns) == Content(content(ALTERNATIVES[chosen]).fields, ALTERNATIVES[other])
 
 
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": "x", "completion": None}, "`completion` is null"),
+        ({"prompt": None, "completion": "y", "text": None}, "`prompt` is null"),
+        ({"prompt": "x", "completions": None, "scores": [1]}, "`completions` is null"),
+        ({"prompt": "x", "chosen": None, "rejected": None}, "`chosen` and `rejected` are null"),
+    ],
+)
+def test_a_half_that_is_null_is_named(row, sentence):
+    assert problem(row) == sentence
+
+
+def test_a_half_of_another_name_is_read_with_columns():
+    sentence = "Columns of other names are read with --columns, as in --columns prompt=prompt,completion=response"
+    assert sentence in problem({"prompt": "x", "response": "y"}) and sentence in problem({"prompt": "x", "text": None})
+
+
 # --- columns of other names ---------------------------------------------------------------------------------------------
 
 
@@ -411,6 +429,13 @@ def test_columns_are_part_of_a_dump_and_taken_from_it(tmp_path, loaded_teacher):
         ({"input_ids": [9, 9], "attention_mask": [0, 0]}, [], []),
         ({"input_ids": [3, 4], "position_ids": [0, 1], "seq_lengths": [2]}, [3, 4], [1, 1]),
         ({"input_ids": [3, 4], "seq_lengths": 2}, [3, 4], [1, 1]),
+        ({"input_ids": [3, 4, 5], "assistant_tokens_mask": [0, 0, 1]}, [3, 4, 5], [0, 0, 1]),
+        ({"input_ids": [3, 4], "cu_seqlens": [0, 2], "segment_ids": [1, 1]}, [3, 4], [1, 1]),
+        (
+            {"input_ids": [3, 4, 9], "attention_mask": [1, 1, 0], "cu_seqlens": [0, 2, 3], "segment_ids": [1, 1, 0]},
+            [3, 4],
+            [1, 1],
+        ),
     ],
 )
 def test_token_ids_are_taken_as_they_are(row, ids, targets):
@@ -435,10 +460,27 @@ def test_token_ids_are_taken_as_they_are(row, ids, targets):
         ),
         ({"input_ids": [3, 4, 5], "position_ids": [0, 1, 0]}, "`position_ids` do not count from 0"),
         ({"input_ids": [3, 4, 5], "seq_lengths": [2, 1]}, "`seq_lengths` says that several texts are packed in one row"),
+        ({"input_ids": [3, 4, 5], "cu_seqlens": [0, 2, 3]}, "`cu_seqlens` says that several texts are packed in one row"),
+        ({"input_ids": [3, 4, 5], "cu_seqlens": [0, 2]}, "`cu_seqlens` says that several texts are packed in one row"),
+        ({"input_ids": [3, 4, 5], "cu_seqlens": 3}, "`cu_seqlens` is not a list of whole numbers"),
+        ({"input_ids": [3, 4, 5], "segment_ids": [1, 1, 2]}, "`segment_ids` says that several texts are packed in one row"),
+        ({"input_ids": [3, 4, 5], "segment_ids": [1, 1]}, "`segment_ids` is not as long as `input_ids` (2 and 3)"),
     ],
 )
 def test_token_ids_that_cannot_be_meant_name_column_and_token(row, sentence):
     assert sentence in problem(row)
+
+
+@pytest.mark.parametrize("name", ["prompt_length", "prompt_len", "prompt_lengths"])
+def test_a_length_of_a_prompt_among_token_ids_is_not_passed_over(name):
+    row = {"input_ids": [3, 4, 5], name: 2}
+    sentence = problem(row)
+    assert f"`{name}` says that a prompt stands in `input_ids`" in sentence and f"with {name}=- in --columns" in sentence
+    assert content(row, f"{name}=-") == Content(content({"input_ids": [3, 4, 5]}).fields, {name: 2})
+    for known in ({"labels": [-100, -100, 5]}, {"completion_mask": [0, 0, 1]}):
+        found = content({**row, **known})
+        assert found.fields["is_target"] == (False, False, True) and found.columns == {name: 2}
+    assert content({"prompt": "x", "completion": "y", name: 2}).columns == {name: 2}
 
 
 def test_sequences_of_token_ids_have_nothing_added_and_end_at_the_maximum_length():

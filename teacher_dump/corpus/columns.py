@@ -39,8 +39,9 @@ COMPLETIONS = Shape("prompt and completions", ("prompt", "completions"), ("score
 ALPACA_CHOSEN = Shape(
     "Alpaca with chosen and rejected", ("instruction", "chosen", "rejected"), ("input", "history", *CHAT_COLUMNS)
 )
-MASKS = ("assistant_masks", "completion_mask", "loss_mask")
-TOKENS = Shape("token ids", ("input_ids",), ("labels", *MASKS, "attention_mask", "position_ids", "seq_lengths"))
+MASKS = ("assistant_masks", "assistant_tokens_mask", "completion_mask", "loss_mask")
+PACKING = ("position_ids", "seq_lengths", "cu_seqlens", "segment_ids")  # each says whether a row is several texts
+TOKENS = Shape("token ids", ("input_ids",), ("labels", *MASKS, "attention_mask", *PACKING))
 
 SHAPES = (TEXT, COMPLETION, MESSAGES, SHAREGPT, ALPACA, TOKENS, CHOSEN, COMPLETIONS, ALPACA_CHOSEN)
 GROUPS = (CHOSEN, COMPLETIONS, ALPACA_CHOSEN)  # whose rows are several answers to one prompt
@@ -50,6 +51,9 @@ UNSEEN = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "no teacher sees it here"),
     "functions": "the old form of `tools` is given to no template: name it with --columns tools=functions",
 }
+
+# Columns that say how many tokens of a row are its prompt, in ways that differ with padding: a mask says it plainly.
+PROMPT_LENGTHS = ("prompt_length", "prompt_len", "prompt_lengths")
 
 # Columns that say how what a model wrote has ended: by itself, or cut off. The second is that of vLLM and OpenAI's API.
 FINISH, FINISH_REASON = "finish", "finish_reason"
@@ -137,7 +141,7 @@ def read_columns(text: str | None) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     parts = list(dict.fromkeys(part for shape in SHAPES for part in (*shape.required, *shape.optional)))
-    beside = [part for part in UNSEEN if part not in parts]
+    beside = [part for part in (*UNSEEN, *PROMPT_LENGTHS) if part not in parts]
     for pair in text.split(",") if text is not None else []:
         part, sign, name = (word.strip() for word in pair.partition("="))
         if not sign or not name.removesuffix(JSON_MARK):

@@ -45,7 +45,7 @@ from teacher_dump.corpus.columns import (
 )
 from teacher_dump.corpus.json_text import json_value
 from teacher_dump.corpus.messages import Turns, is_message_list, message_texts, read_messages
-from teacher_dump.corpus.token_rows import token_content
+from teacher_dump.corpus.token_rows import check_prompt_length, token_content
 
 # Of a row of `prompt`, `completion` and `label`, as TRL's KTOTrainer reads them. Where a model wrote the completion, `label` is
 # one of its prompt's columns.
@@ -106,6 +106,8 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
                 given[part] = read
         else:
             given[part] = value
+    if shape is TOKENS:
+        check_prompt_length(record, given, columns)
     taken = {columns.name(part) for part in parts}
     others = {name: value for name, value in record.items() if name not in taken}
     if shape in GROUPS:
@@ -230,14 +232,15 @@ def _is_nothing(value: Any) -> bool:
 def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
     if sum(record.get(part) is not None for part in CHOSEN.required) == 1:
         return "`chosen` and `rejected` must both be given"
+    takes_half = [shape for shape in SHAPES if {*halves} & {*shape.required, *shape.optional}]
+    parts = dict.fromkeys(part for shape in takes_half or SHAPES for part in shape.required)
+    if nulls := [part for part in parts if part in record and record[part] is None]:
+        return f"{_quoted(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
     if halves:
         return (
             "`prompt` and `completion` must both be given, both strings or both lists of messages. Columns of other names are"
             " read with --columns, as in --columns prompt=prompt,completion=response"
         )
-    parts = dict.fromkeys(part for shape in SHAPES for part in shape.required)
-    if nulls := [part for part in parts if part in record and record[part] is None]:
-        return f"{_quoted(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
     names = sorted(record)[:6]
     columns = f" (it has {_quoted(names)}{' and more' if len(record) > len(names) else ''})" if names else ""
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from teacher_dump.corpus.columns import MASKS
+from teacher_dump.corpus.columns import MASKS, PROMPT_LENGTHS, Columns
 
 IGNORED = -100  # the label of a token that is context, as transformers has it
 
@@ -16,8 +16,9 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
     `attention_mask` is 0 at an end, is left out.
 
     Args:
-        given: input_ids; if there, labels, masks, attention_mask, position_ids: lists of one length; and seq_lengths, as TRL's
-            packing says how long each of a row's texts is.
+        given: input_ids; if there, labels, masks, attention_mask, position_ids, segment_ids (which of a row's texts a token is
+            of): lists of one length; seq_lengths, as TRL's packing says how long each of them is; and cu_seqlens, as attention
+            over packed texts is told where each begins and the last ends.
 
     Raises:
         ValueError: naming the column and the token, counted from 1.
@@ -54,14 +55,34 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
                 "`position_ids` do not count from 0: several texts packed in one row would see each other; give each a row"
             )
     lengths = given.get("seq_lengths")
-    if isinstance(lengths, list) and sum(map(bool, lengths)) > 1:
-        raise ValueError(
-            "`seq_lengths` says that several texts are packed in one row, which would see each other; give each a row"
-        )
+    borders = _numbers(given, "cu_seqlens", None) if "cu_seqlens" in given else []
+    segments = _numbers(given, "segment_ids", length)[begin:end] if "segment_ids" in given else []
+    for name, several in (
+        ("seq_lengths", isinstance(lengths, list) and sum(map(bool, lengths)) > 1),
+        ("cu_seqlens", any(begin < border < end for border in borders)),
+        ("segment_ids", len(set(segments)) > 1),
+    ):
+        if several:
+            raise ValueError(
+                f"`{name}` says that several texts are packed in one row, which would see each other; give each a row"
+            )
     for number, token in enumerate(token_ids[begin:end], begin + 1):
         if token < 0:
             raise ValueError(f"`input_ids` has a negative number ({token} at token {number})")
     return {"token_ids": tuple(token_ids[begin:end]), "is_target": tuple(is_target[begin:end])}
+
+
+def check_prompt_length(record: dict[str, Any], given: dict[str, Any], columns: Columns) -> None:
+    """Make sure that no prompt beside which nothing says which tokens count is learned (ValueError: one would be)."""
+    if any(part in given for part in ("labels", *MASKS)):
+        return
+    for name in PROMPT_LENGTHS:
+        if record.get(columns.name(name)) is not None:
+            raise ValueError(
+                f"`{name}` says that a prompt stands in `{columns.name('input_ids')}`, and nothing says which tokens count, so"
+                f" that it would be learned too: give `labels` ({IGNORED} for the prompt) or a `completion_mask`, or, where all"
+                f" tokens count, leave it out with {name}=- in --columns"
+            )
 
 
 def _numbers(given: dict[str, Any], name: str, length: int | None) -> list[int]:
