@@ -165,6 +165,8 @@ def preview(config: PreviewConfig) -> None:
     for sentence in counts.sentences(config.max_length, "not"):
         output.print(_emphasised(sentence), markup=False, style="bold" if sentence.strong else None)
     output.print(f"In all: {amounts}", markup=False)
+    if excerpt.columns is not None:
+        output.print(visible(excerpt.columns), markup=False)
     if bad := [reason for reason, left in counts.by_reason if left.bad]:
         number = sum(counts.left_out[reason].rows for reason in bad)
         note(f"`teacher-dump run` would stop: {counted(number, 'row', 'rows')} of these cannot be used. {ways_out(*bad)}")

@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 from command_server import forked_command
 from conftest import TEXT, write_jsonl
+from processes import Notes
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.format.corpus_counts import CorpusCounts, LeftOut
 from knowledge_store.reporter import Reporter
-from teacher_dump import DumpConfig, dump
+from teacher_dump import DumpConfig, PreviewConfig, dump, preview
 from teacher_dump.corpus.documents import Document
 from teacher_dump.corpus.rows import BadRow
 from teacher_dump.corpus.tally import MAX_REASONS, OTHER_REASONS, Tally
@@ -56,6 +57,27 @@ def test_workers_that_start_alone_count_the_same(config, tmp_path, loaded_teache
     whole = dump(config, teacher=loaded_teacher)
     parts = [dump(replace(config, store=tmp_path / "shared"), rank, 2, teacher=loaded_teacher) for rank in range(2)]
     assert [part.counts for part in parts] == [whole.counts] * 2
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_columns_that_no_teacher_sees_are_told(config, loaded_teacher, world_size):
+    """Also where workers look through the corpus together."""
+    columns: list[dict] = [{"id": 1}, {"id": 2, "tools": [], "system_prompt": "Be brief."}]
+    write_jsonl(config.corpus[0], [{"messages": TURNS, **beside} for beside in columns])
+    notes = Notes()
+    dump(config, 0, world_size, teacher=loaded_teacher, reporter=notes)
+    said = "Columns read: messages, tools; kept beside and unseen by the teacher: id, system_prompt"
+    assert [note for note in notes.notes if "kept beside" in note] == [said]
+    shown = preview(PreviewConfig("tiny", config.corpus, max_length=36), loaded_teacher.tokenizer)
+    assert shown.columns == said
+
+
+def test_where_the_teacher_sees_all_columns_nothing_is_said_of_them(config, loaded_teacher):
+    write_jsonl(config.corpus[0], [{"messages": TURNS}])
+    notes = Notes()
+    dump(config, teacher=loaded_teacher, reporter=notes)
+    assert not any("kept beside" in note for note in notes.notes)
+    assert preview(PreviewConfig("tiny", config.corpus, max_length=36), loaded_teacher.tokenizer).columns is None
 
 
 def test_info_tells_the_counts(config, loaded_teacher):

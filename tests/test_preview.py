@@ -21,7 +21,7 @@ from teacher_dump.dumping.preview import token_texts
 
 TURNS = [{"role": "user", "content": "Who lit\tthe lamp?"}, {"role": "assistant", "content": "The keeper did.\n\n🌊."}]
 ROWS = [
-    {"messages": TURNS},
+    {"messages": TURNS, "source\x1b": "log"},
     {"messages": TURNS[:1]},
     {"prompt": "The lamp", "completion": TEXT[:200]},
     {"text": TEXT},
@@ -95,6 +95,7 @@ def test_the_command_needs_no_weights_and_shows_rows_with_their_reasons(corpus, 
         "Warning: 3 of 5 rows are used, 2 not (40%)",
         "1 row is cut at 40 tokens (33%); 1 answer loses the end",
         "In all: ",
+        "Columns read: messages, prompt, completion, text; kept beside and unseen by the teacher: source\\x1b",
     ):
         assert words in result.stdout, words
     assert "\x1b" not in result.stdout

@@ -49,7 +49,7 @@ class Document:
         completions: of a group, its answers, at least 2; each as `completion` has it.
         scores: what each of these is worth; None where nobody says.
         token_ids, is_target: of one length; the latter says which tokens count for training.
-        columns: the row's other columns.
+        columns: the row's other columns; columns_read: the names of those that its content was read from.
         template_arguments: `tools` and `chat_template_kwargs` for the chat template.
         finish: how what a model wrote has ended, `stop` or `length`: a completion, the last turn of the assistant, or a text
             with this part; None of others.
@@ -70,6 +70,7 @@ class Document:
     token_ids: tuple[int, ...] | None = None
     is_target: tuple[bool, ...] | None = None
     columns: dict[str, Any] | None = None
+    columns_read: tuple[str, ...] = ()
     template_arguments: dict[str, Any] | None = None
     finish: str | None = None
     problem: str | None = None
@@ -181,9 +182,10 @@ def _row_documents(
     if isinstance(content, str):
         yield Document(number, **place, part=0, problem=content)
         return
+    place |= {"columns": content.columns, "columns_read": tuple(name for name in row.record if name not in content.columns)}
     text = content.fields.get("text")
     if text is None:
-        yield Document(number, **place, part=0, columns=content.columns, **content.fields)
+        yield Document(number, **place, part=0, **content.fields)
         return
     parts = list(cut_text(text, part_characters))
     for part, words in list(enumerate(parts))[first_part:]:
@@ -193,7 +195,6 @@ def _row_documents(
             **place,
             part=part,
             text=words,
-            columns=content.columns,
             last_part=last,
             finish=content.fields.get("finish") if last else None,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -36,12 +36,13 @@ DOCUMENT_COLUMNS = ("file", "row", "part", "offset", "positions")  # of the firs
 @dataclass(frozen=True)
 class Scan:
     """What looking through the whole corpus found: how many documents, where shards begin, the types of its own columns, and
-    what becomes of its rows."""
+    what becomes of its rows. `columns_read`: the names of the columns that the rows were read from."""
 
     documents: int
     shards: list[Start]
     columns: dict[str, str]
     counts: CorpusCounts
+    columns_read: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class PieceScan:
         ends_in: index of the .jsonl file in the middle of which it ends. lines: how many lines of that file are in it.
         columns: types of the corpus's own columns; None for one that has no value.
         counts: what becomes of the rows.
+        columns_read: the names of the columns that the rows were read from.
         notes: what a person should know of its conversations.
     """
 
@@ -63,7 +65,13 @@ class PieceScan:
     lines: int
     columns: dict[str, str | None]
     counts: CorpusCounts
+    columns_read: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def columns_sentence(read: Collection[str], kept: Collection[str]) -> str | None:
+    """Which columns of a corpus its rows are read from, and which are kept beside them; None where none are."""
+    return f"Columns read: {', '.join(read)}; kept beside and unseen by the teacher: {', '.join(kept)}" if kept else None
 
 
 def column_type(value: Any) -> str | None:
@@ -183,6 +191,7 @@ class Scanner:
         placed = place_piece(self.files, piece)
         documents = array("q")
         columns: dict[str, str | None] = {}
+        columns_read: dict[str, None] = {}
         tally = Tally(self.too_long, MAX_PIECE_REASONS)
         total, passed = self.bytes(piece), 0
         before = self._begins[piece.begin.file] + piece.begin.at
@@ -212,12 +221,15 @@ class Scanner:
                 positions = sum(len(sequence.token_ids) for sequence in sequences)
             documents.extend((document.file, document.row, document.part, document.offset, positions))
             if document.problem is None and document.part == 0:
+                columns_read |= dict.fromkeys(document.columns_read)
                 for name, value in (document.columns or {}).items():
                     columns[name] = common_type(columns.get(name), column_type(value))
         advance(total - passed)
         found = np.array(documents, np.int64).reshape(-1, len(DOCUMENT_COLUMNS))
         notes = tuple(self.tokenizer.notes)
-        return PieceScan(found, placed.unnumbered, placed.ends_in, placed.lines, columns, tally.counts, notes)
+        return PieceScan(
+            found, placed.unnumbered, placed.ends_in, placed.lines, columns, tally.counts, tuple(columns_read), notes
+        )
 
 
 class ScanSum:
@@ -235,6 +247,7 @@ class ScanSum:
         self._starts: list[Start] = []
         self._positions: list[int] = []
         self._columns: dict[str, str | None] = {}
+        self._columns_read: dict[str, None] = {}
         self._tally = Tally(too_long)
         self.notes: dict[str, None] = {}
 
@@ -254,6 +267,7 @@ class ScanSum:
         self._tally.add(counts)
         for name, kind in piece.columns.items():
             self._columns[name] = common_type(self._columns.get(name), kind)
+        self._columns_read |= dict.fromkeys(piece.columns_read)
         self.notes |= dict.fromkeys(piece.notes)
         if not len(documents):
             return
@@ -271,7 +285,7 @@ class ScanSum:
         """What was found of all pieces that were added."""
         shards = [replace(start, positions=size) for start, size in zip(self._starts, self._positions, strict=True)]
         columns = {name: kind or "string" for name, kind in self._columns.items()}
-        return Scan(self._documents, shards, columns, self._tally.counts)
+        return Scan(self._documents, shards, columns, self._tally.counts, tuple(self._columns_read))
 
 
 def scan(scanner: Scanner, shard_size: int, advance: Advance = lambda amount, **figures: None) -> tuple[Scan, list[str]]:

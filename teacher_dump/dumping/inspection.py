@@ -14,7 +14,7 @@ from teacher_dump.configuration import CorpusOptions, DumpConfig, EstimateConfig
 from teacher_dump.corpus.chat.options import ChatOptions
 from teacher_dump.corpus.documents import problem_text
 from teacher_dump.corpus.rows import LongRow
-from teacher_dump.corpus.scan import Scanner, scan
+from teacher_dump.corpus.scan import Scanner, columns_sentence, scan
 from teacher_dump.corpus.tokenisation import CorpusTokenizer
 from teacher_dump.dumping.request import chat_asked, check_length, corpus_groups
 from teacher_dump.dumping.shared_scan import Sharing, shared_scan
@@ -144,7 +144,7 @@ def look_through(
         with reporter.progress("looking through the corpus", sum(scanner.sizes)) as advance:
             scanned, notes = scan(scanner, config.shard_size, advance)
     check_counts(config, scanned.counts)
-    for note in notes:
+    for note in filter(None, (*notes, columns_sentence(scanned.columns_read, scanned.columns))):
         reporter.note(note)
     return {
         "documents": scanned.documents,

@@ -14,6 +14,7 @@ from knowledge_store.reporter import SILENT, Reporter
 from teacher_dump.configuration import PreviewConfig
 from teacher_dump.corpus.documents import place_text, read_documents
 from teacher_dump.corpus.rows import BadRow, Start, stops
+from teacher_dump.corpus.scan import columns_sentence
 from teacher_dump.corpus.sources import with_local_corpus
 from teacher_dump.corpus.tally import Tally
 from teacher_dump.corpus.tokenisation import TokenSequence
@@ -85,10 +86,12 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """A few rows, and what became of them in numbers."""
+    """A few rows, and what became of them in numbers. `columns`: which columns they are read from and which are kept beside
+    them, in words; None where none are."""
 
     rows: list[PreviewRow]
     counts: CorpusCounts
+    columns: str | None
 
 
 def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = None, *, reporter: Reporter = SILENT) -> Preview:
@@ -107,10 +110,14 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
     cutter = corpus_tokenizer(config, tokenizer)
     tally = Tally(config.too_long)
     rows = []
+    read: dict[str, None] = {}
+    kept: dict[str, None] = {}
     for document in islice(
         read_documents(config.corpus, Start(0, 0, 1, 0, 0), config.part_characters, config.column_names), config.rows
     ):
         place = place_text(config.corpus, document.file, document.row)
+        read |= dict.fromkeys(document.columns_read)
+        kept |= dict.fromkeys(document.columns or ())
         try:
             sequences = cutter.sequences(document)
         except BadRow as problem:
@@ -124,7 +131,7 @@ def preview(config: PreviewConfig, tokenizer: PreTrainedTokenizerBase | None = N
         rows.append(PreviewRow(place, document.part, shown, dropped, is_group=document.is_group))
     for note in cutter.notes:
         reporter.note(note)
-    return Preview(rows, tally.counts)
+    return Preview(rows, tally.counts, columns_sentence(read, kept))
 
 
 def _sequence(tokenizer: PreTrainedTokenizerBase, sequence: TokenSequence) -> PreviewSequence:

@@ -45,7 +45,7 @@ LOOK_EVERY = 0.5  # seconds between looks for what others have done
 
 DOCUMENTS_SCHEMA = pa.schema([(name, pa.int64()) for name in DOCUMENT_COLUMNS])
 _COLUMNS = Columns(dict.fromkeys(DOCUMENT_COLUMNS, COUNTING), dict.fromkeys(DOCUMENT_COLUMNS, 3), DOCUMENT_COLUMNS)
-_SHAPE = {"documents": FILE_SHAPE, "lines": int, "columns": dict, "counts": COUNTS_SHAPE, "notes": [str]}
+_SHAPE = {"documents": FILE_SHAPE, "lines": int, "columns": dict, "counts": COUNTS_SHAPE, "columns_read": [str], "notes": [str]}
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,7 @@ class _Pieces:
             "lines": found.lines,
             "columns": found.columns,
             "counts": found.counts.to_record(),
+            "columns_read": list(found.columns_read),
             "notes": list(found.notes),
         }
         self._storage.create(scan_file(self._folder, piece, "json"), contents(seal(record)))
@@ -249,6 +250,7 @@ class _Pieces:
             lines=record["lines"],
             columns=record["columns"],
             counts=CorpusCounts.from_record(record["counts"]),
+            columns_read=tuple(record["columns_read"]),
             notes=tuple(record["notes"]),
         )
 
