@@ -7,6 +7,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -20,6 +21,7 @@ from knowledge_store.errors import InputError
 from student_train.cli import app
 from student_train.training.configuration import TrainConfig
 from student_train.training.run import train
+from student_train.training.split import split_dumps
 from teacher_dump import DumpConfig, dump
 from teacher_dump.teachers.local import load_teacher
 
@@ -136,6 +138,24 @@ def test_held_out_documents_are_held_out_of_all_dumps(options, mixed, tmp_path):
     assert sum(record["sequences"].values()) == 2 * store.sequence_count("news-1")
     entries = json.loads((tmp_path / "run" / "history.json").read_text())["entries"]
     assert all(entry["eval_kl_lower_bound"] > 0 for entry in entries if "eval_loss" in entry)
+
+
+def test_texts_are_held_out_of_all_dumps_wherever_they_come_from(tmp_path, loaded_teacher):
+    """A copy of the corpus under another name and in another order, with some rows twice."""
+    rows = story_rows(40)
+    corpora = {"plain": rows, "copy": [*reversed(rows), *rows[:20]]}
+    for name, texts in corpora.items():
+        corpus = write_jsonl(tmp_path / f"{name}.jsonl", texts)
+        config = DumpConfig("tiny", (corpus,), tmp_path / "store", name, max_length=40, batch_size=4, shard_size=20)
+        dump(config, teacher=loaded_teacher)
+    store = KnowledgeStore.open(tmp_path / "store")
+    sides = split_dumps(store, ("plain", "copy"), eval_fraction=0.2)
+    trained, held_out = (
+        {name: {*store.sequences(name, ["row"])["row"].to_numpy()[np.asarray(of[name])]} for name in corpora} for of in sides
+    )
+    assert len(held_out["plain"]) == 8  # a fifth of the texts, of which some are in the other dump twice
+    assert held_out["copy"] == {row for old in held_out["plain"] for row in (41 - old, 40 + old) if row <= 60}
+    assert not any(trained[name] & held_out[name] for name in corpora)
 
 
 def test_a_pattern_is_resolved_once(options, mixed, tmp_path):

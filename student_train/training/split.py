@@ -42,7 +42,8 @@ def split_dumps(store: KnowledgeStore, dumps: Sequence[str], *, eval_fraction: f
     """Divide the sequences of several dumps as `split_ordinals` divides those of each.
 
     A row that is held out of one dump is held out of all that have it, so that nothing is evaluated on that was trained on in
-    another dump.
+    another dump: by its file and number, or by its tokens, such as in a copy of the file under another name or of another type.
+    So a text that a corpus has several times goes to one side whole.
 
     Returns:
         by dump, the ordinals to train on, and those to evaluate on.
@@ -54,8 +55,11 @@ def split_dumps(store: KnowledgeStore, dumps: Sequence[str], *, eval_fraction: f
         raise InputError(f"--eval-fraction must be at least 0 and below 1, not {eval_fraction}")
     if not eval_fraction:
         return {dump: AllBut(store.sequence_count(dump)) for dump in dumps}, {dump: np.empty(0, np.int64) for dump in dumps}
-    ranked = {dump: _ranked_rows(store.sequences(dump, ["file", "row"])) for dump in dumps}
-    first = [np.sort(ranks)[: max(1, round(eval_fraction * len(ranks)))] for ranks, _ in ranked.values()]
+    ranked = _rank(store, dumps)
+    first = []
+    for ranks, _ in ranked.values():
+        texts = np.unique(ranks)
+        first.append(texts[: max(1, round(eval_fraction * len(texts)))])
     chosen = np.concatenate(first)
     train: TrainOrdinals = {}
     held_out: EvalOrdinals = {}
@@ -71,13 +75,40 @@ def split_dumps(store: KnowledgeStore, dumps: Sequence[str], *, eval_fraction: f
     return train, held_out
 
 
-def _ranked_rows(sequences: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """A number for each row of the corpus by which rows are ranked, uint64, and which of them each sequence is of."""
+def _rank(store: KnowledgeStore, dumps: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By dump, a number for each row of the corpus by which rows are ranked, uint64, and which of them each sequence is of.
+    Rows of one file and number, or of the same tokens, have the same."""
+    rows = {dump: _rows(store.sequences(dump, ["file", "row", "token_hash"])) for dump in dumps}
+    keys, texts = (np.concatenate([row[part] for row in rows.values()]) for part in (0, 1))
+    same, before = keys, None
+    while before is None or not np.array_equal(same, before):  # what is the same as the same is the same
+        before = same
+        for values in (texts, keys):
+            same = _least(same, values)
+    # By the least key of its rows a text would be held out the likelier the more often it is there.
+    ranks = np.where(np.isin(same, same[same != keys]), _least(texts, same), keys)
+    ends = np.cumsum([len(own) for own, _, _ in rows.values()])
+    return {dump: (ranks[end - len(own) : end], of) for (dump, (own, _, of)), end in zip(rows.items(), ends, strict=True)}
+
+
+def _least(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """For each of values, uint64 (N,), the least of those of its group."""
+    names, group = np.unique(groups, return_inverse=True)
+    least = np.full(len(names), np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(least, group, values)
+    return least[group]
+
+
+def _rows(sequences: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A number for the file and row number of each row of the corpus, uint64, one for its tokens, and which of the rows each
+    sequence is of."""
     files, row = sequences["file"].combine_chunks().dictionary_encode(), sequences["row"].to_numpy()
     file = files.indices.to_numpy(zero_copy_only=False)
     changes = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0))  # in the order of documents
+    counts = np.diff(changes, append=len(row))
     names = [name.as_py() for name in files.dictionary]
     keys = (f"{names[code]}\n{number}".encode() for code, number in zip(file[changes], row[changes], strict=True))
     digests = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
-    ranks = np.fromiter(digests, np.uint64, len(changes))
-    return ranks, np.repeat(np.arange(len(changes)), np.diff(changes, append=len(row)))
+    places = np.arange(len(row)) - np.repeat(changes, counts)
+    texts = np.add.reduceat(sequences["token_hash"].to_numpy() * (2 * places + 1).astype(np.uint64), changes)
+    return np.fromiter(digests, np.uint64, len(changes)), texts, np.repeat(np.arange(len(changes)), counts)
