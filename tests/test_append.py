@@ -187,6 +187,21 @@ def test_what_the_family_has_already_is_said(family, grow):
     assert any("news is not finished, 1 shard of it is missing" in note for note in notes)
 
 
+def test_a_file_that_has_grown_is_refused_and_what_is_new_is_appended(family, grow):
+    old, added = ((family / f"{month}.jsonl").read_bytes() for month in ("january", "february"))
+    whole = family / "everything.jsonl"
+    whole.write_bytes(old + added)
+    with pytest.raises(InputError, match=rf"begins with all of january\.jsonl, which is in news: .*tail -c \+{len(old) + 1} "):
+        grow("everything")
+    whole.write_bytes(whole.read_bytes()[len(old) :])
+    grow("everything")
+    whole.write_bytes(added + old)  # begins with what is in news-2
+    with pytest.raises(InputError, match="which is in news-2"):
+        grow("everything")
+    store = KnowledgeStore.open(family / "store")
+    assert [(summary.dump, summary.documents) for summary in store.info()] == [("news", 7), ("news-2", 7)]
+
+
 def test_another_teacher_is_refused_before_anything_is_written(family, grow, tmp_path):
     from teacher_dump.teachers.local import load_teacher
 

@@ -258,7 +258,7 @@ def gap_steps(packed: Packed) -> list[dict[str, Any]]:
     below[:, 1:] = unrounded(np.cumsum(gaps.reshape(-1, width - 1) - ZERO, axis=1))
     below.sort(axis=1)
     tail_steps = unrounded(stored["tail_steps"].to_numpy(zero_copy_only=False)[kept].astype(np.float64) - ZERO)
-    logprobs, tail = logprobs_of(below, tail_steps, positions_of(packed.manifest).quantisation_step)
+    logprobs, tail = logprobs_of([*below.T], tail_steps, positions_of(packed.manifest).quantisation_step)
     q = np.concatenate([logprobs, tail[:, None]], axis=1).astype(np.float64)
     found = []
     for size in (1 / 16, 1 / 8, 3 / 16, 1 / 4):
@@ -268,7 +268,7 @@ def gap_steps(packed: Packed) -> list[dict[str, Any]]:
             # The tail stays in steps of 1/8, so that gaps alone differ.
             tail_eighths = np.round(tail_steps * size * 8)
             p = np.concatenate(
-                [part.reshape(len(below), -1) for part in logprobs_of(below, tail_eighths * (1 / 8) / size, size)], 1
+                [part.reshape(len(below), -1) for part in logprobs_of([*below.T], tail_eighths * (1 / 8) / size, size)], 1
             )
             p = p - np.logaddexp.reduce(p, axis=1, keepdims=True)
             kl = float((np.exp(q) * (q - p)).sum(axis=1).mean())

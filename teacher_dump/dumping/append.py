@@ -7,8 +7,9 @@ agree, whenever each of them starts, and a command that is given again resumes i
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,8 @@ def append(
         reporter: hears of progress, of files that the family has already, and of which dump it is.
 
     Raises:
-        InputError: there is no such family, something given cannot be used, or nobody says where the teacher is.
+        InputError: there is no such family, something given cannot be used, a file of it has grown, or nobody says where the
+            teacher is.
         MismatchError: the teacher or its tokenizer is another, or another command has begun the dump of that name meanwhile.
         DamageError: a manifest of the family is damaged.
         StoreError: the store cannot be written, or something of the dump has a newer format version.
@@ -71,7 +73,7 @@ def append(
         name, like = same.dump, same
     else:
         name, like = f"{family}-{number + 1}", last
-        _note_overlap(config, corpus, members.values(), reporter)
+        _check_overlap(config, corpus, members.values(), reporter)
         if missing := _missing_shards(storage, last):
             shards_missing = counted(missing, "shard of it is", "shards of it are")
             reporter.note(
@@ -124,12 +126,35 @@ def _missing_shards(storage: Storage, manifest: Manifest) -> int:
     return manifest.shard_count - len(list(commit_records(storage, manifest.dump)))
 
 
-def _note_overlap(config: RunConfig, corpus: Sequence[str], members: Iterable[Manifest], reporter: Reporter) -> None:
-    """Say which files of the corpus the family has already."""
-    dumps = {sha256: manifest.dump for manifest in members for sha256 in _hashes(manifest)}
-    for file, sha256 in zip(config.corpus, corpus, strict=True):
+def _check_overlap(config: RunConfig, corpus: Sequence[str], members: Iterable[Manifest], reporter: Reporter) -> None:
+    """Say which files of the corpus the family has already.
+
+    Raises:
+        InputError: a file is one of them that has grown.
+    """
+    dumps = {str(file["sha256"]): (manifest.dump, file) for manifest in members for file in manifest.corpus.get("files", [])}
+    for path, sha256 in zip(config.corpus, corpus, strict=True):
         if sha256 in dumps:
-            reporter.note(f"Warning: {file} is in {dumps[sha256]} already: its documents will be in the family twice")
+            reporter.note(f"Warning: {path} is in {dumps[sha256][0]} already: its documents will be in the family twice")
+            continue
+        for size, begun in _beginnings(path, {int(file["bytes"]) for _, file in dumps.values()}):
+            if begun in dumps:
+                dump, file = dumps[begun]
+                raise InputError(
+                    f"{path} begins with all of {file['name']}, which is in {dump}: its documents would be in the family twice."
+                    f" Append what is new, in a file of its own (tail -c +{size + 1} {path}), or begin another family (--name)"
+                )
+
+
+def _beginnings(path: Path, sizes: Iterable[int]) -> Iterator[tuple[int, str]]:
+    """SHA-256 of the first bytes of a file, for each of these numbers that it has more than."""
+    digest, read = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        for size in sorted(size for size in sizes if 0 < size < path.stat().st_size):
+            while block := file.read(min(size - read, 2**20)):
+                digest.update(block)
+                read += len(block)
+            yield size, digest.hexdigest()
 
 
 def _check_teacher(

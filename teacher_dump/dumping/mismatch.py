@@ -93,7 +93,8 @@ def _sentence(name: str, old: Any, new: Any, existing: Manifest, asked: Manifest
             return f"corpus file {after[index]['name']} was not part of it"
         if index >= len(after):
             return f"corpus file {before[index]['name']} is missing"
-        return f"corpus file {after[index]['name']} has other contents"
+        grown = " (--append dumps what is new, in a file of its own)" if after[index]["bytes"] > before[index]["bytes"] else ""
+        return f"corpus file {after[index]['name']} has other contents{grown}"
     if (part := name.removeprefix("corpus.columns.")) != name:
         old, new = (f"nothing of {part}" if value is None else f"{part}={value}" for value in (old, new))
         return f"--columns said {old} and now says {new}"
