@@ -327,10 +327,13 @@ def draw_picture(record: dict[str, Any], path: Path) -> None:
     chart, axes = plt.subplots(1, len(ran), figsize=(4 * len(ran), 3.6), layout="constrained", squeeze=False)
     for axis, experiment in zip(axes[0], ran, strict=True):
         rows = [row for row in record["table"] if row["experiment"] == experiment and row["way"] is not None]
-        for number, rule in enumerate(("top-5, τ", "threshold, τ", "top-5, 4", "random", "top-5")):
-            chosen = [row for row in rows if row["arm"].startswith(rule) and row["arm"] in record["sizes"]]
-            if rule == "top-5":
-                chosen = [row for row in chosen if row["arm"] == "top-5"]
+        alone = ("top-5, 4 tail draws", "random sampling, 22 draws", "top-5", *TWO)
+        for number, rule in enumerate(("top-5, τ", "threshold, τ", *alone)):
+            named = [row for row in rows if row["arm"] in record["sizes"]]
+            if rule in alone:
+                chosen = [row for row in named if row["arm"] == rule]
+            else:
+                chosen = [row for row in named if row["arm"].startswith(rule) and row["arm"] not in alone]
             points = sorted(
                 (record["sizes"][row["arm"]]["bytes"], row["way"], row["way_sd"] or 0, row["arm"]) for row in chosen
             )
