@@ -171,9 +171,9 @@ def prepared(tmp_path_factory, store_folder, teacher_folder) -> Path:
     for name, content in (("train.jsonl", rows), ("data/part-1.jsonl", rows), ("data/part-2.jsonl", story_rows(12, start=40))):
         write_jsonl(folder / name, content)
     write_jsonl(folder / "heldout.jsonl", story_rows(6, start=30))
-    turns = [{"role": "user", "content": "Who lit the lamp?"}, {"role": "assistant", "content": "The keeper did."}]
-    write_jsonl(folder / "chat.jsonl", [{"messages": turns}] * 4)
     prompts = [f"Who lit lamp {row}?" for row in range(8)]
+    turns = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": "The keeper did."}] for prompt in prompts]
+    write_jsonl(folder / "chat.jsonl", [{"messages": each} for each in turns[:4]])
     pairs = [{"prompt": prompt, "chosen": " The keeper.", "rejected": " No one at all."} for prompt in prompts]
     write_jsonl(folder / "pairs.jsonl", pairs)
     answers = [" The keeper did.", " His daughter.", " It was no one."]
@@ -253,7 +253,9 @@ def test_the_readme_quotes_committed_figures():
     size = figures("results/size.json")["teachers"][0]
     default = figures("results/size-default.json")["teachers"][0]
     assert default["draw_weight"] == DRAW_WEIGHT and f"**{default['bytes_per_position_with_draws']:.1f} bytes**" in text
-    assert f"{size['bytes_per_position']:.1f} bytes without both, {size['ratio']:,} times smaller" in text
+    ratio = 4 * default["vocabulary_size"] / default["bytes_per_position_with_draws"]
+    assert f", {ratio:,.0f} times smaller than float32 logits; " in text
+    assert f"{size['bytes_per_position']:.1f} bytes without both, {size['ratio']:,} times (" in text
     layouts = [value for name, value in size["per_k"]["5"].items() if name != "knowledge-store"]
     assert f"{min(layouts):.1f} to {max(layouts):.1f} bytes" in text
     rows = figures("studies/fidelity.json")["table"]

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.quantities import counted
 from knowledge_store.reading.ordinals import AllBut
 
 TrainOrdinals = dict[str, AllBut]  # by dump
@@ -66,9 +67,11 @@ def split_dumps(store: KnowledgeStore, dumps: Sequence[str], *, eval_fraction: f
     for dump, (ranks, rows) in ranked.items():
         is_chosen = np.isin(ranks, chosen)
         if is_chosen.all():
+            different = len(np.unique(ranks))
+            repeated = f", {different} of them different" if different < len(ranks) else ""
             raise InputError(
-                f"the dump {dump} has {len(ranks)} document(s), so --eval-fraction {eval_fraction} leaves none to train on: use"
-                " --eval-fraction 0"
+                f"the dump {dump} has {counted(len(ranks), 'document', 'documents')}{repeated}, so --eval-fraction {eval_fraction}"
+                " leaves none to train on: use --eval-fraction 0"
             )
         held_out[dump] = np.flatnonzero(is_chosen[rows])
         train[dump] = AllBut(len(rows), held_out[dump])
