@@ -70,8 +70,8 @@ def split_dumps(store: KnowledgeStore, dumps: Sequence[str], *, eval_fraction: f
             different = len(np.unique(ranks))
             repeated = f", {different} of them different" if different < len(ranks) else ""
             raise InputError(
-                f"the dump {dump} has {counted(len(ranks), 'document', 'documents')}{repeated}, so --eval-fraction {eval_fraction}"
-                " leaves none to train on: use --eval-fraction 0"
+                f"the dump {dump} has {counted(len(ranks), 'document', 'documents')}{repeated}, so --eval-fraction"
+                f" {eval_fraction} leaves none to train on: use --eval-fraction 0"
             )
         held_out[dump] = np.flatnonzero(is_chosen[rows])
         train[dump] = AllBut(len(rows), held_out[dump])
