@@ -239,10 +239,12 @@ def print_tables(record: dict[str, Any]) -> None:
             print(f"| {student}: {method} | {seed_names(calibrated['none']['seeds'])} | {' | '.join(shown)} |")
     print("\nDifferences in points, and in nats; the last two after a temperature on both:")
     print("\n| of | to | seeds | where | accuracy | ECE | ECE | NLL |\n|" + " --- |" * 8)
+    places = {name: place for place, name in enumerate(rows)}
     for (student, method), calibrated in rows.items():
         plain, cooled = calibrated["none"], calibrated["temperature"]
         for (to, (before, after)), group in product(SHOWN.items(), GROUPS):
-            if before in plain:
+            model, other, _ = BASELINES[before]
+            if before in plain and places[model or student, other] < places[student, method]:  # each difference once
                 shown = [figure_cell(plain[before][group][name], 100, "+") for name in CLAIMS]
                 shown.append(figure_cell(cooled[after][group]["ece"], 100, "+"))
                 shown.append(figure_cell(cooled[after][group]["nll"], 1, "+"))
