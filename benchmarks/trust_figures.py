@@ -8,6 +8,7 @@ the log-likelihood of each option), and `settings`, whose `methods` are in the o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -158,14 +159,18 @@ def tabulate(record: dict[str, Any]) -> list[dict[str, Any]]:
                 other, after = (model or student, other_method), other_calibrator or calibrator
                 both = [seed for seed in seeds if seed in found.get(other, {})]
                 if both and (*other, after) != (student, method, calibrator):
-                    one, baseline = mean((student, method), calibrator, both), mean(other, after, both)
-                    metrics = [metric for metric in (*CLAIMS, "nll") if metric in one["all four"]]
-                    differences = {
-                        group: {metric: one[group][metric] - baseline[group][metric] for metric in metrics} for group in GROUPS
-                    }
-                    row[title] = {"seeds": both, **_intervals(differences, least=-np.inf)}
+                    one, baseline = partial(mean, (student, method), calibrator), partial(mean, other, after)
+                    row[title] = {"seeds": both, **_differences(one(both), baseline(both))}
+                    if len(both) > 1:
+                        row[title]["of each seed"] = [_differences(one([seed]), baseline([seed])) for seed in both]
             table.append(row)
     return table
+
+
+def _differences(one: dict[str, dict[str, np.ndarray]], other: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+    metrics = [metric for metric in (*CLAIMS, "nll") if metric in one["all four"]]
+    found = {group: {metric: one[group][metric] - other[group][metric] for metric in metrics} for group in GROUPS}
+    return _intervals(found, least=-np.inf)
 
 
 def _intervals(groups: dict[str, dict[str, np.ndarray]], least: float = 0) -> dict[str, dict[str, list[float]]]:
