@@ -270,7 +270,9 @@ def test_how_an_answer_has_ended_is_read_in_every_shape(row):
     for nothing in (None, "early", "Length", 5, ["length"], {"length": 1}):
         assert content({**row, "finish_reason": nothing}).fields == content(row).fields
     sentence = problem({**row, "finish": "stop", "finish_reason": "length"})
-    assert sentence == "`finish` and `finish_reason` say different things: keep one of them"
+    assert sentence.startswith("`finish` and `finish_reason` say different things") and "finish=- in --columns" in sentence
+    for left_out, meant in {"finish=-": "length", "finish_reason=-": "stop"}.items():
+        assert content({**row, "finish": "stop", "finish_reason": "length"}, left_out).fields["finish"] == meant
 
 
 def test_how_tokens_have_ended_is_told_by_the_tokens():
@@ -337,6 +339,7 @@ def test_a_half_that_is_null_is_named(row, sentence):
 def test_a_half_of_another_name_is_read_with_columns():
     sentence = "Columns of other names are read with --columns, as in --columns prompt=prompt,completion=response"
     assert sentence in problem({"prompt": "x", "response": "y"}) and sentence in problem({"prompt": "x", "text": None})
+    assert sentence in problem({"prompt": "x", "response": "y", "chosen": None, "text": None})
 
 
 # --- columns of other names ---------------------------------------------------------------------------------------------
@@ -380,7 +383,7 @@ def test_text_that_looks_like_json_is_text_unless_it_is_declared_as_json():
         ("prompt", "'prompt' is not of the form NAME=COLUMN"),
         ("prompt=", "is not of the form NAME=COLUMN"),
         ("question=prompt", "there is no 'question'; it names text, prompt, completion, system, tools"),
-        ("images=pictures", "no teacher is given images; images=- leaves it out"),
+        ("images=pictures", "images cannot be called otherwise; images=- leaves it out"),
         (
             ",".join(
                 f"{part}=-"
@@ -436,12 +439,18 @@ def test_columns_are_part_of_a_dump_and_taken_from_it(tmp_path, loaded_teacher):
             [3, 4],
             [1, 1],
         ),
+        (
+            {"input_ids": [3, 4, 9], "labels": [3, 4, -100], "cu_seqlens": [0, 2, 3], "segment_ids": [1, 1, 0]},
+            [3, 4, 9],
+            [1, 1, 0],
+        ),
+        ({"input_ids": [3, 4], "prompt_length": 0}, [3, 4], [1, 1]),
     ],
 )
 def test_token_ids_are_taken_as_they_are(row, ids, targets):
     found = content({**row, "topic": "x"})
     assert found.fields == {"token_ids": tuple(ids), "is_target": tuple(map(bool, targets))}
-    assert found.columns == {"topic": "x"}
+    assert found.columns.keys() - {"prompt_length"} == {"topic"}
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,9 @@ def test_a_completion_of_calls_alone_that_says_how_it_has_ended_has_something_to
     )
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "lamp", "arguments": {}}}]}
     (sequence,) = CorpusTokenizer(tokenizer, 64).sequences(document(prompt=CONVERSATION[:2], completion=[call], finish="stop"))
+    said = {"role": "assistant", "content": "", "tool_calls": [], "refusal": None, "weight": 1}  # as servers answer
+    with pytest.raises(EmptyRow):  # which is left out, and stops nothing
+        CorpusTokenizer(tokenizer, 64).sequences(document(prompt=CONVERSATION[:2], completion=[said], finish="stop"))
     assert words_of(tokenizer, sequence) == ["lamp<|end|>"]
 
 

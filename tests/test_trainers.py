@@ -305,7 +305,9 @@ def test_another_vocabulary_is_refused(store, student, tmp_path):
 
     own, other = make_tokenizer(), make_tokenizer(extra_words=("zebra",))
     message = "the vocabulary of the student is not that of the dump train"
-    for tokenizer in (other, SimpleNamespace(tokenizer=other)):  # a processor has one
+    holder = make_tokenizer(extra_words=("zebra",))
+    holder.tokenizer = "of another library"
+    for tokenizer in (other, holder, SimpleNamespace(tokenizer=other)):  # a processor has one
         with pytest.raises(InputError, match=message):
             make(load(student), processing_class=tokenizer)
     folder = tmp_path / "other"

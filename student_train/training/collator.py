@@ -70,7 +70,7 @@ class DistillationCollator:
         return index
 
     def missing(self, rows: Iterable[Row]) -> list[int]:
-        """The numbers, counted from 0, of the rows that the dump does not hold."""
+        """The numbers, counted from 0, of the rows that the dump does not hold (InputError: nobody can tell of one of them)."""
         return [number for number, row in enumerate(rows) if self._ordinal(row) is None]
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:

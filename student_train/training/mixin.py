@@ -241,7 +241,9 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         cannot learn from a dump)."""
         model = self.accelerator.unwrap_model(self.model)
         reporter = _Warnings() if self.is_world_process_zero() else SILENT
-        tokenizer, name = getattr(self.processing_class, "tokenizer", self.processing_class), "the student"
+        tokenizer, name = self.processing_class, "the student"
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = getattr(tokenizer, "tokenizer", None)  # of a processor
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = tokenizer_beside(model.config)
             name = f"the student (by the tokenizer in {model.config.name_or_path}; processing_class=… gives another)"
@@ -268,9 +270,15 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
             return
         count, rank, processes = len(dataset), self.args.process_index, self.args.world_size
         numbers = range(rank, count, processes)  # each process looks at some
-        missing = [numbers[place] for place in self.data_collator.missing(dataset[number] for number in numbers)]
-        found = torch.tensor([len(missing), missing[0] if missing else count], device=self.args.device)
-        found = self.accelerator.gather(found).reshape(-1, 2)
+        missing, problem = [], None
+        try:
+            missing = [numbers[place] for place in self.data_collator.missing(dataset[number] for number in numbers)]
+        except InputError as error:  # no process may wait for this one
+            problem = error
+        found = torch.tensor([len(missing), missing[0] if missing else count, problem is not None], device=self.args.device)
+        found = self.accelerator.gather(found).reshape(-1, 3)
+        if found[:, 2].any():
+            raise problem or InputError("rows that another process has looked at cannot be used: its error says why")
         total, first = int(found[:, 0].sum()), int(found[:, 1].min())
         if total:
             raise InputError(

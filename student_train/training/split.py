@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from knowledge_store import KnowledgeStore
+from knowledge_store import KnowledgeStore, Manifest
 from knowledge_store.errors import InputError
 from knowledge_store.quantities import counted
 from knowledge_store.reading.ordinals import AllBut
@@ -43,8 +43,8 @@ def split_dumps(store: KnowledgeStore, dumps: Sequence[str], *, eval_fraction: f
     """Divide the sequences of several dumps as `split_ordinals` divides those of each.
 
     A row that is held out of one dump is held out of all that have it, so that nothing is evaluated on that was trained on in
-    another dump: by its file and number, or by its tokens, such as in a copy of the file under another name or of another type.
-    So a text that a corpus has several times goes to one side whole.
+    another dump: by its number in a file of the same contents, or by its tokens, such as in a copy of another type. So a text
+    that a corpus has several times goes to one side whole.
 
     Returns:
         by dump, the ordinals to train on, and those to evaluate on.
@@ -80,38 +80,41 @@ def split_dumps(store: KnowledgeStore, dumps: Sequence[str], *, eval_fraction: f
 
 def _rank(store: KnowledgeStore, dumps: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By dump, a number for each row of the corpus by which rows are ranked, uint64, and which of them each sequence is of.
-    Rows of one file and number, or of the same tokens, have the same."""
-    rows = {dump: _rows(store.sequences(dump, ["file", "row", "token_hash"])) for dump in dumps}
-    keys, texts = (np.concatenate([row[part] for row in rows.values()]) for part in (0, 1))
-    same, before = keys, None
-    while before is None or not np.array_equal(same, before):  # what is the same as the same is the same
-        before = same
-        for values in (texts, keys):
-            same = _least(same, values)
-    # By the least key of its rows a text would be held out the likelier the more often it is there.
-    ranks = np.where(np.isin(same, same[same != keys]), _least(texts, same), keys)
-    ends = np.cumsum([len(own) for own, _, _ in rows.values()])
-    return {dump: (ranks[end - len(own) : end], of) for (dump, (own, _, of)), end in zip(rows.items(), ends, strict=True)}
+    Rows of the same text, by a file of the same contents and their number there or by their tokens, have that of the first."""
+    rows = {dump: _rows(store.sequences(dump, ["file", "row", "token_hash"]), _hashes(store.manifest(dump))) for dump in dumps}
+    keys, sources, texts = (np.concatenate([row[part] for row in rows.values()]) for part in range(3))
+    groups = [np.unique(values, return_inverse=True)[1] for values in (sources, texts)]
+    first, before = np.arange(len(keys)), None
+    while before is None or not np.array_equal(first, before):  # what is the same as the same is the same
+        before = first
+        for group in groups:
+            least = np.full(group.max(initial=-1) + 1, len(keys))
+            np.minimum.at(least, group, first)
+            first = least[group]
+    ranks, ends = keys[first], np.cumsum([len(row[0]) for row in rows.values()])
+    return {dump: (ranks[end - len(row[0]) : end], row[3]) for (dump, row), end in zip(rows.items(), ends, strict=True)}
 
 
-def _least(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """For each of values, uint64 (N,), the least of those of its group."""
-    names, group = np.unique(groups, return_inverse=True)
-    least = np.full(len(names), np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(least, group, values)
-    return least[group]
+def _hashes(manifest: Manifest) -> dict[str, str]:
+    """SHA-256 of the corpus's files, by their names."""
+    return {str(file["name"]): str(file["sha256"]) for file in manifest.corpus.get("files", ()) if "sha256" in file}
 
 
-def _rows(sequences: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A number for the file and row number of each row of the corpus, uint64, one for its tokens, and which of the rows each
-    sequence is of."""
+def _rows(sequences: pa.Table, hashes: dict[str, str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers for the name of the file and the number of each row of the corpus, for the contents of the file and that number,
+    and for its tokens, all uint64; and which of the rows each sequence is of."""
     files, row = sequences["file"].combine_chunks().dictionary_encode(), sequences["row"].to_numpy()
     file = files.indices.to_numpy(zero_copy_only=False)
     changes = np.flatnonzero((np.diff(file, prepend=-1) != 0) | (np.diff(row, prepend=-1) != 0))  # in the order of documents
-    counts = np.diff(changes, append=len(row))
+    counts, numbers = np.diff(changes, append=len(row)), row[changes]
     names = [name.as_py() for name in files.dictionary]
-    keys = (f"{names[code]}\n{number}".encode() for code, number in zip(file[changes], row[changes], strict=True))
-    digests = (int.from_bytes(hashlib.sha256(key).digest()[:8], "big") for key in keys)
+    digests = (_digest(f"{names[code]}\n{number}") for code, number in zip(file[changes], numbers, strict=True))
+    contents = np.array([_digest(hashes.get(name, name)) for name in names], np.uint64)
+    sources = contents[file[changes]] + numbers.astype(np.uint64)
     places = np.arange(len(row)) - np.repeat(changes, counts)
     texts = np.add.reduceat(sequences["token_hash"].to_numpy() * (2 * places + 1).astype(np.uint64), changes)
-    return np.fromiter(digests, np.uint64, len(changes)), texts, np.repeat(np.arange(len(changes)), counts)
+    return np.fromiter(digests, np.uint64, len(changes)), sources, texts, np.repeat(np.arange(len(changes)), counts)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

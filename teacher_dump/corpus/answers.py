@@ -109,19 +109,22 @@ def scored(answers: list[Any], scores: tuple[float | None, ...], names: list[str
     return {"completions": tuple(answers), "scores": scores}
 
 
-def ending(record: dict[str, Any]) -> str | None:
+def ending(record: dict[str, Any], columns: Columns) -> str | None:
     """How what a model wrote in a row has ended, `stop` or `length`; None where the row does not say.
 
     Raises:
         ValueError: it says both.
     """
-    said = {ENDINGS[value] for value in map(record.get, (FINISH, FINISH_REASON)) if isinstance(value, str) and value in ENDINGS}
+    values = (record.get(columns.name(name)) for name in (FINISH, FINISH_REASON))
+    said = {ENDINGS[value] for value in values if isinstance(value, str) and value in ENDINGS}
     if len(said) > 1:
-        raise ValueError(f"`{FINISH}` and `{FINISH_REASON}` say different things: keep one of them")
+        raise ValueError(
+            f"`{FINISH}` and `{FINISH_REASON}` say different things: leave one of them out, such as by {FINISH}=- in --columns"
+        )
     return next(iter(said), None)
 
 
-def check_finished(record: dict[str, Any]) -> None:
+def check_finished(record: dict[str, Any], columns: Columns) -> None:
     """Make sure that no answer of a group was cut off as a model wrote it: its end would be none, and is not to be compared.
 
     Args:
@@ -133,7 +136,7 @@ def check_finished(record: dict[str, Any]) -> None:
     for name in (FINISH, FINISH_REASON):
         finish = record.get(name)
         for number, value in enumerate(finish if isinstance(finish, list) else [finish], 1):
-            if ending({name: value}) == CUT_OFF:
+            if ending({name: value}, columns) == CUT_OFF:
                 which = f"answer {number}" if isinstance(finish, list) else "an answer"
                 raise ValueError(
                     f"{which} of a group was cut off where it was written (`{name}` is `{value}`): answers that are cut are not"

@@ -141,13 +141,13 @@ def read_columns(text: str | None) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     parts = list(dict.fromkeys(part for shape in SHAPES for part in (*shape.required, *shape.optional)))
-    beside = [part for part in (*UNSEEN, *PROMPT_LENGTHS) if part not in parts]
+    beside = [part for part in (*UNSEEN, *PROMPT_LENGTHS, FINISH, FINISH_REASON) if part not in parts]
     for pair in text.split(",") if text is not None else []:
         part, sign, name = (word.strip() for word in pair.partition("="))
         if not sign or not name.removesuffix(JSON_MARK):
             raise InputError(f"--columns {text}: {pair!r} is not of the form NAME=COLUMN, as in prompt=question")
         if part in beside and name != LEFT_OUT:
-            raise InputError(f"--columns {text}: no teacher is given {part}; {part}={LEFT_OUT} leaves it out")
+            raise InputError(f"--columns {text}: {part} cannot be called otherwise; {part}={LEFT_OUT} leaves it out")
         if part not in (*parts, *beside):
             raise InputError(f"--columns {text}: there is no {part!r}; it names {', '.join([*parts, *beside])}")
         if part in names:

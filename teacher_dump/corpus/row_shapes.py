@@ -111,14 +111,14 @@ def read_content(record: dict[str, Any], columns: Columns = OWN_NAMES) -> Conten
     taken = {columns.name(part) for part in parts}
     others = {name: value for name, value in record.items() if name not in taken}
     if shape in GROUPS:
-        check_finished(others)
+        check_finished(others, columns)
     labels = others.get("labels")
     steps = isinstance(labels, list) and bool(labels) and all(isinstance(label, bool) for label in labels)
     if shape is COMPLETIONS and steps and "scores" not in given and "completions" not in columns.names:
         raise ValueError(STEPS)
     if shape is COMPLETION and not _is_written(others) and str(others.get("label")).lower() == "false":
         raise ValueError(REJECTED)
-    finish = None if shape in (TOKENS, *GROUPS) else ending(others)  # tokens are given with their end, or without
+    finish = None if shape in (TOKENS, *GROUPS) else ending(others, columns)  # tokens are given with their end, or without
     if finish is None:
         return Content(_fields(shape, given, plain_text, columns), others)
     return Content({**_fields(shape, given, plain_text, columns, written=True), "finish": finish}, others)
@@ -232,8 +232,8 @@ def _is_nothing(value: Any) -> bool:
 def _no_shape(record: dict[str, Any], halves: list[str]) -> str:
     if sum(record.get(part) is not None for part in CHOSEN.required) == 1:
         return "`chosen` and `rejected` must both be given"
-    takes_half = [shape for shape in SHAPES if {*halves} & {*shape.required, *shape.optional}]
-    parts = dict.fromkeys(part for shape in takes_half or SHAPES for part in shape.required)
+    whole = [shape for shape in SHAPES if {*halves} & {*shape.required, *shape.optional} and {*shape.required} <= record.keys()]
+    parts = dict.fromkeys(part for shape in (whole if halves else SHAPES) for part in shape.required)
     if nulls := [part for part in parts if part in record and record[part] is None]:
         return f"{_quoted(nulls)} {'is' if len(nulls) == 1 else 'are'} null"
     if halves:

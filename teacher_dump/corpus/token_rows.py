@@ -59,12 +59,13 @@ def token_content(given: dict[str, Any]) -> dict[str, Any]:
     segments = _numbers(given, "segment_ids", length)[begin:end] if "segment_ids" in given else []
     for name, several in (
         ("seq_lengths", isinstance(lengths, list) and sum(map(bool, lengths)) > 1),
-        ("cu_seqlens", any(begin < border < end for border in borders)),
-        ("segment_ids", len(set(segments)) > 1),
+        ("cu_seqlens", any(begin < border < end and any(is_target[border:end]) for border in borders)),
+        ("segment_ids", len({*segments} - {0}) > 1),  # 0 is padding
     ):
         if several:
             raise ValueError(
-                f"`{name}` says that several texts are packed in one row, which would see each other; give each a row"
+                f"`{name}` says that several texts are packed in one row, which would see each other; give each a row, or leave"
+                f" the column out with {name}=- in --columns where it says something else"
             )
     for number, token in enumerate(token_ids[begin:end], begin + 1):
         if token < 0:
@@ -77,7 +78,7 @@ def check_prompt_length(record: dict[str, Any], given: dict[str, Any], columns: 
     if any(part in given for part in ("labels", *MASKS)):
         return
     for name in PROMPT_LENGTHS:
-        if record.get(columns.name(name)) is not None:
+        if record.get(columns.name(name)):
             raise ValueError(
                 f"`{name}` says that a prompt stands in `{columns.name('input_ids')}`, and nothing says which tokens count, so"
                 f" that it would be learned too: give `labels` ({IGNORED} for the prompt) or a `completion_mask`, or, where all"

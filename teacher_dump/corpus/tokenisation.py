@@ -26,6 +26,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.format.manifest import template_sha256
 from knowledge_store.format.records import json_sha256
 from knowledge_store.tokenizer import opening_tokens
+from teacher_dump.corpus.chat.messages import REASONING
 from teacher_dump.corpus.chat.options import ChatOptions, today
 from teacher_dump.corpus.chat.template import ChatTemplate
 from teacher_dump.corpus.columns import CUT_OFF
@@ -301,8 +302,8 @@ def _has_words(completion: str | Turns) -> bool:
     """Whether a completion has more than white space, or messages with more than that, such as calls."""
     if isinstance(completion, str):
         return bool(completion.strip())
-    others = (value for message in completion for name, value in message.items() if name not in ("role", "content"))
-    return any(map(str.strip, message_texts(completion))) or any(value is not None for value in others)
+    others = (message.get(name) for message in completion for name in (*REASONING, "tool_calls", "function_call"))
+    return any(map(str.strip, message_texts(completion))) or any(others)
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

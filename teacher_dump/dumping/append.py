@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from knowledge_store.quantities import counted
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.storage import Storage, open_storage
 from teacher_dump.configuration import RunConfig
+from teacher_dump.corpus.compression import uncompressed_name
 from teacher_dump.corpus.sources import corpus_record, with_local_corpus
 from teacher_dump.dumping.mismatch import check_alike
 from teacher_dump.dumping.preconditions import as_made, existing_manifest
@@ -136,14 +138,15 @@ def _check_overlap(config: RunConfig, corpus: Sequence[str], members: Iterable[M
     for path, sha256 in zip(config.corpus, corpus, strict=True):
         if sha256 in dumps:
             reporter.note(f"Warning: {path} is in {dumps[sha256][0]} already: its documents will be in the family twice")
-            continue
-        for size, begun in _beginnings(path, {int(file["bytes"]) for _, file in dumps.values()}):
-            if begun in dumps:
-                dump, file = dumps[begun]
-                raise InputError(
-                    f"{path} begins with all of {file['name']}, which is in {dump}: its documents would be in the family twice."
-                    f" Append what is new, in a file of its own (tail -c +{size + 1} {path}), or begin another family (--name)"
-                )
+        elif uncompressed_name(path).endswith(".jsonl"):  # a .txt is one document, of which the old one is a part
+            for size, begun in _beginnings(path, {int(file["bytes"]) for _, file in dumps.values()}):
+                if begun in dumps:
+                    dump, file = dumps[begun]
+                    new = f"tail -c +{size + 1} {shlex.quote(str(path))} > …"
+                    raise InputError(
+                        f"{path} begins with all of {file['name']}, which is in {dump}: its rows would be in the family twice."
+                        f" Append what is new, in a file of its own ({new}), or begin another family (--name)"
+                    )
 
 
 def _beginnings(path: Path, sizes: Iterable[int]) -> Iterator[tuple[int, str]]:
