@@ -75,7 +75,7 @@ def stop_at_ending(
         store: an open store.
         dumps: the dumps that it learns from, the one whose ending is to come first first.
         keep_eos: change nothing.
-        how_to_keep: what is told to whoever wants them left.
+        how_to_keep: how the settings are left as they are, in the words of whoever calls.
         reporter: hears what differs, and what becomes of it.
     """
     special = {*tokenizer.all_special_ids, *(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)}

@@ -39,9 +39,7 @@ def check_student(
         InputError: naming the first ids that differ.
     """
     dump = store.dump(dump)
-    table = store.tokens(dump)
-    pairs = zip(table["token_id"].to_pylist(), table["token"].to_pylist(), strict=True)
-    kept = {token_id: token for token_id, token in pairs if token is not None}
+    kept = _named_tokens(store, dump)
     tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     differing = {
@@ -60,24 +58,34 @@ def check_student(
             f"the vocabulary of {name} is not that of the dump {dump}: {_differences(refused, kept, tokens)}."
             " Train a student with the teacher's tokenizer"
         )
-    check_embeddings(store, dump, config, name=name)
+    _check_size(kept, dump, config, name)
     if harmless:
         reporter.note(
             f"Tokens that no sequence of {dump} holds have other names in {name}: {_differences(harmless, kept, tokens)}"
         )
 
 
-def check_embeddings(store: KnowledgeStore, dump: str, config: PreTrainedConfig, *, name: str = "the student") -> None:
+def check_embeddings(store: KnowledgeStore, dump: str, config: PreTrainedConfig) -> None:
     """Refuse a student that has no embeddings for tokens of a dump's vocabulary: what can be told of it without its tokenizer.
 
     Args:
-        store, dump, config, name: as of `check_student`.
+        store, dump, config: as of `check_student`.
 
     Raises:
         InputError: naming both sizes.
     """
+    _check_size(_named_tokens(store, dump), dump, config, "the student")
+
+
+def _named_tokens(store: KnowledgeStore, dump: str) -> dict[int, str]:
+    """The tokens of a dump's vocabulary that have a name, by their ids."""
     table = store.tokens(dump)
-    needed = max(table.filter(table["token"].is_valid())["token_id"].to_pylist(), default=-1) + 1
+    pairs = zip(table["token_id"].to_pylist(), table["token"].to_pylist(), strict=True)
+    return {token_id: token for token_id, token in pairs if token is not None}
+
+
+def _check_size(kept: dict[int, str], dump: str, config: PreTrainedConfig, name: str) -> None:
+    needed = max(kept, default=-1) + 1
     vocabulary_size = config.get_text_config().vocab_size
     if vocabulary_size < needed:
         raise InputError(
