@@ -233,6 +233,13 @@ def print_tables(record: dict[str, Any]) -> None:
     rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for row in record["table"]:
         rows.setdefault((row["student"], row["method"]), {})[row["calibrator"]] = row
+    where = ("in domain", "out of domain")
+    columns = " | ".join(f"{LABELS[metric]} {group}" for metric in CLAIMS for group in where)
+    print(f"\n| of each seed, % | seeds | {columns} |\n|" + " --- |" * 6)
+    for (student, method), calibrated in rows.items():
+        each = calibrated["none"]["of each seed"]
+        shown = [" / ".join(f"{100 * value:.1f}" for value in each[group][metric]) for metric in CLAIMS for group in where]
+        print(f"| {student}: {method} | {seed_names(calibrated['none']['seeds'])} | {' | '.join(shown)} |")
     for group in GROUPS:
         calibrators = ("a temperature", "Platt", "isotonic")
         after = " | ".join([*(f"ECE after {each}, %" for each in calibrators), "NLL after a temperature, nats"])
