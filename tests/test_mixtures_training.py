@@ -189,6 +189,18 @@ def test_dumps_of_the_same_texts_are_named_before_they_are_read(options, mixed):
     )
 
 
+def test_dumps_of_one_file_as_other_sequences_are_named_before_they_are_read(options, loaded_teacher, tmp_path):
+    corpus, store = write_jsonl(tmp_path / "stories.jsonl", story_rows(8)), tmp_path / "store"
+    for name, max_length in {"short": 40, "long": 60}.items():
+        dump(DumpConfig("tiny", (corpus,), store, name, max_length=max_length), teacher=loaded_teacher)
+    reporter = Notes()
+    train(TrainConfig(**options | {"steps": 1, "store": str(store), "dump": ("short", "long")}), reporter=reporter)
+    assert (
+        "short and long are both dumps of the file stories.jsonl, whose texts are read once from each, as other sequences"
+        " or with other targets."
+    ) in reporter.notes
+
+
 def test_killed_in_the_middle_of_a_mixture_on_any_number_of_ranks(options, tmp_path):
     """SIGKILL of one of 1 and 4 processes in the second epoch of three dumps, and the same command again."""
     options |= {"steps": 7, "save_steps": 2, "dump": ("news-1=0.5", "news-2=0.3", "code=0.2")}

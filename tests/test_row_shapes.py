@@ -263,11 +263,12 @@ ANSWERED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("row", ANSWERED.values(), ids=ANSWERED)
 def test_how_an_answer_has_ended_is_read_in_every_shape(row):
-    ends = {"stop": "stop", "tool_calls": "stop", "length": "length", "content_filter": "length", "abort": "length"}
+    cut_off = ("length", "content_filter", "abort", "MAX_TOKENS")
+    ends = {"stop": "stop", "tool_calls": "stop", **dict.fromkeys(cut_off, "length")}
     for value, meant in ends.items():
         for said in ({"finish": value}, {"finish_reason": value}, {"finish": None, "finish_reason": value}):
             assert content({**row, **said}) == Content({**content(row).fields, "finish": meant}, said)
-    for nothing in (None, "early", "Length", 5, ["length"], {"length": 1}):
+    for nothing in (None, "early", 5, ["length"], {"length": 1}):
         assert content({**row, "finish_reason": nothing}).fields == content(row).fields
     sentence = problem({**row, "finish": "stop", "finish_reason": "length"})
     assert sentence.startswith("`finish` and `finish_reason` say different things") and "finish=- in --columns" in sentence

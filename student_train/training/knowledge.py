@@ -103,11 +103,21 @@ def _same_texts(manifests: Sequence[Manifest]) -> list[str]:
         else:
             same.append(manifest)
     groups = [[manifest.dump for manifest in corpus] for corpus in corpora if len(corpus) > 1]
-    return [
+    sentences = [
         f"{', '.join(dumps[:-1])} and {dumps[-1]} are dumps of the same texts, which are read once from each:"
         f" --teachers {','.join(dumps)} reads them once, with what all of these say of them."
         for dumps in groups
     ]
+    read: dict[str, str] = {}
+    for dump, *_ in corpora:
+        files = {file["sha256"]: file["name"] for file in dump.corpus.get("files", ()) if "sha256" in file}
+        if again := next((sha256 for sha256 in files if sha256 in read), None):
+            sentences.append(
+                f"{read[again]} and {dump.dump} are both dumps of the file {files[again]}, whose texts are read once from each,"
+                " as other sequences or with other targets."
+            )
+        read = dict.fromkeys(files, dump.dump) | read
+    return sentences
 
 
 def kinds_read(manifest: Manifest, loss: Loss, hidden: HiddenStates | None = None) -> tuple[str, ...]:

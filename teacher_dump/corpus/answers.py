@@ -116,7 +116,7 @@ def ending(record: dict[str, Any], columns: Columns) -> str | None:
         ValueError: it says both.
     """
     values = (record.get(columns.name(name)) for name in (FINISH, FINISH_REASON))
-    said = {ENDINGS[value] for value in values if isinstance(value, str) and value in ENDINGS}
+    said = {ENDINGS[value.lower()] for value in values if isinstance(value, str) and value.lower() in ENDINGS}
     if len(said) > 1:
         raise ValueError(
             f"`{FINISH}` and `{FINISH_REASON}` say different things: leave one of them out, such as by {FINISH}=- in --columns"

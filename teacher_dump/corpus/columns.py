@@ -59,10 +59,11 @@ PROMPT_LENGTHS = ("prompt_length", "prompt_len", "prompt_lengths")
 FINISH, FINISH_REASON = "finish", "finish_reason"
 STOPPED, CUT_OFF = "stop", "length"
 
-# What is said in them; other values mean nothing. A call ends a turn; what a filter, a client or a fault stopped has no end.
+# What is said in them, in small letters or capitals; other values mean nothing. A call ends a turn; what a filter, a client or
+# a fault stopped has no end.
 ENDINGS = {
     **dict.fromkeys((STOPPED, "tool_calls", "function_call"), STOPPED),
-    **dict.fromkeys((CUT_OFF, "content_filter", "abort", "error", "repetition"), CUT_OFF),
+    **dict.fromkeys((CUT_OFF, "max_tokens", "content_filter", "abort", "error", "repetition"), CUT_OFF),
 }
 
 # Text of these that is blank or `null` says that there is none, as published data sets write it.
