@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measurement import RESULTS, keep
+from benchmarks.pictures import picture
 from benchmarks.readers import READERS, Store
 from knowledge_store import KnowledgeStore
 
@@ -258,36 +259,27 @@ def ratios(readers: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def draw(readers: dict[str, dict[str, Any]], path: Path) -> None:
     """Positions a second, in order and shuffled, and bytes a position, caches in a lighter colour."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "reading"
-    import matplotlib.pyplot as plt
-
     names = list(readers)
     places = np.arange(len(names))[::-1]
-    figure, (speed, size) = plt.subplots(1, 2, figsize=(10, 0.5 * len(names) + 1.2), sharey=True, layout="constrained")
-    for offset, label, shown, colour in (
-        (0.2, "sequential_positions_per_s", "in order", "#1f6f8b"),
-        (-0.2, "shuffled_positions_per_s", "shuffled", "#e07a3f"),
-    ):
-        there = [(place, readers[name][label]) for place, name in zip(places, names, strict=True) if label in readers[name]]
-        middle = np.array([each[1] for each in there]).T / 1e6
-        spread = [middle[0] - middle[1], middle[2] - middle[0]]
-        speed.barh([each[0] + offset for each in there], middle[0], 0.38, xerr=spread, label=shown, color=colour)
-    speed.set_xscale("log")
-    speed.set_xlabel("million positions a second, one core")
-    speed.set_yticks(places, names)
-    speed.legend(frameon=False)
-    kept = [readers[name]["bytes_per_position"] for name in names]
-    size.barh(places, kept, 0.6, color="#1f6f8b", label="data")
-    caches = [readers[name]["cache_bytes_per_position"] for name in names]
-    size.barh(places, caches, 0.6, left=kept, color="#b9d5df", label="cache, built by reading")
-    size.set_xlabel("bytes a position")
-    size.legend(frameon=False)
-    for axes in (speed, size):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    with picture(path, 1, 2, figsize=(10, 0.5 * len(names) + 1.2), sharey=True) as (speed, size):
+        for offset, label, shown, colour in (
+            (0.2, "sequential_positions_per_s", "in order", "#1f6f8b"),
+            (-0.2, "shuffled_positions_per_s", "shuffled", "#e07a3f"),
+        ):
+            there = [(place, readers[name][label]) for place, name in zip(places, names, strict=True) if label in readers[name]]
+            middle = np.array([each[1] for each in there]).T / 1e6
+            spread = [middle[0] - middle[1], middle[2] - middle[0]]
+            speed.barh([each[0] + offset for each in there], middle[0], 0.38, xerr=spread, label=shown, color=colour)
+        speed.set_xscale("log")
+        speed.set_xlabel("million positions a second, one core")
+        speed.set_yticks(places, names)
+        speed.legend(frameon=False)
+        kept = [readers[name]["bytes_per_position"] for name in names]
+        size.barh(places, kept, 0.6, color="#1f6f8b", label="data")
+        caches = [readers[name]["cache_bytes_per_position"] for name in names]
+        size.barh(places, caches, 0.6, left=kept, color="#b9d5df", label="cache, built by reading")
+        size.set_xlabel("bytes a position")
+        size.legend(frameon=False)
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ import pyarrow.parquet as pq
 import knowledge_store.format.parquet
 import knowledge_store.writing.row_groups
 from benchmarks.measurement import RESULTS, keep
+from benchmarks.pictures import picture
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest, Shard
 from knowledge_store.catalogue.index import index_path
 from knowledge_store.format.commits import CommitRecord
@@ -399,42 +400,34 @@ def measure_positions(folder: Path, positions: int, repeats: int) -> dict[str, A
     return found
 
 
-def picture(figures: dict[str, Any], path: Path) -> None:
+def draw(figures: dict[str, Any], path: Path) -> None:
     """Time and memory against shards, and the histogram beside DuckDB's own."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update({"svg.hashsalt": "scale", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    chart, (times, memory, sql) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    sizes = sorted(figures["shards"], key=int)
-    numbers = [int(size) for size in sizes]
-    lines = {"footers": "all footers (pyarrow)", "footers-duckdb": "all footers (DuckDB)", "rebuild": "rebuild the index"}
-    lines |= {"one more": "open after one more shard", "open": "open", "info": "info", "statistics": "statistics by SQL"}
-    kept = ("rebuild", "one more", "info", "statistics", "open")
-    for axes, figure, tasks in ((times, "seconds", tuple(lines)), (memory, "peak_mib", kept)):
-        for task in tasks:
-            each = [figures["shards"][size][task][figure] for size in sizes]
-            middle = [one["median"] for one in each]
+    with picture(path, 1, 3, figsize=(13, 4)) as (times, memory, sql):
+        sizes = sorted(figures["shards"], key=int)
+        numbers = [int(size) for size in sizes]
+        lines = {"footers": "all footers (pyarrow)", "footers-duckdb": "all footers (DuckDB)", "rebuild": "rebuild the index"}
+        lines |= {"one more": "open after one more shard", "open": "open", "info": "info", "statistics": "statistics by SQL"}
+        kept = ("rebuild", "one more", "info", "statistics", "open")
+        for axes, figure, tasks in ((times, "seconds", tuple(lines)), (memory, "peak_mib", kept)):
+            for task in tasks:
+                each = [figures["shards"][size][task][figure] for size in sizes]
+                middle = [one["median"] for one in each]
+                reach = [[one["median"] - one["least"] for one in each], [one["most"] - one["median"] for one in each]]
+                axes.errorbar(numbers, middle, reach, marker="o", markersize=3, capsize=2, linewidth=1, label=lines[task])
+            axes.set(xscale="log", xlabel="shards")
+            axes.set_xticks(numbers, [f"{number:,}" for number in numbers], minor=False)
+            axes.legend(frameon=False, fontsize=7)
+        times.set(yscale="log", ylabel="seconds", title="Time, each in a fresh process")
+        memory.set(ylim=(0, None), ylabel="MiB", title="Resident high-water mark")
+        counts = [name for name in figures["histogram"] if name.endswith(("core", "cores"))]
+        for place, (who, label) in enumerate((("ours", "knowledge-store sql"), ("duckdb", "DuckDB over the same Parquet"))):
+            each = [figures["histogram"][name][who]["seconds"] for name in counts]
             reach = [[one["median"] - one["least"] for one in each], [one["most"] - one["median"] for one in each]]
-            axes.errorbar(numbers, middle, reach, marker="o", markersize=3, capsize=2, linewidth=1, label=lines[task])
-        axes.set(xscale="log", xlabel="shards")
-        axes.set_xticks(numbers, [f"{number:,}" for number in numbers], minor=False)
-        axes.legend(frameon=False, fontsize=7)
-    times.set(yscale="log", ylabel="seconds", title="Time, each in a fresh process")
-    memory.set(ylim=(0, None), ylabel="MiB", title="Resident high-water mark")
-    counts = [name for name in figures["histogram"] if name.endswith(("core", "cores"))]
-    for place, (who, label) in enumerate((("ours", "knowledge-store sql"), ("duckdb", "DuckDB over the same Parquet"))):
-        each = [figures["histogram"][name][who]["seconds"] for name in counts]
-        reach = [[one["median"] - one["least"] for one in each], [one["most"] - one["median"] for one in each]]
-        places = [number + 0.4 * place for number in range(len(counts))]
-        sql.bar(places, [one["median"] for one in each], 0.38, yerr=reach, capsize=3, label=label)
-    sql.set_xticks([number + 0.2 for number in range(len(counts))], counts)
-    sql.set(ylabel="seconds", title=f"Histogram over {figures['histogram']['positions'] / 1e6:.3g} million positions")
-    sql.legend(frameon=False, fontsize=7)
-    chart.savefig(path, metadata={"Date": None})
-    plt.close(chart)
+            places = [number + 0.4 * place for number in range(len(counts))]
+            sql.bar(places, [one["median"] for one in each], 0.38, yerr=reach, capsize=3, label=label)
+        sql.set_xticks([number + 0.2 for number in range(len(counts))], counts)
+        sql.set(ylabel="seconds", title=f"Histogram over {figures['histogram']['positions'] / 1e6:.3g} million positions")
+        sql.legend(frameon=False, fontsize=7)
 
 
 def main() -> None:
@@ -460,7 +453,7 @@ def main() -> None:
     peaks = [figures["shards"][shards]["statistics"]["peak_mib"]["median"] for shards in (smallest, largest)]
     figures["memory_largest_over_smallest"] = round(peaks[1] / peaks[0], 3)
     keep("scale", figures)
-    picture(figures, RESULTS / "scale.svg")
+    draw(figures, RESULTS / "scale.svg")
 
 
 if __name__ == "__main__":

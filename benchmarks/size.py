@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 import knowledge_store.format.parquet
 from benchmarks.layouts import LAYOUTS, Records
 from benchmarks.measurement import RESULTS, keep
+from benchmarks.pictures import picture
 from knowledge_store import DumpWriter, KnowledgeStore, Manifest
 from knowledge_store.format.layout import TOKENS_FILE, table_file
 from knowledge_store.format.parquet import COUNTING, TEXT, Columns, write_table
@@ -483,36 +484,36 @@ def measure(config: DumpConfig, work: Path) -> dict[str, Any]:
 
 def draw(teachers: list[dict[str, Any]], path: Path) -> None:
     """Bytes a position against k beside other layouts, and of each column beside what partial matching needs."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update({"svg.hashsalt": "size", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained", width_ratios=[1, 1.1])
-    by_k, columns = panels
-    first = teachers[0]
-    for name in first["per_k"][str(KEPT[0])]:
-        ours = name == "knowledge-store"
-        values = [first["per_k"][str(k)][name] for k in KEPT]
-        by_k.plot(
-            KEPT, values, marker="o", markersize=3, linewidth=2.4 if ours else 1, color="black" if ours else None, label=name
-        )
-    by_k.set(xscale="log", yscale="log", xlabel="candidates, k", ylabel="bytes a position", title=f"{first['teacher']}")
-    by_k.set_xticks(KEPT, [str(k) for k in KEPT], minor=False)
-    by_k.legend(frameon=False, fontsize=7)
-    names = list(first["floor"])
-    places = np.arange(len(names))[::-1]
-    for number, found in enumerate(teachers):
-        stored = [found["column_bytes_per_position"].get(f"positions.{name}", 0.0) for name in names]
-        shift = 0.2 - 0.4 * number
-        columns.barh(places + shift, stored, 0.36, color=f"C{number}", alpha=0.45, label=f"{found['teacher']}: stored")
-        columns.barh(places + shift, [found["floor"][name] for name in names], 0.18, color=f"C{number}", label="a model needs")
-    columns.set_yticks(places, names)
-    columns.set(xlabel="bytes a position", title="Columns, and what an adaptive model of them needs")
-    columns.legend(frameon=False, fontsize=7)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with picture(path, 1, 2, figsize=(12, 4.2), width_ratios=[1, 1.1]) as panels:
+        by_k, columns = panels
+        first = teachers[0]
+        for name in first["per_k"][str(KEPT[0])]:
+            ours = name == "knowledge-store"
+            values = [first["per_k"][str(k)][name] for k in KEPT]
+            by_k.plot(
+                KEPT,
+                values,
+                marker="o",
+                markersize=3,
+                linewidth=2.4 if ours else 1,
+                color="black" if ours else None,
+                label=name,
+            )
+        by_k.set(xscale="log", yscale="log", xlabel="candidates, k", ylabel="bytes a position", title=f"{first['teacher']}")
+        by_k.set_xticks(KEPT, [str(k) for k in KEPT], minor=False)
+        by_k.legend(frameon=False, fontsize=7)
+        names = list(first["floor"])
+        places = np.arange(len(names))[::-1]
+        for number, found in enumerate(teachers):
+            stored = [found["column_bytes_per_position"].get(f"positions.{name}", 0.0) for name in names]
+            shift = 0.2 - 0.4 * number
+            columns.barh(places + shift, stored, 0.36, color=f"C{number}", alpha=0.45, label=f"{found['teacher']}: stored")
+            columns.barh(
+                places + shift, [found["floor"][name] for name in names], 0.18, color=f"C{number}", label="a model needs"
+            )
+        columns.set_yticks(places, names)
+        columns.set(xlabel="bytes a position", title="Columns, and what an adaptive model of them needs")
+        columns.legend(frameon=False, fontsize=7)
 
 
 def show(found: dict[str, Any]) -> None:

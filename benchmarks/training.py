@@ -38,6 +38,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measurement import RESULTS, keep
+from benchmarks.pictures import picture
 from knowledge_store.kinds.positions.selection import DRAW_WEIGHT, Selection
 from student_train.losses.divergences import cross_entropy, forward_kl
 from student_train.losses.sliced import Share, sliced_loss, sum_over_slices
@@ -233,38 +234,27 @@ def break_even(rows: dict[str, Any], positions: int) -> dict[str, Any]:
     return figures
 
 
-def draw_picture(figures: dict[str, Any], path: Path) -> None:
+def draw(figures: dict[str, Any], path: Path) -> None:
     """Step time and peak memory of each method, as multiples of cross-entropy's."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": path.stem, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
     methods = [method for method in METHODS if method not in (BASELINE, "dump")]
     vocabularies = list(figures)
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for panel, name, title in zip(panels, ("step_seconds", "peak_mib"), ("step time", "peak memory"), strict=True):
-        for index, vocabulary in enumerate(vocabularies):
-            rows = figures[vocabulary]["methods"]
-            base = rows[BASELINE][name]["median"]
-            places = [place + (index - (len(vocabularies) - 1) / 2) * 0.26 for place in range(len(methods))]
-            middle = [rows[method][name]["median"] / base for method in methods]
-            error = [
-                [value - rows[method][name]["min"] / base for method, value in zip(methods, middle, strict=True)],
-                [rows[method][name]["max"] / base - value for method, value in zip(methods, middle, strict=True)],
-            ]
-            panel.barh(places, middle, 0.24, xerr=error, label=vocabulary, error_kw={"linewidth": 0.8})
-        panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_yticks(range(len(methods)), methods)
-        panel.set_xlabel(f"{title}, as a multiple of transformers' cross-entropy")
-    panels[0].invert_yaxis()
-    panels[1].legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    with picture(path, 1, 2, figsize=(10, 3.6), sharey=True) as panels:
+        for panel, name, title in zip(panels, ("step_seconds", "peak_mib"), ("step time", "peak memory"), strict=True):
+            for index, vocabulary in enumerate(vocabularies):
+                rows = figures[vocabulary]["methods"]
+                base = rows[BASELINE][name]["median"]
+                places = [place + (index - (len(vocabularies) - 1) / 2) * 0.26 for place in range(len(methods))]
+                middle = [rows[method][name]["median"] / base for method in methods]
+                error = [
+                    [value - rows[method][name]["min"] / base for method, value in zip(methods, middle, strict=True)],
+                    [rows[method][name]["max"] / base - value for method, value in zip(methods, middle, strict=True)],
+                ]
+                panel.barh(places, middle, 0.24, xerr=error, label=vocabulary, error_kw={"linewidth": 0.8})
+            panel.axvline(1, color="black", linewidth=0.8)
+            panel.set_yticks(range(len(methods)), methods)
+            panel.set_xlabel(f"{title}, as a multiple of transformers' cross-entropy")
+        panels[0].invert_yaxis()
+        panels[1].legend(frameon=False)
 
 
 def main() -> None:
@@ -313,7 +303,7 @@ def main() -> None:
     settings = {name: value for name, value in vars(options).items() if name not in ("measure", "vocabularies")}
     device = found[options.vocabularies[0], BASELINE][0]["device"]
     keep("training", {"device": device, "threads": torch.get_num_threads(), **settings, "vocabularies": figures})
-    draw_picture(figures, RESULTS / "training.svg")
+    draw(figures, RESULTS / "training.svg")
 
 
 if __name__ == "__main__":

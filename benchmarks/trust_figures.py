@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.calibrators import fit_calibrators
+from benchmarks.pictures import picture
 from benchmarks.questions import BINS, RESAMPLES, SETS, figure_cell, interval
 from student_train.evaluation.bootstrap import calibration_gaps, gap_error
 from student_train.evaluation.metrics import negative_log_likelihood
@@ -279,28 +280,20 @@ def seed_names(seeds: list[int | None]) -> str:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """What each method gains over fine-tuning in accuracy and in calibration error, in and out of domain."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update({"svg.hashsalt": "trust", "font.size": 9})
     rows = [row for row in record["table"] if "over fine-tuning" in row and row["calibrator"] in ("none", "temperature")]
     if not rows:
         return
-    chart, panels = plt.subplots(1, 2, sharey=True, figsize=(9, 1.2 + 0.26 * len(rows)), layout="constrained")
-    for axes, (metric, claimed) in zip(panels, CLAIMS.items(), strict=True):
-        for group, colour, shift in (("in domain", "#33658a", 0.12), ("out of domain", "#c1440e", -0.12)):
-            for place, row in enumerate(rows):
-                value, low, high = (100 * each for each in row["over fine-tuning"][group][metric])
-                marks = {"fmt": "o", "markersize": 3, "color": colour, "label": "" if place else group}
-                axes.errorbar(value, shift - place, xerr=[[max(value - low, 0)], [max(high - value, 0)]], **marks)
-        axes.axvline(0, color="#888888", linewidth=0.8)
-        axes.axvline(claimed, color="#6a9a3b", linewidth=0.8, linestyle=(0, (4, 3)), label="claimed of FIRST")
-        axes.set_xlabel(f"points of {LABELS[metric]} over fine-tuning")
-    after = {"none": "", "temperature": ", temperature after"}
-    names = [f"{row['student']}: {row['method']}{after[row['calibrator']]}" for row in rows]
-    panels[0].set_yticks([-place for place in range(len(rows))], names)
-    chart.legend(*panels[1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)
-    chart.savefig(path, metadata={"Date": None})
-    plt.close(chart)
+    with picture(path, 1, 2, sharey=True, figsize=(9, 1.2 + 0.26 * len(rows))) as panels:
+        for axes, (metric, claimed) in zip(panels, CLAIMS.items(), strict=True):
+            for group, colour, shift in (("in domain", "#33658a", 0.12), ("out of domain", "#c1440e", -0.12)):
+                for place, row in enumerate(rows):
+                    value, low, high = (100 * each for each in row["over fine-tuning"][group][metric])
+                    marks = {"fmt": "o", "markersize": 3, "color": colour, "label": "" if place else group}
+                    axes.errorbar(value, shift - place, xerr=[[max(value - low, 0)], [max(high - value, 0)]], **marks)
+            axes.axvline(0, color="#888888", linewidth=0.8)
+            axes.axvline(claimed, color="#6a9a3b", linewidth=0.8, linestyle=(0, (4, 3)), label="claimed of FIRST")
+            axes.set_xlabel(f"points of {LABELS[metric]} over fine-tuning")
+        after = {"none": "", "temperature": ", temperature after"}
+        names = [f"{row['student']}: {row['method']}{after[row['calibrator']]}" for row in rows]
+        panels[0].set_yticks([-place for place in range(len(rows))], names)
+        panels[1].figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize=8)

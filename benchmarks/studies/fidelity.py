@@ -43,6 +43,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks.measurement import STUDIES, keep
+from benchmarks.pictures import picture
 from benchmarks.selection_dumps import ARMS
 from benchmarks.small_students import (
     MAX_LENGTH,
@@ -313,40 +314,32 @@ def print_tables(record: dict[str, Any]) -> None:
     print(f"\nNot run: {len(record['not_run'])} of {len(list(cells()))} cells.")
 
 
-def draw_picture(record: dict[str, Any], path: Path) -> None:
+def draw(record: dict[str, Any], path: Path) -> None:
     """How much of the way is left to full distillation against the bytes of the same dump, one panel an experiment."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "fidelity", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
     ran = [name for name in EXPERIMENTS if any(row["way"] is not None for row in record["table"] if row["experiment"] == name)]
-    chart, axes = plt.subplots(1, len(ran), figsize=(4 * len(ran), 3.6), layout="constrained", squeeze=False)
-    for axis, experiment in zip(axes[0], ran, strict=True):
-        rows = [row for row in record["table"] if row["experiment"] == experiment and row["way"] is not None]
-        alone = ("top-5, 4 tail draws", "random sampling, 22 draws", "top-5", *TWO)
-        for number, rule in enumerate(("top-5, τ", "threshold, τ", *alone)):
-            named = [row for row in rows if row["arm"] in record["sizes"]]
-            if rule in alone:
-                chosen = [row for row in named if row["arm"] == rule]
-            else:
-                chosen = [row for row in named if row["arm"].startswith(rule) and row["arm"] not in alone]
-            points = sorted(
-                (record["sizes"][row["arm"]]["bytes"], row["way"], row["way_sd"] or 0, row["arm"]) for row in chosen
-            )
-            if points:
-                sizes_, ways, spreads, names = zip(*points, strict=True)
-                label = names[0] if len(names) == 1 else rule.split(",")[0] + ", τ from 0.2 to 0.025"
-                axis.errorbar(sizes_, ways, yerr=spreads, marker="o", markersize=4, capsize=2, color=f"C{number}", label=label)
-        axis.axhline(1, color="#bbbbbb", linewidth=0.8)
-        axis.set(xlabel="bytes a position", title=experiment)
-    axes[0][0].set_ylabel("of the way from cross-entropy to full")
-    axes[0][0].legend(frameon=False, fontsize=7)
-    chart.savefig(path, metadata={"Date": None})
-    plt.close(chart)
+    with picture(path, 1, len(ran), figsize=(4 * len(ran), 3.6), squeeze=False) as axes:
+        for axis, experiment in zip(axes[0], ran, strict=True):
+            rows = [row for row in record["table"] if row["experiment"] == experiment and row["way"] is not None]
+            alone = ("top-5, 4 tail draws", "random sampling, 22 draws", "top-5", *TWO)
+            for number, rule in enumerate(("top-5, τ", "threshold, τ", *alone)):
+                named = [row for row in rows if row["arm"] in record["sizes"]]
+                if rule in alone:
+                    chosen = [row for row in named if row["arm"] == rule]
+                else:
+                    chosen = [row for row in named if row["arm"].startswith(rule) and row["arm"] not in alone]
+                points = sorted(
+                    (record["sizes"][row["arm"]]["bytes"], row["way"], row["way_sd"] or 0, row["arm"]) for row in chosen
+                )
+                if points:
+                    sizes_, ways, spreads, names = zip(*points, strict=True)
+                    label = names[0] if len(names) == 1 else rule.split(",")[0] + ", τ from 0.2 to 0.025"
+                    axis.errorbar(
+                        sizes_, ways, yerr=spreads, marker="o", markersize=4, capsize=2, color=f"C{number}", label=label
+                    )
+            axis.axhline(1, color="#bbbbbb", linewidth=0.8)
+            axis.set(xlabel="bytes a position", title=experiment)
+        axes[0][0].set_ylabel("of the way from cross-entropy to full")
+        axes[0][0].legend(frameon=False, fontsize=7)
 
 
 def main() -> None:
@@ -387,7 +380,7 @@ def main() -> None:
     if "gradients" not in record:
         record["gradients"] = laboratory.gradients()
     publish()
-    draw_picture(record, STUDIES / "fidelity.svg")
+    draw(record, STUDIES / "fidelity.svg")
     print_tables(record)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measurement import STUDIES, keep
+from benchmarks.pictures import picture
 from benchmarks.questions import (
     BATCH_SIZE,
     BINS,
@@ -257,24 +258,18 @@ def print_table(record: dict[str, Any]) -> None:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """What each way gains over labels alone, with its interval."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update({"svg.hashsalt": "rationales", "font.size": 9})
     rows = [row for row in record["table"] if OVER in row]
     if not rows:
         return
-    chart, axes = plt.subplots(figsize=(7.5, 0.9 + 0.24 * len(rows)), layout="constrained")
-    for place, row in enumerate(rows):
-        value, low, high = (100 * each for each in row[OVER]["accuracy"])
-        axes.errorbar(value, -place, xerr=[[value - low], [high - value]], fmt="o", color="#33658a", capsize=2)
-    axes.axvline(0, color="#888888", linewidth=0.8)
-    axes.set_yticks([-place for place in range(len(rows))], [f"{row['data']}, {row['student']}: {row['way']}" for row in rows])
-    axes.set_xlabel("points of accuracy over labels alone (95% intervals)")
-    chart.savefig(path, metadata={"Date": None})
-    plt.close(chart)
+    with picture(path, figsize=(7.5, 0.9 + 0.24 * len(rows))) as axes:
+        for place, row in enumerate(rows):
+            value, low, high = (100 * each for each in row[OVER]["accuracy"])
+            axes.errorbar(value, -place, xerr=[[value - low], [high - value]], fmt="o", color="#33658a", capsize=2)
+        axes.axvline(0, color="#888888", linewidth=0.8)
+        axes.set_yticks(
+            [-place for place in range(len(rows))], [f"{row['data']}, {row['student']}: {row['way']}" for row in rows]
+        )
+        axes.set_xlabel("points of accuracy over labels alone (95% intervals)")
 
 
 # ---- all together

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measurement import STUDIES, keep
+from benchmarks.pictures import picture
 from benchmarks.selection_dumps import ARMS, TAU, dump_arms, sizes
 from knowledge_store.format.parquet import COUNTING, TEXT, Columns, write_table
 from knowledge_store.format.sequences import sequence_id
@@ -213,29 +214,19 @@ def row_groups(path: Path) -> list[pa.Table]:
         return [file.read_row_group(group) for group in range(file.num_row_groups)]
 
 
-def draw_picture(rows: dict[str, dict[str, Any]], path: Path) -> None:
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> None:
     """Noise against bytes: what each rule takes and gives, over its weights or numbers of draws."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "selections", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
     lines = {
         "top-5, τ from 0.2 to 0.025": [f"top-{K}, τ = {weight:g}" for weight in TAU],
         "threshold, τ from 0.2 to 0.025": [f"threshold, τ = {weight:g}" for weight in TAU],
         "top-5, 2, 4 and 8 tail draws (before)": [f"top-{K}, {draws} tail draws" for draws in TAIL_DRAWS],
         "random sampling, 6 and 22 draws (before)": [f"random sampling, {draws} draws" for draws in SAMPLES],
     }
-    chart, axis = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for label, names in lines.items():
-        axis.plot([rows[name]["bytes"] for name in names], [rows[name]["noise"] for name in names], "o-", ms=4, label=label)
-    axis.set(yscale="log", xlabel="bytes a position", ylabel="noise, Σ Var of the target")
-    axis.legend(frameon=False)
-    chart.savefig(path, metadata={"Date": None})
-    plt.close(chart)
+    with picture(path, figsize=(6, 3.6)) as axis:
+        for label, names in lines.items():
+            axis.plot([rows[name]["bytes"] for name in names], [rows[name]["noise"] for name in names], "o-", ms=4, label=label)
+        axis.set(yscale="log", xlabel="bytes a position", ylabel="noise, Σ Var of the target")
+        axis.legend(frameon=False)
 
 
 def main() -> None:
@@ -266,7 +257,7 @@ def main() -> None:
         "beside": {rule: beside(rows, rule) for rule in (f"top-{K}", "threshold")},
     }
     keep(arguments.name, figures, STUDIES)
-    draw_picture(rows, STUDIES / f"{arguments.name}.svg")
+    draw(rows, STUDIES / f"{arguments.name}.svg")
     print(f"{'':<28} {'bytes/position':>14} {'ids':>6} {'noise':>8}")
     for name, row in rows.items():
         print(f"{name:<28} {row['bytes']:>14.2f} {row['ids']:>6.2f} {row['noise']:>8.4f}")
