@@ -7,9 +7,8 @@ layers. Every arm reads the same sequences in the same order, for as many steps,
 targets that count; the arms differ in which these are (`KnowledgeStore.choose_targets`). Held out, over all targets: NLL of the
 text, KL to the teacher over the whole vocabulary, ECE of the likeliest token, and how often that is the teacher's.
 
-The teacher's entropy is that of the kept candidates and of the tail as one more symbol: a lower bound of the whole one. Its
-loss is −log of the probability it gave to the token of the text. Finished runs are kept in the work folder, and skipped when it
-is called again.
+The teacher's entropy is that of its whole distribution, and its loss −log of the probability it gave to the token of the text.
+Finished runs are kept in the work folder, and skipped when it is called again.
 """
 
 from __future__ import annotations
@@ -44,13 +43,12 @@ from teacher_dump.teachers.local import load_teacher
 
 DUMP = "train"
 BATCH_SIZE, LEARNING_RATE = 4, 2e-3
-ENTROPY = "-list_sum(list_transform(candidate_logprobs, lambda x: x * exp(x))) - tail_logprob * exp(tail_logprob)"
 TARGETS = f"FROM positions WHERE dump = '{DUMP}' AND is_target"
 
 # Which targets count; {seed} is the run's.
 ARMS: dict[str, str | None] = {
     "all": None,
-    "a fifth, by the teacher's entropy": f"{ENTROPY} >= (SELECT quantile_cont({ENTROPY}, 0.8) {TARGETS})",
+    "a fifth, by the teacher's entropy": f"teacher_entropy >= (SELECT quantile_cont(teacher_entropy, 0.8) {TARGETS})",
     "a fifth, by the teacher's loss": f"token_logprob <= (SELECT quantile_cont(token_logprob, 0.2) {TARGETS})",
     "a fifth, at random": "hash(sequence_id, position, {seed}) % 5 = 0",
 }
