@@ -374,9 +374,11 @@ def checks(table: pa.Table, sequences: pa.Table, manifest: Manifest) -> Iterator
 
 def lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
     """What `info` tells of a dump's positions."""
-    step, dense = positions_of(manifest).quantisation_step, _dense_bytes(manifest, totals)
+    parameters, dense = positions_of(manifest), _dense_bytes(manifest, totals)
+    step, context = parameters.quantisation_step, parameters.keep_context
     listed = [("selection", f"{_selection(manifest)}, log-probabilities in steps of {step} nats")]
-    listed.append(("predictions", f"{totals.count('predictions'):,} positions with knowledge"))
+    which = ", targets and context alike, of which the means are" if context else ""
+    listed.append(("predictions", f"{totals.count('predictions'):,} positions with knowledge{which}"))
     if (mass := totals.statistics.get("mean_top_k_mass")) is not None:
         listed.append(("mass of the candidates", f"{mass:.4f} on average"))
     if (nll := totals.statistics.get("mean_nll")) is not None:
