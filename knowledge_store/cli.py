@@ -189,12 +189,15 @@ def export(config: ExportConfig) -> None:
     """
     if config.format != "parquet" and (config.where is not None or config.kind is not None):
         raise InputError(f"--where and --kind choose rows of a Parquet file: leave them out with --format {config.format}")
+    store = _open(config.store, **({} if config.format == "parquet" else {"cache_size": 0}))
+    if missing := store.what_is_missing(config.dump):
+        note(f"Warning: {missing}")
     if config.format == "distillkit":
-        sequences = _open(config.store, cache_size=0).export_distillkit(config.output, config.dump, TerminalReporter())
+        sequences = store.export_distillkit(config.output, config.dump, TerminalReporter())
         output.print(f"{config.output}: {sequences:,} sequences, and compression_config.yaml", markup=False)
         return
     if config.format == "dpo":
-        exported = _open(config.store, cache_size=0).export_dpo(config.output, config.dump, TerminalReporter())
+        exported = store.export_dpo(config.output, config.dump, TerminalReporter())
         output.print(f"{config.output}: {exported.pairs:,} pairs", markup=False)
         for reason, count in exported.left_out.most_common():
             note(f"{count:,} {'group' if count == 1 else 'groups'} left out: {reason}")
@@ -202,13 +205,12 @@ def export(config: ExportConfig) -> None:
     if config.format == "speculators":
         from knowledge_store.reading.speculators import draft_layers
 
-        store = _open(config.store, cache_size=0)
         samples = store.export_speculators(config.output, config.dump, TerminalReporter())
         *layers, _ = draft_layers(store.manifest(config.dump))
         words = f"{config.output}: {samples:,} samples; train with --target-layer-ids {' '.join(map(str, layers))}"
         output.print(words, markup=False)
         return
-    rows = _open(config.store).export(config.output, config.dump, config.kind, config.where, TerminalReporter())
+    rows = store.export(config.output, config.dump, config.kind, config.where, TerminalReporter())
     output.print(f"{config.output}: {rows:,} rows, {byte_size(config.output.stat().st_size)}", markup=False)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from knowledge_store.catalogue.dumps import Dumps, open_dumps
-from knowledge_store.catalogue.summary import DumpSummary, summarise
+from knowledge_store.catalogue.summary import DumpSummary, summarise, what_is_missing
 from knowledge_store.choice.answers import MEMORY_LIMIT as CHOICE_MEMORY_LIMIT
 from knowledge_store.choice.answers import TIMEOUT as CHOICE_TIMEOUT
 from knowledge_store.choice.sequences import ChosenSequences, check_query, choose_sequences
@@ -148,6 +148,10 @@ class KnowledgeStore:
         files = self._dumps.files(manifest, SEQUENCES, schema)
         empty = schema.empty_table().select(columns or schema.names)
         return pa.concat_tables([empty, *(read_table(file, columns) for file in files.values())])
+
+    def what_is_missing(self, dump: str | None = None) -> str | None:
+        """A sentence about a dump whose shards are not all there; None of one that is complete."""
+        return what_is_missing(self._dumps, self.manifest(dump))
 
     def info(self) -> list[DumpSummary]:
         """The facts of each dump, from manifests and the index alone."""

@@ -117,6 +117,8 @@ def calibrate(config: CalibrateConfig) -> None:
 
     check_output(config.output)
     store = KnowledgeStore.open(config.store, reporter=TerminalReporter())
+    if missing := store.what_is_missing(config.dump):
+        note(f"Warning: {missing}")
     fit = fit_calibration(store, config.dump, method=config.method, split=config.split, reporter=TerminalReporter())
     write_calibration(config.output, fit.calibration)
     for line in describe(fit):
@@ -177,6 +179,8 @@ def rationales(config: RationalesConfig) -> None:
     from student_train.rationales.overlap import measure_overlap
 
     store = KnowledgeStore.open(config.store, reporter=TerminalReporter())
+    if missing := store.what_is_missing(config.dump):
+        note(f"Warning: {missing}")
     overlap = measure_overlap(store, config)
     table = Table(title=f"{overlap.examples:,} examples, {config.rationale_tokens} tokens of each", title_justify="left")
     table.add_column("")

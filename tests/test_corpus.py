@@ -511,3 +511,13 @@ def test_column_types_are_merged_over_all_rows(tmp_path):
 def test_values_take_their_columns_type(value, column_type, stored):
     result = column_value(value, column_type)
     assert result == stored and type(result) is type(stored)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_told_once_and_what_to_do(encoding, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "a"}\r\n{"text": "b"}\r\n'.encode(encoding))
+    with pytest.raises(
+        InputError, match=r"a\.jsonl is UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8"
+    ):
+        documents(path)

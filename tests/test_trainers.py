@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, write_jsonl
-from processes import run_ranks
+from processes import Notes, run_ranks
 from ranks import train_in_three_ways
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback, TrainingArguments
+from typer.testing import CliRunner
 
 from knowledge_store import KnowledgeStore
+from knowledge_store.cli import app as knowledge_store_cli
 from knowledge_store.errors import InputError
 from knowledge_store.reading.batches import Batches
 from student_train import (
@@ -28,7 +30,11 @@ from student_train import (
     forward_kl,
     select_targets,
 )
+from student_train.evaluation.configuration import EvaluateConfig
+from student_train.evaluation.run import evaluate
 from student_train.training.adapters import add_adapter
+from student_train.training.configuration import TrainConfig
+from student_train.training.run import train
 from teacher_dump import DumpConfig, dump
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,6 +134,8 @@ def test_a_trainer_resumes_with_the_sequences_that_come_next(store, student, tmp
     worked = trained("run", resume=True, dataloader_num_workers=1, dataloader_persistent_workers=True)
     assert losses(worked) == losses(whole)
 
+    with pytest.raises(InputError, match="began with the seed 7 and would go on with 8, which is another order"):
+        trained("run", resume=True, data_seed=8)
     state = tmp_path / "run" / f"checkpoint-{stop}" / "trainer_state.json"
     state.write_text(state.read_text().replace(str(store.snapshot("train")), "7"))
     with pytest.raises(InputError, match="other sequences in train than when this training began"):
@@ -208,6 +216,42 @@ def test_rows_of_ones_own_are_the_dumps(store, student, tmp_path):
     strange = [*rows[:3], {"input_ids": [1, 2, 3]}, rows[4], {"input_ids": [5]}]
     with pytest.raises(InputError, match="2 of 6 rows are not in the dump train; the first is row 3"):
         DistillationTrainer(load(student), arguments(tmp_path), train_dataset=strange, store=store, dump="train")
+
+
+def test_what_trl_would_do_to_prompts_and_long_rows_is_refused_or_told(store, student, tmp_path):
+    def trainer(**trl):
+        given = arguments(tmp_path)
+        for name, value in trl.items():
+            setattr(given, name, value)  # as SFTConfig has them
+        return DistillationTrainer(load(student), given, store=store, dump="train")
+
+    longest = max(store.sequences("train")["length"].to_pylist())
+    with pytest.warns(UserWarning, match=f"max_length=8 cuts nothing: .* of up to {longest} tokens"):
+        trainer(max_length=8)
+    trainer(max_length=longest, completion_only_loss=True)
+    with pytest.raises(InputError, match="completion_only_loss=False does not go with learning from a store"):
+        trainer(completion_only_loss=False)
+
+
+def test_a_dump_whose_shards_are_not_all_there_is_read_with_a_warning(store_folder, student, teacher_folder, tmp_path):
+    folder = shutil.copytree(store_folder, tmp_path / "store")
+    commits = sorted((folder / "train" / "commits").iterdir())
+    commits[-1].unlink()
+    told = f"the dump train has {len(commits) - 1} of its {len(commits)} shards, and only these are read"
+    store = KnowledgeStore.open(folder)
+    with pytest.warns(UserWarning, match=f"^{told}"):
+        DistillationTrainer(load(student), arguments(tmp_path), store=store, dump="train")
+    run = TrainConfig(str(folder), str(student), str(tmp_path / "run"), dump=("train",), steps=1, eval_fraction=0.0)
+    evaluation = EvaluateConfig(str(teacher_folder), str(folder), dump="train", limit=1, output=str(tmp_path / "e.json"))
+    for command, config in ((train, run), (evaluate, evaluation)):
+        reporter = Notes()
+        command(config, reporter=reporter)
+        assert [note for note in reporter.notes if note.startswith(f"Warning: {told}")], command
+    said = CliRunner().invoke(
+        knowledge_store_cli, ["export", str(folder), "train", "--output", str(tmp_path / "train.parquet")]
+    )
+    assert said.exit_code == 0 and f"Warning: {told}" in " ".join(said.stderr.split())
+    assert store.what_is_missing("heldout") is None
 
 
 def test_the_collator_joins_rows_with_the_store(store):

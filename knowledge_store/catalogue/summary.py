@@ -111,6 +111,17 @@ def _added(column: pa.ChunkedArray) -> dict[str, int]:
     return {row["key"]: row["value_sum"] for row in ordered.to_pylist()}
 
 
+def what_is_missing(dumps: Dumps, manifest: Manifest) -> str | None:
+    """A sentence about a dump whose shards are not all there, and how to go on; None of one that is complete."""
+    shards = pc.sum(pc.equal(dumps.index.shards["dump"], manifest.dump)).as_py() or 0
+    if shards == manifest.shard_count:
+        return None
+    return (
+        f"the dump {manifest.dump} has {shards:,} of its {manifest.shard_count:,} shards, and only these are read; the command"
+        " that makes it, given again, goes on with the others"
+    )
+
+
 def summarise(dumps: Dumps, manifest: Manifest) -> DumpSummary:
     """The facts of one dump.
 

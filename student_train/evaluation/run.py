@@ -62,6 +62,8 @@ def _evaluate_dump(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]
     assert config.store
     store = KnowledgeStore.open(config.store, reporter=reporter)
     dump = store.dump(config.dump)
+    if missing := store.what_is_missing(dump):
+        reporter.note(f"Warning: {missing}")
     tokenizer = load_tokenizer(config.model, config.gguf_file)
     temperature = _given_temperature(config, tokenizer)
     check_student(store, dump, load_configuration(config.model, config.gguf_file), tokenizer, name=config.model)

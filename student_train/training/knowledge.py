@@ -61,12 +61,15 @@ def check_mixture(store: KnowledgeStore, mixture: Mixture, config: TrainConfig, 
     Raises:
         InputError: naming the dump, and what is missing; or the loss cannot learn from several teachers.
     """
+    sentences = []
     for dump in mixture.dumps:
         check_knowledge(store, dump, config, loss)
+        if missing := store.what_is_missing(dump):
+            sentences.append(f"Warning: {missing}")
     if len(mixture.dumps) == 1:
-        return []
+        return sentences
     manifests = [store.manifest(dump) for dump in mixture.dumps]
-    sentences = _check_teachers(config, loss) if mixture.teachers else _same_texts(manifests)
+    sentences += _check_teachers(config, loss) if mixture.teachers else _same_texts(manifests)
     batches = store.batches(mixture.source, kinds=kinds_read(manifests[0], loss), **mixture.plan)
     sentences += [f"The dumps differ: {difference}." for difference in batches.taken.differences]
     for kind in loss.kinds:

@@ -133,7 +133,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         self.dumps = dumps = mixture.dumps
         for sentence in check_mixture(store, mixture, config, self.distillation):
             if train_dataset is None:
-                warnings.warn(sentence, stacklevel=2)
+                warnings.warn(sentence.removeprefix("Warning: "), stacklevel=2)
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
         measured = [store.manifest(name) for name in dumps]
@@ -247,7 +247,14 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = tokenizer_beside(model.config)
             name = f"the student (by the tokenizer in {model.config.name_or_path}; processing_class=… gives another)"
+        max_length = getattr(self.args, "max_length", None)  # which TRL would cut rows to
         for dump in self.dumps:
+            longest = int(store.sequences(dump, ["length"])["length"].to_numpy().max(initial=0))
+            if self._from_store and max_length is not None and longest > max_length:
+                reporter.note(
+                    f"max_length={max_length} cuts nothing: the sequences of {dump} are read as the teacher saw them, of up to"
+                    f" {longest:,} tokens; say so with max_length=None"
+                )
             if tokenizer is not None:
                 check_student(store, dump, model.config, tokenizer, name=name, reporter=reporter)
             else:
@@ -282,8 +289,10 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         total, first = int(found[:, 0].sum()), int(found[:, 1].min())
         if total:
             raise InputError(
-                f"{total:,} of {count:,} rows are not in the dump {self.dumps[0]}; the first is row {first}: leave"
-                " them out (`DistillationCollator.missing` gives their numbers), or make a dump of them"
+                f"{total:,} of {count:,} rows are not in the dump {self.dumps[0]}; the first is row {first}. Rows are compared"
+                " by all their tokens: the chat template, eos_token and max_length must be those of the dump, where a text"
+                " longer than its --max-length stands as several. Leave the others out (`DistillationCollator.missing` gives their"
+                " numbers), or make a dump of them"
             )
 
     # Data

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
+from knowledge_store.errors import InputError
 from teacher_dump.corpus.compression import open_bytes
 from teacher_dump.corpus.json_text import json_value
 from teacher_dump.corpus.rows import Row, Start
@@ -18,6 +20,8 @@ def json_rows(path: Path, start: Start) -> Iterator[Row]:
     with open_bytes(path, offset) as file:
         for line in file:
             number += 1
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise InputError(f"{path} is UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8")
             if line.strip():
                 yield _json_row(line, number, offset)
             offset += len(line)
