@@ -291,8 +291,8 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
             raise InputError(
                 f"{total:,} of {count:,} rows are not in the dump {self.dumps[0]}; the first is row {first}. Rows are compared"
                 " by all their tokens: the chat template, eos_token and max_length must be those of the dump, where a text"
-                " longer than its --max-length stands as several. Leave the others out (`DistillationCollator.missing` gives their"
-                " numbers), or make a dump of them"
+                " longer than its --max-length stands as several. Leave the others out (`DistillationCollator.missing` gives"
+                " their numbers), or make a dump of them"
             )
 
     # Data
