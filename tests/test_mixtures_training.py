@@ -201,6 +201,13 @@ def test_dumps_of_one_file_as_other_sequences_are_named_before_they_are_read(opt
     ) in reporter.notes
 
 
+def test_a_dump_of_which_no_target_is_chosen_is_named(options, mixed):
+    reporter, condition = Notes(), "dump = 'news-1' AND position > 2"
+    train(TrainConfig(**options | {"steps": 1, "dump": ("news-1", "code"), "positions_where": condition}), reporter=reporter)
+    told = "No target of code meets it; a column that a dump does not keep is null in all its rows."
+    assert told in reporter.notes and "code: none of its sequences is trained on." in reporter.notes
+
+
 def test_killed_in_the_middle_of_a_mixture_on_any_number_of_ranks(options, tmp_path):
     """SIGKILL of one of 1 and 4 processes in the second epoch of three dumps, and the same command again."""
     options |= {"steps": 7, "save_steps": 2, "dump": ("news-1=0.5", "news-2=0.3", "code=0.2")}

@@ -133,6 +133,10 @@ def choose(
         identity["chosen targets"] = found.sha256
         facts["positions_where"] = {"targets": met, "of": total, "sequences_left_out": left_out}
         lines.append(f"{POSITIONS_WHERE} chooses {met:,} of {total:,} targets, {met / total:.1%}.")
+        if unmet := [dump for dump in dumps if not counts[dump].any()]:
+            lines.append(
+                f"No target of {', '.join(unmet)} meets it; a column that a dump does not keep is null in all its rows."
+            )
         if left_out:
             lines.append(f"{left_out:,} of {before:,} sequences have no target that counts, and are left out.")
     return Choice(ordinals, targets, identity, facts, lines)
