@@ -179,8 +179,9 @@ def rationales(config: RationalesConfig) -> None:
     from student_train.rationales.overlap import measure_overlap
 
     store = KnowledgeStore.open(config.store, reporter=TerminalReporter())
-    if missing := store.what_is_missing(config.dump):
-        note(f"Warning: {missing}")
+    for dump in dict.fromkeys(map(store.dump, (config.dump, config.rationale_dump or config.dump))):
+        if missing := store.what_is_missing(dump):
+            note(f"Warning: {missing}")
     overlap = measure_overlap(store, config)
     table = Table(title=f"{overlap.examples:,} examples, {config.rationale_tokens} tokens of each", title_justify="left")
     table.add_column("")

@@ -513,11 +513,11 @@ def test_values_take_their_columns_type(value, column_type, stored):
     assert result == stored and type(result) is type(stored)
 
 
-@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_is_told_once_and_what_to_do(encoding, tmp_path):
-    path = tmp_path / "a.jsonl"
+@pytest.mark.parametrize("encoding", ["UTF-16-le", "UTF-16-be", "UTF-32-le", "UTF-32-be"])
+def test_another_unicode_encoding_is_told_once_and_what_to_do(encoding, tmp_path):
+    path, name = tmp_path / "a.jsonl", encoding[:6]
     path.write_bytes('\ufeff{"text": "a"}\r\n{"text": "b"}\r\n'.encode(encoding))
     with pytest.raises(
-        InputError, match=r"a\.jsonl is UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8"
+        InputError, match=rf"a\.jsonl is {name}, not UTF-8: convert it, for example with iconv -f {name} -t UTF-8"
     ):
         documents(path)

@@ -72,6 +72,11 @@ def test_info(store):
         assert piece in text
 
 
+def test_info_says_where_means_are_of_context_too(tmp_path):
+    text = good("info", write_store(tmp_path / "store", keep_context=True))
+    assert " positions with knowledge, of targets and of context; the means below are over both\n" in text
+
+
 def test_info_of_an_incomplete_dump(store, tmp_path):
     copy = Path(shutil.copytree(store, tmp_path / "store"))
     (copy / "small/commits/00001.json").unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -15,7 +14,6 @@ from stores import commit, drawn_sequences, knowledge_of, make_manifest, random_
 
 from knowledge_store import DumpWriter, InputError, KnowledgeStore
 from knowledge_store.format.sequences import tokens_table
-from knowledge_store.reading.mixture import taken
 from knowledge_store.reading.order import CHUNK, EpochOrder, InOrder, Shuffled, divided, epoch_shares
 from knowledge_store.reading.ordinals import AllBut
 from knowledge_store.reading.target_mask import TargetMask
@@ -270,22 +268,6 @@ def test_what_is_taken_of_dumps_that_keep_other_things(store, tmp_path):
     assert not any("None" in difference for difference in batches.taken.differences)
     assert store.batches(["a", "c"]).taken.differences == ()
     assert store.batches(["a", "b"]).taken.differences == ("the selection of positions is top-k 3 in a and top-k 5 in b",)
-
-
-@pytest.mark.parametrize(
-    ("teacher", "told"),
-    [
-        ({"name": "large", "files": {"model.safetensors": "1" * 64}}, ["the teacher is tiny in a and large in b"]),
-        ({"files": {"model.safetensors": "1" * 64}}, ["the teachers of a and b are both called tiny, and have other files"]),
-        ({"dtype": "bfloat16"}, ["the teacher's dtype is float32 in a and bfloat16 in b"]),
-        ({"name": "moved/tiny"}, []),
-    ],
-)
-def test_dumps_of_other_teachers_are_told_apart(teacher, told):
-    one, other = make_manifest("a"), make_manifest("b")
-    one, other = (replace(each, teacher=each.teacher | {"name": "tiny", "dtype": "float32"}) for each in (one, other))
-    other = replace(other, teacher=other.teacher | teacher)
-    assert [*taken([one, other], None).differences] == told
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,15 @@ def test_dumps_of_one_file_as_other_sequences_are_named_before_they_are_read(opt
     ) in reporter.notes
 
 
+def test_other_teachers_are_named_where_dumps_are_mixed(options, mixed):
+    told = "The teacher is tiny in news-1 and large in other."
+    for named, expected in (({"dump": ("news-1", "code", "other")}, True), ({"teachers": "news-1,other"}, False)):
+        reporter = Notes()
+        output = f"{options['output']}-{expected}"
+        train(TrainConfig(**options | {"steps": 1, "output": output} | named), reporter=reporter)
+        assert (told in reporter.notes) is expected and sum("The teacher" in note for note in reporter.notes) == expected
+
+
 def test_a_dump_of_which_no_target_is_chosen_is_named(options, mixed):
     reporter, condition = Notes(), "dump = 'news-1' AND position > 2"
     train(TrainConfig(**options | {"steps": 1, "dump": ("news-1", "code"), "positions_where": condition}), reporter=reporter)

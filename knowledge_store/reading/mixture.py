@@ -120,7 +120,6 @@ def _differences(manifests: Sequence[Manifest], kinds: Iterable[str]) -> Iterabl
     first = manifests[0]
     for other in manifests[1:]:
         changes = first.changes(other)
-        yield from _teachers(first, other, {name: values for name, values in changes.items() if name.startswith("teacher.")})
         for kind in kinds:
             sentences = KINDS[kind].comparison(first, other)
             yield from sentences.values()
@@ -129,18 +128,6 @@ def _differences(manifests: Sequence[Manifest], kinds: Iterable[str]) -> Iterabl
                 if parameter == name or parameter.partition(".")[0] in sentences:
                     continue
                 yield f"{in_words(name)} {_compared(first.dump, other.dump, *values)}"
-
-
-def _teachers(first: Manifest, other: Manifest, changes: Mapping[str, tuple[Any, Any]]) -> Iterable[str]:
-    """A sentence about the teachers of two dumps, where something of them has changed."""
-    names = first.teacher["name"], other.teacher["name"]
-    stated = [name for name in changes if not name.startswith("teacher.files.")]
-    if len(set(names)) > 1 and changes:
-        yield f"the teacher {_compared(first.dump, other.dump, *names)}"
-    elif stated:
-        yield f"{in_words(stated[0])} {_compared(first.dump, other.dump, *changes[stated[0]])}"
-    elif changes:
-        yield f"the teachers of {first.dump} and {other.dump} are both called {names[0]}, and have other files"
 
 
 def _compared(first: str, other: str, value: Any, other_value: Any) -> str:

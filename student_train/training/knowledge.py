@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from knowledge_store import KINDS, KnowledgeStore, Manifest
@@ -69,7 +69,7 @@ def check_mixture(store: KnowledgeStore, mixture: Mixture, config: TrainConfig, 
     if len(mixture.dumps) == 1:
         return sentences
     manifests = [store.manifest(dump) for dump in mixture.dumps]
-    sentences += _check_teachers(config, loss) if mixture.teachers else _same_texts(manifests)
+    sentences += _check_teachers(config, loss) if mixture.teachers else [*_same_texts(manifests), *_teachers(manifests)]
     batches = store.batches(mixture.source, kinds=kinds_read(manifests[0], loss), **mixture.plan)
     sentences += [f"The dumps differ: {difference}." for difference in batches.taken.differences]
     for kind in loss.kinds:
@@ -121,6 +121,24 @@ def _same_texts(manifests: Sequence[Manifest]) -> list[str]:
             )
         read = dict.fromkeys(files, dump.dump) | read
     return sentences
+
+
+def _teachers(manifests: Sequence[Manifest]) -> Iterator[str]:
+    """Sentences on dumps whose teacher is another than the first's, by its files, or of a server by its name; or the same in
+    another precision."""
+    first = manifests[0]
+    one, name = first.teacher.get("files"), first.teacher["name"]
+    for manifest in manifests[1:]:
+        other, other_name = manifest.teacher.get("files"), manifest.teacher["name"]
+        if one is not None and one == other:
+            for part in ("dtype", "quantize"):
+                values = [each.teacher.get(part, "not there") for each in (first, manifest)]
+                if values[0] != values[1]:
+                    yield f"The teacher's {part} is {values[0]} in {first.dump} and {values[1]} in {manifest.dump}."
+        elif name != other_name:
+            yield f"The teacher is {name} in {first.dump} and {other_name} in {manifest.dump}."
+        elif one is not None and other is not None:
+            yield f"The teachers of {first.dump} and {manifest.dump} are both called {name}, and have other files."
 
 
 def kinds_read(manifest: Manifest, loss: Loss, hidden: HiddenStates | None = None) -> tuple[str, ...]:

@@ -131,9 +131,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
             raise InputError(f"the loss {loss} is of all targets' hidden states, and goes with neither hidden nor targets")
         mixture = _mixture(store, dump, named_teachers)
         self.dumps = dumps = mixture.dumps
-        for sentence in check_mixture(store, mixture, config, self.distillation):
-            if train_dataset is None:
-                warnings.warn(sentence.removeprefix("Warning: "), stacklevel=2)
+        self._told = check_mixture(store, mixture, config, self.distillation)
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
         measured = [store.manifest(name) for name in dumps]
@@ -247,14 +245,20 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = tokenizer_beside(model.config)
             name = f"the student (by the tokenizer in {model.config.name_or_path}; processing_class=… gives another)"
+        for sentence in self._told:
+            reporter.note(sentence)
+        for part in filter(of_store, each_of(self.eval_dataset)):
+            for missing in filter(None, map(part.store.what_is_missing, part.dumps)):
+                reporter.note(missing)
         max_length = getattr(self.args, "max_length", None)  # which TRL would cut rows to
         for dump in self.dumps:
-            longest = int(store.sequences(dump, ["length"])["length"].to_numpy().max(initial=0))
-            if self._from_store and max_length is not None and longest > max_length:
-                reporter.note(
-                    f"max_length={max_length} cuts nothing: the sequences of {dump} are read as the teacher saw them, of up to"
-                    f" {longest:,} tokens; say so with max_length=None"
-                )
+            if isinstance(self.train_dataset, DistillationDataset) and max_length is not None:
+                longest = int(store.sequences(dump, ["length"])["length"].to_numpy().max(initial=0))
+                if longest > max_length:
+                    reporter.note(
+                        f"max_length={max_length} cuts nothing: the sequences of {dump} are read as the teacher saw them, of up"
+                        f" to {longest:,} tokens; say so with max_length=None"
+                    )
             if tokenizer is not None:
                 check_student(store, dump, model.config, tokenizer, name=name, reporter=reporter)
             else:

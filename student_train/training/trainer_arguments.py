@@ -27,10 +27,6 @@ def check_arguments(arguments: TrainingArguments, named: dict[str, Any], *, from
         "eval_packing": (_of(arguments, "eval_packing"), "sequences are read one to a row, as the teacher saw them"),
         "padding_free": (_of(arguments, "padding_free"), "sequences are read one to a row, as the teacher saw them"),
         "loss_type": (_of(arguments, "loss_type") == "dft", "the loss is chosen by `loss`, from LOSSES"),
-        "completion_only_loss=False": (
-            _of(arguments, "completion_only_loss") is False,
-            "the dump says which tokens are targets, and no prompt is one",
-        ),
         "average_tokens_across_devices=False": (
             arguments.world_size > 1 and not arguments.average_tokens_across_devices,
             "a step's loss is the mean over the targets of all processes",
@@ -48,6 +44,10 @@ def check_arguments(arguments: TrainingArguments, named: dict[str, Any], *, from
                 " trainer itself sorts by length",
             ),
             "split_batches": (accelerator.split_batches, "each process reads batches of its own"),
+            "completion_only_loss=False": (
+                _of(arguments, "completion_only_loss") is False,
+                "the dump says which tokens are targets",
+            ),
             "assistant_only_loss": (_of(arguments, "assistant_only_loss"), "the dump says which tokens are targets"),
         }
     for name, (given, reason) in refused.items():

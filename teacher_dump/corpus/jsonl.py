@@ -11,6 +11,10 @@ from teacher_dump.corpus.compression import open_bytes
 from teacher_dump.corpus.json_text import json_value
 from teacher_dump.corpus.rows import Row, Start
 
+_MARKS = {  # the longer first, which begin as the others do
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 LIST_HINT = "a file that is one list of rows is read under the name .json"
 
 
@@ -20,11 +24,18 @@ def json_rows(path: Path, start: Start) -> Iterator[Row]:
     with open_bytes(path, offset) as file:
         for line in file:
             number += 1
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise InputError(f"{path} is UTF-16, not UTF-8: convert it, for example with iconv -f UTF-16 -t UTF-8")
+            if number == 1:
+                _check_encoding(path, line)
             if line.strip():
                 yield _json_row(line, number, offset)
             offset += len(line)
+
+
+def _check_encoding(path: Path, line: bytes) -> None:
+    """Refuse a file that begins with a byte-order mark of another encoding (InputError): each of its lines would be bad."""
+    for encoding, marks in _MARKS.items():
+        if line.startswith(marks):
+            raise InputError(f"{path} is {encoding}, not UTF-8: convert it, for example with iconv -f {encoding} -t UTF-8")
 
 
 def _json_row(line: bytes, number: int, offset: int) -> Row:

@@ -377,7 +377,7 @@ def lines(manifest: Manifest, totals: Totals) -> list[tuple[str, str]]:
     parameters, dense = positions_of(manifest), _dense_bytes(manifest, totals)
     step, context = parameters.quantisation_step, parameters.keep_context
     listed = [("selection", f"{_selection(manifest)}, log-probabilities in steps of {step} nats")]
-    which = ", targets and context alike, of which the means are" if context else ""
+    which = ", of targets and of context; the means below are over both" if context else ""
     listed.append(("predictions", f"{totals.count('predictions'):,} positions with knowledge{which}"))
     if (mass := totals.statistics.get("mean_top_k_mass")) is not None:
         listed.append(("mass of the candidates", f"{mass:.4f} on average"))
