@@ -117,8 +117,8 @@ def what_is_missing(dumps: Dumps, manifest: Manifest) -> str | None:
     if shards == manifest.shard_count:
         return None
     return (
-        f"the dump {manifest.dump} has {shards:,} of its {manifest.shard_count:,} shards, and only these are read; the command"
-        " that makes it, given again, goes on with the others"
+        f"the dump {manifest.dump} has {shards:,} of its {manifest.shard_count:,} shards, and only these are read: run the"
+        " command that makes it again, which goes on with the others"
     )
 
 
