@@ -89,7 +89,7 @@ def test_the_table_of_trust_says_what_its_cells_say(monkeypatch, capsys, tmp_pat
         assert after["ece"][0] < 0.5 * plain["all four"]["ece"][0]
     found = {(each["method"], each["metric"], each["where"], each["baseline"]): each for each in record["claims"]}
     assert found["candidates + draws", "accuracy", "all four", "over fine-tuning"]["verdict"] == "holds here"
-    assert len(record["not_run"]) == 2 * 3 * len(trust.METHODS) - 3
+    assert len(record["not_run"]) == 2 * 4 * len(trust.METHODS) - 3
     trust_figures.print_tables(record)
     shown = capsys.readouterr().out
     assert "Not run, 63 of 66 cells: whole / seed 0 / direct distillation;" in shown
@@ -102,9 +102,9 @@ def test_the_table_of_trust_says_what_its_cells_say(monkeypatch, capsys, tmp_pat
 def test_what_is_cut_of_trust_is_what_comes_last():
     order = list(trust.cells())
     core = [cell.method in trust.CORE for cell in order]
-    assert core == sorted(core, reverse=True) and len(set(order)) == len(order) == 66
+    assert core == sorted(core, reverse=True) and len(set(order)) == len(order) == 88
     assert [(cell.student, cell.seed) for cell in order if cell.method == "FIRST"] == [
-        (student, seed) for student in ("whole", "healed") for seed in (0, 1, 2)
+        (student, seed) for student in ("whole", "healed") for seed in (0, 1, 2, 3)
     ]
 
 
