@@ -43,6 +43,7 @@ APPS = {
         ("teacher-dump", ["estimate", "--teacher"], "option '--teacher' requires an argument"),
         ("teacher-dump", ["estimate", "--teacher", "t", "--corpus", "c.jsonl", "--topk", "3"], "no such option: --topk"),
         ("teacher-dump", ["check", "store", "--teacher", "t", "--seed", "1", "--seed", "2"], "--seed is given 2 times"),
+        ("student-train", ["run", "--teachers", "a", "--teachers", "b"], "write all that it takes in one, with commas"),
         ("student-train", ["run", "store", "--student", "s"], "missing option '--output'"),
         ("student-train", ["report"], "missing argument 'RUN...'"),
     ],

@@ -352,6 +352,14 @@ def test_a_copy_says_which_dump_is_left_out(tmp_path):
     assert KnowledgeStore.open(tmp_path / "destination").dumps == ("first",)
 
 
+def test_a_copy_says_that_a_dump_is_not_complete(tmp_path):
+    source = write_store(tmp_path / "source", "first")
+    (source / "first" / "commits" / "00001.json").unlink()
+    copied = CliRunner().invoke(app, ["copy", str(source), str(tmp_path / "destination")])
+    assert copied.exit_code == 0 and copied.stdout.startswith("Copied first: 1 shards")
+    assert "first is not complete: it has 1 of its 2 shards, and these are copied" in copied.stderr
+
+
 def test_sql_says_which_dump_it_does_not_ask(tmp_path):
     """A folder that was copied by hand is left out of answers, and never in silence; alone, it makes them impossible."""
     store = write_store(tmp_path / "store", "first")

@@ -242,33 +242,36 @@ class Laboratory:
     def gradients(self) -> dict[str, Any]:
         """Of each arm, on the fine-tuned student of seed 0: the angle of its gradient and the variance over its draws."""
         model = self.student("fine-tuned", 0)
-
-        def gradient(loss: Tensor) -> Tensor:
-            model.zero_grad()
-            loss.backward()
-            return torch.cat(
-                [parameter.grad.flatten().double() for parameter in model.parameters() if parameter.grad is not None]
-            )
-
         found: dict[str, Any] = {}
         streams = {arm: self.batches(arm, 0) for arm in ORDER if arm not in TWO}
         for number in range(GRADIENT_BATCHES):
             for arm, stream in streams.items():
                 (batch,) = next(stream)
-                full = gradient(self.loss("full", model, batch))
+                full = gradient(model, self.loss("full", model, batch))
                 size = full.square().sum()
-                similarity = torch.cosine_similarity(gradient(self.loss(arm, model, batch)), full, dim=0)
-                row = {"angle": math.degrees(math.acos(min(float(similarity), 1.0)))}
+                row = {"angle": angle(gradient(model, self.loss(arm, model, batch)), full)}
                 if arm in FORMER or ARMS.get(arm, {}).get("draw_weight"):
                     keys = range(1 + REDRAWS * number, 1 + REDRAWS * (number + 1))
-                    drawn = torch.stack([gradient(self.loss(arm, model, batch, key)) for key in keys])
+                    drawn = torch.stack([gradient(model, self.loss(arm, model, batch, key)) for key in keys])
                     row["variance"] = float(drawn.var(dim=0).sum() / size)
                     if arm not in FORMER:
-                        drawn = torch.stack([gradient(self.one_normaliser(arm, model, batch, key)) for key in keys])
+                        drawn = torch.stack([gradient(model, self.one_normaliser(arm, model, batch, key)) for key in keys])
                         row["variance_of_one_normaliser"] = float(drawn.var(dim=0).sum() / size)
                 for name, value in row.items():
                     found.setdefault(arm, {}).setdefault(name, []).append(value)
         return {arm: {name: float(np.mean(values)) for name, values in row.items()} for arm, row in found.items()}
+
+
+def gradient(model: LlamaForCausalLM, loss: Tensor) -> Tensor:
+    """Of a loss by all weights of a model, float64 (weights,)."""
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([parameter.grad.flatten().double() for parameter in model.parameters() if parameter.grad is not None])
+
+
+def angle(one: Tensor, other: Tensor) -> float:
+    """Between two vectors, in degrees."""
+    return math.degrees(math.acos(min(float(torch.cosine_similarity(one, other, dim=0)), 1.0)))
 
 
 def tabulate(finished: dict[str, dict[str, float]]) -> list[dict[str, Any]]:

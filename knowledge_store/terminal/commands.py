@@ -63,7 +63,8 @@ class Command(TyperCommand):
         _, order = self.parsed(ctx, args)
         for parameter, count in Counter(order).items():
             if count > 1 and not parameter.multiple and parameter.param_type_name == "option":
-                ctx.fail(f"{parameter.opts[0]} is given {count} times, and takes one value")
+                several = ": write all that it takes in one, with commas" if (parameter.metavar or "").endswith(",...") else ""
+                ctx.fail(f"{parameter.opts[0]} is given {count} times, and takes one value{several}")
         return super().parse_args(ctx, args)
 
 

@@ -86,6 +86,12 @@ def copy(
         _repair_store_file(target)
     create_store(target)
     records = {name: commit_records(origin, name) for name in names}
+    for name in names:
+        if (there := len(records[name])) < (planned := manifests[name].shard_count):
+            reporter.note(
+                f"{name} is not complete: it has {there:,} of its {planned:,} shards, and these are copied; copy it again once"
+                " it has the others"
+            )
     copied: list[int] = []  # bytes of each shard
     damage: list[DamageError] = []
     existing = 0

@@ -58,6 +58,18 @@ def check_context(
     reporter.note(f"Warning: {too_long}. It computes its positions and goes on beyond, where it may never have been trained.")
 
 
+def note_max_length(store: KnowledgeStore, dump: str, max_length: int | None, reporter: Reporter) -> None:
+    """Say that a trainer's `max_length`, to which TRL's cut rows, cuts no sequence of a dump, where some are longer."""
+    if max_length is None:
+        return
+    longest = int(store.sequences(dump, ["length"])["length"].to_numpy().max(initial=0))
+    if longest > max_length:
+        reporter.note(
+            f"max_length={max_length} cuts nothing: the sequences of {dump} are read as the teacher saw them, of up to"
+            f" {longest:,} tokens; say so with max_length=None"
+        )
+
+
 def context_length(model: PreTrainedModel) -> int | None:
     """How many tokens a model was made for; None where its configuration does not say."""
     config = model.config.get_text_config()

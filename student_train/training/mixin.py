@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from knowledge_store import KnowledgeStore
 from knowledge_store.errors import InputError
+from knowledge_store.format.manifest import Manifest
 from knowledge_store.kinds.positions import POSITIONS, knows_full_kl
 from knowledge_store.reading.mixture import Named, named_dumps, weights_of
 from knowledge_store.reading.plan import TargetMask
@@ -38,7 +39,7 @@ from student_train.losses.targets import Batch, Targets
 from student_train.training.chat_template import note_template
 from student_train.training.collator import MASKS, DistillationCollator
 from student_train.training.configuration import HiddenStates, check_loss
-from student_train.training.context import check_context
+from student_train.training.context import check_context, note_max_length
 from student_train.training.dataset import DistillationDataset
 from student_train.training.endings import stop_at_ending
 from student_train.training.hidden import check_hidden
@@ -134,10 +135,8 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         self._told = check_mixture(store, mixture, config, self.distillation)
         self.ce_weight, self.loss_options, self.recalibrate = ce_weight, dict(loss_options or {}), recalibrate
         manifests, on_text = [store.manifest(name) for name in dumps], TEXT[0] in self.distillation.inputs
-        measured = [store.manifest(name) for name in dumps]
-        measured += [part.store.manifest(name) for part in each_of(eval_dataset) if of_store(part) for name in part.dumps]
-        divergences = {"kl": knows_full_kl, "kl_lower_bound": lambda manifest: POSITIONS.name in manifest.kinds}
-        kl = [name for name, is_known in divergences.items() if on_text and all(map(is_known, measured))][:1]
+        measured = [part.store.manifest(name) for part in each_of(eval_dataset) if of_store(part) for name in part.dumps]
+        kl = _divergence([*manifests, *measured]) if on_text else ()
         self.rationale_weight, self.hidden = rationale_weight, hidden
         if rationale_weight is not None:
             check_trainer(rationale_weight, (train_dataset, *each_of(eval_dataset)))
@@ -172,16 +171,7 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
             raise InputError("data_collator is made here, of store and dump: leave it out")
         if data_collator is None:
             data_collator = DistillationCollator(store, dumps[0], kinds=self._plan["kinds"])
-        rows = [part for part in each_of(train_dataset) + each_of(eval_dataset) if not isinstance(part, DistillationDataset)]
-        if of_groups:
-            parts = each_of(train_dataset) + each_of(eval_dataset)
-            if rows or not all(part.plan.groups for part in parts):
-                raise InputError(
-                    f"the loss {loss} reads groups of answers: leave train_dataset out, or give it and eval_dataset as"
-                    " DistillationDataset(store, …, groups=True, prepare=preferences(…))"
-                )
-        if rows and len(dumps) > 1:
-            raise InputError("rows of your own are looked for in one dump: name one")
+        _check_parts([*each_of(train_dataset), *each_of(eval_dataset)], dumps, loss if of_groups else None)
 
         super().__init__(
             model,
@@ -250,15 +240,9 @@ class DistillationMixin(HiddenStatesMixin, ValidationMixin):
         for part in filter(of_store, each_of(self.eval_dataset)):
             for missing in filter(None, map(part.store.what_is_missing, part.dumps)):
                 reporter.note(missing)
-        max_length = getattr(self.args, "max_length", None)  # which TRL would cut rows to
         for dump in self.dumps:
-            if isinstance(self.train_dataset, DistillationDataset) and max_length is not None:
-                longest = int(store.sequences(dump, ["length"])["length"].to_numpy().max(initial=0))
-                if longest > max_length:
-                    reporter.note(
-                        f"max_length={max_length} cuts nothing: the sequences of {dump} are read as the teacher saw them, of up"
-                        f" to {longest:,} tokens; say so with max_length=None"
-                    )
+            if isinstance(self.train_dataset, DistillationDataset):
+                note_max_length(store, dump, getattr(self.args, "max_length", None), reporter)
             if tokenizer is not None:
                 check_student(store, dump, model.config, tokenizer, name=name, reporter=reporter)
             else:
@@ -419,6 +403,25 @@ class _Warnings(Reporter):
 
     def note(self, sentence: str) -> None:
         warnings.warn(sentence.removeprefix("Warning: "), stacklevel=2)
+
+
+def _divergence(manifests: Sequence[Manifest]) -> tuple[str, ...]:
+    """What evaluations call the divergence that is known of all of some dumps; nothing where it is of none."""
+    if all(map(knows_full_kl, manifests)):
+        return ("kl",)
+    return ("kl_lower_bound",) if all(POSITIONS.name in manifest.kinds for manifest in manifests) else ()
+
+
+def _check_parts(parts: Sequence[Any], dumps: Sequence[str], loss_of_groups: str | None) -> None:
+    """Refuse data sets to train and evaluate on that do not go with the loss, or with several dumps (InputError)."""
+    rows = [part for part in parts if not isinstance(part, DistillationDataset)]
+    if loss_of_groups is not None and (rows or not all(part.plan.groups for part in parts)):
+        raise InputError(
+            f"the loss {loss_of_groups} reads groups of answers: leave train_dataset out, or give it and eval_dataset as"
+            " DistillationDataset(store, …, groups=True, prepare=preferences(…))"
+        )
+    if rows and len(dumps) > 1:
+        raise InputError("rows of your own are looked for in one dump: name one")
 
 
 def _mixture(store: KnowledgeStore, dump: Named, teachers: Mapping[str, float] | None) -> Mixture:
