@@ -142,13 +142,48 @@ def test_columns_of_clashing_types_and_odd_names(tmp_path):
     assert rows(store, "SELECT count(*) AS n FROM sequences") == [{"n": 4}]
     query = """SELECT "meta.source", "say ""hi\""", "naïve {rows}", source, corpus_dump, corpus_token_hash
                FROM sequences WHERE dump = 'select'"""
-    assert [tuple(row.values()) for row in rows(store, query)] == [(None, None, None, "1.5", "mine", True)]
+    source = {"BIGINT": None, "DOUBLE": 1.5, "VARCHAR": None}
+    assert [tuple(row.values()) for row in rows(store, query)] == [(None, None, None, source, "mine", True)]
     names = store.sql("SELECT DISTINCT dump FROM positions ORDER BY 1")["dump"].to_pylist()
     assert names == ["1.a-b_c", "select", "third"]
     assert store.sequences("third").column_names[-2:] == ["source_2", "SOURCE"]  # SQL does not tell the two names apart
-    assert rows(store, "SELECT source_2, source AS other FROM sequences WHERE dump = 'third'") == [
-        {"source_2": "b", "other": "3"}
+    assert rows(store, "SELECT source_2, source.BIGINT AS other FROM sequences WHERE dump = 'third'") == [
+        {"source_2": "b", "other": 3}
     ]
+
+
+def test_a_column_of_several_types_keeps_its_values(tmp_path):
+    """As text 9 would come after 10, and as a double 2⁶⁰ + 1 is 2⁶⁰."""
+    large = [2**60 + 1, 2**60 + 2, None]
+    numbers = new_dump(tmp_path / "store", "numbers", {"score": "double", "id": "int64", "good": "bool"})
+    commit(numbers, 0, random_sequences(0, 3), score=[9.0, 10.0, -1.0], id=large, good=[True, False, None])
+    texts = new_dump(tmp_path / "store", "texts", {"Score": "string", "id": "string", "good": "int64"})
+    commit(texts, 0, random_sequences(1, 2), Score=["good", None], id=["7", "a"], good=[1, 0])
+    store = KnowledgeStore.open(tmp_path / "store")
+    of_numbers = "FROM sequences WHERE dump = 'numbers'"
+    best = rows(store, f"SELECT score.DOUBLE AS score {of_numbers} QUALIFY row_number() OVER (ORDER BY score DESC) = 1")
+    assert best == [{"score": 10.0}]
+    assert [row["id"] for row in rows(store, f"SELECT id.BIGINT AS id {of_numbers} ORDER BY sequence_id")] == large
+    assert rows(store, f"SELECT id, good {of_numbers} ORDER BY sequence_id")[1:] == [
+        {"id": {"BIGINT": 2**60 + 2, "VARCHAR": None}, "good": {"BIGINT": None, "BOOLEAN": False}},
+        {"id": None, "good": None},
+    ]
+    assert rows(store, "SELECT dump FROM sequences WHERE id.VARCHAR = '7' AND score.VARCHAR = 'good'") == [{"dump": "texts"}]
+    for query in ("SELECT avg(score) FROM sequences", "FROM sequences WHERE id > 7", "FROM sequences WHERE id = 'a'"):
+        with pytest.raises(QueryError, match=r'ask for "score".DOUBLE or "score".VARCHAR or "id"'):
+            store.sql(query)
+
+
+def test_integers_that_another_dump_has_with_fractions(tmp_path):
+    whole = new_dump(tmp_path / "store", "whole", {"id": "int64", "score": "int64"})
+    commit(whole, 0, random_sequences(0, 2), id=[2**60 + 1, 1], score=[2**53, None])
+    parts = new_dump(tmp_path / "store", "parts", {"id": "double", "score": "double"})
+    commit(parts, 0, random_sequences(1, 1), id=[0.5], score=[0.5])
+    store = KnowledgeStore.open(tmp_path / "store")
+    assert rows(store, "SELECT sum(score) AS sum, count(*) AS times FROM sequences") == [{"sum": 2**53 + 0.5, "times": 3}]
+    assert rows(store, "SELECT max(id) AS id FROM sequences WHERE dump = 'parts'") == [{"id": 0.5}]
+    with pytest.raises(QueryError, match="the column id of the dump whole has integers that no DOUBLE holds"):
+        store.sql("SELECT id FROM sequences")
 
 
 def test_odd_texts_of_tokens(tmp_path):

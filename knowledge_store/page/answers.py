@@ -28,6 +28,7 @@ from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.positions import knows_tokens
 from knowledge_store.page.questions import Asked
 from knowledge_store.sql.excerpt import excerpt
+from knowledge_store.sql.mixed_columns import field_of, mixed_columns
 from knowledge_store.sql.named_files import file_rows
 from knowledge_store.sql.query import Statements, identifier, literal
 
@@ -304,7 +305,8 @@ ORDER BY times DESC, token_id"""
         if other and other not in self.students and other not in self.dumps.manifests:
             raise InputError(f"there is no dump and no student's file {other!r}")
         judged, known = self.students.get(other, ()), "positions" not in manifest.kinds or knows_tokens(manifest)
-        return Asked(manifest.dump, _keeps_entropy(manifest), column, text, other, judged, known)
+        field = field_of(column, manifest, mixed_columns(self.dumps.manifests.values())) if column else ""
+        return Asked(manifest.dump, _keeps_entropy(manifest), column, text, other, judged, known, field)
 
 
 def _judgement(student: str, columns: tuple[str, ...], here: str) -> str:

@@ -23,6 +23,7 @@ class Asked:
         column: a column of the corpus; text: what is searched for; other: another dump, or a file of a student's positions.
         judged: the columns of the student's file.
         knows_tokens: whether the dump says how likely each token was that stands there; an import may not.
+        field: of the column, as SQL, where dumps have it in several types; empty where they do not.
     """
 
     dump: str = ""
@@ -32,6 +33,12 @@ class Asked:
     other: str = ""
     judged: tuple[str, ...] = ()
     knows_tokens: bool = True
+    field: str = ""
+
+    @property
+    def value(self) -> str:
+        """The values of the column, as SQL."""
+        return self.field or identifier(self.column)
 
     def of_dump(self, relation: str = "") -> str:
         """The condition that a row is of the dump."""
@@ -108,7 +115,7 @@ LIMIT {LISTED}"""
 
 def _by_column(asked: Asked) -> str:
     entropy = "round(avg(teacher_entropy), 3) AS entropy, " if asked.keeps_entropy else ""
-    return f"""SELECT {identifier(asked.column)} AS {identifier(asked.column)}, count(*) AS targets,
+    return f"""SELECT {asked.value} AS {identifier(asked.column)}, count(*) AS targets,
        round(avg({asked.surprise}), 3) AS {asked.surprise_name}, {entropy}round(avg(exp(tail_logprob)), 4) AS tail,
        round(1 - avg(exp(tail_logprob)), 4) AS coverage
 FROM positions JOIN sequences USING (dump, sequence_id)
@@ -138,10 +145,9 @@ LIMIT {LISTED}"""
 
 
 def _value(asked: Asked) -> str:
-    name = identifier(asked.column)
-    return f"""SELECT {name}, file, row, length, targets, dump, sequence_id
+    return f"""SELECT {asked.value} AS {identifier(asked.column)}, file, row, length, targets, dump, sequence_id
 FROM sequences
-WHERE {asked.of_dump()} AND contains(lower(CAST({name} AS VARCHAR)), lower({literal(asked.text)}))
+WHERE {asked.of_dump()} AND contains(lower(CAST({asked.value} AS VARCHAR)), lower({literal(asked.text)}))
 ORDER BY sequence_id
 LIMIT {LISTED}"""
 

@@ -33,6 +33,7 @@ from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import filled
 from knowledge_store.quantities import binary_size
 from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT, check_limits, interrupted
+from knowledge_store.sql.mixed_columns import fields_of, mixed_columns, replacements
 from knowledge_store.sql.named_files import NamedFiles, checked_files, file_rows
 from knowledge_store.sql.parameters import Parameters, plain_parameters
 
@@ -92,6 +93,7 @@ class _Catalogue:
         self._dumps = dumps
         self._connection = connection
         self._tables: set[str] = set()
+        self.mixed: dict[str, tuple[str, ...]] = {}  # columns of `sequences`, once it is made
         self.errors: list[KnowledgeStoreError] = []
         connection.execute(f"CREATE SCHEMA {TABLES}")
 
@@ -145,7 +147,8 @@ class _Catalogue:
     def _branch(self, manifest: Manifest, table: str, sql: str | None) -> str:
         dump, rows = literal(manifest.dump), self._rows(manifest, table)
         if sql is None:
-            return f"SELECT {dump} AS dump, * FROM {rows}"
+            replaced = replacements(manifest, self.mixed) if table == SEQUENCES else ""
+            return f"SELECT {dump} AS dump, *{f' REPLACE ({replaced})' if replaced else ''} FROM {rows}"
         texts = self._table(f"{manifest.dump} texts", lambda: self._texts(manifest)) if "{texts}" in sql else ""
         return filled(sql, lambda kind: self._rows(manifest, kind), dump=dump, rows=rows, texts=texts)
 
@@ -160,6 +163,8 @@ class _Catalogue:
             columns = SEQUENCE_COLUMNS if relation == SEQUENCES else {}
             self.add(relation, pa.schema([("dump", pa.string()), *columns.items()]).empty_table())
             return
+        if relation == SEQUENCES:
+            self.mixed = mixed_columns(manifest for manifest, _, _ in branches)
         union = " UNION ALL BY NAME ".join(self._branch(*branch) for branch in branches)
         try:
             self._connection.execute(f"CREATE VIEW {identifier(relation)} AS {union}")
@@ -323,6 +328,8 @@ class _Relations:
             reason = _reason(error)
             if "Table with name" in reason:
                 reason += f" (the store's relations: {', '.join([*self._relations, *self._facts])})"
+            elif "STRUCT(" in reason and (fields := fields_of(self._catalogue.mixed)):
+                reason += f" (dumps have columns in several types: ask for {fields})"
             raise QueryError(f"this SQL was not run: {reason}") from None
         for damage in self._catalogue.errors:
             raise damage
