@@ -130,7 +130,8 @@ def _show_report(report: DumpReport, done: str) -> None:
         f" {report.positions:,} positions in {duration(report.seconds)}{speed}"
     )
     if report.shards_missing:
-        note(f"The dump is not complete: {counted(report.shards_missing, 'shard', 'shards')} of other ranks are missing yet")
+        missing = counted(report.shards_missing, "shard of other ranks is", "shards of other ranks are")
+        note(f"The dump is not complete: {missing} missing yet")
     for sentence in report.sentences:
         _show_sentence(sentence)
 
@@ -295,7 +296,8 @@ def generate(config: GenerateConfig) -> None:
         f" {duration(report.seconds)}{speed}"
     )
     if report.files_missing:
-        note(f"The folder is not finished: {counted(report.files_missing, 'file', 'files')} of other ranks are missing yet")
+        missing = counted(report.files_missing, "file of other ranks is", "files of other ranks are")
+        note(f"The folder is not finished: {missing} missing yet")
     for sentence in report.sentences:
         _show_sentence(sentence)
 

@@ -151,6 +151,28 @@ def test_a_field_that_cannot_be_used_is_named(fields, said):
         chat().tokens([ASK, {**ANSWER, **fields}])
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"name": "get", "args": {"days": 3}}, "`args`: call the arguments of a tool `arguments`"),
+        ({"function": {"name": "get", "parameters": {"days": 3, "hourly": True}}}, "`parameters`"),
+        ({"function": {"name": "get", "arguments": {}, "input": {"days": 3}}}, "`input`"),
+        ({"name": "get", "parameters": 3}, "`parameters`"),
+    ],
+)
+def test_arguments_by_another_name_are_not_lost(call, said):
+    with pytest.raises(BadRow, match=rf"message 2 \(assistant\): `tool_calls\[0\]` has {said}"):
+        chat().tokens([ASK, {"role": "assistant", "tool_calls": [call]}])
+
+
+@pytest.mark.parametrize(
+    "flag", [{"loss": False}, {"masked": True}, {"loss_weight": 0.5}, {"train_detail": [{"train": False}]}]
+)
+def test_what_is_trained_on_by_another_name_is_not_passed_over(flag):
+    with pytest.raises(BadRow, match=rf"message 2 \(assistant\): `{next(iter(flag))}` is not read here: `train`"):
+        chat().tokens([ASK, {**ANSWER, **flag}])
+
+
 @pytest.mark.parametrize("role", ["model", "gpt", "bot", "Assistant", "ASSISTANT ", "chatgpt", "function_call"])
 def test_the_assistant_by_another_name_is_no_context_unnoticed(role):
     named = {"role": role, "content": "Near."}
@@ -208,6 +230,17 @@ def test_words_may_look_like_anything(content):
 def test_a_template_that_always_asks_for_an_answer_does_not_make_the_question_a_target():
     always = CHAT_TEMPLATE.replace("{% if add_generation_prompt %}", "").replace("<|assistant|>{% endif %}", "<|assistant|>")
     assert shown(chat(always), [ASK, ANSWER]).endswith("⟦As far as somebody looks.<|end|>⟧\n<|assistant|>")
+
+
+def test_what_precedes_the_words_is_the_assistants_where_a_template_asks_with_nothing():
+    """The blank behind "[/INST]" is the first that a student writes: it is no context that somebody else has written."""
+    asks = "{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]{% else %}"
+    answers = [ASK, ANSWER, ASK, {"role": "assistant", "content": "5 ships."}]
+    found = shown(chat(asks + " {{ message.content }}<|end|>{% endif %}{% endfor %}"), answers)
+    assert found == "[INST] How far? [/INST]⟦ As far as somebody looks.<|end|>⟧[INST] How far? [/INST]⟦ 5 ships.<|end|>⟧"
+    # A header is not: it is the template's, whether or not it is asked for.
+    headed = shown(chat(asks + "Answer: {{ message.content }}<|end|>{% endif %}{% endfor %}"), answers)
+    assert headed == found.replace("⟦ ", "Answer: ⟦")
 
 
 def test_arguments_that_are_no_templates_are_refused():

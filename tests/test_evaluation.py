@@ -27,6 +27,7 @@ from student_train.evaluation.bootstrap import bootstrap_calibration_error, boot
 from student_train.evaluation.configuration import EvaluateConfig, check_evaluation, output_path
 from student_train.evaluation.metrics import full_vocabulary_calibration_error
 from student_train.evaluation.run import evaluate
+from student_train.training.run_folder import learnt_from
 from teacher_dump import DumpConfig, dump
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -189,9 +190,22 @@ def test_a_result_takes_the_place_of_none_of_another_model(copy_folder, judged, 
     assert check_evaluation(config) == path  # the same once more
     with pytest.raises(InputError, match=f"holds the results of {copy_folder}: name another file"):
         check_evaluation(replace(config, model=str(teacher_folder)))
+    with pytest.raises(InputError, match="holds the result on all of it: give --output for that of --limit 2"):
+        check_evaluation(replace(config, limit=2))
+    with pytest.raises(InputError, match="is where the result goes: name another file"):
+        check_evaluation(replace(config, keep_positions=path))
     path.write_text("{}")
     with pytest.raises(InputError, match="Give --output to write the result somewhere else"):
         check_evaluation(config)
+
+
+def test_a_model_that_learnt_from_the_dump_is_told(store_folder, tmp_path):
+    store = KnowledgeStore.open(store_folder)
+    knowledge = json.dumps(store.manifest("heldout").identity(), sort_keys=True, default=str)  # as a run notes it
+    identity = {"knowledge of the dump then": hashlib.sha256(knowledge.encode()).hexdigest()}
+    assert not learnt_from(str(tmp_path), store, "heldout")
+    (tmp_path / "run.json").write_text(json.dumps({"identity": identity, "config": {}}))
+    assert learnt_from(str(tmp_path), store, "heldout") and not learnt_from(str(tmp_path), store, "train")
 
 
 def test_copies_in_one_folder_have_results_of_their_own(tmp_path):

@@ -415,6 +415,17 @@ def test_differences_are_paired(tmp_path):
     assert '<td class="better">−0.050' in text and '<td class="worse"' not in text
 
 
+def test_a_figure_that_one_of_the_runs_lacks(tmp_path):
+    """Of fewer than ten sequences there is no standard error."""
+    runs = [write_run(tmp_path / name, measured=(2.0, kl)) for name, kl in (("few", 0.2), ("many", 0.3), ("more", 0.4))]
+    for folder, error in zip(runs, (None, 0.01, 0.02), strict=True):
+        path = folder / "evaluations" / "heldout.json"
+        record = json.loads(path.read_text())
+        record["figures"]["positions"]["student"] |= {"kl": 0.5, "kl_standard_error": error}
+        path.write_text(json.dumps(record))
+    assert page(tmp_path, *runs)
+
+
 def test_questions(tmp_path):
     text = page(
         tmp_path,
@@ -475,7 +486,7 @@ def test_a_dump_without_candidates(tmp_path):
     path.write_text(json.dumps(result))
     text = page(tmp_path, folder)
     assert text.count("<svg") == 1 + 1  # one student, curves
-    assert "Agreement" not in cells(text, "On held-out text")[""] and "Top-k coverage" not in text
+    assert "Agreement" not in cells(text, "On text")[""] and "Top-k coverage" not in text
 
 
 @pytest.mark.parametrize("boast", [0.0, 0.2])

@@ -231,6 +231,19 @@ def test_an_adapters_folder_is_evaluated_reported_and_trained_like_a_models(adap
     assert weights(tmp_path / "run").keys() == weights(plain).keys()
 
 
+def test_an_adapter_over_other_weights_is_refused(adapted, student, plain, tmp_path):
+    """As where the folder of its base was made again, of other layers."""
+    folder, base = tmp_path / "adapter", tmp_path / "base"
+    shutil.copytree(adapted, folder)
+    shutil.copytree(student, base)
+    record = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(record | {"base_model_name_or_path": str(base)}))
+    assert load_model(str(folder))  # it was moved, and is the same
+    shutil.copyfile(plain / "model.safetensors", base / "model.safetensors")
+    with pytest.raises(InputError, match=r"belongs to other weights than .*base has now"):
+        load_model(str(folder))
+
+
 def test_an_adapter_resumes(adapted, settings, tmp_path, monkeypatch):
     """After a step, and between the last step and the saving of the result."""
     run = settings | {"steps": 3, "learning_rate": 1e-2, "lora_rank": 4}

@@ -92,7 +92,8 @@ def test_a_kind_is_three_functions_and_three_lines(monkeypatch, tmp_path, teache
     monkeypatch.setattr(reporter, "note", notes.append)
     question = EvaluateConfig(str(tmp_path / "run"), str(tmp_path / "store"), output=str(tmp_path / "evaluation.json"))
     assert evaluate(question, reporter=reporter)["not_evaluated"] == ["summaries"]
-    assert notes == ["The kind summaries of the dump both is not evaluated: no figures exist for it."]
+    assert notes[1:] == ["The kind summaries of the dump both is not evaluated: no figures exist for it."]
+    assert "learnt from the dump both" in notes[0]
 
 
 def measure_summaries(model, store, dump, ordinals, *, batch_size, **_):
@@ -141,11 +142,7 @@ def test_figures_of_a_kind_are_measured_printed_compared_and_reported(monkeypatc
     page = write_report(folders, tmp_path / "report.html").read_text()
     section = page[page.index("Summaries &lt;toy&gt;: both") :]
     section = section[: section.index("</section>")]
-    assert (
-        page.index("On held-out text: both")
-        and f"{count} sequences of <b>both</b>" in section
-        and "squared &amp; mean" in section
-    )
+    assert page.index("On text: both") and f"{count} sequences of <b>both</b>" in section and "squared &amp; mean" in section
     assert all(f"{distance:.4f}" in section for distance in distances)
     for text in (section, printed[0].stdout[printed[0].stdout.index("sequences of both") :]):
         assert "small type" not in text and "In brackets" not in text and "alibration error" not in text

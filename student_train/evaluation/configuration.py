@@ -107,6 +107,8 @@ def check_evaluation(config: EvaluateConfig) -> Path | None:
         check_figures(store, dump)
     output = _checked_output(config, dump)
     if (kept := config.keep_positions) is not None:
+        if output is not None and kept.resolve() == output.resolve():
+            raise InputError(f"--keep-positions {kept} is where the result goes: name another file")
         if kept.exists():
             raise InputError(f"--keep-positions {kept} exists already: name another file, or remove it")
         if not kept.parent.is_dir():
@@ -139,6 +141,12 @@ def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
         source, asked = previous["questions"] or previous["store"], config.questions or config.store_address
         if Path(str(source)).resolve() != Path(str(asked)).resolve():
             raise InputError(f"{path} holds the results on {source}: give --output for those on another")
+        before = previous.get("limit")
+        if config.limit is not None and (before is None or before > config.limit):
+            raise InputError(
+                f"{path} holds the result on {'all of it' if before is None else f'{before:,} of it'}: give --output for that"
+                f" of --limit {config.limit}"
+            )
         if config.output and (previous["model"], previous["gguf_file"]) != (config.model, config.gguf_file):
             raise InputError(
                 f"--output {path} holds the results of {previous['gguf_file'] or previous['model']}: name another file, or"

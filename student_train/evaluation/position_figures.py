@@ -113,7 +113,7 @@ def _likeliest(batch: Mapping[str, np.ndarray], positions: Sequence[int]) -> lis
 
 
 POSITION_FIGURES = KindFigures(
-    title="On held-out text",
+    title="On text",
     metrics=METRICS,
     details=DETAILS,
     rows=_rows,

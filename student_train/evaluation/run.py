@@ -29,7 +29,7 @@ from student_train.evaluation.samples import sample_continuations
 from student_train.training.context import check_context
 from student_train.training.dump_facts import describe_dump
 from student_train.training.models import load_configuration, load_model, load_tokenizer
-from student_train.training.run_folder import versions, write_json
+from student_train.training.run_folder import learnt_from, versions, write_json
 from student_train.training.vocabulary import check_student
 
 
@@ -64,6 +64,11 @@ def _evaluate_dump(config: EvaluateConfig, reporter: Reporter) -> dict[str, Any]
     dump = store.dump(config.dump)
     if missing := store.what_is_missing(dump):
         reporter.note(f"Warning: {missing}")
+    if learnt_from(config.model, store, dump):
+        reporter.note(
+            f"Warning: {config.model} learnt from the dump {dump}, or from a part of it: what it scores there says little of"
+            " other text"
+        )
     tokenizer = load_tokenizer(config.model, config.gguf_file)
     temperature = _given_temperature(config, tokenizer)
     check_student(store, dump, load_configuration(config.model, config.gguf_file), tokenizer, name=config.model)

@@ -73,7 +73,8 @@ def _kind(side: Side) -> str:
 
 def _best(sides: Sequence[Side], metric: Metric) -> str | None:
     """The best figure as it is printed, so that what looks alike is marked alike; None when nothing is to be chosen from."""
-    values = [side.figures[metric.name] for side in sides if side.index is not None and metric.name in side.figures]
+    figures = [side.figures.get(metric.name) for side in sides if side.index is not None]
+    values = [value for value in figures if value is not None]  # of few sequences there is no standard error
     return metric.shown((min if metric.lowest else max)(values)) if len(values) > 1 else None
 
 

@@ -25,6 +25,7 @@ from knowledge_store.errors import InputError
 from knowledge_store.model_files import VOCABULARY_FILES, check_gguf, check_weights, hub_folder, panics_as_errors, silence
 from student_train.training.adapters import merged
 from student_train.training.model_folder import adapter_base, check_model_folder
+from student_train.training.run_folder import check_base
 
 
 def quieten() -> None:
@@ -106,6 +107,7 @@ def load_model(model: str, gguf_file: str | None = None) -> PreTrainedModel:
     if gguf_file:
         check_gguf(folder, gguf_file)
     elif (base := adapter_base(folder)) is not None:
+        check_base(folder, base)
         return merged(load_model(base), folder)
     else:
         check_weights(folder)

@@ -27,7 +27,7 @@ from knowledge_store.model_files import check_weights
 from knowledge_store.storage.naming import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
 from student_train.training.mixture import Mixture
-from student_train.training.model_folder import ADAPTER_WEIGHTS
+from student_train.training.model_folder import ADAPTER, ADAPTER_WEIGHTS, model_sha256
 from student_train.training.run_lock import LOCK_FILE, check_unlocked
 from student_train.training.settings import settings_identity
 
@@ -208,6 +208,30 @@ def tidy_output(output: Path) -> None:
 def read_run(folder: Path) -> Record:
     """What a run wrote of itself before its first step; empty when it wrote nothing. Raises InputError."""
     return read_record(folder / RUN_FILE, ("identity", "config"), "record of a training run")
+
+
+def learnt_from(model: str, store: KnowledgeStore, dump: str) -> bool:
+    """Whether a model is that of a run which learnt from a dump, or from one of the same knowledge."""
+    try:
+        identity = read_run(Path(model)).get("identity", {})
+    except InputError:
+        return False
+    learnt = (value for name, value in identity.items() if name.startswith("knowledge of the dump "))
+    return _contents(store, dump)["knowledge"] in learnt
+
+
+def check_base(folder: Path, base: str) -> None:
+    """Refuse the adapter of a run whose base has other weights than when it was trained (InputError)."""
+    identity = read_run(folder).get("identity", {}) if Path(base).is_dir() else {}
+    trained, student = identity.get("student's files"), str(identity.get("student"))
+    # Of a student from a hub the id alone is known.
+    if trained is None or (not Path(student).is_dir() and trained == model_sha256(student)):
+        return
+    if trained != model_sha256(base):
+        raise InputError(
+            f"the adapter in {folder} belongs to other weights than {base} has now ({RUN_FILE} has their SHA-256): bring those"
+            f" back, or write in {folder / ADAPTER} where they lie"
+        )
 
 
 def read_history(folder: Path) -> Record:

@@ -12,6 +12,9 @@ from teacher_dump.corpus.rows import BadRow
 # Names that a message's reasoning goes by; transformers gives a template the first of them under every name it asks for.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 TRAINING = ("weight", "train")
+# What other programs call the same. None of them is guessed at: a loss that is false is no mask that is true.
+OTHER_TRAINING = ("loss", "loss_weight", "mask", "masked", "trainable", "training", "train_detail")
+ARGUMENTS = ("args", "input", "parameters", "params", "kwargs")  # what other programs call a call's arguments
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def _message(record: dict[str, Any]) -> Message:
         target=_target(given, role),
         other={name: value for name, value in given.items() if name not in (*REASONING, *TRAINING)},
     )
+    if flags := [name for name in OTHER_TRAINING if not isinstance(message.other.get(name), str | None)]:
+        raise ValueError(f"`{flags[0]}` is not read here: `train`, true or false, says whether a message is a target")
     if "function_call" in message.other:
         raise ValueError("`function_call` is an old form of a call, which no template shows: write it as `tool_calls`")
     if not message.has_words and content is None:
@@ -190,6 +195,8 @@ def _call(record: dict[str, Any], field: str) -> Call:
     if not isinstance(name, str) or not name:
         raise ValueError(f"`{field}` has no `name`")
     arguments, text = _arguments(inner.get("arguments"), f"{field}.function.arguments")
+    if other_names := [key for key in ARGUMENTS if inner.get(key) not in (None, {}, "")]:
+        raise ValueError(f"`{field}` has `{other_names[0]}`: call the arguments of a tool `arguments`")
     outer = {key: value for key, value in record.items() if key != "function" or value is not function}
     other = {**outer, **inner} if inner is function else outer
     return Call(

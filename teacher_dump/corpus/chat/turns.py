@@ -224,12 +224,13 @@ class Turns:
 
     def _header(self, row: ChatRow, form: Form, index: int, around: Around) -> int:
         """How many characters between a turn's words and the words before them are the template's, and not the assistant's."""
-        before = around.before
+        before, asked = around.before, None
         if index and around.previous is not None:
             prompt = self._after(row.first(index), form, around.previous, prompt=True)
             silence = self._after(row.first(index), form, around.previous)
             if prompt is not None and silence is not None and _shared(before, prompt) > _shared(prompt, silence):
                 return _shared(before, prompt)
+            asked = None if prompt is None else _shared(before, prompt)
         header = self._prompt(row, form)
         if header and (place := before.rfind(header)) >= 0:
             return place + len(header)
@@ -238,7 +239,9 @@ class Turns:
         if plain is not None and answer in plain.places:
             first = plain.places[answer][0]
             start = plain.marks[first - 1].position if first else 0
-            return _shared(before, plain.text[start : plain.marks[first].position])
+            size = _shared(before, plain.text[start : plain.marks[first].position])
+            # A template that asks with nothing ("[/INST]") leaves the blank before the first word to the assistant.
+            return asked if asked is not None and not before[asked:size].strip() else size
         return len(before)
 
     def _closing_size(self, row: ChatRow, form: Form, index: int, around: Around) -> int:
