@@ -224,6 +224,8 @@ def test_an_index_or_configuration_cannot_name_a_pickle(folder):
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')
     assert "is an adapter to a model that lies elsewhere" in refusal(folder)
+    (folder / "config.json").unlink()  # as peft saves one
+    assert "is an adapter to a model that lies elsewhere" in refusal(folder)
 
 
 def test_a_pickle_is_refused_under_every_name(folder):

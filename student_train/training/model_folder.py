@@ -35,6 +35,10 @@ def check_model_folder(model: str, gguf_file: str | None) -> None:
                 " adapter's base model lies now, or its hub id"
             ) from None
     elif not (folder / "config.json").is_file():
+        if (folder / "run.json").is_file():
+            raise InputError(
+                f"{model} is a run that is not finished: run the same command again, or name one of its checkpoints"
+            )
         raise InputError(f"{model} is not a model folder: it has no config.json")
 
 

@@ -109,7 +109,9 @@ def check_files(files: tuple[Path, ...]) -> None:
         if not path.exists():
             raise InputError(f"there is no file {path}")
         if not path.is_file():
-            raise InputError(f"{path} is a folder: name the files in it")
+            kinds = {file.suffix for file in path.iterdir() if file.suffix in SUFFIXES}
+            inside = f", such as {path}/*{min(kinds)}" if kinds else ""
+            raise InputError(f"{path} is a folder: name the files in it{inside}")
         if path.name.lower().endswith(TABLES_OF_TEXT):
             script = f"import duckdb; duckdb.read_csv({str(path)!r}, all_varchar=True).write_parquet({f'{path}.parquet'!r})"
             raise InputError(f"{path} is not of a known kind: make a Parquet file of it with python -c {shlex.quote(script)}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from knowledge_store.errors import InputError
 from knowledge_store.model_files import (
+    ADAPTER,
     TEMPLATE_FILES,
     TOKENIZER_FILES,
     VOCABULARY_FILES,
@@ -118,7 +119,7 @@ def model_files(folder: Path, gguf_file: str | None) -> list[Path]:
     ggufs = ", ".join(sorted(path.name for path in folder.glob("*.gguf")))
     if not weights and ggufs:
         raise InputError(f"{folder} has no weights that can be used: it has {ggufs}; pass --gguf-file")
-    if weights and not (folder / "config.json").is_file():
+    if weights and not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
         raise InputError(f"{folder} has no config.json")
     check_weights(folder)
     return [*weights, folder / "config.json", *_tokenizer_files(folder), *sorted(folder.glob(TEMPLATE_FILES))]
