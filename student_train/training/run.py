@@ -116,7 +116,7 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
     if config.loss == "first" and not config.ce_weight:
         first_reporter.note(
             "Warning: FIRST's loss has next to no gradient where a student gives the candidates next to no probability: in our"
-            " study of questions two of four students learnt nothing by it alone, and did with --ce-weight 0.3"
+            " study of questions three of five students learnt nothing by it alone, and did with --ce-weight 0.3"
         )
     if config.precision.startswith("bf16") and arguments.device.type == "cpu" and get_cpu_capability() == "AVX2":
         first_reporter.note(
