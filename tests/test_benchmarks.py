@@ -92,7 +92,7 @@ def test_the_table_of_trust_says_what_its_cells_say(monkeypatch, capsys, tmp_pat
     assert len(record["not_run"]) == 2 * 4 * len(trust.METHODS) - 3
     trust_figures.print_tables(record)
     shown = capsys.readouterr().out
-    assert "Not run, 63 of 66 cells: whole / seed 0 / direct distillation;" in shown
+    assert "Not run, 85 of 88 cells: whole / seed 0 / direct distillation;" in shown
     assert "| whole: FIRST | 0 |" in shown and "| teacher: as it is | 0 |" in shown
     assert "| whole: FIRST | fine-tuning | 0 | all four | +0.0 (+0.0 to +0.0) |" in shown
     trust_figures.draw(record, tmp_path / "trust.svg")
