@@ -154,7 +154,9 @@ def test_a_field_that_cannot_be_used_is_named(fields, said):
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        ({"name": "get", "args": {"days": 3}}, "`args`: call the arguments of a tool `arguments`"),
+        ({"name": "get", "args": {"days": 3}}, "`args`: a call has its arguments as `arguments`, beside its `name`"),
+        ({"function": {"name": "get"}, "arguments": {"city": "Paris"}}, "`arguments` beside its `function`"),
+        ({"function": {"name": "get"}, "args": {"days": 3}}, "`args` beside its `function`"),
         ({"function": {"name": "get", "parameters": {"days": 3, "hourly": True}}}, "`parameters`"),
         ({"function": {"name": "get", "arguments": {}, "input": {"days": 3}}}, "`input`"),
         ({"name": "get", "parameters": 3}, "`parameters`"),

@@ -190,7 +190,7 @@ def test_a_result_takes_the_place_of_none_of_another_model(copy_folder, judged, 
     assert check_evaluation(config) == path  # the same once more
     with pytest.raises(InputError, match=f"holds the results of {copy_folder}: name another file"):
         check_evaluation(replace(config, model=str(teacher_folder)))
-    with pytest.raises(InputError, match="holds the result on all of it: give --output for that of --limit 2"):
+    with pytest.raises(InputError, match="sequences, which that on 2 would replace: give another --output, or remove it"):
         check_evaluation(replace(config, limit=2))
     with pytest.raises(InputError, match="is where the result goes: name another file"):
         check_evaluation(replace(config, keep_positions=path))
@@ -206,6 +206,12 @@ def test_a_model_that_learnt_from_the_dump_is_told(store_folder, tmp_path):
     assert not learnt_from(str(tmp_path), store, "heldout")
     (tmp_path / "run.json").write_text(json.dumps({"identity": identity, "config": {}}))
     assert learnt_from(str(tmp_path), store, "heldout") and not learnt_from(str(tmp_path), store, "train")
+
+
+def test_a_run_that_is_not_finished_is_no_model(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"identity": {}, "config": {}}))
+    with pytest.raises(InputError, match="is a run that is not finished: run the same command again, or name one of its check"):
+        check_evaluation(EvaluateConfig(str(tmp_path), questions=__file__))
 
 
 def test_copies_in_one_folder_have_results_of_their_own(tmp_path):

@@ -486,7 +486,7 @@ def test_a_dump_without_candidates(tmp_path):
     path.write_text(json.dumps(result))
     text = page(tmp_path, folder)
     assert text.count("<svg") == 1 + 1  # one student, curves
-    assert "Agreement" not in cells(text, "On text")[""] and "Top-k coverage" not in text
+    assert "Agreement" not in cells(text, "On the text of a dump")[""] and "Top-k coverage" not in text
 
 
 @pytest.mark.parametrize("boast", [0.0, 0.2])

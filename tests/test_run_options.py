@@ -238,10 +238,14 @@ def test_an_adapter_over_other_weights_is_refused(adapted, student, plain, tmp_p
     shutil.copytree(student, base)
     record = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(record | {"base_model_name_or_path": str(base)}))
+    (base / "copy.gguf").write_bytes(b"GGUF")  # lies there too, as llama.cpp writes it
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text())))
     assert load_model(str(folder))  # it was moved, and is the same
     shutil.copyfile(plain / "model.safetensors", base / "model.safetensors")
     with pytest.raises(InputError, match=r"belongs to other weights than .*base has now"):
         load_model(str(folder))
+    (folder / "run.json").write_text('{"by": "another program"}')
+    assert load_model(str(folder))
 
 
 def test_an_adapter_resumes(adapted, settings, tmp_path, monkeypatch):

@@ -142,7 +142,11 @@ def test_figures_of_a_kind_are_measured_printed_compared_and_reported(monkeypatc
     page = write_report(folders, tmp_path / "report.html").read_text()
     section = page[page.index("Summaries &lt;toy&gt;: both") :]
     section = section[: section.index("</section>")]
-    assert page.index("On text: both") and f"{count} sequences of <b>both</b>" in section and "squared &amp; mean" in section
+    assert (
+        page.index("On the text of a dump: both")
+        and f"{count} sequences of <b>both</b>" in section
+        and "squared &amp; mean" in section
+    )
     assert all(f"{distance:.4f}" in section for distance in distances)
     for text in (section, printed[0].stdout[printed[0].stdout.index("sequences of both") :]):
         assert "small type" not in text and "In brackets" not in text and "alibration error" not in text

@@ -155,10 +155,10 @@ def test_columns_of_clashing_types_and_odd_names(tmp_path):
 def test_a_column_of_several_types_keeps_its_values(tmp_path):
     """As text 9 would come after 10, and as a double 2⁶⁰ + 1 is 2⁶⁰."""
     large = [2**60 + 1, 2**60 + 2, None]
-    numbers = new_dump(tmp_path / "store", "numbers", {"score": "double", "id": "int64", "good": "bool"})
-    commit(numbers, 0, random_sequences(0, 3), score=[9.0, 10.0, -1.0], id=large, good=[True, False, None])
-    texts = new_dump(tmp_path / "store", "texts", {"Score": "string", "id": "string", "good": "int64"})
-    commit(texts, 0, random_sequences(1, 2), Score=["good", None], id=["7", "a"], good=[1, 0])
+    numbers = new_dump(tmp_path / "store", "numbers", {"score": "double", "id": "int64", "good": "bool", "": "int64"})
+    commit(numbers, 0, random_sequences(0, 3), score=[9.0, 10.0, -1.0], id=large, good=[True, False, None], **{"": [1, 2, 3]})
+    texts = new_dump(tmp_path / "store", "texts", {"Score": "string", "id": "string", "good": "int64", "": "string"})
+    commit(texts, 0, random_sequences(1, 2), Score=["good", None], id=["7", "a"], good=[1, 0], **{"": ["a", "b"]})
     store = KnowledgeStore.open(tmp_path / "store")
     of_numbers = "FROM sequences WHERE dump = 'numbers'"
     best = rows(store, f"SELECT score.DOUBLE AS score {of_numbers} QUALIFY row_number() OVER (ORDER BY score DESC) = 1")

@@ -24,7 +24,7 @@ def mixed_columns(manifests: Iterable[Manifest]) -> dict[str, tuple[str, ...]]:
     types: dict[str, set[str]] = {}
     for manifest in manifests:
         for column in sequences_schema(manifest):
-            if column.type in _NAMES:
+            if column.type in _NAMES and column.name:  # SQL can name no other
                 types.setdefault(column.name.lower(), set()).add(_NAMES[column.type])
     return {column: tuple(sorted(found)) for column, found in types.items() if len(found) > 1}
 
@@ -64,7 +64,7 @@ def replacements(manifest: Manifest, mixed: dict[str, tuple[str, ...]]) -> str:
         elif own == "BIGINT":
             problem = (
                 f"the column {column.name} of the dump {manifest.dump} has integers that no DOUBLE holds, which it is in"
-                f" another dump: copy one to a store of its own (`knowledge-store copy --dump {manifest.dump}`), and ask there"
+                f" another dump: leave it out (`SELECT * EXCLUDE ({name})`), or ask a store that has this dump alone"
             ).replace("'", "''")
             fits = f"{name} BETWEEN {-_LARGEST} AND {_LARGEST}"
             replaced.append(

@@ -135,21 +135,22 @@ def _checked_output(config: EvaluateConfig, dump: str | None) -> Path | None:
         raise InputError(f"--output {path} is a folder: name a file")
     if path and path.exists():
         try:
-            previous = read_evaluation(path)["config"]
+            result = read_evaluation(path)
         except InputError as error:
             raise InputError(f"{error}. Give --output to write the result somewhere else") from None
+        previous = result["config"]
         source, asked = previous["questions"] or previous["store"], config.questions or config.store_address
         if Path(str(source)).resolve() != Path(str(asked)).resolve():
             raise InputError(f"{path} holds the results on {source}: give --output for those on another")
-        before = previous.get("limit")
-        if config.limit is not None and (before is None or before > config.limit):
-            raise InputError(
-                f"{path} holds the result on {'all of it' if before is None else f'{before:,} of it'}: give --output for that"
-                f" of --limit {config.limit}"
-            )
         if config.output and (previous["model"], previous["gguf_file"]) != (config.model, config.gguf_file):
             raise InputError(
                 f"--output {path} holds the results of {previous['gguf_file'] or previous['model']}: name another file, or"
                 " remove it"
+            )
+        count = result["questions"].get("count") if previous["questions"] else result.get("sequences")
+        if config.limit is not None and previous.get("limit") != config.limit and (count or 0) > config.limit:
+            raise InputError(
+                f"{path} holds the result on {count:,} {'questions' if previous['questions'] else 'sequences'}, which that on"
+                f" {config.limit:,} would replace: give another --output, or remove it"
             )
     return path

@@ -113,7 +113,7 @@ def _likeliest(batch: Mapping[str, np.ndarray], positions: Sequence[int]) -> lis
 
 
 POSITION_FIGURES = KindFigures(
-    title="On text",
+    title="On the text of a dump",
     metrics=METRICS,
     details=DETAILS,
     rows=_rows,

@@ -123,3 +123,12 @@ def model_sha256(model: str) -> str:
     if (base := adapter_base(folder)) is not None:
         digest.update(model_sha256(base).encode())
     return digest.hexdigest()
+
+
+def weights_sha256(model: str) -> str | None:
+    """SHA-256 over the contents of a folder's safetensors files, whatever they are called; None of what is no folder here."""
+    digests = []
+    for path in Path(model).glob("*.safetensors"):
+        with open(path, "rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest() if digests else None

@@ -31,11 +31,12 @@ from student_train.training.endings import stop_at_ending
 from student_train.training.interruption import stop_on_interrupt
 from student_train.training.knowledge import check_run
 from student_train.training.mixture import newer_dumps
-from student_train.training.model_folder import model_sha256
+from student_train.training.model_folder import model_sha256, weights_sha256
 from student_train.training.models import first_line, hold_in_bfloat16, load_model, load_tokenizer, quieten
 from student_train.training.ranks import rank_and_world_size
 from student_train.training.run_data import RunData, run_data
 from student_train.training.run_folder import (
+    BASE_WEIGHTS,
     RUN_FILE,
     check_output,
     last_checkpoint,
@@ -148,6 +149,8 @@ def _train(config: TrainConfig, reporter: Reporter, held: ExitStack) -> TrainRes
         tidy_output(output)
         if not (output / RUN_FILE).exists():
             facts = {"identity": identity, "config": asdict(config), **data.facts(), **parameters, "versions": versions()}
+            if config.lora_rank is not None:
+                facts[BASE_WEIGHTS] = weights_sha256(config.student)
             write_json(output / RUN_FILE, facts)
         for sentence in _resume_lines(data, began_at) if began_at else data.lines():
             reporter.note(sentence)

@@ -27,13 +27,14 @@ from knowledge_store.model_files import check_weights
 from knowledge_store.storage.naming import TEMPORARY_PREFIX
 from student_train.training.configuration import TrainConfig
 from student_train.training.mixture import Mixture
-from student_train.training.model_folder import ADAPTER, ADAPTER_WEIGHTS, model_sha256
+from student_train.training.model_folder import ADAPTER, ADAPTER_WEIGHTS, weights_sha256
 from student_train.training.run_lock import LOCK_FILE, check_unlocked
 from student_train.training.settings import settings_identity
 
 Record = dict[str, Any]
 
 RUN_FILE = "run.json"
+BASE_WEIGHTS = "base_weights_sha256"  # in it, of the run of an adapter
 HISTORY_FILE = "history.json"
 COMPLETE_FILE = "complete.json"
 
@@ -211,27 +212,29 @@ def read_run(folder: Path) -> Record:
 
 
 def learnt_from(model: str, store: KnowledgeStore, dump: str) -> bool:
-    """Whether a model is that of a run which learnt from a dump, or from one of the same knowledge."""
-    try:
-        identity = read_run(Path(model)).get("identity", {})
-    except InputError:
-        return False
+    """Whether a model, or a checkpoint, is that of a run which learnt from a dump, or from one of the same knowledge."""
+    folder = Path(model)
+    identity = _known(folder if (folder / RUN_FILE).exists() else folder.absolute().parent).get("identity", {})
     learnt = (value for name, value in identity.items() if name.startswith("knowledge of the dump "))
     return _contents(store, dump)["knowledge"] in learnt
 
 
 def check_base(folder: Path, base: str) -> None:
     """Refuse the adapter of a run whose base has other weights than when it was trained (InputError)."""
-    identity = read_run(folder).get("identity", {}) if Path(base).is_dir() else {}
-    trained, student = identity.get("student's files"), str(identity.get("student"))
-    # Of a student from a hub the id alone is known.
-    if trained is None or (not Path(student).is_dir() and trained == model_sha256(student)):
-        return
-    if trained != model_sha256(base):
+    trained = _known(folder).get(BASE_WEIGHTS)
+    if trained is not None and (now := weights_sha256(base)) is not None and trained != now:
         raise InputError(
             f"the adapter in {folder} belongs to other weights than {base} has now ({RUN_FILE} has their SHA-256): bring those"
             f" back, or write in {folder / ADAPTER} where they lie"
         )
+
+
+def _known(folder: Path) -> Record:
+    """What a run wrote of itself; empty where that is nothing, or of another program."""
+    try:
+        return read_run(folder)
+    except InputError:
+        return {}
 
 
 def read_history(folder: Path) -> Record:

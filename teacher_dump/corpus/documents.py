@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -109,8 +110,8 @@ def check_files(files: tuple[Path, ...]) -> None:
         if not path.exists():
             raise InputError(f"there is no file {path}")
         if not path.is_file():
-            kinds = {file.suffix for file in path.iterdir() if file.suffix in SUFFIXES}
-            inside = f", such as {path}/*{min(kinds)}" if kinds else ""
+            kinds = Counter(file.suffix for file in path.iterdir() if file.suffix in SUFFIXES).most_common(1)
+            inside = f", such as {path}/*{kinds[0][0]}" if kinds else ""
             raise InputError(f"{path} is a folder: name the files in it{inside}")
         if path.name.lower().endswith(TABLES_OF_TEXT):
             script = f"import duckdb; duckdb.read_csv({str(path)!r}, all_varchar=True).write_parquet({f'{path}.parquet'!r})"

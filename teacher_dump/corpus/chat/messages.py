@@ -140,7 +140,10 @@ def _message(record: dict[str, Any]) -> Message:
         other={name: value for name, value in given.items() if name not in (*REASONING, *TRAINING)},
     )
     if flags := [name for name in OTHER_TRAINING if not isinstance(message.other.get(name), str | None)]:
-        raise ValueError(f"`{flags[0]}` is not read here: `train`, true or false, says whether a message is a target")
+        raise ValueError(
+            f"`{flags[0]}` is not read here: `train`, true or false, says whether a message is a target; call it that, or"
+            " remove it"
+        )
     if "function_call" in message.other:
         raise ValueError("`function_call` is an old form of a call, which no template shows: write it as `tool_calls`")
     if not message.has_words and content is None:
@@ -195,8 +198,12 @@ def _call(record: dict[str, Any], field: str) -> Call:
     if not isinstance(name, str) or not name:
         raise ValueError(f"`{field}` has no `name`")
     arguments, text = _arguments(inner.get("arguments"), f"{field}.function.arguments")
-    if other_names := [key for key in ARGUMENTS if inner.get(key) not in (None, {}, "")]:
-        raise ValueError(f"`{field}` has `{other_names[0]}`: call the arguments of a tool `arguments`")
+    given = [(key, part) for part in (inner, record) for key in ARGUMENTS if part.get(key) not in (None, {}, [], "")]
+    if inner is function and record.get("arguments") not in (None, {}, ""):
+        given.append(("arguments", record))
+    if given:
+        key = given[0][0] if given[0][1] is inner else f"{given[0][0]}` beside its `function"
+        raise ValueError(f"`{field}` has `{key}`: a call has its arguments as `arguments`, beside its `name`, and no other")
     outer = {key: value for key, value in record.items() if key != "function" or value is not function}
     other = {**outer, **inner} if inner is function else outer
     return Call(
