@@ -272,6 +272,14 @@ def test_the_readme_quotes_committed_figures():
     steps = figures("results/training.json")["vocabularies"]["32,768"]["methods"]
     assert f"**{steps['store, sliced']['step_seconds_against_cross_entropy']:.2f}** of the time" in text
     assert f"{steps['online']['step_seconds_against_cross_entropy']:.1f} times as long" in text
+    [points] = [
+        claim["points"]
+        for claim in figures("studies/trust.json")["claims"]
+        if (claim["student"], claim["method"], claim["where"]) == ("whole", "candidates + draws", "all four")
+        and (claim["baseline"], claim["metric"]) == ("over fine-tuning", "ece")
+    ]
+    assert f"**{-points[0]:.0f} points** less calibration error" in text
+    assert f"({-points[2]:.1f} to {-points[1]:.1f}; two seeds;" in text
 
 
 def test_the_readme_is_short():

@@ -145,7 +145,8 @@ for arguments in json.load(open(sys.argv[1])):
         sys.argv = ["teacher-dump", *arguments]
         main()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    print(json.dumps([code, open(output + ".out").read(), open(output + ".err").read()]))
+    # Flushed: what is still in the buffer would be written by the next fork too.
+    print(json.dumps([code, open(output + ".out").read(), open(output + ".err").read()]), flush=True)
 """
 
 
