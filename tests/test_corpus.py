@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shlex
 from dataclasses import replace
 from itertools import islice
@@ -261,6 +262,17 @@ def test_files_of_one_name_are_told_apart_by_their_folder():
     assert file_names(files) == ["train/a.jsonl", "test/a.jsonl", "b.jsonl"]
     deep = (Path("/x/1/d/a.jsonl"), Path("/x/2/d/a.jsonl"), Path("/a.jsonl"), Path("a.jsonl"))
     assert file_names(deep) == ["1/d/a.jsonl", "2/d/a.jsonl", "a.jsonl", f"{Path.cwd().name}/a.jsonl"]
+
+
+def test_what_is_no_file_is_told_what_to_name(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name in ("a.parquet", "b.parquet", "notes.json", "README"):
+        (tmp_path / "rows" / name).touch()
+    with pytest.raises(InputError, match=r"rows is a folder: name the files in it, such as .*/rows/\*\.parquet"):
+        check_files((tmp_path / "rows",))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(InputError, match=r"pipe\.jsonl is a pipe or a device, .*: write it to a file, and name that"):
+        check_files((tmp_path / "pipe.jsonl",))
 
 
 def test_a_file_that_is_given_twice_is_refused_by_name(tmp_path, monkeypatch):

@@ -109,10 +109,14 @@ def check_files(files: tuple[Path, ...]) -> None:
         known[place] = path
         if not path.exists():
             raise InputError(f"there is no file {path}")
-        if not path.is_file():
-            kinds = Counter(file.suffix for file in path.iterdir() if file.suffix in SUFFIXES).most_common(1)
+        if path.is_dir():
+            kinds = Counter(file.suffix for file in path.glob("*") if file.suffix in SUFFIXES).most_common(1)
             inside = f", such as {path}/*{kinds[0][0]}" if kinds else ""
             raise InputError(f"{path} is a folder: name the files in it{inside}")
+        if not path.is_file():
+            raise InputError(
+                f"{path} is a pipe or a device, and a corpus is read more than once: write it to a file, and name that"
+            )
         if path.name.lower().endswith(TABLES_OF_TEXT):
             script = f"import duckdb; duckdb.read_csv({str(path)!r}, all_varchar=True).write_parquet({f'{path}.parquet'!r})"
             raise InputError(f"{path} is not of a known kind: make a Parquet file of it with python -c {shlex.quote(script)}")
