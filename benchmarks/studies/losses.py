@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +49,11 @@ from student_train.losses.targets import select_targets
 DUMP = f"top-5, τ = {DRAW_WEIGHT:g}"
 STARTS = [name for name, (_, passes) in EXPERIMENTS.items() if passes == "one pass"]
 FULL, CROSS_ENTROPY = "full", "cross-entropy"
-OTHER = {"tail": "bucket"}  # of the default loss
 SINGLE = [name for name, loss in LOSSES.items() if not loss.whole_batch and name != "ce"]
 LOSS_OF: dict[str, dict[str, Any]] = {
     CROSS_ENTROPY: {"loss": "ce"},
     "forward-kl": {"loss": "forward-kl"},
-    "forward-kl, the tail a bucket": {"loss": "forward-kl", "options": OTHER},
+    "forward-kl, the tail a bucket": {"loss": "forward-kl", "options": {"tail": "bucket"}},
     **{name: {"loss": name} for name in SINGLE if name != "forward-kl"},
     "first, 0.3 of cross-entropy": {"loss": "first", "ce_weight": 0.3},
 }
@@ -107,9 +105,10 @@ def tabulate(runs: dict[str, dict[str, list[dict[str, float]]]]) -> list[dict[st
     for start, arms in runs.items():
         for arm, found in arms.items():
             columns = {metric: [run[metric] for run in found] for metric in FIGURES}
-            kl = partial(map, lambda run: run["kl"])
-            ends = zip(kl(arms[CROSS_ENTROPY]), columns["kl"], kl(arms[FULL]), strict=True)
-            columns["way"] = [(ce - ours) / (ce - full) for ce, ours, full in ends]
+            columns["way"] = [
+                (ce["kl"] - ours["kl"]) / (ce["kl"] - full["kl"])
+                for ce, ours, full in zip(arms[CROSS_ENTROPY], found, arms[FULL], strict=True)
+            ]
             row: dict[str, Any] = {"start": start, "arm": arm}
             for metric, values in columns.items():
                 row |= {metric: float(np.mean(values)), f"{metric}_sd": float(np.std(values, ddof=1))}

@@ -18,7 +18,7 @@ from knowledge_store.kinds import KINDS, Kind
 from knowledge_store.kinds.kind import filled
 from knowledge_store.reading.target_mask import TargetMask
 from knowledge_store.reporter import Reporter
-from knowledge_store.sql.query import identifier, literal
+from knowledge_store.sql.quoting import identifier, literal
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -30,7 +30,8 @@ from knowledge_store.page.questions import Asked
 from knowledge_store.sql.excerpt import excerpt
 from knowledge_store.sql.mixed_columns import field_of, mixed_columns
 from knowledge_store.sql.named_files import file_rows
-from knowledge_store.sql.query import Statements, identifier, literal
+from knowledge_store.sql.query import Statements
+from knowledge_store.sql.quoting import identifier, literal
 
 SEQUENCES = 50  # of a page
 POSITIONS = 1024  # of a sequence, at once

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from knowledge_store.errors import InputError
-from knowledge_store.sql.query import identifier, literal
+from knowledge_store.sql.quoting import identifier, literal
 
 LISTED = 100  # rows of a list
 FEWEST = 20  # targets of a document, below which its mean says little

@@ -14,7 +14,8 @@ from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import sequences_schema
 from knowledge_store.kinds import KINDS
 from knowledge_store.kinds.kind import filled
-from knowledge_store.sql.query import identifier, literal, readable
+from knowledge_store.sql.query import readable
+from knowledge_store.sql.quoting import identifier, literal
 
 
 def create_statements(dumps: Dumps, manifest: Manifest) -> str:

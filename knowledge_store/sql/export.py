@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 from knowledge_store.catalogue.dumps import Dumps
 from knowledge_store.reporter import SILENT, Reporter
 from knowledge_store.sql.limits import MEMORY_LIMIT
-from knowledge_store.sql.query import Query, connect, identifier
+from knowledge_store.sql.query import Query, connect
+from knowledge_store.sql.quoting import identifier
 from knowledge_store.storage.new_file import new_file
 
 COMPRESSION = "zstd"

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from knowledge_store.format.manifest import Manifest
 from knowledge_store.format.sequences import sequences_schema
+from knowledge_store.sql.quoting import identifier, literal
 
 # Those that a column can have in several dumps (`CORPUS_TYPES`, and the score of an answer), as DuckDB calls them.
 _NAMES = {pa.int64(): "BIGINT", pa.float64(): "DOUBLE", pa.bool_(): "BOOLEAN", pa.string(): "VARCHAR"}
@@ -31,18 +32,19 @@ def mixed_columns(manifests: Iterable[Manifest]) -> dict[str, tuple[str, ...]]:
 
 def fields_of(mixed: dict[str, tuple[str, ...]]) -> str:
     """How SQL asks for the values of columns that are STRUCTs: `id.BIGINT or id.VARCHAR`."""
-    names = (f"{_identifier(column)}.{each}" for column, types in mixed.items() if set(types) != _NUMBERS for each in types)
+    names = (f"{identifier(column)}.{each}" for column, types in mixed.items() if _is_struct(types) for each in types)
     return " or ".join(names)
 
 
 def field_of(column: str, manifest: Manifest, mixed: dict[str, tuple[str, ...]]) -> str:
     """How SQL asks for a column of one of the dumps where it is a STRUCT; empty where it is none."""
     types, own = mixed.get(column.lower(), ()), _NAMES.get(sequences_schema(manifest).field(column).type)
-    return f"{_identifier(column)}.{own}" if own in types and set(types) != _NUMBERS else ""
+    return f"{identifier(column)}.{own}" if own in types and _is_struct(types) else ""
 
 
-def _identifier(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
+def _is_struct(types: tuple[str, ...]) -> bool:
+    """Whether a column of such types is a STRUCT of them: all but one of numbers alone."""
+    return set(types) != _NUMBERS
 
 
 def replacements(manifest: Manifest, mixed: dict[str, tuple[str, ...]]) -> str:
@@ -53,21 +55,21 @@ def replacements(manifest: Manifest, mixed: dict[str, tuple[str, ...]]) -> str:
     """
     replaced = []
     for column in sequences_schema(manifest):
-        types, name = mixed.get(column.name.lower(), ()), _identifier(column.name)
+        types, name = mixed.get(column.name.lower(), ()), identifier(column.name)
         own = _NAMES.get(column.type)
         if own not in types:
             continue
-        if set(types) != _NUMBERS:
+        if _is_struct(types):
             fields = ", ".join(f'"{each}" {each}' for each in types)
             values = ", ".join(f"'{each}': {name if each == own else 'NULL'}" for each in types)
             replaced.append(f"CASE WHEN {name} IS NOT NULL THEN CAST({{{values}}} AS STRUCT({fields})) END AS {name}")
         elif own == "BIGINT":
-            problem = (
+            problem = literal(
                 f"the column {column.name} of the dump {manifest.dump} has integers that no DOUBLE holds, which it is in"
                 f" another dump: leave it out (`SELECT * EXCLUDE ({name})`), or ask a store that has this dump alone"
-            ).replace("'", "''")
+            )
             fits = f"{name} BETWEEN {-_LARGEST} AND {_LARGEST}"
             replaced.append(
-                f"CASE WHEN {fits} THEN CAST({name} AS DOUBLE) WHEN {name} IS NOT NULL THEN error('{problem}') END AS {name}"
+                f"CASE WHEN {fits} THEN CAST({name} AS DOUBLE) WHEN {name} IS NOT NULL THEN error({problem}) END AS {name}"
             )
     return ", ".join(replaced)

@@ -36,6 +36,7 @@ from knowledge_store.sql.limits import MEMORY_LIMIT, TIMEOUT, check_limits, inte
 from knowledge_store.sql.mixed_columns import fields_of, mixed_columns, replacements
 from knowledge_store.sql.named_files import NamedFiles, checked_files, file_rows
 from knowledge_store.sql.parameters import Parameters, plain_parameters
+from knowledge_store.sql.quoting import identifier, literal
 
 if TYPE_CHECKING:
     import pyarrow.dataset as ds
@@ -67,16 +68,6 @@ CONFIGURATION: dict[str, str | bool | int | float | list[str]] = {
 
 # Tables that the relations are made of. `SHOW TABLES` lists relations only, since these are in a schema of their own.
 TABLES = "store_tables"
-
-
-def literal(text: str) -> str:
-    """A text as SQL has it."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def identifier(name: str) -> str:
-    """A name as SQL has it."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def readable(column: pa.Field) -> pa.Field:
